@@ -1,0 +1,395 @@
+"""One experiment: frozen models, one complete YAML file, `section.key=value` overrides.
+
+OmegaConf reads the file (so `${oc.env:NAME,default}` works) and merges the overrides; pydantic
+checks the result. Unknown keys and illegal combinations are errors that name the key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from yaml import YAMLError
+
+Fraction = Field(ge=0.0, le=1.0)
+Format = Literal["text", "speech", "speech_first", "text_first"]
+
+
+class ConfigError(ValueError):
+    """The experiment's file or an override is wrong; the message names file and key."""
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Workers(Section):
+    """How many processes do a stage's work, and what each of them takes from the cluster."""
+
+    count: PositiveInt
+    num_cpus: float = Field(gt=0)
+    """CPUs a worker reserves; may be a fraction."""
+    num_gpus: float = Field(default=0, ge=0)
+
+
+class Tracking(Section):
+    """Where runs are recorded."""
+
+    uri: str
+    """MLflow tracking URI; MLFLOW_TRACKING_URI in the environment wins."""
+    experiment: str
+
+
+class Synthesize(Section):
+    """A corpus of synthetic speech. Counts are utterances of each split."""
+
+    lm: PositiveInt
+    """Everyday and assistant sentences, to train the language model on."""
+    adapter: PositiveInt
+    """Assistant sentences with entities of their own, to train retrieval adapters on."""
+    mentions: PositiveInt
+    """Sentences in the datastore split about each entity of adapter, dev and test."""
+    dev: PositiveInt
+    test: PositiveInt
+    text: int = Field(ge=0)
+    """Sentences in the lm split's manner that nobody speaks."""
+    everyday_share: float = Fraction
+    """Share of everyday sentences in lm, text, dev and test; the rest are assistant's."""
+    workers: Workers
+
+
+class Hubert(Section):
+    """A HuBERT encoder: its shape, or published weights, which bring their own."""
+
+    weights: str | None = None
+    """`torchaudio:BUNDLE`, or a Hugging Face directory; None to pretrain the shape below."""
+    conv_channels: PositiveInt
+    norm: Literal["layer_norm", "group_norm"]
+    width: PositiveInt
+    layers: PositiveInt
+    heads: PositiveInt
+    feed_forward: PositiveInt
+    layer: PositiveInt
+    """Transformer layer (1 = first) whose output is quantized."""
+
+    @model_validator(mode="after")
+    def _shape(self) -> Hubert:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.layer > self.layers:
+            raise ValueError(f"layer {self.layer} of an encoder with {self.layers} layers")
+        return self
+
+
+class PretrainRound(Section):
+    """One round of masked prediction."""
+
+    target: Literal["mfcc", "hubert"]
+    """What k-means clusters into targets: MFCCs, or the previous round's features."""
+    classes: PositiveInt
+    steps: PositiveInt
+
+
+class Pretrain(Section):
+    """HuBERT pretraining (arXiv 2106.07447)."""
+
+    rounds: tuple[PretrainRound, ...] = Field(min_length=1)
+    batch_seconds: PositiveFloat
+    """Seconds of audio a step."""
+    crop_seconds: PositiveFloat
+    """Longer clips are cropped to this."""
+    learning_rate: PositiveFloat
+    mask_probability: float = Fraction
+    """Share of frames at which a masked span starts."""
+    mask_length: PositiveInt
+    """Frames a masked span covers."""
+    sample_seconds: PositiveFloat
+    """Audio whose features k-means sees."""
+
+    @model_validator(mode="after")
+    def _first_round(self) -> Pretrain:
+        if self.rounds[0].target != "mfcc":
+            raise ValueError("the first round has no previous features: its target must be mfcc")
+        return self
+
+
+class Tokenize(Section):
+    """Audio to units."""
+
+    source: str | None = None
+    """A manifest or a directory of audio; None for every split of the workspace's corpus."""
+    codebook: str | None = None
+    """A fitted codebook's directory; None to fit one on `source`."""
+    units: PositiveInt
+    """Codebook size K."""
+    sample_seconds: PositiveFloat
+    """Audio whose features k-means sees."""
+    min_seconds: PositiveFloat
+    max_seconds: PositiveFloat
+    """Longer clips are rejected if they have a transcript, else split at silence."""
+    batch_seconds: PositiveFloat
+    """Audio encoded at once, seconds."""
+    part_seconds: PositiveFloat
+    """Audio in one output file: what a killed job may have to redo, a worker."""
+    require_text: bool
+    """Reject clips without a transcript."""
+    workers: Workers
+
+
+class Vocabulary(Section):
+    """Word pieces."""
+
+    pieces: PositiveInt
+    """SentencePiece vocabulary size."""
+    tokenizer: str | None = None
+    """A base language model's `tokenizer.json`, used instead of training SentencePiece."""
+
+
+class LanguageModel(Section):
+    """Shape of the Llama-family decoder. The vocabulary's size is not part of it."""
+
+    width: PositiveInt
+    layers: PositiveInt
+    heads: PositiveInt
+    kv_heads: PositiveInt
+    feed_forward: PositiveInt
+    tied: bool
+    """Whether the output projection is the embedding."""
+    rope_theta: PositiveFloat = 10_000.0
+    norm_eps: PositiveFloat = 1e-5
+    qkv_bias: bool = False
+    """Qwen-style biases on the query, key and value projections."""
+    head_width: PositiveInt | None = None
+    """Width of a head; None for width / heads."""
+
+    @model_validator(mode="after")
+    def _shape(self) -> LanguageModel:
+        if self.head_width is None and self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        return self
+
+
+class Phase(Section):
+    """A stretch of training with one mixture of sequence formats."""
+
+    name: str
+    steps: PositiveInt
+    mixture: dict[Format, PositiveFloat] = Field(min_length=1)
+    """Format -> weight: the chance that an utterance is shown in that format."""
+
+
+class Train(Section):
+    """Training of the language model."""
+
+    phases: tuple[Phase, ...] = Field(min_length=1)
+    base: str | None = None
+    """A Hugging Face Llama, Mistral or Qwen directory to start from; None for random weights."""
+    micro_batch_tokens: PositiveInt
+    """Tokens (padding included) in one forward pass of one worker."""
+    micro_batches: PositiveInt
+    """Micro-batches in one optimizer step, over all workers."""
+    learning_rate: PositiveFloat
+    warmup_steps: int = Field(ge=0)
+    weight_decay: float = Field(ge=0)
+    clip: PositiveFloat
+    """Largest gradient norm."""
+    ctc_weight: float = Field(ge=0)
+    """Weight of a CTC loss on the audio positions of speech-first sequences; 0 for none."""
+    unit_dropout: float = Fraction
+    """Share of units dropped from a speech-first sequence."""
+    precision: Literal["auto", "fp32", "bf16"]
+    """auto: bf16 where the hardware multiplies it fast, else fp32."""
+    zero_stage: Literal[0, 1, 2, 3]
+    deepspeed: str | None = None
+    """JSON file with more DeepSpeed settings (offload, buckets); None for DeepSpeed's own."""
+    checkpoint_steps: PositiveInt
+    log_steps: PositiveInt
+    max_failures: int = Field(ge=0)
+    """Worker failures after which the run is given up."""
+    workers: Workers
+
+    @model_validator(mode="after")
+    def _divides(self) -> Train:
+        if self.micro_batches % self.workers.count:
+            raise ValueError(
+                f"micro_batches {self.micro_batches} is not a multiple of "
+                f"workers.count {self.workers.count}"
+            )
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps over all phases."""
+        return sum(phase.steps for phase in self.phases)
+
+
+class Index(Section):
+    """How one shard's keys are searched."""
+
+    kind: Literal["flat", "ivfpq"]
+    shards: PositiveInt
+    lists: PositiveInt = 1024
+    """ivfpq: inverted lists."""
+    code_bytes: PositiveInt = 64
+    """ivfpq: bytes a key; must divide the key's width."""
+    probes: PositiveInt = 32
+    """ivfpq: lists visited a query."""
+    rerank: PositiveInt = 8
+    """ivfpq: candidates fetched for each neighbour asked for, then re-ranked exactly."""
+
+
+class Datastore(Section):
+    """Entries: one a text token, keyed by the language model's own state."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
+    source: str | None = None
+    """A tokens directory, or a file of text lines; None for the workspace's datastore split."""
+    audio: Literal["paired", "none", "spoken"]
+    """Key over the utterance's own units, over text alone, or over units of synthetic speech."""
+    metric: Literal["l2", "ip", "cosine"]
+    window: PositiveInt
+    """Tokens around an entry that make up its value."""
+    batch_tokens: PositiveInt
+    part_utterances: PositiveInt
+    """Utterances in one segment."""
+    index: Index
+    workers: Workers
+
+
+class KNN(Section):
+    """How neighbours re-weight the next token (arXiv 1911.00172)."""
+
+    k: PositiveInt
+    weight: float = Fraction
+    """w in w * p_kNN + (1 - w) * p_LM."""
+    temperature: PositiveFloat
+    gate: PositiveFloat | None = None
+    """Largest distance of the nearest neighbour at which retrieval is heard; None for any."""
+
+
+class Decode(Section):
+    """From units to text."""
+
+    beams: PositiveInt
+    """1 for greedy search."""
+    length_penalty: float = Field(ge=0)
+    """Exponent of the length by which a beam's log-probability is divided."""
+    tokens_per_second: PositiveFloat
+    """Longest transcript, pieces a second of audio (at least 16)."""
+    batch_seconds: PositiveFloat
+    """Audio transcribed at once, seconds."""
+    max_seconds: PositiveFloat
+    """Longer audio is split at silence."""
+
+
+class Tune(Section):
+    """Grid of kNN settings, scored on the dev split."""
+
+    k: tuple[PositiveInt, ...] = Field(min_length=1)
+    weight: tuple[float, ...] = Field(min_length=1)
+    temperature: tuple[PositiveFloat, ...] = Field(min_length=1)
+    """Multiples of the dev queries' median nearest distance."""
+    finalists: PositiveInt
+    """Settings of least dev loss that are then decoded and compared by WER."""
+
+
+class Evaluate(Section):
+    """A split transcribed in several modes."""
+
+    split: Literal["dev", "test"]
+    domain: str | None
+    """Only utterances of this domain; None for all."""
+    modes: tuple[Literal["none", "knn"], ...] = Field(min_length=1)
+    datastores: tuple[str, ...]
+    """Datastores to compare in mode knn."""
+    retriever: Literal["local", "sharded"]
+    replicas: PositiveInt
+    """Copies of each shard's actor."""
+    shard_cpus: float = Field(gt=0)
+    """CPUs a shard's actor reserves."""
+    resamples: PositiveInt
+    """Bootstrap resamples behind each confidence interval."""
+    workers: Workers
+
+
+class Experiment(Section):
+    """Everything that a run needs to know. Every section is written out in the YAML file."""
+
+    workspace: Path
+    """Directory of the artifacts; absolute once parsed."""
+    seed: int
+    tracking: Tracking
+    synthesize: Synthesize
+    hubert: Hubert
+    pretrain: Pretrain
+    tokenize: Tokenize
+    vocabulary: Vocabulary
+    lm: LanguageModel
+    train: Train
+    datastore: Datastore
+    knn: KNN
+    """Used where no tuned settings are named."""
+    decode: Decode
+    tune: Tune
+    evaluate: Evaluate
+
+    @field_validator("workspace")
+    @classmethod
+    def _absolute(cls, path: Path) -> Path:
+        return path.expanduser().absolute()
+
+
+def read(path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment in YAML file `path`, with `section.key=value` overrides merged in."""
+    path = Path(path)
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"override {override!r} is not of the form key.sub=value")
+    try:
+        loaded = OmegaConf.load(path)
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except FileNotFoundError:
+        raise ConfigError(f"no such config file: {path}") from None
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return parse(values, str(path))
+
+
+def parse(values: Any, source: str) -> Experiment:
+    """Check `values` (the parsed YAML of `source`)."""
+    try:
+        return Experiment.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, source)) from None
+
+
+def as_dict(section: Section) -> dict[str, Any]:
+    """A section as plain JSON values."""
+    return section.model_dump(mode="json")
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        message = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
+        lines.append(f"{source}: {key}: {message}")
+    return "\n".join(lines)

@@ -1,0 +1,185 @@
+"""What flows between the stages: plain values, and the one protocol that retrieval has to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+NO_ENTRY = -1
+"""Entry id of a neighbour that was not found. It never indexes anything."""
+
+
+@dataclass(frozen=True)
+class TimedWord:
+    """A word of a reference transcript; `start` and `end` in seconds from the clip's start."""
+
+    text: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One spoken or written sentence. `audio` is None for text without speech."""
+
+    id: str
+    text: str | None = None
+    audio: Path | None = None
+    duration: float | None = None
+    """Seconds, as the corpus states it; None where the audio has not been opened."""
+    speaker: str = ""
+    document: str = ""
+    """What retrieval excludes as a whole (a book, a call); the utterance's own id by default."""
+    domain: str = ""
+    entities: tuple[str, ...] = ()
+    words: tuple[TimedWord, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """An input that was left out, and why. `source` is a path, or `path:line` of a manifest."""
+
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Units:
+    """Discrete speech: runs of equal codebook ids, collapsed.
+
+    `ids` (T,) int32, no two neighbours equal; `durations` (T,) int32, the length of each run in
+    encoder frames. `durations.sum()` frames make up the clip.
+    """
+
+    ids: np.ndarray
+    durations: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.ids.shape != self.durations.shape or self.ids.ndim != 1:
+            raise ValueError(
+                f"units need one duration an id: {self.ids.shape} ids, "
+                f"{self.durations.shape} durations"
+            )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """What a search found for B queries, nearest first; `missing_shards` did not answer.
+
+    `distances` (B, K) float32, smaller is nearer; `tokens` (B, K) int32, the token that follows
+    each key; `entries` (B, K) int64, datastore entry ids; `documents` (B, K) int32. A missing
+    neighbour has entry `NO_ENTRY`, distance +inf, token 0 and document -1.
+    """
+
+    distances: np.ndarray
+    tokens: np.ndarray
+    entries: np.ndarray
+    documents: np.ndarray
+    missing_shards: int = 0
+
+    @classmethod
+    def none(cls, queries: int, k: int, missing_shards: int = 0) -> Neighbours:
+        """Nothing found for any query."""
+        return cls(
+            distances=np.full((queries, k), np.inf, np.float32),
+            tokens=np.zeros((queries, k), np.int32),
+            entries=np.full((queries, k), NO_ENTRY, np.int64),
+            documents=np.full((queries, k), -1, np.int32),
+            missing_shards=missing_shards,
+        )
+
+    def top(self, k: int) -> Neighbours:
+        """The first (nearest) k columns."""
+        return replace(
+            self,
+            distances=self.distances[:, :k],
+            tokens=self.tokens[:, :k],
+            entries=self.entries[:, :k],
+            documents=self.documents[:, :k],
+        )
+
+
+def merge(parts: Sequence[Neighbours], k: int) -> Neighbours:
+    """The k nearest over several shards' answers to the same queries.
+
+    Ties go to the lower entry id, so the answer does not depend on how entries were sharded.
+    """
+    distances = np.concatenate([part.distances for part in parts], axis=1)
+    entries = np.concatenate([part.entries for part in parts], axis=1)
+    order = np.lexsort((entries, distances), axis=1)[:, :k]
+
+    def pick(columns: list[np.ndarray]) -> np.ndarray:
+        return np.take_along_axis(np.concatenate(columns, axis=1), order, axis=1)
+
+    return Neighbours(
+        distances=np.take_along_axis(distances, order, axis=1),
+        tokens=pick([part.tokens for part in parts]),
+        entries=np.take_along_axis(entries, order, axis=1),
+        documents=pick([part.documents for part in parts]),
+        missing_shards=sum(part.missing_shards for part in parts),
+    )
+
+
+class Retriever(Protocol):
+    """Nearest-neighbour search over one datastore. Local and sharded retrievers are the same."""
+
+    def search(
+        self, queries: np.ndarray, k: int, exclude_documents: Sequence[int] | None = None
+    ) -> Neighbours:
+        """The k nearest entries to each of `queries` (B, D) float32.
+
+        `exclude_documents` names at most one document a query (B,), -1 for none: its entries are
+        not returned to that query.
+        """
+        ...
+
+    def windows(self, entries: np.ndarray) -> np.ndarray:
+        """Token windows (…, W) int32 around `entries` (…,); all padding for `NO_ENTRY`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a retrieved token came from: enough to show a person."""
+
+    entry: int
+    distance: float
+    document: str
+    utterance: str
+    text: str
+    """The window around the entry, as text."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """One word of a transcript with the evidence for it.
+
+    `probability` is the product over its tokens of the mixed distribution, `lm_probability` of
+    the language model alone. `changed` says that the language model alone would have chosen
+    another token somewhere in the word, after the same prefix.
+    """
+
+    text: str
+    probability: float
+    lm_probability: float
+    changed: bool = False
+    source: Source | None = None
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """What was said between `start` and `end` (seconds)."""
+
+    text: str
+    words: tuple[Word, ...] = ()
+    start: float = 0.0
+    end: float = 0.0
+    stopped: bool = field(default=True)
+    """False where the decoder ran into its length limit before the end token."""

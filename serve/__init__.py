@@ -1,0 +1,1 @@
+"""The online door: the transcription service on Ray Serve. Nothing is served yet."""
