@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,21 +62,28 @@ class Draft:
 def load(path: Path | str, kind: str) -> Artifact:
     """Read `path/artifact.json`; raise ArtifactError if it is not a finished `kind`."""
     path = Path(path).absolute()
-    _recover(path)
+    if _aside(path, "old").exists():
+        with suppress(ArtifactError), _lock(path):  # whoever is writing now recovers by itself
+            _recover(path)
     try:
         fields = json.loads((path / FILE).read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         hint = "it holds no artifact.json" if path.is_dir() else "no such directory"
         raise ArtifactError(f"{path} is not a finished {kind}: {hint}") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ArtifactError(f"{path / FILE} is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ArtifactError(f"{path / FILE} is not a JSON object")
     if fields.get("schema") != SCHEMA:
         raise ArtifactError(
             f"{path} has schema {fields.get('schema')}, this version reads {SCHEMA}"
         )
     if fields.get("kind") != kind:
         raise ArtifactError(f"{path} is a {fields.get('kind')}, not a {kind}")
-    return Artifact(path=path, **fields)
+    try:
+        return Artifact(path=path, **fields)
+    except TypeError as error:
+        raise ArtifactError(f"{path / FILE} lacks a field or has one too many: {error}") from None
 
 
 def finished(
@@ -87,10 +94,9 @@ def finished(
     Raises ArtifactError, naming what differs, if it was made from something else.
     """
     path = Path(path).absolute()
-    _recover(path)
-    if not path.exists():
+    if not path.exists() and not _aside(path, "old").exists():
         return None
-    made = load(path, kind)
+    made, config = load(path, kind), _plain(config)
     differences = [
         f"{name} was {made.config.get(name)!r} and is now {config.get(name)!r}"
         for name in sorted({*made.config, *config})
@@ -116,22 +122,23 @@ def create(
     inputs: Mapping[str, Artifact],
     *,
     bulk: tuple[str, ...] = (),
+    logs: tuple[str, ...] = (),
     force: bool = False,
 ) -> Iterator[Draft]:
     """Write an artifact: yields a draft directory beside `path`, renamed into place at the end.
 
     A draft left by a killed run with the same configuration and inputs is handed back
     (`draft.resumed`); any other draft, and with `force` every draft, is deleted first. Names
-    starting with one of `bulk` enter the fingerprint by size alone, and names starting with a
-    dot are scratch: they are removed before the rename. If the body raises, the draft stays and
-    the old artifact with it.
+    starting with one of `bulk` enter the fingerprint by size alone, those starting with one of
+    `logs` not at all, and those starting with a dot are scratch: they are removed before the
+    rename. If the body raises, the draft stays and the old artifact with it.
     """
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     wanted = {
         "schema": SCHEMA,
         "kind": kind,
-        "config": dict(config),
+        "config": _plain(config),
         "inputs": {name: made.fingerprint for name, made in inputs.items()},
     }
     with _lock(path):
@@ -140,19 +147,41 @@ def create(
         yield draft
         for scratch in draft.path.glob(".*"):
             shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink()
-        digest = fingerprint(draft.path, wanted, bulk)
+        digest = fingerprint(draft.path, wanted, bulk, logs)
         fields = {**wanted, "fingerprint": digest, "summary": draft.summary}
         write_json(draft.path / FILE, fields)
         _replace(draft.path, path)
 
 
-def fingerprint(root: Path, identity: Mapping[str, Any], bulk: tuple[str, ...] = ()) -> str:
-    """16 hex digits over `identity` and every file below `root` but `artifact.json`."""
+def outside(path: Path | str) -> Artifact:
+    """A user's own file or directory as an input: a file by its contents, a directory by the
+    names and sizes of its files. ArtifactError if there is no such thing."""
+    path = Path(path).absolute()
+    if path.is_file():
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    elif path.is_dir():
+        files = sorted((p.relative_to(path).as_posix(), p.stat().st_size) for p in path.rglob("*"))
+        digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    else:
+        raise ArtifactError(f"no such file or directory: {path}")
+    return Artifact(path, "outside", digest[:16], config={}, inputs={})
+
+
+def fingerprint(
+    root: Path,
+    identity: Mapping[str, Any],
+    bulk: tuple[str, ...] = (),
+    logs: tuple[str, ...] = (),
+) -> str:
+    """16 hex digits over `identity` and the files below `root`, but for `artifact.json`."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     for file in sorted(p for p in root.rglob("*") if p.is_file() and p != root / FILE):
         name = file.relative_to(root).as_posix()
+        if name.startswith(logs):
+            continue
         digest.update(f"\0{name}\0{file.stat().st_size}\0".encode())
-        if not name.startswith(bulk or ("\0",)):
+        if not name.startswith(bulk):
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:16]
@@ -172,6 +201,11 @@ def write_json(path: Path, value: Any) -> None:
 def as_json(artifact: Artifact) -> dict[str, Any]:
     """The fields of `artifact.json` and its path."""
     return {**asdict(artifact), "path": str(artifact.path)}
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` as JSON gives it back, so that a tuple equals the list it was written as."""
+    return json.loads(json.dumps(dict(config)))
 
 
 def _open_draft(path: Path, wanted: Mapping[str, Any], force: bool) -> Draft:

@@ -6,9 +6,10 @@ checks the result. Unknown keys and illegal combinations are errors that name th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -25,6 +26,7 @@ from pydantic import (
 from yaml import YAMLError
 
 Fraction = Field(ge=0.0, le=1.0)
+SLUG = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 Format = Literal["text", "speech", "speech_first", "text_first"]
 
 
@@ -35,7 +37,9 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """Base of every section: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Workers(Section):
@@ -120,6 +124,9 @@ class Pretrain(Section):
     """Frames a masked span covers."""
     sample_seconds: PositiveFloat
     """Audio whose features k-means sees."""
+    num_cpus: float = Field(gt=0)
+    """CPUs that the one training process reserves."""
+    num_gpus: float = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _first_round(self) -> Pretrain:
@@ -131,6 +138,8 @@ class Pretrain(Section):
 class Tokenize(Section):
     """Audio to units."""
 
+    name: str = Field(default="tokens", pattern=SLUG)
+    """The output's directory in the workspace."""
     source: str | None = None
     """A manifest or a directory of audio; None for every split of the workspace's corpus."""
     codebook: str | None = None
@@ -149,6 +158,15 @@ class Tokenize(Section):
     require_text: bool
     """Reject clips without a transcript."""
     workers: Workers
+
+    @model_validator(mode="after")
+    def _splittable(self) -> Tokenize:
+        if 2 * self.min_seconds > self.max_seconds:
+            raise ValueError(
+                f"max_seconds {self.max_seconds} is less than twice min_seconds "
+                f"{self.min_seconds}: a longer clip could not be split"
+            )
+        return self
 
 
 class Vocabulary(Section):
@@ -258,7 +276,7 @@ class Index(Section):
 class Datastore(Section):
     """Entries: one a text token, keyed by the language model's own state."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
+    name: str = Field(pattern=SLUG)
     source: str | None = None
     """A tokens directory, or a file of text lines; None for the workspace's datastore split."""
     audio: Literal["paired", "none", "spoken"]
@@ -303,7 +321,7 @@ class Tune(Section):
     """Grid of kNN settings, scored on the dev split."""
 
     k: tuple[PositiveInt, ...] = Field(min_length=1)
-    weight: tuple[float, ...] = Field(min_length=1)
+    weight: tuple[Annotated[float, Fraction], ...] = Field(min_length=1)
     temperature: tuple[PositiveFloat, ...] = Field(min_length=1)
     """Multiples of the dev queries' median nearest distance."""
     finalists: PositiveInt
@@ -359,16 +377,22 @@ class Experiment(Section):
 def read(path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
     """The experiment in YAML file `path`, with `section.key=value` overrides merged in."""
     path = Path(path)
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"override {override!r} is not of the form key.sub=value")
     try:
-        loaded = OmegaConf.load(path)
-        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True)
+        merged = OmegaConf.load(path)
     except FileNotFoundError:
         raise ConfigError(f"no such config file: {path}") from None
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    for override in overrides:
+        if not re.match(r"[^.=]+(\.[^.=]+)*=", override):
+            raise ConfigError(f"{path}: override {override!r} is not of the form key.sub=value")
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+        except (TypeError, YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"{path}: override {override!r}: {error}") from None
+    try:
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error}") from None
     return parse(values, str(path))
 

@@ -1,0 +1,94 @@
+"""How a person sees work that goes on in other processes.
+
+A training's numbers go into `metrics.jsonl`, an artifact to open, and the process that runs the
+stage reads it for the terminal and MLflow. Parts worked off move a bar.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+METRICS = "metrics.jsonl"
+POLL_SECONDS = 1.0
+LINE_SECONDS = 10.0
+"""Where there is no terminal to draw a bar on, a line is printed this often."""
+
+
+class MetricsWriter:
+    """Appends records, each with a `step`; a resumed run's file is cut back to where it goes on."""
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        self._path = directory / METRICS
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] < first_step]
+        self._path.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record."""
+        with self._path.open("a") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+
+@contextmanager
+def following(directory: Path, log: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Call `log` with each record that is written while the block runs, from another thread."""
+    path = directory / METRICS
+    seen = _last_step(path)
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal seen
+        finished = False
+        while not finished:
+            finished = done.wait(POLL_SECONDS)
+            for record in _records(path):
+                if record["step"] > seen:
+                    seen = record["step"]
+                    log(record)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+@contextmanager
+def bar(total: int, title: str) -> Iterator[Callable[[], None]]:
+    """A progress bar over `total` parts; call what it yields after each of them."""
+    if sys.stderr.isatty():
+        with tqdm(total=total, desc=f"  {title}", unit="part", leave=False) as drawn:
+            yield drawn.update
+        return
+    done, spoke = 0, time.monotonic()
+
+    def count() -> None:
+        nonlocal done, spoke
+        done += 1
+        if time.monotonic() - spoke >= LINE_SECONDS:
+            spoke = time.monotonic()
+            print(f"  {title}: {done}/{total} parts", file=sys.stderr, flush=True)
+
+    yield count
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    if path.exists():
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def _last_step(path: Path) -> int:
+    return max((record["step"] for record in _records(path)), default=-1)

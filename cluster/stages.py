@@ -1,0 +1,388 @@
+"""Ray Data stages: the same work as in `mmrag`, over a pool of actors, one part at a time.
+
+A stage's input is cut into named parts beforehand. An actor loads its models once, works a part
+off and writes its files, whole or not at all, and answers with a small summary; a part whose
+files are there is not worked off again. So a killed job redoes at most one part a worker.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import ray.data
+import soundfile
+import torch
+from ray.data import ActorPoolStrategy
+
+from cluster.progress import bar
+from mmrag import audio, pretrained
+from mmrag.config import KNN, Decode, Tokenize, Workers
+from mmrag.config import Datastore as DatastoreConfig
+from mmrag.corpora import manifest, synthetic
+from mmrag.corpora.synthetic import Planned
+from mmrag.datastore import Datastore, Segment, join, windows_of, write_segment
+from mmrag.decode import Retrieval, read_states
+from mmrag.hubert import HubertEncoder
+from mmrag.index import LocalRetriever, saved_shards
+from mmrag.records import Rejection, Units, Utterance
+from mmrag.score import recall_at_k
+from mmrag.tokens import Tokenized, write_part
+from mmrag.transcribe import Recogniser, recognise, words
+from mmrag.units import Codebook
+
+Work = TypeVar("Work")
+
+
+@dataclass(frozen=True)
+class Part(Generic[Work]):
+    """A named share of a stage's input."""
+
+    name: str
+    work: list[Work]
+
+
+def parts(
+    work: Iterable[Work], size: Callable[[Work], float], limit: float, name: str = "part"
+) -> list[Part[Work]]:
+    """Cut `work` into parts of at most `limit` (one alone may be larger), in order."""
+    shares: list[list[Work]] = []
+    filled = 0.0
+    for one in work:
+        if not shares or filled + size(one) > limit:
+            shares.append([])
+            filled = 0.0
+        shares[-1].append(one)
+        filled += size(one)
+    return [Part(f"{name}-{number:05d}", share) for number, share in enumerate(shares)]
+
+
+def work_off(
+    stages: Sequence[tuple[type, dict[str, Any]]],
+    todo: Sequence[Part],
+    workers: Workers,
+    title: str,
+) -> Iterator[Any]:
+    """Send parts through `stages`, (actor class, its arguments) each; yield every answer.
+
+    A stage's `__call__` takes a part and returns what the next one takes.
+    """
+    if not todo:
+        return
+    packed = [{"value": pickle.dumps(part)} for part in todo]
+    dataset = ray.data.from_items(packed, override_num_blocks=len(todo))
+    for stage, arguments in stages:
+        dataset = dataset.map_batches(
+            _Stage,
+            fn_constructor_args=(stage, arguments, workers),
+            batch_size=1,
+            compute=ActorPoolStrategy(size=min(workers.count, len(todo))),
+            num_cpus=workers.num_cpus,
+            num_gpus=workers.num_gpus,
+        )
+    with bar(len(todo), title) as count:
+        for row in dataset.iter_rows():
+            count()
+            yield pickle.loads(row["value"])
+
+
+class _Stage:
+    """Adapts a part -> answer callable to Ray Data's batches, here of one row.
+
+    Values are packed because Ray Data's rows are Arrow's; they pass between our own processes
+    alone.
+    """
+
+    def __init__(self, stage: type, arguments: dict[str, Any], workers: Workers) -> None:
+        torch.set_num_threads(max(1, round(workers.num_cpus)))
+        self._stage = stage(**arguments)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[bytes]]:
+        return {"value": [pickle.dumps(self._stage(pickle.loads(v))) for v in batch["value"]]}
+
+
+def device() -> str:
+    """Where this worker computes."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class RenderSpeech:
+    """Planned sentences of one split -> FLAC files, and their rows of the split's manifest.
+
+    `directory` holds `audio/`; the rows go to `.<part>.jsonl` in it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        from mmrag.corpora.espeak import Synthesizer
+
+        self._synthesizer = Synthesizer()
+        self._directory = directory
+
+    def __call__(self, part: Part[Planned]) -> str:
+        said = [self._speak(planned, part.name) for planned in part.work]
+        manifest.write(self._directory / f".{part.name}.jsonl", said)
+        return part.name
+
+    def _speak(self, planned: Planned, part: str) -> Utterance:
+        said = Utterance(
+            id=planned.id,
+            text=planned.text,
+            document=planned.document,
+            domain=planned.domain,
+            entities=planned.entities,
+        )
+        if planned.voice is None:
+            return said
+        speech = synthetic.render(planned, self._synthesizer)
+        path = self._directory / "audio" / part / f"{planned.id}.flac"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, speech.wave, audio.SAMPLE_RATE)
+        return replace(
+            said,
+            audio=path,
+            duration=len(speech.wave) / audio.SAMPLE_RATE,
+            speaker=planned.voice.id,
+            words=speech.words,
+        )
+
+
+class EncodeFeatures:
+    """Utterances -> HuBERT features (N, D) of all of them together, float16: to fit a codebook."""
+
+    def __init__(self, hubert: Path) -> None:
+        self._encoder = HubertEncoder.load(hubert).to(device()).eval()
+
+    def __call__(self, part: Part[Utterance]) -> np.ndarray:
+        waves = [audio.read(one.audio) for one in part.work]
+        features = self._encoder.features(waves)
+        return np.concatenate([one.cpu().numpy() for one in features]).astype(np.float16)
+
+
+class EncodeUnits:
+    """Utterances with audio -> one Parquet part with their units, and what was rejected."""
+
+    def __init__(self, hubert: Path, codebook: Path, settings: Tokenize, directory: Path) -> None:
+        self._encoder = HubertEncoder.load(hubert).to(device()).eval()
+        self._codebook = Codebook.load(codebook)
+        self._settings = settings
+        self._directory = directory
+
+    def __call__(self, part: Part[Utterance]) -> str:
+        rejected: list[Rejection] = []
+        heard: list[tuple[Utterance, torch.Tensor]] = []
+        tokenized = [Tokenized(one, None) for one in part.work if one.audio is None]
+        for utterance in part.work:
+            if utterance.audio is None:
+                continue
+            try:
+                heard += self._open(utterance)
+            except audio.AudioError as error:
+                rejected.append(Rejection(str(utterance.audio), str(error)))
+        tokenized += self._encode(heard)
+        write_rejections(self._directory / f".{part.name}.rejected.jsonl", rejected)
+        write_part(self._directory / f"{part.name}.parquet", tokenized)
+        return part.name
+
+    def _open(self, utterance: Utterance) -> list[tuple[Utterance, torch.Tensor]]:
+        """The utterance's clip, or clips: a long one without a transcript is split."""
+        limits = self._settings
+        if limits.require_text and not (utterance.text or "").strip():
+            raise audio.AudioError(f"{utterance.audio}: no transcript")
+        if utterance.text is None and audio.duration(utterance.audio) > limits.max_seconds:
+            document = utterance.document or utterance.id
+            return [
+                (replace(utterance, id=f"{utterance.id}#{number}", document=document), segment.wave)
+                for number, segment in enumerate(
+                    audio.segments(utterance.audio, limits.max_seconds, limits.min_seconds)
+                )
+            ]
+        wave = audio.read(
+            utterance.audio, min_seconds=limits.min_seconds, max_seconds=limits.max_seconds
+        )
+        return [(utterance, wave)]
+
+    def _encode(self, heard: list[tuple[Utterance, torch.Tensor]]) -> Iterator[Tokenized]:
+        heard.sort(key=lambda pair: len(pair[1]))
+        longest = self._settings.batch_seconds * audio.SAMPLE_RATE
+        for batch in _batches(heard, lambda pair: len(pair[1]), longest):
+            features = self._encoder.features([wave for _, wave in batch])
+            for (utterance, wave), one in zip(batch, features, strict=True):
+                seconds = len(wave) / audio.SAMPLE_RATE
+                said = replace(utterance, duration=seconds)
+                yield Tokenized(said, self._codebook.encode(one.cpu().numpy()))
+
+
+class SpeakUnits:
+    """Text utterances -> the same with units of synthetic speech."""
+
+    def __init__(self, hubert: Path, codebook: Path, seed: int) -> None:
+        from mmrag.corpora.espeak import Synthesizer
+
+        self._synthesizer = Synthesizer()
+        self._encoder = HubertEncoder.load(hubert).to(device()).eval()
+        self._codebook = Codebook.load(codebook)
+        self._seed = seed
+
+    def __call__(self, part: Part[Tokenized]) -> Part[Tokenized]:
+        texts = [one.utterance.text for one in part.work]
+        voiced = synthetic.assign_voices(texts, self._seed)
+        spoken = [
+            Tokenized(one.utterance, self._units(planned))
+            for one, planned in zip(part.work, voiced, strict=True)
+        ]
+        return Part(part.name, spoken)
+
+    def _units(self, planned: Planned) -> Units:
+        wave = torch.from_numpy(synthetic.render(planned, self._synthesizer).wave)
+        return self._codebook.encode(self._encoder.features([wave])[0].cpu().numpy())
+
+
+class WriteEntries:
+    """Tokenized utterances -> one datastore segment: the language model's state before each
+    token of each text, over the utterance's units where `audio` is not `none`."""
+
+    def __init__(self, lm: Path, settings: DatastoreConfig, directory: Path) -> None:
+        self._lm, self._vocabulary = pretrained.load(lm, device())
+        self._settings = settings
+        self._directory = directory
+
+    def __call__(self, part: Part[Tokenized]) -> str:
+        batches = _batches(part.work, _token_count, self._settings.batch_tokens)
+        segment = join([self._read(batch) for batch in batches])
+        write_segment(self._directory, part.name, segment)
+        return part.name
+
+    def _read(self, batch: list[Tokenized]) -> Segment:
+        vocabulary, window = self._vocabulary, self._settings.window
+        texts = [vocabulary.encode(one.utterance.text) for one in batch]
+        heard = self._settings.audio != "none"
+        speech = [vocabulary.encode_units(one.units) if heard else None for one in batch]
+        keys, tokens, slices, _ = read_states(self._lm, vocabulary, texts, speech, logits=False)
+        counts = [stretch.stop - stretch.start for stretch in slices]
+        return Segment(
+            keys=keys.cpu().numpy(),
+            tokens=tokens,
+            windows=np.concatenate([windows_of(tokens[stretch], window) for stretch in slices]),
+            positions=np.concatenate([np.arange(count) for count in counts]),
+            utterances=np.repeat(np.arange(len(batch)), counts),
+            names=[(one.utterance.id, one.utterance.document or one.utterance.id) for one in batch],
+        )
+
+
+@dataclass(frozen=True)
+class OpenLocally:
+    """Opens a datastore with all of its shards inside the worker that transcribes."""
+
+    datastore: Path
+    settings: KNN
+
+    def __call__(self) -> Retrieval:
+        datastore = Datastore.open(self.datastore)
+        shards = LocalRetriever.load(saved_shards(self.datastore), datastore)
+        return Retrieval(shards, self.settings)
+
+
+@dataclass(frozen=True)
+class Heard:
+    """One utterance transcribed in one mode, with what an evaluation needs of it."""
+
+    utterance: str
+    speaker: str
+    seconds: float
+    reference: str
+    text: str
+    entities: list[str]
+    changed: list[str]
+    """Words that the language model alone would not have written."""
+    decode_seconds: float
+    """This utterance's share of its batch's time."""
+    recalled: int
+    """Reference tokens that stood among the neighbours of the state before them."""
+    queries: int
+
+
+class Transcribe:
+    """Tokenized utterances -> transcripts, decoded in batches by seconds of audio."""
+
+    def __init__(
+        self, models: Path, settings: Decode, retrieval: Callable[[], Retrieval] | None
+    ) -> None:
+        self._recogniser = Recogniser.load(models, device())
+        self._settings = settings
+        self._retrieval = retrieval() if retrieval else None
+
+    def __call__(self, part: Part[Tokenized]) -> list[Heard]:
+        heard: list[Heard] = []
+        for batch in _batches(part.work, seconds, self._settings.batch_seconds):
+            heard += self._transcribe(batch)
+        return heard
+
+    def _transcribe(self, batch: list[Tokenized]) -> list[Heard]:
+        vocabulary = self._recogniser.vocabulary
+        started = time.perf_counter()
+        hypotheses = recognise(
+            self._recogniser, [one.units for one in batch], self._settings, self._retrieval
+        )
+        elapsed = time.perf_counter() - started
+        audio_seconds = sum(map(seconds, batch))
+        recalled = self._recall(batch)
+        return [
+            Heard(
+                utterance=one.utterance.id,
+                speaker=one.utterance.speaker,
+                seconds=seconds(one),
+                reference=one.utterance.text,
+                text=vocabulary.decode(hypothesis.tokens),
+                entities=list(one.utterance.entities),
+                changed=[w.text for w in words(hypothesis, vocabulary) if w.changed],
+                decode_seconds=elapsed * seconds(one) / audio_seconds,
+                recalled=found,
+                queries=total,
+            )
+            for one, hypothesis, (found, total) in zip(batch, hypotheses, recalled, strict=True)
+        ]
+
+    def _recall(self, batch: list[Tokenized]) -> list[tuple[int, int]]:
+        if self._retrieval is None:
+            return [(0, 0)] * len(batch)
+        vocabulary = self._recogniser.vocabulary
+        texts = [vocabulary.encode(one.utterance.text) for one in batch]
+        speech = [vocabulary.encode_units(one.units) for one in batch]
+        keys, tokens, slices, _ = read_states(
+            self._recogniser.lm, vocabulary, texts, speech, logits=False
+        )
+        knn = self._retrieval.settings
+        found = self._retrieval.retriever.search(keys.cpu().numpy(), knn.k)
+        scores = [
+            recall_at_k(found.tokens[stretch], tokens[stretch], found.entries[stretch])
+            for stretch in slices
+        ]
+        return [(score.found, score.total) for score in scores]
+
+
+def write_rejections(path: Path, rejected: Iterable[Rejection]) -> None:
+    """One JSON object a line: the source and the reason."""
+    lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in rejected]
+    path.write_text("".join(lines))
+
+
+def seconds(one: Tokenized) -> float:
+    """How long an utterance lasts."""
+    return one.utterance.duration
+
+
+def _token_count(one: Tokenized) -> int:
+    return 4 + len(one.utterance.text or "") + (0 if one.units is None else len(one.units))
+
+
+def _batches(
+    work: Sequence[Work], size: Callable[[Work], float], limit: float
+) -> Iterator[list[Work]]:
+    for part in parts(work, size, limit):
+        yield part.work

@@ -1,0 +1,226 @@
+"""Training on many processes: a Ray Train worker loop around a DeepSpeed engine.
+
+The loop makes the same steps as `mmrag.train.train`: every worker takes its share of each step's
+micro-batches, losses are divided by the counts of all workers together. Checkpoints hold weights,
+optimizer and step; what a step reads follows from its number, so a resumed run is the run that
+was not interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import ray.train
+import torch
+import torch.distributed
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from torch import Tensor
+
+from cluster.progress import MetricsWriter, following
+from mmrag import pretrained
+from mmrag.config import Experiment, parse
+from mmrag.lm import LM
+from mmrag.loss import Objective
+from mmrag.tokens import read
+from mmrag.train import (
+    Curriculum,
+    adamw,
+    collate,
+    examples,
+    learning_rate,
+    precision,
+    step_log,
+    train_step,
+)
+from mmrag.vocabulary import Vocabulary
+
+CHECKPOINTS = ".checkpoints"
+STATE = "state"
+
+
+def fit(
+    experiment: Experiment,
+    splits: list[Path],
+    directory: Path,
+    log: Callable[[dict[str, Any]], None],
+) -> None:
+    """Train on the tokenized `splits`; leave the language model in `directory`.
+
+    `directory` holds the vocabulary already. A run that was killed there goes on from its last
+    checkpoint. `log` is called, in this process, with each record of `metrics.jsonl`.
+    """
+    settings = experiment.train
+    gpus = settings.workers.num_gpus
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={
+            "experiment": experiment.model_dump(mode="json"),
+            "splits": [str(split) for split in splits],
+            "directory": str(directory),
+        },
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=settings.workers.count,
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": settings.workers.num_cpus, "GPU": gpus},
+        ),
+        run_config=RunConfig(
+            name="train",
+            storage_path=str(directory / CHECKPOINTS),
+            failure_config=FailureConfig(max_failures=settings.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    with following(directory, log):
+        trainer.fit()
+
+
+def deepspeed_config(experiment: Experiment, dtype: torch.dtype) -> dict[str, Any]:
+    """DeepSpeed's configuration: the experiment's settings and what `train.deepspeed` adds.
+
+    ValueError if that file sets something the experiment decides.
+    """
+    settings = experiment.train
+    decided = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": settings.micro_batches // settings.workers.count,
+        "gradient_clipping": settings.clip,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+    }
+    extra = json.loads(Path(settings.deepspeed).read_text()) if settings.deepspeed else {}
+    clash = sorted(decided.keys() & extra.keys())
+    if "stage" in extra.get("zero_optimization", {}):
+        clash.append("zero_optimization.stage")
+    if clash:
+        raise ValueError(f"{settings.deepspeed} sets what the experiment decides: {clash}")
+    zero = {**extra.pop("zero_optimization", {}), "stage": settings.zero_stage}
+    return {**extra, **decided, "zero_optimization": zero}
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    experiment = parse(config["experiment"], "the driver's experiment")
+    settings, directory = experiment.train, Path(config["directory"])
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    torch.set_num_threads(max(1, round(settings.workers.num_cpus)))
+    deepspeed.init_distributed(dist_init_required=False)
+
+    vocabulary = Vocabulary.load(directory)
+    data = examples([one for split in config["splits"] for one in read(Path(split))], vocabulary)
+    curriculum = Curriculum(data, settings, experiment.seed)
+    dtype = precision(settings.precision, device)
+    ds_config = deepspeed_config(experiment, dtype)
+    objective = _build(experiment, vocabulary, ds_config)
+    optimizer = adamw(objective, settings)
+    engine, *_ = deepspeed.initialize(
+        model=objective, optimizer=optimizer, config=ds_config, dist_init_required=False
+    )
+    first = _restore(engine)
+    metrics = MetricsWriter(directory, first) if rank == 0 else None
+
+    def backward(loss: Tensor) -> None:
+        # DeepSpeed averages over ranks; the loss is already divided by everyone's count.
+        engine.backward(loss * world, scale_wrt_gas=False)
+        engine.step()
+
+    for step in range(first, settings.steps):
+        started = time.monotonic()
+        phase, micro_batches = curriculum.step(step)
+        batches = [
+            collate(data, chosen, vocabulary, settings.unit_dropout, (experiment.seed, step, n))
+            for n, chosen in enumerate(micro_batches)
+        ][rank::world]
+        tokens = torch.tensor([sum(batch.ids.numel() for batch in batches)])
+        counts = torch.stack([batch.counts() for batch in batches]).sum(0)
+        *counts, tokens = _all_sum(torch.cat((counts, tokens)), device)
+        counts = torch.stack(counts)
+        rate = learning_rate(step, settings)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = rate
+        sums = train_step(
+            lambda batch: engine(batch.to(device)), backward, batches, counts, settings.ctc_weight
+        )
+        sums = _all_sum(sums, device)
+        if metrics:
+            norm = float(engine.get_global_grad_norm() or 0.0)
+            record = step_log(step, phase, sums, counts, norm, rate, int(tokens))
+            speed = record.tokens / (time.monotonic() - started)
+            metrics.write({**asdict(record), "tokens_per_second": speed})
+        done = step + 1
+        if done % settings.checkpoint_steps == 0 or done == settings.steps:
+            _checkpoint(engine, done)
+    _export(engine.module.lm, directory, vocabulary, rank)
+
+
+def _build(experiment: Experiment, vocabulary: Vocabulary, ds_config: dict[str, Any]) -> Objective:
+    """The objective with its starting weights; partitioned as it is built under ZeRO-3."""
+    settings = experiment.train
+    torch.manual_seed(experiment.seed)
+    partitioned = settings.zero_stage == 3
+    with deepspeed.zero.Init(config_dict_or_path=ds_config) if partitioned else nullcontext():
+        lm = LM(experiment.lm, vocabulary.size)
+        objective = Objective(lm, vocabulary.pieces.size, settings.ctc_weight)
+    if settings.base:
+        parameters = dict(lm.named_parameters())
+        for name, tensor in pretrained.huggingface_tensors(settings.base):
+            parameter = parameters[name]
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                if not partitioned or torch.distributed.get_rank() == 0:
+                    pretrained.place(name, parameter, tensor, vocabulary, Path(settings.base))
+    return objective
+
+
+def _restore(engine: deepspeed.DeepSpeedEngine) -> int:
+    """Load the last checkpoint, if there is one; return the step to go on with."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return 0
+    with checkpoint.as_directory() as directory:
+        loaded, state = engine.load_checkpoint(directory, tag=STATE)
+    if loaded is None:
+        raise RuntimeError(f"DeepSpeed could not load the checkpoint in {checkpoint.path}")
+    return state["step"]
+
+
+def _checkpoint(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
+    """Report a checkpoint; each rank adds its own files to it."""
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / STATE).mkdir()
+        engine.save_checkpoint(directory, tag=STATE, client_state={"step": step})
+        ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(directory))
+
+
+def _export(lm: LM, directory: Path, vocabulary: Vocabulary, rank: int) -> None:
+    """Write the language model as every later stage loads it."""
+    tensors = list(_whole(lm, rank))
+    if rank == 0:
+        pretrained.save(directory, lm.config, vocabulary, tensors)
+    torch.distributed.barrier()
+
+
+def _whole(lm: LM, rank: int) -> Iterator[tuple[str, Tensor]]:
+    """Each weight in full, on rank 0's host memory; gathered one at a time under ZeRO-3."""
+    for name, parameter in lm.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            if rank == 0:
+                yield name, parameter.detach().cpu().clone()
+
+
+def _all_sum(values: Tensor, device: torch.device) -> Tensor:
+    values = values.to(device)
+    torch.distributed.all_reduce(values)
+    return values.cpu()

@@ -1,0 +1,122 @@
+"""A datastore: the language model reads a corpus, each token is an entry; shards are built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import ray
+
+from cluster.stages import SpeakUnits, WriteEntries, parts, work_off
+from cluster.tracking import Run
+from jobs import stage
+from mmrag import artifact, datastore, tokens
+from mmrag.artifact import Artifact, Draft
+from mmrag.config import ConfigError, Experiment, Index, as_dict
+from mmrag.datastore import Datastore, Description
+from mmrag.index import IndexShard, saved_shards, shard_directory, shard_ranges
+from mmrag.records import Utterance
+from mmrag.tokens import Tokenized
+
+SPLIT = "datastore"
+
+
+def run(experiment: Experiment, force: bool = False) -> Artifact:
+    """Make `datastores/<name>/` from text lines or tokenized speech."""
+    settings = experiment.datastore
+    lm = stage.load(experiment, "lm", "lm", "train")
+    codebook = stage.load(experiment, "codebook", "codebook", "tokenize")
+    lm.require("codebook", codebook)
+    inputs = {"lm": lm, "codebook": codebook, "source": _source(experiment, codebook)}
+    config = {"seed": experiment.seed, **as_dict(settings)}
+    for name in ("workers", "source", "name"):
+        del config[name]
+
+    def work(draft: Draft, tracked: Run) -> None:
+        description = Description(
+            width=experiment.lm.width,
+            window=settings.window,
+            metric=settings.metric,
+            audio=settings.audio,
+            identity={"lm": lm.fingerprint, "codebook": codebook.fingerprint},
+        )
+        datastore.create(draft.path, description)
+        utterances = list(_read(inputs["source"], settings.audio))
+        shares = parts(utterances, lambda _: 1, settings.part_utterances)
+        segments = draft.path / "segments"
+        todo = [part for part in shares if not (segments / part.name).exists()]
+        stages = [(WriteEntries, {"lm": lm.path, "settings": settings, "directory": draft.path})]
+        if settings.audio == "spoken":
+            hubert = stage.load(experiment, "hubert", "hubert", "pretrain_hubert")
+            codebook.require("hubert", hubert)
+            speak = {"hubert": hubert.path, "codebook": codebook.path, "seed": experiment.seed}
+            stages.insert(0, (SpeakUnits, speak))
+        for _ in work_off(stages, todo, settings.workers, "reading"):
+            pass
+        known = Datastore.open(draft.path).segments
+        datastore.publish(draft.path, [p.name for p in shares if p.name not in known])
+        entries = _index(draft.path, settings.index, experiment.seed, settings.workers.num_cpus)
+        draft.summary |= {
+            "entries": entries,
+            "utterances": len(utterances),
+            "shards": len(saved_shards(draft.path)),
+        }
+
+    directory = f"datastores/{settings.name}"
+    return stage.make(experiment, directory, "datastore", config, inputs, work, force=force)
+
+
+def _source(experiment: Experiment, codebook: Artifact) -> Artifact:
+    """What is read: the workspace's datastore split, other tokens, or a file of text lines."""
+    settings = experiment.datastore
+    if settings.source is None:
+        made = stage.load(experiment, experiment.tokenize.name, "tokens", "tokenize")
+    elif Path(settings.source).is_dir():
+        made = artifact.load(settings.source, "tokens")
+    elif settings.audio == "paired":
+        raise ConfigError(
+            f"datastore.source {settings.source} is text: datastore.audio must be none or spoken"
+        )
+    else:
+        return artifact.outside(settings.source)
+    made.require("codebook", codebook)
+    return made
+
+
+def _read(source: Artifact, audio: str) -> Iterable[Tokenized]:
+    """The source's utterances that have what their keys are made of."""
+    if source.kind == "outside":
+        for number, line in enumerate(source.path.read_text().splitlines(), start=1):
+            if line.strip():
+                name = f"{source.path.name}:{number}"
+                yield Tokenized(Utterance(id=name, text=line.strip(), document=name), None)
+        return
+    splits = [source.path / SPLIT] if (source.path / SPLIT).exists() else [source.path / "all"]
+    for split in splits:
+        for one in tokens.read(split):
+            if one.utterance.text and (audio != "paired" or one.units is not None):
+                yield one
+
+
+def _index(directory: Path, settings: Index, seed: int, num_cpus: float) -> int:
+    """Build the shards that are not there yet, in parallel; return the number of entries."""
+    entries = Datastore.open(directory).entries
+    building = [
+        _build_shard.options(num_cpus=num_cpus).remote(directory, number, span, settings, seed)
+        for number, span in enumerate(shard_ranges(entries, settings.shards))
+        if not shard_directory(directory, number).exists()
+    ]
+    ray.get(building)
+    return entries
+
+
+@ray.remote
+def _build_shard(
+    directory: Path, number: int, span: tuple[int, int], settings: Index, seed: int
+) -> None:
+    shard = IndexShard.build(Datastore.open(directory), *span, settings, seed)
+    shard.save(shard_directory(directory, number))
+
+
+if __name__ == "__main__":
+    stage.main(run, __doc__)

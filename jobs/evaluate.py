@@ -1,0 +1,296 @@
+"""A split transcribed in each mode: word error rates, entity recall, retrieval recall, speed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from cluster.shards import serve_shards
+from cluster.stages import Heard, OpenLocally, Transcribe, parts, seconds, work_off
+from cluster.tracking import Run
+from jobs import stage
+from jobs.tune import SETTINGS, select
+from mmrag.artifact import Artifact, ArtifactError, Draft, load, write_json
+from mmrag.config import KNN, Experiment, as_dict
+from mmrag.decode import Retrieval
+from mmrag.score import ErrorRate, Recall, character_error_rate, entity_recall, word_error_rate
+from mmrag.tokens import Tokenized
+
+PART_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to transcribe: without retrieval, or with one datastore and its settings."""
+
+    name: str
+    datastore: str | None = None
+    artifact: Artifact | None = None
+    knn: KNN | None = None
+
+    @property
+    def title(self) -> str:
+        """For tables and plots."""
+        return "no retrieval" if self.datastore is None else f"{self.name}: {self.datastore}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A mode's transcripts, scored."""
+
+    mode: Mode
+    heard: list[Heard]
+    words: ErrorRate
+    characters: ErrorRate
+    entities: Recall
+    recall: Recall
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The result as plain values; what does not apply is None."""
+        return {
+            "mode": self.mode.name,
+            "datastore": self.mode.datastore,
+            "entries": self.mode.artifact.summary["entries"] if self.mode.artifact else None,
+            "knn": as_dict(self.mode.knn) if self.mode.knn else None,
+            "utterances": len(self.heard),
+            "wer": self.words.rate,
+            "wer_low": self.words.low,
+            "wer_high": self.words.high,
+            "substitutions": self.words.substitutions,
+            "deletions": self.words.deletions,
+            "insertions": self.words.insertions,
+            "words": self.words.reference,
+            "cer": self.characters.rate,
+            "entity_recall": self.entities.rate,
+            "recall_at_k": self.recall.rate,
+            "seconds_of_audio": sum(one.seconds for one in self.heard),
+            "decode_seconds": sum(one.decode_seconds for one in self.heard),
+        }
+
+
+def run(experiment: Experiment, force: bool = False) -> Artifact:
+    """Make `evaluation/`: results as JSON, Markdown and a plot, and every transcript."""
+    settings = experiment.evaluate
+    made = stage.load(experiment, experiment.tokenize.name, "tokens", "tokenize")
+    lm = stage.load(experiment, "lm", "lm", "train")
+    modes = _modes(experiment, lm)
+    inputs = {"tokens": made, "lm": lm}
+    inputs |= {f"datastore {m.datastore}": m.artifact for m in modes if m.artifact}
+    config = {
+        "evaluate": as_dict(settings),
+        "decode": as_dict(experiment.decode),
+        "knn": {mode.datastore: as_dict(mode.knn) for mode in modes if mode.knn},
+    }
+
+    def work(draft: Draft, tracked: Run) -> None:
+        spoken = select(made.path / settings.split, settings.domain)
+        if not spoken:
+            raise ArtifactError(
+                f"{made.path / settings.split} has no spoken utterance of domain {settings.domain}"
+            )
+        results = [_transcribe(experiment, mode, spoken) for mode in modes]
+        write(draft.path, results, settings.split, settings.domain)
+        for result in results:
+            name = result.mode.datastore or "none"
+            row = result.row
+            tracked.log({f"{key}.{name}": row[key] for key in _METRICS})
+        for file in sorted(draft.path.iterdir()):
+            if not file.name.startswith("."):
+                tracked.file(file)
+        draft.summary["utterances"] = len(spoken)
+
+    evaluated = stage.make(
+        experiment, "evaluation", "evaluation", config, inputs, work, force=force
+    )
+    show(evaluated)
+    return evaluated
+
+
+_METRICS = ("wer", "wer_low", "wer_high", "cer", "entity_recall", "recall_at_k", "decode_seconds")
+
+
+def _modes(experiment: Experiment, lm: Artifact) -> list[Mode]:
+    modes = []
+    for name in experiment.evaluate.modes:
+        if name == "none":
+            modes.append(Mode(name))
+            continue
+        for datastore in experiment.evaluate.datastores:
+            made = stage.load(experiment, f"datastores/{datastore}", "datastore", "build_datastore")
+            made.require("lm", lm)
+            modes.append(Mode(name, datastore, made, _knn(experiment, made)))
+    return modes
+
+
+def _knn(experiment: Experiment, datastore: Artifact) -> KNN:
+    """What `jobs.tune` chose for this very datastore; where it has not run, `knn`."""
+    path = experiment.workspace / "tuned" / datastore.path.name
+    if not path.exists():
+        return experiment.knn
+    load(path, "tuned").require("datastore", datastore)
+    fields = json.loads((path / SETTINGS).read_text())
+    return KNN(**{name: fields[name] for name in KNN.model_fields})
+
+
+def _transcribe(experiment: Experiment, mode: Mode, spoken: Sequence[Tokenized]) -> Result:
+    settings = experiment.evaluate
+    retriever, retrieval = None, None
+    if mode.artifact and settings.retriever == "sharded":
+        retriever = serve_shards(mode.artifact.path, settings.replicas, settings.shard_cpus)
+        retrieval = partial(Retrieval, retriever, mode.knn)
+    elif mode.artifact:
+        retrieval = OpenLocally(mode.artifact.path, mode.knn)
+    transcribe = {
+        "models": experiment.workspace,
+        "settings": experiment.decode,
+        "retrieval": retrieval,
+    }
+    shares = parts(spoken, seconds, PART_SECONDS)
+    answers = work_off([(Transcribe, transcribe)], shares, settings.workers, mode.title)
+    try:
+        heard = sorted((one for part in answers for one in part), key=lambda one: one.utterance)
+    finally:
+        if retriever:
+            retriever.close()
+    references, texts = [one.reference for one in heard], [one.text for one in heard]
+    score = {"resamples": settings.resamples, "seed": experiment.seed}
+    return Result(
+        mode=mode,
+        heard=heard,
+        words=word_error_rate(references, texts, **score),
+        characters=character_error_rate(references, texts, **score),
+        entities=entity_recall([one.entities for one in heard], texts),
+        recall=Recall(sum(one.recalled for one in heard), sum(one.queries for one in heard)),
+    )
+
+
+def write(directory: Path, results: Sequence[Result], split: str, domain: str | None) -> None:
+    """`results.json`, `results.md`, `wer.png`, and `transcripts.jsonl` with all of them."""
+    rows = [result.row for result in results]
+    speakers = [_by_speaker(result) for result in results]
+    write_json(
+        directory / "results.json",
+        {"split": split, "domain": domain, "rows": rows, "speakers": speakers},
+    )
+    lines = [
+        f"# {split} split{f', {domain} domain' if domain else ''}: "
+        f"{rows[0]['utterances']} utterances, {rows[0]['words']} words",
+        "",
+        *_markdown([HEADER, *map(cells, rows)]),
+        "",
+        "Word error rate by voice:",
+        "",
+        *_markdown(
+            [
+                ["voice", *(result.mode.title for result in results)],
+                *(
+                    [voice, *(f"{by[voice]['wer']:.1%}" for by in speakers)]
+                    for voice in speakers[0]
+                ),
+            ]
+        ),
+    ]
+    (directory / "results.md").write_text("\n".join(lines) + "\n")
+    with (directory / "transcripts.jsonl").open("w") as stream:
+        for result in results:
+            for one in result.heard:
+                fields = {
+                    "mode": result.mode.name,
+                    "datastore": result.mode.datastore,
+                    **asdict(one),
+                }
+                stream.write(json.dumps(fields, ensure_ascii=False) + "\n")
+    _plot(directory / "wer.png", results)
+
+
+HEADER = [
+    "mode", "WER", "95 % interval", "sub", "del", "ins", "CER",
+    "entity recall", "recall@k", "decoding, × real time",
+]  # fmt: skip
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row of `results.json` under `HEADER`."""
+
+    def share(value: float | None) -> str:
+        return "–" if value is None else f"{value:.1%}"
+
+    title = "no retrieval" if row["datastore"] is None else f"{row['mode']}: {row['datastore']}"
+    return [
+        title,
+        share(row["wer"]),
+        f"{row['wer_low']:.1%} – {row['wer_high']:.1%}",
+        str(row["substitutions"]),
+        str(row["deletions"]),
+        str(row["insertions"]),
+        share(row["cer"]),
+        share(row["entity_recall"]),
+        share(row["recall_at_k"]),
+        f"{row['decode_seconds'] / row['seconds_of_audio']:.3f}",
+    ]
+
+
+def show(evaluation: Artifact) -> None:
+    """Print the table of a finished evaluation."""
+    results = json.loads((evaluation.path / "results.json").read_text())
+    table = Table(
+        title=f"{results['split']} split, {results['domain'] or 'all'} domain: "
+        f"{results['rows'][0]['utterances']} utterances",
+        title_justify="left",
+    )
+    for number, name in enumerate(HEADER):
+        table.add_column(name, justify="left" if number == 0 else "right")
+    for row in results["rows"]:
+        table.add_row(*cells(row))
+    stage.console.print(table)
+
+
+def _by_speaker(result: Result) -> dict[str, dict[str, Any]]:
+    voices = sorted({one.speaker for one in result.heard})
+    rates = {}
+    for voice in voices:
+        own = [one for one in result.heard if one.speaker == voice]
+        rate = word_error_rate([o.reference for o in own], [o.text for o in own], resamples=1)
+        rates[voice] = {"utterances": len(own), "wer": rate.rate}
+    return rates
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    rule = "| --- |" + " ---: |" * (len(rows[0]) - 1)
+    return [lines[0], rule, *lines[1:]]
+
+
+def _plot(path: Path, results: Sequence[Result]) -> None:
+    """A bar for each mode's WER, with its interval."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.6 + 1.6 * len(results), 4), layout="constrained")
+    axes = figure.subplots()
+    rates = [100 * result.words.rate for result in results]
+    below = [100 * (r.words.rate - r.words.low) for r in results]
+    above = [100 * (r.words.high - r.words.rate) for r in results]
+    bars = axes.bar(
+        [result.mode.title for result in results],
+        rates,
+        yerr=(below, above),
+        color=["#9aa5b1", *["#2f6db3"] * (len(results) - 1)],
+        capsize=4,
+        width=0.6,
+    )
+    axes.bar_label(bars, fmt="%.1f %%", padding=4, label_type="center", color="white")
+    axes.set_ylabel("word error rate, %")
+    axes.set_title("Lower is better; whiskers are 95 % intervals", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    stage.main(run, __doc__)

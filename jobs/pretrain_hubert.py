@@ -1,0 +1,119 @@
+"""The speech encoder: HuBERT pretrained by masked prediction, or published weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from cluster.progress import METRICS, MetricsWriter, following
+from cluster.stages import device
+from cluster.tracking import Run
+from jobs import stage
+from mmrag import audio
+from mmrag.artifact import Artifact, Draft
+from mmrag.config import Experiment, as_dict
+from mmrag.corpora import manifest
+from mmrag.hubert import HubertEncoder, pretrain
+from mmrag.records import Utterance
+from mmrag.units import kmeans
+
+
+class Waves(Sequence):
+    """Clips opened when they are asked for."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return audio.read(self._paths[index])
+
+
+def run(experiment: Experiment, force: bool = False) -> Artifact:
+    """Make `hubert/` from `hubert.weights`, else by training on the lm split of `corpus/`."""
+    settings = experiment.hubert
+    if settings.weights:
+        return _publish(experiment, force)
+    corpus = stage.load(experiment, "corpus", "corpus", "synthesize")
+    config = {
+        "seed": experiment.seed,
+        "hubert": as_dict(settings),
+        "pretrain": as_dict(experiment.pretrain),
+    }
+
+    def work(draft: Draft, tracked: Run) -> None:
+        steps = sum(each.steps for each in experiment.pretrain.rounds)
+        last: dict[str, Any] = {}
+
+        def log(record: dict[str, Any]) -> None:
+            last.update(record)
+            tracked.log({k: record[k] for k in ("loss", "accuracy")}, record["step"])
+            if record["step"] % (steps // 8 or 1) == 0:
+                stage.console.print(
+                    f"  round {record['round']}  step {record['step']}/{steps}  "
+                    f"loss {record['loss']:.2f}  masked frames guessed {record['accuracy']:.0%}"
+                )
+
+        training = _pretrain.options(
+            num_cpus=experiment.pretrain.num_cpus, num_gpus=experiment.pretrain.num_gpus
+        ).remote(experiment, corpus.path / "lm.jsonl", draft.path)
+        with following(draft.path, log):
+            ray.get(training)
+        draft.summary |= {"steps": steps, "masked_accuracy": round(last["accuracy"], 3)}
+
+    return stage.make(
+        experiment,
+        "hubert",
+        "hubert",
+        config,
+        {"corpus": corpus},
+        work,
+        logs=(METRICS,),
+        force=force,
+    )
+
+
+@ray.remote
+def _pretrain(experiment: Experiment, corpus: Path, directory: Path) -> None:
+    torch.set_num_threads(max(1, round(experiment.pretrain.num_cpus)))
+    spoken = [one.audio for one in manifest.read(corpus) if isinstance(one, Utterance)]
+    metrics: MetricsWriter | None = None
+
+    def log(step: int, record: dict[str, float]) -> None:
+        nonlocal metrics
+        metrics = metrics or MetricsWriter(directory, step)
+        metrics.write({"step": step, **record})
+
+    encoder = pretrain(
+        experiment.hubert,
+        experiment.pretrain,
+        Waves(spoken),
+        experiment.seed,
+        directory,
+        kmeans,
+        log,
+        device=device(),
+    )
+    encoder.save(directory)
+
+
+def _publish(experiment: Experiment, force: bool) -> Artifact:
+    weights, layer = experiment.hubert.weights, experiment.hubert.layer
+
+    def work(draft: Draft, tracked: Run) -> None:
+        encoder = HubertEncoder.from_published(weights, layer)
+        encoder.save(draft.path)
+        draft.summary["parameters"] = sum(p.numel() for p in encoder.parameters())
+
+    config = {"weights": weights, "layer": layer}
+    return stage.make(experiment, "hubert", "hubert", config, {}, work, force=force)
+
+
+if __name__ == "__main__":
+    stage.main(run, __doc__)

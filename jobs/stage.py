@@ -1,0 +1,83 @@
+"""What every stage has in common: its command line, its artifact, its MLflow run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from rich.console import Console
+
+from cluster import tracking
+from cluster.connection import connection
+from mmrag import artifact
+from mmrag.artifact import Artifact, ArtifactError, Draft
+from mmrag.config import ConfigError, Experiment, read
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.yaml"
+console = Console(highlight=False)
+
+Work = Callable[[Draft, tracking.Run], None]
+"""Fills a draft; counts go to `draft.summary`, metrics to the run."""
+
+
+def main(stage: Callable[[Experiment, bool], Any], description: str) -> None:
+    """Run one stage from the command line: `--config FILE [--force] key.sub=value…`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--config", type=Path, default=DEFAULT_CONFIG, help="experiment YAML (default: %(default)s)"
+    )
+    parser.add_argument("--force", action="store_true", help="make it again though it is finished")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    arguments = parser.parse_args()
+    try:
+        experiment = read(arguments.config, arguments.overrides)
+        with connection():
+            stage(experiment, arguments.force)
+    except (ConfigError, ArtifactError, ValueError, OSError) as error:
+        if isinstance(error, ValidationError):
+            raise
+        sys.exit(f"error: {error}")
+
+
+def make(
+    experiment: Experiment,
+    directory: str,
+    kind: str,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, Artifact],
+    work: Work,
+    *,
+    bulk: tuple[str, ...] = (),
+    logs: tuple[str, ...] = (),
+    force: bool = False,
+) -> Artifact:
+    """The finished artifact `directory` of the workspace: found as it is, or made by `work`."""
+    path = experiment.workspace / directory
+    if not force and (done := artifact.finished(path, kind, config, inputs)):
+        console.print(f"[dim]{directory}: nothing to do, {path} is finished[/dim]")
+        return done
+    params = {"stage": directory, "workspace": experiment.workspace, **config}
+    with (
+        tracking.run(experiment.tracking, directory, params) as run,
+        artifact.create(path, kind, config, inputs, bulk=bulk, logs=logs, force=force) as draft,
+    ):
+        if draft.resumed:
+            console.print(f"{directory}: going on where a stopped run left off")
+        work(draft, run)
+        run.log({k: v for k, v in draft.summary.items() if isinstance(v, int | float)})
+    made = artifact.load(path, kind)
+    counts = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in made.summary.items())
+    console.print(f"{directory}: {counts}")
+    return made
+
+
+def load(experiment: Experiment, directory: str, kind: str, made_by: str) -> Artifact:
+    """A finished artifact of the workspace; ArtifactError says which job makes it."""
+    try:
+        return artifact.load(experiment.workspace / directory, kind)
+    except ArtifactError as error:
+        raise ArtifactError(f"{error} (made by: python -m jobs.{made_by})") from None

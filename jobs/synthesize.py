@@ -1,0 +1,48 @@
+"""A speech corpus from text: sentences planned by seed, spoken by espeak-ng, as FLAC + JSONL."""
+
+from __future__ import annotations
+
+from cluster.stages import RenderSpeech, parts, work_off
+from cluster.tracking import Run
+from jobs import stage
+from mmrag.artifact import Artifact, Draft
+from mmrag.config import Experiment, as_dict
+from mmrag.corpora.synthetic import plan
+
+PART_UTTERANCES = 64
+
+
+def run(experiment: Experiment, force: bool = False) -> Artifact:
+    """Make `corpus/`: a manifest `<split>.jsonl` for each split, and `audio/`."""
+    settings = experiment.synthesize
+    config = {"seed": experiment.seed, **as_dict(settings)}
+    del config["workers"]
+
+    def work(draft: Draft, tracked: Run) -> None:
+        splits = {
+            split: parts(planned, lambda _: 1, PART_UTTERANCES, name=split)
+            for split, planned in plan(settings, experiment.seed).items()
+        }
+        todo = [
+            part
+            for shares in splits.values()
+            for part in shares
+            if not (draft.path / f".{part.name}.jsonl").exists()
+        ]
+        speak = (RenderSpeech, {"directory": draft.path})
+        for _ in work_off([speak], todo, settings.workers, "speaking"):
+            pass
+        for split, shares in splits.items():
+            manifest = draft.path / f"{split}.jsonl"
+            rows = [(draft.path / f".{part.name}.jsonl").read_text() for part in shares]
+            manifest.write_text("".join(rows))
+            draft.summary[f"{split}_utterances"] = sum(len(part.work) for part in shares)
+            tracked.file(manifest)
+
+    return stage.make(
+        experiment, "corpus", "corpus", config, {}, work, bulk=("audio/",), force=force
+    )
+
+
+if __name__ == "__main__":
+    stage.main(run, __doc__)

@@ -1,0 +1,146 @@
+"""Audio to units: HuBERT features, a codebook, Parquet; what cannot be read is reported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from cluster.stages import EncodeFeatures, EncodeUnits, parts, work_off, write_rejections
+from cluster.tracking import Run
+from jobs import stage
+from mmrag import artifact, audio, tokens
+from mmrag.artifact import Artifact, Draft
+from mmrag.config import Experiment, as_dict
+from mmrag.corpora import manifest
+from mmrag.hubert import HubertEncoder
+from mmrag.records import Rejection, Utterance
+from mmrag.units import Codebook
+
+CORPUS_SPLITS = ("lm", "text", "adapter", "datastore", "dev", "test")
+UNKNOWN_SECONDS = 10.0
+"""What a clip whose length nobody stated counts for when parts are cut."""
+
+
+def run(experiment: Experiment, force: bool = False) -> Artifact:
+    """Make `codebook/` (unless one is named) and `tokens/<split>/part-*.parquet`."""
+    settings = experiment.tokenize
+    hubert = stage.load(experiment, "hubert", "hubert", "pretrain_hubert")
+    if settings.source is None:
+        source = stage.load(experiment, "corpus", "corpus", "synthesize")
+        splits = {name: _read(source.path / f"{name}.jsonl") for name in CORPUS_SPLITS}
+    else:
+        source = artifact.outside(settings.source)
+        splits = {"all": _read(source.path)}
+    codebook = _codebook(experiment, hubert, source, splits, force)
+    config = as_dict(settings)
+    for name in ("workers", "name", "codebook", "source"):
+        del config[name]
+
+    def work(draft: Draft, tracked: Run) -> None:
+        rejected = []
+        for split, (utterances, unread) in splits.items():
+            directory = draft.path / split
+            directory.mkdir(exist_ok=True)
+            rejected += unread
+            shares = parts(utterances, _seconds, settings.part_seconds)
+            todo = [p for p in shares if not (directory / f"{p.name}.parquet").exists()]
+            encode = {
+                "hubert": hubert.path,
+                "codebook": codebook.path,
+                "settings": settings,
+                "directory": directory,
+            }
+            for _ in work_off([(EncodeUnits, encode)], todo, settings.workers, split):
+                pass
+            for piece in sorted(directory.glob(".*.rejected.jsonl")):
+                rejected += [Rejection(**json.loads(line)) for line in piece.open()]
+                piece.unlink()
+        write_rejections(draft.path / "rejected.jsonl", rejected)
+        _count(draft, splits, len(rejected))
+        tracked.file(draft.path / "rejected.jsonl")
+
+    inputs = {"hubert": hubert, "codebook": codebook, "source": source}
+    return stage.make(experiment, settings.name, "tokens", config, inputs, work, force=force)
+
+
+def _codebook(
+    experiment: Experiment,
+    hubert: Artifact,
+    source: Artifact,
+    splits: dict[str, tuple[list[Utterance], list[Rejection]]],
+    force: bool,
+) -> Artifact:
+    """The codebook named in the settings, else one fitted on the first split."""
+    settings = experiment.tokenize
+    if settings.codebook:
+        named = artifact.load(settings.codebook, "codebook")
+        named.require("hubert", hubert)
+        return named
+    config = {
+        "seed": experiment.seed,
+        "units": settings.units,
+        "sample_seconds": settings.sample_seconds,
+    }
+
+    def work(draft: Draft, tracked: Run) -> None:
+        utterances = next(iter(splits.values()))[0]
+        sample = _sample(utterances, settings.sample_seconds, experiment.seed)
+        shares = parts(sample, _seconds, settings.batch_seconds)
+        encode = (EncodeFeatures, {"hubert": hubert.path})
+        features = np.concatenate(list(work_off([encode], shares, settings.workers, "codebook")))
+        frame_seconds = HubertEncoder.load(hubert.path).frame_seconds
+        book = Codebook.fit(features, settings.units, experiment.seed, frame_seconds)
+        book.save(draft.path)
+        draft.summary |= {"units": len(book), "frames_seen": len(features)}
+
+    inputs = {"hubert": hubert, "source": source}
+    return stage.make(experiment, "codebook", "codebook", config, inputs, work, force=force)
+
+
+def _read(path: Path) -> tuple[list[Utterance], list[Rejection]]:
+    """A manifest's utterances and its unreadable lines, or the audio files of a directory."""
+    if path.is_dir():
+        return [
+            Utterance(id=file.relative_to(path).as_posix(), audio=file) for file in audio.find(path)
+        ], []
+    lines = list(manifest.read(path))
+    utterances = [line for line in lines if isinstance(line, Utterance)]
+    return utterances, [line for line in lines if isinstance(line, Rejection)]
+
+
+def _seconds(utterance: Utterance) -> float:
+    if utterance.audio is None:
+        return 1.0
+    return UNKNOWN_SECONDS if utterance.duration is None else utterance.duration
+
+
+def _sample(utterances: Sequence[Utterance], seconds: float, seed: int) -> list[Utterance]:
+    """Clips in random order, until there are `seconds` of them."""
+    order = np.random.default_rng(seed).permutation(len(utterances))
+    sample, filled = [], 0.0
+    for index in order.tolist():
+        if filled < seconds and utterances[index].audio is not None:
+            sample.append(utterances[index])
+            filled += _seconds(utterances[index])
+    return sample
+
+
+def _count(draft: Draft, splits: dict, rejected: int) -> None:
+    written = list(chain.from_iterable(tokens.read(draft.path / split) for split in splits))
+    spoken = [one for one in written if one.units is not None]
+    seconds = sum(one.utterance.duration for one in spoken)
+    units = sum(len(one.units) for one in spoken)
+    draft.summary |= {
+        "utterances": len(written),
+        "hours_of_audio": round(seconds / 3600, 2),
+        "units_a_second": round(units / seconds, 1) if seconds else 0.0,
+        "rejected": rejected,
+    }
+
+
+if __name__ == "__main__":
+    stage.main(run, __doc__)

@@ -1,0 +1,81 @@
+"""The language model: vocabulary, then Ray Train + DeepSpeed through all phases in one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cluster.progress import METRICS
+from cluster.tracking import Run
+from cluster.train import fit
+from jobs import stage
+from mmrag import tokens
+from mmrag.artifact import Artifact, Draft
+from mmrag.config import Experiment, as_dict
+from mmrag.lm import parameter_count
+from mmrag.units import Codebook
+from mmrag.vocabulary import BasePieces, SentencePieces, Vocabulary
+
+SPLITS = ("lm", "text")
+
+
+def run(experiment: Experiment, force: bool = False) -> Artifact:
+    """Make `lm/` from the lm and text splits of `tokens/`."""
+    made = stage.load(experiment, experiment.tokenize.name, "tokens", "tokenize")
+    codebook = stage.load(experiment, "codebook", "codebook", "tokenize")
+    made.require("codebook", codebook)
+    settings = experiment.train
+    splits = [made.path / split for split in SPLITS if (made.path / split).exists()]
+    config = {
+        "seed": experiment.seed,
+        "lm": as_dict(experiment.lm),
+        "vocabulary": as_dict(experiment.vocabulary),
+        "train": as_dict(settings),
+    }
+
+    def work(draft: Draft, tracked: Run) -> None:
+        if not (draft.path / Vocabulary.FILE).exists():
+            _vocabulary(experiment, splits, len(Codebook.load(codebook.path))).save(draft.path)
+        vocabulary = Vocabulary.load(draft.path)
+        parameters = parameter_count(experiment.lm, vocabulary.size)
+        stage.console.print(
+            f"  {parameters / 1e6:.1f} M parameters, {vocabulary.pieces.size} word pieces + "
+            f"{vocabulary.units} units, {settings.workers.count} workers, "
+            f"ZeRO-{settings.zero_stage}"
+        )
+        last: dict[str, Any] = {}
+
+        def log(record: dict[str, Any]) -> None:
+            last.update(record)
+            step, total = record["step"] + 1, settings.steps
+            if step % settings.log_steps and step != total:
+                return
+            names = ("loss", "ctc_loss", "gradient_norm", "learning_rate", "tokens_per_second")
+            tracked.log({name: record[name] for name in names}, step)
+            stage.console.print(
+                f"  {record['phase']:<13} step {step}/{total}  loss {record['loss']:.3f}  "
+                f"ctc {record['ctc_loss']:.3f}  |g| {record['gradient_norm']:.2f}  "
+                f"lr {record['learning_rate']:.1e}  {record['tokens_per_second']:,.0f} tokens/s"
+            )
+
+        fit(experiment, splits, draft.path, log)
+        draft.summary |= {
+            "parameters": parameters,
+            "steps": settings.steps,
+            "final_loss": round(last["loss"], 4),
+        }
+
+    inputs = {"tokens": made, "codebook": codebook}
+    return stage.make(experiment, "lm", "lm", config, inputs, work, logs=(METRICS,), force=force)
+
+
+def _vocabulary(experiment: Experiment, splits: list[Path], units: int) -> Vocabulary:
+    settings = experiment.vocabulary
+    if settings.tokenizer:
+        return Vocabulary(BasePieces(Path(settings.tokenizer)), units)
+    texts = [one.utterance.text for split in splits for one in tokens.read(split)]
+    return Vocabulary(SentencePieces.train(filter(None, texts), settings.pieces), units)
+
+
+if __name__ == "__main__":
+    stage.main(run, __doc__)

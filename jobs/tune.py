@@ -1,0 +1,98 @@
+"""kNN weight, temperature and k for a datastore, chosen on the dev split and never on test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ray
+
+from cluster.stages import OpenLocally, Transcribe, device, parts, seconds, work_off
+from cluster.tracking import Run
+from jobs import stage
+from mmrag import artifact, pretrained, tokens
+from mmrag.artifact import Artifact, Draft
+from mmrag.config import KNN, Experiment, as_dict
+from mmrag.score import word_error_rate
+from mmrag.tokens import Tokenized
+from mmrag.tune import Scored, score_grid
+
+SETTINGS = "knn.json"
+SPLIT = "dev"
+PART_SECONDS = 60.0
+
+
+def run(experiment: Experiment, force: bool = False) -> Artifact:
+    """Make `tuned/<datastore>/knn.json`."""
+    name = experiment.datastore.name
+    store = stage.load(experiment, f"datastores/{name}", "datastore", "build_datastore")
+    lm = stage.load(experiment, "lm", "lm", "train")
+    store.require("lm", lm)
+    made = stage.load(experiment, experiment.tokenize.name, "tokens", "tokenize")
+    domain = experiment.evaluate.domain
+    config = {"tune": as_dict(experiment.tune), "decode": as_dict(experiment.decode)}
+    config["domain"] = domain
+
+    def work(draft: Draft, tracked: Run) -> None:
+        spoken = select(made.path / SPLIT, domain)
+        workers = experiment.evaluate.workers
+        scoring = _score.options(num_cpus=workers.num_cpus, num_gpus=workers.num_gpus)
+        scored = ray.get(scoring.remote(experiment, lm.path, store.path, spoken))
+        finalists = scored[: experiment.tune.finalists]
+        rates = [_decode(experiment, store.path, spoken, one.knn) for one in finalists]
+        best = min(range(len(finalists)), key=lambda index: rates[index])
+        chosen = finalists[best].knn
+        rows = [
+            {**as_dict(one.knn), "dev_loss": one.loss, "dev_wer": rate}
+            for one, rate in zip(finalists, rates, strict=True)
+        ]
+        artifact.write_json(draft.path / SETTINGS, {**as_dict(chosen), "finalists": rows})
+        draft.summary |= {
+            "k": chosen.k,
+            "weight": chosen.weight,
+            "temperature": round(chosen.temperature, 3),
+            "dev_wer": round(rates[best], 4),
+        }
+        tracked.file(draft.path / SETTINGS)
+
+    inputs = {"datastore": store, "lm": lm, "tokens": made}
+    return stage.make(experiment, f"tuned/{name}", "tuned", config, inputs, work, force=force)
+
+
+def select(directory: Path, domain: str | None) -> list[Tokenized]:
+    """A tokenized split's spoken utterances with a transcript; of one domain, if one is named."""
+    return [
+        one
+        for one in tokens.read(directory)
+        if one.units is not None and one.utterance.text and domain in (None, one.utterance.domain)
+    ]
+
+
+@ray.remote
+def _score(
+    experiment: Experiment, lm_path: Path, store: Path, spoken: list[Tokenized]
+) -> list[Scored]:
+    lm, vocabulary = pretrained.load(lm_path, device())
+    shares = parts(spoken, seconds, experiment.decode.batch_seconds)
+    retriever = OpenLocally(store, experiment.knn)().retriever
+    batches = [part.work for part in shares]
+    return score_grid(lm, vocabulary, batches, retriever, experiment.tune)
+
+
+def _decode(experiment: Experiment, store: Path, spoken: list[Tokenized], knn: KNN) -> float:
+    transcribe = {
+        "models": experiment.workspace,
+        "settings": experiment.decode,
+        "retrieval": OpenLocally(store, knn),
+    }
+    shares = parts(spoken, seconds, PART_SECONDS)
+    title = f"k {knn.k}, weight {knn.weight}"
+    answers = work_off([(Transcribe, transcribe)], shares, experiment.evaluate.workers, title)
+    heard = [one for part in answers for one in part]
+    rate = word_error_rate(
+        [one.reference for one in heard], [one.text for one in heard], resamples=1
+    )
+    return rate.rate
+
+
+if __name__ == "__main__":
+    stage.main(run, __doc__)

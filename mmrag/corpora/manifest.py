@@ -1,0 +1,156 @@
+"""Manifests: one JSON object a line, in NeMo's manner, naming audio, transcript and what is known.
+
+Fields are `audio_filepath` (relative to the manifest's directory, or absolute; absent from a line
+of text alone), `text`, `duration` (seconds), `speaker`, `entities`, `words` (objects of `text`,
+`start` and `end`, seconds), `utterance`, `document`, `domain`. Other fields are ignored.
+Audio is not opened here: a line may name a file that does not exist.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path, PurePath
+from typing import Any
+
+from mmrag.records import Rejection, TimedWord, Utterance
+
+
+class ManifestError(ValueError):
+    """A manifest as a whole cannot be read or written; the message names it."""
+
+
+def read(path: Path | str) -> Iterator[Utterance | Rejection]:
+    """Each line's utterance, or why there is none; blank lines are passed over.
+
+    An utterance's id is `utterance`, else `audio_filepath` without its suffix, else `line-N`; its
+    document is its id unless the line says otherwise. Raises ManifestError at once if `path` is
+    not a readable file.
+    """
+    path = Path(path)
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise ManifestError(f"cannot read manifest {path}: {error.strerror}") from None
+    return _read(path)
+
+
+def write(path: Path | str, utterances: Iterable[Utterance]) -> int:
+    """Write a manifest that `read` gives back; the number of its lines.
+
+    Raises ManifestError for an id that stands twice; the file then ends before it.
+    """
+    path = Path(path)
+    seen: set[str] = set()
+    with path.open("w", encoding="utf-8") as stream:
+        for utterance in utterances:
+            if utterance.id in seen:
+                raise ManifestError(f"{path}: utterance {utterance.id!r} stands twice")
+            seen.add(utterance.id)
+            stream.write(json.dumps(row(utterance, path.parent), ensure_ascii=False) + "\n")
+    return len(seen)
+
+
+def row(utterance: Utterance, root: Path) -> dict[str, Any]:
+    """The utterance as a line of a manifest in directory `root`; empty fields are left out."""
+    audio = utterance.audio and utterance.audio.absolute()
+    if audio and audio.is_relative_to(root.absolute()):
+        audio = audio.relative_to(root.absolute())
+    fields = {
+        "audio_filepath": audio and audio.as_posix(),
+        "duration": utterance.duration,
+        "text": utterance.text,
+        "speaker": utterance.speaker or None,
+        "entities": list(utterance.entities) or None,
+        "words": [asdict(word) for word in utterance.words] or None,
+        "utterance": utterance.id,
+        "document": utterance.document or None,
+        "domain": utterance.domain or None,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _read(path: Path) -> Iterator[Utterance | Rejection]:
+    seen: dict[str, int] = {}
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                utterance = _parse(line, number, path.parent)
+                first = seen.setdefault(utterance.id, number)
+                if first != number:
+                    raise ValueError(f"utterance {utterance.id!r} is also on line {first}")
+            except (ValueError, OverflowError, RecursionError) as error:
+                yield Rejection(f"{path}:{number}", str(error))
+            else:
+                yield utterance
+
+
+def _parse(line: bytes, number: int, root: Path) -> Utterance:
+    """One line; raises ValueError with the reason why it cannot be used."""
+    try:
+        fields = json.loads(line.decode("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"not a JSON object but {type(fields).__name__}")
+    audio, text = _string(fields, "audio_filepath"), _string(fields, "text")
+    if not audio and not text:
+        raise ValueError("neither audio_filepath nor text")
+    duration = None if fields.get("duration") is None else _seconds(fields, "duration")
+    id = _string(fields, "utterance") or (
+        PurePath(audio).with_suffix("").as_posix() if audio else f"line-{number}"
+    )
+    return Utterance(
+        id=id,
+        text=text,
+        audio=root / audio if audio else None,
+        duration=duration,
+        speaker=_string(fields, "speaker") or "",
+        document=_string(fields, "document") or id,
+        domain=_string(fields, "domain") or "",
+        entities=tuple(_checked(entity, "entities") for entity in _list(fields, "entities")),
+        words=tuple(_words(fields)),
+    )
+
+
+def _string(fields: Mapping[str, Any], name: str) -> str | None:
+    value = fields.get(name)
+    return None if value is None else _checked(value, name)
+
+
+def _checked(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is not a string but {value!r:.80}")
+    value.encode()  # JSON can escape half a character, which no file could then hold
+    return value
+
+
+def _seconds(fields: Mapping[str, Any], name: str) -> float:
+    value = fields.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} is not a number but {value!r:.80}")
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} is not a time: {value}")
+    return float(value)
+
+
+def _words(fields: Mapping[str, Any]) -> Iterator[TimedWord]:
+    for word in _list(fields, "words"):
+        if not isinstance(word, dict):
+            raise ValueError(f"words holds not an object but {word!r:.80}")
+        text = _checked(word.get("text"), "the text of words")
+        timed = TimedWord(text, _seconds(word, "start"), _seconds(word, "end"))
+        if timed.end < timed.start:
+            raise ValueError(f"words: {timed.text!r} ends before it starts")
+        yield timed
+
+
+def _list(fields: Mapping[str, Any], name: str) -> list[Any]:
+    value = fields.get(name)
+    if value is not None and not isinstance(value, list):
+        raise ValueError(f"{name} is not a list but {value!r:.80}")
+    return value or []

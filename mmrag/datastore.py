@@ -1,0 +1,427 @@
+"""Entries on disk: what the language model knew (a key), what came next, and where that was.
+
+A datastore is a directory. Keys and values live in immutable segments, which many processes may
+write at once; `segments.json` names the ones that count, in order, and is replaced by rename.
+
+    datastore.json                what made the keys: `Description`
+    segments.json                 published segments with their entry counts; the deletions' file
+    deleted-<n>.npy               (M,) int64, deleted entries
+    segments/<name>/keys.npy      (N, D) float16      tokens.npy     (N,) int32
+                    windows.npy   (N, W) int32        positions.npy  (N,) int32
+                    names.json    [[utterance, document], …]
+                    utterances.npy (N,) int32, index into names.json
+
+An entry's id is its place in the segments laid end to end. Segments are only ever appended and
+deletion only hides, so ids never change. Nothing here searches, and nothing here knows a model.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+from uuid import uuid4
+
+import numpy as np
+
+from mmrag.artifact import write_json
+from mmrag.records import NO_ENTRY
+
+Metric = Literal["l2", "ip", "cosine"]
+
+ARRAYS = {
+    "keys": np.float16,
+    "tokens": np.int32,
+    "windows": np.int32,
+    "positions": np.int32,
+    "utterances": np.int32,
+}
+OPEN_FILES = 256
+"""Memory-mapped files kept open, each of which holds a file descriptor."""
+
+
+class DatastoreError(RuntimeError):
+    """A datastore is missing, damaged, or keyed by another model; the message says which."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a datastore's keys are, and what made them."""
+
+    width: int
+    """D of a key."""
+    window: int
+    """W, tokens in an entry's window."""
+    metric: Metric
+    audio: Literal["paired", "none", "spoken"]
+    """Keyed over the utterance's own units, text alone, or units of synthetic speech."""
+    identity: dict[str, str]
+    """Role (lm, codebook, vocabulary) -> fingerprint of the artifact that made the keys."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """N entries to write. `keys` (N, D), `windows` (N, W), the rest (N,).
+
+    `tokens` is the token that follows each key, `positions` its index among its utterance's
+    tokens, `utterances` the index of its utterance in `names`: (utterance, document) pairs.
+    """
+
+    keys: np.ndarray
+    tokens: np.ndarray
+    windows: np.ndarray
+    positions: np.ndarray
+    utterances: np.ndarray
+    names: Sequence[tuple[str, str]]
+
+
+def join(segments: Sequence[Segment]) -> Segment:
+    """Several segments as one, in order."""
+    first_names = np.cumsum([0, *(len(segment.names) for segment in segments)])
+    shifted = [s.utterances + first for s, first in zip(segments, first_names, strict=False)]
+    return Segment(
+        keys=np.concatenate([segment.keys for segment in segments]),
+        tokens=np.concatenate([segment.tokens for segment in segments]),
+        windows=np.concatenate([segment.windows for segment in segments]),
+        positions=np.concatenate([segment.positions for segment in segments]),
+        utterances=np.concatenate(shifted),
+        names=[name for segment in segments for name in segment.names],
+    )
+
+
+def prepare(keys: np.ndarray, metric: Metric) -> np.ndarray:
+    """Keys, or queries, as they are compared: (N, D) -> (N, D) float32.
+
+    Unit length for cosine, unchanged otherwise. `distances` of prepared vectors is the metric.
+    """
+    keys = np.asarray(keys, np.float32)
+    if metric != "cosine":
+        return keys
+    lengths = np.linalg.norm(keys, axis=-1, keepdims=True)
+    return keys / np.where(lengths > 0, lengths, 1)
+
+
+def distances(queries: np.ndarray, keys: np.ndarray, metric: Metric) -> np.ndarray:
+    """Distance of each query to the key in the same row, both prepared: (M, D) x 2 -> (M,) float32.
+
+    Squared L2 for l2 and for cosine (of unit vectors: 2 - 2 cos), the negated inner product for
+    ip. A pair's distance does not depend on the rows around it.
+    """
+    if metric == "ip":
+        return -(queries * keys).sum(axis=1, dtype=np.float32)
+    difference = queries - keys
+    return (difference * difference).sum(axis=1, dtype=np.float32)
+
+
+def windows_of(tokens: np.ndarray, window: int) -> np.ndarray:
+    """The `window` tokens around each position, padded with 0: (T,) -> (T, W) int32.
+
+    The position itself is column `window // 2`.
+    """
+    before = window // 2
+    padded = np.pad(np.asarray(tokens, np.int32), (before, window - before - 1))
+    return padded[np.arange(len(tokens))[:, None] + np.arange(window)]
+
+
+def create(directory: Path | str, description: Description) -> None:
+    """Make an empty datastore. Finding one of the same description there changes nothing."""
+    directory = Path(directory).absolute()
+    directory.mkdir(parents=True, exist_ok=True)
+    if (directory / "datastore.json").exists():
+        if describe(directory) != description:
+            raise DatastoreError(f"{directory} already holds a datastore of another description")
+        return
+    (directory / "segments").mkdir(exist_ok=True)
+    write_json(directory / "segments.json", {"segments": [], "deleted": None})
+    write_json(directory / "datastore.json", asdict(description))
+
+
+def describe(directory: Path | str) -> Description:
+    """Read `datastore.json`; DatastoreError if there is none."""
+    path = Path(directory) / "datastore.json"
+    try:
+        return Description(**_read_json(path))
+    except TypeError as error:
+        raise DatastoreError(f"{path} does not describe a datastore: {error}") from None
+
+
+def write_segment(directory: Path | str, name: str, segment: Segment) -> None:
+    """Write a segment aside and rename it into place; `publish` makes it count.
+
+    Safe in many processes at once. A segment of that name that was never published is replaced.
+    Keys are prepared for the datastore's metric here. Raises ValueError if the segment does not
+    fit the datastore, DatastoreError if the name is published already.
+    """
+    directory = Path(directory).absolute()
+    _check_name(name)
+    if any(name == known["name"] for known in _list(directory)["segments"]):
+        raise DatastoreError(f"segment {name} of {directory} is published: it cannot be replaced")
+    arrays = _arrays(name, segment, describe(directory))
+    aside = directory / f".{name}.{uuid4().hex}"
+    aside.mkdir()
+    for field, values in arrays.items():
+        np.save(aside / f"{field}.npy", values, allow_pickle=False)
+    write_json(aside / "names.json", [list(pair) for pair in segment.names])
+    final = directory / "segments" / name
+    if final.exists():
+        shutil.rmtree(final)
+    aside.rename(final)
+
+
+def publish(directory: Path | str, names: Sequence[str]) -> None:
+    """Append written segments, in this order: all of them appear at once, or none.
+
+    Raises ValueError for a name that is malformed or given twice, DatastoreError for a segment
+    that is published already, missing or damaged.
+    """
+    directory = Path(directory).absolute()
+    description = describe(directory)
+    with _locked(directory):
+        listed = _list(directory)
+        taken = {segment["name"] for segment in listed["segments"]}
+        for name in names:
+            _check_name(name)
+            if name in taken:
+                raise DatastoreError(f"segment {name} of {directory} is published already")
+            taken.add(name)
+            entries = _Stored(directory, name, description).entries
+            listed["segments"].append({"name": name, "entries": entries})
+        write_json(directory / "segments.json", listed)
+
+
+def delete(directory: Path | str, entries: Iterable[int]) -> None:
+    """Hide entries, for good; deleting one twice is no error. ValueError for an unknown id."""
+    directory = Path(directory).absolute()
+    with _locked(directory):
+        listed = _list(directory)
+        total = sum(segment["entries"] for segment in listed["segments"])
+        gone = np.unique(np.fromiter(entries, np.int64))
+        if len(gone) and (gone[0] < 0 or gone[-1] >= total):
+            raise ValueError(f"entries {gone[0]} to {gone[-1]}: {directory} has {total} entries")
+        before = listed["deleted"]
+        number = int(before.removeprefix("deleted-").removesuffix(".npy")) + 1 if before else 0
+        listed["deleted"] = f"deleted-{number}.npy"
+        aside = directory / f".{listed['deleted']}"
+        np.save(aside, np.union1d(_deleted(directory, before), gone), allow_pickle=False)
+        aside.rename(directory / listed["deleted"])
+        write_json(directory / "segments.json", listed)
+
+
+class Datastore:
+    """A snapshot of the published segments. Keys and windows stay on disk, memory-mapped."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.description = describe(directory)
+        self.refresh()
+
+    @classmethod
+    def open(cls, directory: Path | str) -> Datastore:
+        """Open the datastore in `directory`; DatastoreError names what is missing or damaged."""
+        return cls(Path(directory).absolute())
+
+    def refresh(self) -> None:
+        """See what has been published and deleted since. Entry and document ids stay the same."""
+        listed = _list(self.directory)
+        segments = [
+            _Stored(self.directory, segment["name"], self.description, segment["entries"])
+            for segment in listed["segments"]
+        ]
+        names = [pair for segment in segments for pair in segment.names]
+        # The n-th document to appear is document n: appending segments changes no id.
+        documents: dict[str, int] = {}
+        for _, document in names:
+            documents.setdefault(document, len(documents))
+        first_utterance = np.cumsum([0, *(len(segment.names) for segment in segments)])
+        self._paths = [segment.path for segment in segments]
+        self._starts = np.cumsum([0, *(segment.entries for segment in segments)])
+        self._document_ids = documents
+        self._document_names = list(documents)
+        self._utterance_names = [utterance for utterance, _ in names]
+        self._utterances = _concatenate(
+            [s.utterances + first for s, first in zip(segments, first_utterance, strict=False)]
+        )
+        document_of = np.array([documents[document] for _, document in names], np.int32)
+        self.tokens = _concatenate([segment.tokens for segment in segments])
+        """(N,) int32, the token that follows each key."""
+        self.positions = _concatenate([segment.positions for segment in segments])
+        """(N,) int32, index of that token among its utterance's tokens."""
+        self.documents = document_of[self._utterances]
+        """(N,) int32, each entry's document."""
+        self.deleted = _deleted(self.directory, listed["deleted"])
+        """(M,) int64, deleted entries, ascending."""
+        self._map = lru_cache(maxsize=OPEN_FILES)(_map)
+
+    @property
+    def entries(self) -> int:
+        """How many entries there are, deleted ones included: ids run from 0 to this."""
+        return int(self._starts[-1])
+
+    @property
+    def segments(self) -> list[str]:
+        """Names of the published segments, in order."""
+        return [path.name for path in self._paths]
+
+    def require(self, identity: Mapping[str, str]) -> None:
+        """Check that the keys were made by just these artifacts (role -> fingerprint)."""
+        for role, fingerprint in identity.items():
+            made = self.description.identity.get(role)
+            if made != fingerprint:
+                raise DatastoreError(
+                    f"{self.directory} was keyed by {role} {made}, but this is {role} {fingerprint}"
+                )
+
+    def keys(self, start: int, stop: int) -> np.ndarray:
+        """Keys of the entries [start, stop): (stop - start, D) float32."""
+        return self.keys_of(np.arange(start, stop))
+
+    def keys_of(self, entries: np.ndarray) -> np.ndarray:
+        """Keys of any entries (M,) -> (M, D) float32."""
+        return self._gather("keys", entries).astype(np.float32)
+
+    def windows(self, entries: np.ndarray) -> np.ndarray:
+        """Token windows around `entries` (…,) -> (…, W) int32; zeros for `NO_ENTRY`."""
+        entries = np.asarray(entries)
+        windows = np.zeros((*entries.shape, self.description.window), np.int32)
+        found = entries != NO_ENTRY
+        windows[found] = self._gather("windows", entries[found])
+        return windows
+
+    def document_id(self, name: str) -> int | None:
+        """The id of a document, None for one that has no entries here."""
+        return self._document_ids.get(name)
+
+    def document_name(self, document: int) -> str:
+        """The name of document `document`."""
+        return self._document_names[document]
+
+    def utterance_name(self, entry: int) -> str:
+        """The id of the utterance that an entry comes from."""
+        return self._utterance_names[self._utterances[entry]]
+
+    def _gather(self, field: str, entries: np.ndarray) -> np.ndarray:
+        """Rows of a memory-mapped array: (M,) -> (M, …)."""
+        if len(entries) and not 0 <= entries.min() <= entries.max() < self.entries:
+            raise IndexError(
+                f"entries {entries.min()} to {entries.max()}: "
+                f"{self.directory} has {self.entries} entries"
+            )
+        columns = {"keys": self.description.width, "windows": self.description.window}[field]
+        rows = np.empty((len(entries), columns), ARRAYS[field])
+        segments = np.searchsorted(self._starts, entries, side="right") - 1
+        for segment in np.unique(segments):
+            here = segments == segment
+            stored = self._map(self._paths[segment] / f"{field}.npy")
+            rows[here] = stored[entries[here] - self._starts[segment]]
+        return rows
+
+
+class _Stored:
+    """One segment read back: its small arrays in memory, the headers of its large ones checked."""
+
+    def __init__(
+        self, directory: Path, name: str, description: Description, entries: int | None = None
+    ) -> None:
+        self.path = directory / "segments" / name
+        if not self.path.is_dir():
+            raise DatastoreError(f"segment {name} of {directory} is missing")
+        arrays = {field: _map(self.path / f"{field}.npy") for field in ARRAYS}
+        self.entries = len(arrays["tokens"]) if entries is None else entries
+        for field, shape in _shapes(self.entries, description).items():
+            stored = arrays[field]
+            if stored.shape != shape or stored.dtype != ARRAYS[field]:
+                raise DatastoreError(
+                    f"{self.path / field}.npy is damaged: it holds {stored.dtype} {stored.shape}, "
+                    f"not {np.dtype(ARRAYS[field])} {shape}"
+                )
+        self.tokens = np.array(arrays["tokens"])
+        self.positions = np.array(arrays["positions"])
+        self.utterances = np.array(arrays["utterances"])
+        self.names = [tuple(pair) for pair in _read_json(self.path / "names.json")]
+        if not _indexes(self.utterances, len(self.names)):
+            raise DatastoreError(f"{self.path} is damaged: an entry's utterance has no name")
+
+
+def _arrays(name: str, segment: Segment, description: Description) -> dict[str, np.ndarray]:
+    """The arrays of a segment as they are stored; ValueError if they do not fit."""
+    for field, shape in _shapes(len(segment.tokens), description).items():
+        given = np.shape(getattr(segment, field))
+        if given != shape:
+            raise ValueError(f"segment {name}: {field} have shape {given}, not {shape}")
+    if not _indexes(segment.utterances, len(segment.names)):
+        raise ValueError(f"segment {name}: an utterance index is not below {len(segment.names)}")
+    with np.errstate(over="ignore"):
+        keys = prepare(segment.keys, description.metric).astype(np.float16)
+    if not np.isfinite(keys).all():
+        raise ValueError(f"segment {name}: a key does not fit float16")
+    return {"keys": keys} | {
+        field: np.asarray(getattr(segment, field)).astype(dtype)
+        for field, dtype in ARRAYS.items()
+        if field != "keys"
+    }
+
+
+def _shapes(entries: int, description: Description) -> dict[str, tuple[int, ...]]:
+    return {
+        "keys": (entries, description.width),
+        "tokens": (entries,),
+        "windows": (entries, description.window),
+        "positions": (entries,),
+        "utterances": (entries,),
+    }
+
+
+def _indexes(indices: np.ndarray, length: int) -> bool:
+    return not len(indices) or bool(0 <= indices.min() <= indices.max() < length)
+
+
+def _concatenate(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.int32), *arrays], dtype=np.int32)
+
+
+def _map(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise DatastoreError(f"{path} is missing") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise DatastoreError(f"{path} is damaged: {error}") from None
+
+
+def _deleted(directory: Path, name: str | None) -> np.ndarray:
+    return np.array(_map(directory / name)) if name else np.zeros(0, np.int64)
+
+
+def _list(directory: Path) -> dict[str, Any]:
+    return _read_json(directory / "segments.json")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise DatastoreError(f"{path} is missing") from None
+    except ValueError as error:
+        raise DatastoreError(f"{path} is damaged: {error}") from None
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
+        raise ValueError(f"segment name {name!r}: small letters, digits, _ and - only")
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """One process at a time changes the list."""
+    if not directory.is_dir():
+        raise DatastoreError(f"{directory} is missing")
+    with (directory / ".lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,248 @@
+"""From speech ids to text ids: a step is forward, retrieve, transform, choose.
+
+Greedy search is beam search with one beam. Every chosen token carries its evidence: what the
+language model alone thought, what it would have chosen, and which datastore entry spoke for it.
+Nothing here knows words or audio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmrag.config import KNN, Decode
+from mmrag.knn import best_neighbour, gate, knn_logp, mix
+from mmrag.layers import Cache
+from mmrag.lm import LM
+from mmrag.records import NO_ENTRY, Neighbours, Retriever
+from mmrag.vocabulary import EOS, PAD, Vocabulary
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """A datastore to ask at every step, and how far to trust it."""
+
+    retriever: Retriever
+    settings: KNN
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A token of a hypothesis and its evidence; log-probabilities in nats."""
+
+    token: int
+    logp: float
+    lm_logp: float
+    lm_token: int
+    """What the language model alone would have chosen after the same prefix."""
+    entry: int = NO_ENTRY
+    """The nearest entry that voted for this token."""
+    distance: float = float("inf")
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A transcript being made; `stopped` once it has chosen the end token."""
+
+    choices: tuple[Choice, ...] = ()
+    logp: float = 0.0
+    stopped: bool = False
+
+    @property
+    def tokens(self) -> list[int]:
+        """Its ids, without the end token."""
+        return [choice.token for choice in self.choices if choice.token != EOS]
+
+    def then(self, choice: Choice) -> Hypothesis:
+        """This hypothesis, one token on."""
+        stopped = choice.token == EOS
+        return Hypothesis((*self.choices, choice), self.logp + choice.logp, stopped)
+
+    def score(self, length_penalty: float) -> float:
+        """Log-probability over length to the power of `length_penalty`."""
+        return self.logp / max(1, len(self.choices)) ** length_penalty
+
+
+@dataclass
+class Search:
+    """One clip's beam."""
+
+    limit: int
+    live: list[Hypothesis] = field(default_factory=lambda: [Hypothesis()])
+    finished: list[Hypothesis] = field(default_factory=list)
+
+    def advance(self, candidates: list[tuple[Hypothesis, Choice, int]], beams: int) -> list[int]:
+        """Keep the best `beams` of (hypothesis, its next choice, its row); return their rows."""
+        ranked = sorted(candidates, key=lambda c: c[0].logp + c[1].logp, reverse=True)
+        self.live, rows = [], []
+        for rank, (hypothesis, choice, row) in enumerate(ranked):
+            if choice.token == EOS:
+                if rank < beams:
+                    self.finished.append(hypothesis.then(choice))
+            elif len(self.live) < beams:
+                self.live.append(hypothesis.then(choice))
+                rows.append(row)
+        if len(self.finished) >= beams or len(self.live[0].choices) >= self.limit:
+            self.finished += [h for h in self.live if len(self.finished) < beams]
+            self.live, rows = [], []
+        return rows
+
+    def best(self, length_penalty: float) -> Hypothesis:
+        """The finished hypothesis of the highest score; an unstopped one only if none stopped."""
+        return max(self.finished, key=lambda h: (h.stopped, h.score(length_penalty)))
+
+
+@torch.inference_mode()
+def decode(
+    lm: LM,
+    vocabulary: Vocabulary,
+    speech: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    settings: Decode,
+    retrieval: Retrieval | None = None,
+    exclude_documents: Sequence[int] | None = None,
+) -> list[Hypothesis]:
+    """Transcribe clips given as unit ids (vocabulary ids), at most `limits` tokens each.
+
+    `exclude_documents` names a document a clip whose entries must not be used (-1 for none).
+    """
+    if not speech:
+        return []
+    device = lm.embedding.weight.device
+    allowed = torch.from_numpy(vocabulary.transcript_ids()).to(device)
+    prompts = [vocabulary.prompt(units) for units in speech]
+    ids, lengths = _pad(prompts, device)
+    capacity = ids.shape[1] + max(limits)
+    cache = Cache(lm.config, len(prompts), capacity, like=lm.embedding.weight)
+    searches = [Search(limit) for limit in limits]
+    owners = list(range(len(searches)))
+    excluded = list(exclude_documents) if exclude_documents is not None else None
+
+    while owners:
+        at = torch.arange(ids.shape[1], device=device) == (lengths - 1)[:, None]
+        output = lm(ids, cache, lengths, at)
+        lm_logp = output.logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)
+        exclude = [excluded[owner] for owner in owners] if excluded is not None else None
+        logp, neighbours = retrieve(lm_logp, output.keys[at], retrieval, exclude)
+
+        choices = choose(logp, lm_logp, neighbours, 2 * settings.beams)
+        rows: list[int] = []
+        next_owners: list[int] = []
+        for owner in dict.fromkeys(owners):
+            search = searches[owner]
+            first = owners.index(owner)
+            candidates = [
+                (hypothesis, choice, first + offset)
+                for offset, hypothesis in enumerate(search.live)
+                for choice in choices[first + offset]
+            ]
+            kept = search.advance(candidates, settings.beams)
+            rows += kept
+            next_owners += [owner] * len(kept)
+        owners = next_owners
+        if owners:
+            cache = cache.select(torch.tensor(rows, device=device))
+            last = [h.choices[-1].token for o in dict.fromkeys(owners) for h in searches[o].live]
+            ids = torch.tensor(last, device=device)[:, None]
+            lengths = torch.ones_like(ids[:, 0])
+    return [search.best(settings.length_penalty) for search in searches]
+
+
+def retrieve(
+    lm_logp: Tensor,
+    keys: Tensor,
+    retrieval: Retrieval | None,
+    exclude_documents: Sequence[int] | None = None,
+) -> tuple[Tensor, Neighbours]:
+    """The next-token log-probabilities (B, V) after retrieval with `keys` (B, D).
+
+    Without retrieval, with weight 0 and behind a shut gate they are `lm_logp` itself.
+    """
+    if retrieval is None or retrieval.settings.weight == 0:
+        return lm_logp, Neighbours.none(len(lm_logp), 1)
+    knn = retrieval.settings
+    queries = keys.float().cpu().numpy()
+    found = retrieval.retriever.search(queries, knn.k, exclude_documents)
+    return interpolate(lm_logp, found, knn), found
+
+
+def interpolate(lm_logp: Tensor, found: Neighbours, knn: KNN) -> Tensor:
+    """`lm_logp` (B, V) mixed with what the neighbours say."""
+    distances = torch.from_numpy(found.distances).to(lm_logp.device)
+    tokens = torch.from_numpy(found.tokens).to(lm_logp.device)
+    said = knn_logp(distances, tokens, knn.temperature, lm_logp.shape[1])
+    return mix(lm_logp, said, knn.weight * gate(distances, knn.gate))
+
+
+def choose(
+    logp: Tensor, lm_logp: Tensor, neighbours: Neighbours, candidates: int
+) -> list[list[Choice]]:
+    """The `candidates` likeliest next tokens of each row, with their evidence."""
+    best = logp.topk(min(candidates, logp.shape[1]))
+    tokens = best.indices.cpu()
+    alone = lm_logp.gather(1, best.indices).cpu()
+    preferred = lm_logp.argmax(-1).tolist()
+    distances = torch.from_numpy(neighbours.distances)
+    voters = torch.from_numpy(neighbours.tokens)
+    columns = [best_neighbour(distances, voters, column) for column in tokens.unbind(1)]
+    rows = []
+    for row, values in enumerate(best.values.tolist()):
+        choices = []
+        for rank, value in enumerate(values):
+            column = int(columns[rank][row])
+            entry, distance = NO_ENTRY, float("inf")
+            if column >= 0:
+                entry = int(neighbours.entries[row, column])
+                distance = float(neighbours.distances[row, column])
+            choice = Choice(
+                int(tokens[row, rank]),
+                value,
+                float(alone[row, rank]),
+                preferred[row],
+                entry,
+                distance,
+            )
+            choices.append(choice)
+        rows.append(choices)
+    return rows
+
+
+@torch.inference_mode()
+def read_states(
+    lm: LM,
+    vocabulary: Vocabulary,
+    texts: Sequence[Sequence[int]],
+    speech: Sequence[Sequence[int] | None],
+    *,
+    logits: bool,
+) -> tuple[Tensor, np.ndarray, list[slice], Tensor]:
+    """Read whole transcripts at once: the state before each token of `[text, end]`.
+
+    Returns the keys (N, D) float32, the tokens that follow them (N,), each clip's slice of the N,
+    and the next-token log-probabilities (N, V) over transcript ids, (0, V) unless asked for.
+    """
+    device = lm.embedding.weight.device
+    prompts = [vocabulary.prompt(units) for units in speech]
+    ids, _ = _pad([[*p, *text] for p, text in zip(prompts, texts, strict=True)], device)
+    at = torch.zeros_like(ids, dtype=torch.bool)
+    slices, start = [], 0
+    for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        at[row, len(prompt) - 1 : len(prompt) + len(text)] = True
+        slices.append(slice(start, start := start + len(text) + 1))
+    output = lm(ids, at=at if logits else torch.zeros_like(at))
+    allowed = torch.from_numpy(vocabulary.transcript_ids()).to(device)
+    logp = output.logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)
+    tokens = np.array([token for text in texts for token in (*text, EOS)], np.int32)
+    return output.keys[at].float(), tokens, slices, logp
+
+
+def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.full((len(rows), int(lengths.max())), PAD)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row)
+    return ids.to(device), lengths.to(device)

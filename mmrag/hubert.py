@@ -1,0 +1,593 @@
+"""HuBERT (arXiv 2106.07447): waveforms to frame features, and the pretraining that gets it there.
+
+The weights sit in torchaudio's own wav2vec2 model, so published ones load as they are; the forward
+pass is written here, channels last, where it runs several times faster on a CPU, and it stops at
+the layer that is asked for. No clip sees another's padding. There is no dropout anywhere.
+
+Pretraining knows masks, targets and steps. What clusters features into targets is handed to it,
+and so is the audio; it has never seen a unit or a file of speech.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchaudio
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torchaudio.compliance import kaldi
+from torchaudio.models import wav2vec2_model
+from torchaudio.models.wav2vec2.utils import import_huggingface_model
+
+from mmrag.artifact import write_json
+from mmrag.audio import SAMPLE_RATE
+from mmrag.config import Hubert, Pretrain, PretrainRound
+
+CONVOLUTIONS = ((10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2))
+"""Kernel and stride of each convolution of every published HuBERT."""
+
+POSITION_GROUPS = 16
+LOGIT_TEMPERATURE = 0.1
+WARMUP_SHARE = 0.08
+"""Share of a round's steps in which the learning rate rises."""
+CLIP = 1.0
+"""Largest gradient norm."""
+
+Cluster = Callable[[np.ndarray, int, int], np.ndarray]
+"""Features (N, D), number of clusters K, seed -> centroids (K, D)."""
+
+
+def window(convolutions: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Samples that one frame sees, and samples from one frame to the next.
+
+    `convolutions` are (kernel, stride), first layer first, all without padding.
+    """
+    field, hop = 1, 1
+    for kernel, stride in convolutions:
+        field += (kernel - 1) * hop
+        hop *= stride
+    return field, hop
+
+
+class HubertEncoder(nn.Module):
+    """Waveforms at 16 kHz to one feature vector a frame."""
+
+    def __init__(self, architecture: Mapping[str, Any], layer: int, normalize: bool) -> None:
+        """Random weights; `create`, `from_published` and `load` are the usual ways in.
+
+        `architecture` holds the arguments of torchaudio's `wav2vec2_model`; its dropouts are
+        ignored. `layer` (1 = first) is the transformer layer whose output are the features.
+        `normalize` scales each clip to zero mean and unit variance first.
+        """
+        super().__init__()
+        layers = architecture["encoder_num_layers"]
+        if not 1 <= layer <= layers:
+            raise ValueError(f"layer {layer} of an encoder with {layers} layers")
+        drop = [name for name in architecture if name.endswith(("dropout", "layer_drop"))]
+        self.architecture = {**architecture, **dict.fromkeys(drop, 0.0), "aux_num_out": None}
+        self.layer = layer
+        self.normalize = normalize
+        self.model = wav2vec2_model(**self.architecture)
+        shapes = self.architecture["extractor_conv_layer_config"]
+        self.field, self.hop = window([(kernel, stride) for _, kernel, stride in shapes])
+        self.width: int = self.architecture["encoder_embed_dim"]
+
+    @classmethod
+    def create(cls, config: Hubert, seed: int) -> HubertEncoder:
+        """Random weights in the shape of `config`.
+
+        Group norm comes with HuBERT base's arrangement (normalise after each block), layer norm
+        with large's (normalise before it, biases in the convolutions, normalised waveforms). The
+        positional convolution spans base's 128 frames at base's width and fewer below it.
+        """
+        large = config.norm == "layer_norm"
+        architecture = {
+            "extractor_mode": config.norm,
+            "extractor_conv_layer_config": [[config.conv_channels, *c] for c in CONVOLUTIONS],
+            "extractor_conv_bias": large,
+            "encoder_embed_dim": config.width,
+            "encoder_projection_dropout": 0.0,
+            "encoder_pos_conv_kernel": min(128, max(2, config.width // 6)),
+            "encoder_pos_conv_groups": math.gcd(config.width, POSITION_GROUPS),
+            "encoder_num_layers": config.layers,
+            "encoder_num_heads": config.heads,
+            "encoder_attention_dropout": 0.0,
+            "encoder_ff_interm_features": config.feed_forward,
+            "encoder_ff_interm_dropout": 0.0,
+            "encoder_dropout": 0.0,
+            "encoder_layer_norm_first": large,
+            "encoder_layer_drop": 0.0,
+        }
+        with _seeded(seed):
+            return cls(architecture, config.layer, normalize=large)
+
+    @classmethod
+    def from_published(cls, weights: str, layer: int | None = None) -> HubertEncoder:
+        """Published weights; `layer` defaults to the last.
+
+        `weights` is `torchaudio:BUNDLE` (such as `torchaudio:HUBERT_BASE`; downloaded once) or a
+        Hugging Face HuBERT directory. Raises ValueError if it is neither.
+        """
+        prefix, _, bundle = weights.partition(":")
+        if prefix == "torchaudio":
+            architecture, state, normalize = _from_bundle(bundle)
+        else:
+            architecture, state, normalize = _from_huggingface(Path(weights))
+        last = architecture["encoder_num_layers"]
+        encoder = cls(architecture, last if layer is None else layer, normalize)
+        encoder.model.load_state_dict(state)
+        return encoder
+
+    @classmethod
+    def load(cls, directory: Path | str) -> HubertEncoder:
+        """Read what `save` wrote."""
+        directory = Path(directory)
+        encoder = cls(**json.loads((directory / "hubert.json").read_text()))
+        encoder.model.load_state_dict(load_file(directory / "hubert.safetensors"))
+        return encoder
+
+    def save(self, directory: Path | str) -> None:
+        """Write `hubert.safetensors` and `hubert.json` into `directory`, making it if need be."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
+        save_file(state, directory / "hubert.safetensors")
+        write_json(
+            directory / "hubert.json",
+            {
+                "architecture": self.architecture,
+                "layer": self.layer,
+                "normalize": self.normalize,
+            },
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def frame_seconds(self) -> float:
+        """Seconds from one frame to the next."""
+        return self.hop / SAMPLE_RATE
+
+    def frames(self, samples: int) -> int:
+        """Frames in a clip of so many samples; 0 if it is shorter than one frame."""
+        return max(0, (samples - self.field) // self.hop + 1)
+
+    def prepare(self, wave: Tensor) -> Tensor:
+        """A waveform (T,) as the convolutions expect it, on the encoder's device.
+
+        Raises ValueError if it is too short for a single frame.
+        """
+        if wave.ndim != 1 or self.frames(len(wave)) == 0:
+            raise ValueError(
+                f"a clip is a waveform of at least {self.field} samples, not {list(wave.shape)}"
+            )
+        wave = wave.to(self.device, torch.float32)
+        if not self.normalize:
+            return wave
+        return (wave - wave.mean()) / (wave.var(correction=0) + 1e-7).sqrt()
+
+    @torch.inference_mode()
+    def features(self, waves: Sequence[Tensor], layer: int | None = None) -> list[Tensor]:
+        """Output (F_i, D) of transformer layer `layer` for each of `waves` (T_i,), as one batch.
+
+        Later layers are not computed; `layer` defaults to the encoder's own. The features are the
+        layer's residual stream, before any final norm. A clip's features do not depend on what
+        else is in the batch. Raises ValueError if a clip is shorter than a frame, naming its
+        samples.
+        """
+        prepared = [self.prepare(wave) for wave in waves]
+        if not prepared:
+            return []
+        lengths = torch.tensor([len(wave) for wave in prepared])
+        frames = torch.tensor([self.frames(len(wave)) for wave in prepared])
+        projected = self.project(pad_sequence(prepared, batch_first=True), lengths)
+        output = self.contextualize(projected, frames, self.layer if layer is None else layer)
+        return [row[:count] for row, count in zip(output, frames.tolist(), strict=True)]
+
+    def project(self, waves: Tensor, lengths: Tensor) -> Tensor:
+        """Prepared waves (B, T) of `lengths` (B,) samples to transformer inputs (B, F, D).
+
+        Rows beyond a clip's own frames are arbitrary.
+        """
+        if self.architecture["extractor_mode"] == "group_norm":
+            # The norm's statistics run over time: a clip has to be alone to be without padding.
+            clips = zip(waves, lengths.tolist(), strict=True)
+            convolved = [self._convolve(wave[None, :length])[0] for wave, length in clips]
+            output = pad_sequence(convolved, batch_first=True)
+        else:
+            output = self._convolve(waves)
+        return self.model.encoder.feature_projection(output)
+
+    def contextualize(self, inputs: Tensor, frames: Tensor, layer: int | None = None) -> Tensor:
+        """Transformer inputs (B, F, D), `frames` (B,) of them real, to the output of `layer`.
+
+        Without a layer: the whole transformer and its final norm, if it has one.
+        """
+        mask = None
+        inside = torch.arange(inputs.shape[1]) < frames[:, None]
+        if not inside.all():
+            inside = inside.to(inputs.device)
+            inputs = inputs * inside[..., None]
+            mask = inside[:, None, None, :].expand(-1, 1, inputs.shape[1], -1)
+        transformer = self.model.encoder.transformer
+        if layer is None:
+            return transformer(inputs, attention_mask=mask)
+        return transformer.get_intermediate_outputs(inputs, mask, layer)[-1]
+
+    def _convolve(self, waves: Tensor) -> Tensor:
+        """Waves (B, T) through torchaudio's convolution blocks, kept as (B, T', C) throughout.
+
+        Norm and GELU then read memory in order, and convolutions need no transposed copies.
+        """
+        output = waves[..., None]
+        for block in self.model.feature_extractor.conv_layers:
+            convolution, norm = block.conv, block.layer_norm
+            if convolution.in_channels == 1:
+                frames = output[..., 0].unfold(1, block.kernel_size, block.stride)
+                output = F.linear(frames, convolution.weight[:, 0], convolution.bias)
+            else:
+                weight = convolution.weight[:, :, None].contiguous(
+                    memory_format=torch.channels_last
+                )
+                image = output.transpose(1, 2)[:, :, None]
+                image = F.conv2d(image, weight, convolution.bias, (1, block.stride))
+                output = image[:, :, 0].transpose(1, 2)
+            if isinstance(norm, nn.LayerNorm):
+                output = F.layer_norm(
+                    output, norm.normalized_shape, norm.weight, norm.bias, norm.eps
+                )
+            elif norm is not None:
+                output = norm(output.transpose(1, 2)).transpose(1, 2)
+            output = F.gelu(output)
+        return output
+
+
+def mfcc(wave: Tensor) -> Tensor:
+    """MFCCs with first and second differences, (T,) -> (F, 39), one row a HuBERT frame.
+
+    Kaldi's recipe over just the samples that the frame sees. Raises ValueError if there is no
+    whole frame.
+    """
+    field, hop = window(CONVOLUTIONS)
+    if len(wave) < field:
+        raise ValueError(f"a clip is at least {field} samples long, not {len(wave)}")
+    coefficients = kaldi.mfcc(
+        wave.cpu()[None],
+        sample_frequency=SAMPLE_RATE,
+        frame_length=field / SAMPLE_RATE * 1000,
+        frame_shift=hop / SAMPLE_RATE * 1000,
+        use_energy=False,
+    ).T
+    deltas = torchaudio.functional.compute_deltas(coefficients)
+    accelerations = torchaudio.functional.compute_deltas(deltas)
+    return torch.cat([coefficients, deltas, accelerations]).T
+
+
+def mask_spans(
+    frames: Tensor, probability: float, length: int, generator: torch.Generator
+) -> Tensor:
+    """Frames to hide: bool (B, F) for clips of `frames` (B,), F being the longest.
+
+    Each frame starts a span of `length` with `probability`, one more starts somewhere in each
+    clip, spans may overlap, and a clip's end cuts them off.
+    """
+    clips, longest = len(frames), int(frames.max())
+    starts = torch.rand(clips, longest, generator=generator) < probability
+    sure = torch.rand(clips, generator=generator) * frames
+    starts[torch.arange(clips), sure.long()] = True
+    spans = F.pad(starts, (length - 1, 0)).unfold(1, length, 1).any(-1)
+    return spans & (torch.arange(longest) < frames[:, None])
+
+
+class MaskedPrediction(nn.Module):
+    """The encoder with a head that guesses the class of frames it was not shown."""
+
+    def __init__(self, encoder: HubertEncoder, classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.mask_embedding = nn.Parameter(torch.rand(encoder.width))
+        self.projection = nn.Linear(encoder.width, encoder.width)
+        self.class_embeddings = nn.Parameter(torch.randn(classes, encoder.width))
+
+    def forward(
+        self, waves: Tensor, lengths: Tensor, targets: Tensor, mask: Tensor
+    ) -> tuple[Tensor, int, Tensor]:
+        """Summed loss over the masked frames, their count, and how many were guessed right.
+
+        `waves` (B, T) prepared and padded, `lengths` (B,) samples; `targets` (B, F) int64 and
+        `mask` (B, F) bool, false in the padding. Logits are cosines over a temperature of 0.1
+        (section 2.3).
+        """
+        frames = torch.tensor([self.encoder.frames(length) for length in lengths.tolist()])
+        shown = torch.where(
+            mask[..., None], self.mask_embedding, self.encoder.project(waves, lengths)
+        )
+        hidden = self.encoder.contextualize(shown, frames)[mask]
+        guesses = F.normalize(self.projection(hidden), dim=-1)
+        logits = guesses @ F.normalize(self.class_embeddings, dim=-1).T / LOGIT_TEMPERATURE
+        wanted = targets[mask]
+        loss = F.cross_entropy(logits.float(), wanted, reduction="sum")
+        return loss, len(wanted), (logits.argmax(-1) == wanted).sum()
+
+
+class Batch(NamedTuple):
+    """Crops for one step: what `MaskedPrediction.forward` takes."""
+
+    waves: Tensor
+    lengths: Tensor
+    targets: Tensor
+    mask: Tensor
+
+
+class Targets:
+    """The class of each frame of each clip: the nearest centroid to its features.
+
+    A clip is labelled when it is first drawn, on its own, and remembered: labels do not depend
+    on the order of drawing, and clips that are never drawn cost nothing.
+    """
+
+    def __init__(
+        self, waves: Sequence[Tensor], describe: Callable[[Tensor], Tensor], centroids: Tensor
+    ) -> None:
+        self._waves = waves
+        self._describe = describe
+        self._centroids = centroids
+        self._labels: dict[int, Tensor] = {}
+
+    def __getitem__(self, clip: int) -> Tensor:
+        """Classes (F,) int64 of clip number `clip`."""
+        if clip not in self._labels:
+            features = self._describe(self._waves[clip])
+            centroids = self._centroids.to(features)
+            nearness = features @ centroids.T - centroids.square().sum(1) / 2
+            self._labels[clip] = nearness.argmax(1).to("cpu", torch.int32)
+        return self._labels[clip].long()
+
+
+def draw(
+    encoder: HubertEncoder,
+    waves: Sequence[Tensor],
+    targets: Targets,
+    settings: Pretrain,
+    generator: torch.Generator,
+) -> Batch:
+    """Random crops of random clips, `batch_seconds` in all, and a mask over their frames."""
+    longest = round(settings.crop_seconds * SAMPLE_RATE)
+    missing = settings.batch_seconds * SAMPLE_RATE
+    crops, labels = [], []
+    while missing > 0:
+        clip = _below(len(waves), generator)
+        wave = encoder.prepare(waves[clip])
+        spare = max(0, encoder.frames(len(wave)) - encoder.frames(longest))
+        first = _below(spare + 1, generator)
+        crop = wave[first * encoder.hop :][:longest]
+        crops.append(crop)
+        labels.append(targets[clip][first:][: encoder.frames(len(crop))])
+        missing -= len(crop)
+    frames = torch.tensor([len(label) for label in labels])
+    mask = mask_spans(frames, settings.mask_probability, settings.mask_length, generator)
+    return Batch(
+        waves=pad_sequence(crops, batch_first=True),
+        lengths=torch.tensor([len(crop) for crop in crops]),
+        targets=pad_sequence(labels, batch_first=True),
+        mask=mask,
+    )
+
+
+class Round:
+    """What one round of pretraining changes, and what it needs to be taken up again."""
+
+    def __init__(self, encoder: HubertEncoder, plan: PretrainRound, number: int, seed: int) -> None:
+        """The encoder as the round before left it is this round's teacher and starting point."""
+        self.plan = plan
+        self.number = number
+        self.seed = seed
+        self.step = 0
+        self.centroids: Tensor | None = None
+        self.teacher = deepcopy(encoder) if plan.target == "hubert" else None
+        with _seeded(seed, number):
+            self.model = MaskedPrediction(encoder, plan.classes).to(encoder.device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01
+        )
+
+    def describe(self, wave: Tensor) -> Tensor:
+        """The features (F, D) of a clip that targets are clusters of."""
+        return self.teacher.features([wave])[0] if self.teacher else mfcc(wave)
+
+    def cluster(self, waves: Sequence[Tensor], seconds: float, cluster: Cluster) -> None:
+        """Make the centroids from `seconds` of audio, of clips in random order."""
+        order = torch.randperm(len(waves), generator=_generator(self.seed, self.number))
+        features, missing = [], seconds * SAMPLE_RATE
+        for clip in order.tolist():
+            wave = waves[clip]
+            features.append(self.describe(wave).cpu().numpy())
+            missing -= len(wave)
+            if missing <= 0:
+                break
+        centroids = cluster(np.concatenate(features), self.plan.classes, self.seed)
+        self.centroids = torch.from_numpy(centroids)
+
+    def train_step(self, batch: Batch, learning_rate: float) -> dict[str, float]:
+        """One step: mean loss and accuracy over the masked frames."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        device = self.model.encoder.device
+        loss, count, correct = self.model(
+            batch.waves, batch.lengths, batch.targets.to(device), batch.mask.to(device)
+        )
+        self.optimizer.zero_grad()
+        (loss / count).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.optimizer.step()
+        self.step += 1
+        return {"loss": loss.item() / count, "accuracy": correct.item() / count}
+
+    def save(self, path: Path) -> None:
+        """Replace `path` by this state, whole or not at all."""
+        state = {
+            "number": self.number,
+            "step": self.step,
+            "centroids": self.centroids,
+            "teacher": self.teacher.state_dict() if self.teacher else None,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        aside = path.with_suffix(".aside")
+        torch.save(state, aside)
+        aside.replace(path)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up what `save` wrote for this round."""
+        self.step = state["step"]
+        self.centroids = state["centroids"]
+        if self.teacher:
+            self.teacher.load_state_dict(state["teacher"])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def pretrain(
+    config: Hubert,
+    settings: Pretrain,
+    waves: Sequence[Tensor],
+    seed: int,
+    directory: Path | str,
+    cluster: Cluster,
+    log: Callable[[int, dict[str, float]], None],
+    *,
+    device: torch.device | str = "cpu",
+    checkpoint_steps: int = 500,
+) -> HubertEncoder:
+    """An encoder of shape `config`, pretrained on `waves`: (T_i,) each, at 16 kHz.
+
+    Each round clusters features (MFCCs, then the features of the encoder so far) into targets and
+    goes on training the same encoder on them, under a new head. A step depends on the weights and
+    on (seed, round, step) alone, so a run that finds its own unfinished state in
+    `directory/.pretrain.pt` ends with the weights it would have had without the interruption.
+    `log(step, {round, loss, accuracy, learning_rate})` is called after each step; steps count
+    from 1 through all rounds. Raises ValueError if there is no audio, or a crop holds no frame.
+    """
+    if not len(waves):
+        raise ValueError("there is no audio to pretrain on")
+    encoder = HubertEncoder.create(config, seed).to(device)
+    if not encoder.frames(round(settings.crop_seconds * SAMPLE_RATE)):
+        raise ValueError(f"crop_seconds {settings.crop_seconds} is shorter than one frame")
+    path = Path(directory) / ".pretrain.pt"
+    saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+    past = 0
+    for number, plan in enumerate(settings.rounds):
+        if number >= saved.get("number", 0):
+            current = Round(encoder, plan, number, seed)
+            if number == saved.get("number"):
+                current.restore(saved)
+            else:
+                current.cluster(waves, settings.sample_seconds, cluster)
+            targets = Targets(waves, current.describe, current.centroids)
+            while current.step < plan.steps:
+                generator = _generator(seed, number, current.step)
+                batch = draw(encoder, waves, targets, settings, generator)
+                rate = settings.learning_rate * schedule(current.step, plan.steps)
+                metrics = current.train_step(batch, rate)
+                if current.step % checkpoint_steps == 0 or current.step == plan.steps:
+                    current.save(path)
+                log(
+                    past + current.step,
+                    {"round": number + 1, **metrics, "learning_rate": rate},
+                )
+        past += plan.steps
+    return encoder
+
+
+def schedule(step: int, steps: int) -> float:
+    """Share of the learning rate at `step` (0 = first): a linear rise, then a linear fall."""
+    warmup = math.ceil(steps * WARMUP_SHARE)
+    return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+
+
+def _from_bundle(name: str) -> tuple[dict[str, Any], dict[str, Tensor], bool]:
+    """Architecture, weights and whether waveforms are normalised, of a torchaudio bundle."""
+    bundle = getattr(torchaudio.pipelines, name, None)
+    if not isinstance(bundle, torchaudio.pipelines.Wav2Vec2Bundle) or "HUBERT" not in name:
+        raise ValueError(f"torchaudio has no HuBERT bundle {name!r}")
+    # A bundle publishes its weights, and says only in private how they are arranged.
+    normalize = bundle._normalize_waveform
+    model = bundle.get_model()
+    state = (model.model if normalize else model).state_dict()
+    state = {key: value for key, value in state.items() if not key.startswith("aux.")}
+    return bundle._params, state, normalize
+
+
+def _from_huggingface(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor], bool]:
+    """Architecture, weights and whether waveforms are normalised, of a Hugging Face directory."""
+    if not (directory / "config.json").is_file():
+        raise ValueError(
+            f"HuBERT weights {str(directory)!r}: neither torchaudio:BUNDLE nor a directory "
+            "with a config.json"
+        )
+    kind = json.loads((directory / "config.json").read_text()).get("model_type")
+    if kind != "hubert":
+        raise ValueError(f"{directory} holds a {kind} model, not a hubert")
+    from transformers import HubertModel
+
+    original, report = HubertModel.from_pretrained(
+        directory, local_files_only=True, output_loading_info=True
+    )
+    if missing := set(report["missing_keys"]) - {"masked_spec_embed"}:
+        raise ValueError(f"{directory} lacks weights: {', '.join(sorted(missing))}")
+    shape = original.config
+    architecture = {
+        "extractor_mode": f"{shape.feat_extract_norm}_norm",
+        "extractor_conv_layer_config": [
+            list(layer)
+            for layer in zip(shape.conv_dim, shape.conv_kernel, shape.conv_stride, strict=True)
+        ],
+        "extractor_conv_bias": shape.conv_bias,
+        "encoder_embed_dim": shape.hidden_size,
+        "encoder_projection_dropout": 0.0,
+        "encoder_pos_conv_kernel": shape.num_conv_pos_embeddings,
+        "encoder_pos_conv_groups": shape.num_conv_pos_embedding_groups,
+        "encoder_num_layers": shape.num_hidden_layers,
+        "encoder_num_heads": shape.num_attention_heads,
+        "encoder_attention_dropout": 0.0,
+        "encoder_ff_interm_features": shape.intermediate_size,
+        "encoder_ff_interm_dropout": 0.0,
+        "encoder_dropout": 0.0,
+        "encoder_layer_norm_first": shape.do_stable_layer_norm,
+        "encoder_layer_drop": 0.0,
+    }
+    processor = directory / "preprocessor_config.json"
+    fields = json.loads(processor.read_text()) if processor.is_file() else {}
+    normalize = fields.get("do_normalize", shape.feat_extract_norm == "layer")
+    return architecture, import_huggingface_model(original).state_dict(), normalize
+
+
+def _generator(*place: int) -> torch.Generator:
+    """Random numbers that are a function of a place: seed, round, step."""
+    seed = int(np.random.SeedSequence(place).generate_state(1)[0])
+    return torch.Generator().manual_seed(seed)
+
+
+@contextmanager
+def _seeded(*place: int) -> Iterator[None]:
+    """Random weights made inside are a function of `place`; torch's own state is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(_generator(*place).get_state())
+        yield
+
+
+def _below(bound: int, generator: torch.Generator) -> int:
+    return int(torch.randint(bound, (1,), generator=generator))

@@ -1,0 +1,84 @@
+"""Neighbours into next-token probabilities: pure functions of tensors.
+
+Knows nothing about language models, datastores or search: distances and tokens come in,
+log-probabilities go out. The method is kNN-LM (arXiv 1911.00172), with the temperature of kNN-MT
+(arXiv 2010.00710). A missing neighbour is at distance +inf and weighs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def knn_logp(distances: Tensor, tokens: Tensor, temperature: float, vocabulary: int) -> Tensor:
+    """What the neighbours alone say of the next token (arXiv 1911.00172, eq. 2).
+
+    Neighbour i has weight softmax(-distance / temperature); a token's probability is the sum over
+    the neighbours that it followed. `distances` (B, K), `tokens` (B, K) integers below
+    `vocabulary` -> (B, V) float32; -inf for a token that no neighbour names, so all -inf in a row
+    without neighbours. Raises ValueError if the temperature is not positive.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature {temperature} is not positive")
+    distances, tokens = distances.float(), tokens.long()
+    rows = len(distances)
+    if not distances.shape[1]:
+        return distances.new_full((rows, vocabulary), -math.inf)
+    # Distances from the nearest, so that not even an overflow takes a row's every weight.
+    nearest = distances.amin(1, keepdim=True)
+    found = nearest.isfinite()
+    farther = distances - torch.where(found, nearest, 0.0)
+    weights_logp = torch.where(found, (-farther / temperature).log_softmax(1), -math.inf)
+    # Log-sum-exp by token, each around its own token's largest weight.
+    largest = distances.new_full((rows, vocabulary), -math.inf)
+    largest = largest.scatter_reduce(1, tokens, weights_logp, "amax")
+    largest = torch.where(largest.isfinite(), largest, 0.0)
+    terms = (weights_logp - largest.gather(1, tokens)).exp()
+    return largest + torch.zeros_like(largest).scatter_add(1, tokens, terms).log()
+
+
+def mix(lm_logp: Tensor, knn_logp: Tensor, weight: float | Tensor) -> Tensor:
+    """w * p_kNN + (1 - w) * p_LM as log-probabilities (arXiv 1911.00172, eq. 3).
+
+    `lm_logp`, `knn_logp` (B, V), `weight` one number or one a row (B,), in [0, 1]. A row of weight
+    0, and a row without any neighbour (all -inf), is the language model's own, bit for bit.
+    Raises ValueError for a single weight outside [0, 1].
+    """
+    if not isinstance(weight, Tensor):
+        if not 0 <= weight <= 1:
+            raise ValueError(f"weight {weight} is not between 0 and 1")
+        if weight == 0:
+            return lm_logp
+        weight = lm_logp.new_tensor(weight)
+    weight = weight.to(lm_logp).expand(len(lm_logp)).unsqueeze(1)
+    mixed = torch.logaddexp(torch.log1p(-weight) + lm_logp, weight.log() + knn_logp)
+    heard = (weight > 0) & knn_logp.isfinite().any(1, keepdim=True)
+    return torch.where(heard, mixed.to(lm_logp.dtype), lm_logp)
+
+
+def gate(distances: Tensor, largest: float | None) -> Tensor:
+    """Which queries should hear their neighbours: (B, K) -> (B,) bool.
+
+    True where the nearest neighbour is no farther than `largest`; None asks only that there is
+    one. Multiply it with a weight to close retrieval off row by row.
+    """
+    near = distances.isfinite()
+    if largest is not None:
+        near &= distances <= largest
+    return near.any(1)
+
+
+def best_neighbour(distances: Tensor, tokens: Tensor, chosen: Tensor) -> Tensor:
+    """The neighbour that spoke loudest for a token: column index (B,) int64, -1 for none.
+
+    `distances`, `tokens` (B, K), `chosen` (B,). The nearest neighbour with the chosen token is the
+    one of the largest weight, whatever the temperature.
+    """
+    agreeing = (tokens == chosen.unsqueeze(1)) & distances.isfinite()
+    if not distances.shape[1]:
+        return torch.full_like(chosen, -1, dtype=torch.long)
+    nearest = torch.where(agreeing, distances, math.inf).argmin(1)
+    return torch.where(agreeing.any(1), nearest, -1)

@@ -1,0 +1,106 @@
+"""The language model: a Llama-family decoder that hands out its retrieval key.
+
+The key of a position is the normalised input of the last feed-forward layer, the representation
+that kNN-LM found best (arXiv 1911.00172, section 5). It is returned, never hooked. The model
+knows ids and positions; it knows neither text nor units nor datastores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mmrag.config import LanguageModel
+from mmrag.layers import Attention, Cache, Embedding, Linear, RMSNorm, SwiGLU, rotary
+
+
+@dataclass(frozen=True)
+class LMOutput:
+    """`logits` (N, V) float32 of the N positions asked for, row by row; `keys` and `hidden`
+    (B, T, D) of every position: the retrieval key, and the final normalised state."""
+
+    logits: Tensor
+    keys: Tensor
+    hidden: Tensor
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each normalised first and added to what came in."""
+
+    def __init__(self, config: LanguageModel, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.feed_forward_norm = RMSNorm(config.width, config.norm_eps)
+        self.feed_forward = SwiGLU(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        positions: Tensor,
+        cache: Cache | None,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """x (B, T, D) -> the block's output and the normalised input of its feed-forward."""
+        x = x + self.attention(self.attention_norm(x), angles, positions, cache, mask)
+        key = self.feed_forward_norm(x)
+        return x + self.feed_forward(key), key
+
+
+class LM(nn.Module):
+    """The decoder over `vocabulary` ids. Position is counted from the start of each row."""
+
+    def __init__(self, config: LanguageModel, vocabulary: int) -> None:
+        super().__init__()
+        self.config = config
+        self.vocabulary = vocabulary
+        self.embedding = Embedding(vocabulary, config.width)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.head = None if config.tied else Linear(config.width, vocabulary)
+
+    def forward(
+        self,
+        ids: Tensor,
+        cache: Cache | None = None,
+        lengths: Tensor | None = None,
+        at: Tensor | None = None,
+    ) -> LMOutput:
+        """Read `ids` (B, T), padded on the right where `lengths` (B,) says so.
+
+        With a cache, the tokens continue each row where it stands, and the cache moves on by
+        `lengths` (T by default). `at` (B, T) bool chooses the positions whose logits are
+        computed; None for all.
+        """
+        rows, time = ids.shape
+        start = cache.lengths if cache is not None else ids.new_zeros(rows)
+        positions = start[:, None] + torch.arange(time, device=ids.device)
+        if cache is not None and int(start.max()) + time > cache.capacity:
+            raise ValueError(f"{int(start.max()) + time} tokens in a cache of {cache.capacity}")
+        mask = None
+        if cache is not None and start.any():
+            seen = torch.arange(int(positions.max()) + 1, device=ids.device)
+            mask = seen[None, None, None, :] <= positions[:, None, :, None]
+
+        width = self.config.head_width or self.config.width // self.config.heads
+        angles = rotary(positions, width, self.config.rope_theta)
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x, key = block(x, angles, positions, cache, mask)
+        hidden = self.norm(x)
+
+        if cache is not None:
+            cache.lengths = start + (time if lengths is None else lengths)
+        wanted = hidden.flatten(0, 1) if at is None else hidden[at]
+        head = self.embedding if self.head is None else self.head
+        return LMOutput(functional.linear(wanted, head.weight).float(), key, hidden)
+
+
+def parameter_count(config: LanguageModel, vocabulary: int) -> int:
+    """Parameters of an LM of this shape, without building it in memory."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in LM(config, vocabulary).parameters())

@@ -1,0 +1,90 @@
+"""What training minimises: summed losses with their counts, divided once over the whole step.
+
+A mean of means would weigh a short micro-batch like a long one, and make the loss depend on how
+many workers share the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mmrag.layers import Linear
+from mmrag.lm import LM
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch. All tensors are padded on the right.
+
+    `ids` (B, T) tokens; `targets` (B, T) the next token where it counts, else IGNORE; `speech`
+    (B, 2) start and end of the units that CTC reads, equal where there are none; `text` (B, S)
+    CTC's targets (piece + 1; 0 is the blank) and `text_lengths` (B,).
+    """
+
+    ids: Tensor
+    targets: Tensor
+    speech: Tensor
+    text: Tensor
+    text_lengths: Tensor
+
+    def counts(self) -> Tensor:
+        """(2,) float32: targets of the language model and of CTC."""
+        spoken = self.speech[:, 1] > self.speech[:, 0]
+        counted = (self.targets != IGNORE).sum(), (self.text_lengths * spoken).sum()
+        return torch.stack(counted).float()
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+class Objective(nn.Module):
+    """The language model with the losses it is trained by.
+
+    Beside the next token, the states over the units of a transcription sequence learn to spell
+    the text by themselves (CTC, as in hybrid CTC/attention training, arXiv 1609.06773): a small
+    model finds the alignment of speech and text much sooner. The CTC head is not exported.
+    """
+
+    def __init__(self, lm: LM, pieces: int, ctc_weight: float) -> None:
+        super().__init__()
+        self.lm = lm
+        self.ctc_weight = ctc_weight
+        self.ctc = Linear(lm.config.width, pieces + 1) if ctc_weight else None
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(2,) float32: summed next-token loss and summed CTC loss, in nats."""
+        at = batch.targets != IGNORE
+        output = self.lm(batch.ids, at=at)
+        token_loss = functional.cross_entropy(output.logits, batch.targets[at], reduction="sum")
+        ctc_loss = self._ctc_loss(output.hidden, batch) if self.ctc else token_loss.new_zeros(())
+        return torch.stack((token_loss, ctc_loss))
+
+    def _ctc_loss(self, hidden: Tensor, batch: Batch) -> Tensor:
+        start, end = batch.speech.unbind(1)
+        steps = max(int((end - start).max()), 1)
+        offsets = torch.arange(steps, device=hidden.device)
+        positions = (start[:, None] + offsets).clamp(max=hidden.shape[1] - 1)
+        states = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[2]))
+        log_probs = self.ctc(states).float().log_softmax(-1)
+        losses = functional.ctc_loss(
+            log_probs.transpose(0, 1),
+            batch.text,
+            end - start,
+            batch.text_lengths,
+            reduction="none",
+            zero_infinity=True,
+        )
+        return (losses * (end > start)).sum()
+
+
+def combine(sums: Tensor, counts: Tensor, weights: Sequence[float]) -> Tensor:
+    """One scalar: each summed loss over its count in the whole step, weighted and added."""
+    scale = torch.tensor(weights, device=sums.device) / counts.to(sums.device).clamp(min=1)
+    return (sums * scale).sum()

@@ -1,0 +1,106 @@
+"""The tokenized corpus on disk: Parquet parts of utterances with their units."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmrag.records import TimedWord, Units, Utterance
+
+SCHEMA = pa.schema(
+    [
+        ("utterance", pa.string()),
+        ("units", pa.list_(pa.int32())),
+        ("durations", pa.list_(pa.int32())),
+        ("text", pa.string()),
+        ("speaker", pa.string()),
+        ("document", pa.string()),
+        ("domain", pa.string()),
+        ("seconds", pa.float64()),
+        ("entities", pa.list_(pa.string())),
+        (
+            "words",
+            pa.list_(
+                pa.struct([("text", pa.string()), ("start", pa.float64()), ("end", pa.float64())])
+            ),
+        ),
+    ]
+)
+
+
+class TokensError(ValueError):
+    """A tokens directory or part is missing or damaged."""
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """An utterance and its units; None where nobody spoke it."""
+
+    utterance: Utterance
+    units: Units | None
+
+
+def write_part(path: Path, tokenized: Iterable[Tokenized]) -> None:
+    """Write one Parquet part; `path` appears only once it is whole."""
+    rows = [_row(one) for one in tokenized]
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), aside)
+    aside.replace(path)
+
+
+def read(directory: Path) -> Iterator[Tokenized]:
+    """Every utterance of the parts in `directory`, in the order of the parts' names."""
+    parts = sorted(directory.glob("part-*.parquet"))
+    if not parts:
+        raise TokensError(f"no tokenized parts in {directory}")
+    for part in parts:
+        yield from read_part(part)
+
+
+def read_part(path: Path) -> Iterator[Tokenized]:
+    """Every utterance of one part."""
+    try:
+        table = pq.read_table(path, schema=SCHEMA)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise TokensError(f"{path} is not a tokenized part: {error}") from None
+    for row in table.to_pylist():
+        yield _tokenized(row)
+
+
+def _row(one: Tokenized) -> dict[str, object]:
+    said, units = one.utterance, one.units
+    return {
+        "utterance": said.id,
+        "units": None if units is None else units.ids,
+        "durations": None if units is None else units.durations,
+        "text": said.text,
+        "speaker": said.speaker,
+        "document": said.document or said.id,
+        "domain": said.domain,
+        "seconds": said.duration,
+        "entities": list(said.entities),
+        "words": [vars(word) for word in said.words],
+    }
+
+
+def _tokenized(row: dict) -> Tokenized:
+    units = None
+    if row["units"] is not None:
+        units = Units(np.array(row["units"], np.int32), np.array(row["durations"], np.int32))
+    said = Utterance(
+        id=row["utterance"],
+        text=row["text"],
+        duration=row["seconds"],
+        speaker=row["speaker"],
+        document=row["document"],
+        domain=row["domain"],
+        entities=tuple(row["entities"]),
+        words=tuple(TimedWord(**word) for word in row["words"]),
+    )
+    return Tokenized(said, units)

@@ -1,0 +1,113 @@
+"""Frame features to units: k-means ids, runs of equal ids collapsed, their durations kept.
+
+Durations are what turns a unit's place in a sequence back into seconds. This module knows neither
+the encoder that made the features nor the vocabulary that the units become part of. It leaves
+FAISS's thread count as it finds it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import faiss
+import numpy as np
+
+from mmrag.artifact import write_json
+from mmrag.records import Units
+
+ITERATIONS = 25
+"""Lloyd iterations of k-means."""
+
+
+def collapse(ids: np.ndarray) -> Units:
+    """Frame ids (F,) integer to units: each run of one id becomes that id and its length."""
+    ids = np.asarray(ids, np.int32)
+    if ids.ndim != 1:
+        raise ValueError(f"frame ids have shape (F,), not {ids.shape}")
+    starts = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]]))[: len(ids)]
+    durations = np.diff(starts, append=len(ids))
+    return Units(ids=ids[starts], durations=durations.astype(np.int32))
+
+
+def expand(units: Units) -> np.ndarray:
+    """The frame ids (F,) int32 that `units` were collapsed from."""
+    return np.repeat(units.ids, units.durations)
+
+
+def kmeans(features: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """`size` centroids (K, D) float32 of `features` (N, D); the same seed gives the same ones.
+
+    Raises ValueError if there are fewer features than clusters.
+    """
+    features = np.ascontiguousarray(features, np.float32)
+    if len(features) < size:
+        raise ValueError(f"{len(features)} features cannot make {size} clusters")
+    clusters = faiss.Kmeans(
+        features.shape[1], size, niter=ITERATIONS, seed=seed, min_points_per_centroid=1
+    )
+    clusters.train(features)
+    return clusters.centroids
+
+
+class Codebook:
+    """K centroids of an encoder's features. A unit's id is the row of its centroid."""
+
+    def __init__(self, centroids: np.ndarray, frame_seconds: float) -> None:
+        """`centroids` (K, D); `frame_seconds` from one frame of the encoder to the next."""
+        if centroids.ndim != 2:
+            raise ValueError(f"centroids have shape (K, D), not {centroids.shape}")
+        self.centroids = np.ascontiguousarray(centroids, np.float32)
+        self.frame_seconds = frame_seconds
+
+    def __len__(self) -> int:
+        return len(self.centroids)
+
+    @classmethod
+    def fit(cls, features: np.ndarray, size: int, seed: int, frame_seconds: float) -> Codebook:
+        """k-means over `features` (N, D). Raises ValueError if N < size."""
+        return cls(kmeans(features, size, seed), frame_seconds)
+
+    def assign(self, features: np.ndarray) -> np.ndarray:
+        """The nearest centroid (F,) int32, by L2, to each of `features` (F, D).
+
+        Raises ValueError if the features are not as wide as the centroids.
+        """
+        features = np.ascontiguousarray(features, np.float32)
+        width = self.centroids.shape[1]
+        if features.ndim != 2 or features.shape[1] != width:
+            raise ValueError(f"this codebook takes features (F, {width}), not {features.shape}")
+        _, nearest = faiss.knn(features, self.centroids, 1)
+        return nearest[:, 0].astype(np.int32)
+
+    def encode(self, features: np.ndarray) -> Units:
+        """Features (F, D) of one clip to its units."""
+        return collapse(self.assign(features))
+
+    def seconds(self, units: Units) -> np.ndarray:
+        """Start and end (T, 2) float64 of each run, in seconds from the clip's start."""
+        ends = np.cumsum(units.durations)
+        return np.stack([ends - units.durations, ends], axis=1) * self.frame_seconds
+
+    def save(self, directory: Path | str) -> None:
+        """Write `centroids.npy` and `codebook.json` into `directory`, making it if need be."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        np.save(directory / "centroids.npy", self.centroids, allow_pickle=False)
+        write_json(
+            directory / "codebook.json",
+            {"units": len(self), "frame_seconds": self.frame_seconds},
+        )
+
+    @classmethod
+    def load(cls, directory: Path | str) -> Codebook:
+        """Read what `save` wrote. Raises ValueError if the two files disagree."""
+        directory = Path(directory)
+        fields = json.loads((directory / "codebook.json").read_text())
+        centroids = np.load(directory / "centroids.npy", allow_pickle=False)
+        if len(centroids) != fields["units"]:
+            raise ValueError(
+                f"{directory}: codebook.json says {fields['units']} units, "
+                f"centroids.npy holds {len(centroids)}"
+            )
+        return cls(centroids, fields["frame_seconds"])

@@ -1,0 +1,179 @@
+"""One id space for text and speech: specials, then word pieces, then units.
+
+Sequences are built as ids, never as strings, so no text a person writes can turn into a control
+token or a unit. Nothing here knows the model.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import sentencepiece
+from tokenizers import Tokenizer
+
+from mmrag.config import Format
+from mmrag.records import Units
+from mmrag.text import normalise
+
+SPECIALS = ("<pad>", "<bos>", "<eos>", "<speech>", "<text>")
+PAD, BOS, EOS, SPEECH, TEXT = range(len(SPECIALS))
+ALPHABET = "abcdefghijklmnopqrstuvwxyz'"
+
+
+class Pieces(Protocol):
+    """Word pieces with ids from 0 to size - 1."""
+
+    size: int
+
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, pieces: Sequence[int]) -> str: ...
+    def save(self, directory: Path) -> None: ...
+
+
+class SentencePieces:
+    """Pieces trained on the corpus. Text is normalised (lower case, no punctuation) first."""
+
+    FILE = "pieces.model"
+
+    def __init__(self, model: bytes) -> None:
+        self._model = model
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.size = self._processor.vocab_size()
+
+    @classmethod
+    def train(cls, texts: Iterable[str], size: int) -> SentencePieces:
+        """At most `size` BPE pieces; the Latin alphabet is always among them."""
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(normalise(text) for text in texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=size,
+            hard_vocab_limit=False,
+            character_coverage=1.0,
+            required_chars=ALPHABET,
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            num_threads=1,
+            minloglevel=2,
+        )
+        return cls(model.getvalue())
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(normalise(text))
+
+    def decode(self, pieces: Sequence[int]) -> str:
+        return self._processor.decode([int(piece) for piece in pieces])
+
+    def save(self, directory: Path) -> None:
+        (directory / self.FILE).write_bytes(self._model)
+
+
+class BasePieces:
+    """The pieces of a base language model's `tokenizer.json`."""
+
+    FILE = "tokenizer.json"
+
+    def __init__(self, path: Path) -> None:
+        self._tokenizer = Tokenizer.from_file(str(path))
+        self.size = self._tokenizer.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, pieces: Sequence[int]) -> str:
+        return self._tokenizer.decode([int(piece) for piece in pieces]).strip()
+
+    def save(self, directory: Path) -> None:
+        self._tokenizer.save(str(directory / self.FILE))
+
+
+class Vocabulary:
+    """The id space `[specials | pieces | units]` and the sequences built in it."""
+
+    FILE = "vocabulary.json"
+
+    def __init__(self, pieces: Pieces, units: int) -> None:
+        self.pieces = pieces
+        self.first_piece = len(SPECIALS)
+        self.first_unit = self.first_piece + pieces.size
+        self.size = self.first_unit + units
+
+    @property
+    def units(self) -> int:
+        """Size of the codebook."""
+        return self.size - self.first_unit
+
+    def encode(self, text: str) -> list[int]:
+        """Text to ids."""
+        return [self.first_piece + piece for piece in self.pieces.encode(text)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids to text; specials and units among them are passed over."""
+        kept = [i - self.first_piece for i in ids if self.first_piece <= i < self.first_unit]
+        return self.pieces.decode(kept)
+
+    def word_ends(self, ids: Sequence[int]) -> list[tuple[str, int]]:
+        """Each word of the decoded text with the index just past its last token."""
+        counts = [len(self.decode(ids[: i + 1]).split()) for i in range(len(ids))]
+        words = self.decode(ids).split()
+        ends = [0] * len(words)
+        for index, count in enumerate(counts):
+            if 0 < count <= len(words):
+                ends[count - 1] = index + 1
+        return list(zip(words, ends, strict=True))
+
+    def encode_units(self, units: Units) -> list[int]:
+        """Units to ids; ValueError if a unit is outside the codebook."""
+        if len(units) and not 0 <= units.ids.min() <= units.ids.max() < self.units:
+            raise ValueError(f"unit ids must be in 0..{self.units - 1}, got {units.ids.max()}")
+        return (units.ids + self.first_unit).tolist()
+
+    def prompt(self, units: Sequence[int] | None) -> list[int]:
+        """What stands before a transcript: the speech (its ids), or nothing but the marker."""
+        return [BOS, SPEECH, *units, TEXT] if units is not None else [BOS, TEXT]
+
+    def sequence(self, form: Format, text: Sequence[int], units: Sequence[int]) -> list[int]:
+        """A whole training sequence in one of the four formats."""
+        match form:
+            case "text":
+                return [BOS, TEXT, *text, EOS]
+            case "speech":
+                return [BOS, SPEECH, *units, EOS]
+            case "speech_first":
+                return [*self.prompt(units), *text, EOS]
+            case "text_first":
+                return [BOS, TEXT, *text, SPEECH, *units, EOS]
+
+    def transcript_ids(self) -> np.ndarray:
+        """Ids that may stand in a transcript, the end among them: (V,) bool."""
+        allowed = np.zeros(self.size, bool)
+        allowed[self.first_piece : self.first_unit] = True
+        allowed[EOS] = True
+        return allowed
+
+    def save(self, directory: Path) -> None:
+        """Write `vocabulary.json` and the pieces beside it."""
+        self.pieces.save(directory)
+        fields = {"specials": SPECIALS, "pieces": self.pieces.size, "units": self.units}
+        (directory / self.FILE).write_text(json.dumps(fields, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, directory: Path) -> Vocabulary:
+        """Read what `save` wrote; ValueError if the special tokens are not ours."""
+        fields = json.loads((directory / cls.FILE).read_text())
+        if tuple(fields["specials"]) != SPECIALS:
+            raise ValueError(f"{directory} has other special tokens: {fields['specials']}")
+        base = directory / BasePieces.FILE
+        pieces = (
+            BasePieces(base)
+            if base.exists()
+            else SentencePieces((directory / SentencePieces.FILE).read_bytes())
+        )
+        return cls(pieces, fields["units"])

@@ -1,0 +1,140 @@
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmrag.corpora.manifest import ManifestError, read, row, write
+from mmrag.records import Rejection, TimedWord, Utterance
+
+GOOD = {"audio_filepath": "clips/a.flac", "text": "call mary", "duration": 1.5}
+
+
+def lines(path: Path, *values: object) -> Path:
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return path
+
+
+def reasons(path: Path) -> list[str]:
+    return [made.reason if isinstance(made, Rejection) else "" for made in read(path)]
+
+
+names = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+seconds = st.floats(0, 1e6, allow_nan=False)
+words = st.builds(
+    lambda text, start, length: TimedWord(text, start, start + length), names, seconds, seconds
+)
+utterances = st.builds(
+    Utterance,
+    id=names.filter(bool),
+    text=names.filter(bool),
+    audio=st.none() | st.sampled_from([Path("/corpus/clips/a.flac"), Path("/elsewhere/b.wav")]),
+    duration=st.none() | seconds,
+    speaker=names,
+    document=names.filter(bool),
+    domain=names,
+    entities=st.lists(names, max_size=3).map(tuple),
+    words=st.lists(words, max_size=3).map(tuple),
+)
+
+
+@given(st.lists(utterances, max_size=4, unique_by=lambda utterance: utterance.id))
+def test_what_is_written_is_read_back(tmp_path_factory, made):
+    path = tmp_path_factory.mktemp("manifest") / "manifest.jsonl"
+    assert write(path, made) == len(made)
+    assert list(read(path)) == made
+
+
+def test_audio_below_the_manifest_is_written_relative_to_it_and_other_audio_absolute():
+    root = Path("/corpus")
+    assert row(Utterance("a", audio=root / "clips" / "a.wav"), root) == {
+        "audio_filepath": "clips/a.wav",
+        "utterance": "a",
+    }
+    assert row(Utterance("b", audio=Path("/other/b.wav")), root)["audio_filepath"] == "/other/b.wav"
+
+
+def test_text_without_speech_has_no_audio_field():
+    assert row(Utterance("a", text="call mary"), Path()) == {"text": "call mary", "utterance": "a"}
+
+
+def test_audio_is_found_beside_the_manifest_and_need_not_exist(tmp_path):
+    [utterance] = read(lines(tmp_path / "manifest.jsonl", GOOD))
+    assert utterance.audio == tmp_path / "clips" / "a.flac"
+    assert utterance.duration == 1.5
+
+
+def test_an_id_is_made_from_the_audio_path_or_the_line_number(tmp_path):
+    path = lines(
+        tmp_path / "manifest.jsonl",
+        {"audio_filepath": "one/a.wav"},
+        {"audio_filepath": "two/a.wav"},
+        {"text": "hello"},
+        {"text": "hello", "utterance": "mine", "document": "book"},
+    )
+    assert [(made.id, made.document) for made in read(path)] == [
+        ("one/a", "one/a"),
+        ("two/a", "two/a"),
+        ("line-3", "line-3"),
+        ("mine", "book"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"{not json", "not JSON"),
+        (b"\xff\xfe{}", "not JSON"),
+        (b"[" * 100_000, "recursion"),
+        (b'["a"]', "not a JSON object but list"),
+        (b"{}", "neither audio_filepath nor text"),
+        (b'{"text": ""}', "neither audio_filepath nor text"),
+        (b'{"text": 3}', "text is not a string but 3"),
+        (b'{"text": "a \\ud800"}', "surrogates not allowed"),
+        (b'{"audio_filepath": ["a.wav"]}', "audio_filepath is not a string"),
+        (b'{"text": "a", "duration": "2"}', "duration is not a number"),
+        (b'{"text": "a", "duration": true}', "duration is not a number"),
+        (b'{"text": "a", "duration": -1}', "duration is not a time"),
+        (b'{"text": "a", "duration": NaN}', "duration is not a time"),
+        (b'{"text": "a", "duration": 1' + b"0" * 400 + b"}", "too large"),
+        (b'{"text": "a", "entities": "mary"}', "entities is not a list"),
+        (b'{"text": "a", "entities": [1]}', "entities is not a string but 1"),
+        (b'{"text": "a", "words": ["a"]}', "words holds not an object"),
+        (b'{"text": "a", "words": [{"text": "a", "start": 0}]}', "end is not a number"),
+        (b'{"text": "a", "words": [{"start": 0, "end": 1}]}', "text of words is not a string"),
+        (b'{"text": "a", "words": [{"text": "a", "start": 2, "end": 1}]}', "ends before it starts"),
+        (b'{"text": "a", "utterance": 7}', "utterance is not a string"),
+    ],
+)
+def test_a_bad_line_is_rejected_with_its_number_and_reading_goes_on(tmp_path, line, reason):
+    path = tmp_path / "manifest.jsonl"
+    good = json.dumps(GOOD).encode()
+    path.write_bytes(b"\n" + line + b"\n" + good + b"\n")
+    rejection, utterance = read(path)
+    assert rejection.source == f"{path}:2"
+    assert reason in rejection.reason
+    assert utterance.text == "call mary"
+
+
+def test_the_second_utterance_of_an_id_is_rejected(tmp_path):
+    path = lines(tmp_path / "manifest.jsonl", GOOD, {"text": "other"}, GOOD)
+    assert reasons(path) == ["", "", "utterance 'clips/a' is also on line 1"]
+
+
+def test_a_byte_order_mark_and_unknown_fields_do_no_harm(tmp_path):
+    path = tmp_path / "manifest.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "caf\xc3\xa9", "lang": "fr"}\n')
+    assert [made.text for made in read(path)] == ["café"]
+
+
+def test_a_missing_manifest_is_an_error_that_names_it_before_anything_is_read(tmp_path):
+    with pytest.raises(ManifestError, match=r"nowhere\.jsonl: No such file"):
+        read(tmp_path / "nowhere.jsonl")
+    with pytest.raises(ManifestError, match="directory"):
+        read(tmp_path)
+
+
+def test_an_id_cannot_be_written_twice(tmp_path):
+    with pytest.raises(ManifestError, match="'a' stands twice"):
+        write(tmp_path / "manifest.jsonl", [Utterance("a", text="x"), Utterance("a", text="y")])

@@ -1,0 +1,232 @@
+import re
+import sys
+from collections import Counter
+from functools import cache
+from itertools import combinations
+from math import prod
+
+import numpy as np
+import pytest
+
+from mmrag.config import Synthesize, Workers
+from mmrag.corpora import synthetic
+from mmrag.corpora.espeak import Synthesizer
+from mmrag.corpora.synthetic import (
+    GRAMMAR,
+    SPLITS,
+    VOICES,
+    Planned,
+    assign_voices,
+    make_names,
+    plan,
+    render,
+)
+
+pytest.importorskip("faker")
+pytest.importorskip("espeakng_loader")
+
+CONFIG = Synthesize(
+    lm=300,
+    adapter=60,
+    mentions=3,
+    dev=40,
+    test=50,
+    text=200,
+    everyday_share=0.4,
+    workers=Workers(count=1, num_cpus=1),
+)
+
+
+@pytest.fixture(scope="module")
+def planned() -> dict[str, list[Planned]]:
+    return plan(CONFIG, seed=7)
+
+
+def entities(planned: dict[str, list[Planned]], *splits: str) -> set[str]:
+    return {entity for split in splits for one in planned[split] for entity in one.entities}
+
+
+def words_of(planned: dict[str, list[Planned]], *splits: str) -> set[str]:
+    return {word for split in splits for one in planned[split] for word in one.text.split()}
+
+
+def test_a_plan_follows_from_the_configuration_and_the_seed(planned):
+    assert plan(CONFIG, seed=7) == planned
+    assert plan(CONFIG, seed=8)["test"] != planned["test"]
+
+
+def test_splits_have_the_sizes_and_shares_that_were_asked_for(planned):
+    assert tuple(planned) == SPLITS
+    for split in ("lm", "text", "dev", "test"):
+        domains = Counter(one.domain for one in planned[split])
+        size = getattr(CONFIG, split)
+        assert domains == {"everyday": 0.4 * size, "assistant": 0.6 * size}
+    assert {one.domain for one in planned["adapter"]} == {"assistant"}
+    assert len(planned["adapter"]) == CONFIG.adapter
+
+
+def test_no_sentence_and_no_id_stands_twice_anywhere(planned):
+    everything = [one for split in SPLITS for one in planned[split]]
+    assert len({one.text for one in everything}) == len(everything)
+    assert len({one.id for one in everything}) == len(everything)
+    assert all(one.document == one.id for one in everything)
+
+
+def test_the_groups_of_splits_share_no_entity_and_no_family_name(planned):
+    groups = [("lm", "text"), ("adapter",), ("dev",), ("test",)]
+    for one, other in combinations(groups, 2):
+        assert not entities(planned, *one) & entities(planned, *other)
+        family_names = {entity.split()[-1] for entity in entities(planned, *one)}
+        assert (
+            not (family_names & words_of(planned, *other))
+            - set(GRAMMAR["trade"])
+            - {
+                "sons",
+                "brothers",
+            }
+        )
+
+
+def test_the_datastore_mentions_every_looked_up_entity_as_often_as_asked(planned):
+    mentions = Counter(entity for one in planned["datastore"] for entity in one.entities)
+    looked_up = entities(planned, "adapter", "dev", "test")
+    assert mentions == dict.fromkeys(looked_up, CONFIG.mentions)
+
+
+def test_every_dev_and_test_entity_has_a_word_that_training_text_never_shows(planned):
+    seen = words_of(planned, "lm", "text")
+    for entity in entities(planned, "dev", "test"):
+        assert set(entity.split()) - seen, entity
+
+
+def test_dev_and_test_voices_are_heard_nowhere_else(planned):
+    heard = {
+        split: {one.voice for one in planned[split]} - {None}
+        for split in ("lm", "adapter", "datastore", "dev", "test")
+    }
+    assert heard["dev"] == set(VOICES["dev"])
+    assert heard["test"] == set(VOICES["test"])
+    assert heard["lm"] | heard["adapter"] | heard["datastore"] == set(VOICES["train"])
+    assert {one.voice for one in planned["text"]} == {None}
+
+
+def test_no_voice_variant_is_in_two_rows_of_voices():
+    variants = [{voice.name.partition("+")[2] for voice in row} for row in VOICES.values()]
+    for one, other in combinations(variants, 2):
+        assert not one & other
+    everyone = [voice for row in VOICES.values() for voice in row]
+    assert len({voice.id for voice in everyone}) == len(everyone)
+    assert len({(voice.name, voice.pitch, voice.rate) for voice in everyone}) == len(everyone)
+
+
+def test_every_voice_can_speak():
+    synthesizer = Synthesizer()
+    for row in VOICES.values():
+        for voice in row:
+            wave = synthesizer.speak("hello there", voice).wave
+            assert np.sqrt(np.mean(wave**2)) > 0.02, voice
+
+
+def test_sentences_are_plain_words_that_are_spoken_as_written(planned):
+    for split in SPLITS:
+        for one in planned[split]:
+            assert re.fullmatch(r"[a-z']+( [a-z']+)*", one.text), one.text
+            assert not re.search(r"\ba [aeio]", one.text), one.text
+            if one.domain == "everyday":
+                assert 4 <= len(one.text.split()) <= 10
+                assert not one.entities
+            else:
+                assert 1 <= len(one.entities) <= 2
+                assert all(f" {entity} " in f" {one.text} " for entity in one.entities)
+
+
+def test_the_grammar_is_closed_and_wide():
+    @cache
+    def expansions(symbol: str) -> int:
+        return sum(
+            prod(expansions(inner) for inner in re.findall(r"\{(\w+)\}", phrase))
+            for phrase in GRAMMAR[symbol]
+        )
+
+    used = {
+        inner
+        for phrases in GRAMMAR.values()
+        for phrase in phrases
+        for inner in re.findall(r"\{(\w+)\}", phrase)
+    }
+    from_outside = {"person", "place", "company", "first", "family", "partner", "town"}
+    assert used - set(GRAMMAR) == from_outside
+    assert not from_outside & set(GRAMMAR)
+    assert expansions("everyday") > 1_000_000
+    assert len(set(GRAMMAR["assistant"])) >= 25
+
+
+def test_family_names_and_towns_belong_to_one_group_and_are_no_common_words():
+    names = make_names(seed=7)
+    for pool in (names.family, names.towns):
+        words = [word for group in pool.values() for word in group]
+        assert len(set(words)) == len(words)
+        assert not set(words) & set(names.first)
+        assert not set(words) & set(GRAMMAR["object"])
+    assert {"st", "dr"}.isdisjoint(names.family["lm"])
+
+
+def test_a_grammar_too_small_for_a_split_is_an_error_that_names_the_split(monkeypatch):
+    monkeypatch.setitem(GRAMMAR, "everyday", ("we went home again {past}",))
+    with pytest.raises(ValueError, match="split lm: there are too few distinct everyday"):
+        plan(CONFIG.model_copy(update={"dev": 10, "test": 10}), seed=0)
+
+
+def test_too_few_names_for_a_split_is_an_error_that_names_the_split(monkeypatch):
+    few = synthetic.Names(
+        first=("ann",),
+        family={group: (f"{group}son",) for group in synthetic.GROUPS},
+        towns={group: (f"{group}ton",) for group in synthetic.GROUPS},
+    )
+    monkeypatch.setattr(synthetic, "make_names", lambda seed: few)
+    with pytest.raises(ValueError, match="split dev: there are too few distinct entities"):
+        plan(CONFIG, seed=0)
+
+
+def test_a_line_gets_the_same_training_voice_whatever_stands_around_it():
+    [alone] = assign_voices(["call mary"], seed=1)
+    first, second, third = assign_voices(["hello", "call mary", "call mary"], seed=1)
+    assert (alone.voice, alone.seed) == (second.voice, second.seed)
+    assert len({alone.document, first.document, second.document, third.document}) == 3
+    everyone = assign_voices([f"line {number}" for number in range(300)], seed=1)
+    assert {one.voice for one in everyone} == set(VOICES["train"])
+
+
+def test_a_rendered_utterance_is_the_same_every_time_and_follows_its_seed():
+    synthesizer = Synthesizer()
+    one, other = assign_voices(["call mary at the office", "call peter"], seed=3)
+    first = render(one, synthesizer)
+    render(other, synthesizer)
+    np.testing.assert_array_equal(render(one, synthesizer).wave, first.wave)
+    reseeded = render(Planned(**{**vars(one), "seed": one.seed + 1}), synthesizer)
+    assert reseeded.words == first.words
+    assert not np.array_equal(reseeded.wave, first.wave)
+
+
+def test_rendering_makes_speech_softer_and_adds_25_to_40_decibels_of_noise():
+    synthesizer = Synthesizer()
+    for one in assign_voices([f"call mary at {hour}" for hour in ("ten", "six", "two")], seed=5):
+        clean = synthesizer.speak(one.text, one.voice).wave
+        wave = render(one, synthesizer).wave
+        gain = float(wave @ clean / (clean @ clean))
+        noise = wave - gain * clean
+        ratio = 10 * np.log10(np.mean((gain * clean) ** 2) / np.mean(noise**2))
+        assert wave.dtype == np.float32
+        assert -12.5 < 20 * np.log10(gain) < 0.5
+        assert 24 < ratio < 41
+
+
+def test_text_alone_cannot_be_rendered(planned):
+    with pytest.raises(ValueError, match="text-000000 has no voice"):
+        render(planned["text"][0], Synthesizer())
+
+
+def test_without_faker_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faker", None)
+    with pytest.raises(ImportError, match=r"pip install mmrag\[speech\]"):
+        plan(CONFIG, seed=0)

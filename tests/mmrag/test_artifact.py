@@ -1,0 +1,266 @@
+"""A directory is a finished artifact or none, and knows what it was made from."""
+
+import json
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from mmrag import artifact
+from mmrag.artifact import Artifact, ArtifactError
+
+CONFIG = {"units": 100, "rounds": [1, 2]}
+
+
+def make(path: Path, text: str = "contents", config=CONFIG, inputs=None, **how) -> Artifact:
+    with artifact.create(path, "thing", config, inputs or {}, **how) as draft:
+        (draft.path / "data.txt").write_text(text)
+        draft.summary["letters"] = len(text)
+    return artifact.load(path, "thing")
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing catches it."""
+
+
+def kill_while_writing(path: Path, text: str = "half", config=CONFIG) -> None:
+    with suppress(Killed), artifact.create(path, "thing", config, {}) as draft:
+        (draft.path / "part.txt").write_text(text)
+        raise Killed
+
+
+def test_a_finished_artifact_says_what_it_is(tmp_path):
+    source = make(tmp_path / "source")
+    made = make(tmp_path / "deep" / "made", inputs={"source": source})
+    assert made.path == tmp_path / "deep" / "made" and made.kind == "thing"
+    assert made.config == CONFIG and made.inputs == {"source": source.fingerprint}
+    assert made.summary == {"letters": 8}
+    assert sorted(file.name for file in made.path.iterdir()) == ["artifact.json", "data.txt"]
+    assert json.dumps(artifact.as_json(made))
+
+
+def test_paths_are_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert make(Path("here")).path == tmp_path / "here"
+
+
+def test_the_fingerprint_is_of_contents_configuration_and_inputs(tmp_path):
+    other = make(tmp_path / "other", "else")
+    prints = [
+        make(tmp_path / "a").fingerprint,
+        make(tmp_path / "b", "contentS").fingerprint,
+        make(tmp_path / "c", config={"units": 101}).fingerprint,
+        make(tmp_path / "d", inputs={"source": other}).fingerprint,
+    ]
+    assert len({*prints, other.fingerprint}) == 5
+    assert make(tmp_path / "elsewhere").fingerprint == prints[0]
+
+
+def test_bulk_files_enter_the_fingerprint_by_size_alone(tmp_path):
+    def written(name: str, text: str) -> str:
+        return make(tmp_path / name, text, bulk=("data",)).fingerprint
+
+    assert written("a", "abc") == written("b", "xyz") != written("c", "abcd")
+
+
+def test_a_killed_stage_leaves_the_old_artifact(tmp_path):
+    old = make(tmp_path / "made")
+    kill_while_writing(tmp_path / "made")
+    assert artifact.load(tmp_path / "made", "thing") == old
+
+
+def test_a_killed_stage_leaves_no_artifact_where_there_was_none(tmp_path):
+    kill_while_writing(tmp_path / "made")
+    with pytest.raises(ArtifactError, match="not a finished thing: no such directory"):
+        artifact.load(tmp_path / "made", "thing")
+    assert artifact.finished(tmp_path / "made", "thing", CONFIG, {}) is None
+
+
+def test_a_killed_stage_finds_its_draft_again(tmp_path):
+    kill_while_writing(tmp_path / "made")
+    with artifact.create(tmp_path / "made", "thing", CONFIG, {}) as draft:
+        assert draft.resumed and (draft.path / "part.txt").read_text() == "half"
+        (draft.path / "data.txt").write_text("contents")
+    with artifact.create(tmp_path / "at_once", "thing", CONFIG, {}) as draft:
+        assert not draft.resumed
+        (draft.path / "part.txt").write_text("half")
+        (draft.path / "data.txt").write_text("contents")
+    resumed, at_once = (artifact.load(tmp_path / n, "thing") for n in ("made", "at_once"))
+    assert resumed.fingerprint == at_once.fingerprint
+
+
+@pytest.mark.parametrize("how", [{"config": {"units": 7}}, {"force": True}])
+def test_a_draft_of_something_else_is_started_again(tmp_path, how):
+    kill_while_writing(tmp_path / "made")
+    with artifact.create(
+        tmp_path / "made", "thing", **{"config": CONFIG, "inputs": {}, **how}
+    ) as draft:
+        assert not draft.resumed and not (draft.path / "part.txt").exists()
+
+
+def test_a_draft_without_a_plan_is_started_again(tmp_path):
+    kill_while_writing(tmp_path / "made")
+    [plan] = tmp_path.glob(".made.partial/.plan.json")
+    plan.write_text("{")
+    assert make(tmp_path / "made").summary == {"letters": 8}
+    assert not (tmp_path / "made" / "part.txt").exists()
+
+
+def test_scratch_files_do_not_reach_the_artifact(tmp_path):
+    with artifact.create(tmp_path / "made", "thing", CONFIG, {}) as draft:
+        (draft.path / ".cursor").write_text("9")
+        (draft.path / ".parts").mkdir()
+        (draft.path / ".parts" / "a").write_text("a")
+        (draft.path / "data.txt").write_text("contents")
+        draft.summary["letters"] = 8
+    assert sorted(os.listdir(tmp_path / "made")) == ["artifact.json", "data.txt"]
+    made = artifact.load(tmp_path / "made", "thing")
+    assert made.fingerprint == make(tmp_path / "plain").fingerprint
+
+
+def test_a_new_artifact_replaces_the_whole_old_one(tmp_path):
+    with artifact.create(tmp_path / "made", "thing", CONFIG, {}) as draft:
+        (draft.path / "old.txt").write_text("old")
+    make(tmp_path / "made")
+    assert sorted(os.listdir(tmp_path / "made")) == ["artifact.json", "data.txt"]
+    assert {name for name in os.listdir(tmp_path) if "old" in name or "partial" in name} == set()
+
+
+def test_a_kill_between_the_two_renames_brings_the_old_artifact_back(tmp_path):
+    old = make(tmp_path / "made")
+    (tmp_path / "made").rename(tmp_path / ".made.old")
+    assert artifact.finished(tmp_path / "made", "thing", CONFIG, {}) == old
+    assert not (tmp_path / ".made.old").exists()
+
+
+def test_a_kill_after_both_renames_leaves_the_new_artifact(tmp_path):
+    make(tmp_path / "made", "old")
+    shutil.copytree(tmp_path / "made", tmp_path / ".made.old")
+    new = make(tmp_path / "made", "new one")
+    shutil.copytree(tmp_path / "made", tmp_path / ".made.old")
+    assert artifact.load(tmp_path / "made", "thing") == new
+    assert not (tmp_path / ".made.old").exists()
+
+
+def test_a_reader_leaves_the_renames_of_a_writer_alone(tmp_path, monkeypatch):
+    """A reader that comes between a live writer's two renames must not undo the first."""
+    make(tmp_path / "made", "old")
+    rename = Path.rename
+
+    def read_in_between(source: Path, target: Path) -> Path:
+        renamed = rename(source, target)
+        if target.name == ".made.old":
+            with pytest.raises(ArtifactError, match="no such directory"):
+                artifact.load(tmp_path / "made", "thing")
+        return renamed
+
+    monkeypatch.setattr(Path, "rename", read_in_between)
+    assert make(tmp_path / "made", "new").summary == {"letters": 3}
+
+
+def test_two_processes_cannot_write_the_same_artifact(tmp_path):
+    with artifact.create(tmp_path / "made", "thing", CONFIG, {}):
+        with (
+            pytest.raises(ArtifactError, match=r"another process is writing .*made"),
+            artifact.create(tmp_path / "made", "thing", CONFIG, {}),
+        ):
+            pass
+        make(tmp_path / "neighbour")
+    assert artifact.load(tmp_path / "made", "thing")
+
+
+def test_what_was_made_from_just_this_is_found(tmp_path):
+    source = make(tmp_path / "source")
+    assert artifact.finished(tmp_path / "made", "thing", CONFIG, {"source": source}) is None
+    made = make(tmp_path / "made", inputs={"source": source})
+    assert artifact.finished(tmp_path / "made", "thing", CONFIG, {"source": source}) == made
+
+
+def test_what_was_made_from_something_else_is_refused_naming_the_difference(tmp_path):
+    source, other = make(tmp_path / "source"), make(tmp_path / "other", "else")
+    make(tmp_path / "made", inputs={"source": source})
+    with pytest.raises(ArtifactError) as raised:
+        artifact.finished(
+            tmp_path / "made", "thing", {**CONFIG, "units": 7}, {"source": other, "extra": other}
+        )
+    for part in [
+        str(tmp_path / "made"),
+        "units was 100 and is now 7",
+        f"input source was {source.fingerprint} and is now {other.fingerprint}",
+        f"input extra was None and is now {other.fingerprint}",
+    ]:
+        assert part in str(raised.value)
+    assert "rounds" not in str(raised.value)
+
+
+def test_a_tuple_in_the_configuration_is_the_list_that_json_makes_of_it(tmp_path):
+    config = {"modes": ("none", "knn")}
+    made = make(tmp_path / "made", config=config)
+    assert artifact.finished(tmp_path / "made", "thing", config, {}) == made
+    kill_while_writing(tmp_path / "made", config=config)
+    with artifact.create(tmp_path / "made", "thing", config, {}) as draft:
+        assert draft.resumed
+
+
+def test_an_input_is_required_by_fingerprint_and_both_are_named(tmp_path):
+    source, other = make(tmp_path / "source"), make(tmp_path / "other", "else")
+    made = make(tmp_path / "made", inputs={"codebook": source})
+    made.require("codebook", source)
+    with pytest.raises(ArtifactError) as raised:
+        made.require("codebook", other)
+    for name in ("codebook", source.fingerprint, other.fingerprint, str(other.path)):
+        assert name in str(raised.value)
+    with pytest.raises(ArtifactError, match="vocabulary None"):
+        made.require("vocabulary", source)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "is not a JSON object"),
+        ("{}", "has schema None, this version reads 1"),
+        ('{"schema": 2, "kind": "thing"}', "has schema 2"),
+        ('{"schema": 1, "kind": "other"}', "is a other, not a thing"),
+        ('{"schema": 1, "kind": "thing"}', "lacks a field"),
+        (None, "holds no artifact.json"),
+    ],
+)
+def test_a_directory_that_is_no_such_artifact_is_refused(tmp_path, text, reason):
+    (tmp_path / "wrong").mkdir()
+    if text is not None:
+        (tmp_path / "wrong" / "artifact.json").write_text(text)
+    with pytest.raises(ArtifactError, match=reason) as raised:
+        artifact.load(tmp_path / "wrong", "thing")
+    assert str(tmp_path / "wrong") in str(raised.value)
+
+
+def test_a_file_in_the_place_of_an_artifact_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ArtifactError, match="not a finished thing"):
+        artifact.load(tmp_path / "file", "thing")
+
+
+def test_json_is_the_old_text_or_the_new_never_half(tmp_path):
+    path = tmp_path / "value.json"
+    artifact.write_json(path, {"name": "niño"})
+    with pytest.raises(TypeError):
+        artifact.write_json(path, {"name": "half", "path": object()})
+    assert json.loads(path.read_text()) == {"name": "niño"}
+
+
+def test_a_users_own_input_is_known_by_its_contents(tmp_path):
+    file, folder = tmp_path / "list.txt", tmp_path / "audio"
+    file.write_text("one")
+    folder.mkdir()
+    (folder / "a.wav").write_text("abc")
+    before = [artifact.outside(path).fingerprint for path in (file, folder)]
+    assert before == [artifact.outside(path).fingerprint for path in (file, folder)]
+    file.write_text("two")
+    (folder / "b.wav").write_text("abc")
+    after = [artifact.outside(path).fingerprint for path in (file, folder)]
+    assert len({*before, *after}) == 4
+    with pytest.raises(ArtifactError, match=r"no such file or directory: .*missing"):
+        artifact.outside(tmp_path / "missing")

@@ -1,0 +1,288 @@
+import json
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mmrag.datastore import (
+    Datastore,
+    DatastoreError,
+    Description,
+    Segment,
+    create,
+    delete,
+    distances,
+    join,
+    prepare,
+    publish,
+    windows_of,
+    write_segment,
+)
+
+IDENTITY = {"lm": "aaaa", "vocabulary": "bbbb"}
+DESCRIPTION = Description(width=4, window=3, metric="l2", audio="paired", identity=IDENTITY)
+
+
+def segment(first_token, names, seed=0):
+    """Two entries an utterance; tokens count up from `first_token`."""
+    entries = 2 * len(names)
+    tokens = first_token + np.arange(entries)
+    return Segment(
+        keys=np.random.default_rng(seed).standard_normal((entries, 4)),
+        tokens=tokens,
+        windows=windows_of(tokens, 3),
+        positions=np.tile([0, 1], len(names)),
+        utterances=np.repeat(np.arange(len(names)), 2),
+        names=names,
+    )
+
+
+FIRST = segment(10, [("u1", "book"), ("u2", "call")], seed=1)
+SECOND = segment(20, [("u3", "news"), ("u4", "book")], seed=2)
+
+
+@pytest.fixture
+def directory(tmp_path):
+    create(tmp_path, DESCRIPTION)
+    write_segment(tmp_path, "first", FIRST)
+    write_segment(tmp_path, "second", SECOND)
+    publish(tmp_path, ["first", "second"])
+    return tmp_path
+
+
+def test_entries_come_back_in_the_order_of_publication(directory):
+    datastore = Datastore.open(directory)
+    assert datastore.entries == 8
+    assert datastore.segments == ["first", "second"]
+    np.testing.assert_array_equal(datastore.tokens, [10, 11, 12, 13, 20, 21, 22, 23])
+    np.testing.assert_array_equal(datastore.positions, [0, 1] * 4)
+    keys = np.concatenate([FIRST.keys, SECOND.keys]).astype(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(datastore.keys(0, 8), keys)
+    np.testing.assert_array_equal(datastore.keys(3, 6), keys[3:6])
+    np.testing.assert_array_equal(datastore.keys_of(np.array([7, 0, 7, 4])), keys[[7, 0, 7, 4]])
+    assert datastore.keys(2, 2).shape == (0, 4)
+    assert datastore.keys(0, 8).dtype == np.float32
+
+
+def test_documents_are_numbered_by_first_appearance_over_all_segments(directory):
+    datastore = Datastore.open(directory)
+    np.testing.assert_array_equal(datastore.documents, [0, 0, 1, 1, 2, 2, 0, 0])
+    assert [datastore.document_name(document) for document in range(3)] == ["book", "call", "news"]
+    assert datastore.document_id("news") == 2
+    assert datastore.document_id("nowhere") is None
+    assert [datastore.utterance_name(entry) for entry in (0, 3, 4, 7)] == ["u1", "u2", "u3", "u4"]
+
+
+def test_windows_keep_the_shape_asked_for_and_are_padding_where_nothing_was_found(directory):
+    windows = Datastore.open(directory).windows(np.array([[0, -1], [5, 7]]))
+    assert windows.dtype == np.int32
+    np.testing.assert_array_equal(windows, [[[0, 10, 11], [0, 0, 0]], [[20, 21, 22], [22, 23, 0]]])
+
+
+def test_an_entry_that_does_not_exist_is_an_error(directory):
+    datastore = Datastore.open(directory)
+    with pytest.raises(IndexError, match="has 8 entries"):
+        datastore.keys(6, 9)
+    with pytest.raises(IndexError, match="-2"):
+        datastore.windows(np.array([-2]))
+
+
+def test_a_written_segment_does_not_count_until_it_is_published(directory):
+    datastore = Datastore.open(directory)
+    write_segment(directory, "third", segment(30, [("u5", "letter")]))
+    assert Datastore.open(directory).entries == 8
+    write_segment(directory, "third", segment(40, [("u6", "letter")]))
+    publish(directory, ["third"])
+    assert datastore.entries == 8
+    datastore.refresh()
+    np.testing.assert_array_equal(datastore.tokens[8:], [40, 41])
+    assert datastore.document_id("letter") == 3
+
+
+def test_joined_segments_are_read_as_if_published_one_after_the_other(directory, tmp_path_factory):
+    other = tmp_path_factory.mktemp("joined")
+    create(other, DESCRIPTION)
+    write_segment(other, "both", join([FIRST, SECOND]))
+    publish(other, ["both"])
+    apart, joined = Datastore.open(directory), Datastore.open(other)
+    everything = np.arange(8)
+    np.testing.assert_array_equal(joined.keys(0, 8), apart.keys(0, 8))
+    np.testing.assert_array_equal(joined.windows(everything), apart.windows(everything))
+    for field in ("tokens", "positions", "documents"):
+        np.testing.assert_array_equal(getattr(joined, field), getattr(apart, field))
+    names = [[datastore.utterance_name(e) for e in everything] for datastore in (joined, apart)]
+    assert names[0] == names[1]
+
+
+def test_publishing_is_all_or_nothing(directory):
+    write_segment(directory, "third", segment(30, [("u5", "letter")]))
+    for names, problem in [
+        (["third", "absent"], "absent .* missing"),
+        (["third", "first"], "first .* published already"),
+        (["third", "third"], "third .* published already"),
+    ]:
+        with pytest.raises(DatastoreError, match=problem):
+            publish(directory, names)
+    assert Datastore.open(directory).entries == 8
+
+
+def test_a_published_segment_cannot_be_replaced(directory):
+    with pytest.raises(DatastoreError, match="first"):
+        write_segment(directory, "first", SECOND)
+
+
+@pytest.mark.parametrize("name", ["", "../up", "Big", "-x", "a b", "a\n"])
+def test_a_name_that_is_no_plain_file_name_is_refused(directory, name):
+    with pytest.raises(ValueError, match="segment name"):
+        write_segment(directory, name, FIRST)
+    with pytest.raises(ValueError, match="segment name"):
+        publish(directory, [name])
+
+
+def test_publishers_at_once_lose_no_segment(tmp_path):
+    create(tmp_path, DESCRIPTION)
+    names = [f"part-{number}" for number in range(8)]
+
+    def work(name):
+        write_segment(tmp_path, name, FIRST)
+        publish(tmp_path, [name])
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    listed = json.loads((tmp_path / "segments.json").read_text())["segments"]
+    assert sorted(entry["name"] for entry in listed) == names
+    assert Datastore.open(tmp_path).entries == 4 * len(names)
+
+
+def test_deletion_accumulates_and_moves_no_entry(directory):
+    delete(directory, [3, 1])
+    delete(directory, {1, 6})
+    datastore = Datastore.open(directory)
+    np.testing.assert_array_equal(datastore.deleted, [1, 3, 6])
+    np.testing.assert_array_equal(datastore.tokens, [10, 11, 12, 13, 20, 21, 22, 23])
+    with pytest.raises(ValueError, match="8 entries"):
+        delete(directory, [8])
+
+
+def test_an_empty_datastore_and_an_empty_segment_are_readable(tmp_path):
+    create(tmp_path, DESCRIPTION)
+    assert Datastore.open(tmp_path).entries == 0
+    write_segment(tmp_path, "empty", segment(0, []))
+    publish(tmp_path, ["empty"])
+    datastore = Datastore.open(tmp_path)
+    assert datastore.entries == 0
+    assert datastore.windows(np.array([-1])).tolist() == [[0, 0, 0]]
+
+
+def test_creating_again_keeps_what_is_there_unless_it_is_described_otherwise(directory):
+    create(directory, DESCRIPTION)
+    assert Datastore.open(directory).entries == 8
+    with pytest.raises(DatastoreError, match="another description"):
+        create(directory, replace(DESCRIPTION, width=8))
+
+
+def test_a_datastore_keyed_by_another_lm_is_refused_by_both_fingerprints(directory):
+    datastore = Datastore.open(directory)
+    datastore.require(IDENTITY)
+    with pytest.raises(DatastoreError, match=r"lm aaaa, but this is lm cccc"):
+        datastore.require({**IDENTITY, "lm": "cccc"})
+    with pytest.raises(DatastoreError, match=r"codebook None, but this is codebook dddd"):
+        datastore.require({"codebook": "dddd"})
+
+
+def test_damage_is_named(directory):
+    path = directory / "segments" / "second" / "keys.npy"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(DatastoreError, match=r"second/keys\.npy is damaged"):
+        Datastore.open(directory)
+    np.save(path, np.zeros((4, 5), np.float16))
+    with pytest.raises(DatastoreError, match=r"second/keys\.npy is damaged: .*\(4, 5\)"):
+        Datastore.open(directory)
+    np.save(path, np.array([{}] * 4, object), allow_pickle=True)
+    with pytest.raises(DatastoreError, match=r"second/keys\.npy is damaged"):
+        Datastore.open(directory)
+    path.unlink()
+    with pytest.raises(DatastoreError, match=r"second/keys\.npy is missing"):
+        Datastore.open(directory)
+    path.write_bytes(whole)
+    (directory / "segments" / "second" / "names.json").write_text("[[")
+    with pytest.raises(DatastoreError, match=r"second/names\.json is damaged"):
+        Datastore.open(directory)
+
+
+def test_a_segment_replaced_behind_the_lists_back_is_noticed(directory):
+    path = directory / "segments" / "first" / "tokens.npy"
+    np.save(path, np.zeros(3, np.int32))
+    with pytest.raises(DatastoreError, match=r"first/tokens\.npy is damaged: .*\(3,\), .*\(4,\)"):
+        Datastore.open(directory)
+
+
+def test_a_directory_that_is_no_datastore_is_refused(tmp_path):
+    with pytest.raises(DatastoreError, match=r"datastore\.json is missing"):
+        Datastore.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"keys": np.zeros((4, 5))}, r"keys have shape \(4, 5\), not \(4, 4\)"),
+        ({"positions": np.zeros(3)}, r"positions have shape \(3,\)"),
+        ({"keys": np.full((4, 4), 1e6)}, "does not fit float16"),
+        ({"keys": np.full((4, 4), np.nan)}, "does not fit float16"),
+        ({"utterances": np.array([0, 0, 1, 2])}, "not below 2"),
+    ],
+)
+def test_a_segment_that_does_not_fit_is_refused_before_anything_is_written(
+    directory, change, problem
+):
+    with pytest.raises(ValueError, match=problem):
+        write_segment(directory, "third", replace(FIRST, **change))
+    assert not (directory / "segments" / "third").exists()
+
+
+def test_a_segment_leaves_no_scratch_behind(directory):
+    names = {path.name for path in directory.iterdir()}
+    assert names == {".lock", "datastore.json", "segments.json", "segments"}
+
+
+def test_cosine_keys_are_stored_at_unit_length(tmp_path):
+    create(tmp_path, replace(DESCRIPTION, metric="cosine"))
+    keys = FIRST.keys.copy()
+    keys[2] = 0
+    write_segment(tmp_path, "only", replace(FIRST, keys=keys))
+    publish(tmp_path, ["only"])
+    lengths = np.linalg.norm(Datastore.open(tmp_path).keys(0, 4), axis=1)
+    np.testing.assert_allclose(lengths, [1, 1, 0, 1], atol=1e-3)
+
+
+def test_each_metric_is_what_its_name_says():
+    rng = np.random.default_rng(3)
+    query, key = rng.standard_normal((2, 5, 4)).astype(np.float32)
+    product = (query * key).sum(1)
+    norms = np.linalg.norm(query, axis=1) * np.linalg.norm(key, axis=1)
+
+    def distance(metric):
+        return distances(prepare(query, metric), prepare(key, metric), metric)
+
+    np.testing.assert_allclose(distance("l2"), ((query - key) ** 2).sum(1), rtol=1e-5)
+    np.testing.assert_allclose(distance("ip"), -product, rtol=1e-5)
+    np.testing.assert_allclose(distance("cosine"), 2 - 2 * product / norms, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("window", "expected"),
+    [
+        (1, [[7], [8], [9]]),
+        (3, [[0, 7, 8], [7, 8, 9], [8, 9, 0]]),
+        (4, [[0, 0, 7, 8], [0, 7, 8, 9], [7, 8, 9, 0]]),
+        (9, [[0] * 4 + [7, 8, 9, 0, 0], [0] * 3 + [7, 8, 9] + [0] * 3, [0, 0, 7, 8, 9] + [0] * 4]),
+    ],
+)
+def test_a_window_is_centred_on_its_token(window, expected):
+    np.testing.assert_array_equal(windows_of(np.array([7, 8, 9]), window), expected)
+    assert windows_of(np.zeros(0, np.int32), window).shape == (0, window)
