@@ -19,10 +19,11 @@ LOCAL_OBJECT_STORE_BYTES = 1 << 30
 
 
 @contextmanager
-def connection() -> Iterator[None]:
+def connection(num_cpus: int | None = None) -> Iterator[None]:
     """Be connected to a cluster inside the block; a connection that exists is used and kept.
 
-    The workers' output stays in Ray's logs: stages show their own progress.
+    `num_cpus` is what a cluster started here offers; by default all that the machine has. The
+    workers' output stays in Ray's logs: stages show their own progress.
     """
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -30,8 +31,13 @@ def connection() -> Iterator[None]:
         yield
         return
     options = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if "RAY_ADDRESS" not in os.environ:
-        options |= {"include_dashboard": False, "object_store_memory": LOCAL_OBJECT_STORE_BYTES}
+    if not os.environ.get("RAY_ADDRESS"):
+        options |= {
+            "address": "local",  # or Ray would join whatever `ray start` left on this machine
+            "num_cpus": num_cpus,
+            "include_dashboard": False,
+            "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
+        }
     ray.init(**options)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -28,9 +28,8 @@ class MetricsWriter:
 
     def __init__(self, directory: Path, first_step: int) -> None:
         self._path = directory / METRICS
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] < first_step]
-        self._path.write_text("".join(line + "\n" for line in kept))
+        kept = [record for record in records(directory) if record["step"] < first_step]
+        self._path.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record."""
@@ -38,11 +37,25 @@ class MetricsWriter:
             stream.write(json.dumps(record) + "\n")
 
 
+def records(directory: Path) -> Iterator[dict[str, Any]]:
+    """What `metrics.jsonl` holds so far; a line that is still being written is left out."""
+    path = directory / METRICS
+    if path.exists():
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def last_record(directory: Path) -> dict[str, Any]:
+    """The newest record of `metrics.jsonl`."""
+    *_, last = records(directory)
+    return last
+
+
 @contextmanager
 def following(directory: Path, log: Callable[[dict[str, Any]], None]) -> Iterator[None]:
     """Call `log` with each record that is written while the block runs, from another thread."""
-    path = directory / METRICS
-    seen = _last_step(path)
+    seen = max((record["step"] for record in records(directory)), default=-1)
     done = threading.Event()
 
     def watch() -> None:
@@ -50,7 +63,7 @@ def following(directory: Path, log: Callable[[dict[str, Any]], None]) -> Iterato
         finished = False
         while not finished:
             finished = done.wait(POLL_SECONDS)
-            for record in _records(path):
+            for record in records(directory):
                 if record["step"] > seen:
                     seen = record["step"]
                     log(record)
@@ -81,14 +94,3 @@ def bar(total: int, title: str) -> Iterator[Callable[[], None]]:
             print(f"  {title}: {done}/{total} parts", file=sys.stderr, flush=True)
 
     yield count
-
-
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    if path.exists():
-        for line in path.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):
-                yield json.loads(line)
-
-
-def _last_step(path: Path) -> int:
-    return max((record["step"] for record in _records(path)), default=-1)

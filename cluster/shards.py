@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -95,10 +96,10 @@ class ShardedRetriever:
                 if attempt < len(replicas):
                     replica = replicas[(turn + attempt) % len(replicas)]
                     asked[shard] = getattr(replica, method).remote(*arguments[shard])
-            waiting = []
+            waiting, deadline = [], time.monotonic() + ANSWER_SECONDS
             for shard, answer in asked.items():
                 try:
-                    answers[shard] = ray.get(answer, timeout=ANSWER_SECONDS)
+                    answers[shard] = ray.get(answer, timeout=max(0.0, deadline - time.monotonic()))
                 except (RayActorError, GetTimeoutError):
                     waiting.append(shard)
         return answers

@@ -7,11 +7,15 @@ files are there is not worked off again. So a killed job redoes at most one part
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -71,7 +75,8 @@ def work_off(
 ) -> Iterator[Any]:
     """Send parts through `stages`, (actor class, its arguments) each; yield every answer.
 
-    A stage's `__call__` takes a part and returns what the next one takes.
+    A stage's `__call__` takes a part and returns what the next one takes. What it raises, or its
+    `__init__`, is raised here as it was, with the worker's traceback as a note.
     """
     if not todo:
         return
@@ -86,10 +91,21 @@ def work_off(
             num_cpus=workers.num_cpus,
             num_gpus=workers.num_gpus,
         )
-    with bar(len(todo), title) as count:
-        for row in dataset.iter_rows():
+    # Closing the rows stops the workers, also where a failure or the caller ends the loop.
+    with bar(len(todo), title) as count, closing(iter(dataset.iter_rows())) as rows:
+        for row in rows:
+            answer = pickle.loads(row["value"])
+            if isinstance(answer, _Failure):
+                raise answer.error
             count()
-            yield pickle.loads(row["value"])
+            yield answer
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An exception on its way to the driver: Ray Data would make another of it."""
+
+    error: Exception
 
 
 class _Stage:
@@ -101,10 +117,21 @@ class _Stage:
 
     def __init__(self, stage: type, arguments: dict[str, Any], workers: Workers) -> None:
         torch.set_num_threads(max(1, round(workers.num_cpus)))
-        self._stage = stage(**arguments)
+        self._build = partial(stage, **arguments)
+        self._stage: Callable[[Any], Any] | None = None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[bytes]]:
-        return {"value": [pickle.dumps(self._stage(pickle.loads(v))) for v in batch["value"]]}
+        return {"value": [pickle.dumps(self._answer(pickle.loads(v))) for v in batch["value"]]}
+
+    def _answer(self, work: Any) -> Any:
+        if isinstance(work, _Failure):
+            return work
+        try:
+            self._stage = self._stage or self._build()
+            return self._stage(work)
+        except Exception as error:
+            error.add_note(f"in a worker:\n{traceback.format_exc()}")
+            return _Failure(error)
 
 
 def device() -> str:
@@ -142,7 +169,9 @@ class RenderSpeech:
         speech = synthetic.render(planned, self._synthesizer)
         path = self._directory / "audio" / part / f"{planned.id}.flac"
         path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(path, speech.wave, audio.SAMPLE_RATE)
+        encoded = io.BytesIO()  # written by Python, which says what is wrong with a full disk
+        soundfile.write(encoded, speech.wave, audio.SAMPLE_RATE, format="FLAC")
+        path.write_bytes(encoded.getvalue())
         return replace(
             said,
             audio=path,
@@ -153,15 +182,28 @@ class RenderSpeech:
 
 
 class EncodeFeatures:
-    """Utterances -> HuBERT features (N, D) of all of them together, float16: to fit a codebook."""
+    """Utterances -> HuBERT features (N, D) of all of them together, float16: to fit a codebook.
 
-    def __init__(self, hubert: Path) -> None:
+    Clips that cannot be read are passed over; long ones are heard as far as `max_seconds`.
+    """
+
+    def __init__(self, hubert: Path, settings: Tokenize) -> None:
         self._encoder = HubertEncoder.load(hubert).to(device()).eval()
+        self._settings = settings
 
     def __call__(self, part: Part[Utterance]) -> np.ndarray:
-        waves = [audio.read(one.audio) for one in part.work]
+        waves = []
+        for one in part.work:
+            with suppress(audio.AudioError):
+                waves.append(self._open(one.audio))
+        if not waves:
+            return np.empty((0, 0), np.float16)
         features = self._encoder.features(waves)
         return np.concatenate([one.cpu().numpy() for one in features]).astype(np.float16)
+
+    def _open(self, path: Path) -> torch.Tensor:
+        limits = self._settings
+        return next(audio.segments(path, limits.max_seconds, limits.min_seconds)).wave
 
 
 class EncodeUnits:
@@ -185,8 +227,9 @@ class EncodeUnits:
             except audio.AudioError as error:
                 rejected.append(Rejection(str(utterance.audio), str(error)))
         tokenized += self._encode(heard)
-        write_rejections(self._directory / f".{part.name}.rejected.jsonl", rejected)
-        write_part(self._directory / f"{part.name}.parquet", tokenized)
+        path = self._directory / f"{part.name}.parquet"
+        write_rejections(path.with_name(f".{path.stem}.rejected.jsonl"), rejected)
+        write_part(path, tokenized)
         return part.name
 
     def _open(self, utterance: Utterance) -> list[tuple[Utterance, torch.Tensor]]:

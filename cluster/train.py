@@ -61,10 +61,11 @@ def fit(
     """
     settings = experiment.train
     gpus = settings.workers.num_gpus
+    deepspeed_config(experiment, torch.float32)  # a bad file is refused here, not by every worker
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
-            "experiment": experiment.model_dump(mode="json"),
+            "experiment": _with_absolute_paths(experiment),
             "splits": [str(split) for split in splits],
             "directory": str(directory),
         },
@@ -83,6 +84,15 @@ def fit(
     )
     with following(directory, log):
         trainer.fit()
+
+
+def _with_absolute_paths(experiment: Experiment) -> dict[str, Any]:
+    """The experiment for the workers, whose working directory is not this process's."""
+    values = experiment.model_dump(mode="json")
+    for name in ("base", "deepspeed"):
+        if values["train"][name]:
+            values["train"][name] = str(Path(values["train"][name]).absolute())
+    return values
 
 
 def deepspeed_config(experiment: Experiment, dtype: torch.dtype) -> dict[str, Any]:

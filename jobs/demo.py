@@ -21,8 +21,16 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.connection import connection
-from jobs import build_datastore, evaluate, pretrain_hubert, stage, synthesize, tokenize, train, tune
+from jobs import (
+    build_datastore,
+    evaluate,
+    pretrain_hubert,
+    stage,
+    synthesize,
+    tokenize,
+    train,
+    tune,
+)
 from mmrag.artifact import Artifact
 from mmrag.config import Experiment
 from mmrag.score import align, normalise

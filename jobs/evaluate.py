@@ -15,8 +15,8 @@ from cluster.shards import serve_shards
 from cluster.stages import Heard, OpenLocally, Transcribe, parts, seconds, work_off
 from cluster.tracking import Run
 from jobs import stage
-from jobs.tune import SETTINGS, select
-from mmrag.artifact import Artifact, ArtifactError, Draft, load, write_json
+from jobs.tune import SETTINGS, heard_by, select
+from mmrag.artifact import Artifact, Draft, load, write_json
 from mmrag.config import KNN, Experiment, as_dict
 from mmrag.decode import Retrieval
 from mmrag.score import ErrorRate, Recall, character_error_rate, entity_recall, word_error_rate
@@ -78,8 +78,8 @@ class Result:
 def run(experiment: Experiment, force: bool = False) -> Artifact:
     """Make `evaluation/`: results as JSON, Markdown and a plot, and every transcript."""
     settings = experiment.evaluate
-    made = stage.load(experiment, experiment.tokenize.name, "tokens", "tokenize")
     lm = stage.load(experiment, "lm", "lm", "train")
+    made = heard_by(experiment, lm)
     modes = _modes(experiment, lm)
     inputs = {"tokens": made, "lm": lm}
     inputs |= {f"datastore {m.datastore}": m.artifact for m in modes if m.artifact}
@@ -90,11 +90,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     }
 
     def work(draft: Draft, tracked: Run) -> None:
-        spoken = select(made.path / settings.split, settings.domain)
-        if not spoken:
-            raise ArtifactError(
-                f"{made.path / settings.split} has no spoken utterance of domain {settings.domain}"
-            )
+        spoken = select(made, settings.split, settings.domain)
         results = [_transcribe(experiment, mode, spoken) for mode in modes]
         write(draft.path, results, settings.split, settings.domain)
         for result in results:

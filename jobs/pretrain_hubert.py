@@ -9,7 +9,7 @@ from typing import Any
 import ray
 import torch
 
-from cluster.progress import METRICS, MetricsWriter, following
+from cluster.progress import METRICS, MetricsWriter, following, last_record
 from cluster.stages import device
 from cluster.tracking import Run
 from jobs import stage
@@ -49,10 +49,8 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
 
     def work(draft: Draft, tracked: Run) -> None:
         steps = sum(each.steps for each in experiment.pretrain.rounds)
-        last: dict[str, Any] = {}
 
         def log(record: dict[str, Any]) -> None:
-            last.update(record)
             tracked.log({k: record[k] for k in ("loss", "accuracy")}, record["step"])
             if record["step"] % (steps // 8 or 1) == 0:
                 stage.console.print(
@@ -65,7 +63,8 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         ).remote(experiment, corpus.path / "lm.jsonl", draft.path)
         with following(draft.path, log):
             ray.get(training)
-        draft.summary |= {"steps": steps, "masked_accuracy": round(last["accuracy"], 3)}
+        accuracy = last_record(draft.path)["accuracy"]
+        draft.summary |= {"steps": steps, "masked_accuracy": round(accuracy, 3)}
 
     return stage.make(
         experiment,

@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from ray.exceptions import RayTaskError
 from rich.console import Console
 
 from cluster import tracking
 from cluster.connection import connection
 from mmrag import artifact
 from mmrag.artifact import Artifact, ArtifactError, Draft
-from mmrag.config import ConfigError, Experiment, read
+from mmrag.config import Experiment, read
+from mmrag.datastore import DatastoreError
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.yaml"
+EXPLAINED = (ArtifactError, DatastoreError, ValueError, OSError, ImportError)
+"""Errors whose message says what to do; their traceback would only be in the way."""
 console = Console(highlight=False)
 
 Work = Callable[[Draft, tracking.Run], None]
@@ -37,10 +41,11 @@ def main(stage: Callable[[Experiment, bool], Any], description: str) -> None:
         experiment = read(arguments.config, arguments.overrides)
         with connection():
             stage(experiment, arguments.force)
-    except (ConfigError, ArtifactError, ValueError, OSError) as error:
-        if isinstance(error, ValidationError):
+    except Exception as error:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if not isinstance(cause, EXPLAINED) or isinstance(cause, ValidationError):
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {cause}")
 
 
 def make(
@@ -61,15 +66,16 @@ def make(
         console.print(f"[dim]{directory}: nothing to do, {path} is finished[/dim]")
         return done
     params = {"stage": directory, "workspace": experiment.workspace, **config}
-    with (
-        tracking.run(experiment.tracking, directory, params) as run,
-        artifact.create(path, kind, config, inputs, bulk=bulk, logs=logs, force=force) as draft,
-    ):
-        if draft.resumed:
-            console.print(f"{directory}: going on where a stopped run left off")
-        work(draft, run)
-        run.log({k: v for k, v in draft.summary.items() if isinstance(v, int | float)})
-    made = artifact.load(path, kind)
+    creating = artifact.create(path, kind, config, inputs, bulk=bulk, logs=logs, force=force)
+    with tracking.run(experiment.tracking, directory, params) as run:
+        with creating as draft:
+            if draft.resumed:
+                console.print(f"{directory}: going on where a stopped run left off")
+            work(draft, run)
+        made = artifact.load(path, kind)
+        run.log({k: v for k, v in made.summary.items() if isinstance(v, int | float)})
+        run.tag("fingerprint", made.fingerprint)
+        run.file(made.path / artifact.FILE)
     counts = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in made.summary.items())
     console.print(f"{directory}: {counts}")
     return made

@@ -14,6 +14,7 @@ from cluster.tracking import Run
 from jobs import stage
 from mmrag import artifact, audio, tokens
 from mmrag.artifact import Artifact, Draft
+from mmrag.audio import AudioError
 from mmrag.config import Experiment, as_dict
 from mmrag.corpora import manifest
 from mmrag.hubert import HubertEncoder
@@ -34,33 +35,31 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         splits = {name: _read(source.path / f"{name}.jsonl") for name in CORPUS_SPLITS}
     else:
         source = artifact.outside(settings.source)
-        splits = {"all": _read(source.path)}
+        splits = _splits(source.path)
     codebook = _codebook(experiment, hubert, source, splits, force)
     config = as_dict(settings)
     for name in ("workers", "name", "codebook", "source"):
         del config[name]
 
     def work(draft: Draft, tracked: Run) -> None:
-        rejected = []
-        for split, (utterances, unread) in splits.items():
-            directory = draft.path / split
-            directory.mkdir(exist_ok=True)
-            rejected += unread
-            shares = parts(utterances, _seconds, settings.part_seconds)
-            todo = [p for p in shares if not (directory / f"{p.name}.parquet").exists()]
-            encode = {
-                "hubert": hubert.path,
-                "codebook": codebook.path,
-                "settings": settings,
-                "directory": directory,
-            }
-            for _ in work_off([(EncodeUnits, encode)], todo, settings.workers, split):
-                pass
-            for piece in sorted(directory.glob(".*.rejected.jsonl")):
-                rejected += [Rejection(**json.loads(line)) for line in piece.open()]
-                piece.unlink()
+        shares = []
+        for split, (utterances, _) in splits.items():
+            (draft.path / split).mkdir(exist_ok=True)
+            shares += parts(utterances, _seconds, settings.part_seconds, name=f"{split}/part")
+        todo = [part for part in shares if not (draft.path / f"{part.name}.parquet").exists()]
+        encode = {
+            "hubert": hubert.path,
+            "codebook": codebook.path,
+            "settings": settings,
+            "directory": draft.path,
+        }
+        for _ in work_off([(EncodeUnits, encode)], todo, settings.workers, "units"):
+            pass
+        rejected = list(chain.from_iterable(unread for _, unread in splits.values()))
+        for piece in sorted(draft.path.glob("*/.*.rejected.jsonl")):
+            rejected += [Rejection(**json.loads(line)) for line in piece.open()]
         write_rejections(draft.path / "rejected.jsonl", rejected)
-        _count(draft, splits, len(rejected))
+        _count(draft, len(rejected))
         tracked.file(draft.path / "rejected.jsonl")
 
     inputs = {"hubert": hubert, "codebook": codebook, "source": source}
@@ -90,8 +89,11 @@ def _codebook(
         utterances = next(iter(splits.values()))[0]
         sample = _sample(utterances, settings.sample_seconds, experiment.seed)
         shares = parts(sample, _seconds, settings.batch_seconds)
-        encode = (EncodeFeatures, {"hubert": hubert.path})
-        features = np.concatenate(list(work_off([encode], shares, settings.workers, "codebook")))
+        encode = (EncodeFeatures, {"hubert": hubert.path, "settings": settings})
+        read = [one for one in work_off([encode], shares, settings.workers, "codebook") if len(one)]
+        if not read:
+            raise AudioError(f"{source.path}: no audio that could be read, to fit a codebook on")
+        features = np.concatenate(read)
         frame_seconds = HubertEncoder.load(hubert.path).frame_seconds
         book = Codebook.fit(features, settings.units, experiment.seed, frame_seconds)
         book.save(draft.path)
@@ -99,6 +101,13 @@ def _codebook(
 
     inputs = {"hubert": hubert, "source": source}
     return stage.make(experiment, "codebook", "codebook", config, inputs, work, force=force)
+
+
+def _splits(path: Path) -> dict[str, tuple[list[Utterance], list[Rejection]]]:
+    """A directory's manifests `<split>.jsonl`; a source without them is one split, `all`."""
+    manifests = {name: path / f"{name}.jsonl" for name in CORPUS_SPLITS}
+    named = {name: _read(file) for name, file in manifests.items() if file.is_file()}
+    return named or {"all": _read(path)}
 
 
 def _read(path: Path) -> tuple[list[Utterance], list[Rejection]]:
@@ -129,8 +138,10 @@ def _sample(utterances: Sequence[Utterance], seconds: float, seed: int) -> list[
     return sample
 
 
-def _count(draft: Draft, splits: dict, rejected: int) -> None:
-    written = list(chain.from_iterable(tokens.read(draft.path / split) for split in splits))
+def _count(draft: Draft, rejected: int) -> None:
+    written = list(
+        chain.from_iterable(map(tokens.read_part, sorted(draft.path.glob("*/part-*.parquet"))))
+    )
     spoken = [one for one in written if one.units is not None]
     seconds = sum(one.utterance.duration for one in spoken)
     units = sum(len(one.units) for one in spoken)

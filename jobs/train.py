@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cluster.progress import METRICS
+from cluster.progress import METRICS, last_record
 from cluster.tracking import Run
 from cluster.train import fit
 from jobs import stage
@@ -43,10 +43,8 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
             f"{vocabulary.units} units, {settings.workers.count} workers, "
             f"ZeRO-{settings.zero_stage}"
         )
-        last: dict[str, Any] = {}
 
         def log(record: dict[str, Any]) -> None:
-            last.update(record)
             step, total = record["step"] + 1, settings.steps
             if step % settings.log_steps and step != total:
                 return
@@ -62,7 +60,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         draft.summary |= {
             "parameters": parameters,
             "steps": settings.steps,
-            "final_loss": round(last["loss"], 4),
+            "final_loss": round(last_record(draft.path)["loss"], 4),
         }
 
     inputs = {"tokens": made, "codebook": codebook}

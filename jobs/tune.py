@@ -10,7 +10,7 @@ from cluster.stages import OpenLocally, Transcribe, device, parts, seconds, work
 from cluster.tracking import Run
 from jobs import stage
 from mmrag import artifact, pretrained, tokens
-from mmrag.artifact import Artifact, Draft
+from mmrag.artifact import Artifact, ArtifactError, Draft
 from mmrag.config import KNN, Experiment, as_dict
 from mmrag.score import word_error_rate
 from mmrag.tokens import Tokenized
@@ -27,13 +27,13 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     store = stage.load(experiment, f"datastores/{name}", "datastore", "build_datastore")
     lm = stage.load(experiment, "lm", "lm", "train")
     store.require("lm", lm)
-    made = stage.load(experiment, experiment.tokenize.name, "tokens", "tokenize")
+    made = heard_by(experiment, lm)
     domain = experiment.evaluate.domain
     config = {"tune": as_dict(experiment.tune), "decode": as_dict(experiment.decode)}
     config["domain"] = domain
 
     def work(draft: Draft, tracked: Run) -> None:
-        spoken = select(made.path / SPLIT, domain)
+        spoken = select(made, SPLIT, domain)
         workers = experiment.evaluate.workers
         scoring = _score.options(num_cpus=workers.num_cpus, num_gpus=workers.num_gpus)
         scored = ray.get(scoring.remote(experiment, lm.path, store.path, spoken))
@@ -58,13 +58,29 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     return stage.make(experiment, f"tuned/{name}", "tuned", config, inputs, work, force=force)
 
 
-def select(directory: Path, domain: str | None) -> list[Tokenized]:
-    """A tokenized split's spoken utterances with a transcript; of one domain, if one is named."""
-    return [
+def heard_by(experiment: Experiment, lm: Artifact) -> Artifact:
+    """The tokens; ArtifactError if their units are not of the codebook that `lm` knows."""
+    made = stage.load(experiment, experiment.tokenize.name, "tokens", "tokenize")
+    codebook = stage.load(experiment, "codebook", "codebook", "tokenize")
+    for one in (made, lm):
+        one.require("codebook", codebook)
+    return made
+
+
+def select(made: Artifact, split: str, domain: str | None) -> list[Tokenized]:
+    """A split's spoken utterances with a transcript; of one domain, if one is named.
+
+    ArtifactError if there are none.
+    """
+    spoken = [
         one
-        for one in tokens.read(directory)
+        for one in tokens.read(made.path / split)
         if one.units is not None and one.utterance.text and domain in (None, one.utterance.domain)
     ]
+    if not spoken:
+        which = f" of domain {domain}" if domain else ""
+        raise ArtifactError(f"{made.path / split} has no spoken utterance{which}")
+    return spoken
 
 
 @ray.remote

@@ -130,8 +130,9 @@ def create(
     A draft left by a killed run with the same configuration and inputs is handed back
     (`draft.resumed`); any other draft, and with `force` every draft, is deleted first. Names
     starting with one of `bulk` enter the fingerprint by size alone, those starting with one of
-    `logs` not at all, and those starting with a dot are scratch: they are removed before the
-    rename. If the body raises, the draft stays and the old artifact with it.
+    `logs` not at all, and those starting with a dot, at any depth, are scratch: they are removed
+    before the rename. If the body raises, the draft stays and the old artifact with it; an
+    OSError that names no file (a full disk does not) then names the draft.
     """
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,12 +142,15 @@ def create(
         "config": _plain(config),
         "inputs": {name: made.fingerprint for name, made in inputs.items()},
     }
-    with _lock(path):
+    with _lock(path), _naming(path):
         _recover(path)
         draft = _open_draft(path, wanted, force)
         yield draft
-        for scratch in draft.path.glob(".*"):
-            shutil.rmtree(scratch) if scratch.is_dir() else scratch.unlink()
+        for scratch in list(draft.path.rglob(".*")):
+            if scratch.is_dir():
+                shutil.rmtree(scratch)
+            else:
+                scratch.unlink(missing_ok=True)  # gone with its directory
         digest = fingerprint(draft.path, wanted, bulk, logs)
         fields = {**wanted, "fingerprint": digest, "summary": draft.summary}
         write_json(draft.path / FILE, fields)
@@ -243,6 +247,16 @@ def _recover(path: Path) -> None:
 
 def _aside(path: Path, suffix: str) -> Path:
     return path.with_name(f".{path.name}.{suffix}")
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 @contextmanager

@@ -32,15 +32,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         recogniser = Recogniser.load(options.models, options.device)
         datastore = _datastore(options, recogniser)
         retrieval = _retrieval(options, datastore)
+        settings = Decode(
+            beams=options.beams,
+            length_penalty=0.6,
+            tokens_per_second=12,
+            batch_seconds=options.max_seconds,
+            max_seconds=options.max_seconds,
+        )
     except (ArtifactError, DatastoreError, ValueError) as error:
         sys.exit(f"mmrag: {error}")
-    settings = Decode(
-        beams=options.beams,
-        length_penalty=0.6,
-        tokens_per_second=12,
-        batch_seconds=options.max_seconds,
-        max_seconds=options.max_seconds,
-    )
     failed = False
     for file in options.files:
         try:
@@ -71,11 +71,20 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--weight", type=float, help="kNN weight (default: as tuned, else 0.3)")
     command.add_argument("--beams", type=int, default=1, help="1 is greedy (default: %(default)s)")
     command.add_argument(
-        "--max-seconds", type=float, default=20.0, help="split longer audio (default: %(default)s)"
+        "--max-seconds",
+        type=_max_seconds,
+        default=20.0,
+        help="split longer audio (default: %(default)s)",
     )
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--json", action="store_true", help="one JSON object a stretch of audio")
     return parser
+
+
+def _max_seconds(text: str) -> float:
+    if not float(text) >= 1:
+        raise argparse.ArgumentTypeError(f"{text} leaves no room to cut: at least 1 second")
+    return float(text)
 
 
 def _datastore(options: argparse.Namespace, recogniser: Recogniser) -> Datastore | None:
@@ -108,7 +117,7 @@ def _print(file: Path, transcript: Transcript, as_json: bool) -> None:
         f"[bold green]{escape(word.text)}[/]" if word.changed else escape(word.text)
         for word in transcript.words
     )
-    console.print(f"{file}  {transcript.start:.1f}–{transcript.end:.1f} s\n  {marked}")
+    console.print(f"{escape(str(file))}  {transcript.start:.1f}–{transcript.end:.1f} s\n  {marked}")
     for word in transcript.words:
         if word.changed and word.source:
             source = word.source

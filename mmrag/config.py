@@ -82,8 +82,12 @@ class Hubert(Section):
 
     weights: str | None = None
     """`torchaudio:BUNDLE`, or a Hugging Face directory; None to pretrain the shape below."""
+    front: Literal["waveform", "mel"] = "waveform"
+    """What feeds the transformer: convolutions, or log-mel bands (MelHuBERT, arXiv 2211.09944)."""
     conv_channels: PositiveInt
+    """Width of the convolutions; with front mel, the number of bands."""
     norm: Literal["layer_norm", "group_norm"]
+    """layer_norm for HuBERT large's arrangement, group_norm for base's."""
     width: PositiveInt
     layers: PositiveInt
     heads: PositiveInt
@@ -122,6 +126,8 @@ class Pretrain(Section):
     """Share of frames at which a masked span starts."""
     mask_length: PositiveInt
     """Frames a masked span covers."""
+    seen_weight: float = Field(default=0, ge=0)
+    """Weight in the loss of a frame that is not masked; a masked one weighs 1."""
     sample_seconds: PositiveFloat
     """Audio whose features k-means sees."""
     num_cpus: float = Field(gt=0)
@@ -141,7 +147,8 @@ class Tokenize(Section):
     name: str = Field(default="tokens", pattern=SLUG)
     """The output's directory in the workspace."""
     source: str | None = None
-    """A manifest or a directory of audio; None for every split of the workspace's corpus."""
+    """A manifest, a directory of audio or of manifests `<split>.jsonl`; None for the workspace's
+    corpus."""
     codebook: str | None = None
     """A fitted codebook's directory; None to fit one on `source`."""
     units: PositiveInt

@@ -7,8 +7,9 @@ Nothing here knows words or audio.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -76,7 +77,11 @@ class Search:
     finished: list[Hypothesis] = field(default_factory=list)
 
     def advance(self, candidates: list[tuple[Hypothesis, Choice, int]], beams: int) -> list[int]:
-        """Keep the best `beams` of (hypothesis, its next choice, its row); return their rows."""
+        """Keep the best `beams` of (hypothesis, its next choice, its row); return their rows.
+
+        The search is over, and no row is returned, once `beams` hypotheses have stopped, or at
+        the limit.
+        """
         ranked = sorted(candidates, key=lambda c: c[0].logp + c[1].logp, reverse=True)
         self.live, rows = [], []
         for rank, (hypothesis, choice, row) in enumerate(ranked):
@@ -86,14 +91,15 @@ class Search:
             elif len(self.live) < beams:
                 self.live.append(hypothesis.then(choice))
                 rows.append(row)
-        if len(self.finished) >= beams or len(self.live[0].choices) >= self.limit:
-            self.finished += [h for h in self.live if len(self.finished) < beams]
+        at_limit = any(len(hypothesis.choices) >= self.limit for hypothesis in self.live)
+        if len(self.finished) >= beams or at_limit:
+            self.finished = self.finished or self.live
             self.live, rows = [], []
         return rows
 
     def best(self, length_penalty: float) -> Hypothesis:
-        """The finished hypothesis of the highest score; an unstopped one only if none stopped."""
-        return max(self.finished, key=lambda h: (h.stopped, h.score(length_penalty)))
+        """The hypothesis of the highest score among those that stopped, or all if none did."""
+        return max(self.finished, key=lambda h: h.score(length_penalty))
 
 
 @torch.inference_mode()
@@ -145,7 +151,8 @@ def decode(
             next_owners += [owner] * len(kept)
         owners = next_owners
         if owners:
-            cache = cache.select(torch.tensor(rows, device=device))
+            if rows != list(range(len(cache.lengths))):  # a copy of the whole cache: spare it
+                cache = cache.select(torch.tensor(rows, device=device))
             last = [h.choices[-1].token for o in dict.fromkeys(owners) for h in searches[o].live]
             ids = torch.tensor(last, device=device)[:, None]
             lengths = torch.ones_like(ids[:, 0])
@@ -160,14 +167,15 @@ def retrieve(
 ) -> tuple[Tensor, Neighbours]:
     """The next-token log-probabilities (B, V) after retrieval with `keys` (B, D).
 
-    Without retrieval, with weight 0 and behind a shut gate they are `lm_logp` itself.
+    Without retrieval, with weight 0 and behind a shut gate they are `lm_logp` itself, and the
+    neighbours are none: what was not heard is no evidence.
     """
     if retrieval is None or retrieval.settings.weight == 0:
         return lm_logp, Neighbours.none(len(lm_logp), 1)
     knn = retrieval.settings
     queries = keys.float().cpu().numpy()
     found = retrieval.retriever.search(queries, knn.k, exclude_documents)
-    return interpolate(lm_logp, found, knn), found
+    return interpolate(lm_logp, found, knn), _heard(found, knn.gate)
 
 
 def interpolate(lm_logp: Tensor, found: Neighbours, knn: KNN) -> Tensor:
@@ -181,7 +189,10 @@ def interpolate(lm_logp: Tensor, found: Neighbours, knn: KNN) -> Tensor:
 def choose(
     logp: Tensor, lm_logp: Tensor, neighbours: Neighbours, candidates: int
 ) -> list[list[Choice]]:
-    """The `candidates` likeliest next tokens of each row, with their evidence."""
+    """The `candidates` likeliest next tokens of each row, with their evidence.
+
+    A row in which fewer are possible (neighbours alone, weight 1) has fewer.
+    """
     best = logp.topk(min(candidates, logp.shape[1]))
     tokens = best.indices.cpu()
     alone = lm_logp.gather(1, best.indices).cpu()
@@ -193,6 +204,8 @@ def choose(
     for row, values in enumerate(best.values.tolist()):
         choices = []
         for rank, value in enumerate(values):
+            if value == -math.inf:
+                break
             column = int(columns[rank][row])
             entry, distance = NO_ENTRY, float("inf")
             if column >= 0:
@@ -238,6 +251,16 @@ def read_states(
     logp = output.logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)
     tokens = np.array([token for text in texts for token in (*text, EOS)], np.int32)
     return output.keys[at].float(), tokens, slices, logp
+
+
+def _heard(found: Neighbours, largest: float | None) -> Neighbours:
+    """`found`, with nothing in the rows whose gate is shut."""
+    near = gate(torch.from_numpy(found.distances), largest).numpy()[:, None]
+    return replace(
+        found,
+        distances=np.where(near, found.distances, np.float32(np.inf)),
+        entries=np.where(near, found.entries, NO_ENTRY),
+    )
 
 
 def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -62,12 +62,15 @@ def window(convolutions: Sequence[tuple[int, int]]) -> tuple[int, int]:
 class HubertEncoder(nn.Module):
     """Waveforms at 16 kHz to one feature vector a frame."""
 
-    def __init__(self, architecture: Mapping[str, Any], layer: int, normalize: bool) -> None:
+    def __init__(
+        self, architecture: Mapping[str, Any], layer: int, normalize: bool, mel: bool = False
+    ) -> None:
         """Random weights; `create`, `from_published` and `load` are the usual ways in.
 
         `architecture` holds the arguments of torchaudio's `wav2vec2_model`; its dropouts are
         ignored. `layer` (1 = first) is the transformer layer whose output are the features.
-        `normalize` scales each clip to zero mean and unit variance first.
+        `normalize` scales each clip to zero mean and unit variance first. `mel` puts as many
+        log-mel bands as the convolutions have channels in their place, over the same windows.
         """
         super().__init__()
         layers = architecture["encoder_num_layers"]
@@ -77,9 +80,12 @@ class HubertEncoder(nn.Module):
         self.architecture = {**architecture, **dict.fromkeys(drop, 0.0), "aux_num_out": None}
         self.layer = layer
         self.normalize = normalize
+        self.mel = mel
         self.model = wav2vec2_model(**self.architecture)
         shapes = self.architecture["extractor_conv_layer_config"]
         self.field, self.hop = window([(kernel, stride) for _, kernel, stride in shapes])
+        if mel:
+            self.model.feature_extractor = LogMel(shapes[-1][0], self.field, self.hop)
         self.width: int = self.architecture["encoder_embed_dim"]
 
     @classmethod
@@ -89,6 +95,8 @@ class HubertEncoder(nn.Module):
         Group norm comes with HuBERT base's arrangement (normalise after each block), layer norm
         with large's (normalise before it, biases in the convolutions, normalised waveforms). The
         positional convolution spans base's 128 frames at base's width and fewer below it.
+        Convolutions start from He's initialisation, as HuBERT's do: under torch's own, whose
+        gain is smaller, they learn several times more slowly.
         """
         large = config.norm == "layer_norm"
         architecture = {
@@ -109,7 +117,14 @@ class HubertEncoder(nn.Module):
             "encoder_layer_drop": 0.0,
         }
         with _seeded(seed):
-            return cls(architecture, config.layer, normalize=large)
+            mel = config.front == "mel"
+            encoder = cls(architecture, config.layer, normalize=large or mel, mel=mel)
+            for module in encoder.model.feature_extractor.modules():
+                if isinstance(module, nn.Conv1d):
+                    nn.init.kaiming_normal_(module.weight)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+        return encoder
 
     @classmethod
     def from_published(cls, weights: str, layer: int | None = None) -> HubertEncoder:
@@ -148,6 +163,7 @@ class HubertEncoder(nn.Module):
                 "architecture": self.architecture,
                 "layer": self.layer,
                 "normalize": self.normalize,
+                "mel": self.mel,
             },
         )
 
@@ -202,7 +218,10 @@ class HubertEncoder(nn.Module):
 
         Rows beyond a clip's own frames are arbitrary.
         """
-        if self.architecture["extractor_mode"] == "group_norm":
+        if self.mel:
+            frames = torch.tensor([self.frames(length) for length in lengths.tolist()])
+            output = self.model.feature_extractor(waves, frames.to(waves.device))
+        elif self.architecture["extractor_mode"] == "group_norm":
             # The norm's statistics run over time: a clip has to be alone to be without padding.
             clips = zip(waves, lengths.tolist(), strict=True)
             convolved = [self._convolve(wave[None, :length])[0] for wave, length in clips]
@@ -255,6 +274,25 @@ class HubertEncoder(nn.Module):
         return output
 
 
+class LogMel(nn.Module):
+    """Log-mel bands, each scaled to zero mean and unit variance over the clip."""
+
+    def __init__(self, bands: int, field: int, hop: int) -> None:
+        super().__init__()
+        self.power = torchaudio.transforms.MelSpectrogram(
+            SAMPLE_RATE, n_fft=field, hop_length=hop, center=False, n_mels=bands, f_min=20.0
+        )
+
+    def forward(self, waves: Tensor, frames: Tensor) -> Tensor:
+        """Waves (B, T), `frames` (B,) of them real, to bands (B, F, M)."""
+        bands = (self.power(waves) + 1e-4).log().transpose(1, 2)
+        inside = torch.arange(bands.shape[1], device=waves.device) < frames[:, None]
+        inside, count = inside[..., None], frames[:, None, None]
+        centred = bands - (bands * inside).sum(1, keepdim=True) / count
+        variance = (centred.square() * inside).sum(1, keepdim=True) / count
+        return centred / (variance + 1e-5).sqrt()
+
+
 def mfcc(wave: Tensor) -> Tensor:
     """MFCCs with first and second differences, (T,) -> (F, 39), one row a HuBERT frame.
 
@@ -303,24 +341,32 @@ class MaskedPrediction(nn.Module):
         self.class_embeddings = nn.Parameter(torch.randn(classes, encoder.width))
 
     def forward(
-        self, waves: Tensor, lengths: Tensor, targets: Tensor, mask: Tensor
-    ) -> tuple[Tensor, int, Tensor]:
-        """Summed loss over the masked frames, their count, and how many were guessed right.
+        self,
+        waves: Tensor,
+        lengths: Tensor,
+        targets: Tensor,
+        mask: Tensor,
+        seen_weight: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Summed loss, the count it is a sum over, and how many masked frames were guessed right.
 
         `waves` (B, T) prepared and padded, `lengths` (B,) samples; `targets` (B, F) int64 and
-        `mask` (B, F) bool, false in the padding. Logits are cosines over a temperature of 0.1
-        (section 2.3).
+        `mask` (B, F) bool, false in the padding. A masked frame counts 1, any other `seen_weight`
+        (section 2.3). Logits are cosines over a temperature of 0.1.
         """
         frames = torch.tensor([self.encoder.frames(length) for length in lengths.tolist()])
-        shown = torch.where(
-            mask[..., None], self.mask_embedding, self.encoder.project(waves, lengths)
+        inputs = self.encoder.project(waves, lengths)
+        hidden = self.encoder.contextualize(
+            torch.where(mask[..., None], self.mask_embedding, inputs), frames
         )
-        hidden = self.encoder.contextualize(shown, frames)[mask]
-        guesses = F.normalize(self.projection(hidden), dim=-1)
+        inside = torch.arange(mask.shape[1], device=mask.device) < frames.to(mask.device)[:, None]
+        scored = inside if seen_weight else mask
+        guesses = F.normalize(self.projection(hidden[scored]), dim=-1)
         logits = guesses @ F.normalize(self.class_embeddings, dim=-1).T / LOGIT_TEMPERATURE
-        wanted = targets[mask]
-        loss = F.cross_entropy(logits.float(), wanted, reduction="sum")
-        return loss, len(wanted), (logits.argmax(-1) == wanted).sum()
+        weights = torch.where(mask[scored], 1.0, seen_weight)
+        losses = F.cross_entropy(logits.float(), targets[scored], reduction="none")
+        correct = (logits.argmax(-1) == targets[scored]) & mask[scored]
+        return (losses * weights).sum(), weights.sum(), correct.sum()
 
 
 class Batch(NamedTuple):
@@ -390,11 +436,19 @@ def draw(
 class Round:
     """What one round of pretraining changes, and what it needs to be taken up again."""
 
-    def __init__(self, encoder: HubertEncoder, plan: PretrainRound, number: int, seed: int) -> None:
+    def __init__(
+        self,
+        encoder: HubertEncoder,
+        plan: PretrainRound,
+        number: int,
+        seed: int,
+        seen_weight: float,
+    ) -> None:
         """The encoder as the round before left it is this round's teacher and starting point."""
         self.plan = plan
         self.number = number
         self.seed = seed
+        self.seen_weight = seen_weight
         self.step = 0
         self.centroids: Tensor | None = None
         self.teacher = deepcopy(encoder) if plan.target == "hubert" else None
@@ -422,19 +476,21 @@ class Round:
         self.centroids = torch.from_numpy(centroids)
 
     def train_step(self, batch: Batch, learning_rate: float) -> dict[str, float]:
-        """One step: mean loss and accuracy over the masked frames."""
+        """One step: its mean loss, and its accuracy on the masked frames."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         device = self.model.encoder.device
+        targets, mask = batch.targets.to(device), batch.mask.to(device)
         loss, count, correct = self.model(
-            batch.waves, batch.lengths, batch.targets.to(device), batch.mask.to(device)
+            batch.waves, batch.lengths, targets, mask, self.seen_weight
         )
         self.optimizer.zero_grad()
-        (loss / count).backward()
+        loss = loss / count
+        loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
         self.step += 1
-        return {"loss": loss.item() / count, "accuracy": correct.item() / count}
+        return {"loss": loss.item(), "accuracy": correct.item() / int(mask.sum())}
 
     def save(self, path: Path) -> None:
         """Replace `path` by this state, whole or not at all."""
@@ -491,7 +547,7 @@ def pretrain(
     past = 0
     for number, plan in enumerate(settings.rounds):
         if number >= saved.get("number", 0):
-            current = Round(encoder, plan, number, seed)
+            current = Round(encoder, plan, number, seed, settings.seen_weight)
             if number == saved.get("number"):
                 current.restore(saved)
             else:

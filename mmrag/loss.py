@@ -63,8 +63,9 @@ class Objective(nn.Module):
         at = batch.targets != IGNORE
         output = self.lm(batch.ids, at=at)
         token_loss = functional.cross_entropy(output.logits, batch.targets[at], reduction="sum")
-        ctc_loss = self._ctc_loss(output.hidden, batch) if self.ctc else token_loss.new_zeros(())
-        return torch.stack((token_loss, ctc_loss))
+        if self.ctc is None:
+            return torch.stack((token_loss, torch.zeros_like(token_loss)))
+        return torch.stack((token_loss, self._ctc_loss(output.hidden, batch)))
 
     def _ctc_loss(self, hidden: Tensor, batch: Batch) -> Tensor:
         start, end = batch.speech.unbind(1)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -59,7 +59,7 @@ def save(
 
 
 def load(directory: Path, device: torch.device | str = "cpu") -> tuple[LM, Vocabulary]:
-    """Read what `save` wrote, in evaluation mode; CheckpointError names what is missing."""
+    """Read what `save` wrote, in evaluation mode; CheckpointError names what is wrong."""
     directory = Path(directory)
     try:
         fields = json.loads((directory / SHAPE).read_text())
@@ -67,11 +67,16 @@ def load(directory: Path, device: torch.device | str = "cpu") -> tuple[LM, Vocab
         tensors = load_file(directory / WEIGHTS, device=str(device))
     except FileNotFoundError as error:
         raise CheckpointError(f"{directory} holds no language model: {error}") from None
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise CheckpointError(f"{directory}: a file is damaged: {error}") from None
     if fields.pop("vocabulary") != vocabulary.size:
         raise CheckpointError(f"{directory}: {SHAPE} and the vocabulary differ in size")
     with torch.device("meta"):
         lm = LM(LanguageModel(**fields), vocabulary.size)
-    lm.load_state_dict(tensors, assign=True)
+    try:
+        lm.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{directory}: {WEIGHTS} does not fit {SHAPE}: {error}") from None
     return lm.eval(), vocabulary
 
 
@@ -87,8 +92,12 @@ def huggingface_config(directory: Path | str) -> LanguageModel:
             f"{path}: model_type {fields.get('model_type')!r} is not one of {list(ARCHITECTURES)}"
         )
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise CheckpointError(f"{path}: scaled rotary positions ({rope['rope_type']}) are unknown")
+    scaling = rope.get("rope_type", rope.get("type", "default"))  # "type" is the older name
+    if scaling != "default":
+        raise CheckpointError(f"{path}: scaled rotary positions ({scaling}) are unknown")
+    for bias in ("attention_bias", "mlp_bias"):
+        if fields.get(bias):
+            raise CheckpointError(f"{path}: {bias} is unknown; biases are read in qwen2 alone")
     theta = rope.get("rope_theta") or fields.get("rope_theta") or 10_000.0
     return LanguageModel(
         width=fields["hidden_size"],
@@ -99,7 +108,7 @@ def huggingface_config(directory: Path | str) -> LanguageModel:
         tied=fields.get("tie_word_embeddings", False),
         rope_theta=theta,
         norm_eps=fields["rms_norm_eps"],
-        qkv_bias=fields.get("attention_bias", fields["model_type"] == "qwen2"),
+        qkv_bias=fields["model_type"] == "qwen2",
         head_width=fields.get("head_dim"),
     )
 
@@ -122,9 +131,15 @@ def place(name: str, parameter: Tensor, tensor: Tensor, vocabulary: Vocabulary, 
 
     Rows of the embedding and the head are pieces: they move to where our id space has them, the
     base model's begin and end tokens to ours. Rows of units keep their random start.
+    CheckpointError if the shapes differ otherwise.
     """
+    by_row = name in ("embedding.weight", "head.weight")
+    if parameter.shape[by_row:] != tensor.shape[by_row:]:
+        raise CheckpointError(
+            f"{base}: {name} is {list(tensor.shape)}, our lm's is {list(parameter.shape)}"
+        )
     with torch.no_grad():
-        if name not in ("embedding.weight", "head.weight"):
+        if not by_row:
             parameter.copy_(tensor)
             return
         rows = min(len(tensor), vocabulary.pieces.size)

@@ -64,11 +64,13 @@ def read(directory: Path) -> Iterator[Tokenized]:
 
 
 def read_part(path: Path) -> Iterator[Tokenized]:
-    """Every utterance of one part."""
+    """Every utterance of one part; TokensError if the file is missing, damaged or another's."""
     try:
-        table = pq.read_table(path, schema=SCHEMA)
-    except (pa.ArrowInvalid, OSError) as error:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
         raise TokensError(f"{path} is not a tokenized part: {error}") from None
+    if not table.schema.equals(SCHEMA):
+        raise TokensError(f"{path} is not a tokenized part: its columns are {table.schema.names}")
     for row in table.to_pylist():
         yield _tokenized(row)
 

@@ -76,16 +76,21 @@ class Curriculum:
         self.seed = seed
         self._text = np.array([len(example.text) for example in data])
         self._units = np.array([len(example.units or ()) for example in data])
-        self._position = -1
-        self._stream: Iterator[list[Chosen]] = iter(())
+        self._next = 0
+        self._stream = self._batches()
 
     def step(self, step: int) -> tuple[Phase, list[list[Chosen]]]:
-        """The phase and the micro-batches of optimizer step `step`, counted from 0."""
-        if step != self._position + 1 or self._position < 0:
+        """The phase and the micro-batches of optimizer step `step`, counted from 0.
+
+        Raises ValueError past the last step, or if no example fits a phase's mixture.
+        """
+        if not 0 <= step < self.settings.steps:
+            raise ValueError(f"step {step} of {self.settings.steps}")
+        if step != self._next:
             self._stream = self._batches()
             for _ in range(step * self.settings.micro_batches):
                 next(self._stream)
-        self._position = step
+        self._next = step + 1
         ends = np.cumsum([phase.steps for phase in self.settings.phases])
         phase = self.settings.phases[int(np.searchsorted(ends, step, side="right"))]
         return phase, [next(self._stream) for _ in range(self.settings.micro_batches)]

@@ -70,11 +70,9 @@ def transcribe(
     """Transcribe a file of any length, one stretch of at most `settings.max_seconds` at a time.
 
     `datastore` names the sources of retrieved words; it is what `retrieval` searches.
-    Raises AudioError if the file cannot be read.
+    Raises AudioError if the file cannot be read or is too short to hold a word.
     """
     for segment in audio.segments(path, settings.max_seconds):
-        if len(segment.wave) < recogniser.encoder.field:
-            continue
         units = recogniser.listen([segment.wave])
         [heard] = recognise(recogniser, units, settings, retrieval)
         text = recogniser.vocabulary.decode(heard.tokens)

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mmrag.config import KNN, Tune
 from mmrag.decode import interpolate, read_states
 from mmrag.lm import LM
-from mmrag.records import Retriever
+from mmrag.records import Neighbours, Retriever
 from mmrag.tokens import Tokenized
 from mmrag.vocabulary import Vocabulary
+
+TRUE, OTHER = 0, 1
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ def score_grid(
     """Every setting of the grid, lowest loss first.
 
     Temperatures are the grid's multiples of the median distance to the nearest entry, so that one
-    grid serves every metric and model. ValueError if nothing is found for any token.
+    grid serves every metric and model. ValueError if there is no token to score, or nothing is
+    found for any of them.
     """
     read = []
     for batch in batches:
@@ -48,8 +52,10 @@ def score_grid(
         speech = [vocabulary.encode_units(one.units) for one in batch]
         keys, tokens, _, logp = read_states(lm, vocabulary, texts, speech, logits=True)
         found = retriever.search(keys.cpu().numpy(), max(grid.k))
-        read.append((found, logp, torch.from_numpy(tokens).long().to(logp.device)))
-    nearest = np.concatenate([found.distances[:, 0] for found, *_ in read])
+        read.append(_two_tokens(logp, tokens, found))
+    if not read:
+        raise ValueError("the development split holds no utterance to score")
+    nearest = np.concatenate([found.distances[:, 0] for _, found in read])
     nearest = nearest[np.isfinite(nearest)]
     if not len(nearest):
         raise ValueError("the datastore has no entry for any token of the development split")
@@ -59,12 +65,21 @@ def score_grid(
         KNN(k=k, weight=weight, temperature=unit * multiple)
         for k, multiple, weight in itertools.product(grid.k, grid.temperature, grid.weight)
     ]
-    count = sum(len(tokens) for _, _, tokens in read)
+    count = sum(len(logp) for logp, _ in read)
     scored = []
     for knn in settings:
-        total = 0.0
-        for found, logp, tokens in read:
-            mixed = interpolate(logp, found.top(knn.k), knn)
-            total -= float(mixed.gather(1, tokens[:, None]).sum())
-        scored.append(Scored(knn, total / count))
+        mixed = [interpolate(logp, found.top(knn.k), knn)[:, TRUE] for logp, found in read]
+        scored.append(Scored(knn, -float(torch.cat(mixed).sum()) / count))
     return sorted(scored, key=lambda one: one.loss)
+
+
+def _two_tokens(logp: Tensor, tokens: np.ndarray, found: Neighbours) -> tuple[Tensor, Neighbours]:
+    """The same question over a vocabulary of two, the true token and any other.
+
+    `logp` (N, V) and `tokens` (N,) -> (N, 2): the true token's mixture does not depend on how the
+    rest is shared out, and a development split of whole rows would not fit in memory.
+    """
+    true = logp.gather(1, torch.from_numpy(tokens).long().to(logp.device)[:, None])
+    other = torch.log1p(-true.exp().clamp(max=1))
+    says = np.where(found.tokens == tokens[:, None], TRUE, OTHER)
+    return torch.cat((true, other), 1).cpu(), replace(found, tokens=says)

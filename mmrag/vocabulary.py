@@ -76,13 +76,20 @@ class SentencePieces:
 
 
 class BasePieces:
-    """The pieces of a base language model's `tokenizer.json`."""
+    """The pieces of a base language model's `tokenizer.json`, its own special tokens among them.
+
+    Raises ValueError if the file is not a tokenizer.
+    """
 
     FILE = "tokenizer.json"
 
     def __init__(self, path: Path) -> None:
-        self._tokenizer = Tokenizer.from_file(str(path))
-        self.size = self._tokenizer.get_vocab_size()
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises nothing more specific
+            raise ValueError(f"{path} is not a tokenizer: {error}") from None
+        # Ids may have gaps, so their number can be less than the largest of them.
+        self.size = 1 + max(self._tokenizer.get_vocab().values())
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -120,19 +127,23 @@ class Vocabulary:
         return self.pieces.decode(kept)
 
     def word_ends(self, ids: Sequence[int]) -> list[tuple[str, int]]:
-        """Each word of the decoded text with the index just past its last token."""
+        """Each word of the decoded text with the index just past its last token.
+
+        Ends never fall. A token that holds several words belongs to the last of them.
+        """
         counts = [len(self.decode(ids[: i + 1]).split()) for i in range(len(ids))]
         words = self.decode(ids).split()
-        ends = [0] * len(words)
+        ends = np.zeros(len(words), int)
         for index, count in enumerate(counts):
             if 0 < count <= len(words):
                 ends[count - 1] = index + 1
-        return list(zip(words, ends, strict=True))
+        return list(zip(words, np.maximum.accumulate(ends).tolist(), strict=True))
 
     def encode_units(self, units: Units) -> list[int]:
         """Units to ids; ValueError if a unit is outside the codebook."""
         if len(units) and not 0 <= units.ids.min() <= units.ids.max() < self.units:
-            raise ValueError(f"unit ids must be in 0..{self.units - 1}, got {units.ids.max()}")
+            found = f"{units.ids.min()}..{units.ids.max()}"
+            raise ValueError(f"unit ids must be in 0..{self.units - 1}, got {found}")
         return (units.ids + self.first_unit).tolist()
 
     def prompt(self, units: Sequence[int] | None) -> list[int]:
@@ -166,7 +177,7 @@ class Vocabulary:
 
     @classmethod
     def load(cls, directory: Path) -> Vocabulary:
-        """Read what `save` wrote; ValueError if the special tokens are not ours."""
+        """Read what `save` wrote; ValueError if the special tokens or the pieces are others."""
         fields = json.loads((directory / cls.FILE).read_text())
         if tuple(fields["specials"]) != SPECIALS:
             raise ValueError(f"{directory} has other special tokens: {fields['specials']}")
@@ -176,4 +187,6 @@ class Vocabulary:
             if base.exists()
             else SentencePieces((directory / SentencePieces.FILE).read_bytes())
         )
+        if pieces.size != fields["pieces"]:
+            raise ValueError(f"{directory} has {pieces.size} pieces, not {fields['pieces']}")
         return cls(pieces, fields["units"])

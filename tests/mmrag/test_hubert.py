@@ -61,8 +61,10 @@ def noise(lengths=LENGTHS, seed=0):
     return [torch.randn(length, generator=generator) * 0.1 for length in lengths]
 
 
-@pytest.fixture(params=NORMS)
+@pytest.fixture(params=[*NORMS, "mel"])
 def encoder(request):
+    if request.param == "mel":
+        return HubertEncoder.create(shape(front="mel"), seed=0)
     return HubertEncoder.create(shape(request.param), seed=0)
 
 
@@ -97,14 +99,17 @@ def test_frame_rate_follows_from_the_strides(encoder):
 
 @given(samples=st.integers(400, 4000))
 @settings(max_examples=25, deadline=None)
-def test_frames_are_as_many_as_the_convolutions_and_the_mfccs_make(samples):
-    encoder = HubertEncoder.create(shape(conv_channels=1, layers=1, layer=1), seed=0)
+def test_frames_are_as_many_as_the_convolutions_the_bands_and_the_mfccs_make(samples):
     wave = noise([samples])[0]
-    assert len(encoder.features([wave])[0]) == encoder.frames(samples)
+    for front in ("waveform", "mel"):
+        encoder = HubertEncoder.create(shape(front=front, layers=1, layer=1), seed=0)
+        assert len(encoder.features([wave])[0]) == encoder.frames(samples)
     assert mfcc(wave).shape == (encoder.frames(samples), 39)
 
 
-def test_our_forward_pass_is_torchaudios(encoder):
+@pytest.mark.parametrize("norm", NORMS)
+def test_our_forward_pass_is_torchaudios(norm):
+    encoder = HubertEncoder.create(shape(norm), seed=0)
     wave = encoder.prepare(noise()[0])
     theirs, _ = encoder.model.extract_features(wave[None], num_layers=2)
     ours = encoder.features([wave])[0]
@@ -128,8 +133,9 @@ def test_layers_past_the_wanted_one_are_not_computed(encoder):
         encoder.features(waves, layer=3)
 
 
-def test_loudness_does_not_matter_where_waveforms_are_normalised():
-    encoder = HubertEncoder.create(shape("layer_norm"), seed=0)
+@pytest.mark.parametrize("front", ["waveform", "mel"])
+def test_loudness_does_not_matter_where_waveforms_are_normalised(front):
+    encoder = HubertEncoder.create(shape("layer_norm", front=front), seed=0)
     wave = noise()[0]
     quiet, loud = encoder.features([wave * 0.1 + 0.01, wave])
     torch.testing.assert_close(quiet, loud, atol=1e-2, rtol=0)
@@ -279,10 +285,15 @@ def test_the_loss_is_cross_entropy_of_cosines_over_a_tenth(encoder):
         frames = torch.tensor([encoder.frames(length) for length in LENGTHS])
         hidden = model.projection(encoder.contextualize(inputs, frames))
         logits = torch.cosine_similarity(hidden[..., None, :], model.class_embeddings, dim=-1) / 0.1
+        with_seen, seen_count, same = model(waves, lengths, targets, mask, seen_weight=0.5)
     terms = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-    assert count == int(mask.sum())
+    inside = torch.arange(mask.shape[1]) < frames[:, None]
+    assert count == mask.sum()
     torch.testing.assert_close(loss, terms[mask].sum(), atol=1e-3, rtol=0)
-    assert correct == (logits.argmax(-1) == targets)[mask].sum()
+    assert correct == same == (logits.argmax(-1) == targets)[mask].sum()
+    assert seen_count == mask.sum() + (inside & ~mask).sum() / 2
+    expected = terms[mask].sum() + terms[inside & ~mask].sum() / 2
+    torch.testing.assert_close(with_seen, expected, atol=1e-3, rtol=0)
 
 
 def test_the_loss_of_a_batch_is_the_sum_over_its_clips(encoder):

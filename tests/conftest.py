@@ -1,0 +1,133 @@
+"""What tests share: an environment of their own, one Ray cluster, one finished workspace."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from mmrag.config import Experiment, read
+
+TINY = Path(__file__).parents[1] / "jobs" / "configs" / "tiny.yaml"
+
+MINIATURE = [
+    "synthesize.lm=24",
+    "synthesize.adapter=2",
+    "synthesize.mentions=1",
+    "synthesize.dev=4",
+    "synthesize.test=6",
+    "synthesize.text=20",
+    "synthesize.workers={count: 1, num_cpus: 0.8}",
+    "hubert.conv_channels=16",
+    "hubert.norm=layer_norm",
+    "hubert.width=32",
+    "hubert.layers=1",
+    "hubert.heads=2",
+    "hubert.feed_forward=32",
+    "hubert.layer=1",
+    "pretrain.rounds=[{target: mfcc, classes: 8, steps: 2},"
+    " {target: hubert, classes: 8, steps: 2}]",
+    "pretrain.batch_seconds=10",
+    "pretrain.sample_seconds=20",
+    "tokenize.units=16",
+    "tokenize.sample_seconds=20",
+    "tokenize.part_seconds=60",
+    "tokenize.workers={count: 1, num_cpus: 0.8}",
+    "vocabulary.pieces=60",
+    "lm.width=32",
+    "lm.layers=1",
+    "lm.heads=2",
+    "lm.kv_heads=1",
+    "lm.feed_forward=32",
+    "train.phases=[{name: text, steps: 4, mixture: {text: 1}},"
+    " {name: speech, steps: 36, mixture: {speech_first: 2, text_first: 1, speech: 1}}]",
+    "train.micro_batch_tokens=400",
+    "train.micro_batches=2",
+    "train.precision=fp32",
+    "train.zero_stage=1",
+    "train.warmup_steps=2",
+    "train.checkpoint_steps=10",
+    "train.log_steps=10",
+    "train.workers={count: 2, num_cpus: 1}",
+    "datastore.part_utterances=8",
+    "datastore.index.shards=2",
+    "datastore.workers={count: 1, num_cpus: 0.8}",
+    "decode.beams=1",
+    "tune.k=[2, 4]",
+    "tune.weight=[0.2, 0.6]",
+    "tune.temperature=[1.0]",
+    "tune.finalists=1",
+    "evaluate.resamples=50",
+    "evaluate.datastores=[text, multimodal]",
+    "evaluate.retriever=sharded",
+    "evaluate.workers={count: 1, num_cpus: 0.8}",
+]
+"""Overrides of the tiny experiment: every stage runs in seconds and learns next to nothing."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nobody's cluster, tracking server or `runs/` is touched, whatever the shell exports."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+            patch.delenv(name, raising=False)
+        patch.setenv("MMRAG_RUNS", str(tmp_path_factory.mktemp("runs")))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(environment: None) -> Iterator[str]:
+    """The address of a local cluster of two CPUs, to which this process is connected."""
+    import ray
+
+    from cluster.connection import connection
+
+    with connection(num_cpus=2):
+        yield ray.get_runtime_context().gcs_address
+
+
+@pytest.fixture(scope="session")
+def miniature() -> list[str]:
+    """Overrides that make the tiny experiment smaller still."""
+    return list(MINIATURE)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A workspace in which every stage has run."""
+
+    experiment: Experiment
+    printed: str
+    """What the run said on the terminal."""
+
+    @property
+    def path(self) -> Path:
+        return self.experiment.workspace
+
+
+@pytest.fixture(scope="session")
+def workspace(ray_cluster: str, miniature: list[str]) -> Workspace:
+    """The whole demo, run once at miniature size. Look, but do not change anything in it."""
+    from jobs import demo, stage
+
+    experiment = read(TINY, miniature)
+    assert experiment.workspace.is_relative_to(os.environ["MMRAG_RUNS"])
+    with stage.console.capture() as captured:
+        demo.run(experiment)
+    return Workspace(experiment, captured.get())
+
+
+@pytest.fixture
+def borrow(workspace: Workspace, tmp_path: Path) -> Callable[..., Experiment]:
+    """`borrow(*directories)`: the experiment in a workspace of this test's own, to change at will,
+    holding copies of those directories of the finished one."""
+
+    def copy(*directories: str) -> Experiment:
+        for directory in directories:
+            shutil.copytree(workspace.path / directory, tmp_path / "workspace" / directory)
+        return workspace.experiment.model_copy(update={"workspace": tmp_path / "workspace"})
+
+    return copy

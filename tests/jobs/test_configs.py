@@ -1,0 +1,147 @@
+"""Each experiment file in jobs/configs is complete, legal, and of the size it says."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torchaudio
+from deepspeed.runtime.config import DeepSpeedConfig
+
+from cluster import train
+from cluster.train import deepspeed_config
+from jobs import tokenize
+from mmrag import config
+from mmrag.config import Experiment
+from mmrag.lm import parameter_count
+from mmrag.vocabulary import SPECIALS
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
+DEEPSPEED = sorted((ROOT / "cluster" / "deepspeed").glob("*.json"))
+STAGES = {"zero2": 2, "zero3": 3, "zero3_offload": 3}
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    """Paths in the files are relative to the repository, where every stage is run."""
+    monkeypatch.chdir(ROOT)
+    for name in ("MMRAG_RUNS", "MMRAG_CORPUS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def experiment(name: str, *overrides: str) -> Experiment:
+    return config.read(ROOT / "jobs" / "configs" / f"{name}.yaml", overrides)
+
+
+def parameters(experiment: Experiment) -> int:
+    vocabulary = len(SPECIALS) + experiment.vocabulary.pieces + experiment.tokenize.units
+    return parameter_count(experiment.lm, vocabulary)
+
+
+def test_there_is_an_experiment_of_each_size():
+    assert [file.stem for file in CONFIGS] == ["330m", "6.8b", "tiny"]
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_experiment_parses_and_has_a_workspace_of_its_own(file):
+    assert config.read(file).workspace.name == file.stem
+
+
+@pytest.mark.parametrize("name", ["330m", "6.8b"])
+def test_an_experiment_of_a_cluster_keeps_everything_on_the_shared_volume(name, monkeypatch):
+    read = experiment(name)
+    assert str(read.workspace) == f"/mnt/mmrag/runs/{name}"
+    assert read.tracking.uri == "sqlite:////mnt/mmrag/runs/mlflow.db"
+    assert read.tokenize.source == "/mnt/mmrag/corpus"
+    monkeypatch.setenv("MMRAG_RUNS", "/other")
+    assert str(experiment(name).workspace) == f"/other/{name}"
+
+
+def test_the_small_model_has_330_million_parameters():
+    assert parameters(experiment("330m")) == pytest.approx(330e6, rel=0.02)
+
+
+def test_the_large_model_has_6_75_billion_parameters():
+    assert parameters(experiment("6.8b")) == pytest.approx(6.75e9, rel=0.01)
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_an_index_of_codes_cuts_the_key_into_equal_parts(file):
+    read = config.read(file)
+    if read.datastore.index.kind == "ivfpq":
+        assert read.lm.width % read.datastore.index.code_bytes == 0
+
+
+@pytest.mark.parametrize("name", ["330m", "6.8b"])
+def test_the_written_hubert_shape_is_that_of_the_published_weights(name):
+    hubert = experiment(name).hubert
+    published = getattr(torchaudio.pipelines, hubert.weights.removeprefix("torchaudio:"))._params
+    assert {
+        "extractor_mode": hubert.norm,
+        "encoder_embed_dim": hubert.width,
+        "encoder_num_layers": hubert.layers,
+        "encoder_num_heads": hubert.heads,
+        "encoder_ff_interm_features": hubert.feed_forward,
+    }.items() <= published.items()
+    assert {width for width, *_ in published["extractor_conv_layer_config"]} == {
+        hubert.conv_channels
+    }
+
+
+def test_a_directory_of_manifests_is_a_corpus_of_splits(tmp_path):
+    for split in ("lm", "dev"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": f"a line of {split}"}) + "\n")
+    splits = tokenize._splits(tmp_path)
+    texts = {name: [one.text for one in said] for name, (said, _) in splits.items()}
+    assert texts == {"lm": ["a line of lm"], "dev": ["a line of dev"]}
+    assert list(tokenize._splits(tmp_path / "dev.jsonl")) == ["all"]
+
+
+@pytest.mark.parametrize("name", ["330m", "6.8b"])
+def test_an_experiment_goes_with_its_deepspeed_file(name):
+    read = experiment(name)
+    made = DeepSpeedConfig(deepspeed_config(read, torch.bfloat16))
+    assert made.zero_config.stage == read.train.zero_stage
+    assert made.gradient_accumulation_steps * read.train.workers.count == read.train.micro_batches
+
+
+def test_workers_find_the_deepspeed_file_whatever_their_working_directory():
+    sent = train._with_absolute_paths(experiment("330m"))["train"]
+    assert (sent["deepspeed"], sent["base"]) == (f"{ROOT}/cluster/deepspeed/zero2.json", None)
+
+
+@pytest.mark.parametrize("file", DEEPSPEED, ids=lambda file: file.stem)
+def test_every_deepspeed_file_is_accepted_whole(file):
+    stage = STAGES[file.stem]
+    read = experiment("330m", f"train.deepspeed={file}", f"train.zero_stage={stage}")
+    made = deepspeed_config(read, torch.bfloat16)
+    settings = json.loads(file.read_text())
+    wanted = {**settings.pop("zero_optimization"), "stage": stage}
+    assert settings.items() <= made.items() and made["zero_optimization"] == wanted
+    assert made["bf16"] == {"enabled": True} and made["gradient_clipping"] == read.train.clip
+    parsed = DeepSpeedConfig(made)
+    offloads = "offload_optimizer" in wanted
+    assert (parsed.zero_config.offload_optimizer is not None) == offloads
+    # DeepSpeed refuses to offload any optimizer but its own, and ours is torch's AdamW.
+    assert parsed.zero_force_ds_cpu_optimizer != offloads
+
+
+@pytest.mark.parametrize(
+    ("settings", "clash"),
+    [
+        ({"gradient_clipping": 2.0}, "gradient_clipping"),
+        ({"bf16": {"enabled": False}}, "bf16"),
+        ({"train_micro_batch_size_per_gpu": 4}, "train_micro_batch_size_per_gpu"),
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps"),
+        ({"zero_optimization": {"stage": 1}}, "zero_optimization.stage"),
+    ],
+)
+def test_a_deepspeed_file_that_sets_what_the_experiment_decides_is_refused(
+    tmp_path, settings, clash
+):
+    file = tmp_path / "clash.json"
+    file.write_text(json.dumps(settings))
+    with pytest.raises(ValueError) as raised:
+        deepspeed_config(experiment("tiny", f"train.deepspeed={file}"), torch.float32)
+    assert str(file) in str(raised.value) and f"'{clash}'" in str(raised.value)

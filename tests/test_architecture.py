@@ -1,0 +1,219 @@
+"""The map of the repository, held by parsing every file's imports."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("mmrag", "cluster", "jobs", "serve")
+MAY_IMPORT = {
+    "mmrag": {"mmrag"},
+    "cluster": {"cluster", "mmrag"},
+    "jobs": {"jobs", "cluster", "mmrag"},
+    "serve": {"serve", "cluster", "mmrag"},
+}
+
+TOUR = [
+    "config", "text", "records", "artifact",
+    "audio", "hubert", "units", "vocabulary",
+    "corpora.espeak", "corpora.manifest", "corpora.synthetic", "tokens",
+    "layers", "lm", "pretrained", "loss", "train",
+    "datastore", "index", "knn", "decode", "transcribe",
+    "score", "tune", "cli",
+]  # fmt: skip
+"""The modules of mmrag in reading order: each imports only those before it."""
+
+EVERYWHERE = {"numpy", "torch"}
+HOMES = {
+    "omegaconf": ["mmrag.config"],
+    "pydantic": ["mmrag.config", "jobs.stage"],  # a stage tells our mistake from the user's
+    "yaml": ["mmrag.config"],
+    "soundfile": ["mmrag.audio", "cluster.stages"],  # read by the one, written by the other
+    "torchaudio": ["mmrag.audio", "mmrag.hubert", "mmrag.corpora.espeak"],
+    "transformers": ["mmrag.hubert"],
+    "safetensors": ["mmrag.hubert", "mmrag.pretrained"],
+    "faiss": ["mmrag.units", "mmrag.index"],
+    "sentencepiece": ["mmrag.vocabulary"],
+    "tokenizers": ["mmrag.vocabulary"],
+    "espeakng_loader": ["mmrag.corpora.espeak"],
+    "faker": ["mmrag.corpora.synthetic"],
+    "pyarrow": ["mmrag.tokens"],
+    "jiwer": ["mmrag.score"],
+    "ray": ["cluster", "jobs"],
+    "deepspeed": ["cluster.train"],
+    "mlflow": ["cluster.tracking"],
+    "tqdm": ["cluster.progress"],
+    "rich": ["mmrag.cli", "jobs"],
+    "matplotlib": ["jobs.evaluate"],
+    # Ray Data's rows are Arrow's: values are packed on their way between our own processes.
+    "pickle": ["cluster.stages"],
+}
+"""Library -> the modules, or whole rooms, that may import it."""
+
+LAZY = {"transformers", "matplotlib", "espeakng_loader", "faker"}
+"""Imported where they are needed: slow to load, or an optional extra."""
+
+
+def sources() -> dict[str, ast.Module]:
+    """Every module of the four rooms by its dotted name."""
+    found = {}
+    for room in ROOMS:
+        for path in sorted((ROOT / room).rglob("*.py")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            found[name] = ast.parse(path.read_text(), filename=str(path))
+    return found
+
+
+SOURCES = sources()
+OURS = {name.removesuffix(".__init__") for name in SOURCES}
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Full dotted names of what a module imports, at any depth; relative imports as '.'."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                yield "."
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in OURS else node.module
+
+
+def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+    """Every call with the source text of what is called."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def test_the_rooms_are_all_there():
+    assert {name.split(".")[0] for name in SOURCES} == set(ROOMS)
+    assert len(SOURCES) > 30
+
+
+def test_imports_are_absolute():
+    assert [name for name, tree in SOURCES.items() if "." in set(imports(tree))] == []
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_what_lies_below_it(room):
+    wrong = [
+        f"{name} imports {target}"
+        for name, tree in SOURCES.items()
+        if name.split(".")[0] == room
+        for target in imports(tree)
+        if target.split(".")[0] in ROOMS and target.split(".")[0] not in MAY_IMPORT[room]
+    ]
+    assert wrong == []
+
+
+def test_every_module_of_mmrag_has_its_place_in_the_tour():
+    modules = {name.removeprefix("mmrag.") for name in SOURCES if name.startswith("mmrag.")}
+    assert sorted(TOUR) == sorted(name for name in modules if not name.endswith("__init__"))
+
+
+def test_a_module_of_mmrag_imports_only_those_before_it_in_the_tour():
+    wrong = [
+        f"{name} imports {target}"
+        for place, name in enumerate(TOUR)
+        for target in imports(SOURCES[f"mmrag.{name}"])
+        if target.startswith("mmrag.") and target.removeprefix("mmrag.") not in TOUR[:place]
+    ]
+    assert wrong == []
+
+
+def third_party() -> dict[str, set[str]]:
+    """Library -> the modules that import it. `pickle` is watched like one."""
+    users: dict[str, set[str]] = {}
+    for name, tree in SOURCES.items():
+        for target in imports(tree):
+            library = target.split(".")[0]
+            known = library in sys.stdlib_module_names and library != "pickle"
+            if library and not known and library not in ROOMS:
+                users.setdefault(library, set()).add(name)
+    return users
+
+
+def test_every_library_stays_in_its_home():
+    homeless = [
+        f"{name} imports {library}"
+        for library, users in third_party().items()
+        for name in users
+        if library not in EVERYWHERE
+        and not any(f"{name}.".startswith(f"{home}.") for home in HOMES.get(library, ()))
+    ]
+    assert homeless == []
+
+
+def test_the_table_of_homes_names_nothing_that_is_gone():
+    users = third_party()
+    gone = [
+        f"{library} in {home}"
+        for library, homes in HOMES.items()
+        for home in homes
+        if not any(f"{name}.".startswith(f"{home}.") for name in users.get(library, ()))
+    ]
+    assert gone == []
+
+
+def test_slow_and_optional_libraries_are_imported_where_they_are_needed():
+    at_import = [
+        f"{name} imports {target}"
+        for name, tree in SOURCES.items()
+        for node in tree.body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for target in imports(node)
+        if target.split(".")[0] in LAZY
+    ]
+    assert at_import == []
+
+
+def test_nothing_reaches_into_rays_private_modules():
+    texts = {name: ast.unparse(tree) for name, tree in SOURCES.items()}
+    assert [name for name, text in texts.items() if "ray._" in text] == []
+
+
+def test_no_code_is_taken_from_a_checkpoint():
+    trusting = [
+        f"{name}:{call.lineno}"
+        for name, tree in SOURCES.items()
+        for _, call in calls(tree)
+        for keyword in call.keywords
+        if keyword.arg in ("trust_remote_code", "allow_pickle")
+        and getattr(keyword.value, "value", True) is not False
+    ]
+    assert trusting == []
+
+
+def test_files_are_never_unpickled():
+    unsafe = []
+    for name, tree in SOURCES.items():
+        for function, call in calls(tree):
+            safely = any(k.arg == "weights_only" and k.value.value is True for k in call.keywords)
+            if function.endswith("pickle.load") or (function == "torch.load" and not safely):
+                unsafe.append(f"{name}:{call.lineno} {function}")
+    assert unsafe == []
+
+
+def test_product_code_raises_and_never_asserts():
+    asserting = [
+        f"{name}:{node.lineno}"
+        for name, tree in SOURCES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assert)
+    ]
+    assert asserting == []
+
+
+def test_every_module_says_what_it_does():
+    assert [name for name, tree in SOURCES.items() if not ast.get_docstring(tree)] == []
+
+
+def test_no_file_is_a_drawer_for_everything():
+    drawers = {"utils", "util", "helpers", "helper", "common", "misc"}
+    assert [name for name in SOURCES if drawers & set(name.split("."))] == []
