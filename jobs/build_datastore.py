@@ -73,12 +73,13 @@ def _source(experiment: Experiment, codebook: Artifact) -> Artifact:
         made = stage.load(experiment, experiment.tokenize.name, "tokens", "tokenize")
     elif Path(settings.source).is_dir():
         made = artifact.load(settings.source, "tokens")
-    elif settings.audio == "paired":
-        raise ConfigError(
-            f"datastore.source {settings.source} is text: datastore.audio must be none or spoken"
-        )
     else:
-        return artifact.outside(settings.source)
+        text = artifact.outside(settings.source)
+        if settings.audio == "paired":
+            raise ConfigError(
+                f"datastore.source {text.path} is text: datastore.audio must be none or spoken"
+            )
+        return text
     made.require("codebook", codebook)
     return made
 

@@ -90,9 +90,11 @@ def ray_cluster(environment: None) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def miniature() -> list[str]:
-    """Overrides that make the tiny experiment smaller still."""
-    return list(MINIATURE)
+def experiment(environment: None) -> Experiment:
+    """The miniature experiment, in a workspace below the session's own MMRAG_RUNS."""
+    miniature = read(TINY, MINIATURE)
+    assert miniature.workspace.is_relative_to(os.environ["MMRAG_RUNS"])
+    return miniature
 
 
 @dataclass(frozen=True)
@@ -109,12 +111,10 @@ class Workspace:
 
 
 @pytest.fixture(scope="session")
-def workspace(ray_cluster: str, miniature: list[str]) -> Workspace:
+def workspace(ray_cluster: str, experiment: Experiment) -> Workspace:
     """The whole demo, run once at miniature size. Look, but do not change anything in it."""
     from jobs import demo, stage
 
-    experiment = read(TINY, miniature)
-    assert experiment.workspace.is_relative_to(os.environ["MMRAG_RUNS"])
     with stage.console.capture() as captured:
         demo.run(experiment)
     return Workspace(experiment, captured.get())

@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 
 import numpy as np
@@ -140,8 +141,6 @@ def test_a_shard_that_takes_too_long_counts_as_missing(living, local, monkeypatc
     @ray.remote(num_cpus=0.1)
     class Stuck:
         def search(self, queries, k, exclude_documents):
-            import time
-
             time.sleep(120)
 
     monkeypatch.setattr(shards, "ANSWER_SECONDS", 3.0)
@@ -163,10 +162,11 @@ def test_a_served_shard_whose_process_dies_comes_back(ray_cluster, datastore, lo
     actors = [replica for shard in served._replicas for replica in shard]
     assert_same(served.search(queries(5), 6), local.search(queries(5), 6))
     ray.kill(actors[0], no_restart=False)
-    for _ in range(100):
+    for _ in range(300):
         found = served.search(queries(5), 6)
         if not found.missing_shards:
             break
+        time.sleep(0.1)
     assert_same(found, local.search(queries(5), 6))
     served.close()
     for actor in actors:

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -65,7 +67,7 @@ def test_the_loss_of_a_step_does_not_depend_on_how_its_rows_are_cut(rows, cuts):
     objective = objective_of()
     loss, gradient = step(objective, [batch_of(ROWS)])
     edges = [0, *sorted(cuts), len(rows)]
-    parts = [batch_of(rows[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [batch_of(rows[a:b]) for a, b in pairwise(edges)]
     cut_loss, cut_gradient = step(objective, parts)
     torch.testing.assert_close(cut_loss, loss)
     for one, other in zip(cut_gradient, gradient, strict=True):

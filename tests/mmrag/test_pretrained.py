@@ -195,7 +195,7 @@ def test_a_weight_of_another_shape_is_named(tmp_path):
     tensor = dict(pretrained.huggingface_tensors(tmp_path))[name]
     with pytest.raises(CheckpointError, match=rf"{name} is \[24, 16\].*\[30, 16\]"):
         pretrained.place(name, parameter, tensor, VOCABULARY, tmp_path)
-    with pytest.raises(CheckpointError, match="embedding.weight"):
+    with pytest.raises(CheckpointError, match=r"embedding\.weight"):
         pretrained.place(
             "embedding.weight", torch.zeros(40, 8), torch.zeros(40, 16), VOCABULARY, tmp_path
         )

@@ -361,7 +361,7 @@ def test_training_again_gives_the_same_weights():
 
 def test_a_step_reports_losses_a_token_and_what_it_read():
     settings = recipe(phases=[phase({"speech_first": 1}, 1, "listening")])
-    objective, [log] = trained(settings)
+    _, [log] = trained(settings)
     data = toy_corpus()
     _, micro_batches = Curriculum(data, settings, seed=1).step(0)
     batches = [collate(data, chosen, VOCABULARY, 0.0, (0,)) for chosen in micro_batches]

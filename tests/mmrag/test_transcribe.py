@@ -1,4 +1,5 @@
 import io
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -146,7 +147,7 @@ def test_a_long_recording_gives_several_transcripts_that_cover_it(recogniser):
     assert any(one.text for one in transcripts)
     assert transcripts[0].start == 0
     assert transcripts[-1].end == pytest.approx(70)
-    for one, following in zip(transcripts, transcripts[1:], strict=False):
+    for one, following in pairwise(transcripts):
         assert one.end == following.start
     for one in transcripts:
         assert 0 < one.end - one.start <= 20
@@ -199,7 +200,7 @@ def retrieval_that_always_says(token):
 
 @pytest.mark.parametrize("seconds", [0.001, 0.02, 0.09])
 def test_a_clip_too_short_to_hold_a_word_is_an_audio_error(recogniser, seconds):
-    with pytest.raises(AudioError, match="uploaded audio.*shorter than 0.1 s"):
+    with pytest.raises(AudioError, match=r"uploaded audio.*shorter than 0\.1 s"):
         list(transcribe(noise(seconds), recogniser, OPTIONS))
 
 

@@ -1,0 +1,152 @@
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cluster.progress import records
+from cluster.train import CHECKPOINTS, deepspeed_config
+from mmrag import artifact, pretrained, tokens
+from mmrag.config import Experiment
+from mmrag.lm import LM
+from mmrag.loss import Objective
+from mmrag.train import StepLog, examples, train
+from mmrag.vocabulary import Vocabulary
+
+WAIT_SECONDS = 200
+
+
+def with_train(experiment: Experiment, **changes) -> Experiment:
+    settings = experiment.train.model_copy(update=changes)
+    return experiment.model_copy(update={"train": settings})
+
+
+def with_deepspeed(experiment: Experiment, directory: Path, settings: dict) -> Experiment:
+    path = directory / "deepspeed.json"
+    path.write_text(json.dumps(settings))
+    return with_train(experiment, deepspeed=str(path))
+
+
+def test_deepspeed_is_told_what_the_experiment_says(experiment):
+    settings = with_train(experiment, micro_batches=6, zero_stage=2, clip=0.5)
+    config = deepspeed_config(settings, torch.bfloat16)
+    assert config["gradient_accumulation_steps"] == 3
+    assert config["gradient_clipping"] == 0.5
+    assert config["bf16"] == {"enabled": True}
+    assert config["zero_optimization"] == {"stage": 2}
+
+
+def test_a_deepspeed_file_adds_to_the_experiment(experiment, tmp_path):
+    extra = {"zero_optimization": {"overlap_comm": True}, "wall_clock_breakdown": True}
+    config = deepspeed_config(with_deepspeed(experiment, tmp_path, extra), torch.float32)
+    assert config["zero_optimization"] == {"overlap_comm": True, "stage": 1}
+    assert config["wall_clock_breakdown"] is True
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        ({"gradient_clipping": 2.0}, "gradient_clipping"),
+        ({"bf16": {"enabled": True}}, "bf16"),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage"),
+    ],
+)
+def test_a_deepspeed_file_may_not_overrule_the_experiment(experiment, tmp_path, extra, named):
+    with pytest.raises(ValueError, match=rf"deepspeed\.json sets what .*{named}"):
+        deepspeed_config(with_deepspeed(experiment, tmp_path, extra), torch.float32)
+
+
+def objective(experiment: Experiment, vocabulary: Vocabulary) -> Objective:
+    """The random weights that every worker starts from."""
+    torch.manual_seed(experiment.seed)
+    lm = LM(experiment.lm, vocabulary.size)
+    return Objective(lm, vocabulary.pieces.size, experiment.train.ctc_weight)
+
+
+@pytest.mark.ray
+def test_two_deepspeed_workers_make_the_steps_of_the_plain_loop(workspace):
+    experiment = workspace.experiment
+    lm, vocabulary = pretrained.load(workspace.path / "lm")
+    splits = [workspace.path / "tokens" / split for split in ("lm", "text")]
+    data = examples([one for split in splits for one in tokens.read(split)], vocabulary)
+    model, plain = objective(experiment, vocabulary), []
+    before = {name: weight.detach().clone() for name, weight in model.lm.named_parameters()}
+    train(model, data, vocabulary, experiment.train, experiment.seed, plain.append)
+    distributed = list(records(workspace.path / "lm"))
+    assert len(plain) == len(distributed) == experiment.train.steps
+    for one, other in zip(plain, distributed, strict=True):
+        assert isinstance(one, StepLog)
+        assert (one.step, one.phase, one.tokens) == (other["step"], other["phase"], other["tokens"])
+        for measured in ("loss", "ctc_loss", "gradient_norm", "learning_rate"):
+            assert getattr(one, measured) == pytest.approx(other[measured], rel=1e-4), one.step
+    trained = dict(lm.named_parameters())
+    for name, weight in model.lm.named_parameters():
+        assert torch.allclose(weight, trained[name], atol=1e-4), name
+        assert not torch.allclose(weight, before[name], atol=1e-3), f"{name} did not learn"
+
+
+def train_job(config: Path, address: str, directory: Path) -> subprocess.Popen:
+    """`python -m jobs.train` as a process of its own, on the session's cluster."""
+    output = (directory / "output.txt").open("ab")
+    return subprocess.Popen(
+        [sys.executable, "-m", "jobs.train", "--config", str(config)],
+        env={**os.environ, "RAY_ADDRESS": address},
+        cwd=directory,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def checkpoints(draft: Path) -> list[str]:
+    """Checkpoints that a resumed run would find."""
+    known = draft / CHECKPOINTS / "train" / "checkpoint_manager_snapshot.json"
+    try:
+        state = json.loads(known.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):  # not there yet, or being written
+        return []
+    return [one["checkpoint_dir_name"] for one in state["checkpoint_results"]]
+
+
+@pytest.mark.ray
+def test_a_killed_training_goes_on_from_its_checkpoint_to_the_very_same_weights(
+    workspace, borrow, ray_cluster, tmp_path
+):
+    copied = borrow("codebook", "tokens")
+    config = tmp_path / "experiment.yaml"
+    config.write_text(copied.model_dump_json())  # JSON is YAML
+    draft, finished = copied.workspace / ".lm.partial", copied.workspace / "lm"
+    job = train_job(config, ray_cluster, tmp_path)
+    try:
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not checkpoints(draft):
+            assert job.poll() is None, (tmp_path / "output.txt").read_text()
+            assert time.monotonic() < deadline, "no checkpoint was written"
+            time.sleep(0.02)
+    finally:
+        job.kill()
+        job.wait()
+    assert not finished.exists(), "the run was over before it could be killed"
+    every = copied.train.checkpoint_steps
+    before = [one for one in records(draft) if one["step"] < every]
+    assert len(before) == every
+
+    resumed = train_job(config, ray_cluster, tmp_path)
+    assert resumed.wait(WAIT_SECONDS) == 0, (tmp_path / "output.txt").read_text()
+    assert "going on where a stopped run left off" in (tmp_path / "output.txt").read_text()
+    after = list(records(finished))
+    assert [one["step"] for one in after] == list(range(copied.train.steps))
+    # These carry the time they took: the first steps were not made again.
+    assert after[:every] == before
+    uninterrupted = load_file(workspace.path / "lm" / pretrained.WEIGHTS)
+    weights = load_file(finished / pretrained.WEIGHTS)
+    assert weights.keys() == uninterrupted.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, uninterrupted[name]), name
+    ours = artifact.load(finished, "lm")
+    assert ours.fingerprint == artifact.load(workspace.path / "lm", "lm").fingerprint
+    assert not (finished / CHECKPOINTS).exists()

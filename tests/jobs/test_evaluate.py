@@ -1,0 +1,165 @@
+import json
+
+import pytest
+
+from jobs import evaluate, tune
+from mmrag import artifact
+from mmrag.artifact import ArtifactError
+from mmrag.config import Experiment
+from mmrag.text import normalise
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def results(workspace) -> dict:
+    return json.loads((workspace.path / "evaluation" / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def transcripts(workspace) -> list[dict]:
+    path = workspace.path / "evaluation" / "transcripts.jsonl"
+    return [json.loads(line) for line in path.open()]
+
+
+def with_evaluate(experiment: Experiment, **changes) -> Experiment:
+    settings = experiment.evaluate.model_copy(update=changes)
+    return experiment.model_copy(update={"evaluate": settings})
+
+
+def of(transcripts: list[dict], row: dict) -> list[dict]:
+    return [
+        one
+        for one in transcripts
+        if (one["mode"], one["datastore"]) == (row["mode"], row["datastore"])
+    ]
+
+
+def edits(reference: list[str], heard: list[str]) -> int:
+    """Levenshtein distance between two lists of words."""
+    row = list(range(len(heard) + 1))
+    for word in reference:
+        corner, row[0] = row[0], row[0] + 1
+        for at, other in enumerate(heard, start=1):
+            corner, row[at] = row[at], min(row[at] + 1, row[at - 1] + 1, corner + (word != other))
+    return row[-1]
+
+
+def test_every_mode_hears_the_same_utterances(results, transcripts, workspace):
+    modes = [(row["mode"], row["datastore"]) for row in results["rows"]]
+    assert modes == [("none", None), ("knn", "text"), ("knn", "multimodal")]
+    spoken = tune.select(artifact.load(workspace.path / "tokens", "tokens"), "test", "assistant")
+    expected = sorted((one.utterance.id, one.utterance.text) for one in spoken)
+    assert len(expected) > 1
+    for row in results["rows"]:
+        heard = [(one["utterance"], one["reference"]) for one in of(transcripts, row)]
+        assert heard == expected
+        assert row["utterances"] == len(expected)
+
+
+def test_error_rates_are_those_of_the_transcripts(results, transcripts):
+    for row in results["rows"]:
+        pairs = [
+            (normalise(one["reference"]).split(), normalise(one["text"]).split())
+            for one in of(transcripts, row)
+        ]
+        words = sum(len(reference) for reference, _ in pairs)
+        wrong = sum(edits(*pair) for pair in pairs)
+        assert row["words"] == words
+        assert row["substitutions"] + row["deletions"] + row["insertions"] == wrong
+        assert row["wer"] == pytest.approx(wrong / words)
+        assert row["wer_low"] <= row["wer"] <= row["wer_high"]
+
+
+def test_recall_and_speed_are_sums_over_the_transcripts(results, transcripts):
+    for row in results["rows"]:
+        heard = of(transcripts, row)
+        queries = sum(one["queries"] for one in heard)
+        recalled = sum(one["recalled"] for one in heard)
+        assert row["recall_at_k"] == (recalled / queries if queries else None)
+        assert (row["recall_at_k"] is None) == (row["mode"] == "none")
+        assert row["decode_seconds"] == pytest.approx(sum(one["decode_seconds"] for one in heard))
+
+
+def test_without_retrieval_no_word_is_called_changed(transcripts):
+    assert all(not one["changed"] for one in transcripts if one["mode"] == "none")
+    assert any(one["changed"] for one in transcripts if one["mode"] == "knn")
+
+
+def test_the_table_shows_the_results(results, workspace):
+    table = (workspace.path / "evaluation" / "results.md").read_text()
+    for row in results["rows"]:
+        assert "| " + " | ".join(evaluate.cells(row)) + " |" in table
+    voices = {voice for by in results["speakers"] for voice in by}
+    assert voices and all(f"| {voice} |" in table for voice in voices)
+
+
+def test_the_plot_is_a_picture(workspace):
+    picture = (workspace.path / "evaluation" / "wer.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n")
+    assert len(picture) > 5_000
+
+
+def test_the_tuned_settings_are_the_ones_used(results, workspace):
+    for row in results["rows"][1:]:
+        tuned = json.loads(
+            (workspace.path / "tuned" / row["datastore"] / tune.SETTINGS).read_text()
+        )
+        assert row["knn"] == {name: tuned[name] for name in row["knn"]}
+        grid = workspace.experiment.tune
+        assert tuned["k"] in grid.k and tuned["weight"] in grid.weight
+        best = min(tuned["finalists"], key=lambda one: one["dev_wer"])
+        assert {name: best[name] for name in row["knn"]} == row["knn"]
+
+
+def test_shard_actors_and_a_local_index_give_the_same_transcripts(borrow, transcripts):
+    everything = borrow("hubert", "codebook", "tokens", "lm", "datastores", "tuned")
+    local = with_evaluate(everything, retriever="local", modes=("knn",), datastores=("multimodal",))
+    assert everything.evaluate.retriever == "sharded"
+    made = evaluate.run(local)
+    heard = [json.loads(line) for line in (made.path / "transcripts.jsonl").open()]
+    timed = {"decode_seconds"}
+    ours = [{k: v for k, v in one.items() if k not in timed} for one in heard]
+    sharded = [one for one in transcripts if one["datastore"] == "multimodal"]
+    assert ours == [{k: v for k, v in one.items() if k not in timed} for one in sharded]
+
+
+def disguise(experiment: Experiment, directory: str) -> str:
+    """Make an artifact another one, by fingerprint; return the true one."""
+    path = experiment.workspace / directory / "artifact.json"
+    fields = json.loads(path.read_text())
+    true, fields["fingerprint"] = fields["fingerprint"], "0123456789abcdef"
+    path.write_text(json.dumps(fields))
+    return true
+
+
+@pytest.mark.parametrize("job", [evaluate, tune])
+def test_a_datastore_keyed_by_another_language_model_is_refused(borrow, job):
+    experiment = borrow("hubert", "codebook", "tokens", "lm", "datastores")
+    true = disguise(experiment, "lm")
+    with pytest.raises(ArtifactError) as refused:
+        job.run(experiment)
+    assert true in str(refused.value) and "0123456789abcdef" in str(refused.value)
+    assert str(experiment.workspace / "datastores") in str(refused.value)
+
+
+@pytest.mark.parametrize("job", [evaluate, tune])
+def test_units_of_another_codebook_are_refused(borrow, job):
+    experiment = borrow("codebook", "tokens", "lm", "datastores")
+    true = disguise(experiment, "codebook")
+    with pytest.raises(ArtifactError) as refused:
+        job.run(experiment)
+    assert true in str(refused.value) and "0123456789abcdef" in str(refused.value)
+
+
+def test_settings_tuned_for_another_datastore_are_refused(borrow):
+    experiment = borrow("codebook", "tokens", "lm", "datastores", "tuned")
+    true = disguise(experiment, "datastores/text")
+    with pytest.raises(ArtifactError, match=f"tuned/text was made with datastore {true}"):
+        evaluate.run(experiment)
+
+
+def test_a_domain_that_nobody_spoke_in_is_named(borrow):
+    experiment = with_evaluate(borrow("codebook", "tokens", "lm"), domain="opera", modes=("none",))
+    with pytest.raises(ArtifactError, match="tokens/test has no spoken utterance of domain opera"):
+        evaluate.run(experiment)

@@ -1,0 +1,199 @@
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+from mlflow import MlflowClient
+
+from cluster.tracking import tracking_uri
+from jobs import evaluate, stage, tokenize, train
+from mmrag import artifact
+from mmrag.artifact import ArtifactError
+from mmrag.config import Experiment, Tracking
+
+
+@pytest.fixture
+def own(experiment: Experiment, tmp_path: Path) -> Experiment:
+    """The experiment in a workspace of this test's own, with a tracking store of its own."""
+    tracking = Tracking(uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="trial")
+    return experiment.model_copy(update={"workspace": tmp_path / "w", "tracking": tracking})
+
+
+def runs(experiment: Experiment) -> list:
+    client = MlflowClient(tracking_uri=tracking_uri(experiment.tracking))
+    known = client.get_experiment_by_name(experiment.tracking.experiment)
+    return client.search_runs([known.experiment_id], order_by=["attributes.start_time"])
+
+
+def make(experiment: Experiment, work, width: int = 1, **options) -> artifact.Artifact:
+    return stage.make(experiment, "lm", "lm", {"width": width}, {}, work, **options)
+
+
+def write(text: str):
+    def work(draft, run) -> None:
+        (draft.path / "weights").write_text(text)
+        draft.summary["letters"] = len(text)
+
+    return work
+
+
+def refuse(draft, run) -> None:
+    raise AssertionError("a finished stage was run again")
+
+
+def command_line(monkeypatch, job, *arguments: str) -> str:
+    """What the job's command says when it gives up."""
+    monkeypatch.setattr(sys, "argv", ["job", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        stage.main(job, "A stage.")
+    assert isinstance(stopped.value.code, str), "a message, and with it exit status 1"
+    return stopped.value.code
+
+
+def never(experiment: Experiment, force: bool) -> None:
+    raise AssertionError("a stage was run with a wrong configuration")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["lm.widht=3"], ["lm.widht", "unknown key"]),
+        (["lm.width=-3"], ["lm.width", "greater than 0"]),
+        (["lm.width=wide"], ["lm.width", "valid integer"]),
+        (["datastore.metric=hamming"], ["datastore.metric", "'l2', 'ip' or 'cosine'"]),
+        (["knn.weight=1.5"], ["knn.weight", "less than or equal to 1"]),
+        (["knn.temperature=nan"], ["knn.temperature", "finite"]),
+        (["lm.heads=3", "lm.kv_heads=2"], ["lm: ", "heads 3 is not a multiple of kv_heads 2"]),
+        (["train.workers.count=3", "train.micro_batches=4"], ["train: ", "multiple of"]),
+        (["widht"], ["'widht'", "key.sub=value"]),
+        (["--config", "no/such.yaml"], ["no/such.yaml", "no such config file"]),
+    ],
+)
+def test_a_wrong_configuration_is_an_error_that_names_the_key(monkeypatch, arguments, named):
+    said = command_line(monkeypatch, never, *arguments)
+    assert said.startswith("error: ")
+    for part in named:
+        assert part in said
+
+
+def test_a_misspelt_key_stops_the_job_in_one_line_without_a_traceback(tmp_path):
+    job = subprocess.run(
+        [sys.executable, "-m", "jobs.synthesize", "lm.widht=3"],
+        cwd=tmp_path,
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert job.returncode == 1
+    assert job.stdout == ""
+    [line] = [line for line in job.stderr.splitlines() if "error" in line]
+    assert line.startswith("error: ") and line.endswith("lm.widht: unknown key")
+    assert "Traceback" not in job.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_stage_is_not_run_again_and_says_so(own):
+    first = make(own, write("abc"))
+    with stage.console.capture() as said:
+        again = make(own, refuse)
+    assert again == first
+    assert "lm: nothing to do" in said.get()
+    assert len(runs(own)) == 1
+
+
+def test_force_makes_a_finished_stage_again(own):
+    first = make(own, write("abc"))
+    second = make(own, write("abcd"), force=True)
+    assert second.fingerprint != first.fingerprint
+    assert (second.path / "weights").read_text() == "abcd"
+
+
+def test_another_configuration_is_refused_until_forced(own):
+    make(own, write("abc"))
+    with pytest.raises(ArtifactError, match="width was 1 and is now 2.*--force"):
+        make(own, refuse, width=2)
+    assert make(own, write("x"), width=2, force=True).config == {"width": 2}
+
+
+def test_a_run_records_what_its_stage_counted_and_made(own):
+    made = make(own, write("abc"))
+    [run] = runs(own)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics == {"letters": 3}
+    assert run.data.params["width"] == "1"
+    assert run.data.params["workspace"] == str(own.workspace)
+    assert run.data.tags["fingerprint"] == made.fingerprint
+    files = Path(run.info.artifact_uri.removeprefix("file://"))
+    assert json.loads((files / "artifact.json").read_text())["fingerprint"] == made.fingerprint
+
+
+def test_a_full_disk_keeps_the_old_artifact_and_says_what_is_full(own):
+    make(own, write("abc"))
+
+    def fill(draft, run) -> None:
+        (draft.path / "weights").symlink_to("/dev/full")
+        (draft.path / "weights").write_text("abcd")
+
+    with pytest.raises(OSError) as raised:
+        make(own, fill, force=True)
+    assert raised.value.errno == errno.ENOSPC
+    assert "No space left on device" in str(raised.value)
+    assert str(own.workspace / "lm") in str(raised.value)
+    kept = artifact.load(own.workspace / "lm", "lm")
+    assert (kept.path / "weights").read_text() == "abc"
+    assert [run.info.status for run in runs(own)] == ["FINISHED", "FAILED"]
+    assert "No space left on device" in runs(own)[-1].data.tags["error"]
+
+
+def test_a_stopped_stage_finds_its_draft_again(own):
+    def stop(draft, run) -> None:
+        (draft.path / "part-0").write_text("done")
+        raise KeyboardInterrupt
+
+    def go_on(draft, run) -> None:
+        assert (draft.path / "part-0").read_text() == "done"
+        (draft.path / "part-1").write_text("done")
+
+    with pytest.raises(KeyboardInterrupt):
+        make(own, stop)
+    with stage.console.capture() as said:
+        made = make(own, go_on)
+    assert "lm: going on where a stopped run left off" in said.get()
+    assert {path.name for path in made.path.iterdir()} == {"part-0", "part-1", artifact.FILE}
+    assert [run.info.status for run in runs(own)] == ["FAILED", "FINISHED"]
+
+
+@pytest.mark.parametrize(
+    ("job", "wanted"),
+    [(tokenize, "pretrain_hubert"), (train, "tokenize"), (evaluate, "train")],
+)
+def test_a_missing_input_names_the_job_that_makes_it(own, job, wanted):
+    with pytest.raises(ArtifactError, match=rf"made by: python -m jobs\.{wanted}"):
+        job.run(own)
+
+
+@pytest.mark.ray
+def test_a_mistake_that_shows_in_a_worker_is_told_without_its_traceback(ray_cluster, monkeypatch):
+    @ray.remote(num_cpus=0.1)
+    def complain() -> None:
+        raise ArtifactError("/runs/lm is not a finished lm")
+
+    def job(experiment: Experiment, force: bool) -> None:
+        ray.get(complain.remote())
+
+    assert command_line(monkeypatch, job) == "error: /runs/lm is not a finished lm"
+
+
+@pytest.mark.ray
+def test_a_mistake_of_ours_keeps_its_traceback(ray_cluster, monkeypatch):
+    def job(experiment: Experiment, force: bool) -> None:
+        raise KeyError("width")
+
+    monkeypatch.setattr(sys, "argv", ["job"])
+    with pytest.raises(KeyError):
+        stage.main(job, "A stage.")

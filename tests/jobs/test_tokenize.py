@@ -1,0 +1,206 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from cluster.stages import EncodeFeatures, Part
+from jobs import tokenize
+from mmrag import artifact, audio, tokens
+from mmrag.audio import AudioError
+from mmrag.config import Experiment
+from mmrag.corpora.manifest import ManifestError
+from mmrag.hubert import HubertEncoder
+from mmrag.records import Utterance
+from mmrag.tokens import Tokenized, write_part
+from mmrag.units import Codebook, expand
+
+pytestmark = pytest.mark.ray
+
+
+def noise(seconds: float, rate: int = 16_000, channels: int = 1) -> np.ndarray:
+    samples = np.random.default_rng(7).normal(scale=0.1, size=(round(seconds * rate), channels))
+    return samples.astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a folder of audio holds on a bad day."""
+    directory = tmp_path_factory.mktemp("recordings")
+    soundfile.write(directory / "a-good.wav", noise(1.0), 16_000)
+    soundfile.write(directory / "b-telephone.mp3", noise(2.0, 8_000, 2), 8_000)
+    (directory / "c-empty.wav").touch()
+    soundfile.write(directory / "d-whole.flac", noise(1.5), 16_000)
+    whole = (directory / "d-whole.flac").read_bytes()
+    (directory / "d-truncated.flac").write_bytes(whole[: len(whole) // 2])
+    (directory / "e-letter.wav").write_text("Dear Sir or Madam,\n" * 50)
+    soundfile.write(directory / "f-click.wav", noise(0.02), 16_000)
+    soundfile.write(directory / "g-lecture.flac", noise(65.0, 8_000), 8_000)
+    (directory / "notes.txt").write_text("not audio, and not named like it")
+    return directory
+
+
+def reading(experiment: Experiment, source: Path, **changes) -> Experiment:
+    settings = experiment.tokenize.model_copy(
+        update={
+            "name": "mine",
+            "source": str(source),
+            "codebook": str(experiment.workspace / "codebook"),
+            "min_seconds": 0.1,
+            "max_seconds": 30.0,
+            "part_seconds": 20.0,
+            **changes,
+        }
+    )
+    return experiment.model_copy(update={"tokenize": settings})
+
+
+def rejected(made: artifact.Artifact) -> dict[str, str]:
+    """Source -> reason."""
+    lines = [json.loads(line) for line in (made.path / "rejected.jsonl").open()]
+    assert len({line["source"] for line in lines}) == len(lines)
+    return {line["source"]: line["reason"] for line in lines}
+
+
+def check(reasons: dict[str, str], expected: dict[str, str]) -> None:
+    assert set(reasons) == set(expected)
+    for source, part in expected.items():
+        assert part in reasons[source], source
+
+
+def test_a_folder_on_a_bad_day_is_read_and_what_cannot_be_is_named(borrow, recordings, monkeypatch):
+    """… and a run that stops short of the end goes on without redoing finished parts."""
+    experiment = reading(borrow("hubert", "codebook"), recordings, require_text=False)
+
+    def stop(*_) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenize, "write_rejections", stop)
+        with pytest.raises(KeyboardInterrupt):
+            tokenize.run(experiment)
+    draft = experiment.workspace / ".mine.partial" / "all"
+    first, *others = sorted(draft.glob("part-*.parquet"))
+    assert len(others) >= 3
+    mark = Tokenized(Utterance(id="written before the stop", duration=1.0), None)
+    write_part(first, [*tokens.read_part(first), mark])
+    lost, *kept = others
+    lost.unlink()
+    before = {path.name: path.stat().st_mtime_ns for path in kept}
+
+    made = tokenize.run(experiment)
+    after = {path.name: (made.path / "all" / path.name).stat().st_mtime_ns for path in kept}
+    assert after == before
+    found = list(tokens.read(made.path / "all"))
+    assert mark.utterance.id in [one.utterance.id for one in found]
+    spoken = {one.utterance.id: one for one in found if one.units is not None}
+    lecture = [name for name in spoken if name.startswith("g-lecture.flac#")]
+    assert set(spoken) == {"a-good.wav", "b-telephone.mp3", "d-whole.flac", *lecture}
+    assert len(lecture) >= 3
+    assert sum(spoken[name].utterance.duration for name in lecture) == pytest.approx(65.0)
+    assert all(spoken[name].utterance.duration <= 30.0 for name in lecture)
+    assert {spoken[name].utterance.document for name in lecture} == {"g-lecture.flac"}
+    assert all(len(one.units) for one in spoken.values())
+    check(
+        rejected(made),
+        {
+            str(recordings / "c-empty.wav"): "the file is empty",
+            str(recordings / "d-truncated.flac"): "truncated or broken",
+            str(recordings / "e-letter.wav"): "cannot be read as audio",
+            str(recordings / "f-click.wav"): "0.020 s, shorter than 0.1 s",
+        },
+    )
+    assert made.summary["rejected"] == 4
+    assert made.summary["utterances"] == len(spoken) + 1
+    assert [path for path in made.path.rglob(".*")] == []
+
+
+def test_a_manifest_on_a_bad_day_is_read_and_what_cannot_be_is_named(borrow, recordings, tmp_path):
+    lines = [
+        {"audio_filepath": str(recordings / "a-good.wav"), "text": "hello", "utterance": "good"},
+        {"audio_filepath": "gone.wav", "text": "hello"},
+        "{broken",
+        {"audio_filepath": str(recordings / "d-whole.flac")},
+        {"audio_filepath": str(recordings / "g-lecture.flac"), "text": "dear students"},
+        {"text": "said by nobody", "utterance": "written"},
+        {"speaker": "nobody"},
+        {"audio_filepath": str(recordings / "d-whole.flac"), "text": "x", "utterance": "good"},
+    ]
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text(
+        "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    )
+    made = tokenize.run(reading(borrow("hubert", "codebook"), manifest, require_text=True))
+    found = {one.utterance.id: one for one in tokens.read(made.path / "all")}
+    assert set(found) == {"good", "written"}
+    assert found["good"].units is not None and found["good"].utterance.duration == 1.0
+    assert found["written"].units is None
+    check(
+        rejected(made),
+        {
+            str(tmp_path / "gone.wav"): "no such file",
+            f"{manifest}:3": "not JSON",
+            str(recordings / "d-whole.flac"): "no transcript",
+            str(recordings / "g-lecture.flac"): "65.0 s, longer than 30.0 s",
+            f"{manifest}:7": "neither audio_filepath nor text",
+            f"{manifest}:8": "utterance 'good' is also on line 1",
+        },
+    )
+    assert (made.summary["utterances"], made.summary["rejected"]) == (2, 6)
+
+
+def test_a_source_without_audio_is_an_error(borrow, tmp_path):
+    experiment = borrow("hubert", "codebook")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(AudioError, match="holds no audio file"):
+        tokenize.run(reading(experiment, empty))
+    with pytest.raises(artifact.ArtifactError, match="no such file or directory: .*/nowhere"):
+        tokenize.run(reading(experiment, tmp_path / "nowhere"))
+
+
+def test_clips_that_cannot_be_read_are_passed_over_when_a_codebook_is_fitted(workspace, recordings):
+    hubert, settings = workspace.path / "hubert", workspace.experiment.tokenize
+    encode = EncodeFeatures(hubert, settings)
+
+    def features(*names: str) -> np.ndarray:
+        clips = [Utterance(id=name, audio=recordings / name) for name in names]
+        return encode(Part("part", clips))
+
+    good = features("a-good.wav")
+    assert len(good) > 10
+    assert np.array_equal(features("c-empty.wav", "a-good.wav", "gone.wav", "e-letter.wav"), good)
+    assert len(features("c-empty.wav")) == 0
+    limit = settings.max_seconds / 1.0
+    assert len(good) * limit / 2 < len(features("g-lecture.flac")) < len(good) * limit * 1.1
+
+
+def test_units_of_the_corpus_last_as_long_as_its_audio(workspace):
+    made = artifact.load(workspace.path / "tokens", "tokens")
+    written = {split: list(tokens.read(made.path / split)) for split in tokenize.CORPUS_SPLITS}
+    assert made.summary["utterances"] == sum(map(len, written.values()))
+    assert made.summary["rejected"] == 0
+    for split, utterances in written.items():
+        for one in utterances:
+            assert (one.units is None) == (split == "text")
+            if one.units is not None:
+                frames = one.units.durations.sum() * 0.02
+                assert frames == pytest.approx(one.utterance.duration, abs=0.05)
+                assert 0 <= one.units.ids.min() <= one.units.ids.max() < 16
+
+
+def test_units_of_a_clip_do_not_depend_on_its_batch(workspace):
+    encoder = HubertEncoder.load(workspace.path / "hubert").eval()
+    codebook = Codebook.load(workspace.path / "codebook")
+    for one in tokens.read(workspace.path / "tokens" / "dev"):
+        [clip] = (workspace.path / "corpus" / "audio").rglob(f"{one.utterance.id}.flac")
+        [features] = encoder.features([audio.read(clip)])
+        alone = codebook.encode(features.detach().numpy())
+        # A frame on the border of two units may fall on either side of it.
+        assert np.mean(expand(alone) == expand(one.units)) > 0.98
+
+
+def test_a_manifest_that_is_no_file_is_named(tmp_path):
+    with pytest.raises(ManifestError, match="cannot read manifest"):
+        tokenize._read(tmp_path / "gone.jsonl")
