@@ -18,10 +18,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import ray.train
 import torch
 import torch.distributed
+
+# DeepSpeed looks for an accelerator when it is imported, and warns where there is none.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
@@ -80,6 +84,7 @@ def fit(
             storage_path=str(directory / CHECKPOINTS),
             failure_config=FailureConfig(max_failures=settings.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
+            worker_runtime_env={"env_vars": {"DS_ACCELERATOR": "cuda" if gpus else "cpu"}},
         ),
     )
     with following(directory, log):
@@ -119,8 +124,6 @@ def deepspeed_config(experiment: Experiment, dtype: torch.dtype) -> dict[str, An
 
 def _worker(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
     experiment = parse(config["experiment"], "the driver's experiment")
     settings, directory = experiment.train, Path(config["directory"])
     context = ray.train.get_context()

@@ -22,7 +22,7 @@ from mmrag.datastore import DatastoreError
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.yaml"
 EXPLAINED = (ArtifactError, DatastoreError, ValueError, OSError, ImportError)
 """Errors whose message says what to do; their traceback would only be in the way."""
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 Work = Callable[[Draft, tracking.Run], None]
 """Fills a draft; counts go to `draft.summary`, metrics to the run."""

@@ -9,9 +9,9 @@ from cluster.progress import METRICS, last_record
 from cluster.tracking import Run
 from cluster.train import fit
 from jobs import stage
-from mmrag import tokens
+from mmrag import pretrained, tokens
 from mmrag.artifact import Artifact, Draft
-from mmrag.config import Experiment, as_dict
+from mmrag.config import ConfigError, Experiment, as_dict
 from mmrag.lm import parameter_count
 from mmrag.units import Codebook
 from mmrag.vocabulary import BasePieces, SentencePieces, Vocabulary
@@ -25,6 +25,8 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     codebook = stage.load(experiment, "codebook", "codebook", "tokenize")
     made.require("codebook", codebook)
     settings = experiment.train
+    if settings.base:
+        _check_base(experiment)
     splits = [made.path / split for split in SPLITS if (made.path / split).exists()]
     config = {
         "seed": experiment.seed,
@@ -65,6 +67,18 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
 
     inputs = {"tokens": made, "codebook": codebook}
     return stage.make(experiment, "lm", "lm", config, inputs, work, logs=(METRICS,), force=force)
+
+
+def _check_base(experiment: Experiment) -> None:
+    """Refuse a base model whose shape or word pieces are not the experiment's."""
+    base = experiment.train.base
+    theirs = as_dict(pretrained.huggingface_config(base))
+    ours = as_dict(experiment.lm)
+    differing = [f"lm.{key}={theirs[key]}" for key in ours if ours[key] != theirs[key]]
+    if differing:
+        raise ConfigError(f"train.base {base} has another shape; it takes {' '.join(differing)}")
+    if experiment.vocabulary.tokenizer is None:
+        raise ConfigError(f"train.base {base} needs its own word pieces: vocabulary.tokenizer")
 
 
 def _vocabulary(experiment: Experiment, splits: list[Path], units: int) -> Vocabulary:

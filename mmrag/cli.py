@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from mmrag import artifact
 from mmrag.artifact import ArtifactError
 from mmrag.audio import AudioError
 from mmrag.config import KNN, Decode
@@ -99,10 +100,15 @@ def _datastore(options: argparse.Namespace, recogniser: Recogniser) -> Datastore
 def _retrieval(options: argparse.Namespace, datastore: Datastore | None) -> Retrieval | None:
     if datastore is None:
         return None
-    tuned = options.models / "tuned" / datastore.directory.name / "knn.json"
-    fields = json.loads(tuned.read_text()) if tuned.exists() else {}
     knn = {"k": 16, "weight": 0.3, "temperature": 10.0}
-    knn |= {name: fields[name] for name in KNN.model_fields if name in fields}
+    tuned = options.models / "tuned" / datastore.directory.name
+    if tuned.is_dir():
+        made = artifact.load(datastore.directory, "datastore")
+        artifact.load(tuned, "tuned").require("datastore", made)
+        fields = json.loads((tuned / "knn.json").read_text())
+        knn |= {name: fields[name] for name in KNN.model_fields}
+    else:
+        print(f"mmrag: {datastore.directory} is not tuned (jobs.tune): {knn}", file=sys.stderr)
     if options.weight is not None:
         knn["weight"] = options.weight
     retriever = LocalRetriever.load(saved_shards(datastore.directory), datastore)

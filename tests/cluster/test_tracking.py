@@ -4,13 +4,13 @@ import pytest
 from mlflow import MlflowClient
 
 from cluster.tracking import run, tracking_uri
-from mmrag.config import Tracking
+from mmrag.config import Experiment, Tracking
 
 
-@pytest.fixture(scope="module")
-def tracking(tmp_path_factory: pytest.TempPathFactory) -> Tracking:
-    database = tmp_path_factory.mktemp("tracking") / "deep" / "mlflow.db"
-    return Tracking(uri=f"sqlite:///{database}", experiment="trial")
+@pytest.fixture
+def tracking(experiment: Experiment, tmp_path: Path) -> Tracking:
+    """The session's store, under a name of this test's own."""
+    return Tracking(uri=experiment.tracking.uri, experiment=tmp_path.name)
 
 
 def only_run(tracking: Tracking, name: str):

@@ -22,7 +22,6 @@ INPUTS = {
     "evaluation": {
         "tokens": "tokens",
         "lm": "lm",
-        "datastore text": "datastores/text",
         "datastore multimodal": "datastores/multimodal",
     },
 }

@@ -47,7 +47,7 @@ def edits(reference: list[str], heard: list[str]) -> int:
 
 def test_every_mode_hears_the_same_utterances(results, transcripts, workspace):
     modes = [(row["mode"], row["datastore"]) for row in results["rows"]]
-    assert modes == [("none", None), ("knn", "text"), ("knn", "multimodal")]
+    assert modes == [("none", None), ("knn", "multimodal")]
     spoken = tune.select(artifact.load(workspace.path / "tokens", "tokens"), "test", "assistant")
     expected = sorted((one.utterance.id, one.utterance.text) for one in spoken)
     assert len(expected) > 1
@@ -154,8 +154,8 @@ def test_units_of_another_codebook_are_refused(borrow, job):
 
 def test_settings_tuned_for_another_datastore_are_refused(borrow):
     experiment = borrow("codebook", "tokens", "lm", "datastores", "tuned")
-    true = disguise(experiment, "datastores/text")
-    with pytest.raises(ArtifactError, match=f"tuned/text was made with datastore {true}"):
+    true = disguise(experiment, "datastores/multimodal")
+    with pytest.raises(ArtifactError, match=f"tuned/multimodal was made with datastore {true}"):
         evaluate.run(experiment)
 
 

@@ -18,8 +18,8 @@ from mmrag.config import Experiment, Tracking
 
 @pytest.fixture
 def own(experiment: Experiment, tmp_path: Path) -> Experiment:
-    """The experiment in a workspace of this test's own, with a tracking store of its own."""
-    tracking = Tracking(uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="trial")
+    """The experiment in a workspace of this test's own, tracked under a name of its own."""
+    tracking = Tracking(uri=experiment.tracking.uri, experiment=tmp_path.name)
     return experiment.model_copy(update={"workspace": tmp_path / "w", "tracking": tracking})
 
 
@@ -115,7 +115,7 @@ def test_force_makes_a_finished_stage_again(own):
 
 def test_another_configuration_is_refused_until_forced(own):
     make(own, write("abc"))
-    with pytest.raises(ArtifactError, match="width was 1 and is now 2.*--force"):
+    with pytest.raises(ArtifactError, match=r"width was 1 and is now 2.*--force"):
         make(own, refuse, width=2)
     assert make(own, write("x"), width=2, force=True).config == {"width": 2}
 

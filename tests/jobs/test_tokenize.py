@@ -113,7 +113,7 @@ def test_a_folder_on_a_bad_day_is_read_and_what_cannot_be_is_named(borrow, recor
     )
     assert made.summary["rejected"] == 4
     assert made.summary["utterances"] == len(spoken) + 1
-    assert [path for path in made.path.rglob(".*")] == []
+    assert not list(made.path.rglob(".*"))
 
 
 def test_a_manifest_on_a_bad_day_is_read_and_what_cannot_be_is_named(borrow, recordings, tmp_path):
@@ -156,7 +156,7 @@ def test_a_source_without_audio_is_an_error(borrow, tmp_path):
     empty.mkdir()
     with pytest.raises(AudioError, match="holds no audio file"):
         tokenize.run(reading(experiment, empty))
-    with pytest.raises(artifact.ArtifactError, match="no such file or directory: .*/nowhere"):
+    with pytest.raises(artifact.ArtifactError, match=r"no such file or directory: .*/nowhere"):
         tokenize.run(reading(experiment, tmp_path / "nowhere"))
 
 

@@ -64,7 +64,7 @@ def write_datastore(models, name, identity=None):
         windows=np.full((8, 3), token),
         positions=np.zeros(8),
         utterances=np.zeros(8),
-        names=[("u", "contacts [1]")],
+        names=[("u", "contacts [home]")],
     )
     datastore.write_segment(directory, "only", segment)
     datastore.publish(directory, ["only"])
@@ -154,9 +154,9 @@ def test_a_datastore_changes_words_and_says_where_they_came_from(mmrag, clip):
     assert changed["text"] != plain["text"]
     sources = [word["source"] for word in changed["words"] if word["changed"]]
     assert sources
-    assert {source["document"] for source in sources} == {"contacts [1]"}
+    assert {source["document"] for source in sources} == {"contacts [home]"}
     _, out, _ = mmrag("--datastore", "contacts", "--weight", 0.9999, clip)
-    assert "from contacts [1], distance" in out, "brackets are text, not markup"
+    assert "from contacts [home], distance" in out, "brackets are text, not markup"
     _, ignored, _ = mmrag("--json", "--datastore", "contacts", "--weight", 0, clip)
     assert json.loads(ignored) == plain
 

@@ -237,6 +237,34 @@ def test_each_clip_excludes_its_own_document_while_others_leave_the_batch():
     assert store.excluded[-1] is None
 
 
+def beam_by_hand(lm, units, limit, beams, length_penalty):
+    """Beam search that reads every prefix from its start and ranks every continuation of it."""
+    live, finished = [([], 0.0)], []
+    for _ in range(limit):
+        ranked = []
+        for ids, logp in live:
+            row = next_logp(lm, VOCABULARY, units, ids)
+            allowed = row.isfinite().nonzero().flatten().tolist()
+            ranked += [([*ids, token], logp + float(row[token])) for token in allowed]
+        ranked.sort(key=lambda one: one[1], reverse=True)
+        finished += [one for one in ranked[:beams] if one[0][-1] == EOS]
+        live = [one for one in ranked if one[0][-1] != EOS][:beams]
+        if len(finished) >= beams:
+            break
+    return max(finished or live, key=lambda one: one[1] / len(one[0]) ** length_penalty)
+
+
+@pytest.mark.parametrize(("beams", "length_penalty"), [(2, 0.0), (3, 0.6), (5, 1.0)])
+def test_beam_search_is_beam_search_by_hand(beams, length_penalty):
+    lm, speech, limits = random_lm(scale=0.15), clips(6), [9, 4, 6, 9, 2, 5]
+    together = decode(lm, VOCABULARY, speech, limits, options(beams, length_penalty))
+    for units, limit, heard in zip(speech, limits, together, strict=True):
+        ids, logp = beam_by_hand(lm, units, limit, beams, length_penalty)
+        assert [choice.token for choice in heard.choices] == ids
+        assert heard.logp == pytest.approx(logp, abs=1e-3)
+    assert {one.stopped for one in together} == {True, False}
+
+
 def every_sequence(lm, vocabulary, units, limit):
     """Each finished sequence of at most `limit` tokens with its log-probability."""
     pieces = range(vocabulary.first_piece, vocabulary.first_unit)

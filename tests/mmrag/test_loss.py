@@ -85,6 +85,7 @@ def test_the_loss_of_a_step_is_no_mean_of_means():
 def test_both_losses_are_divided_by_their_own_counts():
     sums, counts = torch.tensor([6.0, 10.0]), torch.tensor([3.0, 4.0])
     assert combine(sums, counts, (1.0, 0.5)) == 6 / 3 + 0.5 * 10 / 4
+    assert combine(sums, torch.ones(2), (1.0, 0.5)) == 6 + 0.5 * 10
     assert combine(torch.zeros(2), torch.zeros(2), (1.0, 0.5)) == 0
 
 

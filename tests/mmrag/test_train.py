@@ -351,6 +351,34 @@ def test_a_small_model_learns_a_small_corpus_by_heart():
     assert np.mean([log.ctc_loss for log in logs[-5:]]) < 0.5 * logs[0].ctc_loss
 
 
+def test_training_is_its_steps_taken_one_by_one():
+    settings = recipe(
+        phases=[phase({"speech_first": 1}, 3)], clip=0.5, unit_dropout=0.2, weight_decay=0.1
+    )
+    loop, _ = trained(settings)
+    objective, data = objective_of(), toy_corpus()
+    parameters = list(objective.parameters())
+    optimizer = adamw(objective, settings)
+    for step in range(3):
+        _, micro_batches = Curriculum(data, settings, seed=1).step(step)
+        batches = [
+            collate(data, chosen, VOCABULARY, 0.2, (1, step, number))
+            for number, chosen in enumerate(micro_batches)
+        ]
+        sums = sum(objective(batch) for batch in batches)
+        tokens, letters = sum(batch.counts() for batch in batches)
+        gradients = torch.autograd.grad(sums[0] / tokens + 0.5 * sums[1] / letters, parameters)
+        norm = torch.stack([one.square().sum() for one in gradients]).sum().sqrt()
+        assert norm > 0.5, "the clip does something"
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient * (0.5 / norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, settings)
+        optimizer.step()
+    for ours, theirs in zip(loop.parameters(), parameters, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+
+
 def test_training_again_gives_the_same_weights():
     settings = recipe(phases=[phase({"speech_first": 1}, 4)], unit_dropout=0.2)
     (first, first_logs), (second, second_logs) = trained(settings), trained(settings)
