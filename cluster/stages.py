@@ -12,7 +12,7 @@ import json
 import pickle
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -350,31 +350,41 @@ class Heard:
     queries: int
 
 
+@dataclass(frozen=True)
+class Asked:
+    """An utterance to transcribe in the mode of that name."""
+
+    mode: str
+    tokenized: Tokenized
+
+
 class Transcribe:
-    """Tokenized utterances -> transcripts, decoded in batches by seconds of audio."""
+    """Utterances asked for in one mode -> the mode's name and their transcripts, as one batch.
+
+    `modes` says how to open each mode's retrieval; None is for no retrieval.
+    """
 
     def __init__(
-        self, models: Path, settings: Decode, retrieval: Callable[[], Retrieval] | None
+        self, models: Path, settings: Decode, modes: Mapping[str, Callable[[], Retrieval] | None]
     ) -> None:
         self._recogniser = Recogniser.load(models, device())
         self._settings = settings
-        self._retrieval = retrieval() if retrieval else None
+        self._retrievals = {name: opened() if opened else None for name, opened in modes.items()}
 
-    def __call__(self, part: Part[Tokenized]) -> list[Heard]:
-        heard: list[Heard] = []
-        for batch in _batches(part.work, seconds, self._settings.batch_seconds):
-            heard += self._transcribe(batch)
-        return heard
+    def __call__(self, part: Part[Asked]) -> tuple[str, list[Heard]]:
+        mode = part.work[0].mode
+        batch = [asked.tokenized for asked in part.work]
+        return mode, self._transcribe(batch, self._retrievals[mode])
 
-    def _transcribe(self, batch: list[Tokenized]) -> list[Heard]:
+    def _transcribe(self, batch: list[Tokenized], retrieval: Retrieval | None) -> list[Heard]:
         vocabulary = self._recogniser.vocabulary
         started = time.perf_counter()
         hypotheses = recognise(
-            self._recogniser, [one.units for one in batch], self._settings, self._retrieval
+            self._recogniser, [one.units for one in batch], self._settings, retrieval
         )
         elapsed = time.perf_counter() - started
         audio_seconds = sum(map(seconds, batch))
-        recalled = self._recall(batch)
+        recalled = self._recall(batch, retrieval)
         return [
             Heard(
                 utterance=one.utterance.id,
@@ -391,8 +401,8 @@ class Transcribe:
             for one, hypothesis, (found, total) in zip(batch, hypotheses, recalled, strict=True)
         ]
 
-    def _recall(self, batch: list[Tokenized]) -> list[tuple[int, int]]:
-        if self._retrieval is None:
+    def _recall(self, batch: list[Tokenized], retrieval: Retrieval | None) -> list[tuple[int, int]]:
+        if retrieval is None:
             return [(0, 0)] * len(batch)
         vocabulary = self._recogniser.vocabulary
         texts = [vocabulary.encode(one.utterance.text) for one in batch]
@@ -400,13 +410,36 @@ class Transcribe:
         keys, tokens, slices, _ = read_states(
             self._recogniser.lm, vocabulary, texts, speech, logits=False
         )
-        knn = self._retrieval.settings
-        found = self._retrieval.retriever.search(keys.cpu().numpy(), knn.k)
+        found = retrieval.retriever.search(keys.cpu().numpy(), retrieval.settings.k)
         scores = [
             recall_at_k(found.tokens[stretch], tokens[stretch], found.entries[stretch])
             for stretch in slices
         ]
         return [(score.found, score.total) for score in scores]
+
+
+def transcribe_modes(
+    models: Path,
+    settings: Decode,
+    modes: Mapping[str, Callable[[], Retrieval] | None],
+    spoken: Sequence[Tokenized],
+    workers: Workers,
+) -> dict[str, list[Heard]]:
+    """Every utterance transcribed in every mode, in the order of the utterances' names."""
+    asked = [
+        part
+        for mode in modes
+        for part in parts(
+            [Asked(mode, one) for one in spoken],
+            lambda one: seconds(one.tokenized),
+            settings.batch_seconds,
+        )
+    ]
+    heard: dict[str, list[Heard]] = {mode: [] for mode in modes}
+    transcribe = (Transcribe, {"models": models, "settings": settings, "modes": modes})
+    for mode, transcripts in work_off([transcribe], asked, workers, "transcribing"):
+        heard[mode] += transcripts
+    return {mode: sorted(all, key=lambda one: one.utterance) for mode, all in heard.items()}
 
 
 def write_rejections(path: Path, rejected: Iterable[Rejection]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from cluster.shards import serve_shards
-from cluster.stages import Heard, OpenLocally, Transcribe, parts, seconds, work_off
+from cluster.stages import Heard, OpenLocally, transcribe_modes
 from cluster.tracking import Run
 from jobs import stage
 from jobs.tune import SETTINGS, heard_by, select
@@ -21,8 +22,6 @@ from mmrag.config import KNN, Experiment, as_dict
 from mmrag.decode import Retrieval
 from mmrag.score import ErrorRate, Recall, character_error_rate, entity_recall, word_error_rate
 from mmrag.tokens import Tokenized
-
-PART_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
 
     def work(draft: Draft, tracked: Run) -> None:
         spoken = select(made, settings.split, settings.domain)
-        results = [_transcribe(experiment, mode, spoken) for mode in modes]
+        results = _transcribe(experiment, modes, spoken)
         write(draft.path, results, settings.split, settings.domain)
         for result in results:
             name = result.mode.datastore or "none"
@@ -135,28 +134,38 @@ def _knn(experiment: Experiment, datastore: Artifact) -> KNN:
     return KNN(**{name: fields[name] for name in KNN.model_fields})
 
 
-def _transcribe(experiment: Experiment, mode: Mode, spoken: Sequence[Tokenized]) -> Result:
+def _transcribe(
+    experiment: Experiment, modes: Sequence[Mode], spoken: Sequence[Tokenized]
+) -> list[Result]:
     settings = experiment.evaluate
-    retriever, retrieval = None, None
-    if mode.artifact and settings.retriever == "sharded":
-        retriever = serve_shards(mode.artifact.path, settings.replicas, settings.shard_cpus)
-        retrieval = partial(Retrieval, retriever, mode.knn)
-    elif mode.artifact:
-        retrieval = OpenLocally(mode.artifact.path, mode.knn)
-    transcribe = {
-        "models": experiment.workspace,
-        "settings": experiment.decode,
-        "retrieval": retrieval,
-    }
-    shares = parts(spoken, seconds, PART_SECONDS)
-    answers = work_off([(Transcribe, transcribe)], shares, settings.workers, mode.title)
-    try:
-        heard = sorted((one for part in answers for one in part), key=lambda one: one.utterance)
-    finally:
-        if retriever:
-            retriever.close()
+    with ExitStack() as serving:
+        heard = transcribe_modes(
+            experiment.workspace,
+            experiment.decode,
+            {mode.title: _retrieval(experiment, mode, serving) for mode in modes},
+            spoken,
+            settings.workers,
+        )
+    return [_score(mode, heard[mode.title], settings.resamples, experiment.seed) for mode in modes]
+
+
+def _retrieval(
+    experiment: Experiment, mode: Mode, serving: ExitStack
+) -> Callable[[], Retrieval] | None:
+    """How a worker comes by the mode's retrieval; `serving` stops the actors behind it."""
+    settings = experiment.evaluate
+    if mode.artifact is None:
+        return None
+    if settings.retriever == "local":
+        return OpenLocally(mode.artifact.path, mode.knn)
+    retriever = serve_shards(mode.artifact.path, settings.replicas, settings.shard_cpus)
+    serving.callback(retriever.close)
+    return partial(Retrieval, retriever, mode.knn)
+
+
+def _score(mode: Mode, heard: list[Heard], resamples: int, seed: int) -> Result:
     references, texts = [one.reference for one in heard], [one.text for one in heard]
-    score = {"resamples": settings.resamples, "seed": experiment.seed}
+    score = {"resamples": resamples, "seed": seed}
     return Result(
         mode=mode,
         heard=heard,

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import ray
 
-from cluster.stages import OpenLocally, Transcribe, device, parts, seconds, work_off
+from cluster.stages import OpenLocally, device, parts, seconds, transcribe_modes
 from cluster.tracking import Run
 from jobs import stage
 from mmrag import artifact, pretrained, tokens
 from mmrag.artifact import Artifact, ArtifactError, Draft
-from mmrag.config import KNN, Experiment, as_dict
+from mmrag.config import Experiment, as_dict
 from mmrag.score import word_error_rate
 from mmrag.tokens import Tokenized
 from mmrag.tune import Scored, score_grid
 
 SETTINGS = "knn.json"
 SPLIT = "dev"
-PART_SECONDS = 60.0
 
 
 def run(experiment: Experiment, force: bool = False) -> Artifact:
@@ -38,7 +38,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         scoring = _score.options(num_cpus=workers.num_cpus, num_gpus=workers.num_gpus)
         scored = ray.get(scoring.remote(experiment, lm.path, store.path, spoken))
         finalists = scored[: experiment.tune.finalists]
-        rates = [_decode(experiment, store.path, spoken, one.knn) for one in finalists]
+        rates = _decode(experiment, store.path, spoken, finalists)
         best = min(range(len(finalists)), key=lambda index: rates[index])
         chosen = finalists[best].knn
         rows = [
@@ -94,20 +94,17 @@ def _score(
     return score_grid(lm, vocabulary, batches, retriever, experiment.tune)
 
 
-def _decode(experiment: Experiment, store: Path, spoken: list[Tokenized], knn: KNN) -> float:
-    transcribe = {
-        "models": experiment.workspace,
-        "settings": experiment.decode,
-        "retrieval": OpenLocally(store, knn),
-    }
-    shares = parts(spoken, seconds, PART_SECONDS)
-    title = f"k {knn.k}, weight {knn.weight}"
-    answers = work_off([(Transcribe, transcribe)], shares, experiment.evaluate.workers, title)
-    heard = [one for part in answers for one in part]
-    rate = word_error_rate(
-        [one.reference for one in heard], [one.text for one in heard], resamples=1
-    )
-    return rate.rate
+def _decode(
+    experiment: Experiment, store: Path, spoken: list[Tokenized], finalists: Sequence[Scored]
+) -> list[float]:
+    """The word error rate of each finalist."""
+    modes = {str(number): OpenLocally(store, one.knn) for number, one in enumerate(finalists)}
+    workers = experiment.evaluate.workers
+    heard = transcribe_modes(experiment.workspace, experiment.decode, modes, spoken, workers)
+    return [
+        word_error_rate([h.reference for h in one], [h.text for h in one], resamples=1).rate
+        for one in heard.values()
+    ]
 
 
 if __name__ == "__main__":
