@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from cluster.shards import serve_shards
@@ -216,9 +217,15 @@ def write(directory: Path, results: Sequence[Result], split: str, domain: str | 
 
 
 HEADER = [
-    "mode", "WER", "95 % interval", "sub", "del", "ins", "CER",
-    "entity recall", "recall@k", "decoding, × real time",
-]  # fmt: skip
+    "mode",
+    "WER",
+    "95 % interval",
+    "sub / del / ins",
+    "CER",
+    "entity recall",
+    "recall@k",
+    "× real time",
+]
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -227,14 +234,11 @@ def cells(row: dict[str, Any]) -> list[str]:
     def share(value: float | None) -> str:
         return "–" if value is None else f"{value:.1%}"
 
-    title = "no retrieval" if row["datastore"] is None else f"{row['mode']}: {row['datastore']}"
     return [
-        title,
+        "no retrieval" if row["datastore"] is None else f"{row['mode']}: {row['datastore']}",
         share(row["wer"]),
-        f"{row['wer_low']:.1%} – {row['wer_high']:.1%}",
-        str(row["substitutions"]),
-        str(row["deletions"]),
-        str(row["insertions"]),
+        f"{100 * row['wer_low']:.1f}–{row['wer_high']:.1%}",
+        f"{row['substitutions']} / {row['deletions']} / {row['insertions']}",
         share(row["cer"]),
         share(row["entity_recall"]),
         share(row["recall_at_k"]),
@@ -246,12 +250,14 @@ def show(evaluation: Artifact) -> None:
     """Print the table of a finished evaluation."""
     results = json.loads((evaluation.path / "results.json").read_text())
     table = Table(
-        title=f"{results['split']} split, {results['domain'] or 'all'} domain: "
+        title=f"{results['split']} split, {results['domain'] or 'every'} domain: "
         f"{results['rows'][0]['utterances']} utterances",
         title_justify="left",
+        box=box.SIMPLE,
+        pad_edge=False,
     )
     for number, name in enumerate(HEADER):
-        table.add_column(name, justify="left" if number == 0 else "right")
+        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
     for row in results["rows"]:
         table.add_row(*cells(row))
     stage.console.print(table)

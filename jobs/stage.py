@@ -22,7 +22,9 @@ from mmrag.datastore import DatastoreError
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.yaml"
 EXPLAINED = (ArtifactError, DatastoreError, ValueError, OSError, ImportError)
 """Errors whose message says what to do; their traceback would only be in the way."""
-console = Console(highlight=False, soft_wrap=True)
+WIDTH = 110
+"""Columns where there is no terminal to ask: a table fits in a log unbroken."""
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH)
 
 Work = Callable[[Draft, tracking.Run], None]
 """Fills a draft; counts go to `draft.summary`, metrics to the run."""

@@ -91,8 +91,9 @@ def test_a_failure_passes_through_the_stages_that_follow():
 
 @pytest.mark.ray
 def test_a_full_disk_in_a_worker_is_an_os_error_here_and_leaves_no_worker_behind(ray_cluster):
+    todo = [Part("a", [0]), Part("b", [0]), Part("c", [600])]
     with pytest.raises(OSError) as raised:
-        list(work_off([(FillDiskFirst, {})], [Part("a", [1]), Part("b", [600])], WORKERS, "x"))
+        list(work_off([(FillDiskFirst, {})], todo, WORKERS, "writing"))
     assert raised.value.errno == errno.ENOSPC
     for _ in range(200):  # the exception, still held, must not keep the workers
         if ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]:

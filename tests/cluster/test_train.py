@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from cluster.progress import records
-from cluster.train import CHECKPOINTS, deepspeed_config
+from cluster.train import CHECKPOINTS, deepspeed_config, fit
 from mmrag import artifact, pretrained, tokens
-from mmrag.config import Experiment
+from mmrag.config import Experiment, Phase
 from mmrag.lm import LM
 from mmrag.loss import Objective
 from mmrag.train import StepLog, examples, train
@@ -150,3 +150,54 @@ def test_a_killed_training_goes_on_from_its_checkpoint_to_the_very_same_weights(
     ours = artifact.load(finished, "lm")
     assert ours.fingerprint == artifact.load(workspace.path / "lm", "lm").fingerprint
     assert not (finished / CHECKPOINTS).exists()
+
+
+def fit_again(workspace, directory: Path, **changes) -> dict[str, torch.Tensor]:
+    """The workspace's language model trained once more, into `directory`; its weights."""
+    directory.mkdir()
+    Vocabulary.load(workspace.path / "lm").save(directory)
+    splits = [workspace.path / "tokens" / split for split in ("lm", "text")]
+    fit(with_train(workspace.experiment, **changes), splits, directory, lambda _: None)
+    return load_file(directory / pretrained.WEIGHTS)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_partitioned_training_makes_the_same_steps(workspace, tmp_path, stage):
+    weights = fit_again(workspace, tmp_path / "lm", zero_stage=stage)
+    expected = load_file(workspace.path / "lm" / pretrained.WEIGHTS)
+    assert {name: weight.shape for name, weight in weights.items()} == {
+        name: weight.shape for name, weight in expected.items()
+    }
+    for name, weight in weights.items():
+        assert torch.allclose(weight, expected[name], atol=1e-4), name
+    for one, other in zip(records(tmp_path / "lm"), records(workspace.path / "lm"), strict=True):
+        for measured in ("loss", "ctc_loss", "gradient_norm"):
+            assert one[measured] == pytest.approx(other[measured], rel=1e-4), one["step"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_base_model_is_where_training_starts(workspace, tmp_path, stage):
+    torch.manual_seed(11)
+    vocabulary = Vocabulary.load(workspace.path / "lm")
+    base = LM(workspace.experiment.lm, vocabulary.size)
+    pretrained.to_huggingface(tmp_path / "base", base)
+    weights = fit_again(
+        workspace,
+        tmp_path / "lm",
+        zero_stage=stage,
+        base=str(tmp_path / "base"),
+        learning_rate=1e-9,
+        phases=(Phase(name="text", steps=1, mixture={"text": 1.0}),),
+    )
+    theirs = dict(base.named_parameters())
+    assert weights.keys() == theirs.keys()
+    for name, weight in weights.items():
+        if name not in ("embedding.weight", "head.weight"):
+            assert torch.allclose(weight, theirs[name], atol=1e-6), name
+    first = vocabulary.first_piece  # a base model's pieces are counted from 0, ours from here
+    pieces = weights["embedding.weight"][first : vocabulary.first_unit]
+    assert torch.allclose(pieces, theirs["embedding.weight"][: len(pieces)], atol=1e-6)
