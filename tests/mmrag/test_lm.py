@@ -177,3 +177,12 @@ def test_the_large_preset_of_the_paper_has_6_8_billion_parameters():
         width=4096, layers=32, heads=32, kv_heads=32, feed_forward=11008, tied=False
     )
     assert round(parameter_count(config, 5 + 32_000 + 2000) / 1e7) == 675
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_processors_logits():
+    lm, ids = random_lm(), draw_ids(3, 9)
+    expected = lm(ids).logits
+    got = lm.cuda()(ids.cuda()).logits.cpu()
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
