@@ -57,7 +57,6 @@ def write_datastore(models, name, identity=None):
     description = Description(
         width=16, window=3, metric="l2", audio="none", identity={**made, **(identity or {})}
     )
-    datastore.create(directory, description)
     segment = Segment(
         keys=np.random.default_rng(0).standard_normal((8, 16)),
         tokens=np.full(8, token),
@@ -66,11 +65,22 @@ def write_datastore(models, name, identity=None):
         utterances=np.zeros(8),
         names=[("u", "contacts [home]")],
     )
-    datastore.write_segment(directory, "only", segment)
-    datastore.publish(directory, ["only"])
-    shard = IndexShard.build(Datastore.open(directory), 0, 8, Index(kind="flat", shards=1), seed=0)
-    shard.save(shard_directory(directory, 0))
+    with artifact.create(directory, "datastore", {}, {}) as draft:
+        datastore.create(draft.path, description)
+        datastore.write_segment(draft.path, "only", segment)
+        datastore.publish(draft.path, ["only"])
+        entries = Datastore.open(draft.path)
+        shard = IndexShard.build(entries, 0, 8, Index(kind="flat", shards=1), seed=0)
+        shard.save(shard_directory(draft.path, 0))
     return directory
+
+
+def write_tuned(models, name, made_for):
+    """Settings that ignore what is found, tuned for the datastore `made_for`."""
+    inputs = {"datastore": artifact.load(made_for, "datastore")}
+    with artifact.create(models / "tuned" / name, "tuned", {}, inputs) as draft:
+        settings = {"k": 2, "weight": 0.0, "temperature": 3, "gate": None, "finalists": []}
+        (draft.path / "knn.json").write_text(json.dumps(settings))
 
 
 @pytest.fixture(scope="module")
@@ -172,14 +182,25 @@ def test_a_datastore_is_found_by_name_and_by_path(mmrag, models, clip):
 def test_tuned_settings_are_used_unless_a_weight_is_given(mmrag, models, clip, tmp_path):
     moved = tmp_path / "models"
     shutil.copytree(models, moved)
-    tuned = moved / "tuned" / "contacts" / "knn.json"
-    tuned.parent.mkdir(parents=True)
-    tuned.write_text(json.dumps({"k": 2, "weight": 0.0, "temperature": 3, "finalists": []}))
+    write_tuned(moved, "contacts", made_for=moved / "datastores" / "contacts")
     arguments = ("--json", "--datastore", "contacts", clip)
     plain, untuned = mmrag("--json", clip), mmrag(*arguments)
     assert untuned != plain
     assert mmrag(*arguments, models=moved) == plain
     assert mmrag("--weight", 0.3, *arguments, models=moved) != plain
+
+
+def test_settings_tuned_for_another_datastore_are_refused(mmrag, models, clip, tmp_path):
+    moved = tmp_path / "models"
+    shutil.copytree(models, moved)
+    other = moved / "datastores" / "other"
+    with artifact.create(other, "datastore", {"other": True}, {}):
+        pass
+    write_tuned(moved, "contacts", made_for=other)
+    status, _, err = mmrag("--datastore", "contacts", clip, models=moved)
+    assert status == 1
+    fingerprint = artifact.load(other, "datastore").fingerprint
+    assert f"was made with datastore {fingerprint}" in err
 
 
 @pytest.mark.parametrize("role", ["lm", "codebook"])
