@@ -87,7 +87,7 @@ def test_streamed_resampling_equals_resampling_the_whole(rate, seconds):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    samples=st.integers(3_200, 30_000),
+    samples=st.integers(8_000, 30_000),
     max_seconds=st.floats(0.2, 1.0),
     share=st.floats(0.0, 0.5),
     rate=st.sampled_from([SAMPLE_RATE, 8_000, 11_025]),
