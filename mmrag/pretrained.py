@@ -38,6 +38,12 @@ NAMES = {
     "feed_forward.down": "mlp.down_proj",
 }
 """Our name inside a block -> Hugging Face's."""
+OUTER_NAMES = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+"""Our name outside the blocks -> Hugging Face's."""
 
 
 class CheckpointError(ValueError):
@@ -184,11 +190,7 @@ def to_huggingface(directory: Path, lm: LM) -> None:
 
 
 def _our_name(name: str, ours: dict[str, str]) -> str:
-    outer = {
-        "model.embed_tokens.weight": "embedding.weight",
-        "model.norm.weight": "norm.weight",
-        "lm_head.weight": "head.weight",
-    }
+    outer = {theirs: name for name, theirs in OUTER_NAMES.items()}
     if name in outer:
         return outer[name]
     parts = name.split(".")
@@ -199,12 +201,7 @@ def _our_name(name: str, ours: dict[str, str]) -> str:
 
 
 def _their_name(name: str) -> str:
-    outer = {
-        "embedding.weight": "model.embed_tokens.weight",
-        "norm.weight": "model.norm.weight",
-        "head.weight": "lm_head.weight",
-    }
-    if name in outer:
-        return outer[name]
+    if name in OUTER_NAMES:
+        return OUTER_NAMES[name]
     _, layer, *inner, leaf = name.split(".")
     return f"model.layers.{layer}.{NAMES['.'.join(inner)]}.{leaf}"
