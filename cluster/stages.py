@@ -178,6 +178,7 @@ class RenderSpeech:
             duration=len(speech.wave) / audio.SAMPLE_RATE,
             speaker=planned.voice.id,
             words=speech.words,
+            phones=speech.phones,
         )
 
 

@@ -17,7 +17,7 @@ from mmrag import audio
 from mmrag.artifact import Artifact, Draft
 from mmrag.config import Experiment, as_dict
 from mmrag.corpora import manifest
-from mmrag.hubert import HubertEncoder, pretrain
+from mmrag.hubert import HubertEncoder, Phones, pretrain
 from mmrag.records import Utterance
 from mmrag.units import kmeans
 
@@ -81,7 +81,8 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
 @ray.remote
 def _pretrain(experiment: Experiment, corpus: Path, directory: Path) -> None:
     torch.set_num_threads(max(1, round(experiment.pretrain.num_cpus)))
-    spoken = [one.audio for one in manifest.read(corpus) if isinstance(one, Utterance)]
+    spoken = [one for one in manifest.read(corpus) if isinstance(one, Utterance)]
+    aligned = [one.phones for one in spoken]
     metrics: MetricsWriter | None = None
 
     def log(step: int, record: dict[str, float]) -> None:
@@ -92,11 +93,12 @@ def _pretrain(experiment: Experiment, corpus: Path, directory: Path) -> None:
     encoder = pretrain(
         experiment.hubert,
         experiment.pretrain,
-        Waves(spoken),
+        Waves([one.audio for one in spoken]),
         experiment.seed,
         directory,
         kmeans,
         log,
+        phones=Phones(aligned) if all(aligned) else None,
         device=device(),
     )
     encoder.save(directory)

@@ -107,10 +107,18 @@ class Hubert(Section):
 class PretrainRound(Section):
     """One round of masked prediction."""
 
-    target: Literal["mfcc", "hubert"]
-    """What k-means clusters into targets: MFCCs, or the previous round's features."""
-    classes: PositiveInt
+    target: Literal["mfcc", "hubert", "phones"]
+    """What a frame's class is: a cluster of MFCCs, a cluster of the previous round's features, or
+    the corpus's own phone (arXiv 2206.10125)."""
+    classes: PositiveInt | None = None
+    """Clusters; None for phones."""
     steps: PositiveInt
+
+    @model_validator(mode="after")
+    def _counted(self) -> PretrainRound:
+        if (self.classes is None) != (self.target == "phones"):
+            raise ValueError(f"target {self.target}: classes are given for clusters, and only then")
+        return self
 
 
 class Pretrain(Section):
@@ -136,8 +144,8 @@ class Pretrain(Section):
 
     @model_validator(mode="after")
     def _first_round(self) -> Pretrain:
-        if self.rounds[0].target != "mfcc":
-            raise ValueError("the first round has no previous features: its target must be mfcc")
+        if self.rounds[0].target == "hubert":
+            raise ValueError("the first round has no previous features to be its target")
         return self
 
 

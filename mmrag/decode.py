@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmrag.boost import Boost
 from mmrag.config import KNN, Decode
 from mmrag.knn import best_neighbour, gate, knn_logp, mix
 from mmrag.layers import Cache
@@ -109,31 +110,43 @@ def decode(
     speech: Sequence[Sequence[int]],
     limits: Sequence[int],
     settings: Decode,
-    retrieval: Retrieval | None = None,
+    retrieval: Retrieval | None | Sequence[Retrieval | None] = None,
     exclude_documents: Sequence[int] | None = None,
+    boosts: Sequence[Boost] | None = None,
+    contexts: Sequence[Sequence[int]] | None = None,
 ) -> list[Hypothesis]:
     """Transcribe clips given as unit ids (vocabulary ids), at most `limits` tokens each.
 
-    `exclude_documents` names a document a clip whose entries must not be used (-1 for none).
+    `retrieval` is one for all clips, or one a clip. `exclude_documents` names a document a clip
+    whose entries must not be used (-1 for none). `boosts` has the phrases that a clip favours,
+    `contexts` text (ids) that stands before its speech in the prompt.
     """
     if not speech:
         return []
     device = lm.embedding.weight.device
     allowed = torch.from_numpy(vocabulary.transcript_ids()).to(device)
-    prompts = [vocabulary.prompt(units) for units in speech]
+    before = contexts or [()] * len(speech)
+    prompts = [vocabulary.prompt(u, text) for u, text in zip(speech, before, strict=True)]
     ids, lengths = _pad(prompts, device)
     capacity = ids.shape[1] + max(limits)
     cache = Cache(lm.config, len(prompts), capacity, like=lm.embedding.weight)
     searches = [Search(limit) for limit in limits]
     owners = list(range(len(searches)))
     excluded = list(exclude_documents) if exclude_documents is not None else None
+    own = isinstance(retrieval, Sequence)
 
     while owners:
         at = torch.arange(ids.shape[1], device=device) == (lengths - 1)[:, None]
         output = lm(ids, cache, lengths, at)
         lm_logp = output.logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)
         exclude = [excluded[owner] for owner in owners] if excluded is not None else None
-        logp, neighbours = retrieve(lm_logp, output.keys[at], retrieval, exclude)
+        asked = [retrieval[owner] for owner in owners] if own else retrieval
+        logp, neighbours = retrieve(lm_logp, output.keys[at], asked, exclude)
+        if boosts is not None:
+            live = [h for owner in dict.fromkeys(owners) for h in searches[owner].live]
+            logp = logp + torch.stack(
+                [boosts[o].bonus(h.tokens) for o, h in zip(owners, live, strict=True)]
+            ).to(logp)
 
         choices = choose(logp, lm_logp, neighbours, 2 * settings.beams)
         rows: list[int] = []
@@ -162,20 +175,42 @@ def decode(
 def retrieve(
     lm_logp: Tensor,
     keys: Tensor,
-    retrieval: Retrieval | None,
+    retrieval: Retrieval | None | Sequence[Retrieval | None],
     exclude_documents: Sequence[int] | None = None,
 ) -> tuple[Tensor, Neighbours]:
     """The next-token log-probabilities (B, V) after retrieval with `keys` (B, D).
 
+    `retrieval` is one for all rows, or one a row: rows that share one are searched together.
     Without retrieval, with weight 0 and behind a shut gate they are `lm_logp` itself, and the
     neighbours are none: what was not heard is no evidence.
     """
+    if isinstance(retrieval, Sequence):
+        return _retrieve_apart(lm_logp, keys, retrieval, exclude_documents)
     if retrieval is None or retrieval.settings.weight == 0:
         return lm_logp, Neighbours.none(len(lm_logp), 1)
     knn = retrieval.settings
     queries = keys.float().cpu().numpy()
     found = retrieval.retriever.search(queries, knn.k, exclude_documents)
     return interpolate(lm_logp, found, knn), _heard(found, knn.gate)
+
+
+def _retrieve_apart(
+    lm_logp: Tensor,
+    keys: Tensor,
+    retrievals: Sequence[Retrieval | None],
+    exclude_documents: Sequence[int] | None,
+) -> tuple[Tensor, Neighbours]:
+    """`retrieve`, with each row's own retrieval."""
+    k = max((one.settings.k for one in retrievals if one is not None), default=1)
+    logp, neighbours = lm_logp.clone(), Neighbours.none(len(lm_logp), k)
+    for retrieval in {id(one): one for one in retrievals if one is not None}.values():
+        rows = [row for row, one in enumerate(retrievals) if one is retrieval]
+        excluded = exclude_documents and [exclude_documents[row] for row in rows]
+        logp[rows], found = retrieve(lm_logp[rows], keys[rows], retrieval, excluded)
+        for name in ("distances", "tokens", "entries", "documents"):
+            column = getattr(found, name)
+            getattr(neighbours, name)[rows, : column.shape[1]] = column
+    return logp, neighbours
 
 
 def interpolate(lm_logp: Tensor, found: Neighbours, knn: KNN) -> Tensor:

@@ -32,6 +32,7 @@ from torchaudio.models.wav2vec2.utils import import_huggingface_model
 from mmrag.artifact import write_json
 from mmrag.audio import SAMPLE_RATE
 from mmrag.config import Hubert, Pretrain, PretrainRound
+from mmrag.records import Timed
 
 CONVOLUTIONS = ((10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2))
 """Kernel and stride of each convolution of every published HuBERT."""
@@ -369,6 +370,36 @@ class MaskedPrediction(nn.Module):
         return (losses * weights).sum(), weights.sum(), correct.sum()
 
 
+class Phones:
+    """The class of each frame of each clip: the phone that is said at the frame's middle.
+
+    Supervision-guided targets (arXiv 2206.10125). Class 0 is silence, and whatever else the
+    alignment leaves open.
+    """
+
+    def __init__(self, aligned: Sequence[Sequence[Timed]]) -> None:
+        """`aligned` holds the phones of each clip, in order."""
+        self.names = sorted({phone.text for clip in aligned for phone in clip})
+        self.classes = len(self.names) + 1
+        self._aligned = aligned
+        self._number = {name: number for number, name in enumerate(self.names, start=1)}
+        self._field, self._hop = window(CONVOLUTIONS)
+
+    def __getitem__(self, clip: int) -> Tensor:
+        """Classes (F,) int64 of clip number `clip`, as far as its last phone."""
+        phones = self._aligned[clip]
+        count = max(0, round(phones[-1].end * SAMPLE_RATE) // self._hop + 1) if phones else 0
+        classes = torch.zeros(count, dtype=torch.long)
+        for phone in phones:
+            first, last = (self._frame(time) for time in (phone.start, phone.end))
+            classes[first:last] = self._number[phone.text]
+        return classes
+
+    def _frame(self, seconds: float) -> int:
+        """The first frame whose middle is not before a time."""
+        return max(0, math.ceil((seconds * SAMPLE_RATE - self._field / 2) / self._hop))
+
+
 class Batch(NamedTuple):
     """Crops for one step: what `MaskedPrediction.forward` takes."""
 
@@ -406,7 +437,7 @@ class Targets:
 def draw(
     encoder: HubertEncoder,
     waves: Sequence[Tensor],
-    targets: Targets,
+    targets: Targets | Phones,
     settings: Pretrain,
     generator: torch.Generator,
 ) -> Batch:
@@ -421,7 +452,8 @@ def draw(
         first = _below(spare + 1, generator)
         crop = wave[first * encoder.hop :][:longest]
         crops.append(crop)
-        labels.append(targets[clip][first:][: encoder.frames(len(crop))])
+        label = targets[clip][first:][: encoder.frames(len(crop))]
+        labels.append(F.pad(label, (0, encoder.frames(len(crop)) - len(label))))
         missing -= len(crop)
     frames = torch.tensor([len(label) for label in labels])
     mask = mask_spans(frames, settings.mask_probability, settings.mask_length, generator)
@@ -443,6 +475,7 @@ class Round:
         number: int,
         seed: int,
         seen_weight: float,
+        classes: int,
     ) -> None:
         """The encoder as the round before left it is this round's teacher and starting point."""
         self.plan = plan
@@ -453,7 +486,7 @@ class Round:
         self.centroids: Tensor | None = None
         self.teacher = deepcopy(encoder) if plan.target == "hubert" else None
         with _seeded(seed, number):
-            self.model = MaskedPrediction(encoder, plan.classes).to(encoder.device)
+            self.model = MaskedPrediction(encoder, classes).to(encoder.device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01
         )
@@ -525,13 +558,14 @@ def pretrain(
     cluster: Cluster,
     log: Callable[[int, dict[str, float]], None],
     *,
+    phones: Phones | None = None,
     device: torch.device | str = "cpu",
     checkpoint_steps: int = 500,
 ) -> HubertEncoder:
     """An encoder of shape `config`, pretrained on `waves`: (T_i,) each, at 16 kHz.
 
-    Each round clusters features (MFCCs, then the features of the encoder so far) into targets and
-    goes on training the same encoder on them, under a new head. A step depends on the weights and
+    Each round's targets are clusters of features (MFCCs, then the features of the encoder so far)
+    or `phones`; it goes on training the same encoder on them, under a new head. A step depends on the weights and
     on (seed, round, step) alone, so a run that finds its own unfinished state in
     `directory/.pretrain.pt` ends with the weights it would have had without the interruption.
     `log(step, {round, loss, accuracy, learning_rate})` is called after each step; steps count
@@ -540,6 +574,8 @@ def pretrain(
     if not len(waves):
         raise ValueError("there is no audio to pretrain on")
     encoder = HubertEncoder.create(config, seed).to(device)
+    if phones is None and any(plan.target == "phones" for plan in settings.rounds):
+        raise ValueError("a round's target is phones, and the corpus has no alignment")
     if not encoder.frames(round(settings.crop_seconds * SAMPLE_RATE)):
         raise ValueError(f"crop_seconds {settings.crop_seconds} is shorter than one frame")
     path = Path(directory) / ".pretrain.pt"
@@ -547,12 +583,16 @@ def pretrain(
     past = 0
     for number, plan in enumerate(settings.rounds):
         if number >= saved.get("number", 0):
-            current = Round(encoder, plan, number, seed, settings.seen_weight)
+            clustered = plan.target != "phones"
+            classes = plan.classes if clustered else phones.classes
+            current = Round(encoder, plan, number, seed, settings.seen_weight, classes)
             if number == saved.get("number"):
                 current.restore(saved)
-            else:
+            elif clustered:
                 current.cluster(waves, settings.sample_seconds, cluster)
-            targets = Targets(waves, current.describe, current.centroids)
+            targets = phones
+            if clustered:
+                targets = Targets(waves, current.describe, current.centroids)
             while current.step < plan.steps:
                 generator = _generator(seed, number, current.step)
                 batch = draw(encoder, waves, targets, settings, generator)

@@ -14,8 +14,8 @@ NO_ENTRY = -1
 
 
 @dataclass(frozen=True)
-class TimedWord:
-    """A word of a reference transcript; `start` and `end` in seconds from the clip's start."""
+class Timed:
+    """A word or a phone that is said; `start` and `end` in seconds from the clip's start."""
 
     text: str
     start: float
@@ -36,7 +36,9 @@ class Utterance:
     """What retrieval excludes as a whole (a book, a call); the utterance's own id by default."""
     domain: str = ""
     entities: tuple[str, ...] = ()
-    words: tuple[TimedWord, ...] = ()
+    words: tuple[Timed, ...] = ()
+    phones: tuple[Timed, ...] = ()
+    """An alignment, where there is one: HuBERT pretraining may learn from it."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmrag.records import TimedWord, Units, Utterance
+from mmrag.records import Timed, Units, Utterance
 
 SCHEMA = pa.schema(
     [
@@ -103,6 +103,6 @@ def _tokenized(row: dict) -> Tokenized:
         document=row["document"],
         domain=row["domain"],
         entities=tuple(row["entities"]),
-        words=tuple(TimedWord(**word) for word in row["words"]),
+        words=tuple(Timed(**word) for word in row["words"]),
     )
     return Tokenized(said, units)

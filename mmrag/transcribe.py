@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -84,10 +85,10 @@ def recognise(
     recogniser: Recogniser,
     units: Sequence[Units],
     settings: Decode,
-    retrieval: Retrieval | None = None,
-    exclude_documents: Sequence[int] | None = None,
+    retrieval: Retrieval | None | Sequence[Retrieval | None] = None,
+    **biasing: Any,
 ) -> list[Hypothesis]:
-    """Units of several clips to hypotheses, decoded together."""
+    """Units of several clips to hypotheses, decoded together; `biasing` is handed to `decode`."""
     vocabulary = recogniser.vocabulary
     frame = recogniser.codebook.frame_seconds
     seconds = [float(one.durations.sum()) * frame for one in units]
@@ -98,7 +99,7 @@ def recognise(
         [max(16, round(s * settings.tokens_per_second)) for s in seconds],
         settings,
         retrieval,
-        exclude_documents,
+        **biasing,
     )
 
 

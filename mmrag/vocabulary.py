@@ -126,6 +126,15 @@ class Vocabulary:
         kept = [i - self.first_piece for i in ids if self.first_piece <= i < self.first_unit]
         return self.pieces.decode(kept)
 
+    def word_starts(self) -> np.ndarray:
+        """Ids after which an earlier word has ended: (V,) bool, the end token among them."""
+        starts = np.zeros(self.size, bool)
+        starts[EOS] = True
+        [anchor] = self.pieces.encode("a")[:1]
+        for piece in range(self.pieces.size):
+            starts[self.first_piece + piece] = " " in self.pieces.decode([anchor, piece])
+        return starts
+
     def word_ends(self, ids: Sequence[int]) -> list[tuple[str, int]]:
         """Each word of the decoded text with the index just past its last token.
 
@@ -146,9 +155,13 @@ class Vocabulary:
             raise ValueError(f"unit ids must be in 0..{self.units - 1}, got {found}")
         return (units.ids + self.first_unit).tolist()
 
-    def prompt(self, units: Sequence[int] | None) -> list[int]:
-        """What stands before a transcript: the speech (its ids), or nothing but the marker."""
-        return [BOS, SPEECH, *units, TEXT] if units is not None else [BOS, TEXT]
+    def prompt(self, units: Sequence[int] | None, context: Sequence[int] = ()) -> list[int]:
+        """What stands before a transcript: the speech (its ids), or nothing but the marker.
+
+        `context` is text (its ids) that comes before the speech.
+        """
+        before = [BOS, TEXT, *context] if context else [BOS]
+        return [*before, SPEECH, *units, TEXT] if units is not None else [*before, TEXT]
 
     def sequence(self, form: Format, text: Sequence[int], units: Sequence[int]) -> list[int]:
         """A whole training sequence in one of the four formats."""

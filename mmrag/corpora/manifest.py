@@ -2,8 +2,8 @@
 
 Fields are `audio_filepath` (relative to the manifest's directory, or absolute; absent from a line
 of text alone), `text`, `duration` (seconds), `speaker`, `entities`, `words` (objects of `text`,
-`start` and `end`, seconds), `utterance`, `document`, `domain`. Other fields are ignored.
-Audio is not opened here: a line may name a file that does not exist.
+`start` and `end`, seconds), `phones` (likewise), `utterance`, `document`, `domain`. Other fields
+are ignored. Audio is not opened here: a line may name a file that does not exist.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path, PurePath
 from typing import Any
 
-from mmrag.records import Rejection, TimedWord, Utterance
+from mmrag.records import Rejection, Timed, Utterance
 
 
 class ManifestError(ValueError):
@@ -65,6 +65,7 @@ def row(utterance: Utterance, root: Path) -> dict[str, Any]:
         "speaker": utterance.speaker or None,
         "entities": list(utterance.entities) or None,
         "words": [asdict(word) for word in utterance.words] or None,
+        "phones": [asdict(phone) for phone in utterance.phones] or None,
         "utterance": utterance.id,
         "document": utterance.document or None,
         "domain": utterance.domain or None,
@@ -113,7 +114,8 @@ def _parse(line: bytes, number: int, root: Path) -> Utterance:
         document=_string(fields, "document") or id,
         domain=_string(fields, "domain") or "",
         entities=tuple(_checked(entity, "entities") for entity in _list(fields, "entities")),
-        words=tuple(_words(fields)),
+        words=tuple(_timed(fields, "words")),
+        phones=tuple(_timed(fields, "phones")),
     )
 
 
@@ -138,14 +140,14 @@ def _seconds(fields: Mapping[str, Any], name: str) -> float:
     return float(value)
 
 
-def _words(fields: Mapping[str, Any]) -> Iterator[TimedWord]:
-    for word in _list(fields, "words"):
-        if not isinstance(word, dict):
-            raise ValueError(f"words holds not an object but {word!r:.80}")
-        text = _checked(word.get("text"), "the text of words")
-        timed = TimedWord(text, _seconds(word, "start"), _seconds(word, "end"))
+def _timed(fields: Mapping[str, Any], name: str) -> Iterator[Timed]:
+    for one in _list(fields, name):
+        if not isinstance(one, dict):
+            raise ValueError(f"{name} holds not an object but {one!r:.80}")
+        text = _checked(one.get("text"), f"the text of {name}")
+        timed = Timed(text, _seconds(one, "start"), _seconds(one, "end"))
         if timed.end < timed.start:
-            raise ValueError(f"words: {timed.text!r} ends before it starts")
+            raise ValueError(f"{name}: {timed.text!r} ends before it starts")
         yield timed
 
 

@@ -22,6 +22,7 @@ from typing import TypeVar
 import numpy as np
 
 from mmrag.config import Synthesize
+from mmrag.corpora import augment
 from mmrag.corpora.espeak import Speech, Synthesizer, Voice
 
 VOICES: dict[str, tuple[Voice, ...]] = {
@@ -73,6 +74,7 @@ SENTENCES_PER_ENTITY = {"lm": 0.5, "text": 0.5, "adapter": 2, "dev": 2, "test": 
 """Assistant sentences of a split for each entity at its disposal."""
 LOCALES = ("en_US", "en_GB", "en_IE", "en_NZ", "en_IN", "en_KE", "en_NG")
 EVERYDAY_WORDS = range(4, 11)
+SPEEDS = (0.9, 0.95, 1.0, 1.05, 1.1)
 ATTEMPTS = 1000
 """Draws in a row that give nothing new before the grammar counts as exhausted."""
 
@@ -95,6 +97,8 @@ class Planned:
     document: str
     seed: int
     """Of its augmentation."""
+    rough: bool = False
+    """Whether it is recorded badly: what models are trained on, and never tested on."""
 
 
 @dataclass(frozen=True)
@@ -167,13 +171,13 @@ def assign_voices(texts: Iterable[str], seed: int) -> list[Planned]:
     for number, text in enumerate(texts):
         draw = Random(f"{seed} spoken {text}")
         id = f"spoken-{number:06d}"
-        voice = draw.choice(VOICES["train"])
+        voice = varied(draw.choice(VOICES["train"]), draw)
         planned.append(Planned(id, text, "", (), voice, id, draw.getrandbits(32)))
     return planned
 
 
 def render(planned: Planned, synthesizer: Synthesizer) -> Speech:
-    """Speak, 0 to 12 dB softer, with white noise 25 to 40 dB below; identical every time.
+    """Speak, and record it in a quiet room or in a rough place; identical every time.
 
     Raises ValueError where the utterance has no voice.
     """
@@ -181,11 +185,8 @@ def render(planned: Planned, synthesizer: Synthesizer) -> Speech:
         raise ValueError(f"{planned.id} has no voice: it is text alone")
     speech = synthesizer.speak(planned.text, planned.voice)
     draw = np.random.default_rng(planned.seed)
-    wave = speech.wave * np.float32(10 ** (-draw.uniform(0, 12) / 20))
-    loudness = np.sqrt(np.mean(wave**2))
-    noise = draw.standard_normal(len(wave), np.float32)
-    noise *= loudness * np.float32(10 ** (-draw.uniform(25, 40) / 20))
-    return replace(speech, wave=np.clip(wave + noise, -1, 1))
+    record = augment.rough if planned.rough else augment.mild
+    return replace(speech, wave=np.clip(record(speech.wave, draw), -1, 1))
 
 
 def make_names(seed: int) -> Names:
@@ -319,19 +320,35 @@ def _new(
 def _cast(split: str, sentences: Sequence[Sentence], seed: int) -> list[Planned]:
     """Number a split's sentences and say who speaks them."""
     draw = Random(f"{seed} {split} voices")
-    voices = VOICES.get(split, VOICES["train"])
     return [
         Planned(
             id=(id := f"{split}-{number:06d}"),
             text=sentence.text,
             domain=sentence.domain,
             entities=sentence.entities,
-            voice=None if split == "text" else draw.choice(voices),
+            voice=None if split == "text" else _cast_voice(split, draw),
             document=id,
             seed=draw.getrandbits(32),
+            rough=split == "lm",
         )
         for number, sentence in enumerate(sentences)
     ]
+
+
+def _cast_voice(split: str, draw: Random) -> Voice:
+    if split in VOICES:
+        return draw.choice(VOICES[split])
+    return varied(draw.choice(VOICES["train"]), draw)
+
+
+def varied(voice: Voice, draw: Random) -> Voice:
+    """A speaker like `voice`: another pitch, pace and size of throat."""
+    return replace(
+        voice,
+        pitch=min(99, max(0, voice.pitch + draw.randint(-15, 15))),
+        rate=round(voice.rate * draw.uniform(0.85, 1.2)),
+        speed=draw.choice(SPEEDS),
+    )
 
 
 def _grammar(**symbols: str) -> dict[str, tuple[str, ...]]:

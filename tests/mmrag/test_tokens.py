@@ -5,14 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmrag.records import TimedWord, Units, Utterance
+from mmrag.records import Timed, Units, Utterance
 from mmrag.tokens import Tokenized, TokensError, read, read_part, write_part
 
 NAMES = st.text(max_size=6)
 UNITS = st.lists(st.tuples(st.integers(0, 1999), st.integers(1, 90)), max_size=5).map(
     lambda runs: Units(*np.array(runs, np.int32).reshape(-1, 2).T)
 )
-WORDS = st.builds(TimedWord, NAMES, st.floats(0, 30), st.floats(0, 30))
+WORDS = st.builds(Timed, NAMES, st.floats(0, 30), st.floats(0, 30))
 UTTERANCES = st.builds(
     Utterance,
     id=NAMES,

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmrag.corpora.manifest import ManifestError, read, row, write
-from mmrag.records import Rejection, TimedWord, Utterance
+from mmrag.records import Rejection, Timed, Utterance
 
 GOOD = {"audio_filepath": "clips/a.flac", "text": "call mary", "duration": 1.5}
 
@@ -23,7 +23,7 @@ def reasons(path: Path) -> list[str]:
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 seconds = st.floats(0, 1e6, allow_nan=False)
 words = st.builds(
-    lambda text, start, length: TimedWord(text, start, start + length), names, seconds, seconds
+    lambda text, start, length: Timed(text, start, start + length), names, seconds, seconds
 )
 utterances = st.builds(
     Utterance,

@@ -1,0 +1,74 @@
+"""Clean recordings made worse: softer, noisy, echoing, through a telephone.
+
+Waveforms are (T,) float32 at SAMPLE_RATE and keep their length; what is random is drawn from the
+generator that is handed in.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.fft import irfft, next_fast_len, rfft, rfftfreq
+from scipy.signal import butter, fftconvolve, sosfilt
+
+from mmrag.audio import SAMPLE_RATE
+
+TELEPHONE_HZ = (300.0, 3400.0)
+_TELEPHONE = butter(6, TELEPHONE_HZ, "bandpass", fs=SAMPLE_RATE, output="sos")
+
+
+def softer(wave: np.ndarray, decibels: float) -> np.ndarray:
+    """`wave`, so many dB quieter."""
+    return wave * np.float32(10 ** (-decibels / 20))
+
+
+def noisy(wave: np.ndarray, snr: float, draw: np.random.Generator, tilt: float = 0) -> np.ndarray:
+    """`wave` with noise `snr` dB below it, mean power against mean power.
+
+    The noise's power falls as frequency to the power of `tilt`: 0 is white, 1 pink, 2 brown.
+    """
+    noise = draw.standard_normal(next_fast_len(len(wave), real=True), np.float32)
+    if tilt:
+        frequency = np.maximum(rfftfreq(len(noise), 1 / SAMPLE_RATE), 20).astype(np.float32)
+        noise = irfft(rfft(noise) * frequency ** (-tilt / 2), len(noise))
+    noise = noise[: len(wave)]
+    power, wanted = np.mean(noise**2), np.mean(wave**2) * 10 ** (-snr / 10)
+    return wave + noise * np.float32(np.sqrt(wanted / max(power, 1e-20)))
+
+
+def reverberant(
+    wave: np.ndarray, seconds: float, share: float, draw: np.random.Generator
+) -> np.ndarray:
+    """`wave` with a decaying tail: 60 dB down after `seconds`, `share` of the direct sound's power.
+
+    The room is noise under an exponential; the direct sound stays where it was.
+    """
+    length = max(2, round(seconds * SAMPLE_RATE))
+    decay = 10 ** (-3 * np.arange(length, dtype=np.float32) / length)
+    room = draw.standard_normal(length, np.float32) * decay
+    room[0] = 0
+    room *= np.sqrt(share / np.sum(room**2))
+    room[0] = 1
+    return fftconvolve(wave, room)[: len(wave)]
+
+
+def telephone(wave: np.ndarray) -> np.ndarray:
+    """`wave` as a narrow-band telephone line passes it on (300 to 3400 Hz)."""
+    return sosfilt(_TELEPHONE, wave).astype(np.float32)
+
+
+def rough(wave: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    """One of many recording conditions: for the training of models that should stand them all.
+
+    A third of the clips echo, a sixth come by telephone, the noise is 5 to 40 dB down.
+    """
+    if draw.random() < 1 / 3:
+        wave = reverberant(wave, draw.uniform(0.1, 0.6), draw.uniform(0.05, 0.5), draw)
+    wave = noisy(wave, draw.uniform(5, 40), draw, tilt=draw.uniform(0, 2))
+    if draw.random() < 1 / 6:
+        wave = telephone(wave)
+    return softer(wave, draw.uniform(0, 12))
+
+
+def mild(wave: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    """A quiet room: white noise 25 to 40 dB down."""
+    return noisy(softer(wave, draw.uniform(0, 12)), draw.uniform(25, 40), draw)
