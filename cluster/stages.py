@@ -25,16 +25,16 @@ import soundfile
 import torch
 from ray.data import ActorPoolStrategy
 
+from cluster.modes import Guide, Mode
 from cluster.progress import bar
 from mmrag import audio, pretrained
-from mmrag.config import KNN, Decode, Tokenize, Workers
 from mmrag.config import Datastore as DatastoreConfig
+from mmrag.config import Decode, Tokenize, Workers
 from mmrag.corpora import manifest, synthetic
 from mmrag.corpora.synthetic import Planned
-from mmrag.datastore import Datastore, Segment, join, windows_of, write_segment
+from mmrag.datastore import Segment, join, windows_of, write_segment
 from mmrag.decode import Retrieval, read_states
 from mmrag.hubert import HubertEncoder
-from mmrag.index import LocalRetriever, saved_shards
 from mmrag.records import Rejection, Units, Utterance
 from mmrag.score import recall_at_k
 from mmrag.tokens import Tokenized, write_part
@@ -320,19 +320,6 @@ class WriteEntries:
 
 
 @dataclass(frozen=True)
-class OpenLocally:
-    """Opens a datastore with all of its shards inside the worker that transcribes."""
-
-    datastore: Path
-    settings: KNN
-
-    def __call__(self) -> Retrieval:
-        datastore = Datastore.open(self.datastore)
-        shards = LocalRetriever.load(saved_shards(self.datastore), datastore)
-        return Retrieval(shards, self.settings)
-
-
-@dataclass(frozen=True)
 class Heard:
     """One utterance transcribed in one mode, with what an evaluation needs of it."""
 
@@ -360,32 +347,29 @@ class Asked:
 
 
 class Transcribe:
-    """Utterances asked for in one mode -> the mode's name and their transcripts, as one batch.
+    """Utterances asked for in one mode -> the mode's name and their transcripts, as one batch."""
 
-    `modes` says how to open each mode's retrieval; None is for no retrieval.
-    """
-
-    def __init__(
-        self, models: Path, settings: Decode, modes: Mapping[str, Callable[[], Retrieval] | None]
-    ) -> None:
+    def __init__(self, models: Path, settings: Decode, modes: Mapping[str, Mode]) -> None:
         self._recogniser = Recogniser.load(models, device())
         self._settings = settings
-        self._retrievals = {name: opened() if opened else None for name, opened in modes.items()}
+        self._modes = modes
+        self._guides: dict[str, Guide] = {}
 
     def __call__(self, part: Part[Asked]) -> tuple[str, list[Heard]]:
-        mode = part.work[0].mode
-        batch = [asked.tokenized for asked in part.work]
-        return mode, self._transcribe(batch, self._retrievals[mode])
+        name = part.work[0].mode
+        if name not in self._guides:
+            self._guides[name] = self._modes[name].open(self._recogniser.vocabulary)
+        return name, self._transcribe([one.tokenized for one in part.work], self._guides[name])
 
-    def _transcribe(self, batch: list[Tokenized], retrieval: Retrieval | None) -> list[Heard]:
+    def _transcribe(self, batch: list[Tokenized], guide: Guide) -> list[Heard]:
         vocabulary = self._recogniser.vocabulary
         started = time.perf_counter()
-        hypotheses = recognise(
-            self._recogniser, [one.units for one in batch], self._settings, retrieval
-        )
+        guidance = guide(batch)
+        units = [one.units for one in batch]
+        hypotheses = recognise(self._recogniser, units, self._settings, **guidance)
         elapsed = time.perf_counter() - started
         audio_seconds = sum(map(seconds, batch))
-        recalled = self._recall(batch, retrieval)
+        recalled = self._recall(batch, guidance.get("retrieval"))
         return [
             Heard(
                 utterance=one.utterance.id,
@@ -402,27 +386,29 @@ class Transcribe:
             for one, hypothesis, (found, total) in zip(batch, hypotheses, recalled, strict=True)
         ]
 
-    def _recall(self, batch: list[Tokenized], retrieval: Retrieval | None) -> list[tuple[int, int]]:
+    def _recall(
+        self, batch: list[Tokenized], retrieval: Retrieval | Sequence[Retrieval] | None
+    ) -> list[tuple[int, int]]:
         if retrieval is None:
             return [(0, 0)] * len(batch)
-        vocabulary = self._recogniser.vocabulary
+        own = retrieval if isinstance(retrieval, Sequence) else [retrieval] * len(batch)
+        vocabulary, heard = self._recogniser.vocabulary, own[0].settings.query == "speech"
         texts = [vocabulary.encode(one.utterance.text) for one in batch]
-        speech = [vocabulary.encode_units(one.units) for one in batch]
+        speech = [vocabulary.encode_units(one.units) if heard else None for one in batch]
         keys, tokens, slices, _ = read_states(
             self._recogniser.lm, vocabulary, texts, speech, logits=False
         )
-        found = retrieval.retriever.search(keys.cpu().numpy(), retrieval.settings.k)
-        scores = [
-            recall_at_k(found.tokens[stretch], tokens[stretch], found.entries[stretch])
-            for stretch in slices
-        ]
+        queries, scores = keys.cpu().numpy(), []
+        for one, stretch in zip(own, slices, strict=True):
+            found = one.retriever.search(queries[stretch], one.settings.k)
+            scores.append(recall_at_k(found.tokens, tokens[stretch], found.entries))
         return [(score.found, score.total) for score in scores]
 
 
 def transcribe_modes(
     models: Path,
     settings: Decode,
-    modes: Mapping[str, Callable[[], Retrieval] | None],
+    modes: Mapping[str, Mode],
     spoken: Sequence[Tokenized],
     workers: Workers,
 ) -> dict[str, list[Heard]]:

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
+from cluster import modes
 from cluster.shards import serve_shards
-from cluster.stages import Heard, OpenLocally, transcribe_modes
+from cluster.stages import Heard, transcribe_modes
 from cluster.tracking import Run
 from jobs import stage
 from jobs.tune import SETTINGS, heard_by, select
 from mmrag.artifact import Artifact, Draft, load, write_json
 from mmrag.config import KNN, Experiment, as_dict
-from mmrag.decode import Retrieval
 from mmrag.score import ErrorRate, Recall, character_error_rate, entity_recall, word_error_rate
 from mmrag.tokens import Tokenized
 
 
 @dataclass(frozen=True)
-class Mode:
+class Way:
     """A way to transcribe: without retrieval, or with one datastore and its settings."""
 
     name: str
@@ -42,9 +41,9 @@ class Mode:
 
 @dataclass(frozen=True)
 class Result:
-    """A mode's transcripts, scored."""
+    """The transcripts of one way, scored."""
 
-    mode: Mode
+    way: Way
     heard: list[Heard]
     words: ErrorRate
     characters: ErrorRate
@@ -55,10 +54,10 @@ class Result:
     def row(self) -> dict[str, Any]:
         """The result as plain values; what does not apply is None."""
         return {
-            "mode": self.mode.name,
-            "datastore": self.mode.datastore,
-            "entries": self.mode.artifact.summary["entries"] if self.mode.artifact else None,
-            "knn": as_dict(self.mode.knn) if self.mode.knn else None,
+            "mode": self.way.name,
+            "datastore": self.way.datastore,
+            "entries": self.way.artifact.summary["entries"] if self.way.artifact else None,
+            "knn": as_dict(self.way.knn) if self.way.knn else None,
             "utterances": len(self.heard),
             "wer": self.words.rate,
             "wer_low": self.words.low,
@@ -80,21 +79,21 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     settings = experiment.evaluate
     lm = stage.load(experiment, "lm", "lm", "train")
     made = heard_by(experiment, lm)
-    modes = _modes(experiment, lm)
+    ways = _ways(experiment, lm)
     inputs = {"tokens": made, "lm": lm}
-    inputs |= {f"datastore {m.datastore}": m.artifact for m in modes if m.artifact}
+    inputs |= {f"datastore {way.datastore}": way.artifact for way in ways if way.artifact}
     config = {
         "evaluate": as_dict(settings),
         "decode": as_dict(experiment.decode),
-        "knn": {mode.datastore: as_dict(mode.knn) for mode in modes if mode.knn},
+        "knn": {way.datastore: as_dict(way.knn) for way in ways if way.knn},
     }
 
     def work(draft: Draft, tracked: Run) -> None:
         spoken = select(made, settings.split, settings.domain)
-        results = _transcribe(experiment, modes, spoken)
+        results = _transcribe(experiment, ways, spoken)
         write(draft.path, results, settings.split, settings.domain)
         for result in results:
-            name = result.mode.datastore or "none"
+            name = result.way.datastore or "none"
             row = result.row
             tracked.log({f"{key}.{name}": row[key] for key in _METRICS})
         for file in sorted(draft.path.iterdir()):
@@ -112,17 +111,17 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
 _METRICS = ("wer", "wer_low", "wer_high", "cer", "entity_recall", "recall_at_k", "decode_seconds")
 
 
-def _modes(experiment: Experiment, lm: Artifact) -> list[Mode]:
-    modes = []
+def _ways(experiment: Experiment, lm: Artifact) -> list[Way]:
+    ways = []
     for name in experiment.evaluate.modes:
         if name == "none":
-            modes.append(Mode(name))
+            ways.append(Way(name))
             continue
         for datastore in experiment.evaluate.datastores:
             made = stage.load(experiment, f"datastores/{datastore}", "datastore", "build_datastore")
             made.require("lm", lm)
-            modes.append(Mode(name, datastore, made, _knn(experiment, made)))
-    return modes
+            ways.append(Way(name, datastore, made, _knn(experiment, made)))
+    return ways
 
 
 def _knn(experiment: Experiment, datastore: Artifact) -> KNN:
@@ -136,39 +135,37 @@ def _knn(experiment: Experiment, datastore: Artifact) -> KNN:
 
 
 def _transcribe(
-    experiment: Experiment, modes: Sequence[Mode], spoken: Sequence[Tokenized]
+    experiment: Experiment, ways: Sequence[Way], spoken: Sequence[Tokenized]
 ) -> list[Result]:
     settings = experiment.evaluate
     with ExitStack() as serving:
         heard = transcribe_modes(
             experiment.workspace,
             experiment.decode,
-            {mode.title: _retrieval(experiment, mode, serving) for mode in modes},
+            {way.title: _mode(experiment, way, serving) for way in ways},
             spoken,
             settings.workers,
         )
-    return [_score(mode, heard[mode.title], settings.resamples, experiment.seed) for mode in modes]
+    return [_score(way, heard[way.title], settings.resamples, experiment.seed) for way in ways]
 
 
-def _retrieval(
-    experiment: Experiment, mode: Mode, serving: ExitStack
-) -> Callable[[], Retrieval] | None:
-    """How a worker comes by the mode's retrieval; `serving` stops the actors behind it."""
+def _mode(experiment: Experiment, way: Way, serving: ExitStack) -> modes.Mode:
+    """What a worker opens; `serving` stops the actors behind it."""
     settings = experiment.evaluate
-    if mode.artifact is None:
-        return None
+    if way.artifact is None:
+        return modes.Plain()
     if settings.retriever == "local":
-        return OpenLocally(mode.artifact.path, mode.knn)
-    retriever = serve_shards(mode.artifact.path, settings.replicas, settings.shard_cpus)
+        return modes.Retrieving(way.artifact.path, way.knn)
+    retriever = serve_shards(way.artifact.path, settings.replicas, settings.shard_cpus)
     serving.callback(retriever.close)
-    return partial(Retrieval, retriever, mode.knn)
+    return modes.Retrieving(retriever, way.knn)
 
 
-def _score(mode: Mode, heard: list[Heard], resamples: int, seed: int) -> Result:
+def _score(way: Way, heard: list[Heard], resamples: int, seed: int) -> Result:
     references, texts = [one.reference for one in heard], [one.text for one in heard]
     score = {"resamples": resamples, "seed": seed}
     return Result(
-        mode=mode,
+        way=way,
         heard=heard,
         words=word_error_rate(references, texts, **score),
         characters=character_error_rate(references, texts, **score),
@@ -195,7 +192,7 @@ def write(directory: Path, results: Sequence[Result], split: str, domain: str | 
         "",
         *_markdown(
             [
-                ["voice", *(result.mode.title for result in results)],
+                ["voice", *(result.way.title for result in results)],
                 *(
                     [voice, *(f"{by[voice]['wer']:.1%}" for by in speakers)]
                     for voice in speakers[0]
@@ -208,8 +205,8 @@ def write(directory: Path, results: Sequence[Result], split: str, domain: str | 
         for result in results:
             for one in result.heard:
                 fields = {
-                    "mode": result.mode.name,
-                    "datastore": result.mode.datastore,
+                    "mode": result.way.name,
+                    "datastore": result.way.datastore,
                     **asdict(one),
                 }
                 stream.write(json.dumps(fields, ensure_ascii=False) + "\n")
@@ -289,7 +286,7 @@ def _plot(path: Path, results: Sequence[Result]) -> None:
     below = [100 * (r.words.rate - r.words.low) for r in results]
     above = [100 * (r.words.high - r.words.rate) for r in results]
     bars = axes.bar(
-        [result.mode.title for result in results],
+        [result.way.title for result in results],
         rates,
         yerr=(below, above),
         color=["#9aa5b1", *["#2f6db3"] * (len(results) - 1)],

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import ray
 
-from cluster.stages import OpenLocally, device, parts, seconds, transcribe_modes
+from cluster.modes import Retrieving, open_locally
+from cluster.stages import device, parts, seconds, transcribe_modes
 from cluster.tracking import Run
 from jobs import stage
 from mmrag import artifact, pretrained, tokens
 from mmrag.artifact import Artifact, ArtifactError, Draft
-from mmrag.config import Experiment, as_dict
+from mmrag.config import Experiment, Tune, as_dict
+from mmrag.datastore import Datastore
 from mmrag.score import word_error_rate
 from mmrag.tokens import Tokenized
 from mmrag.tune import Scored, score_grid
@@ -89,16 +91,22 @@ def _score(
 ) -> list[Scored]:
     lm, vocabulary = pretrained.load(lm_path, device())
     shares = parts(spoken, seconds, experiment.decode.batch_seconds)
-    retriever = OpenLocally(store, experiment.knn)().retriever
     batches = [part.work for part in shares]
-    return score_grid(lm, vocabulary, batches, retriever, experiment.tune)
+    return score_grid(lm, vocabulary, batches, open_locally(store), _grid(experiment, store))
+
+
+def _grid(experiment: Experiment, store: Path) -> Tune:
+    """The grid; what was keyed with speech is asked with speech alone."""
+    if Datastore.open(store).description.audio == "none":
+        return experiment.tune
+    return experiment.tune.model_copy(update={"query": ("speech",)})
 
 
 def _decode(
     experiment: Experiment, store: Path, spoken: list[Tokenized], finalists: Sequence[Scored]
 ) -> list[float]:
     """The word error rate of each finalist."""
-    modes = {str(number): OpenLocally(store, one.knn) for number, one in enumerate(finalists)}
+    modes = {str(number): Retrieving(store, one.knn) for number, one in enumerate(finalists)}
     workers = experiment.evaluate.workers
     heard = transcribe_modes(experiment.workspace, experiment.decode, modes, spoken, workers)
     return [

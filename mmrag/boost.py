@@ -1,8 +1,8 @@
 """Phrase boosting: the decoder favours word pieces that spell one of a list of phrases.
 
-Shallow fusion with a prefix tree (Zhao et al., Interspeech 2019): each piece that goes on along a phrase earns
-`weight` nats, and a hypothesis that leaves a phrase before its end gives back what the unfinished
-part had earned. The baseline that retrieval is measured against.
+Shallow fusion with a prefix tree (Zhao et al., Interspeech 2019): each piece that goes on along a
+phrase earns `weight` nats, and a hypothesis that leaves a phrase before its end gives back what the
+unfinished part had earned. The baseline that retrieval is measured against.
 """
 
 from __future__ import annotations

@@ -315,6 +315,9 @@ class KNN(Section):
     temperature: PositiveFloat
     gate: PositiveFloat | None = None
     """Largest distance of the nearest neighbour at which retrieval is heard; None for any."""
+    query: Literal["speech", "text"] = "speech"
+    """The state that asks: over speech and transcript, or over the transcript read alone, as the
+    keys of a text-only datastore were."""
 
 
 class Decode(Section):
@@ -339,6 +342,10 @@ class Tune(Section):
     weight: tuple[Annotated[float, Fraction], ...] = Field(min_length=1)
     temperature: tuple[PositiveFloat, ...] = Field(min_length=1)
     """Multiples of the dev queries' median nearest distance."""
+    gate: tuple[PositiveFloat | None, ...] = (None,)
+    """Likewise; None for no gate."""
+    query: tuple[Literal["speech", "text"], ...] = ("speech",)
+    """Tried with datastores of text alone; the others are always asked with speech."""
     finalists: PositiveInt
     """Settings of least dev loss that are then decoded and compared by WER."""
 

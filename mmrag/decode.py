@@ -110,7 +110,7 @@ def decode(
     speech: Sequence[Sequence[int]],
     limits: Sequence[int],
     settings: Decode,
-    retrieval: Retrieval | None | Sequence[Retrieval | None] = None,
+    retrieval: Retrieval | Sequence[Retrieval | None] | None = None,
     exclude_documents: Sequence[int] | None = None,
     boosts: Sequence[Boost] | None = None,
     contexts: Sequence[Sequence[int]] | None = None,
@@ -130,6 +130,8 @@ def decode(
     ids, lengths = _pad(prompts, device)
     capacity = ids.shape[1] + max(limits)
     cache = Cache(lm.config, len(prompts), capacity, like=lm.embedding.weight)
+    silent = _query(retrieval) == "text"
+    reader = _TextReader(lm, vocabulary, len(prompts), max(limits)) if silent else None
     searches = [Search(limit) for limit in limits]
     owners = list(range(len(searches)))
     excluded = list(exclude_documents) if exclude_documents is not None else None
@@ -141,7 +143,8 @@ def decode(
         lm_logp = output.logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)
         exclude = [excluded[owner] for owner in owners] if excluded is not None else None
         asked = [retrieval[owner] for owner in owners] if own else retrieval
-        logp, neighbours = retrieve(lm_logp, output.keys[at], asked, exclude)
+        queries = output.keys[at] if reader is None else reader.read(ids)
+        logp, neighbours = retrieve(lm_logp, queries, asked, exclude)
         if boosts is not None:
             live = [h for owner in dict.fromkeys(owners) for h in searches[owner].live]
             logp = logp + torch.stack(
@@ -166,16 +169,48 @@ def decode(
         if owners:
             if rows != list(range(len(cache.lengths))):  # a copy of the whole cache: spare it
                 cache = cache.select(torch.tensor(rows, device=device))
+                if reader:
+                    reader.select(torch.tensor(rows, device=device))
             last = [h.choices[-1].token for o in dict.fromkeys(owners) for h in searches[o].live]
             ids = torch.tensor(last, device=device)[:, None]
             lengths = torch.ones_like(ids[:, 0])
     return [search.best(settings.length_penalty) for search in searches]
 
 
+def _query(retrieval: Retrieval | Sequence[Retrieval | None] | None) -> str:
+    """What asks, as in `KNN.query`; clips that are decoded together agree on it."""
+    all = retrieval if isinstance(retrieval, Sequence) else [retrieval]
+    kinds = {one.settings.query for one in all if one is not None} or {"speech"}
+    if len(kinds) > 1:
+        raise ValueError("clips decoded together ask with speech and with text: choose one")
+    return kinds.pop()
+
+
+class _TextReader:
+    """Reads the transcripts so far as if nobody had spoken: queries for keys of text alone."""
+
+    def __init__(self, lm: LM, vocabulary: Vocabulary, rows: int, limit: int) -> None:
+        self._lm = lm
+        self._prompt = vocabulary.prompt(None)
+        like = lm.embedding.weight
+        self._cache = Cache(lm.config, rows, len(self._prompt) + limit, like=like)
+
+    def read(self, ids: Tensor) -> Tensor:
+        """The state (B, D) after the newest tokens `ids` (B, 1); first of all, after the prompt."""
+        if not self._cache.lengths.any():
+            ids = torch.tensor([self._prompt] * len(ids), device=ids.device)
+        at = torch.zeros_like(ids, dtype=torch.bool)
+        return self._lm(ids, self._cache, at=at).keys[:, -1]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, which may repeat."""
+        self._cache = self._cache.select(rows)
+
+
 def retrieve(
     lm_logp: Tensor,
     keys: Tensor,
-    retrieval: Retrieval | None | Sequence[Retrieval | None],
+    retrieval: Retrieval | Sequence[Retrieval | None] | None,
     exclude_documents: Sequence[int] | None = None,
 ) -> tuple[Tensor, Neighbours]:
     """The next-token log-probabilities (B, V) after retrieval with `keys` (B, D).

@@ -565,8 +565,8 @@ def pretrain(
     """An encoder of shape `config`, pretrained on `waves`: (T_i,) each, at 16 kHz.
 
     Each round's targets are clusters of features (MFCCs, then the features of the encoder so far)
-    or `phones`; it goes on training the same encoder on them, under a new head. A step depends on the weights and
-    on (seed, round, step) alone, so a run that finds its own unfinished state in
+    or `phones`; it goes on training the same encoder on them, under a new head. A step depends on
+    the weights and on (seed, round, step) alone, so a run that finds its own unfinished state in
     `directory/.pretrain.pt` ends with the weights it would have had without the interruption.
     `log(step, {round, loss, accuracy, learning_rate})` is called after each step; steps count
     from 1 through all rounds. Raises ValueError if there is no audio, or a crop holds no frame.

@@ -277,6 +277,41 @@ class LocalRetriever:
         return self.datastore.windows(entries)
 
 
+class SubsetRetriever:
+    """Some entries of a datastore, all of them compared: one caller's phrases, one document."""
+
+    def __init__(self, datastore: Datastore, entries: np.ndarray) -> None:
+        """`entries` (N,) int64 ids, of which the deleted ones are left out."""
+        self.datastore = datastore
+        kept = np.unique(np.asarray(entries, np.int64))
+        self._entries = kept[~np.isin(kept, np.fromiter(datastore.deleted, np.int64))]
+        self._keys = datastore.keys_of(self._entries)
+
+    def search(
+        self, queries: np.ndarray, k: int, exclude_documents: Sequence[int] | None = None
+    ) -> Neighbours:
+        """The k nearest of the subset, as `Retriever.search` says."""
+        metric = self.datastore.description.metric
+        found = Neighbours.none(len(queries), k)
+        documents = self.datastore.documents[self._entries]
+        for row, query in enumerate(prepare(queries, metric)):
+            apart = distances(query[None], self._keys, metric)
+            if exclude_documents is not None:
+                apart = np.where(documents == exclude_documents[row], np.inf, apart)
+            nearest = np.lexsort((self._entries, apart))[:k]
+            nearest = nearest[np.isfinite(apart[nearest])]
+            columns = slice(len(nearest))
+            found.distances[row, columns] = apart[nearest]
+            found.entries[row, columns] = self._entries[nearest]
+            found.tokens[row, columns] = self.datastore.tokens[self._entries[nearest]]
+            found.documents[row, columns] = documents[nearest]
+        return found
+
+    def windows(self, entries: np.ndarray) -> np.ndarray:
+        """Token windows (…, W) int32 around `entries` (…,)."""
+        return self.datastore.windows(entries)
+
+
 def shard_directory(datastore: Path, number: int) -> Path:
     """Where a datastore keeps its shard `number`."""
     return datastore / "index" / f"shard-{number:05d}"

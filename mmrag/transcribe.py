@@ -85,7 +85,7 @@ def recognise(
     recogniser: Recogniser,
     units: Sequence[Units],
     settings: Decode,
-    retrieval: Retrieval | None | Sequence[Retrieval | None] = None,
+    retrieval: Retrieval | Sequence[Retrieval | None] | None = None,
     **biasing: Any,
 ) -> list[Hypothesis]:
     """Units of several clips to hypotheses, decoded together; `biasing` is handed to `decode`."""

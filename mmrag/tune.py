@@ -8,7 +8,7 @@ decoding with each of them; the best few are worth decoding.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -46,13 +46,22 @@ def score_grid(
     grid serves every metric and model. ValueError if there is no token to score, or nothing is
     found for any of them.
     """
-    read = []
+    read: dict[str, list[tuple[Tensor, Neighbours]]] = {query: [] for query in grid.query}
     for batch in batches:
         texts = [vocabulary.encode(one.utterance.text) for one in batch]
         speech = [vocabulary.encode_units(one.units) for one in batch]
         keys, tokens, _, logp = read_states(lm, vocabulary, texts, speech, logits=True)
-        found = retriever.search(keys.cpu().numpy(), max(grid.k))
-        read.append(_two_tokens(logp, tokens, found))
+        for query, found in read.items():
+            if query == "text":
+                keys, *_ = read_states(lm, vocabulary, texts, [None] * len(batch), logits=False)
+            neighbours = retriever.search(keys.cpu().numpy(), max(grid.k))
+            found.append(_two_tokens(logp, tokens, neighbours))
+    scored = [each for query, found in read.items() for each in _score(found, grid, query)]
+    return sorted(scored, key=lambda one: one.loss)
+
+
+def _score(read: Sequence[tuple[Tensor, Neighbours]], grid: Tune, query: str) -> Iterator[Scored]:
+    """The settings that ask in one way."""
     if not read:
         raise ValueError("the development split holds no utterance to score")
     nearest = np.concatenate([found.distances[:, 0] for _, found in read])
@@ -61,16 +70,19 @@ def score_grid(
         raise ValueError("the datastore has no entry for any token of the development split")
     # An inner product's distances may be negative; only their size matters to a temperature.
     unit = max(float(np.median(np.abs(nearest))), 1e-6)
-    settings = [
-        KNN(k=k, weight=weight, temperature=unit * multiple)
-        for k, multiple, weight in itertools.product(grid.k, grid.temperature, grid.weight)
-    ]
     count = sum(len(logp) for logp, _ in read)
-    scored = []
-    for knn in settings:
+    for k, multiple, weight, gate in itertools.product(
+        grid.k, grid.temperature, grid.weight, grid.gate
+    ):
+        knn = KNN(
+            k=k,
+            weight=weight,
+            temperature=unit * multiple,
+            gate=None if gate is None else unit * gate,
+            query=query,
+        )
         mixed = [interpolate(logp, found.top(knn.k), knn)[:, TRUE] for logp, found in read]
-        scored.append(Scored(knn, -float(torch.cat(mixed).sum()) / count))
-    return sorted(scored, key=lambda one: one.loss)
+        yield Scored(knn, -float(torch.cat(mixed).sum()) / count)
 
 
 def _two_tokens(logp: Tensor, tokens: np.ndarray, found: Neighbours) -> tuple[Tensor, Neighbours]:
