@@ -306,7 +306,10 @@ class WriteEntries:
         vocabulary, window = self._vocabulary, self._settings.window
         texts = [vocabulary.encode(one.utterance.text) for one in batch]
         heard = self._settings.audio != "none"
-        speech = [vocabulary.encode_units(one.units) if heard else None for one in batch]
+        speech = [
+            vocabulary.encode_units(one.units) if heard and one.units is not None else None
+            for one in batch
+        ]
         keys, tokens, slices, _ = read_states(self._lm, vocabulary, texts, speech, logits=False)
         counts = [stretch.stop - stretch.start for stretch in slices]
         return Segment(

@@ -31,7 +31,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 
 from cluster.progress import MetricsWriter, following
-from mmrag import pretrained
+from mmrag import pretrained, shipped
 from mmrag.config import Experiment, parse
 from mmrag.lm import LM
 from mmrag.loss import Objective
@@ -95,7 +95,7 @@ def _with_absolute_paths(experiment: Experiment) -> dict[str, Any]:
     """The experiment for the workers, whose working directory is not this process's."""
     values = experiment.model_dump(mode="json")
     for name in ("base", "deepspeed"):
-        if values["train"][name]:
+        if values["train"][name] and not values["train"][name].startswith(shipped.PREFIX):
             values["train"][name] = str(Path(values["train"][name]).absolute())
     return values
 
@@ -186,14 +186,14 @@ def _build(experiment: Experiment, vocabulary: Vocabulary, ds_config: dict[str, 
     partitioned = settings.zero_stage == 3
     with deepspeed.zero.Init(config_dict_or_path=ds_config) if partitioned else nullcontext():
         lm = LM(experiment.lm, vocabulary.size)
-        objective = Objective(lm, vocabulary.pieces.size, settings.ctc_weight)
+        objective = Objective(lm, len(vocabulary.alphabet), settings.ctc_weight)
     if settings.base:
         parameters = dict(lm.named_parameters())
-        for name, tensor in pretrained.huggingface_tensors(settings.base):
+        for name, tensor in pretrained.base_tensors(settings.base):
             parameter = parameters[name]
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 if not partitioned or torch.distributed.get_rank() == 0:
-                    pretrained.place(name, parameter, tensor, vocabulary, Path(settings.base))
+                    pretrained.place(name, parameter, tensor, vocabulary, settings.base)
     return objective
 
 

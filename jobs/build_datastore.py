@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import ray
 
@@ -13,12 +14,11 @@ from jobs import stage
 from mmrag import artifact, datastore, tokens
 from mmrag.artifact import Artifact, Draft
 from mmrag.config import ConfigError, Experiment, Index, as_dict
+from mmrag.config import Datastore as DatastoreConfig
 from mmrag.datastore import Datastore, Description
 from mmrag.index import IndexShard, saved_shards, shard_directory, shard_ranges
 from mmrag.records import Utterance
 from mmrag.tokens import Tokenized
-
-SPLIT = "datastore"
 
 
 def run(experiment: Experiment, force: bool = False) -> Artifact:
@@ -41,7 +41,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
             identity={"lm": lm.fingerprint, "codebook": codebook.fingerprint},
         )
         datastore.create(draft.path, description)
-        utterances = list(_read(inputs["source"], settings.audio))
+        utterances = list(_read(inputs["source"], settings, experiment.seed))
         shares = parts(utterances, lambda _: 1, settings.part_utterances)
         segments = draft.path / "segments"
         todo = [part for part in shares if not (segments / part.name).exists()]
@@ -84,7 +84,7 @@ def _source(experiment: Experiment, codebook: Artifact) -> Artifact:
     return made
 
 
-def _read(source: Artifact, audio: str) -> Iterable[Tokenized]:
+def _read(source: Artifact, settings: DatastoreConfig, seed: int) -> Iterator[Tokenized]:
     """The source's utterances that have what their keys are made of."""
     if source.kind == "outside":
         for number, line in enumerate(source.path.read_text().splitlines(), start=1):
@@ -92,10 +92,16 @@ def _read(source: Artifact, audio: str) -> Iterable[Tokenized]:
                 name = f"{source.path.name}:{number}"
                 yield Tokenized(Utterance(id=name, text=line.strip(), document=name), None)
         return
-    splits = [source.path / SPLIT] if (source.path / SPLIT).exists() else [source.path / "all"]
-    for split in splits:
+    splits = [source.path / split for split in settings.splits]
+    for split in [each for each in splits if each.exists()] or [source.path / "all"]:
         for one in tokens.read(split):
-            if one.utterance.text and (audio != "paired" or one.units is not None):
+            if settings.domain not in (None, one.utterance.domain) or not one.utterance.text:
+                continue
+            if settings.audio != "paired":
+                yield one
+            elif Random(f"{seed} {one.utterance.id}").random() >= settings.paired_share:
+                yield Tokenized(one.utterance, None)
+            elif one.units is not None:
                 yield one
 
 

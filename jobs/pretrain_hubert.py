@@ -13,7 +13,7 @@ from cluster.progress import METRICS, MetricsWriter, following, last_record
 from cluster.stages import device
 from cluster.tracking import Run
 from jobs import stage
-from mmrag import audio
+from mmrag import audio, shipped
 from mmrag.artifact import Artifact, Draft
 from mmrag.config import Experiment, as_dict
 from mmrag.corpora import manifest
@@ -38,6 +38,8 @@ class Waves(Sequence):
 def run(experiment: Experiment, force: bool = False) -> Artifact:
     """Make `hubert/` from `hubert.weights`, else by training on the lm split of `corpus/`."""
     settings = experiment.hubert
+    if settings.weights and settings.weights.startswith(shipped.PREFIX):
+        return stage.adopt(experiment, "hubert", settings.weights, "hubert")
     if settings.weights:
         return _publish(experiment, force)
     corpus = stage.load(experiment, "corpus", "corpus", "synthesize")

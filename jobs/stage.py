@@ -14,7 +14,7 @@ from rich.console import Console
 
 from cluster import tracking
 from cluster.connection import connection
-from mmrag import artifact
+from mmrag import artifact, shipped
 from mmrag.artifact import Artifact, ArtifactError, Draft
 from mmrag.config import Experiment, read
 from mmrag.datastore import DatastoreError
@@ -84,8 +84,27 @@ def make(
 
 
 def load(experiment: Experiment, directory: str, kind: str, made_by: str) -> Artifact:
-    """A finished artifact of the workspace; ArtifactError says which job makes it."""
+    """A finished artifact of the workspace; ArtifactError says which job makes it.
+
+    A model that the workspace does not hold is taken from the package, if the experiment names one.
+    """
+    model = {
+        "hubert": experiment.hubert.weights,
+        "codebook": experiment.tokenize.codebook,
+        "lm": experiment.train.base,
+    }.get(kind)
+    absent = not (experiment.workspace / directory).exists()
+    if absent and model and model.startswith(shipped.PREFIX):
+        return adopt(experiment, directory, model, kind)
     try:
         return artifact.load(experiment.workspace / directory, kind)
     except ArtifactError as error:
         raise ArtifactError(f"{error} (made by: python -m jobs.{made_by})") from None
+
+
+def adopt(experiment: Experiment, directory: str, model: str, kind: str) -> Artifact:
+    """A model's own artifact as the workspace's `directory`; `model` as in `shipped.find`."""
+    source = shipped.find(model) / kind
+    adopted = artifact.adopt(source, experiment.workspace / directory, kind)
+    console.print(f"{directory}: {kind} {adopted.fingerprint} of {model}")
+    return adopted

@@ -12,7 +12,7 @@ import numpy as np
 from cluster.stages import EncodeFeatures, EncodeUnits, parts, work_off, write_rejections
 from cluster.tracking import Run
 from jobs import stage
-from mmrag import artifact, audio, tokens
+from mmrag import artifact, audio, shipped, tokens
 from mmrag.artifact import Artifact, Draft
 from mmrag.audio import AudioError
 from mmrag.config import Experiment, as_dict
@@ -76,7 +76,9 @@ def _codebook(
     """The codebook named in the settings, else one fitted on the first split."""
     settings = experiment.tokenize
     if settings.codebook:
-        named = artifact.load(settings.codebook, "codebook")
+        source = shipped.find(settings.codebook)
+        directory = source / "codebook" if settings.codebook.startswith(shipped.PREFIX) else source
+        named = artifact.adopt(directory, experiment.workspace / "codebook", "codebook")
         named.require("hubert", hubert)
         return named
     config = {

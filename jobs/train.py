@@ -9,7 +9,7 @@ from cluster.progress import METRICS, last_record
 from cluster.tracking import Run
 from cluster.train import fit
 from jobs import stage
-from mmrag import pretrained, tokens
+from mmrag import artifact, pretrained, shipped, tokens
 from mmrag.artifact import Artifact, Draft
 from mmrag.config import ConfigError, Experiment, as_dict
 from mmrag.lm import parameter_count
@@ -26,7 +26,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     made.require("codebook", codebook)
     settings = experiment.train
     if settings.base:
-        _check_base(experiment)
+        _check_base(experiment, codebook)
     splits = [made.path / split for split in SPLITS if (made.path / split).exists()]
     config = {
         "seed": experiment.seed,
@@ -69,20 +69,25 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     return stage.make(experiment, "lm", "lm", config, inputs, work, logs=(METRICS,), force=force)
 
 
-def _check_base(experiment: Experiment) -> None:
-    """Refuse a base model whose shape or word pieces are not the experiment's."""
+def _check_base(experiment: Experiment, codebook: Artifact) -> None:
+    """Refuse a base model whose shape, word pieces or units are not the experiment's."""
     base = experiment.train.base
-    theirs = as_dict(pretrained.huggingface_config(base))
+    ready = base.startswith(shipped.PREFIX)
+    if ready:
+        artifact.load(shipped.find(base) / "lm", "lm").require("codebook", codebook)
+    theirs = as_dict(pretrained.base_config(base))
     ours = as_dict(experiment.lm)
     differing = [f"lm.{key}={theirs[key]}" for key in ours if ours[key] != theirs[key]]
     if differing:
         raise ConfigError(f"train.base {base} has another shape; it takes {' '.join(differing)}")
-    if experiment.vocabulary.tokenizer is None:
+    if not ready and experiment.vocabulary.tokenizer is None:
         raise ConfigError(f"train.base {base} needs its own word pieces: vocabulary.tokenizer")
 
 
 def _vocabulary(experiment: Experiment, splits: list[Path], units: int) -> Vocabulary:
-    settings = experiment.vocabulary
+    settings, base = experiment.vocabulary, experiment.train.base
+    if base and base.startswith(shipped.PREFIX):
+        return Vocabulary.load(shipped.find(base) / "lm")
     if settings.tokenizer:
         return Vocabulary(BasePieces(Path(settings.tokenizer)), units)
     texts = [one.utterance.text for split in splits for one in tokens.read(split)]

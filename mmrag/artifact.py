@@ -157,6 +157,29 @@ def create(
         _replace(draft.path, path)
 
 
+def adopt(source: Path | str, path: Path | str, kind: str) -> Artifact:
+    """Copy the finished artifact `source` to `path`, whole or not at all, fingerprint and all.
+
+    Raises ArtifactError if `path` holds anything but that very artifact already.
+    """
+    original, path = load(source, kind), Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(path), _naming(path):
+        _recover(path)
+        if not path.exists():
+            aside = _aside(path, "partial")
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.copytree(original.path, aside)
+            aside.rename(path)
+    found = load(path, kind)
+    if found.fingerprint != original.fingerprint:
+        raise ArtifactError(
+            f"{path} is {kind} {found.fingerprint}, not {original.fingerprint} of {original.path}. "
+            "Remove it to use that one, or choose another workspace."
+        )
+    return found
+
+
 def outside(path: Path | str) -> Artifact:
     """A user's own file or directory as an input: a file by its contents, a directory by the
     names and sizes of its files. ArtifactError if there is no such thing."""

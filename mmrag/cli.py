@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from mmrag import artifact
+from mmrag import artifact, shipped
 from mmrag.artifact import ArtifactError
 from mmrag.audio import AudioError
 from mmrag.config import KNN, Decode
@@ -60,9 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("files", nargs="+", type=Path, metavar="FILE", help="wav, flac, ogg, mp3")
     command.add_argument(
         "--models",
-        type=Path,
-        default=Path("runs/tiny"),
-        help="directory with hubert/, codebook/ and lm/ (default: %(default)s)",
+        type=shipped.find,
+        default=shipped.TINY,
+        help="directory with hubert/, codebook/ and lm/, or a model of the package "
+        "(default: %(default)s)",
     )
     command.add_argument(
         "--datastore",

@@ -81,7 +81,8 @@ class Hubert(Section):
     """A HuBERT encoder: its shape, or published weights, which bring their own."""
 
     weights: str | None = None
-    """`torchaudio:BUNDLE`, or a Hugging Face directory; None to pretrain the shape below."""
+    """`torchaudio:BUNDLE`, a Hugging Face directory, or a model of this package (`mmrag:tiny`);
+    None to pretrain the shape below."""
     front: Literal["waveform", "mel"] = "waveform"
     """What feeds the transformer: convolutions, or log-mel bands (MelHuBERT, arXiv 2211.09944)."""
     conv_channels: PositiveInt
@@ -158,7 +159,8 @@ class Tokenize(Section):
     """A manifest, a directory of audio or of manifests `<split>.jsonl`; None for the workspace's
     corpus."""
     codebook: str | None = None
-    """A fitted codebook's directory; None to fit one on `source`."""
+    """A fitted codebook's directory, or a model of this package (`mmrag:tiny`); None to fit one on
+    `source`."""
     units: PositiveInt
     """Codebook size K."""
     sample_seconds: PositiveFloat
@@ -233,7 +235,8 @@ class Train(Section):
 
     phases: tuple[Phase, ...] = Field(min_length=1)
     base: str | None = None
-    """A Hugging Face Llama, Mistral or Qwen directory to start from; None for random weights."""
+    """What to start from: a Hugging Face Llama, Mistral or Qwen directory, or a model of this
+    package (`mmrag:tiny`); None for random weights."""
     micro_batch_tokens: PositiveInt
     """Tokens (padding included) in one forward pass of one worker."""
     micro_batches: PositiveInt
@@ -294,8 +297,15 @@ class Datastore(Section):
     name: str = Field(pattern=SLUG)
     source: str | None = None
     """A tokens directory, or a file of text lines; None for the workspace's datastore split."""
+    splits: tuple[str, ...] = ("datastore",)
+    """The splits of a tokens directory that are read; `all` where it has no splits."""
+    domain: str | None = None
+    """Only utterances of this domain; None for all."""
     audio: Literal["paired", "none", "spoken"]
     """Key over the utterance's own units, over text alone, or over units of synthetic speech."""
+    paired_share: float = Field(default=1, ge=0, le=1)
+    """With audio paired, the share of the utterances whose units are used; the others are keyed
+    over text alone."""
     metric: Literal["l2", "ip", "cosine"]
     window: PositiveInt
     """Tokens around an entry that make up its value."""

@@ -24,20 +24,20 @@ class Batch:
     """A micro-batch. All tensors are padded on the right.
 
     `ids` (B, T) tokens; `targets` (B, T) the next token where it counts, else IGNORE; `speech`
-    (B, 2) start and end of the units that CTC reads, equal where there are none; `text` (B, S)
-    CTC's targets (piece + 1; 0 is the blank) and `text_lengths` (B,).
+    (B, 2) start and end of the units that CTC reads, equal where there are none; `letters` (B, S)
+    CTC's targets (index in the alphabet + 1; 0 is the blank) and `letter_counts` (B,).
     """
 
     ids: Tensor
     targets: Tensor
     speech: Tensor
-    text: Tensor
-    text_lengths: Tensor
+    letters: Tensor
+    letter_counts: Tensor
 
     def counts(self) -> Tensor:
         """(2,) float32: targets of the language model and of CTC."""
         spoken = self.speech[:, 1] > self.speech[:, 0]
-        counted = (self.targets != IGNORE).sum(), (self.text_lengths * spoken).sum()
+        counted = (self.targets != IGNORE).sum(), (self.letter_counts * spoken).sum()
         return torch.stack(counted).float()
 
     def to(self, device: torch.device) -> Batch:
@@ -48,15 +48,17 @@ class Objective(nn.Module):
     """The language model with the losses it is trained by.
 
     Beside the next token, the states over the units of a transcription sequence learn to spell
-    the text by themselves (CTC, as in hybrid CTC/attention training, arXiv 1609.06773): a small
-    model finds the alignment of speech and text much sooner. The CTC head is not exported.
+    the text by themselves (CTC, as in hybrid CTC/attention training, arXiv 1609.06773), letter by
+    letter: a small model finds the alignment of speech and text much sooner, and of few letters
+    sooner than of many word pieces. The CTC head is not exported.
     """
 
-    def __init__(self, lm: LM, pieces: int, ctc_weight: float) -> None:
+    def __init__(self, lm: LM, letters: int, ctc_weight: float) -> None:
+        """`letters` is the size of the alphabet that CTC spells in."""
         super().__init__()
         self.lm = lm
         self.ctc_weight = ctc_weight
-        self.ctc = Linear(lm.config.width, pieces + 1) if ctc_weight else None
+        self.ctc = Linear(lm.config.width, letters + 1) if ctc_weight else None
 
     def forward(self, batch: Batch) -> Tensor:
         """(2,) float32: summed next-token loss and summed CTC loss, in nats."""
@@ -76,9 +78,9 @@ class Objective(nn.Module):
         log_probs = self.ctc(states).float().log_softmax(-1)
         losses = functional.ctc_loss(
             log_probs.transpose(0, 1),
-            batch.text,
+            batch.letters,
             end - start,
-            batch.text_lengths,
+            batch.letter_counts,
             reduction="none",
             zero_infinity=True,
         )

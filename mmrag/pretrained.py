@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mmrag import shipped
 from mmrag.config import LanguageModel, as_dict
 from mmrag.lm import LM
 from mmrag.vocabulary import BOS, EOS, Vocabulary
@@ -86,6 +87,22 @@ def load(directory: Path, device: torch.device | str = "cpu") -> tuple[LM, Vocab
     return lm.eval(), vocabulary
 
 
+def base_config(base: str) -> LanguageModel:
+    """The shape of a model to start from: one of this package, or a Hugging Face directory."""
+    if not base.startswith(shipped.PREFIX):
+        return huggingface_config(base)
+    fields = json.loads((shipped.find(base) / "lm" / SHAPE).read_text())
+    del fields["vocabulary"]
+    return LanguageModel(**fields)
+
+
+def base_tensors(base: str) -> Iterator[tuple[str, Tensor]]:
+    """Its weights under our names, one at a time."""
+    if not base.startswith(shipped.PREFIX):
+        return huggingface_tensors(base)
+    return iter(load_file(shipped.find(base) / "lm" / WEIGHTS).items())
+
+
 def huggingface_config(directory: Path | str) -> LanguageModel:
     """The shape of a Hugging Face checkpoint; CheckpointError if it is not a plain Llama."""
     path = Path(directory) / "config.json"
@@ -132,14 +149,17 @@ def huggingface_tensors(directory: Path | str) -> Iterator[tuple[str, Tensor]]:
                     yield _our_name(name, ours), tensors.get_tensor(name)
 
 
-def place(name: str, parameter: Tensor, tensor: Tensor, vocabulary: Vocabulary, base: Path) -> None:
-    """Copy a foreign `tensor` into our `parameter`.
+def place(
+    name: str, parameter: Tensor, tensor: Tensor, vocabulary: Vocabulary, base: Path | str
+) -> None:
+    """Copy a base model's `tensor` into our `parameter`.
 
-    Rows of the embedding and the head are pieces: they move to where our id space has them, the
-    base model's begin and end tokens to ours. Rows of units keep their random start.
+    Rows of Hugging Face's embedding and head are pieces: they move to where our id space has them,
+    the base model's begin and end tokens to ours. Rows of units keep their random start.
     CheckpointError if the shapes differ otherwise.
     """
-    by_row = name in ("embedding.weight", "head.weight")
+    foreign = not str(base).startswith(shipped.PREFIX)
+    by_row = foreign and name in ("embedding.weight", "head.weight")
     if parameter.shape[by_row:] != tensor.shape[by_row:]:
         raise CheckpointError(
             f"{base}: {name} is {list(tensor.shape)}, our lm's is {list(parameter.shape)}"
@@ -152,7 +172,7 @@ def place(name: str, parameter: Tensor, tensor: Tensor, vocabulary: Vocabulary, 
         parameter[vocabulary.first_piece : vocabulary.first_piece + rows] = tensor[:rows].to(
             parameter
         )
-        fields = json.loads((base / "config.json").read_text())
+        fields = json.loads((Path(base) / "config.json").read_text())
         for ours, key in ((BOS, "bos_token_id"), (EOS, "eos_token_id")):
             theirs = fields.get(key)
             theirs = theirs[0] if isinstance(theirs, list) else theirs

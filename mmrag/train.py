@@ -152,21 +152,22 @@ def collate(
         ids = vocabulary.sequence(form, text, units)
         transcribes = form == "speech_first"
         speech = range(2, 2 + len(units)) if transcribes else range(0)
-        rows.append((ids, 2 + len(units) if transcribes else 0, speech, text))
+        letters = vocabulary.spelling(text) if transcribes else []
+        rows.append((ids, 2 + len(units) if transcribes else 0, speech, letters))
 
     width = max(len(ids) for ids, *_ in rows)
-    letters = max(1, *(len(text) for *_, text in rows))
+    longest = max(1, *(len(letters) for *_, letters in rows))
     batch = Batch(
         ids=torch.full((len(rows), width), PAD),
         targets=torch.full((len(rows), width), IGNORE),
         speech=torch.tensor([(speech.start, speech.stop) for _, _, speech, _ in rows]),
-        text=torch.zeros((len(rows), letters), dtype=torch.long),
-        text_lengths=torch.tensor([len(text) for *_, text in rows]),
+        letters=torch.zeros((len(rows), longest), dtype=torch.long),
+        letter_counts=torch.tensor([len(letters) for *_, letters in rows]),
     )
-    for row, (ids, first_target, _, text) in enumerate(rows):
+    for row, (ids, first_target, _, letters) in enumerate(rows):
         batch.ids[row, : len(ids)] = torch.tensor(ids)
         batch.targets[row, first_target : len(ids) - 1] = torch.tensor(ids[first_target + 1 :])
-        batch.text[row, : len(text)] = torch.tensor(text) - vocabulary.first_piece + 1
+        batch.letters[row, : len(letters)] = torch.tensor(letters) + 1
     return batch
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -125,6 +126,17 @@ class Vocabulary:
         """Ids to text; specials and units among them are passed over."""
         kept = [i - self.first_piece for i in ids if self.first_piece <= i < self.first_unit]
         return self.pieces.decode(kept)
+
+    @cached_property
+    def alphabet(self) -> dict[str, int]:
+        """Every character that the pieces can write, numbered in order."""
+        written = (self.pieces.decode([piece]) for piece in range(self.pieces.size))
+        return {letter: number for number, letter in enumerate(sorted({" ", *"".join(written)}))}
+
+    def spelling(self, ids: Sequence[int]) -> list[int]:
+        """The letters of a text given as ids: indices into `alphabet`."""
+        known = self.alphabet
+        return [known[letter] for letter in self.decode(ids) if letter in known]
 
     def word_starts(self) -> np.ndarray:
         """Ids after which an earlier word has ended: (V,) bool, the end token among them."""

@@ -17,11 +17,11 @@ MAY_IMPORT = {
 }
 
 TOUR = [
-    "config", "text", "records", "artifact",
+    "config", "text", "records", "artifact", "shipped",
     "audio", "hubert", "units", "vocabulary",
-    "corpora.espeak", "corpora.manifest", "corpora.synthetic", "tokens",
+    "corpora.espeak", "corpora.augment", "corpora.manifest", "corpora.synthetic", "tokens",
     "layers", "lm", "pretrained", "loss", "train",
-    "datastore", "index", "knn", "decode", "transcribe",
+    "datastore", "index", "knn", "boost", "decode", "transcribe",
     "score", "tune", "cli",
 ]  # fmt: skip
 """The modules of mmrag in reading order: each imports only those before it."""
@@ -40,6 +40,7 @@ HOMES = {
     "tokenizers": ["mmrag.vocabulary"],
     "espeakng_loader": ["mmrag.corpora.espeak"],
     "faker": ["mmrag.corpora.synthetic"],
+    "scipy": ["mmrag.corpora.augment"],
     "pyarrow": ["mmrag.tokens"],
     "jiwer": ["mmrag.score"],
     "ray": ["cluster", "jobs"],
