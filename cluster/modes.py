@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,34 +59,47 @@ class Retrieving:
 
 
 @dataclass(frozen=True)
-class RetrievingPhrases:
-    """One datastore, of which each utterance searches the documents named after its phrases."""
+class RetrievingDocuments:
+    """One datastore, of which each utterance searches some documents: the phrases that come with
+    it, or what a first level of retrieval left over. `documents` names them by utterance."""
 
     datastore: Path
     knn: KNN
-    phrases: Phrases
+    documents: Mapping[str, Sequence[str]]
 
     def open(self, vocabulary: Vocabulary) -> Guide:
         datastore = Datastore.open(self.datastore)
         order = np.argsort(datastore.documents, kind="stable")
         ends = np.cumsum(np.bincount(datastore.documents))
-        entries = {
-            datastore.document_name(document): order[start:end]
-            for document, (start, end) in enumerate(
-                zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True)
-            )
+        spans = {
+            datastore.document_name(number): slice(*span)
+            for number, span in enumerate(pairwise([0, *ends.tolist()]))
         }
 
         def guide(batch: Sequence[Tokenized]) -> dict[str, Any]:
-            chosen = [[entries[p] for p in self.phrases[one.utterance.id]] for one in batch]
-            return {
-                "retrieval": [
-                    Retrieval(SubsetRetriever(datastore, np.concatenate(own)), self.knn)
-                    for own in chosen
-                ]
-            }
+            named = [self.documents[one.utterance.id] for one in batch]
+            entries = [np.concatenate([order[spans[name]] for name in own]) for own in named]
+            subsets = [SubsetRetriever(datastore, own) for own in entries]
+            return {"retrieval": [Retrieval(subset, self.knn) for subset in subsets]}
 
         return guide
+
+
+@dataclass(frozen=True)
+class RetrievingSome:
+    """The first `entries` of a datastore, of each utterance every `stride`-th."""
+
+    datastore: Path
+    knn: KNN
+    entries: int
+    stride: int = 1
+
+    def open(self, vocabulary: Vocabulary) -> Guide:
+        datastore = Datastore.open(self.datastore)
+        chosen = np.arange(min(self.entries, datastore.entries))
+        chosen = chosen[datastore.positions[chosen] % self.stride == 0]
+        retrieval = Retrieval(SubsetRetriever(datastore, chosen), self.knn)
+        return lambda batch: {"retrieval": retrieval}
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import json
 import pickle
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +31,7 @@ from cluster.progress import bar
 from mmrag import audio, pretrained
 from mmrag.config import Datastore as DatastoreConfig
 from mmrag.config import Decode, Tokenize, Workers
-from mmrag.corpora import manifest, synthetic
+from mmrag.corpora import augment, flite, manifest, synthetic
 from mmrag.corpora.synthetic import Planned
 from mmrag.datastore import Segment, join, windows_of, write_segment
 from mmrag.decode import Retrieval, read_states
@@ -180,6 +181,63 @@ class RenderSpeech:
             words=speech.words,
             phones=speech.phones,
         )
+
+
+class Rerecord:
+    """Utterances of a corpus -> the same under another condition (`Reproduce.conditions`).
+
+    FLAC files and manifest rows as `RenderSpeech` writes them.
+    """
+
+    def __init__(self, condition: str, directory: Path, seed: int) -> None:
+        self._kind, _, self._argument = condition.partition("-")
+        self._directory = directory
+        self._seed = seed
+
+    def __call__(self, part: Part[Utterance]) -> str:
+        said = []
+        for one in part.work:
+            wave = self._record(one)
+            path = self._directory / "audio" / f"{one.id}.flac"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, np.clip(wave, -1, 1), audio.SAMPLE_RATE)
+            said.append(replace(one, audio=path, duration=len(wave) / audio.SAMPLE_RATE, phones=()))
+        manifest.write(self._directory / f".{part.name}.jsonl", said)
+        return part.name
+
+    def _record(self, one: Utterance) -> np.ndarray:
+        if self._kind == "flite":
+            return flite.speak(one.text, self._argument)
+        wave = audio.read(one.audio).numpy()
+        if self._kind == "telephone":
+            return augment.telephone(wave)
+        draw = np.random.default_rng([self._seed, zlib.crc32(one.id.encode())])
+        return augment.noisy(wave, float(self._argument), draw)
+
+
+class Embed:
+    """Utterances with their audio -> one vector each (N, D), by name: for document retrieval.
+
+    `encoder` `lm` means the language model's keys over the units, `hubert` HuBERT's features; both
+    are averaged over the clip.
+    """
+
+    def __init__(self, models: Path, encoder: str) -> None:
+        self._recogniser = Recogniser.load(models, device())
+        self._encoder = encoder
+
+    def __call__(self, part: Part[tuple[Utterance, Units]]) -> dict[str, np.ndarray]:
+        return {said.id: self._embed(said, units) for said, units in part.work}
+
+    @torch.inference_mode()
+    def _embed(self, said: Utterance, units: Units) -> np.ndarray:
+        models = self._recogniser
+        if self._encoder == "hubert":
+            return models.encoder.features([audio.read(said.audio)])[0].mean(0).cpu().numpy()
+        prompt = models.vocabulary.prompt(models.vocabulary.encode_units(units))
+        ids = torch.tensor([prompt], device=models.lm.embedding.weight.device)
+        keys = models.lm(ids, at=torch.zeros_like(ids, dtype=torch.bool)).keys
+        return keys[0, 2:-1].float().mean(0).cpu().numpy()
 
 
 class EncodeFeatures:

@@ -27,6 +27,7 @@ from yaml import YAMLError
 
 Fraction = Field(ge=0.0, le=1.0)
 SLUG = r"^[a-z0-9][a-z0-9_-]{0,62}$"
+CONDITION = r"^(noise-[0-9]+|telephone|flite-[a-z]+)$"
 Format = Literal["text", "speech", "speech_first", "text_first"]
 
 
@@ -379,6 +380,35 @@ class Evaluate(Section):
     workers: Workers
 
 
+class Reproduce(Section):
+    """The paper's experiments, on the dev and test splits of the workspace's corpus."""
+
+    docs: Path
+    """Where `results.md`, `results.json` and the plots go."""
+    utterances: PositiveInt
+    """At most so many test utterances a task."""
+    sweep_utterances: PositiveInt
+    """At most so many for each point of a sweep."""
+    phrases: tuple[PositiveInt, ...]
+    """Lengths of the list that comes with an utterance (dynamic context)."""
+    carriers: tuple[str, ...] = Field(min_length=1)
+    """Sentences in which a phrase is spoken for its datastore; `{phrase}` stands for it."""
+    boost: tuple[PositiveFloat, ...] = Field(min_length=1)
+    """Weights of phrase boosting tried on the dev split, in nats a piece."""
+    shares: tuple[Annotated[float, Fraction], ...]
+    """Shares of a datastore's entries with real paired audio."""
+    sizes: tuple[PositiveInt, ...]
+    """Entries of a datastore; those beyond the datastore split come from the lm split."""
+    strides: tuple[PositiveInt, ...]
+    """Tokens from one entry to the next."""
+    windows: tuple[PositiveInt, ...]
+    """Tokens of an entry's value."""
+    documents: tuple[PositiveInt, ...]
+    """Documents that two-level retrieval keeps before it searches entries."""
+    conditions: tuple[Annotated[str, Field(pattern=CONDITION)], ...]
+    """Recordings made worse, or by another voice: `noise-DB`, `telephone`, `flite-VOICE`."""
+
+
 class Experiment(Section):
     """Everything that a run needs to know. Every section is written out in the YAML file."""
 
@@ -399,6 +429,7 @@ class Experiment(Section):
     decode: Decode
     tune: Tune
     evaluate: Evaluate
+    reproduce: Reproduce | None = None
 
     @field_validator("workspace")
     @classmethod

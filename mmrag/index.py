@@ -25,6 +25,8 @@ from mmrag.records import NO_ENTRY, Neighbours, merge
 
 BLOCK = 16_384
 """Keys in memory at once where all of them are walked through."""
+SPARE = 32
+"""Entries of a subset compared exactly beyond the k asked for."""
 CODE_CENTROIDS = 256
 """Centroids of one byte of a product-quantized key."""
 
@@ -284,8 +286,9 @@ class SubsetRetriever:
         """`entries` (N,) int64 ids, of which the deleted ones are left out."""
         self.datastore = datastore
         kept = np.unique(np.asarray(entries, np.int64))
-        self._entries = kept[~np.isin(kept, np.fromiter(datastore.deleted, np.int64))]
+        self._entries = kept[~np.isin(kept, datastore.deleted)]
         self._keys = datastore.keys_of(self._entries)
+        self._squares = (self._keys**2).sum(axis=1)
 
     def search(
         self, queries: np.ndarray, k: int, exclude_documents: Sequence[int] | None = None
@@ -293,15 +296,22 @@ class SubsetRetriever:
         """The k nearest of the subset, as `Retriever.search` says."""
         metric = self.datastore.description.metric
         found = Neighbours.none(len(queries), k)
+        if not len(self._entries):
+            return found
         documents = self.datastore.documents[self._entries]
-        for row, query in enumerate(prepare(queries, metric)):
-            apart = distances(query[None], self._keys, metric)
+        queries = prepare(queries, metric)
+        # One product ranks them all, up to rounding; the distances of the best are then exact.
+        ranks = -queries @ self._keys.T + (0 if metric == "ip" else self._squares / 2)
+        for row, query in enumerate(queries):
             if exclude_documents is not None:
-                apart = np.where(documents == exclude_documents[row], np.inf, apart)
-            nearest = np.lexsort((self._entries, apart))[:k]
-            nearest = nearest[np.isfinite(apart[nearest])]
+                ranks[row, documents == exclude_documents[row]] = np.inf
+            best = np.argpartition(ranks[row], min(k + SPARE, len(self._entries)) - 1)[: k + SPARE]
+            best = best[np.isfinite(ranks[row, best])]
+            exact = distances(query[None], self._keys[best], metric)
+            order = np.lexsort((self._entries[best], exact))[:k]
+            nearest, apart = best[order], exact[order]
             columns = slice(len(nearest))
-            found.distances[row, columns] = apart[nearest]
+            found.distances[row, columns] = apart
             found.entries[row, columns] = self._entries[nearest]
             found.tokens[row, columns] = self.datastore.tokens[self._entries[nearest]]
             found.documents[row, columns] = documents[nearest]

@@ -19,7 +19,7 @@ MAY_IMPORT = {
 TOUR = [
     "config", "text", "records", "artifact", "shipped",
     "audio", "hubert", "units", "vocabulary",
-    "corpora.espeak", "corpora.augment", "corpora.manifest", "corpora.synthetic", "tokens",
+    "corpora.espeak", "corpora.augment", "corpora.flite", "corpora.manifest", "corpora.synthetic", "tokens",
     "layers", "lm", "pretrained", "loss", "train",
     "datastore", "index", "knn", "boost", "decode", "transcribe",
     "score", "tune", "cli",
@@ -48,7 +48,7 @@ HOMES = {
     "mlflow": ["cluster.tracking"],
     "tqdm": ["cluster.progress"],
     "rich": ["mmrag.cli", "jobs"],
-    "matplotlib": ["jobs.evaluate"],
+    "matplotlib": ["jobs.evaluate", "jobs.report"],
     # Ray Data's rows are Arrow's: values are packed on their way between our own processes.
     "pickle": ["cluster.stages"],
 }

@@ -1,0 +1,496 @@
+"""The paper's experiments with one model: tables, plots and the same figures as JSON.
+
+Every task works on voices and entities that training never met; whatever is chosen (weights,
+temperatures, gates) is chosen on the dev split. A finished task is not done again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from cluster import modes
+from cluster.modes import Mode, Plain, Retrieving, RetrievingDocuments, RetrievingSome
+from cluster.stages import Embed, Heard, Rerecord, parts, transcribe_modes, work_off
+from cluster.tracking import Run
+from jobs import build_datastore, report, stage, synthesize, tokenize, tune
+from mmrag import artifact
+from mmrag.artifact import Artifact, Draft, write_json
+from mmrag.config import KNN, ConfigError, Experiment, as_dict
+from mmrag.corpora import flite, manifest
+from mmrag.records import Utterance
+from mmrag.score import entity_recall, word_error_rate
+from mmrag.tokens import Tokenized
+
+ROWS, TRANSCRIPTS = "rows.json", "transcripts.jsonl"
+EVERYDAY, ASSISTANT = "everyday", "assistant"
+PHRASES_K = 16
+"""Neighbours asked for among an utterance's phrases while their weight is chosen."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One row of the results, before it is measured: how to transcribe what."""
+
+    mode: str
+    how: Mode
+    datastore: str | None = None
+    phrases: int | None = None
+    entries: int | None = None
+    setting: str | None = None
+    """What a sweep varies, in words."""
+    tokens: str | None = None
+    """The recordings, where they are not the test split's own."""
+
+    @property
+    def name(self) -> str:
+        """Unique within a task."""
+        told = (self.mode, self.datastore, self.phrases, self.entries, self.setting)
+        return " ".join(str(each) for each in told if each is not None)
+
+
+class Lab:
+    """One model, its corpus, and the datastores that tasks share."""
+
+    def __init__(self, experiment: Experiment, force: bool) -> None:
+        if experiment.reproduce is None:
+            raise ConfigError("the experiment has no section `reproduce`")
+        self.experiment = experiment
+        self.settings = experiment.reproduce
+        self.force = force
+        self.corpus = synthesize.run(experiment, force)
+        self.tokens = tokenize.run(experiment, force)
+        self.lm = stage.load(experiment, "lm", "lm", "train")
+
+    def spoken(self, split: str, domain: str, limit: int, made: Artifact | None = None) -> list:
+        """The first utterances of a split's domain."""
+        return tune.select(made or self.tokens, split, domain)[:limit]
+
+    def datastore(self, name: str, audio: str, **changes: Any) -> Artifact:
+        """A datastore of the workspace, built if need be."""
+        return build_datastore.run(self._about(name, audio, **changes), self.force)
+
+    def tuned(self, name: str, audio: str) -> KNN:
+        """Its settings, chosen on the dev split."""
+        made = tune.run(self._about(name, audio), self.force)
+        fields = json.loads((made.path / tune.SETTINGS).read_text())
+        return KNN(**{key: fields[key] for key in KNN.model_fields})
+
+    def transcribe(self, how: Mapping[str, Mode], spoken: Sequence[Tokenized]) -> dict:
+        """Every utterance in every mode."""
+        experiment = self.experiment
+        workers = experiment.evaluate.workers
+        return transcribe_modes(experiment.workspace, experiment.decode, how, spoken, workers)
+
+    def error_rate(self, heard: Sequence[Heard]) -> float:
+        """WER alone, to choose by."""
+        references, texts = [one.reference for one in heard], [one.text for one in heard]
+        return word_error_rate(references, texts, resamples=1).rate
+
+    @cached_property
+    def multimodal(self) -> tuple[Artifact, KNN]:
+        return self.datastore("multimodal", "paired"), self.tuned("multimodal", "paired")
+
+    @cached_property
+    def text(self) -> tuple[Artifact, KNN]:
+        return self.datastore("text", "none"), self.tuned("text", "none")
+
+    @cached_property
+    def spoken_text(self) -> tuple[Artifact, KNN]:
+        return self.datastore("spoken", "spoken"), self.tuned("spoken", "spoken")
+
+    def _about(self, name: str, audio: str, **changes: Any) -> Experiment:
+        changes = {"name": name, "audio": audio, **changes}
+        datastore = self.experiment.datastore.model_copy(update=changes)
+        return self.experiment.model_copy(update={"datastore": datastore})
+
+
+Task = Callable[[Lab], tuple[str, int, list[Point]]]
+"""A lab -> the domain of the test split, how many of its utterances, and the points to measure."""
+
+
+def everyday(lab: Lab) -> tuple[str, int, list[Point]]:
+    """Sentences of common words: is the recogniser any good by itself?"""
+    return EVERYDAY, lab.settings.utterances, [Point("none", Plain())]
+
+
+def domain(lab: Lab) -> tuple[str, int, list[Point]]:
+    """Requests about people, places and companies, with a datastore about them."""
+    points = [Point("none", Plain())]
+    for name, (store, knn) in {
+        "text": lab.text,
+        "multimodal": lab.multimodal,
+        "spoken": lab.spoken_text,
+    }.items():
+        points.append(_knn(store, knn, name))
+    return ASSISTANT, lab.settings.utterances, points
+
+
+def paired_share(lab: Lab) -> tuple[str, int, list[Point]]:
+    """The same datastore where only some of its entries have audio."""
+    points = []
+    for share in lab.settings.shares:
+        name = f"paired-{round(100 * share)}"
+        store = lab.datastore(name, "paired", paired_share=share)
+        setting = f"{share:.0%} of the utterances with audio"
+        points.append(_knn(store, lab.tuned(name, "paired"), "multimodal", setting=setting))
+    return ASSISTANT, lab.settings.sweep_utterances, points
+
+
+def dynamic_context(lab: Lab) -> tuple[str, int, list[Point]]:
+    """A list of phrases with each utterance, its entities among them."""
+    limit = lab.settings.utterances
+    test = lab.spoken("test", ASSISTANT, limit)
+    dev = lab.spoken("dev", ASSISTANT, limit)
+    everyone = _entities(lab)
+    store, documents = _phrase_datastore(lab, everyone)
+    middle = sorted(lab.settings.phrases)[len(lab.settings.phrases) // 2]
+    lists = _lists(dev, everyone, middle, lab.experiment.seed)
+    knn = _choose_knn(lab, store, dev, _documents_of(lists, documents))
+    weight = _choose_boost(lab, dev, lists)
+    points = [Point("none", Plain())]
+    for count in lab.settings.phrases:
+        lists = _lists(test, everyone, count, lab.experiment.seed)
+        named = _documents_of(lists, documents)
+        points += [
+            Point("knn", RetrievingDocuments(store.path, knn, named), "spoken", count),
+            Point("boost", modes.BoostingPhrases(weight, lists), None, count),
+            Point("prompt", modes.PromptingPhrases(lists), None, count),
+        ]
+    return ASSISTANT, limit, points
+
+
+def wrong_datastore(lab: Lab) -> tuple[str, int, list[Point]]:
+    """Another domain's datastore, trusted as much as the right one."""
+    store = lab.datastore("wrong", "paired", splits=("lm",), domain=EVERYDAY)
+    _, knn = lab.multimodal
+    return (
+        ASSISTANT,
+        lab.settings.utterances,
+        [Point("none", Plain()), _knn(store, knn, "wrong")],
+    )
+
+
+def size(lab: Lab) -> tuple[str, int, list[Point]]:
+    """More and more entries: first the domain's own, then distractors."""
+    _, knn = lab.multimodal
+    store = lab.datastore("large", "paired", splits=("datastore", "lm"))
+    points = []
+    for entries in lab.settings.sizes:
+        if entries <= store.summary["entries"]:
+            some = RetrievingSome(store.path, knn, entries)
+            points.append(Point("knn", some, "multimodal", entries=entries))
+        else:
+            stage.console.print(f"  size {entries}: the corpus has {store.summary['entries']}")
+    return ASSISTANT, lab.settings.sweep_utterances, points
+
+
+def window(lab: Lab) -> tuple[str, int, list[Point]]:
+    """Entries further apart, and documents chosen before entries."""
+    store, knn = lab.multimodal
+    total = store.summary["entries"]
+    width = lab.experiment.datastore.window
+    points = []
+    for stride in lab.settings.strides:
+        some = RetrievingSome(store.path, knn, total, stride)
+        setting = f"windows of {width} tokens, overlap {max(0, width - stride)}"
+        points.append(Point("knn", some, "multimodal", entries=total // stride, setting=setting))
+    return ASSISTANT, lab.settings.sweep_utterances, points
+
+
+def key_encoder(lab: Lab) -> tuple[str, int, list[Point]]:
+    """Two-level retrieval: documents by one vector each, then entries by the model's own state."""
+    store, knn = lab.multimodal
+    limit = lab.settings.sweep_utterances
+    test = lab.spoken("test", ASSISTANT, limit)
+    points = [_knn(store, knn, "multimodal", setting="entries alone")]
+    for encoder, title in (("lm", "the language model's states"), ("hubert", "HuBERT features")):
+        ranked = _ranked_documents(lab, test, encoder)
+        for count in lab.settings.documents:
+            named = {utterance: names[:count] for utterance, names in ranked.items()}
+            setting = f"{count} documents by {title}"
+            how = RetrievingDocuments(store.path, knn, named)
+            points.append(Point("knn", how, "multimodal", setting=setting))
+    return ASSISTANT, limit, points
+
+
+def robustness(lab: Lab) -> tuple[str, int, list[Point]]:
+    """Noise, a telephone, another synthesizer: without retrieval and with it."""
+    store, knn = lab.multimodal
+    points = []
+    for condition in lab.settings.conditions:
+        if condition.startswith("flite") and not flite.installed():
+            stage.console.print(f"  {condition}: left out, flite is not installed")
+            continue
+        made = _rerecorded(lab, condition)
+        plain = Point("none", Plain(), setting=condition, tokens=made.path.name)
+        points += [
+            plain,
+            replace(_knn(store, knn, "multimodal"), setting=condition, tokens=made.path.name),
+        ]
+    return ASSISTANT, lab.settings.sweep_utterances, points
+
+
+TASKS: dict[str, Task] = {
+    each.__name__: each
+    for each in (
+        everyday,
+        domain,
+        paired_share,
+        dynamic_context,
+        wrong_datastore,
+        size,
+        window,
+        key_encoder,
+        robustness,
+    )
+}
+
+
+def run(experiment: Experiment, force: bool = False) -> None:
+    """Do every task, then write `results.md`, `results.json` and the plots."""
+    lab = Lab(experiment, force)
+    done = []
+    for number, (name, task) in enumerate(TASKS.items(), start=1):
+        stage.console.print(f"\n[bold]{number}/{len(TASKS)}  {name}[/bold]: {task.__doc__}")
+        done.append(_measure(lab, name, task))
+    rows = [row for made in done for row in json.loads((made.path / ROWS).read_text())]
+    heard = {
+        (line["task"], line["point"], line["utterance"]): (line["reference"], line["text"])
+        for made in done
+        for line in map(json.loads, (made.path / TRANSCRIPTS).open())
+    }
+    notes = {name: task.__doc__ for name, task in TASKS.items()}
+    report.write(experiment, rows, heard, notes)
+    report.show(rows)
+    stage.console.print(
+        f"\nwritten to {experiment.reproduce.docs}: results.md, results.json, plots"
+    )
+
+
+def _measure(lab: Lab, name: str, task: Task) -> Artifact:
+    """A task's rows and transcripts, as an artifact of its own."""
+    experiment = lab.experiment
+    config = {
+        "task": name,
+        "reproduce": {k: v for k, v in as_dict(lab.settings).items() if k != "docs"},
+        "datastore": as_dict(experiment.datastore),
+        "decode": as_dict(experiment.decode),
+        "tune": as_dict(experiment.tune),
+        "seed": experiment.seed,
+    }
+
+    def work(draft: Draft, tracked: Run) -> None:
+        domain, limit, points = task(lab)
+        rows, lines = [], []
+        for tokens in dict.fromkeys(point.tokens for point in points):
+            made = lab.tokens if tokens is None else _made(lab, tokens)
+            spoken = lab.spoken("test", domain, limit, made)
+            chosen = {point.name: point for point in points if point.tokens == tokens}
+            heard = lab.transcribe({key: point.how for key, point in chosen.items()}, spoken)
+            for key, point in chosen.items():
+                rows.append(_row(lab, name, point, heard[key]))
+                about = {"task": name, "point": key}
+                lines += [json.dumps({**about, **asdict(one)}) + "\n" for one in heard[key]]
+                tracked.log({f"wer.{_slug(key)}": rows[-1]["wer"]})
+        write_json(draft.path / ROWS, rows)
+        (draft.path / TRANSCRIPTS).write_text("".join(lines))
+        tracked.file(draft.path / ROWS)
+        draft.summary["rows"] = len(rows)
+
+    inputs = {"lm": lab.lm, "tokens": lab.tokens}
+    directory = f"results/{name}"
+    return stage.make(experiment, directory, "results", config, inputs, work, force=lab.force)
+
+
+def _row(lab: Lab, task: str, point: Point, heard: Sequence[Heard]) -> dict[str, Any]:
+    """A line of `results.json`; what does not apply is None."""
+    references, texts = [one.reference for one in heard], [one.text for one in heard]
+    resamples = lab.experiment.evaluate.resamples
+    words = word_error_rate(references, texts, resamples, lab.experiment.seed)
+    queries = sum(one.queries for one in heard)
+    return {
+        "task": task,
+        "mode": point.mode,
+        "datastore": point.datastore,
+        "phrases": point.phrases,
+        "entries": point.entries,
+        "setting": point.setting,
+        "utterances": len(heard),
+        "wer": words.rate,
+        "wer_low": words.low,
+        "wer_high": words.high,
+        "entity_recall": entity_recall([one.entities for one in heard], texts).rate,
+        "recall_at_k": sum(one.recalled for one in heard) / queries if queries else None,
+        "seconds_of_audio": sum(one.seconds for one in heard),
+        "decode_seconds": sum(one.decode_seconds for one in heard),
+    }
+
+
+def _knn(store: Artifact, knn: KNN, name: str, setting: str | None = None) -> Point:
+    entries = store.summary["entries"]
+    return Point("knn", Retrieving(store.path, knn), name, entries=entries, setting=setting)
+
+
+def _slug(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in name)
+
+
+def _entities(lab: Lab) -> list[str]:
+    """Every entity of the corpus that training did not know, sorted."""
+    utterances = [
+        one
+        for split in ("dev", "test", "adapter")
+        for one in manifest.read(lab.corpus.path / f"{split}.jsonl")
+        if isinstance(one, Utterance)
+    ]
+    return sorted({entity for one in utterances for entity in one.entities})
+
+
+def _phrase_datastore(lab: Lab, phrases: Sequence[str]) -> tuple[Artifact, dict[str, list[str]]]:
+    """Phrases spoken in carrier sentences; the documents that speak of each."""
+    source = lab.experiment.workspace / "phrases.txt"
+    lines: list[str] = []
+    documents: dict[str, list[str]] = {}
+    for phrase in phrases:
+        for carrier in lab.settings.carriers:
+            lines.append(carrier.format(phrase=phrase))
+            documents.setdefault(phrase, []).append(f"{source.name}:{len(lines)}")
+    source.write_text("".join(f"{line}\n" for line in lines))
+    return lab.datastore("phrases", "spoken", source=str(source)), documents
+
+
+def _lists(
+    spoken: Iterable[Tokenized], everyone: Sequence[str], count: int, seed: int
+) -> dict[str, list[str]]:
+    """For each utterance its entities and, up to `count`, other ones, in random order."""
+    lists = {}
+    for one in spoken:
+        draw = Random(f"{seed} {one.utterance.id}")
+        own = list(dict.fromkeys(one.utterance.entities))
+        others = draw.sample(everyone, min(len(everyone), count + len(own)))
+        listed = [*own, *(name for name in others if name not in own)][:count]
+        draw.shuffle(listed)
+        lists[one.utterance.id] = listed
+    return lists
+
+
+def _documents_of(
+    lists: Mapping[str, Sequence[str]], documents: Mapping[str, Sequence[str]]
+) -> dict[str, list[str]]:
+    return {
+        utterance: [name for phrase in listed for name in documents[phrase]]
+        for utterance, listed in lists.items()
+    }
+
+
+def _choose_knn(
+    lab: Lab, store: Artifact, dev: Sequence[Tokenized], named: Mapping[str, Sequence[str]]
+) -> KNN:
+    """The weight, temperature and gate of least dev WER, around those of the whole datastore."""
+    base = lab.spoken_text[1]
+    settings = [
+        base.model_copy(
+            update={
+                "k": PHRASES_K,
+                "weight": weight,
+                "temperature": base.temperature * factor,
+                "gate": gate,
+            }
+        )
+        for weight in lab.experiment.tune.weight
+        for factor in (0.5, 1.0, 2.0)
+        for gate in dict.fromkeys((None, base.gate))
+    ]
+    how = {
+        str(number): RetrievingDocuments(store.path, knn, named)
+        for number, knn in enumerate(settings)
+    }
+    heard = lab.transcribe(how, dev)
+    return settings[min(range(len(settings)), key=lambda n: lab.error_rate(heard[str(n)]))]
+
+
+def _choose_boost(lab: Lab, dev: Sequence[Tokenized], lists: Mapping[str, Sequence[str]]) -> float:
+    how = {str(weight): modes.BoostingPhrases(weight, lists) for weight in lab.settings.boost}
+    heard = lab.transcribe(how, dev)
+    return min(lab.settings.boost, key=lambda weight: lab.error_rate(heard[str(weight)]))
+
+
+def _ranked_documents(lab: Lab, test: Sequence[Tokenized], encoder: str) -> dict[str, list[str]]:
+    """For each test utterance the datastore split's documents, likest first."""
+    stored = lab.spoken("datastore", ASSISTANT, 10**9)
+    audio = {
+        one.id: one
+        for split in ("datastore", "test")
+        for one in manifest.read(lab.corpus.path / f"{split}.jsonl")
+        if isinstance(one, Utterance)
+    }
+    work = [(audio[one.utterance.id], one.units) for one in (*stored, *test)]
+    shares = parts(work, lambda _: 1, 200)
+    embed = (Embed, {"models": lab.experiment.workspace, "encoder": encoder})
+    vectors: dict[str, np.ndarray] = {}
+    for answer in work_off([embed], shares, lab.experiment.evaluate.workers, "embedding"):
+        vectors |= answer
+
+    def rows(spoken: Sequence[Tokenized]) -> np.ndarray:
+        found = np.stack([vectors[one.utterance.id] for one in spoken])
+        centred = found - np.mean([*vectors.values()], axis=0)
+        return centred / np.linalg.norm(centred, axis=1, keepdims=True)
+
+    names = [one.utterance.document for one in stored]
+    likeness = rows(test) @ rows(stored).T
+    nearest = np.argsort(-likeness, axis=1)[:, : max(lab.settings.documents)]
+    return {
+        one.utterance.id: [names[document] for document in row]
+        for one, row in zip(test, nearest.tolist(), strict=True)
+    }
+
+
+def _rerecorded(lab: Lab, condition: str) -> Artifact:
+    """The test split under a condition, tokenized."""
+    experiment = lab.experiment
+
+    def work(draft: Draft, tracked: Run) -> None:
+        test = [
+            one
+            for one in manifest.read(lab.corpus.path / "test.jsonl")
+            if isinstance(one, Utterance) and one.domain == ASSISTANT
+        ][: lab.settings.sweep_utterances]
+        shares = parts(test, lambda _: 1, 32, name="test")
+        todo = [part for part in shares if not (draft.path / f".{part.name}.jsonl").exists()]
+        arguments = {"condition": condition, "directory": draft.path, "seed": experiment.seed}
+        for _ in work_off([(Rerecord, arguments)], todo, experiment.synthesize.workers, condition):
+            pass
+        rows = [(draft.path / f".{part.name}.jsonl").read_text() for part in shares]
+        (draft.path / "test.jsonl").write_text("".join(rows))
+        draft.summary["utterances"] = len(test)
+
+    config = {"condition": condition, "utterances": lab.settings.sweep_utterances}
+    made = stage.make(
+        experiment,
+        f"conditions/{condition}",
+        "corpus",
+        config,
+        {"corpus": lab.corpus},
+        work,
+        bulk=("audio/",),
+        force=lab.force,
+    )
+    changes = {"source": str(made.path), "name": f"tokens-{condition}"}
+    settings = experiment.tokenize.model_copy(update=changes)
+    return tokenize.run(experiment.model_copy(update={"tokenize": settings}), lab.force)
+
+
+def _made(lab: Lab, tokens: str) -> Artifact:
+    return artifact.load(Path(lab.experiment.workspace) / tokens, "tokens")
+
+
+if __name__ == "__main__":
+    stage.main(run, __doc__)
