@@ -6,7 +6,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: setup demo test test-slow test-gpu lint format clean mlflow
+.PHONY: setup demo reproduce train-tiny test test-slow test-gpu lint format clean mlflow
 
 setup: $(INSTALLED)
 
@@ -20,6 +20,15 @@ $(INSTALLED): requirements.lock pyproject.toml
 
 demo: setup
 	$(BIN)/python -m jobs.demo
+
+reproduce: setup
+	$(BIN)/python -m jobs.reproduce --config jobs/configs/reproduce.yaml
+
+# Each stage goes on where a stopped one left off; the last one replaces the package's model.
+train-tiny: setup
+	for stage in synthesize pretrain_hubert tokenize train publish; do \
+		$(BIN)/python -m jobs.$$stage --config jobs/configs/train_tiny.yaml || exit 1; \
+	done
 
 test: setup
 	$(BIN)/python -m pytest

@@ -3,9 +3,9 @@
 The cast, in order of appearance:
 
     synthesize       sentences spoken by espeak-ng in many voices
-    pretrain_hubert  the encoder that turns sound into features
+    pretrain_hubert  the encoder that turns sound into features: the package's own
     tokenize         features into discrete units
-    train            the language model over text and units (Ray Train + DeepSpeed)
+    train            the package's language model, tuned a little further (Ray Train + DeepSpeed)
     build_datastore  what the model can look up: once as text alone, once with speech
     tune             how far to trust each datastore, on the dev split
     evaluate         the test split without retrieval and with each datastore
@@ -45,9 +45,9 @@ def run(experiment: Experiment, force: bool = False) -> None:
     multimodal = _with_datastore(experiment, MULTIMODAL, "paired")
     acts: list[tuple[str, Callable[[], Artifact]]] = [
         ("Speak a corpus", lambda: synthesize.run(experiment, force)),
-        ("Pretrain the speech encoder", lambda: pretrain_hubert.run(experiment, force)),
+        ("Take the speech encoder", lambda: pretrain_hubert.run(experiment, force)),
         ("Turn speech into units", lambda: tokenize.run(experiment, force)),
-        ("Train the language model", lambda: train.run(experiment, force)),
+        ("Fine-tune the language model", lambda: train.run(experiment, force)),
         ("Build a datastore of text", lambda: build_datastore.run(text, force)),
         ("Build a multi-modal datastore", lambda: build_datastore.run(multimodal, force)),
         ("Tune retrieval from text", lambda: tune.run(text, force)),
@@ -116,7 +116,7 @@ def _epilogue(experiment: Experiment, taken: list[tuple[str, float]]) -> None:
         f"\nEverything is in {root}; results.md, wer.png and every transcript in "
         f"{root / 'evaluation'}.\n\nNext:\n"
         "  make mlflow                                    # compare the stages' runs\n"
-        f"  .venv/bin/mmrag transcribe {shown} --datastore multimodal\n"
+        f"  .venv/bin/mmrag transcribe {shown} --models {root} --datastore multimodal\n"
         "  .venv/bin/mmrag transcribe YOUR_OWN.wav        # any wav, flac, ogg or mp3\n",
         soft_wrap=True,
     )

@@ -384,7 +384,7 @@ class Reproduce(Section):
     """The paper's experiments, on the dev and test splits of the workspace's corpus."""
 
     docs: Path
-    """Where `results.md`, `results.json` and the plots go."""
+    """Where `results.md`, `results.json` and the plots go; relative to the working directory."""
     utterances: PositiveInt
     """At most so many test utterances a task."""
     sweep_utterances: PositiveInt
@@ -401,8 +401,6 @@ class Reproduce(Section):
     """Entries of a datastore; those beyond the datastore split come from the lm split."""
     strides: tuple[PositiveInt, ...]
     """Tokens from one entry to the next."""
-    windows: tuple[PositiveInt, ...]
-    """Tokens of an entry's value."""
     documents: tuple[PositiveInt, ...]
     """Documents that two-level retrieval keeps before it searches entries."""
     conditions: tuple[Annotated[str, Field(pattern=CONDITION)], ...]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+DIRECTORY = Path(__file__).parent / "models"
 PREFIX = "mmrag:"
 TINY = "mmrag:tiny"
 
@@ -17,9 +18,8 @@ def find(name: Path | str) -> Path:
     text = str(name)
     if not text.startswith(PREFIX):
         return Path(name)
-    here = Path(__file__).parent / "models"
-    directory = here / text.removeprefix(PREFIX)
-    shipped = sorted(each.parent.name for each in here.glob("*/lm"))
-    if directory.parent != here or directory.name not in shipped:
+    directory = DIRECTORY / text.removeprefix(PREFIX)
+    shipped = sorted(each.parent.name for each in DIRECTORY.glob("*/lm"))
+    if directory.parent != DIRECTORY or directory.name not in shipped:
         raise ValueError(f"no model {text!r} in the package, which has {shipped}")
     return directory

@@ -19,7 +19,8 @@ MAY_IMPORT = {
 TOUR = [
     "config", "text", "records", "artifact", "shipped",
     "audio", "hubert", "units", "vocabulary",
-    "corpora.espeak", "corpora.augment", "corpora.flite", "corpora.manifest", "corpora.synthetic", "tokens",
+    "corpora.espeak", "corpora.flite", "corpora.augment", "corpora.manifest", "corpora.synthetic",
+    "tokens",
     "layers", "lm", "pretrained", "loss", "train",
     "datastore", "index", "knn", "boost", "decode", "transcribe",
     "score", "tune", "cli",

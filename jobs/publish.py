@@ -1,0 +1,44 @@
+"""A workspace's models into the package: `mmrag/models/<workspace's model>/`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from cluster.progress import METRICS
+from jobs import stage
+from mmrag import shipped
+from mmrag.config import Experiment
+
+KINDS = {"hubert": "pretrain_hubert", "codebook": "tokenize", "lm": "train"}
+LIMIT_MB = 25
+"""What a repository can carry."""
+
+
+def run(experiment: Experiment, force: bool = False) -> None:
+    """Copy `hubert/`, `codebook/` and `lm/` over the package's tiny model.
+
+    ValueError if they are too large for a package, ArtifactError if they do not belong together.
+    """
+    made = {kind: stage.load(experiment, kind, kind, by) for kind, by in KINDS.items()}
+    made["codebook"].require("hubert", made["hubert"])
+    made["lm"].require("codebook", made["codebook"])
+    files = [file for each in made.values() for file in _files(each.path)]
+    size = sum(file.stat().st_size for file in files) / 1e6
+    if size > LIMIT_MB:
+        raise ValueError(f"{experiment.workspace}: models of {size:.0f} MB; {LIMIT_MB} are allowed")
+    model = shipped.DIRECTORY / shipped.TINY.removeprefix(shipped.PREFIX)
+    for kind, each in made.items():
+        shutil.rmtree(model / kind, ignore_errors=True)
+        (model / kind).mkdir(parents=True)
+        for file in _files(each.path):
+            shutil.copy(file, model / kind)
+    stage.console.print(f"{model}: {size:.1f} MB in {len(files)} files")
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(each for each in directory.iterdir() if each.name != METRICS)
+
+
+if __name__ == "__main__":
+    stage.main(run, __doc__)
