@@ -17,7 +17,8 @@ from cluster.shards import serve_shards
 from cluster.stages import Heard, transcribe_modes
 from cluster.tracking import Run
 from jobs import stage
-from jobs.tune import SETTINGS, heard_by, select
+from jobs.tune import heard_by, select
+from mmrag import tune
 from mmrag.artifact import Artifact, Draft, load, write_json
 from mmrag.config import KNN, Experiment, as_dict
 from mmrag.score import ErrorRate, Recall, character_error_rate, entity_recall, word_error_rate
@@ -130,8 +131,7 @@ def _knn(experiment: Experiment, datastore: Artifact) -> KNN:
     if not path.exists():
         return experiment.knn
     load(path, "tuned").require("datastore", datastore)
-    fields = json.loads((path / SETTINGS).read_text())
-    return KNN(**{name: fields[name] for name in KNN.model_fields})
+    return tune.chosen(path)
 
 
 def _transcribe(

@@ -28,6 +28,7 @@ from mmrag.corpora import flite, manifest
 from mmrag.records import Utterance
 from mmrag.score import entity_recall, word_error_rate
 from mmrag.tokens import Tokenized
+from mmrag.tune import chosen
 
 ROWS, TRANSCRIPTS = "rows.json", "transcripts.jsonl"
 EVERYDAY, ASSISTANT = "everyday", "assistant"
@@ -79,9 +80,7 @@ class Lab:
 
     def tuned(self, name: str, audio: str) -> KNN:
         """Its settings, chosen on the dev split."""
-        made = tune.run(self._about(name, audio), self.force)
-        fields = json.loads((made.path / tune.SETTINGS).read_text())
-        return KNN(**{key: fields[key] for key in KNN.model_fields})
+        return chosen(tune.run(self._about(name, audio), self.force).path)
 
     def transcribe(self, how: Mapping[str, Mode], spoken: Sequence[Tokenized]) -> dict:
         """Every utterance in every mode."""

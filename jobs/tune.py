@@ -17,9 +17,8 @@ from mmrag.config import Experiment, Tune, as_dict
 from mmrag.datastore import Datastore
 from mmrag.score import word_error_rate
 from mmrag.tokens import Tokenized
-from mmrag.tune import Scored, score_grid
+from mmrag.tune import SETTINGS, Scored, score_grid
 
-SETTINGS = "knn.json"
 SPLIT = "dev"
 
 

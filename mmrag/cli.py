@@ -16,12 +16,13 @@ from rich.markup import escape
 from mmrag import artifact, shipped
 from mmrag.artifact import ArtifactError
 from mmrag.audio import AudioError
-from mmrag.config import KNN, Decode
+from mmrag.config import KNN, Decode, as_dict
 from mmrag.datastore import Datastore, DatastoreError
 from mmrag.decode import Retrieval
 from mmrag.index import LocalRetriever, saved_shards
 from mmrag.records import Transcript
 from mmrag.transcribe import Recogniser, transcribe
+from mmrag.tune import chosen
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = Decode(
             beams=options.beams,
             length_penalty=0.6,
-            tokens_per_second=12,
+            tokens_per_second=16,
             batch_seconds=options.max_seconds,
             max_seconds=options.max_seconds,
         )
@@ -106,8 +107,7 @@ def _retrieval(options: argparse.Namespace, datastore: Datastore | None) -> Retr
     if tuned.is_dir():
         made = artifact.load(datastore.directory, "datastore")
         artifact.load(tuned, "tuned").require("datastore", made)
-        fields = json.loads((tuned / "knn.json").read_text())
-        knn |= {name: fields[name] for name in KNN.model_fields}
+        knn = as_dict(chosen(tuned))
     else:
         print(f"mmrag: {datastore.directory} is not tuned (jobs.tune): {knn}", file=sys.stderr)
     if options.weight is not None:

@@ -8,8 +8,10 @@ decoding with each of them; the best few are worth decoding.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,6 +24,8 @@ from mmrag.records import Neighbours, Retriever
 from mmrag.tokens import Tokenized
 from mmrag.vocabulary import Vocabulary
 
+SETTINGS = "knn.json"
+"""The file that holds what was chosen for a datastore."""
 TRUE, OTHER = 0, 1
 
 
@@ -31,6 +35,12 @@ class Scored:
 
     knn: KNN
     loss: float
+
+
+def chosen(directory: Path) -> KNN:
+    """The settings in a directory that `jobs.tune` made."""
+    fields = json.loads((directory / SETTINGS).read_text())
+    return KNN(**{name: fields[name] for name in KNN.model_fields})
 
 
 def score_grid(

@@ -10,7 +10,7 @@ import pytest
 
 from mmrag.config import Experiment, read
 
-TINY = Path(__file__).parents[1] / "jobs" / "configs" / "tiny.yaml"
+RECIPE = Path(__file__).parents[1] / "jobs" / "configs" / "train_tiny.yaml"
 
 MINIATURE = [
     "synthesize.lm=24",
@@ -27,8 +27,7 @@ MINIATURE = [
     "hubert.heads=2",
     "hubert.feed_forward=32",
     "hubert.layer=1",
-    "pretrain.rounds=[{target: mfcc, classes: 8, steps: 2},"
-    " {target: hubert, classes: 8, steps: 2}]",
+    "pretrain.rounds=[{target: mfcc, classes: 8, steps: 2}, {target: phones, steps: 2}]",
     "pretrain.batch_seconds=10",
     "pretrain.sample_seconds=20",
     "tokenize.units=16",
@@ -64,7 +63,7 @@ MINIATURE = [
     "evaluate.retriever=sharded",
     "evaluate.workers={count: 1, num_cpus: 0.8}",
 ]
-"""Overrides of the tiny experiment: every stage runs in seconds and learns next to nothing."""
+"""Overrides of the tiny model's recipe: every stage runs in seconds and learns next to nothing."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -99,7 +98,7 @@ def ray_cluster(environment: None) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def experiment(environment: None) -> Experiment:
     """The miniature experiment, in a workspace below the session's own MMRAG_RUNS."""
-    miniature = read(TINY, MINIATURE)
+    miniature = read(RECIPE, MINIATURE)
     assert miniature.workspace.is_relative_to(os.environ["MMRAG_RUNS"])
     return miniature
 

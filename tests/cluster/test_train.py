@@ -65,7 +65,7 @@ def objective(experiment: Experiment, vocabulary: Vocabulary) -> Objective:
     """The random weights that every worker starts from."""
     torch.manual_seed(experiment.seed)
     lm = LM(experiment.lm, vocabulary.size)
-    return Objective(lm, vocabulary.pieces.size, experiment.train.ctc_weight)
+    return Objective(lm, len(vocabulary.alphabet), experiment.train.ctc_weight)
 
 
 @pytest.mark.ray

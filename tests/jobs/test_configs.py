@@ -40,12 +40,13 @@ def parameters(experiment: Experiment) -> int:
 
 
 def test_there_is_an_experiment_of_each_size():
-    assert [file.stem for file in CONFIGS] == ["330m", "6.8b", "tiny"]
+    names = ["330m", "6.8b", "reproduce", "tiny", "train_tiny"]
+    assert [file.stem for file in CONFIGS] == names
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_experiment_parses_and_has_a_workspace_of_its_own(file):
-    assert config.read(file).workspace.name == file.stem
+    assert config.read(file).workspace.name == file.stem.replace("_", "-")
 
 
 @pytest.mark.parametrize("name", ["330m", "6.8b"])

@@ -7,6 +7,7 @@ from mmrag import artifact
 from mmrag.artifact import ArtifactError
 from mmrag.config import Experiment
 from mmrag.text import normalise
+from mmrag.tune import SETTINGS
 
 pytestmark = pytest.mark.ray
 
@@ -102,9 +103,7 @@ def test_the_plot_is_a_picture(workspace):
 
 def test_the_tuned_settings_are_the_ones_used(results, workspace):
     for row in results["rows"][1:]:
-        tuned = json.loads(
-            (workspace.path / "tuned" / row["datastore"] / tune.SETTINGS).read_text()
-        )
+        tuned = json.loads((workspace.path / "tuned" / row["datastore"] / SETTINGS).read_text())
         assert row["knn"] == {name: tuned[name] for name in row["knn"]}
         grid = workspace.experiment.tune
         assert tuned["k"] in grid.k and tuned["weight"] in grid.weight

@@ -8,11 +8,12 @@ import torch
 
 from mmrag import artifact, cli, datastore, pretrained
 from mmrag.audio import SAMPLE_RATE
-from mmrag.config import Hubert, Index, LanguageModel
+from mmrag.config import KNN, Hubert, Index, LanguageModel, as_dict
 from mmrag.datastore import Datastore, Description, Segment
 from mmrag.hubert import HubertEncoder
 from mmrag.index import IndexShard, shard_directory
 from mmrag.lm import LM
+from mmrag.tune import SETTINGS
 from mmrag.units import Codebook
 from mmrag.vocabulary import EOS, SentencePieces, Vocabulary
 
@@ -79,8 +80,8 @@ def write_tuned(models, name, made_for):
     """Settings that ignore what is found, tuned for the datastore `made_for`."""
     inputs = {"datastore": artifact.load(made_for, "datastore")}
     with artifact.create(models / "tuned" / name, "tuned", {}, inputs) as draft:
-        settings = {"k": 2, "weight": 0.0, "temperature": 3, "gate": None, "finalists": []}
-        (draft.path / "knn.json").write_text(json.dumps(settings))
+        settings = as_dict(KNN(k=2, weight=0.0, temperature=3))
+        (draft.path / SETTINGS).write_text(json.dumps({**settings, "finalists": []}))
 
 
 @pytest.fixture(scope="module")

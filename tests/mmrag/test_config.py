@@ -33,6 +33,7 @@ def values() -> dict[str, Any]:
     schema = Experiment.model_json_schema()
     values = example(schema, schema["$defs"])
     values["tokenize"] |= {"min_seconds": 0.2, "max_seconds": 30.0}
+    values["pretrain"]["rounds"][0]["classes"] = 1
     return values
 
 
@@ -117,7 +118,9 @@ def test_a_wrong_value_is_an_error_that_names_file_and_key(file, override, reaso
         (["lm.width=10", "lm.heads=4"], "lm: .*width 10 is not a multiple of heads 4"),
         (["lm.width=8", "lm.heads=4", "lm.kv_heads=3"], "lm: .*heads 4 .* kv_heads 3"),
         (["train.workers.count=2"], "train: .*micro_batches 1 .* workers.count 2"),
-        (["pretrain.rounds=[{target: hubert, classes: 5, steps: 5}]"], "pretrain: .*mfcc"),
+        (["pretrain.rounds=[{target: hubert, classes: 5, steps: 5}]"], "pretrain: .*first round"),
+        (["pretrain.rounds=[{target: mfcc, steps: 5}]"], "rounds.0: .*mfcc: classes are given"),
+        (["pretrain.rounds=[{target: phones, classes: 5, steps: 5}]"], "rounds.0: .*phones: "),
         (["tokenize.min_seconds=20"], "tokenize: .*max_seconds 30.0 .* min_seconds 20.0"),
     ],
 )

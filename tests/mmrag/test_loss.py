@@ -17,9 +17,12 @@ SHAPE = LanguageModel(width=16, layers=1, heads=2, kv_heads=1, feed_forward=24, 
 
 
 class Pieces:
-    """Eight pieces; their text plays no part."""
+    """Eight pieces, a letter each."""
 
     size = 8
+
+    def decode(self, pieces):
+        return "".join("abcdefgh"[piece] for piece in pieces)
 
 
 VOCABULARY = Vocabulary(Pieces(), units=6)
@@ -31,7 +34,7 @@ DATA = [
     Example([*TEXT[1:6]], None),
     Example([TEXT[4], TEXT[4]], [*UNITS[1:4]]),
     Example([], [*UNITS[:2]]),
-    Example([*TEXT[:4]], [*UNITS[2:5]]),  # more pieces than units: no CTC alignment
+    Example([*TEXT[:4]], [*UNITS[2:5]]),  # more letters than units: no CTC alignment
 ]
 FORMS = ["speech_first", "speech_first", "text", "speech_first", "speech", "speech_first"]
 ROWS = [Chosen(index, form) for index, form in enumerate(FORMS)]
@@ -43,7 +46,7 @@ def batch_of(rows):
 
 def objective_of(ctc_weight=CTC_WEIGHT):
     torch.manual_seed(0)
-    objective = Objective(LM(SHAPE, VOCABULARY.size), Pieces.size, ctc_weight)
+    objective = Objective(LM(SHAPE, VOCABULARY.size), len(VOCABULARY.alphabet), ctc_weight)
     with torch.no_grad():
         for parameter in objective.parameters():
             parameter.add_(torch.randn_like(parameter) / 3)
@@ -98,8 +101,8 @@ def test_padding_never_changes_the_loss():
             ids=torch.cat((batch.ids, torch.full((rows, 4), pad)), 1),
             targets=torch.cat((batch.targets, torch.full((rows, 4), IGNORE)), 1),
             speech=batch.speech,
-            text=torch.cat((batch.text, torch.full((rows, 3), 5)), 1),
-            text_lengths=batch.text_lengths,
+            letters=torch.cat((batch.letters, torch.full((rows, 3), 5)), 1),
+            letter_counts=batch.letter_counts,
         )
         torch.testing.assert_close(objective(padded), sums)
         assert torch.equal(padded.counts(), batch.counts())
@@ -131,8 +134,8 @@ def test_the_ctc_loss_is_torchs_over_the_units_of_each_transcription_by_itself()
             continue
         ids = torch.tensor([VOCABULARY.sequence(form, text, units)])
         states = objective.lm(ids).hidden[0, 2 : 2 + len(units)]
-        target = torch.tensor(text) - VOCABULARY.first_piece + 1
-        lengths = torch.tensor(len(units)), torch.tensor(len(text))
+        target = torch.tensor(VOCABULARY.spelling(text)) + 1
+        lengths = torch.tensor(len(units)), torch.tensor(len(target))
         loss = functional.ctc_loss(
             objective.ctc(states).log_softmax(-1), target, *lengths, reduction="sum"
         )

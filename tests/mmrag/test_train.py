@@ -81,7 +81,7 @@ DATA = corpus()
 
 def objective_of(ctc_weight=0.5, shape=SHAPE):
     torch.manual_seed(0)
-    return Objective(LM(shape, VOCABULARY.size), VOCABULARY.pieces.size, ctc_weight)
+    return Objective(LM(shape, VOCABULARY.size), len(VOCABULARY.alphabet), ctc_weight)
 
 
 def collated(chosen, dropout=0.0, seed=(0,)):
