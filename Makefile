@@ -22,7 +22,7 @@ demo: setup
 	$(BIN)/python -m jobs.demo
 
 reproduce: setup
-	$(BIN)/python -m jobs.reproduce --config jobs/configs/reproduce.yaml
+	$(BIN)/python -m jobs.reproduce
 
 # Each stage goes on where a stopped one left off; the last one replaces the package's model.
 train-tiny: setup

@@ -492,4 +492,4 @@ def _made(lab: Lab, tokens: str) -> Artifact:
 
 
 if __name__ == "__main__":
-    stage.main(run, __doc__)
+    stage.main(run, __doc__, config="reproduce.yaml")

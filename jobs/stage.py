@@ -19,7 +19,7 @@ from mmrag.artifact import Artifact, ArtifactError, Draft
 from mmrag.config import Experiment, read
 from mmrag.datastore import DatastoreError
 
-DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.yaml"
+CONFIGS = Path(__file__).parent / "configs"
 EXPLAINED = (ArtifactError, DatastoreError, ValueError, OSError, ImportError)
 """Errors whose message says what to do; their traceback would only be in the way."""
 WIDTH = 110
@@ -30,11 +30,19 @@ Work = Callable[[Draft, tracking.Run], None]
 """Fills a draft; counts go to `draft.summary`, metrics to the run."""
 
 
-def main(stage: Callable[[Experiment, bool], Any], description: str) -> None:
-    """Run one stage from the command line: `--config FILE [--force] key.sub=value…`."""
+def main(
+    stage: Callable[[Experiment, bool], Any], description: str, config: str = "tiny.yaml"
+) -> None:
+    """Run one stage from the command line: `--config FILE [--force] key.sub=value…`.
+
+    `config` is what FILE is by default, in `jobs/configs/`.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
-        "--config", type=Path, default=DEFAULT_CONFIG, help="experiment YAML (default: %(default)s)"
+        "--config",
+        type=Path,
+        default=CONFIGS / config,
+        help="experiment YAML (default: %(default)s)",
     )
     parser.add_argument("--force", action="store_true", help="make it again though it is finished")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")

@@ -1,0 +1,94 @@
+"""A workspace's models become the package's, and the package's are what a workspace starts from."""
+
+import pytest
+import torch
+
+from jobs import publish, stage, train
+from mmrag import artifact, pretrained, shipped
+from mmrag.artifact import ArtifactError
+from mmrag.config import ConfigError
+from mmrag.transcribe import Recogniser
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def package(monkeypatch, tmp_path):
+    """A package whose models are elsewhere."""
+    monkeypatch.setattr(shipped, "DIRECTORY", tmp_path / "models")
+    return tmp_path / "models" / "tiny"
+
+
+def shipped_models(experiment):
+    """The experiment, starting from the package's models."""
+    return experiment.model_copy(
+        update={
+            "hubert": experiment.hubert.model_copy(update={"weights": shipped.TINY}),
+            "tokenize": experiment.tokenize.model_copy(update={"codebook": shipped.TINY}),
+            "train": experiment.train.model_copy(update={"base": shipped.TINY}),
+        }
+    )
+
+
+def test_what_is_published_is_what_was_made_without_its_log(workspace, package):
+    publish.run(workspace.experiment)
+    ours, theirs = Recogniser.load(workspace.path), Recogniser.load(shipped.find(shipped.TINY))
+    assert ours.identity == theirs.identity
+    for one, other in zip(ours.lm.parameters(), theirs.lm.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert (workspace.path / "lm" / "metrics.jsonl").exists()
+    assert not list(package.rglob("metrics.jsonl"))
+
+
+def test_publishing_again_leaves_nothing_of_what_was_there(workspace, package):
+    for _ in range(2):
+        publish.run(workspace.experiment)
+        found = {path.relative_to(package).as_posix() for path in package.rglob("*.*")}
+        assert "lm/old.bin" not in found and "lm/artifact.json" in found
+        (package / "lm" / "old.bin").touch()
+
+
+def test_models_that_do_not_belong_together_are_refused(borrow, package):
+    experiment = borrow("hubert", "codebook", "lm")
+    file = experiment.workspace / "hubert" / "artifact.json"
+    true = artifact.load(file.parent, "hubert").fingerprint
+    file.write_text(file.read_text().replace(true, "0123456789abcdef"))
+    with pytest.raises(ArtifactError, match=f"{true}.*0123456789abcdef|0123456789abcdef.*{true}"):
+        publish.run(experiment)
+    assert not package.exists()
+
+
+def test_models_too_large_for_a_package_are_refused(borrow, package):
+    experiment = borrow("hubert", "codebook", "lm")
+    with (experiment.workspace / "lm" / "much").open("wb") as much:
+        much.truncate(26_000_000)
+    with pytest.raises(ValueError, match="25 are allowed"):
+        publish.run(experiment)
+    assert not package.exists()
+
+
+def test_a_workspace_takes_the_packages_models_where_it_has_none(workspace, package, tmp_path):
+    publish.run(workspace.experiment)
+    own = shipped_models(workspace.experiment).model_copy(update={"workspace": tmp_path / "own"})
+    for kind, by in publish.KINDS.items():
+        taken = stage.load(own, kind, kind, by)
+        assert taken.path == tmp_path / "own" / kind
+        assert taken.fingerprint == artifact.load(workspace.path / kind, kind).fingerprint
+    assert Recogniser.load(tmp_path / "own").identity == Recogniser.load(package).identity
+
+
+def test_training_starts_from_the_packages_weights(workspace, package):
+    publish.run(workspace.experiment)
+    lm, _ = pretrained.load(package / "lm")
+    assert pretrained.base_config(shipped.TINY) == lm.config
+    tensors = dict(pretrained.base_tensors(shipped.TINY))
+    for name, parameter in lm.named_parameters():
+        assert torch.equal(tensors[name], parameter), name
+
+
+def test_a_base_of_another_shape_is_refused_naming_what_it_takes(borrow, workspace, package):
+    publish.run(workspace.experiment)
+    experiment = shipped_models(borrow("hubert", "codebook", "tokens"))
+    wide = experiment.lm.model_copy(update={"width": 64})
+    with pytest.raises(ConfigError, match=r"lm\.width=32"):
+        train.run(experiment.model_copy(update={"lm": wide}))

@@ -1,0 +1,125 @@
+"""The paper's experiments at miniature size: every task, every row, from what the demo made."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from jobs import reproduce, stage
+from mmrag.config import ConfigError, Experiment, Reproduce, Workers
+from mmrag.corpora import flite
+from mmrag.score import word_error_rate
+
+pytestmark = pytest.mark.ray
+
+KEYS = {
+    *("task", "mode", "datastore", "phrases", "entries", "setting", "utterances"),
+    *("wer", "wer_low", "wer_high", "entity_recall", "recall_at_k"),
+    *("seconds_of_audio", "decode_seconds"),
+}
+CONDITIONS = ("noise-10", "telephone", *(("flite-slt",) if flite.installed() else ()))
+SETTINGS = {
+    "utterances": 4,
+    "sweep_utterances": 2,
+    "phrases": (2, 4),
+    "carriers": ("{phrase}", "call {phrase}"),
+    "boost": (1.0, 2.0),
+    "shares": (0, 1),
+    "sizes": (10, 40, 10**9),
+    "strides": (1, 4),
+    "documents": (1, 3),
+    "conditions": CONDITIONS,
+}
+
+
+def mine(experiment: Experiment, docs: Path) -> Experiment:
+    """The experiment with a small section `reproduce`, and a grid of one setting."""
+    two = Workers(count=2, num_cpus=0.8)
+    return experiment.model_copy(
+        update={
+            "reproduce": Reproduce(docs=docs, **SETTINGS),
+            "evaluate": experiment.evaluate.model_copy(update={"workers": two}),
+            "tune": experiment.tune.model_copy(update={"k": (4,), "weight": (0.5,)}),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def reproduced(workspace, tmp_path_factory) -> tuple[Experiment, list[dict], list[dict]]:
+    """(the experiment, rows of results.json, transcripts behind them)."""
+    home = tmp_path_factory.mktemp("reproduce")
+    for name in ("corpus", "hubert", "codebook", "tokens", "lm"):
+        shutil.copytree(workspace.path / name, home / "w" / name)
+    experiment = mine(workspace.experiment, home / "docs")
+    experiment = experiment.model_copy(update={"workspace": home / "w"})
+    reproduce.run(experiment)
+    rows = json.loads((home / "docs" / "results.json").read_text())
+    heard = [
+        json.loads(line)
+        for file in sorted((home / "w" / "results").glob("*/transcripts.jsonl"))
+        for line in file.open()
+    ]
+    return experiment, rows, heard
+
+
+def test_there_are_rows_of_every_task_with_the_agreed_keys(reproduced):
+    _, rows, _ = reproduced
+    assert list(dict.fromkeys(row["task"] for row in rows)) == list(reproduce.TASKS)
+    assert all(row.keys() == KEYS for row in rows)
+
+
+def test_what_identifies_a_row_is_there_once(reproduced):
+    _, rows, _ = reproduced
+    about = ("task", "mode", "datastore", "phrases", "entries", "setting")
+    identities = [tuple(row[key] for key in about) for row in rows]
+    assert len(set(identities)) == len(identities)
+    domain = {(r["mode"], r["datastore"]) for r in rows if r["task"] == "domain"}
+    assert domain == {("none", None), ("knn", "text"), ("knn", "multimodal"), ("knn", "spoken")}
+    lists = {(r["mode"], r["phrases"]) for r in rows if r["task"] == "dynamic_context"}
+    assert lists == {("none", None)} | {(m, n) for m in ("knn", "boost", "prompt") for n in (2, 4)}
+    other = {row["setting"] for row in rows if row["task"] == "robustness"}
+    assert other == set(CONDITIONS)
+
+
+def test_error_rates_are_those_of_the_transcripts(reproduced):
+    _, rows, heard = reproduced
+    by_point: dict[tuple, list[dict]] = {}
+    for one in heard:
+        by_point.setdefault((one["task"], one["point"]), []).append(one)
+    rates = {
+        (task, word_error_rate([o["reference"] for o in own], [o["text"] for o in own], 1).rate)
+        for (task, _), own in by_point.items()
+    }
+    assert len(by_point) == len(rows)
+    for row in rows:
+        assert (row["task"], row["wer"]) in rates
+        assert row["wer_low"] <= row["wer"] <= row["wer_high"]
+
+
+def test_a_size_that_the_corpus_does_not_have_is_left_out(reproduced):
+    _, rows, _ = reproduced
+    assert [row["entries"] for row in rows if row["task"] == "size"] == [10, 40]
+
+
+def test_the_page_holds_each_tasks_table_and_every_plot_it_shows(reproduced):
+    experiment, rows, _ = reproduced
+    docs = experiment.reproduce.docs
+    page = (docs / "results.md").read_text()
+    shown = [line.split("(")[1].rstrip(")") for line in page.splitlines() if line[:2] == "!["]
+    assert shown and all((docs / name).read_bytes()[:4] == b"\x89PNG" for name in shown)
+    assert page.count("\n## ") == 1 + len({row["task"] for row in rows})
+
+
+def test_a_finished_task_is_not_done_again(reproduced):
+    experiment, rows, _ = reproduced
+    with stage.console.capture() as captured:
+        reproduce.run(experiment)
+    for task in reproduce.TASKS:
+        assert f"results/{task}: nothing to do" in captured.get()
+    assert json.loads((experiment.reproduce.docs / "results.json").read_text()) == rows
+
+
+def test_an_experiment_without_the_section_is_refused(experiment):
+    with pytest.raises(ConfigError, match="no section `reproduce`"):
+        reproduce.run(experiment)
