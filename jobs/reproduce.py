@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,13 +18,21 @@ import numpy as np
 
 from cluster import modes
 from cluster.modes import Mode, Plain, Retrieving, RetrievingDocuments, RetrievingSome
-from cluster.stages import Embed, Heard, Rerecord, parts, transcribe_modes, work_off
+from cluster.stages import (
+    Embed,
+    Heard,
+    RenderSpeech,
+    Rerecord,
+    parts,
+    transcribe_modes,
+    work_off,
+)
 from cluster.tracking import Run
 from jobs import build_datastore, report, stage, synthesize, tokenize, tune
 from mmrag import artifact
 from mmrag.artifact import Artifact, Draft, write_json
 from mmrag.config import KNN, ConfigError, Experiment, as_dict
-from mmrag.corpora import flite, manifest
+from mmrag.corpora import flite, manifest, spanish
 from mmrag.records import Utterance
 from mmrag.score import entity_recall, word_error_rate
 from mmrag.tokens import Tokenized
@@ -32,6 +40,8 @@ from mmrag.tune import chosen
 
 ROWS, TRANSCRIPTS = "rows.json", "transcripts.jsonl"
 EVERYDAY, ASSISTANT = "everyday", "assistant"
+SPANISH = "spanish"
+PART_UTTERANCES = 32
 PHRASES_K = 16
 """Neighbours asked for among an utterance's phrases while their weight is chosen."""
 
@@ -76,11 +86,11 @@ class Lab:
 
     def datastore(self, name: str, audio: str, **changes: Any) -> Artifact:
         """A datastore of the workspace, built if need be."""
-        return build_datastore.run(self._about(name, audio, **changes), self.force)
+        return build_datastore.run(self.about(name, audio, **changes), self.force)
 
     def tuned(self, name: str, audio: str) -> KNN:
         """Its settings, chosen on the dev split."""
-        return chosen(tune.run(self._about(name, audio), self.force).path)
+        return chosen(tune.run(self.about(name, audio), self.force).path)
 
     def transcribe(self, how: Mapping[str, Mode], spoken: Sequence[Tokenized]) -> dict:
         """Every utterance in every mode."""
@@ -105,7 +115,8 @@ class Lab:
     def spoken_text(self) -> tuple[Artifact, KNN]:
         return self.datastore("spoken", "spoken"), self.tuned("spoken", "spoken")
 
-    def _about(self, name: str, audio: str, **changes: Any) -> Experiment:
+    def about(self, name: str, audio: str, **changes: Any) -> Experiment:
+        """The experiment of one datastore."""
         changes = {"name": name, "audio": audio, **changes}
         datastore = self.experiment.datastore.model_copy(update=changes)
         return self.experiment.model_copy(update={"datastore": datastore})
@@ -221,18 +232,20 @@ def key_encoder(lab: Lab) -> tuple[str, int, list[Point]]:
 
 
 def robustness(lab: Lab) -> tuple[str, int, list[Point]]:
-    """Noise, a telephone, another synthesizer: without retrieval and with it."""
-    store, knn = lab.multimodal
+    """Noise, a telephone, another synthesizer, and Spanish with a datastore in Spanish."""
     points = []
     for condition in lab.settings.conditions:
         if condition.startswith("flite") and not flite.installed():
             stage.console.print(f"  {condition}: left out, flite is not installed")
             continue
-        made = _rerecorded(lab, condition)
-        plain = Point("none", Plain(), setting=condition, tokens=made.path.name)
+        if condition == SPANISH:
+            made, store, knn = _spanish(lab)
+        else:
+            made, (store, knn) = _rerecorded(lab, condition), lab.multimodal
+        at = {"setting": condition, "tokens": made.path.name}
         points += [
-            plain,
-            replace(_knn(store, knn, "multimodal"), setting=condition, tokens=made.path.name),
+            Point("none", Plain(), **at),
+            replace(_knn(store, knn, "multimodal"), **at),
         ]
     return ASSISTANT, lab.settings.sweep_utterances, points
 
@@ -454,35 +467,57 @@ def _ranked_documents(lab: Lab, test: Sequence[Tokenized], encoder: str) -> dict
 
 def _rerecorded(lab: Lab, condition: str) -> Artifact:
     """The test split under a condition, tokenized."""
+    test = [
+        one
+        for one in manifest.read(lab.corpus.path / "test.jsonl")
+        if isinstance(one, Utterance) and one.domain == ASSISTANT
+    ][: lab.settings.sweep_utterances]
+    seed = lab.experiment.seed
+    recording = partial(Rerecord, condition=condition, seed=seed)
+    config = {"condition": condition, "utterances": len(test), "seed": seed}
+    return _tokenized(lab, condition, config, {"test": test}, recording)
+
+
+def _spanish(lab: Lab) -> tuple[Artifact, Artifact, KNN]:
+    """Spanish speech, tokenized; a datastore of it, and its settings."""
+    size, mentions = lab.settings.sweep_utterances, lab.experiment.synthesize.mentions
+    planned = spanish.plan(size, size, mentions, lab.experiment.seed)
+    config = {"language": SPANISH, "utterances": size, "mentions": mentions}
+    config["seed"] = lab.experiment.seed
+    made = _tokenized(lab, SPANISH, config, planned, RenderSpeech)
+    settings = lab.experiment.tokenize.model_copy(update={"name": made.path.name})
+    about = lab.about(SPANISH, "paired").model_copy(update={"tokenize": settings})
+    store = build_datastore.run(about, lab.force)
+    return made, store, chosen(tune.run(about, lab.force).path)
+
+
+def _tokenized(
+    lab: Lab,
+    name: str,
+    config: Mapping[str, Any],
+    splits: Mapping[str, Sequence[Any]],
+    recording: Callable[..., Any],
+) -> Artifact:
+    """Recordings of `splits` and their units; `recording`, given the `directory`, is the stage."""
     experiment = lab.experiment
 
     def work(draft: Draft, tracked: Run) -> None:
-        test = [
-            one
-            for one in manifest.read(lab.corpus.path / "test.jsonl")
-            if isinstance(one, Utterance) and one.domain == ASSISTANT
-        ][: lab.settings.sweep_utterances]
-        shares = parts(test, lambda _: 1, 32, name="test")
-        todo = [part for part in shares if not (draft.path / f".{part.name}.jsonl").exists()]
-        arguments = {"condition": condition, "directory": draft.path, "seed": experiment.seed}
-        for _ in work_off([(Rerecord, arguments)], todo, experiment.synthesize.workers, condition):
-            pass
-        rows = [(draft.path / f".{part.name}.jsonl").read_text() for part in shares]
-        (draft.path / "test.jsonl").write_text("".join(rows))
-        draft.summary["utterances"] = len(test)
+        record = (recording, {"directory": draft.path})
+        for split, planned in splits.items():
+            shares = parts(planned, lambda _: 1, PART_UTTERANCES, name=split)
+            rows = [draft.path / f".{part.name}.jsonl" for part in shares]
+            todo = [part for part, row in zip(shares, rows, strict=True) if not row.exists()]
+            for _ in work_off([record], todo, experiment.synthesize.workers, f"{name} {split}"):
+                pass
+            (draft.path / f"{split}.jsonl").write_text("".join(row.read_text() for row in rows))
+            draft.summary[f"{split}_utterances"] = len(planned)
 
-    config = {"condition": condition, "utterances": lab.settings.sweep_utterances}
+    directory, inputs = f"conditions/{name}", {"corpus": lab.corpus}
     made = stage.make(
-        experiment,
-        f"conditions/{condition}",
-        "corpus",
-        config,
-        {"corpus": lab.corpus},
-        work,
-        bulk=("audio/",),
-        force=lab.force,
+        experiment, directory, "corpus", config, inputs, work, bulk=("audio/",), force=lab.force
     )
-    changes = {"source": str(made.path), "name": f"tokens-{condition}"}
+    codebook = str(experiment.workspace / "codebook")
+    changes = {"source": str(made.path), "name": f"tokens-{name}", "codebook": codebook}
     settings = experiment.tokenize.model_copy(update=changes)
     return tokenize.run(experiment.model_copy(update={"tokenize": settings}), lab.force)
 

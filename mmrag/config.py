@@ -27,7 +27,7 @@ from yaml import YAMLError
 
 Fraction = Field(ge=0.0, le=1.0)
 SLUG = r"^[a-z0-9][a-z0-9_-]{0,62}$"
-CONDITION = r"^(noise-[0-9]+|telephone|flite-[a-z]+)$"
+CONDITION = r"^(noise-[0-9]+|telephone|flite-[a-z]+|spanish)$"
 Format = Literal["text", "speech", "speech_first", "text_first"]
 
 
@@ -404,7 +404,8 @@ class Reproduce(Section):
     documents: tuple[PositiveInt, ...]
     """Documents that two-level retrieval keeps before it searches entries."""
     conditions: tuple[Annotated[str, Field(pattern=CONDITION)], ...]
-    """Recordings made worse, or by another voice: `noise-DB`, `telephone`, `flite-VOICE`."""
+    """Recordings made worse, by another synthesizer, or in another language: `noise-DB`,
+    `telephone`, `flite-VOICE`, `spanish`."""
 
 
 class Experiment(Section):

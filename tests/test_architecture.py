@@ -20,6 +20,7 @@ TOUR = [
     "config", "text", "records", "artifact", "shipped",
     "audio", "hubert", "units", "vocabulary",
     "corpora.espeak", "corpora.flite", "corpora.augment", "corpora.manifest", "corpora.synthetic",
+    "corpora.spanish",
     "tokens",
     "layers", "lm", "pretrained", "loss", "train",
     "datastore", "index", "knn", "boost", "decode", "transcribe",

@@ -252,7 +252,7 @@ def _roster(split: str, sentences: int, names: Names, draw: Random) -> dict[str,
     for kind, share in KINDS.items():
         count = max(1, round(share * sentences / SENTENCES_PER_ENTITY[split]))
         roster[kind] = tuple(
-            _new(split, "entities", taken, lambda kind=kind: _entity(kind, group, names, draw), str)
+            new(split, "entities", taken, lambda kind=kind: _entity(kind, group, names, draw), str)
             for _ in range(count)
         )
     return roster
@@ -266,15 +266,15 @@ def _entity(kind: str, group: str, names: Names, draw: Random) -> str:
         "partner": (draw.choice(family),),
         "town": (draw.choice(town),),
     }
-    return _expand(f"{{{kind}_name}}", {**GRAMMAR, **words}, draw)
+    return expand(f"{{{kind}_name}}", {**GRAMMAR, **words}, draw)
 
 
 def _everyday(split: str, taken: set[str], draw: Random) -> Sentence:
     def make() -> Sentence | None:
-        text = _expand("{everyday}", GRAMMAR, draw)
+        text = expand("{everyday}", GRAMMAR, draw)
         return Sentence(text, "everyday") if len(text.split()) in EVERYDAY_WORDS else None
 
-    return _new(split, "everyday sentences", taken, make, lambda sentence: sentence.text)
+    return new(split, "everyday sentences", taken, make, lambda sentence: sentence.text)
 
 
 def _assistant(
@@ -289,19 +289,19 @@ def _assistant(
         template, kinds = draw.choice(templates)
         entities = tuple(draw.choice(roster[kind]) for kind in kinds)
         slots = {kind: (entity,) for kind, entity in zip(kinds, entities, strict=True)}
-        return Sentence(_expand(template, {**GRAMMAR, **slots}, draw), "assistant", entities, kinds)
+        return Sentence(expand(template, {**GRAMMAR, **slots}, draw), "assistant", entities, kinds)
 
-    return _new(split, "assistant sentences", taken, make, lambda sentence: sentence.text)
+    return new(split, "assistant sentences", taken, make, lambda sentence: sentence.text)
 
 
-def _expand(template: str, grammar: Mapping[str, Sequence[str]], draw: Random) -> str:
+def expand(template: str, grammar: Mapping[str, Sequence[str]], draw: Random) -> str:
     """Replace every {symbol} by one of its phrases until none is left."""
     while "{" in template:
         template = re.sub(r"\{(\w+)\}", lambda found: draw.choice(grammar[found[1]]), template)
     return " ".join(template.split())
 
 
-def _new(
+def new(
     split: str,
     what: str,
     taken: set[str],
@@ -351,16 +351,16 @@ def varied(voice: Voice, draw: Random) -> Voice:
     )
 
 
-def _grammar(**symbols: str) -> dict[str, tuple[str, ...]]:
+def rules(**symbols: str) -> dict[str, tuple[str, ...]]:
     """Each symbol's phrases, written `one | another`; a {symbol} inside stands for its phrases."""
     return {
-        symbol: tuple(" ".join(phrase.split()) for phrase in phrases.split("|"))
-        for symbol, phrases in symbols.items()
+        symbol: tuple(" ".join(phrase.split()) for phrase in choices.split("|"))
+        for symbol, choices in symbols.items()
     }
 
 
 # What follows an `a` starts with a consonant, and verbs agree with every subject of their slot.
-GRAMMAR = _grammar(
+GRAMMAR = rules(
     everyday="""
     {someone} {ate} {food} {past} | {someone} {moved} {thing} {where} | {someone} {went} {past}
     | {someone} {changed} {thing} {past} | {someone} {went} with {companion} | {someone} {felt}

@@ -18,7 +18,7 @@ KEYS = {
     *("wer", "wer_low", "wer_high", "entity_recall", "recall_at_k"),
     *("seconds_of_audio", "decode_seconds"),
 }
-CONDITIONS = ("noise-10", "telephone", *(("flite-slt",) if flite.installed() else ()))
+CONDITIONS = ("noise-10", "spanish", *(("flite-slt",) if flite.installed() else ()))
 SETTINGS = {
     "utterances": 4,
     "sweep_utterances": 2,
