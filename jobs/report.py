@@ -41,6 +41,7 @@ HEADER = (
     "entity recall",
     "recall@k",
     "× real time",
+    "keys, MB",
 )
 
 
@@ -57,7 +58,8 @@ def write(
         "Made by `python -m jobs.reproduce`; the same figures are in",
         "[results.json](results.json). Voices and entities of the test split are in no training",
         "data, and whatever is tuned is tuned on the dev split. Intervals are 95 % bootstraps",
-        "over utterances. Time is one process's share of two CPU cores, decoding alone.",
+        "over utterances. Time is decoding alone, on one core; keys are what a flat index holds",
+        "in memory.",
         "",
         "## What was aimed at",
         "",
@@ -119,6 +121,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         share(row["entity_recall"]),
         share(row["recall_at_k"]),
         f"{row['decode_seconds'] / row['seconds_of_audio']:.3f}",
+        "–" if row["keys_mb"] is None else f"{row['keys_mb']:.1f}",
     )
 
 

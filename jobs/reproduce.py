@@ -132,7 +132,11 @@ def everyday(lab: Lab) -> tuple[str, int, list[Point]]:
 
 
 def domain(lab: Lab) -> tuple[str, int, list[Point]]:
-    """Requests about people, places and companies, with a datastore about them."""
+    """Requests about people, places and companies whose names training never met.
+
+    The datastore has other sentences about them, in other voices: as text, with its recordings,
+    or spoken from the text by synthetic voices.
+    """
     points = [Point("none", Plain())]
     for name, (store, knn) in {
         "text": lab.text,
@@ -144,7 +148,8 @@ def domain(lab: Lab) -> tuple[str, int, list[Point]]:
 
 
 def paired_share(lab: Lab) -> tuple[str, int, list[Point]]:
-    """The same datastore where only some of its entries have audio."""
+    """The same datastore where only some of its utterances have audio; the others are keyed over
+    text alone."""
     points = []
     for share in lab.settings.shares:
         name = f"paired-{round(100 * share)}"
@@ -155,7 +160,12 @@ def paired_share(lab: Lab) -> tuple[str, int, list[Point]]:
 
 
 def dynamic_context(lab: Lab) -> tuple[str, int, list[Point]]:
-    """A list of phrases with each utterance, its entities among them."""
+    """A list of phrases with each utterance, its entities among them.
+
+    For kNN-LM the phrases are spoken by synthetic voices in a few carrier sentences and keyed by
+    what the model hears. Boosting favours them while decoding; prompting writes them before the
+    speech, to a model that was never trained with a list.
+    """
     limit = lab.settings.utterances
     test = lab.spoken("test", ASSISTANT, limit)
     dev = lab.spoken("dev", ASSISTANT, limit)
@@ -203,7 +213,7 @@ def size(lab: Lab) -> tuple[str, int, list[Point]]:
 
 
 def window(lab: Lab) -> tuple[str, int, list[Point]]:
-    """Entries further apart, and documents chosen before entries."""
+    """Of each utterance every n-th token as an entry: neighbouring windows overlap less."""
     store, knn = lab.multimodal
     total = store.summary["entries"]
     width = lab.experiment.datastore.window
@@ -216,7 +226,11 @@ def window(lab: Lab) -> tuple[str, int, list[Point]]:
 
 
 def key_encoder(lab: Lab) -> tuple[str, int, list[Point]]:
-    """Two-level retrieval: documents by one vector each, then entries by the model's own state."""
+    """Two levels: documents by one vector each, then their entries by the model's own state.
+
+    The first level's vectors are means over the clip, of the language model's states or of HuBERT
+    features, which know no text.
+    """
     store, knn = lab.multimodal
     limit = lab.settings.sweep_utterances
     test = lab.spoken("test", ASSISTANT, limit)
@@ -271,7 +285,7 @@ def run(experiment: Experiment, force: bool = False) -> None:
     lab = Lab(experiment, force)
     done = []
     for number, (name, task) in enumerate(TASKS.items(), start=1):
-        stage.console.print(f"\n[bold]{number}/{len(TASKS)}  {name}[/bold]: {task.__doc__}")
+        stage.console.print(f"\n[bold]{number}/{len(TASKS)}  {name}[/bold]: {_title(task)}")
         done.append(_measure(lab, name, task))
     rows = [row for made in done for row in json.loads((made.path / ROWS).read_text())]
     heard = {
@@ -279,12 +293,16 @@ def run(experiment: Experiment, force: bool = False) -> None:
         for made in done
         for line in map(json.loads, (made.path / TRANSCRIPTS).open())
     }
-    notes = {name: task.__doc__ for name, task in TASKS.items()}
+    notes = {name: " ".join(task.__doc__.split()) for name, task in TASKS.items()}
     report.write(experiment, rows, heard, notes)
     report.show(rows)
     stage.console.print(
         f"\nwritten to {experiment.reproduce.docs}: results.md, results.json, plots"
     )
+
+
+def _title(task: Task) -> str:
+    return task.__doc__.partition("\n\n")[0]
 
 
 def _measure(lab: Lab, name: str, task: Task) -> Artifact:
@@ -343,6 +361,7 @@ def _row(lab: Lab, task: str, point: Point, heard: Sequence[Heard]) -> dict[str,
         "recall_at_k": sum(one.recalled for one in heard) / queries if queries else None,
         "seconds_of_audio": sum(one.seconds for one in heard),
         "decode_seconds": sum(one.decode_seconds for one in heard),
+        "keys_mb": point.entries and point.entries * lab.experiment.lm.width * 4 / 1e6,
     }
 
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.ray
 KEYS = {
     *("task", "mode", "datastore", "phrases", "entries", "setting", "utterances"),
     *("wer", "wer_low", "wer_high", "entity_recall", "recall_at_k"),
-    *("seconds_of_audio", "decode_seconds"),
+    *("seconds_of_audio", "decode_seconds", "keys_mb"),
 }
 CONDITIONS = ("noise-10", "spanish", *(("flite-slt",) if flite.installed() else ()))
 SETTINGS = {

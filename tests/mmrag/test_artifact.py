@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -264,3 +265,98 @@ def test_a_users_own_input_is_known_by_its_contents(tmp_path):
     assert len({*before, *after}) == 4
     with pytest.raises(ArtifactError, match=r"no such file or directory: .*missing"):
         artifact.outside(tmp_path / "missing")
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {
+        file.relative_to(path).as_posix(): file.read_bytes()
+        for file in path.rglob("*")
+        if file.is_file()
+    }
+
+
+def test_an_adopted_artifact_is_the_original_in_another_place(tmp_path):
+    source = make(tmp_path / "source")
+    original = make(tmp_path / "original", inputs={"source": source})
+    adopted = artifact.adopt(original.path, tmp_path / "deep" / "own", "thing")
+    assert adopted.path == tmp_path / "deep" / "own"
+    assert replace(adopted, path=original.path) == original
+    assert adopted == artifact.load(adopted.path, "thing")
+    assert files(adopted.path) == files(original.path)
+    assert artifact.finished(adopted.path, "thing", CONFIG, {"source": source}) == adopted
+    assert artifact.load(original.path, "thing") == original, "and it stays where it was"
+
+
+def test_adopting_again_copies_nothing(tmp_path):
+    original = make(tmp_path / "original")
+    adopted = artifact.adopt(original.path, tmp_path / "own", "thing")
+    (adopted.path / "note.txt").write_text("mine")
+    assert artifact.adopt(original.path, tmp_path / "own", "thing") == adopted
+    assert (adopted.path / "note.txt").read_text() == "mine"
+    assert artifact.adopt(original.path, original.path, "thing") == original
+
+
+def test_another_artifact_in_the_place_is_kept_and_both_are_named(tmp_path):
+    original, other = make(tmp_path / "original"), make(tmp_path / "own", "else")
+    with pytest.raises(ArtifactError) as raised:
+        artifact.adopt(original.path, tmp_path / "own", "thing")
+    for name in (original.fingerprint, other.fingerprint, str(original.path), str(other.path)):
+        assert name in str(raised.value)
+    assert artifact.load(tmp_path / "own", "thing") == other
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_what_is_no_artifact_is_not_replaced_by_an_adopted_one(tmp_path, kind):
+    original, own = make(tmp_path / "original"), tmp_path / "own"
+    if kind == "file":
+        own.write_text("mine")
+    else:
+        own.mkdir()
+        (own / "mine.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match=f"{own} is not a finished thing"):
+        artifact.adopt(original.path, own, "thing")
+    assert own.read_text() == "mine" if kind == "file" else (own / "mine.txt").exists()
+
+
+def test_only_a_finished_artifact_of_the_kind_is_adopted(tmp_path):
+    original = make(tmp_path / "original")
+    with pytest.raises(ArtifactError, match="is a thing, not a other"):
+        artifact.adopt(original.path, tmp_path / "own", "other")
+    with pytest.raises(ArtifactError, match="missing is not a finished thing"):
+        artifact.adopt(tmp_path / "missing", tmp_path / "own", "thing")
+    assert not (tmp_path / "own").exists()
+
+
+def test_adopting_that_was_killed_leaves_nothing_and_is_done_again(tmp_path, monkeypatch):
+    original = make(tmp_path / "original")
+
+    def half(source, target):
+        Path(target).mkdir()
+        (Path(target) / "artifact.json").write_text("{")
+        (Path(target) / "half.txt").write_text("half")
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", half)
+        with pytest.raises(Killed):
+            artifact.adopt(original.path, tmp_path / "own", "thing")
+    assert not (tmp_path / "own").exists()
+    adopted = artifact.adopt(original.path, tmp_path / "own", "thing")
+    assert files(adopted.path) == files(original.path)
+
+
+def test_an_artifact_set_aside_by_a_killed_writer_is_found_before_one_is_adopted(tmp_path):
+    original, other = make(tmp_path / "original"), make(tmp_path / "own", "else")
+    other.path.rename(tmp_path / ".own.old")
+    with pytest.raises(ArtifactError, match=other.fingerprint):
+        artifact.adopt(original.path, tmp_path / "own", "thing")
+    assert artifact.load(tmp_path / "own", "thing") == other
+
+
+def test_nothing_is_adopted_where_another_process_is_writing(tmp_path):
+    original = make(tmp_path / "original")
+    with (
+        artifact.create(tmp_path / "own", "thing", CONFIG, {}),
+        pytest.raises(ArtifactError, match=r"another process is writing .*own"),
+    ):
+        artifact.adopt(original.path, tmp_path / "own", "thing")

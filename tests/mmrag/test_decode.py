@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmrag.boost import Boost
 from mmrag.config import KNN, Decode, LanguageModel
 from mmrag.decode import Choice, Hypothesis, Retrieval, choose, decode, read_states, retrieve
 from mmrag.lm import LM
@@ -104,9 +105,9 @@ class Silent:
         return Neighbours.none(len(queries), k, missing_shards=3)
 
 
-def next_logp(lm, vocabulary, units, prefix):
+def next_logp(lm, vocabulary, units, prefix, context=()):
     """The next token's log-probabilities (V,) after a whole prefix, without a cache."""
-    ids = [*vocabulary.prompt(units), *prefix]
+    ids = [*vocabulary.prompt(units, context), *prefix]
     logits = lm(torch.tensor([ids])).logits[-1]
     allowed = torch.zeros(vocabulary.size, dtype=torch.bool)
     allowed[[EOS, *range(vocabulary.first_piece, vocabulary.first_unit)]] = True
@@ -413,3 +414,229 @@ def test_reading_whole_transcripts_gives_the_state_before_each_of_their_tokens(p
     without = read_states(lm, VOCABULARY, texts, speech, logits=False)
     assert without[3].shape == (0, VOCABULARY.size)
     assert torch.equal(without[0], keys)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_clip_with_a_retrieval_of_its_own_is_decoded_as_if_alone(beams):
+    lm, speech, limits = random_lm(), clips(6), [3, 11, 6, 9, 1, 8]
+    shared = Retrieval(Store(seed=1), knn(k=3, weight=0.8))
+    own = [
+        shared,
+        Retrieval(Store(seed=2), knn(k=7, weight=0.6, temperature=3.0)),
+        None,
+        shared,
+        Retrieval(Store(seed=3), knn(k=1, weight=0.9, gate=20.0)),
+        Retrieval(Store(seed=4), knn(weight=0.0)),
+    ]
+    for documents in (None, [3, -1, 0, 2, 1, 0]):
+        together = decode(lm, VOCABULARY, speech, limits, options(beams), own, documents)
+        for index, heard in enumerate(together):
+            excluded = documents and [documents[index]]
+            alone = decode(
+                lm,
+                VOCABULARY,
+                [speech[index]],
+                [limits[index]],
+                options(beams),
+                own[index],
+                excluded,
+            )
+            agree(heard, alone[0])
+        plain = decode(lm, VOCABULARY, speech, limits, options(beams))
+        agree(together[2], plain[2])
+        agree(together[5], plain[5])
+        used = [{choice.entry for choice in heard.choices} - {NO_ENTRY} for heard in together]
+        assert used[1] and used[3], "otherwise this shows nothing"
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_one_retrieval_named_for_every_clip_is_one_retrieval(beams):
+    lm, speech, limits, documents = random_lm(), clips(4), [5, 9, 2, 7], [1, 0, -1, 2]
+    one = Retrieval(Store(), knn(k=4, weight=0.8))
+    shared = decode(lm, VOCABULARY, speech, limits, options(beams), one, documents)
+    named = decode(lm, VOCABULARY, speech, limits, options(beams), [one] * 4, documents)
+    assert named == shared
+    nobody = decode(lm, VOCABULARY, speech, limits, options(beams), [None] * 4, documents)
+    assert nobody == decode(lm, VOCABULARY, speech, limits, options(beams))
+
+
+def test_rows_that_share_a_retrieval_are_searched_together():
+    lm_logp, keys = torch.randn(5, VOCABULARY.size).log_softmax(-1), torch.randn(5, 16)
+    one, other = Store(seed=1), Store(seed=2)
+    first, second = Retrieval(one, knn(k=3)), Retrieval(other, knn(k=5))
+    own, documents = [first, None, second, first, second], [0, 1, 2, 3, -1]
+    logp, found = retrieve(lm_logp, keys, own, documents)
+    assert (one.excluded, other.excluded) == ([[0, 3]], [[2, -1]])
+    assert found.entries.shape == (5, 5)
+    assert torch.equal(logp[1], lm_logp[1]) and (found.entries[1] == NO_ENTRY).all()
+    assert (found.entries[[0, 3], 3:] == NO_ENTRY).all()
+    assert np.isinf(found.distances[[0, 3], 3:]).all()
+    for row in (0, 2, 3, 4):
+        alone, apart = retrieve(
+            lm_logp[row : row + 1], keys[row : row + 1], own[row], documents[row : row + 1]
+        )
+        torch.testing.assert_close(logp[row], alone[0])
+        k = apart.entries.shape[1]
+        for name in ("distances", "tokens", "entries", "documents"):
+            np.testing.assert_array_equal(getattr(found, name)[row, :k], getattr(apart, name)[0])
+
+
+CONTEXTS = [[FIRST, FIRST + 3], [], [LAST] * 5, [FIRST + 1]]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_each_clip_is_read_after_its_own_context(beams):
+    lm, speech, limits = random_lm(), clips(4), [5, 9, 2, 7]
+    together = decode(lm, VOCABULARY, speech, limits, options(beams), contexts=CONTEXTS)
+    for units, limit, context, heard in zip(speech, limits, CONTEXTS, together, strict=True):
+        [alone] = decode(lm, VOCABULARY, [units], [limit], options(beams), contexts=[context])
+        agree(heard, alone)
+        if beams == 1:
+            prefix = []
+            for choice in heard.choices:
+                logp = next_logp(lm, VOCABULARY, units, prefix, context)
+                assert choice.token == int(logp.argmax())
+                assert choice.logp == pytest.approx(float(logp.max()), abs=1e-4)
+                prefix.append(choice.token)
+    plain = decode(lm, VOCABULARY, speech, limits, options(beams))
+    assert [heard.tokens for heard in together] != [heard.tokens for heard in plain]
+    assert decode(lm, VOCABULARY, speech, limits, options(beams), contexts=[()] * 4) == plain
+
+
+def test_a_context_too_few_is_refused():
+    with pytest.raises(ValueError):
+        decode(random_lm(), VOCABULARY, clips(2), [3, 3], options(), contexts=[[FIRST]])
+
+
+STARTS = torch.zeros(VOCABULARY.size, dtype=torch.bool)
+STARTS[[EOS, FIRST, FIRST + 1, FIRST + 2]] = True
+PHRASE = [FIRST + 1, LAST, FIRST, LAST - 1]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_heavy_boost_makes_a_phrase_win_and_a_weightless_one_nothing(beams):
+    lm, speech = random_lm(), clips(3)
+    heavy = [Boost([PHRASE], 50.0, STARTS)] * 3
+    # A wider beam prefers what has ended, and this never does.
+    for heard in decode(lm, VOCABULARY, speech, [4] * 3, options(), boosts=heavy):
+        assert heard.tokens == PHRASE
+        assert heard.logp == pytest.approx(200 + sum(c.lm_logp for c in heard.choices), abs=1e-2)
+    limits = [9, 4, 12]
+    plain = decode(lm, VOCABULARY, speech, limits, options(beams))
+    assert all(heard.tokens[:4] != PHRASE for heard in plain)
+    for nothing in (Boost([PHRASE], 0.0, STARTS), Boost([], 50.0, STARTS)):
+        heard = decode(lm, VOCABULARY, speech, limits, options(beams), boosts=[nothing] * 3)
+        assert heard == plain
+
+
+def test_boosting_adds_to_what_the_language_model_says_at_every_step():
+    lm, speech, limits = random_lm(scale=0.15), clips(6), [12] * 6
+    boosts = [
+        Boost([PHRASE, [FIRST, LAST], [FIRST + 2]][: 1 + i % 3], 0.7 * i, STARTS) for i in range(6)
+    ]
+    together = decode(lm, VOCABULARY, speech, limits, options(), boosts=boosts)
+    plain = decode(lm, VOCABULARY, speech, limits, options())
+    for units, boost, heard in zip(speech, boosts, together, strict=True):
+        prefix = []
+        for choice in heard.choices:
+            alone = next_logp(lm, VOCABULARY, units, prefix)
+            logp = alone + boost.bonus(prefix)
+            assert choice.token == int(logp.argmax())
+            assert choice.logp == pytest.approx(float(logp.max()), abs=1e-4)
+            assert choice.lm_logp == pytest.approx(float(alone[choice.token]), abs=1e-4)
+            assert choice.lm_token == int(alone.argmax()), "what it would have said alone"
+            prefix.append(choice.token)
+    assert sum(one.tokens != other.tokens for one, other in zip(together, plain, strict=True)) > 2
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_clips_with_boosts_of_their_own_are_decoded_as_if_alone(beams):
+    lm, speech, limits = random_lm(), clips(5), [3, 11, 6, 9, 1]
+    phrases = ([PHRASE], [], [[FIRST, LAST], [FIRST + 2, FIRST]], [[FIRST + 2]], [PHRASE])
+    boosts = [Boost(own, 2.0, STARTS) for own in phrases]
+    retrieval = Retrieval(Store(), knn())
+    together = decode(
+        lm,
+        VOCABULARY,
+        speech,
+        limits,
+        options(beams),
+        retrieval,
+        boosts=boosts,
+        contexts=[*CONTEXTS, []],
+    )
+    for units, limit, boost, context, heard in zip(
+        speech, limits, boosts, [*CONTEXTS, []], together, strict=True
+    ):
+        [alone] = decode(
+            lm,
+            VOCABULARY,
+            [units],
+            [limit],
+            options(beams),
+            retrieval,
+            boosts=[boost],
+            contexts=[context],
+        )
+        agree(heard, alone)
+
+
+def test_a_boost_makes_no_unit_and_no_control_token_possible():
+    boost = Boost([[VOCABULARY.first_unit], [1]], 100.0, STARTS)
+    for heard in decode(random_lm(), VOCABULARY, clips(3), [5] * 3, options(3), boosts=[boost] * 3):
+        assert all(FIRST <= token <= LAST for token in heard.tokens)
+
+
+class Listening(Silent):
+    """Finds nothing; remembers the queries of each search."""
+
+    def __init__(self):
+        self.asked = []
+
+    def search(self, queries, k, exclude_documents=None):
+        self.asked.append(queries)
+        return super().search(queries, k)
+
+
+def test_a_query_of_text_is_the_state_of_the_transcript_read_alone():
+    lm = random_lm()
+    for units, context in zip(clips(4), CONTEXTS, strict=True):
+        listening = Listening()
+        retrieval = Retrieval(listening, knn(query="text"))
+        [heard] = decode(lm, VOCABULARY, [units], [8], options(), retrieval, contexts=[context])
+        asked = torch.from_numpy(np.concatenate(listening.asked))
+        assert len(asked) == len(heard.choices)
+        keys, *_ = read_states(lm, VOCABULARY, [heard.tokens], [None], logits=False)
+        torch.testing.assert_close(asked, keys[: len(asked)], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize("apart", [False, True])
+def test_clips_that_ask_with_text_are_decoded_as_if_alone(beams, apart):
+    lm, speech, limits = random_lm(scale=0.2), clips(5), [3, 11, 6, 9, 1]
+    settings = knn(k=5, weight=0.7, query="text")
+    retrievals = [Retrieval(Store(seed=seed * apart), settings) for seed in range(5)]
+    if apart:
+        retrievals[1] = None
+    together = decode(
+        lm, VOCABULARY, speech, limits, options(beams), retrievals if apart else retrievals[0]
+    )
+    for units, limit, own, heard in zip(speech, limits, retrievals, together, strict=True):
+        [alone] = decode(lm, VOCABULARY, [units], [limit], options(beams), own)
+        agree(heard, alone)
+    by_speech = Retrieval(Store(), knn(k=5, weight=0.7))
+    spoken = decode(lm, VOCABULARY, speech, limits, options(beams), by_speech)
+    assert [one.tokens for one in spoken] != [one.tokens for one in together]
+
+
+def test_what_asks_with_text_and_finds_nothing_changes_nothing():
+    lm, speech, limits = random_lm(), clips(4), [10] * 4
+    plain = decode(lm, VOCABULARY, speech, limits, options(3))
+    unheard = Retrieval(Silent(), knn(weight=0.9, query="text"))
+    assert decode(lm, VOCABULARY, speech, limits, options(3), unheard) == plain
+
+
+def test_speech_and_text_cannot_ask_together():
+    by_speech, by_text = (Retrieval(Store(), knn(query=query)) for query in ("speech", "text"))
+    with pytest.raises(ValueError, match="with speech and with text"):
+        decode(random_lm(), VOCABULARY, clips(3), [3] * 3, options(), [by_speech, None, by_text])

@@ -13,6 +13,7 @@ from mmrag.config import Hubert, Pretrain
 from mmrag.hubert import (
     HubertEncoder,
     MaskedPrediction,
+    Phones,
     Targets,
     draw,
     mask_spans,
@@ -20,6 +21,7 @@ from mmrag.hubert import (
     pretrain,
     schedule,
 )
+from mmrag.records import Timed
 from mmrag.units import kmeans
 
 NORMS = ("layer_norm", "group_norm")
@@ -430,3 +432,122 @@ def test_pretraining_needs_audio_and_crops_with_a_frame(tmp_path):
         pretrain(shape(), plan(), [], 0, tmp_path, kmeans, print)
     with pytest.raises(ValueError, match=r"crop_seconds 0\.01"):
         pretrain(shape(), plan(crop_seconds=0.01), noise(), 0, tmp_path, kmeans, print)
+
+
+MIDDLE, HOP, RATE = 200, 320, 16_000
+"""Frame f's middle is sample `MIDDLE + f * HOP`."""
+
+
+def aligned(*stretches):
+    """Phones (name, first sample, last sample) of a clip."""
+    return [Timed(name, start / RATE, end / RATE) for name, start, end in stretches]
+
+
+def test_a_frames_class_is_the_phone_said_at_its_middle():
+    clip = aligned(("b", 150, 830), ("a", 830, 850), ("c", 1161, 1500))
+    phones = Phones([clip, [], aligned(("d", 0, 100))])
+    assert phones.names == ["a", "b", "c", "d"] and phones.classes == 5
+    # Middles lie at 200, 520, 840, 1160, 1480.
+    assert phones[0].tolist()[:5] == [2, 2, 1, 0, 3]
+    assert set(phones[0].tolist()[5:]) <= {0}
+    assert phones[0].dtype == torch.int64
+    assert phones[1].tolist() == []
+    assert set(phones[2].tolist()) <= {0}, "over before the first middle"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abc_"), st.integers(1, 900)), max_size=8))
+def test_phones_are_as_looked_up_frame_by_frame(stretches):
+    """Edges lie between two samples, so that no rounding decides. `_` is a pause."""
+    edges = np.cumsum([0, *(length for _, length in stretches)]) + 0.5
+    clip = [
+        Timed(name, start / RATE, end / RATE)
+        for (name, _), start, end in zip(stretches, edges[:-1], edges[1:], strict=True)
+        if name != "_"
+    ]
+    other = aligned(("a", 0, 400), ("b", 400, 800), ("c", 800, 1200))
+    labels = Phones([other, clip])[1].tolist()
+    for frame in range(len(labels) + 20):
+        middle = (MIDDLE + frame * HOP) / RATE
+        said = [one.text for one in clip if one.start <= middle < one.end]
+        expected = 1 + "abc".index(said[0]) if said else 0
+        assert (labels[frame] if frame < len(labels) else 0) == expected
+
+
+def test_a_crop_has_the_phones_of_its_place_and_silence_behind_the_last():
+    """Each stretch of the clip has a level of its own; the alignment ends before the clip does."""
+    encoder = HubertEncoder.create(shape("group_norm"), seed=0)
+    edges = [0, 3000, 7100, 12_000, 16_000]
+    clip = aligned(*zip("abc", edges, edges[1:], strict=False))
+    levels = torch.tensor([1.0, 2.0, 3.0, 0.0])
+    wave = levels.repeat_interleave(torch.tensor(edges).diff())
+    batch = draw(
+        encoder,
+        [wave],
+        Phones([clip]),
+        plan(batch_seconds=6),
+        torch.Generator().manual_seed(0),
+    )
+    middles = batch.waves.unfold(1, 400, 320)[:, :, MIDDLE]
+    assert middles.unique().tolist() == [0, 1, 2, 3]
+    assert torch.equal(batch.targets, middles.long())
+
+
+def steady_phones():
+    """Clips of one steady tone each, and an alignment in which each tone is a phone."""
+    time = torch.arange(6400) / RATE
+    tones = [torch.sin(2 * torch.pi * hertz * time) for hertz in (200, 500, 1200, 2600)]
+    return tones, Phones([aligned((name, 0, 6400)) for name in "abcd"])
+
+
+PHONES = {"target": "phones", "steps": 3}
+CLUSTERS = {"target": "mfcc", "classes": 5, "steps": 3}
+
+
+def train_on_phones(directory, rounds, stop_at=None, **changes):
+    log = []
+
+    def record(step, metrics):
+        log.append((step, metrics))
+        if step == stop_at:
+            raise Stopped
+
+    waves, phones = steady_phones()
+    settings = plan(rounds=rounds, **changes)
+    encoder = pretrain(
+        shape(), settings, waves, 0, directory, kmeans, record, phones=phones, checkpoint_steps=2
+    )
+    return encoder, log
+
+
+@pytest.mark.parametrize("rounds", [[PHONES], [CLUSTERS, PHONES], [PHONES, CLUSTERS]])
+def test_resumed_pretraining_on_phones_equals_uninterrupted(tmp_path, rounds):
+    whole, whole_log = train_on_phones(tmp_path, rounds)
+    for stop_at in {1, 3 * len(rounds) - 1}:
+        directory = tmp_path / f"{stop_at}"
+        directory.mkdir()
+        with pytest.raises(Stopped):
+            train_on_phones(directory, rounds, stop_at)
+        resumed, log = train_on_phones(directory, rounds)
+        torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), atol=0, rtol=0)
+        assert log == whole_log[len(whole_log) - len(log) :]
+    assert [metrics["round"] for _, metrics in whole_log] == [
+        number for number in range(1, len(rounds) + 1) for _ in range(3)
+    ]
+
+
+def test_pretraining_on_phones_learns_them(tmp_path):
+    _, log = train_on_phones(
+        tmp_path,
+        [{"target": "phones", "steps": 40}],
+        learning_rate=2e-2,
+        batch_seconds=2.4,
+    )
+    accuracy = [metrics["accuracy"] for _, metrics in log]
+    assert np.mean(accuracy[:3]) < 0.6
+    assert np.mean(accuracy[-10:]) > 0.85
+
+
+def test_phones_as_targets_need_an_alignment(tmp_path):
+    with pytest.raises(ValueError, match="target is phones, and the corpus has no alignment"):
+        pretrain(shape(), plan(rounds=[PHONES]), noise(), 0, tmp_path, kmeans, print)

@@ -16,7 +16,14 @@ from mmrag.datastore import (
     publish,
     write_segment,
 )
-from mmrag.index import IndexShard, LocalRetriever, saved_shards, shard_directory, shard_ranges
+from mmrag.index import (
+    IndexShard,
+    LocalRetriever,
+    SubsetRetriever,
+    saved_shards,
+    shard_directory,
+    shard_ranges,
+)
 from mmrag.records import Neighbours
 
 FLAT = Index(kind="flat", shards=1)
@@ -54,8 +61,8 @@ def random_keys(rows, width=8, seed=0):
     return np.random.default_rng(seed).standard_normal((rows, width)).astype(np.float32)
 
 
-def brute_force(datastore, queries, k, exclude_documents=None):
-    """The slow twin: every distance, every entry, sorted in plain Python."""
+def brute_force(datastore, queries, k, exclude_documents=None, among=None):
+    """The slow twin: every distance, every entry (or those `among`), sorted in plain Python."""
     metric = datastore.description.metric
     found = Neighbours.none(len(queries), k)
     keys = datastore.keys(0, datastore.entries)
@@ -64,7 +71,7 @@ def brute_force(datastore, queries, k, exclude_documents=None):
         excluded = -1 if exclude_documents is None else exclude_documents[row]
         allowed = [
             (far[entry], entry)
-            for entry in range(datastore.entries)
+            for entry in (range(datastore.entries) if among is None else set(among.tolist()))
             if entry not in datastore.deleted and datastore.documents[entry] != excluded
         ]
         for column, (distance, entry) in enumerate(sorted(allowed)[:k]):
@@ -303,3 +310,68 @@ def test_shard_ranges_cover_every_entry_once_and_evenly(entries, shards):
     assert [entry for start, stop in ranges for entry in range(start, stop)] == list(range(entries))
     sizes = [stop - start for start, stop in ranges]
     assert max(sizes) - min(sizes) <= 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    entries=st.integers(0, 80),
+    chosen=st.sampled_from([0.0, 0.3, 1.0]),
+    twins=st.integers(1, 8),
+    k=st.integers(1, 12),
+    metric=st.sampled_from(METRICS),
+    gone=st.sampled_from([0.0, 0.3, 1.0]),
+    exclude=st.booleans(),
+)
+def test_a_subset_is_searched_as_by_brute_force(
+    tmp_path_factory, seed, entries, chosen, twins, k, metric, gone, exclude
+):
+    rng = np.random.default_rng(seed)
+    keys = rng.standard_normal((entries, 8)).repeat(twins, axis=0)[:entries]
+    datastore = make(
+        tmp_path_factory.mktemp("datastore"), keys, metric, rng.integers(3, size=entries)
+    )
+    delete(datastore.directory, np.flatnonzero(rng.random(entries) < gone))
+    datastore.refresh()
+    queries = rng.standard_normal((4, 8)).astype(np.float32)
+    if entries:
+        queries[0] = keys[0]
+    excluded = rng.integers(-1, 3, size=4) if exclude else None
+    subset = rng.permutation(np.flatnonzero(rng.random(entries) < chosen))
+    retriever = SubsetRetriever(datastore, subset)
+    expected = brute_force(datastore, queries, k, excluded, among=subset)
+    assert_same(retriever.search(queries, k, excluded), expected)
+    doubled = SubsetRetriever(datastore, np.concatenate([subset, subset]))
+    assert_same(doubled.search(queries, k, excluded), expected)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_subset_of_everything_is_the_whole_datastore(tmp_path, metric):
+    datastore = make(tmp_path, random_keys(400), metric)
+    whole, queries = SubsetRetriever(datastore, np.arange(400)), random_keys(9, seed=1)
+    assert_same(whole.search(queries, 7), flat(datastore, 3).search(queries, 7))
+    excluded = [0, 1, 2, 3, 4, -1, 0, 1, 2]
+    expected = flat(datastore).search(queries, 7, excluded)
+    assert_same(whole.search(queries, 7, excluded), expected)
+    np.testing.assert_array_equal(whole.windows(np.array([3, -1])), [[6, 7], [0, 0]])
+
+
+def test_a_subset_with_many_equal_keys_gives_as_many_and_their_exact_distance(tmp_path):
+    """Which of more than SPARE equal ones come is left open."""
+    datastore = make(tmp_path, np.tile(random_keys(1), (300, 1)))
+    found = SubsetRetriever(datastore, np.arange(100, 300)).search(random_keys(3, seed=1), 4)
+    expected = brute_force(datastore, random_keys(3, seed=1), 4)
+    np.testing.assert_array_equal(found.distances, expected.distances)
+    assert all(len(set(row)) == 4 and min(row) >= 100 for row in found.entries.tolist())
+    np.testing.assert_array_equal(found.tokens, datastore.tokens[found.entries])
+
+
+def test_a_subset_leaves_out_a_whole_document_however_near_it_is(tmp_path):
+    keys = random_keys(300)
+    keys[:200] *= 0.01
+    datastore = make(tmp_path, keys, documents=[0] * 200 + [1] * 100)
+    retriever = SubsetRetriever(datastore, np.arange(100, 220))
+    found = retriever.search(np.zeros((3, 8), np.float32), 30, [0, 1, -1])
+    assert sorted(found.entries[0].tolist()) == [-1] * 10 + list(range(200, 220))
+    assert np.isinf(found.distances[0, 20:]).all() and (found.documents[0, 20:] == -1).all()
+    assert (found.documents[1:] == 0).all()

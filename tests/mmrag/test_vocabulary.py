@@ -208,3 +208,87 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path):
         (tmp_path / "other.json").write_text("{}")
         with pytest.raises(ValueError, match=f"{path} is not a tokenizer"):
             BasePieces(path)
+
+
+def test_the_alphabet_numbers_every_character_that_pieces_write(vocabulary):
+    letters = list(vocabulary.alphabet)
+    assert letters == sorted(letters)
+    assert list(vocabulary.alphabet.values()) == list(range(len(letters)))
+    assert {*ALPHABET, " ", "ë", "7"} <= set(letters)
+    assert all(len(letter) == 1 for letter in letters)
+    for piece in range(vocabulary.pieces.size):
+        assert set(vocabulary.decode([vocabulary.first_piece + piece])) <= set(letters)
+
+
+def test_an_alphabet_has_a_blank_though_no_piece_writes_one():
+    class Syllables:
+        size = 2
+        words = ("ba", "ca")
+
+        def decode(self, pieces):
+            return "".join(self.words[piece] for piece in pieces)
+
+    assert Vocabulary(Syllables(), UNITS).alphabet == {" ": 0, "a": 1, "b": 2, "c": 3}
+
+
+@settings(deadline=None)
+@given(ANY_TEXT)
+def test_a_spelling_is_the_letters_of_the_text(text):
+    letters, ids = list(VOCABULARY.alphabet), VOCABULARY.encode(text)
+    assert "".join(letters[number] for number in VOCABULARY.spelling(ids)) == normalise(text)
+
+
+def test_a_spelling_passes_over_specials_and_units(vocabulary):
+    letters, ids = list(vocabulary.alphabet), vocabulary.encode("turn it off")
+    mixed = [BOS, vocabulary.first_unit, *ids, EOS, PAD, vocabulary.size - 1]
+    assert vocabulary.spelling(mixed) == vocabulary.spelling(ids)
+    assert "".join(letters[number] for number in vocabulary.spelling(ids)) == "turn it off"
+    assert vocabulary.spelling([]) == vocabulary.spelling([EOS, TEXT]) == []
+
+
+# A corpus in which `a` begins a word, so that there is a piece for it.
+OFTEN_A = Vocabulary(SentencePieces.train([*SENTENCES, "a lamp and a door", "a light"], 70), UNITS)
+
+
+def check_word_starts(vocabulary, ids):
+    """A token starts a word just where one more character would belong to another word."""
+    starts = vocabulary.word_starts()
+    assert starts.shape == (vocabulary.size,) and starts.dtype == bool
+    for index in range(1, len(ids)):
+        before, now = (vocabulary.decode(ids[:end]) for end in (index, index + 1))
+        assert now.startswith(before)
+        assert starts[ids[index]] == (" " in now[len(before) :]), ids[index]
+
+
+@settings(deadline=None)
+@given(st.lists(st.text(ALPHABET.replace("'", ""), min_size=1, max_size=6), max_size=5))
+def test_word_starts_are_the_tokens_that_end_the_word_before_them(words):
+    check_word_starts(OFTEN_A, OFTEN_A.encode(" ".join(words)))
+
+
+@pytest.mark.parametrize("text", ["Play Zoë's song, 7!", "turn on the light", "don't turn it off"])
+def test_word_starts_of_byte_level_pieces(tokenizer, text):
+    vocabulary = Vocabulary(BasePieces(tokenizer), UNITS)
+    check_word_starts(vocabulary, vocabulary.encode(text))
+
+
+@pytest.mark.xfail(strict=True, reason="word_starts takes encode('a')[0], a blank alone, to be a")
+@pytest.mark.parametrize("text", ["turn on the light", "light it"])
+def test_word_starts_are_known_where_no_piece_is_an_a_that_starts_a_word(text):
+    check_word_starts(VOCABULARY, VOCABULARY.encode(text))
+
+
+def test_the_end_ends_a_word_and_no_other_special_or_unit_does(vocabulary):
+    outside = np.ones(vocabulary.size, bool)
+    outside[vocabulary.first_piece : vocabulary.first_unit] = False
+    assert np.flatnonzero(vocabulary.word_starts() & outside).tolist() == [EOS]
+
+
+def test_a_context_stands_as_text_before_the_speech():
+    context, speech = VOCABULARY.encode("light the"), VOCABULARY.encode_units(units(3, 0))
+    assert VOCABULARY.prompt(speech, context) == [BOS, TEXT, *context, SPEECH, *speech, TEXT]
+    assert VOCABULARY.prompt(None, context) == [BOS, TEXT, *context, TEXT]
+    assert VOCABULARY.prompt([], context) == [BOS, TEXT, *context, SPEECH, TEXT]
+    for nothing in ((), []):
+        assert VOCABULARY.prompt(speech, nothing) == VOCABULARY.prompt(speech)
+        assert VOCABULARY.prompt(None, nothing) == [BOS, TEXT]

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmrag.audio import SAMPLE_RATE
-from mmrag.corpora.espeak import Synthesizer, Voice, timed_words
+from mmrag.corpora.espeak import Synthesizer, Voice, timed_phones, timed_words
+from mmrag.records import Timed
 
 pytest.importorskip("espeakng_loader")
 
@@ -32,6 +33,7 @@ def test_the_same_text_and_voice_give_identical_samples_whatever_was_said_before
         speech = again.speak("call mary at the office", voice)
         np.testing.assert_array_equal(speech.wave, first.wave)
         assert speech.words == first.words
+        assert speech.phones == first.phones
 
 
 def test_speech_is_mono_float32_within_full_scale(synthesizer):
@@ -91,6 +93,113 @@ def test_word_times_never_run_backwards_whatever_the_events(words, events, durat
     assert all(later - earlier >= -1e-9 for earlier, later in pairwise(edges))
 
 
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("cat", ["k", "a", "t"]),
+        ("tomorrow", ["t", "@", "m", "A:", "r", "oU"]),
+        ("we see. we see", ["w", "i:", "s", "i:"] * 2),
+    ],
+)
+def test_phones_have_espeaks_names_without_stress_and_pauses_are_none(synthesizer, text, names):
+    assert [phone.text for phone in synthesizer.speak(text, Voice("us", "en-us")).phones] == names
+
+
+def test_phones_follow_each_other_within_their_words_and_the_clip(synthesizer):
+    speech = synthesizer.speak("goodbye, mary, tomorrow", Voice("us", "en-us"))
+    edges = [edge for phone in speech.phones for edge in (phone.start, phone.end)]
+    assert edges == sorted(edges)
+    assert edges[0] >= 0 and edges[-1] <= len(speech.wave) / SAMPLE_RATE
+    starts = [word.start for word in speech.words[1:]]
+    first = [next(p.text for p in speech.phones if p.start >= start - 0.03) for start in starts]
+    assert first == ["m", "t"]
+    assert len(speech.phones) > 12
+
+
+def test_a_phone_is_heard_when_it_is_said_and_between_phones_is_silence(synthesizer):
+    speech = synthesizer.speak("goodbye, tomorrow", Voice("dry", "en-us"))
+    [(gap, pause)] = [
+        (one.end, other.start)
+        for one, other in pairwise(speech.phones)
+        if other.start - one.end > 0.1
+    ]
+    power = np.square(speech.wave)
+
+    def mean(start, end):
+        return power[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)].mean()
+
+    vowels = [phone for phone in speech.phones if phone.text in ("U", "aI", "A:", "oU")]
+    assert len(vowels) == 4
+    assert mean(gap + 0.05, pause - 0.01) < 0.01 * min(mean(v.start, v.end) for v in vowels)
+
+
+def test_stress_marks_pauses_and_what_lies_behind_the_end_are_left_out_of_phones():
+    events = [
+        ("", 0),
+        ("'a", 100),
+        ("_:", 200),
+        (",,i:", 300),
+        ("%=k", 300),
+        ("t", 450),
+        ("_", 600),
+    ]
+    assert timed_phones(events, 0.5) == (
+        Timed("a", 0.1, 0.2),
+        Timed("k", 0.3, 0.45),
+        Timed("t", 0.45, 0.5),
+    )
+    assert timed_phones([("a", 0)], 2.0) == (Timed("a", 0.0, 2.0),)
+    assert timed_phones([("a", 0), ("b", 3000)], 2.0) == (Timed("a", 0.0, 2.0),)
+
+
+@pytest.mark.xfail(strict=True, raises=ValueError, reason="timed_phones zips unequal lengths")
+def test_without_events_there_are_no_phones():
+    assert timed_phones([], 2.0) == ()
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["a", "'a", "_", "_:", "", "%t"]), st.floats(0, 3000)), min_size=1
+    ),
+    st.floats(0.1, 2),
+)
+def test_phone_times_never_run_backwards(events, duration):
+    events.sort(key=lambda event: event[1])
+    timed = timed_phones(events, duration)
+    assert {phone.text for phone in timed} <= {"a", "t"}
+    edges = [0.0, *(edge for phone in timed for edge in (phone.start, phone.end)), duration]
+    assert edges == sorted(edges)
+    assert all(phone.end > phone.start for phone in timed)
+
+
+@pytest.mark.parametrize("speed", [0.9, 1.1])
+def test_speed_moves_tempo_pitch_and_every_time_together(synthesizer, speed):
+    text, plain = "how far is it to the sea", synthesizer.speak
+    speech, other = (plain(text, Voice("v", "en-us", speed=s)) for s in (1.0, speed))
+    ratio = len(speech.wave) / len(other.wave)
+    assert ratio == pytest.approx(speed, rel=0.015), "whole thousands of samples a second"
+    for one, faster in zip(
+        (*speech.words, *speech.phones), (*other.words, *other.phones), strict=True
+    ):
+        assert faster.text == one.text
+        assert (faster.start, faster.end) == pytest.approx(
+            (one.start / ratio, one.end / ratio), abs=2e-3
+        )
+
+    def centre(wave):
+        """The mean frequency, Hz."""
+        power = np.abs(np.fft.rfft(wave)) ** 2
+        return (power @ np.fft.rfftfreq(len(wave), 1 / SAMPLE_RATE)) / power.sum()
+
+    assert centre(other.wave) / centre(speech.wave) == pytest.approx(ratio, rel=0.02)
+
+
+def test_a_speed_of_one_is_what_a_voice_says_by_itself(synthesizer):
+    own, one = (synthesizer.speak("hello", v) for v in (WOMAN, Voice("w", "en-us+f3", speed=1)))
+    np.testing.assert_array_equal(own.wave, one.wave)
+    assert own.phones == one.phones
+
+
 def test_a_faster_rate_makes_shorter_speech_and_another_pitch_another_sound(synthesizer):
     text = "how far is it to the sea"
     slow, fast, high = (
@@ -112,7 +221,10 @@ def test_an_unknown_voice_is_an_error_that_names_it_and_breaks_nothing(synthesiz
     assert len(synthesizer.speak("hello", WOMAN).wave)
 
 
-@pytest.mark.parametrize(("setting", "value"), [("pitch", 100), ("pitch", -1), ("rate", 40)])
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("pitch", 100), ("pitch", -1), ("rate", 40), ("speed", 0.4), ("speed", 2.5)],
+)
 def test_a_voice_beyond_the_ranges_is_an_error(setting, value):
     with pytest.raises(ValueError, match=f"x: {setting} {value}"):
         Voice("x", "en", **{setting: value})

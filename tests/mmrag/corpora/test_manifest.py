@@ -36,6 +36,7 @@ utterances = st.builds(
     domain=names,
     entities=st.lists(names, max_size=3).map(tuple),
     words=st.lists(words, max_size=3).map(tuple),
+    phones=st.lists(words, max_size=3).map(tuple),
 )
 
 
@@ -57,6 +58,18 @@ def test_audio_below_the_manifest_is_written_relative_to_it_and_other_audio_abso
 
 def test_text_without_speech_has_no_audio_field():
     assert row(Utterance("a", text="call mary"), Path()) == {"text": "call mary", "utterance": "a"}
+
+
+def test_phones_are_a_field_of_their_own_with_seconds(tmp_path):
+    phones = (Timed("k", 0.1, 0.25), Timed("@", 0.25, 0.5))
+    utterance = Utterance("a", text="call", phones=phones, document="a")
+    assert row(utterance, tmp_path)["phones"] == [
+        {"text": "k", "start": 0.1, "end": 0.25},
+        {"text": "@", "start": 0.25, "end": 0.5},
+    ]
+    assert "words" not in row(utterance, tmp_path)
+    write(tmp_path / "manifest.jsonl", [utterance])
+    assert list(read(tmp_path / "manifest.jsonl")) == [utterance]
 
 
 def test_audio_is_found_beside_the_manifest_and_need_not_exist(tmp_path):
@@ -104,6 +117,9 @@ def test_an_id_is_made_from_the_audio_path_or_the_line_number(tmp_path):
         (b'{"text": "a", "words": [{"text": "a", "start": 0}]}', "end is not a number"),
         (b'{"text": "a", "words": [{"start": 0, "end": 1}]}', "text of words is not a string"),
         (b'{"text": "a", "words": [{"text": "a", "start": 2, "end": 1}]}', "ends before it starts"),
+        (b'{"text": "a", "phones": {"a": 1}}', "phones is not a list"),
+        (b'{"text": "a", "phones": [{"text": "@", "start": 0}]}', "end is not a number"),
+        (b'{"text": "a", "phones": [{"start": 0, "end": 1}]}', "text of phones is not a string"),
         (b'{"text": "a", "utterance": 7}', "utterance is not a string"),
     ],
 )

@@ -1,18 +1,21 @@
 import re
 import sys
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from itertools import combinations
 from math import prod
+from random import Random
 
 import numpy as np
 import pytest
 
 from mmrag.config import Synthesize, Workers
 from mmrag.corpora import synthetic
-from mmrag.corpora.espeak import Synthesizer
+from mmrag.corpora.espeak import Synthesizer, Voice
 from mmrag.corpora.synthetic import (
     GRAMMAR,
+    SPEEDS,
     SPLITS,
     VOICES,
     Planned,
@@ -20,6 +23,7 @@ from mmrag.corpora.synthetic import (
     make_names,
     plan,
     render,
+    varied,
 )
 
 pytest.importorskip("faker")
@@ -106,8 +110,36 @@ def test_dev_and_test_voices_are_heard_nowhere_else(planned):
     }
     assert heard["dev"] == set(VOICES["dev"])
     assert heard["test"] == set(VOICES["test"])
-    assert heard["lm"] | heard["adapter"] | heard["datastore"] == set(VOICES["train"])
+    trained = heard["lm"] | heard["adapter"] | heard["datastore"]
+    assert {voice.id for voice in trained} == {voice.id for voice in VOICES["train"]}
+    assert {voice.name for voice in trained} == {voice.name for voice in VOICES["train"]}
     assert {one.voice for one in planned["text"]} == {None}
+
+
+def test_training_voices_are_varied_from_one_sentence_to_the_next(planned):
+    for split in ("lm", "adapter", "datastore"):
+        voices = [one.voice for one in planned[split]]
+        assert {voice.speed for voice in voices} == set(SPEEDS)
+        assert len(set(voices)) > 0.8 * len(voices)
+    assert {one.voice.speed for split in ("dev", "test") for one in planned[split]} == {1.0}
+
+
+def test_a_varied_voice_is_like_its_model():
+    draw = Random(0)
+    for voice in (*VOICES["train"], Voice("low", "en", pitch=3), Voice("high", "en", pitch=95)):
+        made = [varied(voice, draw) for _ in range(60)]
+        assert {(one.id, one.name) for one in made} == {(voice.id, voice.name)}
+        assert all(abs(one.pitch - voice.pitch) <= 15 for one in made)
+        assert all(0.84 < one.rate / voice.rate < 1.21 for one in made)
+        assert {one.speed for one in made} == set(SPEEDS)
+        assert len({one.pitch for one in made}) > 10 and len({one.rate for one in made}) > 15
+    assert varied(voice, Random(1)) == varied(voice, Random(1)) != varied(voice, Random(2))
+
+
+def test_only_what_the_model_is_trained_on_is_recorded_badly(planned):
+    rough = {split: {one.rough for one in planned[split]} for split in SPLITS}
+    assert rough == {split: {split == "lm"} for split in SPLITS}
+    assert not any(one.rough for one in assign_voices(["call mary", "hello"], seed=1))
 
 
 def test_no_voice_variant_is_in_two_rows_of_voices():
@@ -194,7 +226,8 @@ def test_a_line_gets_the_same_training_voice_whatever_stands_around_it():
     assert (alone.voice, alone.seed) == (second.voice, second.seed)
     assert len({alone.document, first.document, second.document, third.document}) == 3
     everyone = assign_voices([f"line {number}" for number in range(300)], seed=1)
-    assert {one.voice for one in everyone} == set(VOICES["train"])
+    assert {one.voice.id for one in everyone} == {voice.id for voice in VOICES["train"]}
+    assert {one.voice.speed for one in everyone} == set(SPEEDS)
 
 
 def test_a_rendered_utterance_is_the_same_every_time_and_follows_its_seed():
@@ -219,6 +252,24 @@ def test_rendering_makes_speech_softer_and_adds_25_to_40_decibels_of_noise():
         assert wave.dtype == np.float32
         assert -12.5 < 20 * np.log10(gain) < 0.5
         assert 24 < ratio < 41
+
+
+def test_a_rough_rendering_is_the_same_speech_recorded_worse():
+    synthesizer = Synthesizer()
+    [one] = assign_voices(["call mary at the office"], seed=3)
+    quiet = render(one, synthesizer)
+    rough = [render(replace(one, rough=True, seed=seed), synthesizer) for seed in range(12)]
+    clean = synthesizer.speak(one.text, one.voice).wave
+
+    def likeness(wave):
+        return wave @ clean / np.linalg.norm(wave) / np.linalg.norm(clean)
+
+    assert all(each.wave.dtype == np.float32 and np.abs(each.wave).max() <= 1 for each in rough)
+    assert all((each.words, each.phones) == (quiet.words, quiet.phones) for each in rough)
+    assert np.median([likeness(each.wave) for each in rough]) < likeness(quiet.wave)
+    assert min(likeness(each.wave) for each in rough) < 0.95
+    again = render(replace(one, rough=True, seed=5), synthesizer)
+    np.testing.assert_array_equal(again.wave, rough[5].wave)
 
 
 def test_text_alone_cannot_be_rendered(planned):
