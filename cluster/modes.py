@@ -113,10 +113,15 @@ class BoostingPhrases:
         starts = torch.from_numpy(vocabulary.word_starts())
 
         def guide(batch: Sequence[Tokenized]) -> dict[str, Any]:
-            spelt = [map(vocabulary.encode, self.phrases[one.utterance.id]) for one in batch]
-            return {"boosts": [Boost(own, self.weight, starts) for own in spelt]}
+            listed = [self.phrases[one.utterance.id] for one in batch]
+            boosts = [Boost(self._spelt(own, vocabulary), self.weight, starts) for own in listed]
+            return {"boosts": boosts}
 
         return guide
+
+    def _spelt(self, phrases: Sequence[str], vocabulary: Vocabulary) -> list[list[int]]:
+        """Phrases as ids; some vocabularies spell a word behind a blank in another way."""
+        return [vocabulary.encode(blank + phrase) for phrase in phrases for blank in ("", " ")]
 
 
 @dataclass(frozen=True)

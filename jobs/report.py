@@ -137,13 +137,13 @@ def _aims(rows: Sequence[Row], heard: Heard) -> list[tuple[str, str, str, str]]:
 
     plain, multimodal = wer("domain", "none"), wer("domain", "knn", "multimodal")
     text, spoken = wer("domain", "knn", "text"), wer("domain", "knn", "spoken")
-    lower = 1 - multimodal / plain
+    lower = 1 - multimodal / plain if plain else 0.0
     difference = _difference(rows, heard, "multimodal", "text")
     closed = (text - spoken) / (text - multimodal) if text > multimodal else float("nan")
     hundred = [wer("dynamic_context", "knn", "spoken", 100)] + [
         wer("dynamic_context", mode, None, 100) for mode in ("boost", "prompt")
     ]
-    worse = wer("wrong_datastore", "knn", "wrong") / wer("wrong_datastore", "none") - 1
+    right, wrong = wer("wrong_datastore", "none"), wer("wrong_datastore", "knn", "wrong")
     everyday = wer("everyday", "none")
     return [
         ("WER of everyday sentences", "≤ 10 %", f"{everyday:.1%}", _reached(everyday <= 0.1)),
@@ -151,7 +151,7 @@ def _aims(rows: Sequence[Row], heard: Heard) -> list[tuple[str, str, str, str]]:
             "WER with a multi-modal datastore against none",
             "≥ 50 % lower",
             f"{lower:.0%} lower ({plain:.1%} → {multimodal:.1%})",
-            _reached(lower >= 0.5),
+            _reached(multimodal <= 0.5 * plain),
         ),
         (
             "multi-modal against text-only datastore",
@@ -164,7 +164,7 @@ def _aims(rows: Sequence[Row], heard: Heard) -> list[tuple[str, str, str, str]]:
             "datastore spoken from text alone: share of the gap between text-only and multi-modal",
             "≥ 80 %",
             f"{closed:.0%}",
-            _reached(closed >= 0.8),
+            _reached(text - spoken >= 0.8 * (text - multimodal) > 0),
         ),
         (
             "kNN-LM, boosting, prompting with 100 phrases",
@@ -175,8 +175,8 @@ def _aims(rows: Sequence[Row], heard: Heard) -> list[tuple[str, str, str, str]]:
         (
             "WER with the wrong datastore against none",
             "≤ 2 % worse",
-            f"{worse:+.1%}",
-            _reached(worse <= 0.02),
+            f"{wrong / right - 1:+.1%}" if right else f"{right:.1%} → {wrong:.1%}",
+            _reached(wrong <= 1.02 * right),
         ),
     ]
 

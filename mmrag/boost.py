@@ -16,13 +16,14 @@ from torch import Tensor
 
 @dataclass
 class Node:
-    """A prefix of some phrases, `depth` pieces long.
+    """A prefix of some phrases, `depth` pieces long; `ends` where it is one of them.
 
-    `whole` is the length of the longest phrase that the prefix starts with (0 for none), `inner`
-    that of the longest one shorter than itself.
+    `whole` is the length of the longest phrase that it starts with if a new word follows (0 for
+    none), `inner` that of the longest one if its last word goes on.
     """
 
     depth: int = 0
+    ends: bool = False
     whole: int = 0
     inner: int = 0
     children: dict[int, Node] = field(default_factory=dict)
@@ -46,23 +47,22 @@ class Boost:
         node = self.root
         for piece in phrase:
             node = node.children.setdefault(piece, Node(node.depth + 1))
-        node.whole = node.depth
+        node.ends = True
 
-    def _settle(self, node: Node, whole: int) -> None:
-        node.inner = whole
-        node.whole = max(node.whole, whole)
-        for child in node.children.values():
-            self._settle(child, node.whole)
+    def _settle(self, node: Node, inner: int) -> None:
+        node.inner = inner
+        node.whole = node.depth if node.ends else inner
+        for piece, child in node.children.items():
+            self._settle(child, node.whole if self.word_starts[piece] else node.inner)
 
     def follow(self, tokens: Sequence[int]) -> Node:
         """The phrase prefix that a hypothesis ends with; the root for none."""
         node = self.root
-        for token in tokens:
-            going_on = node.children.get(token)
-            if going_on is None:
-                starts = bool(self.word_starts[token])
-                going_on = (self.root.children.get(token) if starts else None) or self.root
-            node = going_on
+        for place, token in enumerate(tokens):
+            opens = place == 0 or bool(self.word_starts[token])
+            going_on = None if node is self.root else node.children.get(token)
+            opening = self.root.children.get(token) if opens else None
+            node = going_on or opening or self.root
         return node
 
     def bonus(self, tokens: Sequence[int]) -> Tensor:
@@ -71,7 +71,7 @@ class Boost:
         kept = torch.where(self.word_starts, float(node.whole), float(node.inner)) - node.depth
         if self.root.children:
             opening = torch.tensor(list(self.root.children))
-            kept[opening] += self.word_starts[opening].float()
-        if node.children:
+            kept[opening] += self.word_starts[opening].float() if tokens else 1.0
+        if node.depth and node.children:
             kept[torch.tensor(list(node.children))] = 1.0
         return self.weight * kept

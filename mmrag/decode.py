@@ -136,6 +136,8 @@ def decode(
     owners = list(range(len(searches)))
     excluded = list(exclude_documents) if exclude_documents is not None else None
     own = isinstance(retrieval, Sequence)
+    if own and len(retrieval) != len(speech):
+        raise ValueError(f"{len(retrieval)} retrievals for {len(speech)} clips")
 
     while owners:
         at = torch.arange(ids.shape[1], device=device) == (lengths - 1)[:, None]

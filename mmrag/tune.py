@@ -60,8 +60,9 @@ def score_grid(
     for batch in batches:
         texts = [vocabulary.encode(one.utterance.text) for one in batch]
         speech = [vocabulary.encode_units(one.units) for one in batch]
-        keys, tokens, _, logp = read_states(lm, vocabulary, texts, speech, logits=True)
+        heard, tokens, _, logp = read_states(lm, vocabulary, texts, speech, logits=True)
         for query, found in read.items():
+            keys = heard
             if query == "text":
                 keys, *_ = read_states(lm, vocabulary, texts, [None] * len(batch), logits=False)
             neighbours = retriever.search(keys.cpu().numpy(), max(grid.k))

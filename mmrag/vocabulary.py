@@ -142,7 +142,7 @@ class Vocabulary:
         """Ids after which an earlier word has ended: (V,) bool, the end token among them."""
         starts = np.zeros(self.size, bool)
         starts[EOS] = True
-        [anchor] = self.pieces.encode("a")[:1]
+        [anchor] = self.pieces.encode("a")[-1:]
         for piece in range(self.pieces.size):
             starts[self.first_piece + piece] = " " in self.pieces.decode([anchor, piece])
         return starts

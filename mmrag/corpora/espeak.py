@@ -17,6 +17,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -234,7 +235,7 @@ def timed_phones(events: Sequence[tuple[str, float]], duration: float) -> tuple[
     and so are pauses, whose names start with an underscore or are empty.
     """
     timed = []
-    for (name, begin), (_, end) in zip(events, [*events[1:], ("", duration * 1000)], strict=True):
+    for (name, begin), (_, end) in pairwise([*events, ("", duration * 1000)]):
         name = name.lstrip(_STRESS)
         start, stop = min(begin / 1000, duration), min(end / 1000, duration)
         if name and not name.startswith("_") and stop > start:

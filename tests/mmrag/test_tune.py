@@ -189,7 +189,6 @@ def test_every_query_is_scored_as_computed_by_hand_in_units_of_its_own(lm, query
     check_queries(lm, GATED.model_copy(update={"query": query}), Store())
 
 
-@pytest.mark.xfail(strict=True, reason="score_grid asks with text's keys once text was asked")
 def test_queries_may_be_listed_in_any_order(lm):
     check_queries(lm, GATED.model_copy(update={"query": ("text", "speech")}), Store())
 
