@@ -32,7 +32,7 @@ def run(experiment: Experiment, force: bool = False) -> None:
         shutil.rmtree(model / kind, ignore_errors=True)
         (model / kind).mkdir(parents=True)
         for file in _files(each.path):
-            shutil.copy(file, model / kind)
+            shutil.copyfile(file, model / kind / file.name)
     stage.console.print(f"{model}: {size:.1f} MB in {len(files)} files")
 
 
