@@ -44,7 +44,8 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     def work(draft: Draft, tracked: Run) -> None:
         shares = []
         for split, (utterances, _) in splits.items():
-            (draft.path / split).mkdir(exist_ok=True)
+            if utterances:
+                (draft.path / split).mkdir(exist_ok=True)
             shares += parts(utterances, _seconds, settings.part_seconds, name=f"{split}/part")
         todo = [part for part in shares if not (draft.path / f"{part.name}.parquet").exists()]
         encode = {
