@@ -115,6 +115,11 @@ class Lab:
     def spoken_text(self) -> tuple[Artifact, KNN]:
         return self.datastore("spoken", "spoken"), self.tuned("spoken", "spoken")
 
+    def paired(self, share: float) -> tuple[Artifact, KNN]:
+        """The multi-modal datastore with the audio of some of its utterances alone."""
+        name = f"paired-{round(100 * share)}"
+        return self.datastore(name, "paired", paired_share=share), self.tuned(name, "paired")
+
     def about(self, name: str, audio: str, **changes: Any) -> Experiment:
         """The experiment of one datastore."""
         changes = {"name": name, "audio": audio, **changes}
@@ -152,10 +157,9 @@ def paired_share(lab: Lab) -> tuple[str, int, list[Point]]:
     text alone."""
     points = []
     for share in lab.settings.shares:
-        name = f"paired-{round(100 * share)}"
-        store = lab.datastore(name, "paired", paired_share=share)
+        store, knn = lab.multimodal if share == 1 else lab.paired(share)
         setting = f"{share:.0%} of the utterances with audio"
-        points.append(_knn(store, lab.tuned(name, "paired"), "multimodal", setting=setting))
+        points.append(_knn(store, knn, "multimodal", setting=setting))
     return ASSISTANT, lab.settings.sweep_utterances, points
 
 
@@ -168,7 +172,7 @@ def dynamic_context(lab: Lab) -> tuple[str, int, list[Point]]:
     """
     limit = lab.settings.utterances
     test = lab.spoken("test", ASSISTANT, limit)
-    dev = lab.spoken("dev", ASSISTANT, limit)
+    dev = lab.spoken("dev", ASSISTANT, limit)[: lab.experiment.tune.utterances]
     everyone = _entities(lab)
     store, documents = _phrase_datastore(lab, everyone)
     middle = sorted(lab.settings.phrases)[len(lab.settings.phrases) // 2]
@@ -429,15 +433,11 @@ def _choose_knn(
     base = lab.spoken_text[1]
     settings = [
         base.model_copy(
-            update={
-                "k": PHRASES_K,
-                "weight": weight,
-                "temperature": base.temperature * factor,
-                "gate": gate,
-            }
+            update={"k": PHRASES_K, "weight": weight, "temperature": base.temperature * factor}
+            | {"gate": gate}
         )
         for weight in lab.experiment.tune.weight
-        for factor in (0.5, 1.0, 2.0)
+        for factor in (0.5, 1.0)
         for gate in dict.fromkeys((None, base.gate))
     ]
     how = {

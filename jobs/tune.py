@@ -17,7 +17,7 @@ from mmrag.config import Experiment, Tune, as_dict
 from mmrag.datastore import Datastore
 from mmrag.score import word_error_rate
 from mmrag.tokens import Tokenized
-from mmrag.tune import SETTINGS, Scored, score_grid
+from mmrag.tune import SETTINGS, Scored, finalists, score_grid
 
 SPLIT = "dev"
 
@@ -38,13 +38,13 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         workers = experiment.evaluate.workers
         scoring = _score.options(num_cpus=workers.num_cpus, num_gpus=workers.num_gpus)
         scored = ray.get(scoring.remote(experiment, lm.path, store.path, spoken))
-        finalists = scored[: experiment.tune.finalists]
-        rates = _decode(experiment, store.path, spoken, finalists)
-        best = min(range(len(finalists)), key=lambda index: rates[index])
-        chosen = finalists[best].knn
+        decoded = finalists(scored, experiment.tune.finalists)
+        rates = _decode(experiment, store.path, spoken[: experiment.tune.utterances], decoded)
+        best = min(range(len(decoded)), key=lambda index: rates[index])
+        chosen = decoded[best].knn
         rows = [
             {**as_dict(one.knn), "dev_loss": one.loss, "dev_wer": rate}
-            for one, rate in zip(finalists, rates, strict=True)
+            for one, rate in zip(decoded, rates, strict=True)
         ]
         artifact.write_json(draft.path / SETTINGS, {**as_dict(chosen), "finalists": rows})
         draft.summary |= {
@@ -102,10 +102,10 @@ def _grid(experiment: Experiment, store: Path) -> Tune:
 
 
 def _decode(
-    experiment: Experiment, store: Path, spoken: list[Tokenized], finalists: Sequence[Scored]
+    experiment: Experiment, store: Path, spoken: list[Tokenized], settings: Sequence[Scored]
 ) -> list[float]:
-    """The word error rate of each finalist."""
-    modes = {str(number): Retrieving(store, one.knn) for number, one in enumerate(finalists)}
+    """The word error rate of each setting."""
+    modes = {str(number): Retrieving(store, one.knn) for number, one in enumerate(settings)}
     workers = experiment.evaluate.workers
     heard = transcribe_modes(experiment.workspace, experiment.decode, modes, spoken, workers)
     return [

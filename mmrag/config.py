@@ -358,7 +358,10 @@ class Tune(Section):
     query: tuple[Literal["speech", "text"], ...] = ("speech",)
     """Tried with datastores of text alone; the others are always asked with speech."""
     finalists: PositiveInt
-    """Settings of least dev loss that are then decoded and compared by WER."""
+    """Settings of least dev loss, one for each weight, gate and query, that are then decoded and
+    compared by WER."""
+    utterances: PositiveInt | None = None
+    """At most so many dev utterances are decoded; None for all."""
 
 
 class Evaluate(Section):

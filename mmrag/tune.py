@@ -71,6 +71,19 @@ def score_grid(
     return sorted(scored, key=lambda one: one.loss)
 
 
+def finalists(scored: Sequence[Scored], count: int) -> list[Scored]:
+    """The `count` best, one for each weight, gate and way to ask.
+
+    The loss is that of a reader who never errs, and so it trusts the datastore too much: a
+    decoder that follows a neighbour into another sentence does not come back. Settings of all
+    weights have to be decoded to know.
+    """
+    best: dict[tuple, Scored] = {}
+    for one in sorted(scored, key=lambda one: one.loss):
+        best.setdefault((one.knn.weight, one.knn.gate, one.knn.query), one)
+    return list(best.values())[:count]
+
+
 def _score(read: Sequence[tuple[Tensor, Neighbours]], grid: Tune, query: str) -> Iterator[Scored]:
     """The settings that ask in one way."""
     if not read:
