@@ -11,7 +11,7 @@ from mmrag.decode import read_states
 from mmrag.lm import LM
 from mmrag.records import NO_ENTRY, Neighbours, Units, Utterance
 from mmrag.tokens import Tokenized
-from mmrag.tune import SETTINGS, chosen, score_grid
+from mmrag.tune import SETTINGS, Scored, chosen, finalists, score_grid
 from mmrag.vocabulary import SentencePieces, Vocabulary
 
 SHAPE = LanguageModel(width=16, layers=1, heads=2, kv_heads=2, feed_forward=24, tied=True)
@@ -210,3 +210,15 @@ def test_nothing_to_score_and_nothing_found_are_errors(lm):
 
     with pytest.raises(ValueError, match="no entry for any token"):
         score_grid(lm, VOCABULARY, [development()], Empty(), GRID)
+
+
+def test_finalists_are_the_best_of_each_weight_gate_and_way_to_ask_best_first():
+    scored = [
+        Scored(KNN(k=k, weight=weight, temperature=1, gate=gate, query=query), loss)
+        for loss, (k, weight, gate, query) in enumerate(
+            itertools.product((4, 8), (0.2, 0.8), (None, 3.0), ("speech", "text"))
+        )
+    ]
+    best = finalists(scored[::-1], 100)
+    assert best == [one for one in scored if one.knn.k == 4]
+    assert finalists(scored, 3) == best[:3]
