@@ -45,6 +45,31 @@ HEADER = (
 )
 
 
+SUMMARY_COLUMNS = ("utterances", "WER", "95 % interval", "entity recall", "recall@k")
+SUMMARY = {
+    "everyday sentences, no retrieval": ("everyday", "none", None, None),
+    "unseen names, no retrieval": ("domain", "none", None, None),
+    "unseen names, kNN-LM, datastore of text": ("domain", "knn", "text", None),
+    "unseen names, kNN-LM, the text spoken by a synthesizer": ("domain", "knn", "spoken", None),
+    "unseen names, kNN-LM, multi-modal datastore": ("domain", "knn", "multimodal", None),
+    "100 phrases a request, in the prompt": ("dynamic_context", "prompt", None, 100),
+    "100 phrases a request, boosted": ("dynamic_context", "boost", None, 100),
+    "100 phrases a request, kNN-LM": ("dynamic_context", "knn", "spoken", 100),
+}
+"""The rows that tell the story: title -> (task, mode, datastore, phrases)."""
+
+
+def summary(rows: Sequence[Row]) -> list[str]:
+    """The rows of SUMMARY that were measured, as a Markdown table."""
+    measured = {(r["task"], r["mode"], r["datastore"], r["phrases"]): r for r in rows}
+    cells = [
+        (title, *(_cells(measured[about])[HEADER.index(name)] for name in SUMMARY_COLUMNS))
+        for title, about in SUMMARY.items()
+        if about in measured
+    ]
+    return markdown([("", *SUMMARY_COLUMNS), *cells])
+
+
 def write(
     experiment: Experiment, rows: Sequence[Row], heard: Heard, notes: Mapping[str, str]
 ) -> None:
@@ -60,6 +85,8 @@ def write(
         "data, and whatever is tuned is tuned on the dev split. Intervals are 95 % bootstraps",
         "over utterances. Time is decoding alone, on one core; keys are what a flat index holds",
         "in memory.",
+        "",
+        *summary(rows),
         "",
         "## What was aimed at",
         "",

@@ -306,3 +306,17 @@ def test_the_terminal_shows_every_tasks_table():
 
 def test_every_task_that_is_plotted_has_a_title():
     assert set(report.PLOTS) < set(report.TITLES)
+
+
+def test_the_summary_has_the_rows_that_were_measured_in_its_own_order():
+    lines = report.summary(results()[::-1])
+    assert [line.split("|")[1].strip() for line in lines[2:]] == list(report.SUMMARY)
+    everyday = lines[2].split("|")
+    assert [cell.strip() for cell in everyday[2:4]] == ["12", "5.0%"]
+    assert len(report.summary(results()[:1])) == 3
+
+
+def test_the_readme_shows_the_summary_of_the_results_that_are_kept():
+    root = Path(__file__).parents[2]
+    rows = json.loads((root / "docs" / "results.json").read_text())
+    assert "\n".join(report.summary(rows)) in (root / "README.md").read_text()
