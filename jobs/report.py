@@ -45,6 +45,7 @@ HEADER = (
 )
 
 
+ONLY_WRITTEN = ("utterances", "keys, MB")
 SUMMARY_COLUMNS = ("utterances", "WER", "95 % interval", "entity recall", "recall@k")
 SUMMARY = {
     "everyday sentences, no retrieval": ("everyday", "none", None, None),
@@ -105,12 +106,13 @@ def write(
 
 
 def show(rows: Sequence[Row]) -> None:
-    """Print every task's table."""
+    """Print every task's table; what only the page has room for is left out."""
     for task in dict.fromkeys(row["task"] for row in rows):
-        header, *cells = _table([row for row in rows if row["task"] == task])
+        header, *cells = _table([row for row in rows if row["task"] == task], ONLY_WRITTEN)
         table = Table(title=TITLES[task], title_justify="left", box=box.SIMPLE, pad_edge=False)
         for name in header:
-            table.add_column(name, justify="right" if name in HEADER[5:] else "left", no_wrap=True)
+            words = name in HEADER[:5]
+            table.add_column(name, justify="left" if words else "right", no_wrap=name != "setting")
         for row in cells:
             table.add_row(*row)
         stage.console.print(table)
@@ -122,10 +124,11 @@ def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "| --- " * len(rows[0]) + "|", *lines[1:]]
 
 
-def _table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+def _table(rows: Sequence[Row], without: Sequence[str] = ()) -> list[tuple[str, ...]]:
     """Header and cells of one task; columns in which nothing stands are left out."""
     cells = [_cells(row) for row in rows]
-    kept = [i for i in range(len(HEADER)) if any(row[i] != "–" for row in cells)]
+    filled = [i for i in range(len(HEADER)) if any(row[i] != "–" for row in cells)]
+    kept = [i for i in filled if HEADER[i] not in without]
     return [tuple(row[i] for i in kept) for row in (HEADER, *cells)]
 
 

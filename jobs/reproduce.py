@@ -429,7 +429,7 @@ def _documents_of(
 def _choose_knn(
     lab: Lab, store: Artifact, dev: Sequence[Tokenized], named: Mapping[str, Sequence[str]]
 ) -> KNN:
-    """The weight, temperature and gate of least dev WER, around those of the whole datastore."""
+    """The weight, temperature and gate of least dev WER, around those of a spoken datastore."""
     base = lab.spoken_text[1]
     settings = [
         base.model_copy(
@@ -437,8 +437,8 @@ def _choose_knn(
             | {"gate": gate}
         )
         for weight in lab.experiment.tune.weight
-        for factor in (0.5, 1.0)
-        for gate in dict.fromkeys((None, base.gate))
+        for factor in (1.0, 2.0)
+        for gate in dict.fromkeys((None, *(base.gate and base.gate * n for n in (1, 2, 3))))
     ]
     how = {
         str(number): RetrievingDocuments(store.path, knn, named)

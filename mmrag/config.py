@@ -326,6 +326,9 @@ class KNN(Section):
     temperature: PositiveFloat
     gate: PositiveFloat | None = None
     """Largest distance of the nearest neighbour at which retrieval is heard; None for any."""
+    certain: float | None = Field(default=None, gt=0, le=1)
+    """Probability of the language model's best token from which on nothing is looked up: a model
+    so sure is left alone. None to look everything up."""
     query: Literal["speech", "text"] = "speech"
     """The state that asks: over speech and transcript, or over the transcript read alone, as the
     keys of a text-only datastore were."""
@@ -355,11 +358,13 @@ class Tune(Section):
     """Multiples of the dev queries' median nearest distance."""
     gate: tuple[PositiveFloat | None, ...] = (None,)
     """Likewise; None for no gate."""
+    certain: tuple[Annotated[float, Field(gt=0, le=1)] | None, ...] = (None,)
+    """As in `knn`."""
     query: tuple[Literal["speech", "text"], ...] = ("speech",)
     """Tried with datastores of text alone; the others are always asked with speech."""
     finalists: PositiveInt
-    """Settings of least dev loss, one for each weight, gate and query, that are then decoded and
-    compared by WER."""
+    """Settings of least dev loss, one for each weight, gate, certainty and query, that are then
+    decoded and compared by WER."""
     utterances: PositiveInt | None = None
     """At most so many dev utterances are decoded; None for all."""
 

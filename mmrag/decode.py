@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmrag.boost import Boost
 from mmrag.config import KNN, Decode
-from mmrag.knn import best_neighbour, gate, knn_logp, mix
+from mmrag.knn import best_neighbour, gate, knn_logp, mix, unsure
 from mmrag.layers import Cache
 from mmrag.lm import LM
 from mmrag.records import NO_ENTRY, Neighbours, Retriever
@@ -218,17 +218,23 @@ def retrieve(
     """The next-token log-probabilities (B, V) after retrieval with `keys` (B, D).
 
     `retrieval` is one for all rows, or one a row: rows that share one are searched together.
-    Without retrieval, with weight 0 and behind a shut gate they are `lm_logp` itself, and the
-    neighbours are none: what was not heard is no evidence.
+    Without retrieval, with weight 0, where the model is certain and behind a shut gate they are
+    `lm_logp` itself, and the neighbours are none: what was not heard is no evidence.
     """
     if isinstance(retrieval, Sequence):
         return _retrieve_apart(lm_logp, keys, retrieval, exclude_documents)
     if retrieval is None or retrieval.settings.weight == 0:
         return lm_logp, Neighbours.none(len(lm_logp), 1)
     knn = retrieval.settings
-    queries = keys.float().cpu().numpy()
-    found = retrieval.retriever.search(queries, knn.k, exclude_documents)
-    return interpolate(lm_logp, found, knn), _heard(found, knn.gate)
+    logp, neighbours = lm_logp, Neighbours.none(len(lm_logp), knn.k)
+    rows = unsure(lm_logp, knn.certain).nonzero()[:, 0]
+    if len(rows):
+        queries = keys[rows].float().cpu().numpy()
+        excluded = exclude_documents and [exclude_documents[row] for row in rows.tolist()]
+        found = retrieval.retriever.search(queries, knn.k, excluded)
+        logp = lm_logp.index_copy(0, rows, interpolate(lm_logp[rows], found, knn))
+        neighbours = _placed(neighbours, rows.tolist(), _heard(found, knn.gate))
+    return logp, neighbours
 
 
 def _retrieve_apart(
@@ -244,9 +250,7 @@ def _retrieve_apart(
         rows = [row for row, one in enumerate(retrievals) if one is retrieval]
         excluded = exclude_documents and [exclude_documents[row] for row in rows]
         logp[rows], found = retrieve(lm_logp[rows], keys[rows], retrieval, excluded)
-        for name in ("distances", "tokens", "entries", "documents"):
-            column = getattr(found, name)
-            getattr(neighbours, name)[rows, : column.shape[1]] = column
+        neighbours = _placed(neighbours, rows, found)
     return logp, neighbours
 
 
@@ -323,6 +327,14 @@ def read_states(
     logp = output.logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)
     tokens = np.array([token for text in texts for token in (*text, EOS)], np.int32)
     return output.keys[at].float(), tokens, slices, logp
+
+
+def _placed(neighbours: Neighbours, rows: Sequence[int], found: Neighbours) -> Neighbours:
+    """`neighbours` with what was `found` for some of its rows."""
+    for name in ("distances", "tokens", "entries", "documents"):
+        column = getattr(found, name)
+        getattr(neighbours, name)[rows, : column.shape[1]] = column
+    return replace(neighbours, missing_shards=max(neighbours.missing_shards, found.missing_shards))
 
 
 def _heard(found: Neighbours, largest: float | None) -> Neighbours:

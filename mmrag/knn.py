@@ -71,6 +71,16 @@ def gate(distances: Tensor, largest: float | None) -> Tensor:
     return near.any(1)
 
 
+def unsure(lm_logp: Tensor, certain: float | None) -> Tensor:
+    """Which rows have something to ask: (B, V) -> (B,) bool.
+
+    True where the language model's best token is less probable than `certain`; None asks always.
+    """
+    if certain is None:
+        return torch.ones_like(lm_logp[:, 0], dtype=torch.bool)
+    return lm_logp.amax(1) < math.log(certain)
+
+
 def best_neighbour(distances: Tensor, tokens: Tensor, chosen: Tensor) -> Tensor:
     """The neighbour that spoke loudest for a token: column index (B,) int64, -1 for none.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mmrag.config import KNN, Tune
 from mmrag.decode import interpolate, read_states
+from mmrag.knn import unsure
 from mmrag.lm import LM
 from mmrag.records import Neighbours, Retriever
 from mmrag.tokens import Tokenized
@@ -35,6 +36,11 @@ class Scored:
 
     knn: KNN
     loss: float
+
+
+Read = tuple[Tensor, Neighbours, Tensor]
+"""Of N queries: log-probabilities (N, 2) of `_two_tokens`, its neighbours, and the language model's
+log-probability of its best token (N,)."""
 
 
 def chosen(directory: Path) -> KNN:
@@ -56,7 +62,7 @@ def score_grid(
     grid serves every metric and model. ValueError if there is no token to score, or nothing is
     found for any of them.
     """
-    read: dict[str, list[tuple[Tensor, Neighbours]]] = {query: [] for query in grid.query}
+    read: dict[str, list[Read]] = {query: [] for query in grid.query}
     for batch in batches:
         texts = [vocabulary.encode(one.utterance.text) for one in batch]
         speech = [vocabulary.encode_units(one.units) for one in batch]
@@ -66,13 +72,13 @@ def score_grid(
             if query == "text":
                 keys, *_ = read_states(lm, vocabulary, texts, [None] * len(batch), logits=False)
             neighbours = retriever.search(keys.cpu().numpy(), max(grid.k))
-            found.append(_two_tokens(logp, tokens, neighbours))
+            found.append((*_two_tokens(logp, tokens, neighbours), logp.amax(1).cpu()))
     scored = [each for query, found in read.items() for each in _score(found, grid, query)]
     return sorted(scored, key=lambda one: one.loss)
 
 
 def finalists(scored: Sequence[Scored], count: int) -> list[Scored]:
-    """The `count` best, one for each weight, gate and way to ask.
+    """The `count` best, one for each weight, gate, certainty and way to ask.
 
     The loss is that of a reader who never errs, and so it trusts the datastore too much: a
     decoder that follows a neighbour into another sentence does not come back. Settings of all
@@ -80,33 +86,41 @@ def finalists(scored: Sequence[Scored], count: int) -> list[Scored]:
     """
     best: dict[tuple, Scored] = {}
     for one in sorted(scored, key=lambda one: one.loss):
-        best.setdefault((one.knn.weight, one.knn.gate, one.knn.query), one)
+        knn = one.knn
+        best.setdefault((knn.weight, knn.gate, knn.certain, knn.query), one)
     return list(best.values())[:count]
 
 
-def _score(read: Sequence[tuple[Tensor, Neighbours]], grid: Tune, query: str) -> Iterator[Scored]:
+def _score(read: Sequence[Read], grid: Tune, query: str) -> Iterator[Scored]:
     """The settings that ask in one way."""
     if not read:
         raise ValueError("the development split holds no utterance to score")
-    nearest = np.concatenate([found.distances[:, 0] for _, found in read])
+    nearest = np.concatenate([found.distances[:, 0] for _, found, _ in read])
     nearest = nearest[np.isfinite(nearest)]
     if not len(nearest):
         raise ValueError("the datastore has no entry for any token of the development split")
     # An inner product's distances may be negative; only their size matters to a temperature.
     unit = max(float(np.median(np.abs(nearest))), 1e-6)
-    count = sum(len(logp) for logp, _ in read)
-    for k, multiple, weight, gate in itertools.product(
-        grid.k, grid.temperature, grid.weight, grid.gate
+    count = sum(len(logp) for logp, _, _ in read)
+    for k, multiple, weight, gate, certain in itertools.product(
+        grid.k, grid.temperature, grid.weight, grid.gate, grid.certain
     ):
         knn = KNN(
             k=k,
             weight=weight,
             temperature=unit * multiple,
             gate=None if gate is None else unit * gate,
+            certain=certain,
             query=query,
         )
-        mixed = [interpolate(logp, found.top(knn.k), knn)[:, TRUE] for logp, found in read]
+        mixed = [_mixed(*each, knn) for each in read]
         yield Scored(knn, -float(torch.cat(mixed).sum()) / count)
+
+
+def _mixed(logp: Tensor, found: Neighbours, best: Tensor, knn: KNN) -> Tensor:
+    """The true tokens' log-probabilities (N,) after retrieval."""
+    asking = unsure(best[:, None], knn.certain)
+    return torch.where(asking, interpolate(logp, found.top(knn.k), knn)[:, TRUE], logp[:, TRUE])
 
 
 def _two_tokens(logp: Tensor, tokens: np.ndarray, found: Neighbours) -> tuple[Tensor, Neighbours]:

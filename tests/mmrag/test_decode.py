@@ -394,6 +394,32 @@ def test_what_a_shut_gate_keeps_out_is_no_evidence():
     assert {choice.entry for row in choices for choice in row} == {NO_ENTRY}
 
 
+def test_where_the_model_is_certain_nothing_is_looked_up():
+    lm_logp = (4 * torch.randn(6, VOCABULARY.size)).log_softmax(-1)
+    keys, documents = torch.randn(6, 16), [0, 1, 2, 3, 0, -1]
+    best = lm_logp.exp().amax(1)
+    certain = float(best.median()) + 1e-6
+    asking = [row for row in range(6) if best[row] < certain]
+    assert 0 < len(asking) < 6
+    store = Store()
+    logp, found = retrieve(lm_logp, keys, Retrieval(store, knn(certain=certain)), documents)
+    assert store.excluded == [[documents[row] for row in asking]]
+    everywhere, all_found = retrieve(lm_logp, keys, Retrieval(store, knn()), documents)
+    for row in range(6):
+        wanted = everywhere if row in asking else lm_logp
+        assert torch.equal(logp[row], wanted[row])
+        entries = all_found.entries[row] if row in asking else [NO_ENTRY] * 2
+        assert found.entries[row].tolist() == list(entries)
+
+
+def test_a_model_certain_of_everything_asks_nobody():
+    lm_logp, store = torch.randn(3, VOCABULARY.size).log_softmax(-1), Store()
+    retrieval = Retrieval(store, knn(certain=1e-6))
+    logp, found = retrieve(lm_logp, torch.randn(3, 16), retrieval)
+    assert torch.equal(logp, lm_logp) and (found.entries == NO_ENTRY).all()
+    assert store.excluded == []
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=4))
 def test_reading_whole_transcripts_gives_the_state_before_each_of_their_tokens(plan):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmrag.knn import best_neighbour, gate, knn_logp, mix
+from mmrag.knn import best_neighbour, gate, knn_logp, mix, unsure
 
 VOCABULARY = 7
 
@@ -123,6 +123,13 @@ def test_the_gate_hears_only_near_neighbours():
     assert gate(distances, 2.0).tolist() == [True, False, False]
     assert gate(distances, 3.0).tolist() == [True, True, False]
     assert gate(distances, None).tolist() == [True, True, False]
+
+
+def test_a_certain_model_has_nothing_to_ask():
+    logp = torch.tensor([[0.6, 0.4], [0.1, 0.9], [0.01, 0.99]]).log()
+    assert unsure(logp, 0.8).tolist() == [True, False, False]
+    assert unsure(logp, 0.95).tolist() == [True, True, False]
+    assert unsure(logp, None).tolist() == [True, True, True]
 
 
 def test_the_best_neighbour_is_the_nearest_with_the_chosen_token():

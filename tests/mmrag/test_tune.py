@@ -64,7 +64,7 @@ class Store:
         return distances, tokens
 
 
-def by_hand(lm, store, k, weight, multiple, gate=None, query="speech"):
+def by_hand(lm, store, k, weight, multiple, gate=None, query="speech", certain=None):
     """Nats a token, one token at a time in float64."""
     spoken = development()
     texts = [VOCABULARY.encode(one.utterance.text) for one in spoken]
@@ -80,7 +80,8 @@ def by_hand(lm, store, k, weight, multiple, gate=None, query="speech"):
     for row, token in enumerate(tokens):
         distances = found.distances[row, :k].astype(np.float64)
         p = math.exp(logp[row, token])
-        if np.isfinite(distances).any() and (gate is None or distances[0] <= gate * unit):
+        heard = np.isfinite(distances).any() and (gate is None or distances[0] <= gate * unit)
+        if heard and (certain is None or logp[row].max() < math.log(certain)):
             votes = np.exp(-(distances - distances.min()) / temperature)
             share = votes[found.tokens[row, :k] == token].sum() / votes.sum()
             p = weight * share + (1 - weight) * p
@@ -127,6 +128,19 @@ def test_the_batches_make_no_difference(lm):
     for one, other in zip(whole, single, strict=True):
         assert one.knn.temperature == pytest.approx(other.knn.temperature)
         assert one.loss == pytest.approx(other.loss, rel=1e-4)
+
+
+def test_certainty_is_scored_as_computed_by_hand(lm):
+    store, certain = Store(), (None, 0.1, 0.16)
+    grid = GRID.model_copy(update={"certain": certain})
+    scored = score_grid(lm, VOCABULARY, [development()], store, grid)
+    unit = min(one.knn.temperature for one in scored) / 0.1
+    for one in scored:
+        knn = one.knn
+        wanted = by_hand(lm, store, knn.k, knn.weight, knn.temperature / unit, certain=knn.certain)
+        assert one.loss == pytest.approx(wanted, rel=1e-4), knn
+    losses = {one.knn.certain: one.loss for one in scored if one.knn.weight == 0.9}
+    assert len(set(losses.values())) == len(certain)
 
 
 GATED = GRID.model_copy(update={"gate": (None, 0.7, 1.0, 1.3)})
