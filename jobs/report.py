@@ -241,6 +241,9 @@ def _curves(path: Path, series: Mapping[str, Sequence[Row]], x: str, label: str,
         axes.fill_between(at, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
     if log:
         axes.set_xscale("log")
+        ticks = sorted({row[x] for rows in series.values() for row in rows})
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
     axes.set_xlabel(label)
     axes.set_ylabel("word error rate, %")
     axes.set_ylim(bottom=0)
