@@ -11,7 +11,7 @@ from mmrag.config import ConfigError, Experiment, Reproduce, Workers
 from mmrag.corpora import flite
 from mmrag.score import word_error_rate
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 KEYS = {
     *("task", "mode", "datastore", "phrases", "entries", "setting", "utterances"),
