@@ -8,7 +8,7 @@ speech.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,31 +17,33 @@ import numpy as np
 import torch
 
 from mmrag.boost import Boost
-from mmrag.config import KNN
+from mmrag.config import KNN, Read
 from mmrag.datastore import Datastore
 from mmrag.decode import Retrieval
 from mmrag.index import LocalRetriever, SubsetRetriever, saved_shards
+from mmrag.phrases import Phrases
+from mmrag.reading import Reading
 from mmrag.records import Retriever
 from mmrag.tokens import Tokenized
-from mmrag.vocabulary import Vocabulary
+from mmrag.transcribe import Recogniser
 
 Guide = Callable[[Sequence[Tokenized]], dict[str, Any]]
 """A batch of utterances -> keyword arguments of `recognise`."""
-Phrases = Mapping[str, Sequence[str]]
+Listed = Mapping[str, Sequence[str]]
 """The phrases that come with each utterance, by its id."""
 
 
 class Mode(Protocol):
     """How to transcribe."""
 
-    def open(self, vocabulary: Vocabulary) -> Guide: ...
+    def open(self, recogniser: Recogniser) -> Guide: ...
 
 
 @dataclass(frozen=True)
 class Plain:
     """The language model alone."""
 
-    def open(self, vocabulary: Vocabulary) -> Guide:
+    def open(self, recogniser: Recogniser) -> Guide:
         return lambda batch: {}
 
 
@@ -52,7 +54,7 @@ class Retrieving:
     source: Retriever | Path
     knn: KNN
 
-    def open(self, vocabulary: Vocabulary) -> Guide:
+    def open(self, recogniser: Recogniser) -> Guide:
         retriever = open_locally(self.source) if isinstance(self.source, Path) else self.source
         retrieval = Retrieval(retriever, self.knn)
         return lambda batch: {"retrieval": retrieval}
@@ -67,19 +69,13 @@ class RetrievingDocuments:
     knn: KNN
     documents: Mapping[str, Sequence[str]]
 
-    def open(self, vocabulary: Vocabulary) -> Guide:
+    def open(self, recogniser: Recogniser) -> Guide:
         datastore = Datastore.open(self.datastore)
-        order = np.argsort(datastore.documents, kind="stable")
-        ends = np.cumsum(np.bincount(datastore.documents))
-        spans = {
-            datastore.document_name(number): slice(*span)
-            for number, span in enumerate(pairwise([0, *ends.tolist()]))
-        }
+        entries_of = _by_document(datastore)
 
         def guide(batch: Sequence[Tokenized]) -> dict[str, Any]:
             named = [self.documents[one.utterance.id] for one in batch]
-            entries = [np.concatenate([order[spans[name]] for name in own]) for own in named]
-            subsets = [SubsetRetriever(datastore, own) for own in entries]
+            subsets = [SubsetRetriever(datastore, entries_of(own)) for own in named]
             return {"retrieval": [Retrieval(subset, self.knn) for subset in subsets]}
 
         return guide
@@ -94,7 +90,7 @@ class RetrievingSome:
     entries: int
     stride: int = 1
 
-    def open(self, vocabulary: Vocabulary) -> Guide:
+    def open(self, recogniser: Recogniser) -> Guide:
         datastore = Datastore.open(self.datastore)
         chosen = np.arange(min(self.entries, datastore.entries))
         chosen = chosen[datastore.positions[chosen] % self.stride == 0]
@@ -103,39 +99,111 @@ class RetrievingSome:
 
 
 @dataclass(frozen=True)
+class Attending:
+    """One datastore for every utterance, whose nearest windows the adapter reads."""
+
+    source: Retriever | Path
+    read: Read
+
+    def open(self, recogniser: Recogniser) -> Guide:
+        retriever = open_locally(self.source) if isinstance(self.source, Path) else self.source
+        reading = Reading(recogniser.bank(retriever), self.read, retriever)
+        return lambda batch: {"readings": [reading] * len(batch)}
+
+
+@dataclass(frozen=True)
+class AttendingPhrases:
+    """Each utterance's phrases, read from a datastore of entities: all of them, or what a search
+    among them brings where they are too many."""
+
+    datastore: Path
+    read: Read
+    phrases: Listed
+    mentions: int
+    """Ways of saying a phrase that are read whole."""
+
+    def open(self, recogniser: Recogniser) -> Guide:
+        datastore = Datastore.open(self.datastore)
+        known, entries_of = Phrases(datastore), _by_document(datastore)
+        everything = SubsetRetriever(datastore, np.empty(0, np.int64))
+        bank = recogniser.bank(everything)
+
+        def reading(one: Tokenized) -> Reading:
+            listed = self.phrases[one.utterance.id]
+            windows = [entry for name in listed for entry in known.mentions(name, self.mentions)]
+            whole = Reading(bank, self.read, everything, np.array(windows, np.int64))
+            if whole.whole:
+                return whole
+            return replace(whole, retriever=SubsetRetriever(datastore, entries_of(listed)))
+
+        return lambda batch: {"readings": [reading(one) for one in batch]}
+
+
+@dataclass(frozen=True)
+class Together:
+    """Several ways at once: neighbours that vote and windows that are read."""
+
+    modes: tuple[Mode, ...]
+
+    def open(self, recogniser: Recogniser) -> Guide:
+        guides = [mode.open(recogniser) for mode in self.modes]
+        return lambda batch: {key: v for guide in guides for key, v in guide(batch).items()}
+
+
+def retrieving(source: Retriever | Path, knn: KNN | None, read: Read | None) -> Mode:
+    """The mode that votes with the neighbours, attends to them, or both, by what is given."""
+    ways: list[Mode] = []
+    if knn is not None:
+        ways.append(Retrieving(source, knn))
+    if read is not None:
+        ways.append(Attending(source, read))
+    return ways[0] if len(ways) == 1 else Together(tuple(ways))
+
+
+@dataclass(frozen=True)
 class BoostingPhrases:
     """Each utterance's phrases favoured by `weight` nats a piece."""
 
     weight: float
-    phrases: Phrases
+    phrases: Listed
 
-    def open(self, vocabulary: Vocabulary) -> Guide:
+    def open(self, recogniser: Recogniser) -> Guide:
+        vocabulary = recogniser.vocabulary
         starts = torch.from_numpy(vocabulary.word_starts())
 
         def guide(batch: Sequence[Tokenized]) -> dict[str, Any]:
             listed = [self.phrases[one.utterance.id] for one in batch]
-            boosts = [Boost(self._spelt(own, vocabulary), self.weight, starts) for own in listed]
-            return {"boosts": boosts}
+            spelt = [chain.from_iterable(map(vocabulary.spellings, own)) for own in listed]
+            return {"boosts": [Boost(own, self.weight, starts) for own in spelt]}
 
         return guide
-
-    def _spelt(self, phrases: Sequence[str], vocabulary: Vocabulary) -> list[list[int]]:
-        """Phrases as ids; some vocabularies spell a word behind a blank in another way."""
-        return [vocabulary.encode(blank + phrase) for phrase in phrases for blank in ("", " ")]
 
 
 @dataclass(frozen=True)
 class PromptingPhrases:
     """Each utterance's phrases as text before its speech."""
 
-    phrases: Phrases
+    phrases: Listed
 
-    def open(self, vocabulary: Vocabulary) -> Guide:
+    def open(self, recogniser: Recogniser) -> Guide:
+        vocabulary = recogniser.vocabulary
+
         def guide(batch: Sequence[Tokenized]) -> dict[str, Any]:
             listed = [map(vocabulary.encode, self.phrases[one.utterance.id]) for one in batch]
             return {"contexts": [list(chain.from_iterable(own)) for own in listed]}
 
         return guide
+
+
+def _by_document(datastore: Datastore) -> Callable[[Sequence[str]], np.ndarray]:
+    """Looks up the entries of named documents."""
+    order = np.argsort(datastore.documents, kind="stable")
+    ends = np.cumsum(np.bincount(datastore.documents))
+    spans = {
+        datastore.document_name(number): slice(*span)
+        for number, span in enumerate(pairwise([0, *ends.tolist()]))
+    }
+    return lambda names: np.concatenate([np.empty(0, int), *(order[spans[n]] for n in names)])
 
 
 def open_locally(directory: Path) -> LocalRetriever:

@@ -14,7 +14,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from mmrag.datastore import Datastore
 from mmrag.index import IndexShard, saved_shards
-from mmrag.records import NO_ENTRY, Neighbours, merge
+from mmrag.records import NO_ENTRY, Neighbours, Passages, merge
 
 ANSWER_SECONDS = 30.0
 """How long a shard may take to answer before it counts as missing."""
@@ -41,6 +41,10 @@ class IndexShardActor:
     def windows(self, entries: np.ndarray) -> np.ndarray:
         """Token windows (…, W) around `entries` (…,)."""
         return self._datastore.windows(entries)
+
+    def passages(self, entries: np.ndarray) -> Passages:
+        """The windows around `entries` (M,), each token with its own key."""
+        return self._datastore.passages(entries)
 
 
 class ShardedRetriever:
@@ -78,6 +82,22 @@ class ShardedRetriever:
         if not answers:
             raise RuntimeError("no shard of the datastore answers")
         return np.maximum.reduce(answers)
+
+    def passages(self, entries: np.ndarray) -> Passages:
+        """The windows around `entries` (M,); one of a shard that does not answer is empty."""
+        shards = [(entries >= start) & (entries < stop) for start, stop in self._ranges]
+        answers = self._ask_all("passages", [(entries[own],) for own in shards])
+        known = next((answer for answer in answers if answer is not None), None)
+        if known is None:
+            raise RuntimeError("no shard of the datastore answers")
+        found = Passages(
+            *(np.zeros((len(entries), *a.shape[1:]), a.dtype) for a in vars(known).values())
+        )
+        for own, answer in zip(shards, answers, strict=True):
+            if answer is not None:
+                for name, values in vars(answer).items():
+                    getattr(found, name)[own] = values
+        return found
 
     def close(self) -> None:
         """Stop the actors."""

@@ -26,15 +26,17 @@ import soundfile
 import torch
 from ray.data import ActorPoolStrategy
 
-from cluster.modes import Guide, Mode
+from cluster.modes import Guide, Mode, open_locally
 from cluster.progress import bar
 from mmrag import audio, pretrained
 from mmrag.config import Datastore as DatastoreConfig
 from mmrag.config import Decode, Tokenize, Workers
+from mmrag.contexts import write_neighbours
 from mmrag.corpora import augment, flite, manifest, synthetic
 from mmrag.corpora.synthetic import Planned
-from mmrag.datastore import Segment, join, windows_of, write_segment
+from mmrag.datastore import Segment, join, write_segment
 from mmrag.decode import Retrieval, read_states
+from mmrag.entries import read_entries
 from mmrag.hubert import HubertEncoder
 from mmrag.records import Rejection, Units, Utterance
 from mmrag.score import recall_at_k
@@ -347,7 +349,8 @@ class SpeakUnits:
 
 class WriteEntries:
     """Tokenized utterances -> one datastore segment: the language model's state before each
-    token of each text, over the utterance's units where `audio` is not `none`."""
+    token of each text (or of its entities), over the utterance's units where `audio` is not
+    `none`."""
 
     def __init__(self, lm: Path, settings: DatastoreConfig, directory: Path) -> None:
         self._lm, self._vocabulary = pretrained.load(lm, device())
@@ -361,23 +364,42 @@ class WriteEntries:
         return part.name
 
     def _read(self, batch: list[Tokenized]) -> Segment:
-        vocabulary, window = self._vocabulary, self._settings.window
-        texts = [vocabulary.encode(one.utterance.text) for one in batch]
-        heard = self._settings.audio != "none"
-        speech = [
-            vocabulary.encode_units(one.units) if heard and one.units is not None else None
-            for one in batch
-        ]
-        keys, tokens, slices, _ = read_states(self._lm, vocabulary, texts, speech, logits=False)
-        counts = [stretch.stop - stretch.start for stretch in slices]
-        return Segment(
-            keys=keys.cpu().numpy(),
-            tokens=tokens,
-            windows=np.concatenate([windows_of(tokens[stretch], window) for stretch in slices]),
-            positions=np.concatenate([np.arange(count) for count in counts]),
-            utterances=np.repeat(np.arange(len(batch)), counts),
-            names=[(one.utterance.id, one.utterance.document or one.utterance.id) for one in batch],
+        settings = self._settings
+        heard = settings.audio != "none"
+        return read_entries(
+            self._lm,
+            self._vocabulary,
+            batch if heard else [Tokenized(one.utterance, None) for one in batch],
+            settings.window,
+            settings.entries,
         )
+
+
+class FindNeighbours:
+    """Tokenized utterances -> a part with the entries near each of their tokens.
+
+    The utterance's own document is left out.
+    """
+
+    def __init__(self, lm: Path, datastore: Path, k: int, directory: Path) -> None:
+        self._lm, self._vocabulary = pretrained.load(lm, device())
+        self._retriever = open_locally(datastore)
+        self._k = k
+        self._directory = directory
+
+    def __call__(self, part: Part[Tokenized]) -> str:
+        vocabulary, datastore = self._vocabulary, self._retriever.datastore
+        texts = [vocabulary.encode(one.utterance.text) for one in part.work]
+        speech = [vocabulary.encode_units(one.units) for one in part.work]
+        keys, _, slices, _ = read_states(self._lm, vocabulary, texts, speech, logits=False)
+        queries, found = keys.cpu().numpy(), {}
+        for one, stretch in zip(part.work, slices, strict=True):
+            own = datastore.document_id(one.utterance.document)
+            excluded = None if own is None else [own] * (stretch.stop - stretch.start)
+            near = self._retriever.search(queries[stretch], self._k, excluded)
+            found[one.utterance.id] = near.entries
+        write_neighbours(self._directory / f"{part.name}.npz", found)
+        return part.name
 
 
 @dataclass(frozen=True)
@@ -419,7 +441,7 @@ class Transcribe:
     def __call__(self, part: Part[Asked]) -> tuple[str, list[Heard]]:
         name = part.work[0].mode
         if name not in self._guides:
-            self._guides[name] = self._modes[name].open(self._recogniser.vocabulary)
+            self._guides[name] = self._modes[name].open(self._recogniser)
         return name, self._transcribe([one.tokenized for one in part.work], self._guides[name])
 
     def _transcribe(self, batch: list[Tokenized], guide: Guide) -> list[Heard]:

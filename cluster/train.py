@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -33,9 +33,13 @@ from torch import Tensor
 from cluster.progress import MetricsWriter, following
 from mmrag import pretrained, shipped
 from mmrag.config import Experiment, parse
+from mmrag.contexts import Shown, read_neighbours
+from mmrag.cross_attention import Adapter
+from mmrag.datastore import Datastore
 from mmrag.lm import LM
 from mmrag.loss import Objective
-from mmrag.tokens import read
+from mmrag.phrases import Phrases
+from mmrag.tokens import Tokenized, read
 from mmrag.train import (
     Curriculum,
     adamw,
@@ -57,11 +61,13 @@ def fit(
     splits: list[Path],
     directory: Path,
     log: Callable[[dict[str, Any]], None],
+    lm: Path | None = None,
 ) -> None:
     """Train on the tokenized `splits`; leave the language model in `directory`.
 
-    `directory` holds the vocabulary already. A run that was killed there goes on from its last
-    checkpoint. `log` is called, in this process, with each record of `metrics.jsonl`.
+    `directory` holds the vocabulary already. With `experiment.adapter`, what is trained and left
+    there is an adapter for the language model in `lm`. A run that was killed there goes on from
+    its last checkpoint. `log` is called, in this process, with each record of `metrics.jsonl`.
     """
     settings = experiment.train
     gpus = settings.workers.num_gpus
@@ -72,6 +78,7 @@ def fit(
             "experiment": _with_absolute_paths(experiment),
             "splits": [str(split) for split in splits],
             "directory": str(directory),
+            "lm": lm and str(lm),
         },
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(
@@ -126,18 +133,21 @@ def _worker(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
     experiment = parse(config["experiment"], "the driver's experiment")
     settings, directory = experiment.train, Path(config["directory"])
+    seed = experiment.seed
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     torch.set_num_threads(max(1, round(settings.workers.num_cpus)))
     deepspeed.init_distributed(dist_init_required=False)
 
-    vocabulary = Vocabulary.load(directory)
-    data = examples([one for split in config["splits"] for one in read(Path(split))], vocabulary)
-    curriculum = Curriculum(data, settings, experiment.seed)
+    vocabulary = Vocabulary.load(Path(config["lm"] or directory))
+    corpus = [one for split in config["splits"] for one in read(Path(split))]
+    data = examples(corpus, vocabulary)
+    contexts = shown(experiment, corpus) if experiment.adapter else None
+    curriculum = Curriculum(data, settings, seed)
     dtype = precision(settings.precision, device)
     ds_config = deepspeed_config(experiment, dtype)
-    objective = _build(experiment, vocabulary, ds_config)
+    objective = _build(experiment, vocabulary, ds_config, config["lm"])
     optimizer = adamw(objective, settings)
     engine, *_ = deepspeed.initialize(
         model=objective, optimizer=optimizer, config=ds_config, dist_init_required=False
@@ -154,9 +164,10 @@ def _worker(config: dict[str, Any]) -> None:
         started = time.monotonic()
         phase, micro_batches = curriculum.step(step)
         batches = [
-            collate(data, chosen, vocabulary, settings.unit_dropout, (experiment.seed, step, n))
+            collate(data, chosen, vocabulary, settings.unit_dropout, (seed, step, n), contexts)
             for n, chosen in enumerate(micro_batches)
-        ][rank::world]
+            if n % world == rank
+        ]
         tokens = torch.tensor([sum(batch.ids.numel() for batch in batches)])
         counts = torch.stack([batch.counts() for batch in batches]).sum(0)
         *counts, tokens = _all_sum(torch.cat((counts, tokens)), device)
@@ -176,24 +187,47 @@ def _worker(config: dict[str, Any]) -> None:
         done = step + 1
         if done % settings.checkpoint_steps == 0 or done == settings.steps:
             _checkpoint(engine, done)
-    _export(engine.module.lm, directory, vocabulary, rank)
+    _export(engine.module, directory, vocabulary, rank)
 
 
-def _build(experiment: Experiment, vocabulary: Vocabulary, ds_config: dict[str, Any]) -> Objective:
-    """The objective with its starting weights; partitioned as it is built under ZeRO-3."""
+def shown(experiment: Experiment, corpus: Sequence[Tokenized]) -> Shown:
+    """What an adapter reads while it trains on `corpus`, from the workspace's datastores."""
+    settings, root = experiment.adapter.contexts, experiment.workspace
+    near = [
+        (Datastore.open(root / "datastores" / name), read_neighbours(root / "neighbours" / name))
+        for name in (settings.retrieved, settings.wrong)
+    ]
+    return Shown(
+        settings,
+        [one.utterance.id for one in corpus],
+        [one.utterance.entities for one in corpus],
+        Phrases(Datastore.open(root / "datastores" / settings.phrases)),
+        *near,
+    )
+
+
+def _build(
+    experiment: Experiment, vocabulary: Vocabulary, ds_config: dict[str, Any], frozen: str | None
+) -> Objective:
+    """The objective with its starting weights; partitioned as it is built under ZeRO-3.
+
+    `frozen` is the directory of the language model that an adapter is trained for.
+    """
     settings = experiment.train
     torch.manual_seed(experiment.seed)
     partitioned = settings.zero_stage == 3
     with deepspeed.zero.Init(config_dict_or_path=ds_config) if partitioned else nullcontext():
         lm = LM(experiment.lm, vocabulary.size)
-        objective = Objective(lm, len(vocabulary.alphabet), settings.ctc_weight)
-    if settings.base:
+        adapter = experiment.adapter and Adapter(experiment.adapter.shape, experiment.lm)
+        objective = Objective(lm, len(vocabulary.alphabet), settings.ctc_weight, adapter)
+    if frozen or settings.base:
+        base = frozen or settings.base
         parameters = dict(lm.named_parameters())
-        for name, tensor in pretrained.base_tensors(settings.base):
+        for name, tensor in pretrained.base_tensors(base):
             parameter = parameters[name]
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 if not partitioned or torch.distributed.get_rank() == 0:
-                    pretrained.place(name, parameter, tensor, vocabulary, settings.base)
+                    pretrained.place(name, parameter, tensor, vocabulary, base)
     return objective
 
 
@@ -217,17 +251,20 @@ def _checkpoint(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
         ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(directory))
 
 
-def _export(lm: LM, directory: Path, vocabulary: Vocabulary, rank: int) -> None:
-    """Write the language model as every later stage loads it."""
-    tensors = list(_whole(lm, rank))
-    if rank == 0:
+def _export(objective: Objective, directory: Path, vocabulary: Vocabulary, rank: int) -> None:
+    """Write the language model, or the adapter, as every later stage loads it."""
+    lm, adapter = objective.lm, objective.adapter
+    tensors = list(_whole(lm if adapter is None else adapter, rank))
+    if rank == 0 and adapter is None:
         pretrained.save(directory, lm.config, vocabulary, tensors)
+    elif rank == 0:
+        pretrained.save_adapter(directory, adapter.config, tensors)
     torch.distributed.barrier()
 
 
-def _whole(lm: LM, rank: int) -> Iterator[tuple[str, Tensor]]:
+def _whole(module: torch.nn.Module, rank: int) -> Iterator[tuple[str, Tensor]]:
     """Each weight in full, on rank 0's host memory; gathered one at a time under ZeRO-3."""
-    for name, parameter in lm.named_parameters():
+    for name, parameter in module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
             if rank == 0:
                 yield name, parameter.detach().cpu().clone()

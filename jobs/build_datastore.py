@@ -15,9 +15,10 @@ from mmrag import artifact, datastore, tokens
 from mmrag.artifact import Artifact, Draft
 from mmrag.config import ConfigError, Experiment, Index, as_dict
 from mmrag.config import Datastore as DatastoreConfig
+from mmrag.corpora import manifest
 from mmrag.datastore import Datastore, Description
 from mmrag.index import IndexShard, saved_shards, shard_directory, shard_ranges
-from mmrag.records import Utterance
+from mmrag.records import Rejection, Utterance
 from mmrag.tokens import Tokenized
 
 
@@ -86,6 +87,12 @@ def _source(experiment: Experiment, codebook: Artifact) -> Artifact:
 
 def _read(source: Artifact, settings: DatastoreConfig, seed: int) -> Iterator[Tokenized]:
     """The source's utterances that have what their keys are made of."""
+    if source.path.suffix == ".jsonl":
+        for line in manifest.read(source.path):
+            if isinstance(line, Rejection):
+                raise ValueError(f"{line.source}: {line.reason}")
+            yield Tokenized(line, None)
+        return
     if source.kind == "outside":
         for number, line in enumerate(source.path.read_text().splitlines(), start=1):
             if line.strip():

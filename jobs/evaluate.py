@@ -20,7 +20,9 @@ from jobs import stage
 from jobs.tune import heard_by, select
 from mmrag import tune
 from mmrag.artifact import Artifact, Draft, load, write_json
-from mmrag.config import KNN, Experiment, as_dict
+from mmrag.config import KNN, Experiment, Read, Retrieves, as_dict
+from mmrag.datastore import Datastore
+from mmrag.records import Retriever
 from mmrag.score import ErrorRate, Recall, character_error_rate, entity_recall, word_error_rate
 from mmrag.tokens import Tokenized
 
@@ -29,15 +31,21 @@ from mmrag.tokens import Tokenized
 class Way:
     """A way to transcribe: without retrieval, or with one datastore and its settings."""
 
-    name: str
+    name: Retrieves
     datastore: str | None = None
     artifact: Artifact | None = None
     knn: KNN | None = None
+    read: Read | None = None
 
     @property
     def title(self) -> str:
         """For tables and plots."""
-        return "no retrieval" if self.datastore is None else f"{self.name}: {self.datastore}"
+        return "no retrieval" if self.datastore is None else f"{self.spoken_name}: {self.datastore}"
+
+    @property
+    def spoken_name(self) -> str:
+        """The mode without the underscore."""
+        return self.name.replace("_", " ")
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,7 @@ class Result:
             "datastore": self.way.datastore,
             "entries": self.way.artifact.summary["entries"] if self.way.artifact else None,
             "knn": as_dict(self.way.knn) if self.way.knn else None,
+            "read": as_dict(self.way.read) if self.way.read else None,
             "utterances": len(self.heard),
             "wer": self.words.rate,
             "wer_low": self.words.low,
@@ -83,10 +92,14 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     ways = _ways(experiment, lm)
     inputs = {"tokens": made, "lm": lm}
     inputs |= {f"datastore {way.datastore}": way.artifact for way in ways if way.artifact}
+    if any(way.read for way in ways):
+        inputs["adapter"] = stage.load(experiment, "adapter", "adapter", "train")
+        inputs["adapter"].require("lm", lm)
     config = {
         "evaluate": as_dict(settings),
         "decode": as_dict(experiment.decode),
-        "knn": {way.datastore: as_dict(way.knn) for way in ways if way.knn},
+        "knn": {way.title: as_dict(way.knn) for way in ways if way.knn},
+        "read": {way.title: as_dict(way.read) for way in ways if way.read},
     }
 
     def work(draft: Draft, tracked: Run) -> None:
@@ -94,7 +107,8 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         results = _transcribe(experiment, ways, spoken)
         write(draft.path, results, settings.split, settings.domain)
         for result in results:
-            name = result.way.datastore or "none"
+            way = result.way
+            name = f"{way.name}.{way.datastore}" if way.datastore else way.name
             row = result.row
             tracked.log({f"{key}.{name}": row[key] for key in _METRICS})
         for file in sorted(draft.path.iterdir()):
@@ -121,17 +135,30 @@ def _ways(experiment: Experiment, lm: Artifact) -> list[Way]:
         for datastore in experiment.evaluate.datastores:
             made = stage.load(experiment, f"datastores/{datastore}", "datastore", "build_datastore")
             made.require("lm", lm)
-            ways.append(Way(name, datastore, made, _knn(experiment, made)))
+            silent = Datastore.open(made.path).description.audio == "none"
+            if name == "knn" or not silent:  # the adapter reads what was heard
+                knn, read = _settings(experiment, made, name)
+                ways.append(Way(name, datastore, made, knn, read))
     return ways
 
 
-def _knn(experiment: Experiment, datastore: Artifact) -> KNN:
-    """What `jobs.tune` chose for this very datastore; where it has not run, `knn`."""
+def _settings(
+    experiment: Experiment, datastore: Artifact, mode: Retrieves
+) -> tuple[KNN | None, Read | None]:
+    """What `jobs.tune` chose for this very datastore; where it has not run, `knn` and `read`."""
     path = experiment.workspace / "tuned" / datastore.path.name
-    if not path.exists():
-        return experiment.knn
-    load(path, "tuned").require("datastore", datastore)
-    return tune.chosen(path)
+    tuned = path.exists()
+    if tuned:
+        load(path, "tuned").require("datastore", datastore)
+    knn = read = None
+    if mode in ("cross_attention", "both"):
+        read = (tune.chosen_read(path) if tuned else None) or experiment.read
+    if mode == "knn":
+        knn = tune.chosen(path) if tuned else experiment.knn
+    elif mode == "both":
+        known = tuned and (path / tune.BOTH).exists()
+        knn = tune.chosen(path, tune.BOTH) if known else experiment.knn
+    return knn, read
 
 
 def _transcribe(
@@ -154,11 +181,11 @@ def _mode(experiment: Experiment, way: Way, serving: ExitStack) -> modes.Mode:
     settings = experiment.evaluate
     if way.artifact is None:
         return modes.Plain()
-    if settings.retriever == "local":
-        return modes.Retrieving(way.artifact.path, way.knn)
-    retriever = serve_shards(way.artifact.path, settings.replicas, settings.shard_cpus)
-    serving.callback(retriever.close)
-    return modes.Retrieving(retriever, way.knn)
+    source: Retriever | Path = way.artifact.path
+    if settings.retriever == "sharded":
+        source = serve_shards(way.artifact.path, settings.replicas, settings.shard_cpus)
+        serving.callback(source.close)
+    return modes.retrieving(source, way.knn, way.read)
 
 
 def _score(way: Way, heard: list[Heard], resamples: int, seed: int) -> Result:
@@ -232,7 +259,9 @@ def cells(row: dict[str, Any]) -> list[str]:
         return "–" if value is None else f"{value:.1%}"
 
     return [
-        "no retrieval" if row["datastore"] is None else f"{row['mode']}: {row['datastore']}",
+        "no retrieval"
+        if row["datastore"] is None
+        else f"{row['mode'].replace('_', ' ')}: {row['datastore']}",
         share(row["wer"]),
         f"{100 * row['wer_low']:.1f}–{row['wer_high']:.1%}",
         f"{row['substitutions']} / {row['deletions']} / {row['insertions']}",

@@ -16,13 +16,17 @@ LIMIT_MB = 25
 
 
 def run(experiment: Experiment, force: bool = False) -> None:
-    """Copy `hubert/`, `codebook/` and `lm/` over the package's tiny model.
+    """Copy `hubert/`, `codebook/`, `lm/`, and `adapter/` if the experiment trains one, over the
+    package's tiny model.
 
     ValueError if they are too large for a package, ArtifactError if they do not belong together.
     """
     made = {kind: stage.load(experiment, kind, kind, by) for kind, by in KINDS.items()}
     made["codebook"].require("hubert", made["hubert"])
     made["lm"].require("codebook", made["codebook"])
+    if experiment.adapter is not None:
+        made["adapter"] = stage.load(experiment, "adapter", "adapter", "train")
+        made["adapter"].require("lm", made["lm"])
     files = [file for each in made.values() for file in _files(each.path)]
     size = sum(file.stat().st_size for file in files) / 1e6
     if size > LIMIT_MB:

@@ -100,6 +100,7 @@ def load(experiment: Experiment, directory: str, kind: str, made_by: str) -> Art
         "hubert": experiment.hubert.weights,
         "codebook": experiment.tokenize.codebook,
         "lm": experiment.train.base,
+        "adapter": experiment.train.base,
     }.get(kind)
     absent = not (experiment.workspace / directory).exists()
     if absent and model and model.startswith(shipped.PREFIX):

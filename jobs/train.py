@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from cluster.progress import METRICS, last_record
 from cluster.tracking import Run
 from cluster.train import fit
 from jobs import stage
+from jobs.tune import heard_by
 from mmrag import artifact, pretrained, shipped, tokens
 from mmrag.artifact import Artifact, Draft
-from mmrag.config import ConfigError, Experiment, as_dict
+from mmrag.config import ConfigError, Experiment, Train, as_dict
+from mmrag.cross_attention import Adapter
 from mmrag.lm import parameter_count
 from mmrag.units import Codebook
 from mmrag.vocabulary import BasePieces, SentencePieces, Vocabulary
@@ -20,7 +25,12 @@ SPLITS = ("lm", "text")
 
 
 def run(experiment: Experiment, force: bool = False) -> Artifact:
-    """Make `lm/` from the lm and text splits of `tokens/`."""
+    """Make `lm/`; or, with a section `adapter`, `adapter/`."""
+    return (_lm if experiment.adapter is None else _adapter)(experiment, force)
+
+
+def _lm(experiment: Experiment, force: bool) -> Artifact:
+    """Train the language model on the lm and text splits of `tokens/`."""
     made = stage.load(experiment, experiment.tokenize.name, "tokens", "tokenize")
     codebook = stage.load(experiment, "codebook", "codebook", "tokenize")
     made.require("codebook", codebook)
@@ -46,19 +56,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
             f"ZeRO-{settings.zero_stage}"
         )
 
-        def log(record: dict[str, Any]) -> None:
-            step, total = record["step"] + 1, settings.steps
-            if step % settings.log_steps and step != total:
-                return
-            names = ("loss", "ctc_loss", "gradient_norm", "learning_rate", "tokens_per_second")
-            tracked.log({name: record[name] for name in names}, step)
-            stage.console.print(
-                f"  {record['phase']:<13} step {step}/{total}  loss {record['loss']:.3f}  "
-                f"ctc {record['ctc_loss']:.3f}  |g| {record['gradient_norm']:.2f}  "
-                f"lr {record['learning_rate']:.1e}  {record['tokens_per_second']:,.0f} tokens/s"
-            )
-
-        fit(experiment, splits, draft.path, log)
+        fit(experiment, splits, draft.path, _log(settings, tracked))
         draft.summary |= {
             "parameters": parameters,
             "steps": settings.steps,
@@ -67,6 +65,69 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
 
     inputs = {"tokens": made, "codebook": codebook}
     return stage.make(experiment, "lm", "lm", config, inputs, work, logs=(METRICS,), force=force)
+
+
+def _adapter(experiment: Experiment, force: bool) -> Artifact:
+    """Train a cross-attention adapter for the workspace's language model, which stays as it is."""
+    settings, contexts = experiment.train, experiment.adapter.contexts
+    if {form for phase in settings.phases for form in phase.mixture} != {"speech_first"}:
+        raise ConfigError("an adapter is trained on transcription alone: mixture {speech_first: 1}")
+    if settings.ctc_weight:
+        raise ConfigError("train.ctc_weight: an adapter has nothing that spells; it takes 0")
+    lm = stage.load(experiment, "lm", "lm", "train")
+    made = heard_by(experiment, lm)
+    inputs = {"lm": lm, "tokens": made}
+    for name in (contexts.phrases, contexts.retrieved, contexts.wrong):
+        store = stage.load(experiment, f"datastores/{name}", "datastore", "build_datastore")
+        store.require("lm", lm)
+        inputs[f"datastore {name}"] = store
+    for name in (contexts.retrieved, contexts.wrong):
+        near = stage.load(experiment, f"neighbours/{name}", "neighbours", "retrieve")
+        near.require("datastore", inputs[f"datastore {name}"])
+        inputs[f"neighbours {name}"] = near
+    config = {
+        "seed": experiment.seed,
+        "adapter": as_dict(experiment.adapter),
+        "train": as_dict(settings),
+    }
+
+    def work(draft: Draft, tracked: Run) -> None:
+        with torch.device("meta"):
+            shape = Adapter(experiment.adapter.shape, experiment.lm)
+        parameters = sum(each.numel() for each in shape.parameters())
+        stage.console.print(
+            f"  {parameters / 1e6:.1f} M parameters of an adapter, {settings.workers.count} "
+            f"workers, ZeRO-{settings.zero_stage}"
+        )
+        splits = [made.path / contexts.split]
+        fit(experiment, splits, draft.path, _log(settings, tracked), lm.path)
+        draft.summary |= {
+            "parameters": parameters,
+            "steps": settings.steps,
+            "final_loss": round(last_record(draft.path)["loss"], 4),
+        }
+
+    return stage.make(
+        experiment, "adapter", "adapter", config, inputs, work, logs=(METRICS,), force=force
+    )
+
+
+def _log(settings: Train, tracked: Run) -> Callable[[dict[str, Any]], None]:
+    """Says on the terminal and to MLflow what a step measured."""
+
+    def log(record: dict[str, Any]) -> None:
+        step, total = record["step"] + 1, settings.steps
+        if step % settings.log_steps and step != total:
+            return
+        names = ("loss", "ctc_loss", "gradient_norm", "learning_rate", "tokens_per_second")
+        tracked.log({name: record[name] for name in names}, step)
+        stage.console.print(
+            f"  {record['phase']:<13} step {step}/{total}  loss {record['loss']:.3f}  "
+            f"ctc {record['ctc_loss']:.3f}  |g| {record['gradient_norm']:.2f}  "
+            f"lr {record['learning_rate']:.1e}  {record['tokens_per_second']:,.0f} tokens/s"
+        )
+
+    return log
 
 
 def _check_base(experiment: Experiment, codebook: Artifact) -> None:

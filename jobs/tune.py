@@ -1,29 +1,31 @@
-"""kNN weight, temperature and k for a datastore, chosen on the dev split and never on test."""
+"""How far to trust a datastore, by votes and by attention: chosen on dev and never on test."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import ray
 
-from cluster.modes import Retrieving, open_locally
+from cluster.modes import Attending, Mode, Plain, Retrieving, open_locally, retrieving
 from cluster.stages import device, parts, seconds, transcribe_modes
 from cluster.tracking import Run
 from jobs import stage
 from mmrag import artifact, pretrained, tokens
 from mmrag.artifact import Artifact, ArtifactError, Draft
-from mmrag.config import Experiment, Tune, as_dict
+from mmrag.config import KNN, Experiment, Read, Tune, as_dict
 from mmrag.datastore import Datastore
 from mmrag.score import word_error_rate
 from mmrag.tokens import Tokenized
-from mmrag.tune import SETTINGS, Scored, finalists, score_grid
+from mmrag.tune import BOTH, READ, SETTINGS, Decoded, Scored, best, finalists, score_grid
 
 SPLIT = "dev"
+Setting = TypeVar("Setting", KNN, Read)
 
 
 def run(experiment: Experiment, force: bool = False) -> Artifact:
-    """Make `tuned/<datastore>/knn.json`."""
+    """Make `tuned/<datastore>/`: `knn.json`, and with an adapter `read.json` and `both.json`."""
     name = experiment.datastore.name
     store = stage.load(experiment, f"datastores/{name}", "datastore", "build_datastore")
     lm = stage.load(experiment, "lm", "lm", "train")
@@ -32,31 +34,109 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     domain = experiment.evaluate.domain
     config = {"tune": as_dict(experiment.tune), "decode": as_dict(experiment.decode)}
     config["domain"] = domain
+    inputs = {"datastore": store, "lm": lm, "tokens": made}
+    decoy = None
+    if (named := experiment.tune.decoy) is not None:
+        decoy = stage.load(experiment, f"datastores/{named}", "datastore", "build_datastore")
+        decoy.require("lm", lm)
+        inputs["decoy"] = decoy
+    reads = ()
+    if experiment.tune.read and Datastore.open(store.path).description.audio != "none":
+        inputs["adapter"] = stage.load(experiment, "adapter", "adapter", "train")
+        reads = experiment.tune.read
 
     def work(draft: Draft, tracked: Run) -> None:
         spoken = select(made, SPLIT, domain)
         workers = experiment.evaluate.workers
         scoring = _score.options(num_cpus=workers.num_cpus, num_gpus=workers.num_gpus)
         scored = ray.get(scoring.remote(experiment, lm.path, store.path, spoken))
-        decoded = finalists(scored, experiment.tune.finalists)
-        rates = _decode(experiment, store.path, spoken[: experiment.tune.utterances], decoded)
-        best = min(range(len(decoded)), key=lambda index: rates[index])
-        chosen = decoded[best].knn
-        rows = [
-            {**as_dict(one.knn), "dev_loss": one.loss, "dev_wer": rate}
-            for one, rate in zip(decoded, rates, strict=True)
-        ]
-        artifact.write_json(draft.path / SETTINGS, {**as_dict(chosen), "finalists": rows})
-        draft.summary |= {
-            "k": chosen.k,
-            "weight": chosen.weight,
-            "temperature": round(chosen.temperature, 3),
-            "dev_wer": round(rates[best], 4),
-        }
-        tracked.file(draft.path / SETTINGS)
+        bench = _Bench(experiment, store, decoy, spoken[: experiment.tune.utterances])
 
-    inputs = {"datastore": store, "lm": lm, "tokens": made}
+        last = finalists(scored, experiment.tune.finalists)
+        decoded = bench.decode([one.knn for one in last], Retrieving)
+        knn = bench.choose(draft, SETTINGS, decoded, scored[0].unit)
+        draft.summary |= {"k": knn.settings.k, "weight": knn.settings.weight}
+        draft.summary |= {"temperature": round(knn.settings.temperature, 3)}
+        draft.summary |= {"dev_wer": round(knn.wer, 4)}
+        if reads:
+            ways = [_scaled(read, scored[0].unit) for read in reads]
+            read = bench.choose(draft, READ, bench.decode(ways, Attending), scored[0].unit)
+            weights = experiment.tune.both_weight or (knn.settings.weight,)
+            beside = [knn.settings.model_copy(update={"weight": weight}) for weight in weights]
+
+            def together(source: Path, settings: KNN) -> Mode:
+                return retrieving(source, settings, read.settings)
+
+            both = bench.choose(draft, BOTH, bench.decode(beside, together), scored[0].unit)
+            draft.summary |= {"read_dev_wer": round(read.wer, 4)}
+            draft.summary |= {"both_dev_wer": round(both.wer, 4)}
+        for file in (SETTINGS, READ, BOTH):
+            if (draft.path / file).exists():
+                tracked.file(draft.path / file)
+
     return stage.make(experiment, f"tuned/{name}", "tuned", config, inputs, work, force=force)
+
+
+def _scaled(read: Read, unit: float) -> Read:
+    """A way to read whose gate is a distance, no longer a multiple of `unit`."""
+    gate = None if read.gate is None else unit * read.gate
+    return read.model_copy(update={"gate": gate})
+
+
+class _Bench:
+    """Decodes the dev split with one setting after the other, and with a decoy besides."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        store: Artifact,
+        decoy: Artifact | None,
+        spoken: Sequence[Tokenized],
+    ) -> None:
+        self._experiment = experiment
+        self._sources = {"right": store.path} | ({"decoy": decoy.path} if decoy else {})
+        self._spoken = spoken
+        self._plain = self._rates({"plain": Plain()})["plain"]
+
+    def decode(
+        self, settings: Sequence[Setting], mode: Callable[[Path, Setting], Mode]
+    ) -> list[Decoded]:
+        """The word error rates of each setting."""
+        modes = {
+            f"{role} {number}": mode(path, one)
+            for number, one in enumerate(settings)
+            for role, path in self._sources.items()
+        }
+        rates = self._rates(modes)
+        return [
+            Decoded(one, rates[f"right {number}"], rates.get(f"decoy {number}"))
+            for number, one in enumerate(settings)
+        ]
+
+    def choose(self, draft: Draft, file: str, decoded: Sequence[Decoded], unit: float) -> Decoded:
+        """Write what is best, and everything that it was compared with."""
+        chosen = best(decoded, self._plain, self._experiment.tune.harm)
+        rows = [
+            {**as_dict(one.settings), "dev_wer": one.wer, "decoy_wer": one.decoy_wer}
+            for one in decoded
+        ]
+        fields = {**as_dict(chosen.settings), "unit": unit, "plain_wer": self._plain}
+        artifact.write_json(draft.path / file, {**fields, "finalists": rows})
+        return chosen
+
+    def _rates(self, modes: Mapping[str, Mode]) -> dict[str, float]:
+        experiment = self._experiment
+        heard = transcribe_modes(
+            experiment.workspace,
+            experiment.decode,
+            modes,
+            self._spoken,
+            experiment.evaluate.workers,
+        )
+        return {
+            name: word_error_rate([h.reference for h in one], [h.text for h in one], 1).rate
+            for name, one in heard.items()
+        }
 
 
 def heard_by(experiment: Experiment, lm: Artifact) -> Artifact:
@@ -99,19 +179,6 @@ def _grid(experiment: Experiment, store: Path) -> Tune:
     if Datastore.open(store).description.audio == "none":
         return experiment.tune
     return experiment.tune.model_copy(update={"query": ("speech",)})
-
-
-def _decode(
-    experiment: Experiment, store: Path, spoken: list[Tokenized], settings: Sequence[Scored]
-) -> list[float]:
-    """The word error rate of each setting."""
-    modes = {str(number): Retrieving(store, one.knn) for number, one in enumerate(settings)}
-    workers = experiment.evaluate.workers
-    heard = transcribe_modes(experiment.workspace, experiment.decode, modes, spoken, workers)
-    return [
-        word_error_rate([h.reference for h in one], [h.text for h in one], resamples=1).rate
-        for one in heard.values()
-    ]
 
 
 if __name__ == "__main__":

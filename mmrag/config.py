@@ -28,6 +28,7 @@ from yaml import YAMLError
 Fraction = Field(ge=0.0, le=1.0)
 SLUG = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 CONDITION = r"^(noise-[0-9]+|telephone|flite-[a-z]+|spanish)$"
+Retrieves = Literal["none", "knn", "cross_attention", "both"]
 Format = Literal["text", "speech", "speech_first", "text_first"]
 
 
@@ -222,6 +223,61 @@ class LanguageModel(Section):
         return self
 
 
+class CrossAttention(Section):
+    """Shape of the adapter that reads retrieved windows."""
+
+    every: PositiveInt
+    """A block follows every n-th layer of the language model."""
+    heads: PositiveInt
+    head_width: PositiveInt
+    window: PositiveInt
+    """Most tokens of a window."""
+    encoder_layers: PositiveInt
+    encoder_heads: PositiveInt
+    encoder_feed_forward: PositiveInt
+
+
+class Contexts(Section):
+    """What the adapter is shown while it learns to read; never utterances that the language model
+    was trained on, whose words it knows already."""
+
+    split: str
+    phrases: str = Field(pattern=SLUG)
+    """A datastore of entities (`datastore.entries=entities`), from which lists are drawn."""
+    retrieved: str = Field(pattern=SLUG)
+    """A datastore whose windows are read where they are near."""
+    wrong: str = Field(pattern=SLUG)
+    """A datastore that has nothing to say."""
+    mixture: dict[Literal["phrases", "retrieved", "wrong", "empty"], PositiveFloat] = Field(
+        min_length=1
+    )
+    """Context -> weight: the chance that a micro-batch is shown it."""
+    list_length: tuple[PositiveInt, PositiveInt]
+    """Phrases of the shortest and of the longest list."""
+    own: float = Fraction
+    """Chance that a list holds the utterance's own entities."""
+    k: PositiveInt
+    """Windows that a search brings, of the `read.k` that were found."""
+    strides: tuple[PositiveInt, ...] = Field(min_length=1)
+    """Tokens from one search to the next, of which each utterance draws one."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Contexts:
+        if self.list_length[0] > self.list_length[1]:
+            raise ValueError(f"list_length {self.list_length}: the shortest comes first")
+        return self
+
+
+class AdapterTraining(Section):
+    """A cross-attention adapter to train, in place of the language model."""
+
+    base: str | None = None
+    """The adapter to start from: that of a model of this package (`mmrag:tiny`), or a directory;
+    None for an untrained one."""
+    shape: CrossAttention
+    contexts: Contexts
+
+
 class Phase(Section):
     """A stretch of training with one mixture of sequence formats."""
 
@@ -297,7 +353,8 @@ class Datastore(Section):
 
     name: str = Field(pattern=SLUG)
     source: str | None = None
-    """A tokens directory, or a file of text lines; None for the workspace's datastore split."""
+    """A tokens directory, a file of text lines, or a manifest (`.jsonl`) of texts and entities;
+    None for the workspace's datastore split."""
     splits: tuple[str, ...] = ("datastore",)
     """The splits of a tokens directory that are read; `all` where it has no splits."""
     domain: str | None = None
@@ -308,6 +365,9 @@ class Datastore(Section):
     """With audio paired, the share of the utterances whose units are used; the others are keyed
     over text alone."""
     metric: Literal["l2", "ip", "cosine"]
+    entries: Literal["all", "entities"] = "all"
+    """An entry for every token, or for the tokens of the utterances' entities alone; an entity is
+    then a document of its own, whatever sentence spoke of it."""
     window: PositiveInt
     """Tokens around an entry that make up its value."""
     batch_tokens: PositiveInt
@@ -332,6 +392,21 @@ class KNN(Section):
     query: Literal["speech", "text"] = "speech"
     """The state that asks: over speech and transcript, or over the transcript read alone, as the
     keys of a text-only datastore were."""
+
+
+class Read(Section):
+    """How retrieved windows are attended to (arXiv 2406.09618, section 3.2)."""
+
+    k: PositiveInt
+    """Windows that a search brings."""
+    stride: PositiveInt
+    """Tokens for which they are read, until the next search."""
+    whole: int = Field(ge=0)
+    """A request's own list of at most so many windows is read whole, without a search."""
+    gate: PositiveFloat | None = None
+    """Largest distance of the nearest entry at which what was found is read; None for any."""
+    certain: float | None = Field(default=None, gt=0, le=1)
+    """As in `knn`: a model so sure of its next token looks nothing up."""
 
 
 class Decode(Section):
@@ -367,6 +442,16 @@ class Tune(Section):
     decoded and compared by WER."""
     utterances: PositiveInt | None = None
     """At most so many dev utterances are decoded; None for all."""
+    read: tuple[Read, ...] = ()
+    """Ways to read what was retrieved that are decoded where there is an adapter; their gates are
+    multiples like those above."""
+    both_weight: tuple[Annotated[float, Fraction], ...] = ()
+    """Weights of kNN-LM beside the chosen way to read."""
+    decoy: str | None = Field(default=None, pattern=SLUG)
+    """A datastore that has nothing to say about the dev split."""
+    harm: float = Field(default=0.01, ge=0)
+    """How much worse (relative) the decoy may make the dev split's WER; settings that let it do
+    more are passed over."""
 
 
 class Evaluate(Section):
@@ -375,9 +460,10 @@ class Evaluate(Section):
     split: Literal["dev", "test"]
     domain: str | None
     """Only utterances of this domain; None for all."""
-    modes: tuple[Literal["none", "knn"], ...] = Field(min_length=1)
+    modes: tuple[Retrieves, ...] = Field(min_length=1)
     datastores: tuple[str, ...]
-    """Datastores to compare in mode knn."""
+    """Datastores to compare in the modes that retrieve; those keyed without speech in mode knn
+    alone."""
     retriever: Literal["local", "sharded"]
     replicas: PositiveInt
     """Copies of each shard's actor."""
@@ -433,9 +519,12 @@ class Experiment(Section):
     datastore: Datastore
     knn: KNN
     """Used where no tuned settings are named."""
+    read: Read
     decode: Decode
     tune: Tune
     evaluate: Evaluate
+    adapter: AdapterTraining | None = None
+    """Given, `jobs.train` trains an adapter for the workspace's language model."""
     reproduce: Reproduce | None = None
 
     @field_validator("workspace")

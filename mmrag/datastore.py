@@ -32,7 +32,7 @@ from uuid import uuid4
 import numpy as np
 
 from mmrag.artifact import write_json
-from mmrag.records import NO_ENTRY
+from mmrag.records import NO_ENTRY, Passages
 
 Metric = Literal["l2", "ip", "cosine"]
 
@@ -245,15 +245,16 @@ class Datastore:
         self._document_ids = documents
         self._document_names = list(documents)
         self._utterance_names = [utterance for utterance, _ in names]
-        self._utterances = _concatenate(
+        self.utterances = _concatenate(
             [s.utterances + first for s, first in zip(segments, first_utterance, strict=False)]
         )
+        """(N,) int32, each entry's utterance; those of one utterance follow one another."""
         document_of = np.array([documents[document] for _, document in names], np.int32)
         self.tokens = _concatenate([segment.tokens for segment in segments])
         """(N,) int32, the token that follows each key."""
         self.positions = _concatenate([segment.positions for segment in segments])
         """(N,) int32, index of that token among its utterance's tokens."""
-        self.documents = document_of[self._utterances]
+        self.documents = document_of[self.utterances]
         """(N,) int32, each entry's document."""
         self.deleted = _deleted(self.directory, listed["deleted"])
         """(M,) int64, deleted entries, ascending."""
@@ -294,6 +295,26 @@ class Datastore:
         windows[found] = self._gather("windows", entries[found])
         return windows
 
+    def passages(self, entries: np.ndarray) -> Passages:
+        """The windows around `entries` (M,), each token with its own key."""
+        starts, stops = self.spans(entries)
+        present = np.arange(self.description.window) < (stops - starts)[:, None]
+        places = np.where(present, starts[:, None] + np.arange(self.description.window), 0)
+        keys = np.zeros((*places.shape, self.description.width), np.float16)
+        keys[present] = self._gather("keys", places[present])
+        return Passages(np.where(present, self.tokens[places], 0), keys, present)
+
+    def spans(self, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """First entry of each entry's window and the one after its last: (M,) -> (M,) twice.
+
+        The entries of a window follow one another and belong to one utterance.
+        """
+        before = self.description.window // 2
+        first = np.searchsorted(self.utterances, self.utterances[entries], side="left")
+        last = np.searchsorted(self.utterances, self.utterances[entries], side="right")
+        stop = np.minimum(last, entries - before + self.description.window)
+        return np.maximum(first, entries - before), stop
+
     def document_id(self, name: str) -> int | None:
         """The id of a document, None for one that has no entries here."""
         return self._document_ids.get(name)
@@ -304,7 +325,7 @@ class Datastore:
 
     def utterance_name(self, entry: int) -> str:
         """The id of the utterance that an entry comes from."""
-        return self._utterance_names[self._utterances[entry]]
+        return self._utterance_names[self.utterances[entry]]
 
     def _gather(self, field: str, entries: np.ndarray) -> np.ndarray:
         """Rows of a memory-mapped array: (M,) -> (M, …)."""

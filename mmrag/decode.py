@@ -20,6 +20,7 @@ from mmrag.config import KNN, Decode
 from mmrag.knn import best_neighbour, gate, knn_logp, mix, unsure
 from mmrag.layers import Cache
 from mmrag.lm import LM
+from mmrag.reading import Reader, Reading, Share
 from mmrag.records import NO_ENTRY, Neighbours, Retriever
 from mmrag.vocabulary import EOS, PAD, Vocabulary
 
@@ -44,6 +45,8 @@ class Choice:
     entry: int = NO_ENTRY
     """The nearest entry that voted for this token."""
     distance: float = float("inf")
+    read: tuple[Share, ...] = ()
+    """The windows that the model attended to most when it chose."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +117,14 @@ def decode(
     exclude_documents: Sequence[int] | None = None,
     boosts: Sequence[Boost] | None = None,
     contexts: Sequence[Sequence[int]] | None = None,
+    readings: Sequence[Reading | None] | None = None,
 ) -> list[Hypothesis]:
     """Transcribe clips given as unit ids (vocabulary ids), at most `limits` tokens each.
 
     `retrieval` is one for all clips, or one a clip. `exclude_documents` names a document a clip
     whose entries must not be used (-1 for none). `boosts` has the phrases that a clip favours,
-    `contexts` text (ids) that stands before its speech in the prompt.
+    `contexts` text (ids) that stands before its speech in the prompt, `readings` the windows that
+    the model attends to.
     """
     if not speech:
         return []
@@ -131,7 +136,8 @@ def decode(
     capacity = ids.shape[1] + max(limits)
     cache = Cache(lm.config, len(prompts), capacity, like=lm.embedding.weight)
     silent = _query(retrieval) == "text"
-    reader = _TextReader(lm, vocabulary, len(prompts), max(limits)) if silent else None
+    listener = _TextReader(lm, vocabulary, len(prompts), max(limits)) if silent else None
+    reader = Reader(lm, readings, capacity) if any(readings or ()) else None
     searches = [Search(limit) for limit in limits]
     owners = list(range(len(searches)))
     excluded = list(exclude_documents) if exclude_documents is not None else None
@@ -145,15 +151,19 @@ def decode(
         lm_logp = output.logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)
         exclude = [excluded[owner] for owner in owners] if excluded is not None else None
         asked = [retrieval[owner] for owner in owners] if own else retrieval
-        queries = output.keys[at] if reader is None else reader.read(ids)
-        logp, neighbours = retrieve(lm_logp, queries, asked, exclude)
+        logp, shares = lm_logp, None
+        if reader:
+            logits, shares = reader.read(ids, lengths, at, output, lm_logp, exclude)
+            logp = logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)
+        queries = output.keys[at] if listener is None else listener.read(ids)
+        logp, neighbours = retrieve(logp, queries, asked, exclude)
         if boosts is not None:
             live = [h for owner in dict.fromkeys(owners) for h in searches[owner].live]
             logp = logp + torch.stack(
                 [boosts[o].bonus(h.tokens) for o, h in zip(owners, live, strict=True)]
             ).to(logp)
 
-        choices = choose(logp, lm_logp, neighbours, 2 * settings.beams)
+        choices = choose(logp, lm_logp, neighbours, 2 * settings.beams, shares)
         rows: list[int] = []
         next_owners: list[int] = []
         for owner in dict.fromkeys(owners):
@@ -171,8 +181,10 @@ def decode(
         if owners:
             if rows != list(range(len(cache.lengths))):  # a copy of the whole cache: spare it
                 cache = cache.select(torch.tensor(rows, device=device))
+                if listener:
+                    listener.select(torch.tensor(rows, device=device))
                 if reader:
-                    reader.select(torch.tensor(rows, device=device))
+                    reader.select(rows)
             last = [h.choices[-1].token for o in dict.fromkeys(owners) for h in searches[o].live]
             ids = torch.tensor(last, device=device)[:, None]
             lengths = torch.ones_like(ids[:, 0])
@@ -263,7 +275,11 @@ def interpolate(lm_logp: Tensor, found: Neighbours, knn: KNN) -> Tensor:
 
 
 def choose(
-    logp: Tensor, lm_logp: Tensor, neighbours: Neighbours, candidates: int
+    logp: Tensor,
+    lm_logp: Tensor,
+    neighbours: Neighbours,
+    candidates: int,
+    shares: Sequence[Sequence[Share]] | None = None,
 ) -> list[list[Choice]]:
     """The `candidates` likeliest next tokens of each row, with their evidence.
 
@@ -294,6 +310,7 @@ def choose(
                 preferred[row],
                 entry,
                 distance,
+                tuple(shares[row]) if shares else (),
             )
             choices.append(choice)
         rows.append(choices)

@@ -21,7 +21,7 @@ import numpy as np
 from mmrag.artifact import write_json
 from mmrag.config import Index, as_dict
 from mmrag.datastore import Datastore, DatastoreError, distances, prepare
-from mmrag.records import NO_ENTRY, Neighbours, merge
+from mmrag.records import NO_ENTRY, Neighbours, Passages, merge
 
 BLOCK = 16_384
 """Keys in memory at once where all of them are walked through."""
@@ -278,6 +278,10 @@ class LocalRetriever:
         """Token windows (…, W) int32 around `entries` (…,)."""
         return self.datastore.windows(entries)
 
+    def passages(self, entries: np.ndarray) -> Passages:
+        """The windows around `entries` (M,), each token with its own key."""
+        return self.datastore.passages(entries)
+
 
 class SubsetRetriever:
     """Some entries of a datastore, all of them compared: one caller's phrases, one document."""
@@ -320,6 +324,10 @@ class SubsetRetriever:
     def windows(self, entries: np.ndarray) -> np.ndarray:
         """Token windows (…, W) int32 around `entries` (…,)."""
         return self.datastore.windows(entries)
+
+    def passages(self, entries: np.ndarray) -> Passages:
+        """The windows around `entries` (M,), each token with its own key."""
+        return self.datastore.passages(entries)
 
 
 def shard_directory(datastore: Path, number: int) -> Path:

@@ -144,13 +144,12 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     """The feed-forward layer: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
-    def __init__(self, config: LanguageModel) -> None:
+    def __init__(self, width: int, inner: int, std: float) -> None:
+        """`std` is that of the projection back to `width`."""
         super().__init__()
-        self.gate = Linear(config.width, config.feed_forward)
-        self.up = Linear(config.width, config.feed_forward)
-        self.down = Linear(
-            config.feed_forward, config.width, std=INIT_STD / (2 * config.layers) ** 0.5
-        )
+        self.gate = Linear(width, inner)
+        self.up = Linear(width, inner)
+        self.down = Linear(inner, width, std=std)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(functional.silu(self.gate(x)) * self.up(x))

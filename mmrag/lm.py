@@ -14,17 +14,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmrag.config import LanguageModel
-from mmrag.layers import Attention, Cache, Embedding, Linear, RMSNorm, SwiGLU, rotary
+from mmrag.cross_attention import Memory
+from mmrag.layers import INIT_STD, Attention, Cache, Embedding, Linear, RMSNorm, SwiGLU, rotary
 
 
 @dataclass(frozen=True)
 class LMOutput:
-    """`logits` (N, V) float32 of the N positions asked for, row by row; `keys` and `hidden`
-    (B, T, D) of every position: the retrieval key, and the final normalised state."""
+    """`logits` (N, V) float32 of the N positions asked for, row by row; `keys`, `states` and
+    `hidden` (B, T, D) of every position: the retrieval key, the last layer's output, and the same
+    normalised.
+
+    With a memory, `attention` (L, B, T, M) says where each of its L blocks looked.
+    """
 
     logits: Tensor
     keys: Tensor
+    states: Tensor
     hidden: Tensor
+    attention: Tensor | None = None
 
 
 class Block(nn.Module):
@@ -35,7 +42,9 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
         self.attention = Attention(config, layer)
         self.feed_forward_norm = RMSNorm(config.width, config.norm_eps)
-        self.feed_forward = SwiGLU(config)
+        self.feed_forward = SwiGLU(
+            config.width, config.feed_forward, INIT_STD / (2 * config.layers) ** 0.5
+        )
 
     def forward(
         self,
@@ -69,12 +78,13 @@ class LM(nn.Module):
         cache: Cache | None = None,
         lengths: Tensor | None = None,
         at: Tensor | None = None,
+        memory: Memory | None = None,
     ) -> LMOutput:
         """Read `ids` (B, T), padded on the right where `lengths` (B,) says so.
 
         With a cache, the tokens continue each row where it stands, and the cache moves on by
         `lengths` (T by default). `at` (B, T) bool chooses the positions whose logits are
-        computed; None for all.
+        computed; None for all. `memory` is read after the layers that its blocks follow.
         """
         rows, time = ids.shape
         start = cache.lengths if cache is not None else ids.new_zeros(rows)
@@ -89,15 +99,27 @@ class LM(nn.Module):
         width = self.config.head_width or self.config.width // self.config.heads
         angles = rotary(positions, width, self.config.rope_theta)
         x = self.embedding(ids)
-        for block in self.blocks:
+        looked = []
+        for layer, block in enumerate(self.blocks):
             x, key = block(x, angles, positions, cache, mask)
+            if memory is not None and layer in memory.layers:
+                x, attention = memory.read(layer, x, key)
+                looked.append(attention)
         hidden = self.norm(x)
 
         if cache is not None:
             cache.lengths = start + (time if lengths is None else lengths)
         wanted = hidden.flatten(0, 1) if at is None else hidden[at]
+        looked_at = torch.stack(looked) if looked else None
+        return LMOutput(self._project(wanted), key, x, hidden, looked_at)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """What the last layer's output (N, D) says of the next token: (N, V) float32."""
+        return self._project(self.norm(states))
+
+    def _project(self, hidden: Tensor) -> Tensor:
         head = self.embedding if self.head is None else self.head
-        return LMOutput(functional.linear(wanted, head.weight).float(), key, hidden)
+        return functional.linear(hidden, head.weight).float()
 
 
 def parameter_count(config: LanguageModel, vocabulary: int) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mmrag.cross_attention import Adapter, Windows
 from mmrag.layers import Linear
 from mmrag.lm import LM
 
@@ -25,7 +26,8 @@ class Batch:
 
     `ids` (B, T) tokens; `targets` (B, T) the next token where it counts, else IGNORE; `speech`
     (B, 2) start and end of the units that CTC reads, equal where there are none; `letters` (B, S)
-    CTC's targets (index in the alphabet + 1; 0 is the blank) and `letter_counts` (B,).
+    CTC's targets (index in the alphabet + 1; 0 is the blank) and `letter_counts` (B,). `windows`
+    are what an adapter reads.
     """
 
     ids: Tensor
@@ -33,6 +35,7 @@ class Batch:
     speech: Tensor
     letters: Tensor
     letter_counts: Tensor
+    windows: Windows | None = None
 
     def counts(self) -> Tensor:
         """(2,) float32: targets of the language model and of CTC."""
@@ -41,7 +44,8 @@ class Batch:
         return torch.stack(counted).float()
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
+        return Batch(**moved)
 
 
 class Objective(nn.Module):
@@ -51,19 +55,28 @@ class Objective(nn.Module):
     the text by themselves (CTC, as in hybrid CTC/attention training, arXiv 1609.06773), letter by
     letter: a small model finds the alignment of speech and text much sooner, and of few letters
     sooner than of many word pieces. The CTC head is not exported.
+
+    With an adapter, the language model is frozen, and the adapter learns to read a batch's windows.
     """
 
-    def __init__(self, lm: LM, letters: int, ctc_weight: float) -> None:
+    def __init__(
+        self, lm: LM, letters: int, ctc_weight: float, adapter: Adapter | None = None
+    ) -> None:
         """`letters` is the size of the alphabet that CTC spells in."""
         super().__init__()
-        self.lm = lm
+        self.lm = lm.requires_grad_(adapter is None)
+        self.adapter = adapter
         self.ctc_weight = ctc_weight
         self.ctc = Linear(lm.config.width, letters + 1) if ctc_weight else None
 
     def forward(self, batch: Batch) -> Tensor:
         """(2,) float32: summed next-token loss and summed CTC loss, in nats."""
         at = batch.targets != IGNORE
-        output = self.lm(batch.ids, at=at)
+        memory = None
+        if self.adapter is not None:
+            time, start = int(at.sum(1).max()), batch.speech[:, 1]
+            memory = self.adapter.memory(batch.windows, self.lm.embedding, start, time)
+        output = self.lm(batch.ids, at=at, memory=memory)
         token_loss = functional.cross_entropy(output.logits, batch.targets[at], reduction="sum")
         if self.ctc is None:
             return torch.stack((token_loss, torch.zeros_like(token_loss)))

@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmrag import shipped
-from mmrag.config import LanguageModel, as_dict
+from mmrag.config import CrossAttention, LanguageModel, as_dict
+from mmrag.cross_attention import Adapter
 from mmrag.lm import LM
 from mmrag.vocabulary import BOS, EOS, Vocabulary
 
 WEIGHTS, SHAPE = "lm.safetensors", "lm.json"
+ADAPTER_WEIGHTS, ADAPTER_SHAPE = "adapter.safetensors", "adapter.json"
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -87,20 +89,64 @@ def load(directory: Path, device: torch.device | str = "cpu") -> tuple[LM, Vocab
     return lm.eval(), vocabulary
 
 
+def save_adapter(
+    directory: Path, config: CrossAttention, tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Write `adapter.safetensors` and `adapter.json` into `directory`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    held = {name: t.detach().cpu().contiguous() for name, t in tensors}
+    save_file(held, directory / ADAPTER_WEIGHTS)
+    (directory / ADAPTER_SHAPE).write_text(json.dumps(as_dict(config), indent=2) + "\n")
+
+
+def load_adapter(directory: Path, lm: LM) -> Adapter:
+    """Read what `save_adapter` wrote, in the precision and on the device of `lm`.
+
+    CheckpointError names what is wrong, a language model of another shape among it.
+    """
+    directory = Path(directory)
+    like = lm.embedding.weight
+    try:
+        config = CrossAttention(**json.loads((directory / ADAPTER_SHAPE).read_text()))
+        tensors = load_file(directory / ADAPTER_WEIGHTS, device=str(like.device))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{directory} holds no adapter: {error}") from None
+    except (ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{directory}: a file is damaged: {error}") from None
+    with torch.device("meta"):
+        adapter = Adapter(config, lm.config)
+    try:
+        adapter.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{directory}: {ADAPTER_WEIGHTS} does not fit {ADAPTER_SHAPE} and the language model: "
+            f"{error}"
+        ) from None
+    return adapter.to(like.dtype).eval()
+
+
 def base_config(base: str) -> LanguageModel:
-    """The shape of a model to start from: one of this package, or a Hugging Face directory."""
-    if not base.startswith(shipped.PREFIX):
+    """The shape of a model to start from: one of ours, or a Hugging Face directory."""
+    if (own := ours(base)) is None:
         return huggingface_config(base)
-    fields = json.loads((shipped.find(base) / "lm" / SHAPE).read_text())
+    fields = json.loads((own / SHAPE).read_text())
     del fields["vocabulary"]
     return LanguageModel(**fields)
 
 
 def base_tensors(base: str) -> Iterator[tuple[str, Tensor]]:
     """Its weights under our names, one at a time."""
-    if not base.startswith(shipped.PREFIX):
+    if (own := ours(base)) is None:
         return huggingface_tensors(base)
-    return iter(load_file(shipped.find(base) / "lm" / WEIGHTS).items())
+    return iter(load_file(own / WEIGHTS).items())
+
+
+def ours(base: Path | str) -> Path | None:
+    """The directory of a language model that `save` wrote, in the package or elsewhere; None for
+    a foreign one."""
+    if str(base).startswith(shipped.PREFIX):
+        return shipped.find(base) / "lm"
+    return Path(base) if (Path(base) / SHAPE).exists() else None
 
 
 def huggingface_config(directory: Path | str) -> LanguageModel:
@@ -158,7 +204,7 @@ def place(
     the base model's begin and end tokens to ours. Rows of units keep their random start.
     CheckpointError if the shapes differ otherwise.
     """
-    foreign = not str(base).startswith(shipped.PREFIX)
+    foreign = ours(base) is None
     by_row = foreign and name in ("embedding.weight", "head.weight")
     if parameter.shape[by_row:] != tensor.shape[by_row:]:
         raise CheckpointError(
@@ -173,11 +219,11 @@ def place(
             parameter
         )
         fields = json.loads((Path(base) / "config.json").read_text())
-        for ours, key in ((BOS, "bos_token_id"), (EOS, "eos_token_id")):
+        for own, key in ((BOS, "bos_token_id"), (EOS, "eos_token_id")):
             theirs = fields.get(key)
             theirs = theirs[0] if isinstance(theirs, list) else theirs
             if theirs is not None:
-                parameter[ours] = tensor[theirs].to(parameter)
+                parameter[own] = tensor[theirs].to(parameter)
 
 
 def to_huggingface(directory: Path, lm: LM) -> None:

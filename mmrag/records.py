@@ -108,6 +108,19 @@ class Neighbours:
         )
 
 
+@dataclass(frozen=True)
+class Passages:
+    """M windows of at most W tokens with what the language model knew before each of them.
+
+    `tokens` (M, W) int32, `keys` (M, W, D) float16 the tokens' own retrieval keys, `present`
+    (M, W) bool; a window's tokens come first, its padding after them.
+    """
+
+    tokens: np.ndarray
+    keys: np.ndarray
+    present: np.ndarray
+
+
 def merge(parts: Sequence[Neighbours], k: int) -> Neighbours:
     """The k nearest over several shards' answers to the same queries.
 
@@ -146,13 +159,20 @@ class Retriever(Protocol):
         """Token windows (…, W) int32 around `entries` (…,); all padding for `NO_ENTRY`."""
         ...
 
+    def passages(self, entries: np.ndarray) -> Passages:
+        """The windows around `entries` (M,), existing ones, each token with its own key."""
+        ...
+
 
 @dataclass(frozen=True)
 class Source:
     """Where a retrieved token came from: enough to show a person."""
 
     entry: int
-    distance: float
+    distance: float | None
+    """From the state that asked to the entry's key; None where nothing was searched."""
+    attention: float | None
+    """Share of the model's attention that the entry's window got; None without an adapter."""
     document: str
     utterance: str
     text: str

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mmrag.config import Format, Phase, Train
+from mmrag.cross_attention import Windows
 from mmrag.loss import IGNORE, Batch, Objective, combine
 from mmrag.tokens import Tokenized
 from mmrag.vocabulary import PAD, Vocabulary
@@ -33,6 +34,10 @@ class Chosen(NamedTuple):
 
     index: int
     form: Format
+
+
+Show = Callable[[Sequence[int], np.random.Generator], Windows]
+"""Examples by their index -> the windows that they are shown with."""
 
 
 @dataclass(frozen=True)
@@ -135,11 +140,12 @@ def collate(
     vocabulary: Vocabulary,
     unit_dropout: float,
     seed: Sequence[int],
+    contexts: Show | None = None,
 ) -> Batch:
     """Chosen examples as padded tensors.
 
     A transcription sequence (speech first) is trained on its text alone; every other format on
-    all of its tokens.
+    all of its tokens. `contexts` adds the windows that an adapter is shown.
     """
     random = np.random.default_rng(list(seed))
     rows: list[tuple[list[int], int, range, list[int]]] = []
@@ -163,6 +169,7 @@ def collate(
         speech=torch.tensor([(speech.start, speech.stop) for _, _, speech, _ in rows]),
         letters=torch.zeros((len(rows), longest), dtype=torch.long),
         letter_counts=torch.tensor([len(letters) for *_, letters in rows]),
+        windows=contexts and contexts([index for index, _ in chosen], random),
     )
     for row, (ids, first_target, _, letters) in enumerate(rows):
         batch.ids[row, : len(ids)] = torch.tensor(ids)
@@ -232,8 +239,12 @@ def train(
     settings: Train,
     seed: int,
     log: Callable[[StepLog], None] = lambda _: None,
+    contexts: Show | None = None,
 ) -> None:
-    """Train `objective` in this process, on the device where its weights are."""
+    """Train `objective` in this process, on the device where its weights are.
+
+    `contexts` says what an adapter is shown.
+    """
     device = objective.lm.embedding.weight.device
     dtype = precision(settings.precision, device)
     curriculum = Curriculum(data, settings, seed)
@@ -242,7 +253,7 @@ def train(
     for step in range(settings.steps):
         phase, micro_batches = curriculum.step(step)
         batches = [
-            collate(data, chosen, vocabulary, settings.unit_dropout, (seed, step, number))
+            collate(data, chosen, vocabulary, settings.unit_dropout, (seed, step, number), contexts)
             for number, chosen in enumerate(micro_batches)
         ]
         counts = torch.stack([batch.counts() for batch in batches]).sum(0)

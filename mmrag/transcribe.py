@@ -16,18 +16,20 @@ from torch import Tensor
 
 from mmrag import artifact, audio, pretrained
 from mmrag.config import Decode
+from mmrag.cross_attention import Adapter
 from mmrag.datastore import Datastore
 from mmrag.decode import Choice, Hypothesis, Retrieval, decode
 from mmrag.hubert import HubertEncoder
 from mmrag.lm import LM
-from mmrag.records import NO_ENTRY, Source, Transcript, Units, Word
+from mmrag.reading import Bank, Reading
+from mmrag.records import NO_ENTRY, Retriever, Source, Transcript, Units, Word
 from mmrag.units import Codebook
 from mmrag.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
 class Recogniser:
-    """The three models that turn sound into text, and where they came from."""
+    """The models that turn sound into text, and where they came from."""
 
     encoder: HubertEncoder
     codebook: Codebook
@@ -35,25 +37,39 @@ class Recogniser:
     vocabulary: Vocabulary
     identity: dict[str, str]
     """Fingerprints of the hubert, codebook and lm artifacts."""
+    adapter: Adapter | None = None
+    """Reads what is retrieved; None where there is none."""
 
     @classmethod
     def load(cls, directory: Path, device: str = "cpu") -> Recogniser:
-        """Read `hubert/`, `codebook/` and `lm/` below `directory`.
+        """Read `hubert/`, `codebook/` and `lm/` below `directory`, and `adapter/` if it is there.
 
-        Raises ArtifactError if one is missing or was not made from the other two.
+        Raises ArtifactError if one is missing or was not made for the others.
         """
         made = {kind: artifact.load(directory / kind, kind) for kind in ("hubert", "codebook")}
         made["lm"] = artifact.load(directory / "lm", "lm")
         made["codebook"].require("hubert", made["hubert"])
         made["lm"].require("codebook", made["codebook"])
         lm, vocabulary = pretrained.load(made["lm"].path, device)
+        adapter = None
+        if (directory / "adapter").exists():
+            trained = artifact.load(directory / "adapter", "adapter")
+            trained.require("lm", made["lm"])
+            adapter = pretrained.load_adapter(trained.path, lm)
         return cls(
             encoder=HubertEncoder.load(made["hubert"].path).to(device).eval(),
             codebook=Codebook.load(made["codebook"].path),
             lm=lm,
             vocabulary=vocabulary,
             identity={role: one.fingerprint for role, one in made.items()},
+            adapter=adapter,
         )
+
+    def bank(self, source: Retriever) -> Bank:
+        """The windows of `source` as this recogniser's adapter reads them; ValueError without."""
+        if self.adapter is None:
+            raise ValueError("these models have no cross-attention adapter")
+        return Bank(self.adapter, self.lm, source)
 
     def listen(self, waves: Sequence[Tensor]) -> list[Units]:
         """Waves (T,) at 16 kHz to units."""
@@ -67,15 +83,16 @@ def transcribe(
     settings: Decode,
     retrieval: Retrieval | None = None,
     datastore: Datastore | None = None,
+    reading: Reading | None = None,
 ) -> Iterator[Transcript]:
     """Transcribe a file of any length, one stretch of at most `settings.max_seconds` at a time.
 
-    `datastore` names the sources of retrieved words; it is what `retrieval` searches.
+    `datastore` names the sources of retrieved words; it is what `retrieval` and `reading` search.
     Raises AudioError if the file cannot be read or is too short to hold a word.
     """
     for segment in audio.segments(path, settings.max_seconds):
         units = recogniser.listen([segment.wave])
-        [heard] = recognise(recogniser, units, settings, retrieval)
+        [heard] = recognise(recogniser, units, settings, retrieval, readings=[reading])
         text = recogniser.vocabulary.decode(heard.tokens)
         spoken = words(heard, recogniser.vocabulary, datastore)
         yield Transcript(text, spoken, segment.start, segment.end, heard.stopped)
@@ -130,17 +147,33 @@ def _probability(logps: Iterator[float]) -> float:
 def _source(
     choices: Sequence[Choice], vocabulary: Vocabulary, datastore: Datastore | None
 ) -> Source | None:
-    """The nearest entry among those of the tokens that retrieval changed, else of any token."""
-    voted = [choice for choice in choices if choice.entry != NO_ENTRY]
-    changed = [choice for choice in voted if choice.token != choice.lm_token]
-    if datastore is None or not voted:
+    """The entry that mattered most to a word; of its tokens, those that retrieval changed count.
+
+    That is the one whose window was attended to most, or the nearest of those that voted.
+    """
+    if datastore is None:
         return None
-    best = min(changed or voted, key=lambda choice: choice.distance)
-    window = datastore.windows(np.array([best.entry]))[0]
+    changed = [choice for choice in choices if choice.token != choice.lm_token] or choices
+    attention: dict[int, float] = {}
+    distances: dict[int, float] = {}
+    for choice in changed:
+        for entry, share, distance in choice.read:
+            attention[entry] = attention.get(entry, 0.0) + share / len(changed)
+            distances[entry] = min(distance, distances.get(entry, math.inf))
+    voted = [choice for choice in changed if choice.entry != NO_ENTRY]
+    if not attention and not voted:
+        return None
+    if attention:
+        entry = max(attention, key=attention.__getitem__)
+    else:
+        nearest = min(voted, key=lambda choice: choice.distance)
+        entry, distances = nearest.entry, {nearest.entry: nearest.distance}
+    window = datastore.windows(np.array([entry]))[0]
     return Source(
-        entry=best.entry,
-        distance=best.distance,
-        document=datastore.document_name(datastore.documents[best.entry]),
-        utterance=datastore.utterance_name(best.entry),
+        entry=entry,
+        distance=distances[entry] if math.isfinite(distances[entry]) else None,
+        attention=attention.get(entry),
+        document=datastore.document_name(datastore.documents[entry]),
+        utterance=datastore.utterance_name(entry),
         text=vocabulary.decode(window.tolist()),
     )

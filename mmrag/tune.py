@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmrag.config import KNN, Tune
+from mmrag.config import KNN, Read, Tune
 from mmrag.decode import interpolate, read_states
 from mmrag.knn import unsure
 from mmrag.lm import LM
@@ -27,6 +27,8 @@ from mmrag.vocabulary import Vocabulary
 
 SETTINGS = "knn.json"
 """The file that holds what was chosen for a datastore."""
+READ, BOTH = "read.json", "both.json"
+"""How an adapter reads it, and kNN settings for use beside that."""
 TRUE, OTHER = 0, 1
 
 
@@ -36,17 +38,42 @@ class Scored:
 
     knn: KNN
     loss: float
+    unit: float
+    """Median distance of the dev queries' nearest entry, of which the grid counts multiples."""
 
 
-Read = tuple[Tensor, Neighbours, Tensor]
+@dataclass(frozen=True)
+class Decoded:
+    """A setting's word error rates on the development split, and what a decoy does to it."""
+
+    settings: KNN | Read
+    wer: float
+    decoy_wer: float | None = None
+    """With a datastore that has nothing to say; None if none was tried."""
+
+
+Answers = tuple[Tensor, Neighbours, Tensor]
 """Of N queries: log-probabilities (N, 2) of `_two_tokens`, its neighbours, and the language model's
 log-probability of its best token (N,)."""
 
 
-def chosen(directory: Path) -> KNN:
-    """The settings in a directory that `jobs.tune` made."""
-    fields = json.loads((directory / SETTINGS).read_text())
+def chosen(directory: Path, file: str = SETTINGS) -> KNN:
+    """The kNN settings in a directory that `jobs.tune` made; `BOTH` for those beside reading."""
+    fields = json.loads((directory / file).read_text())
     return KNN(**{name: fields[name] for name in KNN.model_fields})
+
+
+def chosen_read(directory: Path) -> Read | None:
+    """How to read the datastore; None where there was no adapter to tune for."""
+    if not (directory / READ).exists():
+        return None
+    fields = json.loads((directory / READ).read_text())
+    return Read(**{name: fields[name] for name in Read.model_fields})
+
+
+def unit(directory: Path) -> float:
+    """The distance of which the grid's gates and temperatures are multiples."""
+    return json.loads((directory / SETTINGS).read_text())["unit"]
 
 
 def score_grid(
@@ -62,7 +89,7 @@ def score_grid(
     grid serves every metric and model. ValueError if there is no token to score, or nothing is
     found for any of them.
     """
-    read: dict[str, list[Read]] = {query: [] for query in grid.query}
+    read: dict[str, list[Answers]] = {query: [] for query in grid.query}
     for batch in batches:
         texts = [vocabulary.encode(one.utterance.text) for one in batch]
         speech = [vocabulary.encode_units(one.units) for one in batch]
@@ -84,14 +111,25 @@ def finalists(scored: Sequence[Scored], count: int) -> list[Scored]:
     decoder that follows a neighbour into another sentence does not come back. Settings of all
     weights have to be decoded to know.
     """
-    best: dict[tuple, Scored] = {}
+    kept: dict[tuple, Scored] = {}
     for one in sorted(scored, key=lambda one: one.loss):
         knn = one.knn
-        best.setdefault((knn.weight, knn.gate, knn.certain, knn.query), one)
-    return list(best.values())[:count]
+        kept.setdefault((knn.weight, knn.gate, knn.certain, knn.query), one)
+    return list(kept.values())[:count]
 
 
-def _score(read: Sequence[Read], grid: Tune, query: str) -> Iterator[Scored]:
+def best(decoded: Sequence[Decoded], plain_wer: float, harm: float) -> Decoded:
+    """The setting of least WER among those whose decoy raises the WER without retrieval by no more
+    than `harm` (relative); if every one does more, that of the least harm."""
+    harmless = [
+        one for one in decoded if one.decoy_wer is None or one.decoy_wer <= (1 + harm) * plain_wer
+    ]
+    if harmless:
+        return min(harmless, key=lambda one: one.wer)
+    return min(decoded, key=lambda one: one.decoy_wer)
+
+
+def _score(read: Sequence[Answers], grid: Tune, query: str) -> Iterator[Scored]:
     """The settings that ask in one way."""
     if not read:
         raise ValueError("the development split holds no utterance to score")
@@ -114,7 +152,7 @@ def _score(read: Sequence[Read], grid: Tune, query: str) -> Iterator[Scored]:
             query=query,
         )
         mixed = [_mixed(*each, knn) for each in read]
-        yield Scored(knn, -float(torch.cat(mixed).sum()) / count)
+        yield Scored(knn, -float(torch.cat(mixed).sum()) / count, unit)
 
 
 def _mixed(logp: Tensor, found: Neighbours, best: Tensor, knn: KNN) -> Tensor:

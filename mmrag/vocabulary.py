@@ -122,6 +122,19 @@ class Vocabulary:
         """Text to ids."""
         return [self.first_piece + piece for piece in self.pieces.encode(text)]
 
+    def spellings(self, phrase: str) -> list[list[int]]:
+        """A phrase as ids, at a text's start and behind a blank where that makes a difference."""
+        ways = [self.encode(blank + phrase) for blank in ("", " ")]
+        return ways[: 1 if ways[0] == ways[1] else 2]
+
+    def find(self, phrase: str, text: Sequence[int]) -> slice | None:
+        """Where a phrase stands in a text given as ids; None if it does not."""
+        for way in self.spellings(phrase):
+            for start in range(len(text) - len(way) + 1):
+                if way and list(text[start : start + len(way)]) == way:
+                    return slice(start, start + len(way))
+        return None
+
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text; specials and units among them are passed over."""
         kept = [i - self.first_piece for i in ids if self.first_piece <= i < self.first_unit]

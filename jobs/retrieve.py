@@ -1,0 +1,47 @@
+"""Neighbours of every token of a split, found beforehand: what an adapter reads while it trains."""
+
+from __future__ import annotations
+
+from cluster.stages import FindNeighbours, parts, work_off
+from cluster.tracking import Run
+from jobs import stage
+from jobs.tune import heard_by, select
+from mmrag.artifact import Artifact, Draft
+from mmrag.config import ConfigError, Experiment
+
+PART_UTTERANCES = 100
+
+
+def run(experiment: Experiment, force: bool = False) -> Artifact:
+    """Make `neighbours/<datastore>/` of the adapter's split."""
+    if experiment.adapter is None:
+        raise ConfigError("the experiment has no section `adapter`")
+    contexts, name = experiment.adapter.contexts, experiment.datastore.name
+    lm = stage.load(experiment, "lm", "lm", "train")
+    store = stage.load(experiment, f"datastores/{name}", "datastore", "build_datastore")
+    store.require("lm", lm)
+    made = heard_by(experiment, lm)
+
+    def work(draft: Draft, tracked: Run) -> None:
+        spoken = select(made, contexts.split, None)
+        shares = parts(spoken, lambda _: 1, PART_UTTERANCES)
+        todo = [part for part in shares if not (draft.path / f"{part.name}.npz").exists()]
+        search = {
+            "lm": lm.path,
+            "datastore": store.path,
+            "k": experiment.read.k,
+            "directory": draft.path,
+        }
+        for _ in work_off([(FindNeighbours, search)], todo, experiment.evaluate.workers, "search"):
+            pass
+        draft.summary["utterances"] = len(spoken)
+
+    config = {"split": contexts.split, "k": experiment.read.k}
+    inputs = {"lm": lm, "datastore": store, "tokens": made}
+    return stage.make(
+        experiment, f"neighbours/{name}", "neighbours", config, inputs, work, force=force
+    )
+
+
+if __name__ == "__main__":
+    stage.main(run, __doc__, config="adapter.yaml")
