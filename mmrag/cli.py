@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.markup import escape
@@ -16,14 +19,23 @@ from rich.markup import escape
 from mmrag import artifact, shipped
 from mmrag.artifact import ArtifactError
 from mmrag.audio import AudioError
-from mmrag.config import KNN, Decode, as_dict
+from mmrag.config import KNN, Decode, Read, as_dict
 from mmrag.datastore import Datastore, DatastoreError
 from mmrag.decode import Retrieval
-from mmrag.index import LocalRetriever, saved_shards
+from mmrag.index import LocalRetriever, SubsetRetriever, saved_shards
+from mmrag.phrases import Phrases, remember
+from mmrag.reading import Reading
 from mmrag.records import Transcript
 from mmrag.transcribe import Recogniser, transcribe
-from mmrag.tune import chosen
+from mmrag.tune import BOTH, SETTINGS, chosen, chosen_read
 
+RETRIEVALS = ("none", "knn", "cross_attention", "both")
+UNTUNED = {"k": 16, "weight": 0.3, "temperature": 10.0}
+"""kNN settings for a datastore that nobody tuned."""
+WHOLE = Read(k=8, stride=1, whole=300)
+AGREEMENT = -2.0
+"""As in `Decode`."""
+CACHE = Path(os.environ.get("MMRAG_CACHE") or Path.home() / ".cache" / "mmrag") / "phrases"
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -32,21 +44,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     try:
         recogniser = Recogniser.load(options.models, options.device)
-        datastore = _datastore(options, recogniser)
-        retrieval = _retrieval(options, datastore)
+        found = _found(options, recogniser)
         settings = Decode(
             beams=options.beams,
             length_penalty=0.6,
             tokens_per_second=16,
             batch_seconds=options.max_seconds,
             max_seconds=options.max_seconds,
+            agreement=AGREEMENT,
         )
-    except (ArtifactError, DatastoreError, ValueError) as error:
+    except (ArtifactError, DatastoreError, OSError, ValueError, ImportError) as error:
         sys.exit(f"mmrag: {error}")
     failed = False
     for file in options.files:
         try:
-            for transcript in transcribe(file, recogniser, settings, retrieval, datastore):
+            for transcript in transcribe(file, recogniser, settings, **found):
                 _print(file, transcript, options.json)
         except AudioError as error:
             print(f"mmrag: {error}", file=sys.stderr)
@@ -71,6 +83,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="datastore to look things up in: a directory, or a name in MODELS/datastores",
     )
+    command.add_argument(
+        "--phrases",
+        type=Path,
+        metavar="FILE",
+        help="phrases to listen for, one a line (names, drugs, products); spoken by a synthesizer "
+        "once and remembered",
+    )
+    command.add_argument(
+        "--retrieval",
+        choices=RETRIEVALS,
+        help="neighbours vote (knn), the adapter reads them (cross_attention), or both; default: "
+        "knn with a datastore, cross_attention with phrases",
+    )
     command.add_argument("--weight", type=float, help="kNN weight (default: as tuned, else 0.3)")
     command.add_argument("--beams", type=int, default=1, help="1 is greedy (default: %(default)s)")
     command.add_argument(
@@ -90,30 +115,70 @@ def _max_seconds(text: str) -> float:
     return float(text)
 
 
-def _datastore(options: argparse.Namespace, recogniser: Recogniser) -> Datastore | None:
+def _found(options: argparse.Namespace, recogniser: Recogniser) -> dict[str, Any]:
+    """What `transcribe` is given to look things up in."""
+    if options.datastore is not None and options.phrases is not None:
+        raise ValueError("--datastore or --phrases: one of them")
+    if options.phrases is not None:
+        return _phrases(options, recogniser)
     if options.datastore is None:
-        return None
+        if options.retrieval not in (None, "none"):
+            raise ValueError(f"--retrieval {options.retrieval} needs a --datastore or --phrases")
+        return {}
     named = options.models / "datastores" / options.datastore
     datastore = Datastore.open(named if named.is_dir() else options.datastore)
     datastore.require({role: recogniser.identity[role] for role in ("lm", "codebook")})
-    return datastore
+    mode = options.retrieval or "knn"
+    found: dict[str, Any] = {"datastore": datastore}
+    if mode == "none":
+        return {}
+    retriever = LocalRetriever.load(saved_shards(datastore.directory), datastore)
+    knn, read = _tuned(options, datastore, mode)
+    if mode in ("knn", "both"):
+        found["retrieval"] = Retrieval(retriever, knn)
+    if mode in ("cross_attention", "both"):
+        found["reading"] = Reading(recogniser.bank(retriever), read, retriever)
+    return found
 
 
-def _retrieval(options: argparse.Namespace, datastore: Datastore | None) -> Retrieval | None:
-    if datastore is None:
-        return None
-    knn = {"k": 16, "weight": 0.3, "temperature": 10.0}
+def _tuned(options: argparse.Namespace, datastore: Datastore, mode: str) -> tuple[KNN, Read]:
+    """Settings as `jobs.tune` chose them for this datastore, or plain ones, with a word of it."""
+    knn, read = dict(UNTUNED), WHOLE
     tuned = options.models / "tuned" / datastore.directory.name
     if tuned.is_dir():
         made = artifact.load(datastore.directory, "datastore")
         artifact.load(tuned, "tuned").require("datastore", made)
-        knn = as_dict(chosen(tuned))
+        beside = mode == "both" and (tuned / BOTH).exists()
+        knn = as_dict(chosen(tuned, BOTH if beside else SETTINGS))
+        read = chosen_read(tuned) or read
     else:
         print(f"mmrag: {datastore.directory} is not tuned (jobs.tune): {knn}", file=sys.stderr)
     if options.weight is not None:
         knn["weight"] = options.weight
-    retriever = LocalRetriever.load(saved_shards(datastore.directory), datastore)
-    return Retrieval(retriever, KNN(**knn))
+    return KNN(**knn), read
+
+
+def _phrases(options: argparse.Namespace, recogniser: Recogniser) -> dict[str, Any]:
+    """The phrases of a file, as a small datastore that is read whole."""
+    mode = options.retrieval or "cross_attention"
+    if mode == "none":
+        return {}
+    listed = [line.strip() for line in options.phrases.read_text().splitlines() if line.strip()]
+    identity = {role: recogniser.identity[role] for role in ("lm", "codebook")}
+    datastore = remember(
+        CACHE, listed, recogniser.lm, recogniser.vocabulary, identity, recogniser.speaker()
+    )
+    entries = np.arange(datastore.entries)
+    retriever = SubsetRetriever(datastore, entries)
+    found: dict[str, Any] = {"datastore": datastore}
+    if mode in ("knn", "both"):
+        knn = UNTUNED if options.weight is None else {**UNTUNED, "weight": options.weight}
+        found["retrieval"] = Retrieval(retriever, KNN(**knn))
+    if mode in ("cross_attention", "both"):
+        known = Phrases(datastore)
+        windows = np.array([known.mentions(name)[0] for name in known.names])
+        found["reading"] = Reading(recogniser.bank(retriever), WHOLE, retriever, windows)
+    return found
 
 
 def _print(file: Path, transcript: Transcript, as_json: bool) -> None:
@@ -128,8 +193,12 @@ def _print(file: Path, transcript: Transcript, as_json: bool) -> None:
     for word in transcript.words:
         if word.changed and word.source:
             source = word.source
+            evidence = [escape(source.document)]
+            if source.attention is not None:
+                evidence.append(f"attention {source.attention:.0%}")
+            if source.distance is not None:
+                evidence.append(f"distance {source.distance:.1f}")
             console.print(
                 f"    [green]{escape(word.text)}[/]  p {word.lm_probability:.2f} -> "
-                f"{word.probability:.2f}  from {escape(source.document)}, distance "
-                f"{source.distance:.1f}: “{escape(source.text)}”"
+                f"{word.probability:.2f}  from {', '.join(evidence)}: “{escape(source.text)}”"
             )

@@ -422,6 +422,13 @@ class Decode(Section):
     """Audio transcribed at once, seconds."""
     max_seconds: PositiveFloat
     """Longer audio is split at silence."""
+    speech: float = Field(default=0.75, ge=0, le=1)
+    """Probability from which on a moment counts as speech; audio without any has no transcript. 0
+    to transcribe everything."""
+    agreement: float | None = Field(default=None, lt=0)
+    """What the language model alone must think of a transcript made with retrieval, mean
+    log-probability a token: below it, and where the transcript loops, it is made again without.
+    None to trust every transcript."""
 
 
 class Tune(Section):

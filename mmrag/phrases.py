@@ -7,12 +7,27 @@ said next.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 
-from mmrag.datastore import Datastore
-from mmrag.records import Utterance
+from mmrag import datastore
+from mmrag.datastore import Datastore, Description
+from mmrag.entries import read_entries
+from mmrag.lm import LM
+from mmrag.records import Units, Utterance
+from mmrag.tokens import Tokenized
+from mmrag.vocabulary import Vocabulary
+
+WINDOW = 20
+BATCH = 64
+"""Sentences read at once."""
+Say = Callable[[str], Units]
+"""A sentence -> the units of somebody saying it."""
 
 CARRIERS = ("please call {phrase} today", "about {phrase} next week", "{phrase}")
 """Sentences in which a phrase is spoken; the first is the one that is read."""
@@ -28,6 +43,44 @@ def utterances(phrases: Sequence[str], carriers: Sequence[str] = CARRIERS) -> It
                 document=phrase,
                 entities=(phrase,),
             )
+
+
+def remember(
+    cache: Path,
+    phrases: Sequence[str],
+    lm: LM,
+    vocabulary: Vocabulary,
+    identity: Mapping[str, str],
+    say: Say | None,
+) -> Datastore:
+    """The phrases' datastore below `cache`, made at the first call with just these.
+
+    `identity` names the models, as in `Description`; without `say` the phrases are read as text
+    alone. Raises ValueError for a phrase without a letter or digit, or none at all.
+    """
+    phrases = list(dict.fromkeys(phrases))
+    empty = [phrase for phrase in phrases if not vocabulary.encode(phrase)]
+    if empty or not phrases:
+        raise ValueError(f"nothing to listen for: {empty or 'no phrases'}")
+    audio = "none" if say is None else "spoken"
+    content = json.dumps([phrases, CARRIERS, audio, dict(sorted(identity.items()))])
+    directory = cache / hashlib.sha256(content.encode()).hexdigest()[:16]
+    if not directory.exists():
+        aside = cache / f".{directory.name}.{uuid4().hex}"
+        datastore.create(aside, Description(lm.config.width, WINDOW, "l2", audio, dict(identity)))
+        told = list(utterances(phrases))
+        for start in range(0, len(told), BATCH):
+            batch = [Tokenized(one, say and say(one.text)) for one in told[start : start + BATCH]]
+            segment = read_entries(lm, vocabulary, batch, WINDOW, "entities")
+            datastore.write_segment(aside, f"part-{start:06d}", segment)
+        names = [f"part-{start:06d}" for start in range(0, len(told), BATCH)]
+        datastore.publish(aside, names)
+        try:
+            aside.rename(directory)
+        except OSError:  # another process was first
+            if not directory.exists():
+                raise
+    return Datastore.open(directory)
 
 
 class Phrases:

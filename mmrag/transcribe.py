@@ -6,16 +6,19 @@ audio -> units -> ids -> decode (with retrieval) -> words with their evidence
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from mmrag import artifact, audio, pretrained
+from mmrag import artifact, audio, pretrained, speech
 from mmrag.config import Decode
+from mmrag.corpora import synthetic
+from mmrag.corpora.espeak import Synthesizer
 from mmrag.cross_attention import Adapter
 from mmrag.datastore import Datastore
 from mmrag.decode import Choice, Hypothesis, Retrieval, decode
@@ -25,6 +28,9 @@ from mmrag.reading import Bank, Reading
 from mmrag.records import NO_ENTRY, Retriever, Source, Transcript, Units, Word
 from mmrag.units import Codebook
 from mmrag.vocabulary import Vocabulary
+
+LOOPS = 4
+"""Repetitions that nobody says on purpose."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,19 @@ class Recogniser:
             adapter=adapter,
         )
 
+    def speaker(self, seed: int = 0) -> Callable[[str], Units]:
+        """Says a sentence with a synthetic voice and listens to it; needs the `speech` extra.
+
+        The voice depends on `seed` and the sentence alone.
+        """
+        synthesizer = Synthesizer()
+
+        def say(text: str) -> Units:
+            [planned] = synthetic.assign_voices([text], seed)
+            return self.listen([torch.from_numpy(synthetic.render(planned, synthesizer).wave)])[0]
+
+        return say
+
     def bank(self, source: Retriever) -> Bank:
         """The windows of `source` as this recogniser's adapter reads them; ValueError without."""
         if self.adapter is None:
@@ -91,6 +110,9 @@ def transcribe(
     Raises AudioError if the file cannot be read or is too short to hold a word.
     """
     for segment in audio.segments(path, settings.max_seconds):
+        if not speech.spoken(segment.wave, settings.speech):
+            yield Transcript("", start=segment.start, end=segment.end)
+            continue
         units = recogniser.listen([segment.wave])
         [heard] = recognise(recogniser, units, settings, retrieval, readings=[reading])
         text = recogniser.vocabulary.decode(heard.tokens)
@@ -105,19 +127,52 @@ def recognise(
     retrieval: Retrieval | Sequence[Retrieval | None] | None = None,
     **biasing: Any,
 ) -> list[Hypothesis]:
-    """Units of several clips to hypotheses, decoded together; `biasing` is handed to `decode`."""
+    """Units of several clips to hypotheses, decoded together; `biasing` is handed to `decode`.
+
+    With `settings.agreement`, a transcript made with retrieval that the language model finds too
+    unlikely, or that goes round in circles, is made again without.
+    """
     vocabulary = recogniser.vocabulary
     frame = recogniser.codebook.frame_seconds
     seconds = [float(one.durations.sum()) * frame for one in units]
-    return decode(
+    ids = [vocabulary.encode_units(one) for one in units]
+    limits = [max(16, round(s * settings.tokens_per_second)) for s in seconds]
+    heard = decode(recogniser.lm, vocabulary, ids, limits, settings, retrieval, **biasing)
+    helped = retrieval is not None or biasing.get("readings") is not None
+    if not helped or settings.agreement is None:
+        return heard
+    doubtful = [n for n, one in enumerate(heard) if not credible(one, settings.agreement)]
+    alone = decode(
         recogniser.lm,
         vocabulary,
-        [vocabulary.encode_units(one) for one in units],
-        [max(16, round(s * settings.tokens_per_second)) for s in seconds],
+        [ids[n] for n in doubtful],
+        [limits[n] for n in doubtful],
         settings,
-        retrieval,
-        **biasing,
     )
+    for n, one in zip(doubtful, alone, strict=True):
+        heard[n] = one
+    return heard
+
+
+def credible(heard: Hypothesis, agreement: float) -> bool:
+    """Whether the language model agrees with a transcript that retrieval had a part in.
+
+    It does where the mean of its own log-probabilities of the tokens is at least `agreement`, and
+    no stretch of tokens is said LOOPS times in a row.
+    """
+    alone = sum(choice.lm_logp for choice in heard.choices) / max(1, len(heard.choices))
+    return alone >= agreement and not loops(heard.tokens)
+
+
+def loops(tokens: Sequence[int]) -> bool:
+    """Whether a stretch of tokens is repeated LOOPS times in a row."""
+    for length in range(1, len(tokens) // LOOPS + 1):
+        same = 0
+        for place in range(length, len(tokens)):
+            same = same + 1 if tokens[place] == tokens[place - length] else 0
+            if same == length * (LOOPS - 1):
+                return True
+    return False
 
 
 def words(

@@ -65,6 +65,26 @@ MINIATURE = [
 ]
 """Overrides of the tiny model's recipe: every stage runs in seconds and learns next to nothing."""
 
+ADAPTER = [
+    "train.phases=[{name: adapter, steps: 24, mixture: {speech_first: 1}}]",
+    "train.learning_rate=0.01",
+    "train.ctc_weight=0",
+    "train.checkpoint_steps=6",
+    "adapter.shape={every: 1, heads: 2, head_width: 16, window: 20,"
+    " encoder_layers: 1, encoder_heads: 2, encoder_feed_forward: 32}",
+    "adapter.contexts={split: datastore, phrases: phrases, retrieved: multimodal, wrong: wrong,"
+    " mixture: {phrases: 2, retrieved: 2, wrong: 1, empty: 1}, list_length: [2, 6], own: 0.75,"
+    " k: 2, strides: [2, 3]}",
+    "read={k: 4, stride: 2, whole: 20}",
+    "tune.finalists=2",
+    "tune.read=[{k: 2, stride: 1, whole: 0}, {k: 4, stride: 3, whole: 0, gate: 1.5}]",
+    "tune.both_weight=[0.1, 0.4]",
+    "tune.decoy=wrong",
+    "evaluate.modes=[none, knn, cross_attention, both]",
+    "evaluate.datastores=[text, multimodal]",
+]
+"""Overrides besides, for an adapter that reads what the datastore split says of other sentences."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whichever test is the first to need the workspace waits until it is made."""
@@ -126,14 +146,42 @@ def workspace(ray_cluster: str, experiment: Experiment) -> Workspace:
     return Workspace(experiment, captured.get())
 
 
+@pytest.fixture(scope="session")
+def adapted(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A copy of the finished workspace in which an adapter was trained, tuned and evaluated.
+
+    Look, but do not change anything in it either.
+    """
+    from jobs import build_datastore, evaluate, retrieve, stage, train, tune
+
+    path = tmp_path_factory.mktemp("adapted")
+    for directory in ("hubert", "codebook", "tokens", "lm", "datastores"):
+        shutil.copytree(workspace.path / directory, path / directory)
+    multimodal = read(RECIPE, MINIATURE + ADAPTER).model_copy(update={"workspace": path})
+
+    def of(**changes) -> Experiment:
+        settings = multimodal.datastore.model_copy(update=changes)
+        return multimodal.model_copy(update={"datastore": settings})
+
+    phrases, wrong = of(name="phrases", entries="entities"), of(name="wrong", splits=("lm",))
+    with stage.console.capture() as captured:
+        for other in (phrases, wrong):
+            build_datastore.run(other)
+        for near in (multimodal, wrong):
+            retrieve.run(near)
+        for job in (train, tune, evaluate):
+            job.run(multimodal)
+    return Workspace(multimodal, captured.get())
+
+
 @pytest.fixture
 def borrow(workspace: Workspace, tmp_path: Path) -> Callable[..., Experiment]:
     """`borrow(*directories)`: the experiment in a workspace of this test's own, to change at will,
-    holding copies of those directories of the finished one."""
+    holding copies of those directories of the finished one, or of another one (`of`)."""
 
-    def copy(*directories: str) -> Experiment:
+    def copy(*directories: str, of: Workspace = workspace) -> Experiment:
         for directory in directories:
-            shutil.copytree(workspace.path / directory, tmp_path / "workspace" / directory)
-        return workspace.experiment.model_copy(update={"workspace": tmp_path / "workspace"})
+            shutil.copytree(of.path / directory, tmp_path / "workspace" / directory)
+        return of.experiment.model_copy(update={"workspace": tmp_path / "workspace"})
 
     return copy

@@ -18,12 +18,13 @@ MAY_IMPORT = {
 
 TOUR = [
     "config", "text", "records", "artifact", "shipped",
-    "audio", "hubert", "units", "vocabulary",
+    "audio", "speech", "hubert", "units", "vocabulary",
     "corpora.espeak", "corpora.flite", "corpora.augment", "corpora.manifest", "corpora.synthetic",
     "corpora.spanish",
     "tokens",
-    "layers", "lm", "pretrained", "loss", "train",
-    "datastore", "index", "knn", "boost", "decode", "transcribe",
+    "layers", "cross_attention", "lm", "pretrained", "loss", "train",
+    "datastore", "index", "knn", "boost", "reading", "decode",
+    "entries", "phrases", "contexts", "transcribe",
     "score", "tune", "cli",
 ]  # fmt: skip
 """The modules of mmrag in reading order: each imports only those before it."""
@@ -35,6 +36,7 @@ HOMES = {
     "yaml": ["mmrag.config"],
     "soundfile": ["mmrag.audio", "cluster.stages"],  # read by the one, written by the other
     "torchaudio": ["mmrag.audio", "mmrag.hubert", "mmrag.corpora.espeak"],
+    "silero_vad": ["mmrag.speech"],
     "transformers": ["mmrag.hubert"],
     "safetensors": ["mmrag.hubert", "mmrag.pretrained"],
     "faiss": ["mmrag.units", "mmrag.index"],
@@ -56,7 +58,7 @@ HOMES = {
 }
 """Library -> the modules, or whole rooms, that may import it."""
 
-LAZY = {"transformers", "matplotlib", "espeakng_loader", "faker"}
+LAZY = {"transformers", "matplotlib", "espeakng_loader", "faker", "silero_vad"}
 """Imported where they are needed: slow to load, or an optional extra."""
 
 

@@ -3,27 +3,51 @@
 import numpy as np
 import pytest
 import ray.cloudpickle
+import torch
 
 from cluster.modes import (
+    Attending,
+    AttendingPhrases,
     BoostingPhrases,
     Plain,
     PromptingPhrases,
     Retrieving,
     RetrievingDocuments,
     RetrievingSome,
+    Together,
+    open_locally,
+    retrieving,
 )
 from mmrag import datastore
-from mmrag.config import KNN, Index
+from mmrag.config import KNN, CrossAttention, Index, LanguageModel, Read
+from mmrag.cross_attention import Adapter
 from mmrag.datastore import Datastore, Description, Segment
 from mmrag.index import IndexShard, shard_directory
+from mmrag.lm import LM
 from mmrag.records import Units, Utterance
 from mmrag.tokens import Tokenized
+from mmrag.transcribe import Recogniser
 from mmrag.vocabulary import SentencePieces, Vocabulary
 
 KNN_SETTINGS = KNN(k=3, weight=0.5, temperature=1)
+READ_SETTINGS = Read(k=3, stride=2, whole=4)
 WIDTH, DOCUMENTS, TOKENS = 4, 6, 5
+MENTIONS = 2
+PHRASES = {"maria": 3, "peter pan": 2, "rome": 1, "the lighthouse": 4}
 WORDS = ["maria lopez", "peter pan", "the light is on"]
 VOCABULARY = Vocabulary(SentencePieces.train(WORDS, 50), units=3)
+SHAPE = LanguageModel(width=WIDTH, layers=1, heads=2, kv_heads=2, feed_forward=4, tied=True)
+LISTENER = CrossAttention(
+    every=1,
+    heads=1,
+    head_width=WIDTH,
+    window=2,
+    encoder_layers=1,
+    encoder_heads=1,
+    encoder_feed_forward=4,
+)
+DEAF = Recogniser(None, None, LM(SHAPE, VOCABULARY.size), VOCABULARY, {})
+"""Models without an adapter; nobody listens here, so that there is no speech encoder either."""
 
 
 def spoken(*names: str) -> list[Tokenized]:
@@ -56,12 +80,43 @@ def directory(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def reader():
+    """Models with an adapter."""
+    torch.manual_seed(0)
+    return Recogniser(None, None, DEAF.lm, VOCABULARY, {}, Adapter(LISTENER, SHAPE).eval())
+
+
+@pytest.fixture(scope="module")
+def entities(tmp_path_factory):
+    """A datastore of PHRASES, each spoken MENTIONS times and so many tokens long.
+
+    The first mention of every phrase stands in one segment, the second in the next.
+    """
+    path = tmp_path_factory.mktemp("entities")
+    datastore.create(path, Description(WIDTH, 2, "l2", "none", {}))
+    draw = np.random.default_rng(2)
+    lengths = list(PHRASES.values())
+    for number in range(MENTIONS):
+        segment = Segment(
+            keys=draw.standard_normal((sum(lengths), WIDTH)),
+            tokens=draw.integers(1, 9, sum(lengths)),
+            windows=np.zeros((sum(lengths), 2)),
+            positions=np.concatenate([np.arange(length) for length in lengths]),
+            utterances=np.repeat(np.arange(len(lengths)), lengths),
+            names=[(f"{phrase} {number}", phrase) for phrase in PHRASES],
+        )
+        datastore.write_segment(path, f"part-{number}", segment)
+    datastore.publish(path, [f"part-{number}" for number in range(MENTIONS)])
+    return path
+
+
 def test_alone_the_decoder_is_given_nothing():
-    assert Plain().open(VOCABULARY)(spoken("a")) == {}
+    assert Plain().open(DEAF)(spoken("a")) == {}
 
 
 def test_a_directory_is_opened_where_the_mode_is_opened(directory):
-    given = Retrieving(directory, KNN_SETTINGS).open(VOCABULARY)(spoken("a", "b"))
+    given = Retrieving(directory, KNN_SETTINGS).open(DEAF)(spoken("a", "b"))
     retrieval = given["retrieval"]
     assert retrieval.settings == KNN_SETTINGS
     assert retrieval.retriever.datastore.entries == DOCUMENTS * TOKENS
@@ -69,7 +124,7 @@ def test_a_directory_is_opened_where_the_mode_is_opened(directory):
 
 def test_each_utterance_searches_its_own_documents_alone(directory):
     named = {"a": ["d1", "d4"], "b": ["d0"], "c": list(map("d{}".format, range(DOCUMENTS)))}
-    guide = RetrievingDocuments(directory, KNN_SETTINGS, named).open(VOCABULARY)
+    guide = RetrievingDocuments(directory, KNN_SETTINGS, named).open(DEAF)
     everything = Datastore.open(directory)
     queries = np.random.default_rng(1).standard_normal((4, WIDTH)).astype(np.float32)
     batch = spoken("b", "a", "c")
@@ -85,7 +140,7 @@ def test_each_utterance_searches_its_own_documents_alone(directory):
 def test_some_entries_are_the_first_ones_and_of_each_utterance_every_nth(
     directory, entries, stride, kept
 ):
-    guide = RetrievingSome(directory, KNN_SETTINGS, entries, stride).open(VOCABULARY)
+    guide = RetrievingSome(directory, KNN_SETTINGS, entries, stride).open(DEAF)
     retriever = guide(spoken("a"))["retrieval"].retriever
     found = retriever.search(np.zeros((1, WIDTH), np.float32), 100).entries[0]
     expected = [e for e in range(min(entries, DOCUMENTS * TOKENS)) if e % TOKENS % stride == 0]
@@ -95,7 +150,7 @@ def test_some_entries_are_the_first_ones_and_of_each_utterance_every_nth(
 
 def test_phrases_are_boosted_for_the_utterance_they_come_with():
     phrases = {"a": ["maria lopez"], "b": []}
-    guide = BoostingPhrases(2.0, phrases).open(VOCABULARY)
+    guide = BoostingPhrases(2.0, phrases).open(DEAF)
     mine, none = guide(spoken("a", "b"))["boosts"]
     first = VOCABULARY.encode("maria lopez")[0]
     bonus = mine.bonus([])
@@ -105,8 +160,124 @@ def test_phrases_are_boosted_for_the_utterance_they_come_with():
 
 def test_phrases_stand_in_the_prompt_of_their_utterance():
     phrases = {"a": ["maria lopez", "peter pan"], "b": []}
-    contexts = PromptingPhrases(phrases).open(VOCABULARY)(spoken("a", "b"))["contexts"]
+    contexts = PromptingPhrases(phrases).open(DEAF)(spoken("a", "b"))["contexts"]
     assert [VOCABULARY.decode(ids) for ids in contexts] == ["maria lopez peter pan", ""]
+
+
+def test_every_row_reads_what_a_search_of_one_datastore_brings(directory, reader):
+    one, other = Attending(directory, READ_SETTINGS).open(reader)(spoken("a", "b"))["readings"]
+    assert one is other  # windows that one clip found are encoded for the other
+    assert one.settings == READ_SETTINGS
+    assert not one.whole
+    assert one.retriever.datastore.entries == DOCUMENTS * TOKENS
+    assert one.bank.source is one.retriever
+
+
+def test_a_retriever_that_is_open_is_used_as_it_is(directory, reader):
+    retriever = open_locally(directory)
+    [reading] = Attending(retriever, READ_SETTINGS).open(reader)(spoken("a"))["readings"]
+    assert reading.retriever is retriever
+
+
+def test_reading_takes_models_with_an_adapter(directory, entities):
+    for mode in (
+        Attending(directory, READ_SETTINGS),
+        AttendingPhrases(entities, READ_SETTINGS, {"a": ["rome"]}, mentions=1),
+        retrieving(directory, KNN_SETTINGS, READ_SETTINGS),
+    ):
+        with pytest.raises(ValueError, match="no cross-attention adapter"):
+            mode.open(DEAF)
+
+
+def middles(entities, phrases, mentions):
+    """By hand: the entry in the middle of each of the first mentions of each phrase."""
+    first = dict(zip(PHRASES, np.cumsum([0, *PHRASES.values()]).tolist(), strict=False))
+    total = sum(PHRASES.values())
+    return [
+        total * number + first[phrase] + PHRASES[phrase] // 2
+        for phrase in phrases
+        for number in range(mentions)
+    ]
+
+
+@pytest.mark.parametrize("mentions", [1, 2])
+def test_a_short_list_is_read_whole_whatever_is_asked(entities, reader, mentions):
+    phrases = {"a": ["the lighthouse", "rome"], "b": [], "c": ["maria"]}
+    mode = AttendingPhrases(entities, READ_SETTINGS, phrases, mentions)
+    batch = spoken("c", "a", "b")
+    for one, reading in zip(batch, mode.open(reader)(batch)["readings"], strict=True):
+        listed = phrases[one.utterance.id]
+        assert reading.entries.tolist() == middles(entities, listed, mentions)
+        assert reading.whole
+
+
+def test_a_long_list_is_searched_and_nothing_but_that_list(entities, reader):
+    phrases = {"a": ["rome", "maria", "peter pan"], "b": ["rome"]}
+    everything = Datastore.open(entities)
+    mode = AttendingPhrases(entities, READ_SETTINGS, phrases, MENTIONS)
+    long, short = mode.open(reader)(spoken("a", "b"))["readings"]
+    assert len(long.entries) > READ_SETTINGS.whole >= len(short.entries)
+    assert short.whole and not long.whole
+    queries = np.random.default_rng(3).standard_normal((5, WIDTH)).astype(np.float32)
+    names = [everything.document_name(document) for document in everything.documents]
+    listed = np.array([entry for entry, name in enumerate(names) if name in phrases["a"]])
+    apart = ((queries[:, None] - everything.keys_of(listed)) ** 2).sum(2)
+    found = long.retriever.search(queries, len(listed) + 7)
+    assert np.array_equal(found.entries[:, : len(listed)], listed[apart.argsort(1)])
+    assert (found.entries[:, len(listed) :] == -1).all()
+
+
+def test_a_list_is_long_from_one_window_more_than_are_read_whole(entities, reader):
+    phrases = {"a": ["rome", "maria", "peter pan"]}
+    for whole in (5, 6):
+        settings = READ_SETTINGS.model_copy(update={"whole": whole})
+        mode = AttendingPhrases(entities, settings, phrases, MENTIONS)
+        [reading] = mode.open(reader)(spoken("a"))["readings"]
+        assert len(reading.entries) == 6
+        assert reading.whole == (whole == 6)
+
+
+def test_a_window_that_stands_in_many_lists_is_encoded_once(entities, reader):
+    phrases = {"a": ["rome"], "b": ["rome", "maria", "peter pan"]}
+    mode = AttendingPhrases(entities, READ_SETTINGS, phrases, MENTIONS)
+    guide = mode.open(reader)
+    banks = [
+        reading.bank for names in ("ab", "ba") for reading in guide(spoken(*names))["readings"]
+    ]
+    assert all(bank is banks[0] for bank in banks)
+
+
+def test_a_phrase_that_the_datastore_does_not_know_is_not_read(entities, reader):
+    phrases = {"a": ["atlantis", "rome"]}
+    mode = AttendingPhrases(entities, READ_SETTINGS, phrases, mentions=1)
+    [reading] = mode.open(reader)(spoken("a"))["readings"]
+    assert reading.entries.tolist() == middles(entities, ["rome"], 1)
+
+
+def test_together_hands_over_what_each_of_them_would(directory, reader):
+    ways = (Attending(directory, READ_SETTINGS), BoostingPhrases(1.0, {"a": ["maria lopez"]}))
+    batch = spoken("a")
+    given = Together(ways).open(reader)(batch)
+    alone = [way.open(reader)(batch) for way in ways]
+    assert given.keys() == {"readings", "boosts"} == alone[0].keys() | alone[1].keys()
+    assert given["readings"][0].settings == READ_SETTINGS
+    assert np.array_equal(given["boosts"][0].bonus([]), alone[1]["boosts"][0].bonus([]))
+
+
+def test_what_is_given_says_whether_neighbours_vote_or_are_read_or_both(directory):
+    votes, reads = Retrieving(directory, KNN_SETTINGS), Attending(directory, READ_SETTINGS)
+    assert retrieving(directory, KNN_SETTINGS, None) == votes
+    assert retrieving(directory, None, READ_SETTINGS) == reads
+    assert retrieving(directory, KNN_SETTINGS, READ_SETTINGS) == Together((votes, reads))
+
+
+def test_neighbours_that_vote_and_are_read_come_from_one_datastore(directory, reader):
+    given = retrieving(directory, KNN_SETTINGS, READ_SETTINGS).open(reader)(spoken("a", "b"))
+    assert given.keys() == {"retrieval", "readings"}
+    assert given["retrieval"].settings == KNN_SETTINGS
+    assert [reading.settings for reading in given["readings"]] == [READ_SETTINGS] * 2
+    asked = [given["retrieval"].retriever, given["readings"][0].retriever]
+    assert {one.datastore.directory for one in asked} == {directory}
 
 
 def test_every_mode_travels_to_a_worker(directory):
@@ -116,6 +287,9 @@ def test_every_mode_travels_to_a_worker(directory):
         Retrieving(directory, KNN_SETTINGS),
         RetrievingDocuments(directory, KNN_SETTINGS, named),
         RetrievingSome(directory, KNN_SETTINGS, 3),
+        Attending(directory, READ_SETTINGS),
+        AttendingPhrases(directory, READ_SETTINGS, named, mentions=2),
+        retrieving(directory, KNN_SETTINGS, READ_SETTINGS),
         BoostingPhrases(1.0, named),
         PromptingPhrases(named),
     ):

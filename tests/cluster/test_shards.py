@@ -116,6 +116,30 @@ def test_sharded_windows_equal_local_windows(living, local):
     assert np.array_equal(sharded.windows(entries), local.windows(entries))
 
 
+def assert_same_passages(found, expected) -> None:
+    for field in ("tokens", "keys", "present"):
+        ours, theirs = getattr(found, field), getattr(expected, field)
+        assert ours.dtype == theirs.dtype, field
+        assert np.array_equal(ours, theirs), field
+
+
+@pytest.mark.parametrize("entries", [[0, 44, 45, 89, 12, 45], [60, 61], []])
+def test_sharded_passages_equal_those_of_the_datastore(living, datastore, entries):
+    sharded = ShardedRetriever([[one] for one in living], RANGES)
+    entries = np.array(entries, np.int64)
+    assert_same_passages(sharded.passages(entries), Datastore.open(datastore).passages(entries))
+
+
+def test_passages_reach_from_one_shard_into_the_next(living, datastore):
+    """The window around a shard's last entry holds the next shard's first."""
+    sharded = ShardedRetriever([[one] for one in living], RANGES)
+    opened, last = Datastore.open(datastore), RANGES[0][1] - 1
+    found = sharded.passages(np.array([last]))
+    assert opened.utterances[last] == opened.utterances[last + 1]
+    assert opened.tokens[last + 1] in found.tokens[0]
+    assert_same_passages(found, opened.passages(np.array([last])))
+
+
 def test_a_dead_replica_loses_nothing(living, dead, local):
     sharded = ShardedRetriever([[dead, living[0]], [living[1]]], RANGES)
     for seed in range(4):  # replicas take turns: the dead one is asked first in every other search
@@ -123,6 +147,8 @@ def test_a_dead_replica_loses_nothing(living, dead, local):
         assert_same(sharded.search(asked, 8), local.search(asked, 8))
     entries = np.arange(ENTRIES)
     assert np.array_equal(sharded.windows(entries), local.windows(entries))
+    for _ in range(2):
+        assert_same_passages(sharded.passages(entries), local.passages(entries))
 
 
 def test_a_dead_shard_is_counted_and_the_others_still_answer(living, dead, local):
@@ -137,13 +163,24 @@ def test_a_dead_shard_is_counted_and_the_others_still_answer(living, dead, local
     assert np.array_equal(windows[1], local.windows(np.array([60]))[0])
 
 
-def test_with_every_shard_dead_nothing_is_found_and_windows_say_so(dead):
+def test_passages_of_a_dead_shard_are_empty_and_the_others_whole(living, dead, local):
+    sharded = ShardedRetriever([[dead], [living[1]]], RANGES)
+    found = sharded.passages(np.array([3, 60, 10, 70]))
+    whole = local.passages(np.array([60, 70]))
+    for field in ("tokens", "keys", "present"):
+        assert not getattr(found, field)[[0, 2]].any(), field
+        assert np.array_equal(getattr(found, field)[[1, 3]], getattr(whole, field)), field
+
+
+def test_with_every_shard_dead_nothing_is_found_and_windows_and_passages_say_so(dead):
     sharded = ShardedRetriever([[dead]], RANGES[:1])
     found = sharded.search(queries(1), 3)
     assert found.missing_shards == 1
     assert (found.entries == NO_ENTRY).all() and np.isinf(found.distances).all()
     with pytest.raises(RuntimeError, match="no shard of the datastore answers"):
         sharded.windows(np.array([1]))
+    with pytest.raises(RuntimeError, match="no shard of the datastore answers"):
+        sharded.passages(np.array([1]))
 
 
 def test_a_shard_that_takes_too_long_counts_as_missing(living, local, monkeypatch):

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from cluster.progress import records
-from cluster.train import CHECKPOINTS, deepspeed_config, fit
+from cluster.train import CHECKPOINTS, deepspeed_config, fit, shown
 from mmrag import artifact, pretrained, tokens
 from mmrag.config import Experiment, Phase
+from mmrag.cross_attention import Adapter
 from mmrag.lm import LM
 from mmrag.loss import Objective
 from mmrag.train import StepLog, examples, train
@@ -65,7 +66,16 @@ def objective(experiment: Experiment, vocabulary: Vocabulary) -> Objective:
     """The random weights that every worker starts from."""
     torch.manual_seed(experiment.seed)
     lm = LM(experiment.lm, vocabulary.size)
-    return Objective(lm, len(vocabulary.alphabet), experiment.train.ctc_weight)
+    adapter = experiment.adapter and Adapter(experiment.adapter.shape, experiment.lm)
+    return Objective(lm, len(vocabulary.alphabet), experiment.train.ctc_weight, adapter)
+
+
+def assert_same_steps(plain: list[StepLog], distributed: list[dict]) -> None:
+    for one, other in zip(plain, distributed, strict=True):
+        assert isinstance(one, StepLog)
+        assert (one.step, one.phase, one.tokens) == (other["step"], other["phase"], other["tokens"])
+        for measured in ("loss", "ctc_loss", "gradient_norm", "learning_rate"):
+            assert getattr(one, measured) == pytest.approx(other[measured], rel=1e-4), one.step
 
 
 @pytest.mark.ray
@@ -79,15 +89,32 @@ def test_two_deepspeed_workers_make_the_steps_of_the_plain_loop(workspace):
     train(model, data, vocabulary, experiment.train, experiment.seed, plain.append)
     distributed = list(records(workspace.path / "lm"))
     assert len(plain) == len(distributed) == experiment.train.steps
-    for one, other in zip(plain, distributed, strict=True):
-        assert isinstance(one, StepLog)
-        assert (one.step, one.phase, one.tokens) == (other["step"], other["phase"], other["tokens"])
-        for measured in ("loss", "ctc_loss", "gradient_norm", "learning_rate"):
-            assert getattr(one, measured) == pytest.approx(other[measured], rel=1e-4), one.step
+    assert_same_steps(plain, distributed)
     trained = dict(lm.named_parameters())
     for name, weight in model.lm.named_parameters():
         assert torch.allclose(weight, trained[name], atol=1e-4), name
         assert not torch.allclose(weight, before[name], atol=1e-3), f"{name} did not learn"
+
+
+@pytest.mark.ray
+def test_two_deepspeed_workers_train_an_adapter_as_the_plain_loop_does(adapted):
+    experiment = adapted.experiment
+    lm, vocabulary = pretrained.load(adapted.path / "lm")
+    corpus = list(tokens.read(adapted.path / "tokens" / experiment.adapter.contexts.split))
+    model, plain = objective(experiment, vocabulary), []
+    model.lm.load_state_dict(lm.state_dict())
+    before = {name: weight.detach().clone() for name, weight in model.adapter.named_parameters()}
+    data, contexts = examples(corpus, vocabulary), shown(experiment, corpus)
+    train(model, data, vocabulary, experiment.train, experiment.seed, plain.append, contexts)
+    distributed = list(records(adapted.path / "adapter"))
+    assert len(plain) == len(distributed) == experiment.train.steps
+    assert_same_steps(plain, distributed)
+    trained = dict(pretrained.load_adapter(adapted.path / "adapter", lm).named_parameters())
+    for name, weight in model.adapter.named_parameters():
+        assert torch.allclose(weight, trained[name], atol=1e-4), name
+        assert not torch.allclose(weight, before[name], atol=1e-3), f"{name} did not learn"
+    for name, weight in model.lm.named_parameters():
+        assert torch.equal(weight, lm.get_parameter(name)), name
 
 
 def train_job(config: Path, address: str, directory: Path) -> subprocess.Popen:
@@ -112,44 +139,63 @@ def checkpoints(draft: Path) -> list[str]:
     return [one["checkpoint_dir_name"] for one in state["checkpoint_results"]]
 
 
-@pytest.mark.ray
-def test_a_killed_training_goes_on_from_its_checkpoint_to_the_very_same_weights(
-    workspace, borrow, ray_cluster, tmp_path
-):
-    copied = borrow("codebook", "tokens")
-    config = tmp_path / "experiment.yaml"
-    config.write_text(copied.model_dump_json())  # JSON is YAML
-    draft, finished = copied.workspace / ".lm.partial", copied.workspace / "lm"
-    job = train_job(config, ray_cluster, tmp_path)
+def assert_goes_on_where_it_was_killed(
+    experiment: Experiment, address: str, directory: Path, kind: str
+) -> Path:
+    """Train, kill the job at its first checkpoint, run it again; what was made in the end."""
+    config = directory / "experiment.yaml"
+    config.write_text(experiment.model_dump_json())  # JSON is YAML
+    draft, finished = experiment.workspace / f".{kind}.partial", experiment.workspace / kind
+    job = train_job(config, address, directory)
     try:
         deadline = time.monotonic() + WAIT_SECONDS
         while not checkpoints(draft):
-            assert job.poll() is None, (tmp_path / "output.txt").read_text()
+            assert job.poll() is None, (directory / "output.txt").read_text()
             assert time.monotonic() < deadline, "no checkpoint was written"
             time.sleep(0.02)
     finally:
         job.kill()
         job.wait()
     assert not finished.exists(), "the run was over before it could be killed"
-    every = copied.train.checkpoint_steps
+    every = experiment.train.checkpoint_steps
     before = [one for one in records(draft) if one["step"] < every]
     assert len(before) == every
 
-    resumed = train_job(config, ray_cluster, tmp_path)
-    assert resumed.wait(WAIT_SECONDS) == 0, (tmp_path / "output.txt").read_text()
-    assert "going on where a stopped run left off" in (tmp_path / "output.txt").read_text()
+    resumed = train_job(config, address, directory)
+    assert resumed.wait(WAIT_SECONDS) == 0, (directory / "output.txt").read_text()
+    assert "going on where a stopped run left off" in (directory / "output.txt").read_text()
     after = list(records(finished))
-    assert [one["step"] for one in after] == list(range(copied.train.steps))
+    assert [one["step"] for one in after] == list(range(experiment.train.steps))
     # These carry the time they took: the first steps were not made again.
     assert after[:every] == before
-    uninterrupted = load_file(workspace.path / "lm" / pretrained.WEIGHTS)
-    weights = load_file(finished / pretrained.WEIGHTS)
-    assert weights.keys() == uninterrupted.keys()
-    for name, weight in weights.items():
-        assert torch.equal(weight, uninterrupted[name]), name
-    ours = artifact.load(finished, "lm")
-    assert ours.fingerprint == artifact.load(workspace.path / "lm", "lm").fingerprint
     assert not (finished / CHECKPOINTS).exists()
+    return finished
+
+
+def assert_same_artifact(one: Path, other: Path, kind: str, file: str) -> None:
+    ours, theirs = load_file(one / file), load_file(other / file)
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        assert torch.equal(weight, theirs[name]), name
+    assert artifact.load(one, kind).fingerprint == artifact.load(other, kind).fingerprint
+
+
+@pytest.mark.ray
+def test_a_killed_training_goes_on_from_its_checkpoint_to_the_very_same_weights(
+    workspace, borrow, ray_cluster, tmp_path
+):
+    copied = borrow("codebook", "tokens")
+    made = assert_goes_on_where_it_was_killed(copied, ray_cluster, tmp_path, "lm")
+    assert_same_artifact(made, workspace.path / "lm", "lm", pretrained.WEIGHTS)
+
+
+@pytest.mark.ray
+def test_a_killed_training_of_an_adapter_goes_on_to_the_very_same_weights(
+    adapted, borrow, ray_cluster, tmp_path
+):
+    copied = borrow("codebook", "tokens", "lm", "datastores", "neighbours", of=adapted)
+    made = assert_goes_on_where_it_was_killed(copied, ray_cluster, tmp_path, "adapter")
+    assert_same_artifact(made, adapted.path / "adapter", "adapter", pretrained.ADAPTER_WEIGHTS)
 
 
 def fit_again(workspace, directory: Path, **changes) -> dict[str, torch.Tensor]:

@@ -1,3 +1,7 @@
+"""What a datastore holds: of every text all tokens, or those of its entities alone."""
+
+import json
+
 import numpy as np
 import pytest
 
@@ -5,9 +9,12 @@ from jobs import build_datastore
 from mmrag import artifact, pretrained, tokens
 from mmrag.artifact import ArtifactError
 from mmrag.config import ConfigError, Experiment
+from mmrag.corpora import manifest
 from mmrag.datastore import Datastore
 from mmrag.decode import read_states
 from mmrag.index import saved_shards
+from mmrag.phrases import Phrases, utterances
+from mmrag.records import Utterance
 from mmrag.tokens import Tokenized
 from mmrag.vocabulary import EOS
 
@@ -95,11 +102,123 @@ def test_a_file_of_lines_becomes_a_datastore_keyed_by_synthetic_speech(borrow, t
     assert store.utterance_name(store.entries - 1) == "names.txt:3"
 
 
-def test_text_has_no_speech_to_pair_with(borrow, tmp_path):
-    names = tmp_path / "names.txt"
-    names.write_text("call bhavika ruto\n")
+PHRASES = ("bhavika ruto", "port darnby", "ruto")
+
+
+@pytest.mark.parametrize("audio", ["none", "spoken"])
+def test_of_a_manifest_entities_alone_become_entries_each_a_document(borrow, tmp_path, audio):
+    said = [
+        *utterances(PHRASES),
+        Utterance(id="two", text="bhavika ruto met ruto", entities=("ruto", "bhavika ruto")),
+        Utterance(id="none", text="the ferry was late"),
+        Utterance(id="unsaid", text="nobody was there", entities=("port darnby",)),
+    ]
+    manifest.write(tmp_path / "phrases.jsonl", said)
+    copied = borrow("hubert", "codebook", "lm")
+    experiment = with_datastore(
+        copied,
+        name="phrases",
+        source=str(tmp_path / "phrases.jsonl"),
+        audio=audio,
+        entries="entities",
+        part_utterances=4,
+    )
+    made = build_datastore.run(experiment)
+    assert made.summary["utterances"] == len(said)
+    store = Datastore.open(made.path)
+    assert len(store.segments) == 3
+    lm, vocabulary = pretrained.load(copied.workspace / "lm")
+    stretches = [
+        (one, entity, place)
+        for one in said
+        for entity in one.entities
+        if (place := vocabulary.find(entity, vocabulary.encode(one.text)))
+    ]
+    # By hand: one stretch an entity, but for the one that its sentence does not speak of.
+    assert len(stretches) == 3 * len(PHRASES) + 2
+    start = 0
+    for one, entity, place in stretches:
+        text = vocabulary.encode(one.text)
+        entries = np.arange(start, start + place.stop - place.start)
+        assert vocabulary.decode(store.tokens[entries]) == entity
+        assert store.tokens[entries].tolist() == text[place]
+        assert store.positions[entries].tolist() == list(range(place.start, place.stop))
+        assert {store.utterance_name(entry) for entry in entries} == {one.id}
+        assert {store.document_name(store.documents[entry]) for entry in entries} == {entity}
+        unheard, *_ = read_states(lm, vocabulary, [text], [None], logits=False)
+        same = np.allclose(store.keys_of(entries), unheard.numpy()[place], atol=5e-3)
+        assert same == (audio == "none"), entity
+        start = entries[-1] + 1
+    assert start == store.entries == made.summary["entries"]
+
+
+def test_a_window_around_an_entity_holds_the_entity_and_nothing_else(adapted):
+    store = Datastore.open(adapted.path / "datastores" / "phrases")
+    _, vocabulary = pretrained.load(adapted.path / "lm")
+    phrases = Phrases(store)
+    assert len(phrases.names) > 1
+    for name in phrases.names:
+        for window in store.windows(np.array(phrases.mentions(name))):
+            assert vocabulary.decode(window[window > 0]) == name
+        found = store.passages(np.array(phrases.mentions(name)))
+        for tokens_, present in zip(found.tokens, found.present, strict=True):
+            assert vocabulary.decode(tokens_[present]) == name
+
+
+def test_of_spoken_utterances_every_entity_is_a_document_keyed_by_its_speech(adapted):
+    store = Datastore.open(adapted.path / "datastores" / "phrases")
+    lm, vocabulary = pretrained.load(adapted.path / "lm")
+    start = 0
+    for one in tokens.read(adapted.path / "tokens" / "datastore"):
+        text = vocabulary.encode(one.utterance.text)
+        speech = vocabulary.encode_units(one.units)
+        keys, *_ = read_states(lm, vocabulary, [text], [speech], logits=False)
+        assert one.utterance.entities
+        for entity in one.utterance.entities:
+            place = vocabulary.find(entity, text)
+            entries = np.arange(start, start := start + place.stop - place.start)
+            assert np.allclose(store.keys_of(entries), keys.numpy()[place], atol=5e-3)
+            assert {store.document_name(store.documents[entry]) for entry in entries} == {entity}
+    assert start == store.entries
+
+
+def test_of_a_manifest_without_the_setting_every_token_is_an_entry(borrow, tmp_path):
+    said = list(utterances(PHRASES[:1]))
+    manifest.write(tmp_path / "phrases.jsonl", said)
+    experiment = with_datastore(
+        borrow("codebook", "lm"), source=str(tmp_path / "phrases.jsonl"), audio="none"
+    )
+    store = Datastore.open(build_datastore.run(experiment).path)
+    _, vocabulary = pretrained.load(experiment.workspace / "lm")
+    assert store.tokens.tolist() == [t for one in said for t in (*vocabulary.encode(one.text), EOS)]
+    assert {store.document_name(document) for document in store.documents} == {PHRASES[0]}
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"text": "call bhavi', "not JSON"),
+        ('{"entities": ["ruto"]}', "neither audio_filepath nor text"),
+        ('{"text": "call ruto", "utterance": "line-1"}', "also on line 1"),
+    ],
+)
+def test_a_damaged_line_of_a_manifest_is_named(borrow, tmp_path, line, reason):
+    phrases = tmp_path / "phrases.jsonl"
+    phrases.write_text(json.dumps({"text": "call bhavika ruto"}) + "\n\n" + line + "\n")
+    experiment = with_datastore(
+        borrow("codebook", "lm"), source=str(phrases), audio="none", entries="entities"
+    )
+    with pytest.raises(ValueError, match=rf"phrases\.jsonl:3: .*{reason}"):
+        build_datastore.run(experiment)
+    assert not (experiment.workspace / "datastores" / "multimodal").exists()
+
+
+@pytest.mark.parametrize("name", ["names.txt", "names.jsonl"])
+def test_text_has_no_speech_to_pair_with(borrow, tmp_path, name):
+    names = tmp_path / name
+    names.write_text(json.dumps({"text": "call bhavika ruto"}) + "\n")
     experiment = with_datastore(borrow("codebook", "lm"), source=str(names), audio="paired")
-    with pytest.raises(ConfigError, match=r"names\.txt is text: datastore\.audio must be"):
+    with pytest.raises(ConfigError, match=rf"{name} is text: datastore\.audio must be"):
         build_datastore.run(experiment)
 
 

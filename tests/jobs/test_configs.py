@@ -11,8 +11,9 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from cluster import train
 from cluster.train import deepspeed_config
 from jobs import tokenize
-from mmrag import config
+from mmrag import config, shipped
 from mmrag.config import Experiment
+from mmrag.cross_attention import Adapter
 from mmrag.lm import parameter_count
 from mmrag.vocabulary import SPECIALS
 
@@ -40,8 +41,43 @@ def parameters(experiment: Experiment) -> int:
 
 
 def test_there_is_an_experiment_of_each_size():
-    names = ["330m", "6.8b", "reproduce", "tiny", "train_tiny"]
+    names = ["330m", "6.8b", "adapter", "reproduce", "tiny", "train_tiny"]
     assert [file.stem for file in CONFIGS] == names
+
+
+def test_one_experiment_trains_an_adapter_and_it_is_for_the_tiny_model():
+    trains = [file.stem for file in CONFIGS if config.read(file).adapter is not None]
+    assert trains == ["adapter"]
+    read, tiny = experiment("adapter"), experiment("train_tiny")
+    assert (read.lm, read.hubert.width, read.tokenize.units) == (
+        tiny.lm,
+        tiny.hubert.width,
+        tiny.tokenize.units,
+    )
+    assert read.train.base == read.hubert.weights == read.tokenize.codebook == shipped.TINY
+
+
+def test_an_adapter_learns_from_windows_as_they_are_stored_and_from_transcription_alone():
+    read = experiment("adapter")
+    contexts = read.adapter.contexts
+    assert read.adapter.shape.window == read.datastore.window
+    assert max(read.adapter.contexts.strides) > 1 and contexts.k <= read.read.k
+    assert {form for phase in read.train.phases for form in phase.mixture} == {"speech_first"}
+    assert read.train.ctc_weight == 0
+    assert contexts.split not in ("lm", "dev", "test")
+    assert contexts.list_length[1] <= read.read.whole
+    assert contexts.wrong not in (contexts.phrases, contexts.retrieved)
+    # Now and then there is nothing to find: an adapter has to learn not to listen.
+    assert {"phrases", "retrieved", "wrong", "empty"} == contexts.mixture.keys()
+    assert contexts.own < 1
+
+
+def test_an_adapter_follows_one_of_the_language_models_layers():
+    read = experiment("adapter")
+    with torch.device("meta"):
+        adapter = Adapter(read.adapter.shape, read.lm)
+    assert adapter.layers
+    assert read.lm.width % read.adapter.shape.encoder_heads == 0
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)

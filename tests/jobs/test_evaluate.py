@@ -1,26 +1,42 @@
+"""A split transcribed in every mode, and the sums that are made of its transcripts."""
+
 import json
 
 import pytest
+from mlflow import MlflowClient
 
+from cluster.modes import open_locally
+from cluster.tracking import tracking_uri
 from jobs import evaluate, tune
 from mmrag import artifact
 from mmrag.artifact import ArtifactError
 from mmrag.config import Experiment
+from mmrag.decode import Retrieval
+from mmrag.reading import Reading
 from mmrag.text import normalise
-from mmrag.tune import SETTINGS
+from mmrag.transcribe import Recogniser, recognise
+from mmrag.tune import BOTH, READ, SETTINGS, chosen, chosen_read
 
 pytestmark = pytest.mark.ray
 
 
+def results_of(workspace) -> dict:
+    return json.loads((workspace.path / "evaluation" / "results.json").read_text())
+
+
+def transcripts_of(workspace) -> list[dict]:
+    path = workspace.path / "evaluation" / "transcripts.jsonl"
+    return [json.loads(line) for line in path.open()]
+
+
 @pytest.fixture(scope="module")
 def results(workspace) -> dict:
-    return json.loads((workspace.path / "evaluation" / "results.json").read_text())
+    return results_of(workspace)
 
 
 @pytest.fixture(scope="module")
 def transcripts(workspace) -> list[dict]:
-    path = workspace.path / "evaluation" / "transcripts.jsonl"
-    return [json.loads(line) for line in path.open()]
+    return transcripts_of(workspace)
 
 
 def with_evaluate(experiment: Experiment, **changes) -> Experiment:
@@ -161,4 +177,118 @@ def test_settings_tuned_for_another_datastore_are_refused(borrow):
 def test_a_domain_that_nobody_spoke_in_is_named(borrow):
     experiment = with_evaluate(borrow("codebook", "tokens", "lm"), domain="opera", modes=("none",))
     with pytest.raises(ArtifactError, match="tokens/test has no spoken utterance of domain opera"):
+        evaluate.run(experiment)
+
+
+def test_with_an_adapter_what_was_heard_is_read_as_well(adapted):
+    """Text alone votes, and is not read: it has no sound that the adapter could recognise."""
+    modes = [(row["mode"], row["datastore"]) for row in results_of(adapted)["rows"]]
+    assert modes == [
+        ("none", None),
+        ("knn", "text"),
+        ("knn", "multimodal"),
+        ("cross_attention", "multimodal"),
+        ("both", "multimodal"),
+    ]
+
+
+def test_each_mode_uses_what_was_chosen_for_it_and_no_other_settings(adapted):
+    rows = {(row["mode"], row["datastore"]): row for row in results_of(adapted)["rows"]}
+    directory = adapted.path / "tuned" / "multimodal"
+    read = chosen_read(directory).model_dump()
+    expected = {
+        ("none", None): (None, None),
+        ("knn", "text"): (adapted.experiment.knn.model_dump(), None),
+        ("knn", "multimodal"): (chosen(directory).model_dump(), None),
+        ("cross_attention", "multimodal"): (None, read),
+        ("both", "multimodal"): (chosen(directory, BOTH).model_dump(), read),
+    }
+    assert {way: (row["knn"], row["read"]) for way, row in rows.items()} == expected
+    assert expected["both", "multimodal"][0] != expected["knn", "multimodal"][0]
+
+
+@pytest.mark.parametrize("mode", ["cross_attention", "both"])
+def test_windows_read_from_shard_actors_give_the_transcripts_of_one_clip_after_the_other(
+    adapted, mode
+):
+    recogniser = Recogniser.load(adapted.path)
+    retriever = open_locally(adapted.path / "datastores" / "multimodal")
+    directory = adapted.path / "tuned" / "multimodal"
+    retrieval = Retrieval(retriever, chosen(directory, BOTH)) if mode == "both" else None
+    reading = Reading(recogniser.bank(retriever), chosen_read(directory), retriever)
+    made = artifact.load(adapted.path / "tokens", "tokens")
+    alone = {}
+    for one in tune.select(made, "test", "assistant"):
+        settings = adapted.experiment.decode
+        [hypothesis] = recognise(recogniser, [one.units], settings, retrieval, readings=[reading])
+        alone[one.utterance.id] = recogniser.vocabulary.decode(hypothesis.tokens)
+    heard = [one for one in transcripts_of(adapted) if one["mode"] == mode]
+    assert {one["utterance"]: one["text"] for one in heard} == alone
+
+
+def test_neighbours_are_counted_where_they_vote_and_not_where_they_are_read(adapted):
+    recalls = {row["mode"]: row["recall_at_k"] for row in results_of(adapted)["rows"]}
+    assert recalls["cross_attention"] is None and recalls["none"] is None
+    assert recalls["both"] is not None and recalls["knn"] is not None
+
+
+def test_what_reading_changed_is_told_from_the_language_models_own_words(adapted):
+    heard = [one for one in transcripts_of(adapted) if one["mode"] == "cross_attention"]
+    assert any(one["changed"] for one in heard)
+    plain = {o["utterance"]: o["text"] for o in transcripts_of(adapted) if o["mode"] == "none"}
+    for one in heard:
+        assert one["changed"] or one["text"] == plain[one["utterance"]]
+
+
+def metrics_of(workspace) -> dict[str, float]:
+    """What MLflow knows of the workspace's evaluation."""
+    tracking = workspace.experiment.tracking
+    client = MlflowClient(tracking_uri=tracking_uri(tracking))
+    known = client.get_experiment_by_name(tracking.experiment)
+    [run] = client.search_runs(
+        [known.experiment_id],
+        filter_string=f"params.workspace = '{workspace.path}' and params.stage = 'evaluation'",
+    )
+    return run.data.metrics
+
+
+def test_a_metric_is_named_for_its_mode_and_datastore(workspace, adapted):
+    plain = {"wer.none", "wer.knn.multimodal"}
+    reading = {"wer.knn.text", "wer.cross_attention.multimodal", "wer.both.multimodal"}
+    for one, expected in ((workspace, plain), (adapted, plain | reading)):
+        measured = metrics_of(one)
+        assert {name for name in measured if name.startswith("wer.")} == expected
+        for row in results_of(one)["rows"]:
+            name = ".".join(filter(None, ("wer", row["mode"], row["datastore"])))
+            assert measured[name] == row["wer"]
+
+
+@pytest.mark.parametrize("absent", [READ, BOTH])
+def test_what_was_not_tuned_is_taken_from_the_experiment(adapted, borrow, absent):
+    experiment = borrow("lm", "datastores", "tuned", of=adapted)
+    (experiment.workspace / "tuned" / "multimodal" / absent).unlink()
+    lm = artifact.load(experiment.workspace / "lm", "lm")
+    ways = {(way.name, way.datastore): way for way in evaluate._ways(experiment, lm)}
+    both, directory = ways["both", "multimodal"], experiment.workspace / "tuned" / "multimodal"
+    if absent == READ:
+        assert both.read == ways["cross_attention", "multimodal"].read == experiment.read
+        assert both.knn == chosen(directory, BOTH)
+    else:
+        assert both.knn == experiment.knn
+        assert both.read == chosen_read(directory)
+
+
+def test_an_adapter_of_another_language_model_is_refused(adapted, borrow):
+    experiment = borrow("codebook", "tokens", "lm", "adapter", "datastores", of=adapted)
+    file = experiment.workspace / "adapter" / "artifact.json"
+    fields = json.loads(file.read_text())
+    fields["inputs"]["lm"] = "0123456789abcdef"
+    file.write_text(json.dumps(fields))
+    with pytest.raises(ArtifactError, match="adapter was made with lm 0123456789abcdef"):
+        evaluate.run(experiment)
+
+
+def test_nothing_is_read_without_an_adapter(adapted, borrow):
+    experiment = borrow("codebook", "tokens", "lm", "datastores", of=adapted)
+    with pytest.raises(ArtifactError, match=r"/adapter .*\(made by: python -m jobs\.train\)"):
         evaluate.run(experiment)

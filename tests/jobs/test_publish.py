@@ -40,6 +40,50 @@ def test_what_is_published_is_what_was_made_without_its_log(workspace, package):
     assert not list(package.rglob("metrics.jsonl"))
 
 
+def test_an_adapter_is_published_beside_the_models_where_the_experiment_trains_one(
+    adapted, package
+):
+    publish.run(adapted.experiment)
+    found = {file.name for file in (package / "adapter").iterdir()}
+    assert found == {"artifact.json", "adapter.safetensors", "adapter.json"}
+    ours, theirs = Recogniser.load(adapted.path), Recogniser.load(shipped.find(shipped.TINY))
+    assert ours.identity == theirs.identity
+    expected = dict(ours.adapter.named_parameters())
+    for name, weight in theirs.adapter.named_parameters():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_models_without_an_adapter_are_published_without_one(workspace, package):
+    publish.run(workspace.experiment)
+    assert not (package / "adapter").exists()
+    assert Recogniser.load(package).adapter is None
+
+
+def test_an_adapter_for_another_language_model_is_not_published(adapted, borrow, package):
+    experiment = borrow("hubert", "codebook", "lm", "adapter", of=adapted)
+    file = experiment.workspace / "lm" / "artifact.json"
+    true = artifact.load(file.parent, "lm").fingerprint
+    file.write_text(file.read_text().replace(true, "0123456789abcdef"))
+    with pytest.raises(ArtifactError, match=f"adapter was made with lm {true}"):
+        publish.run(experiment)
+    assert not package.exists()
+
+
+def test_an_adapter_that_was_not_trained_yet_is_named(adapted, borrow, package):
+    experiment = borrow("hubert", "codebook", "lm", of=adapted)
+    with pytest.raises(ArtifactError, match=r"/adapter .*\(made by: python -m jobs\.train\)"):
+        publish.run(experiment)
+    assert not package.exists()
+
+
+def test_a_workspace_takes_the_packages_adapter_where_it_has_none(adapted, package, tmp_path):
+    publish.run(adapted.experiment)
+    own = shipped_models(adapted.experiment).model_copy(update={"workspace": tmp_path / "own"})
+    taken = stage.load(own, "adapter", "adapter", "train")
+    assert taken.path == tmp_path / "own" / "adapter"
+    assert taken.fingerprint == artifact.load(adapted.path / "adapter", "adapter").fingerprint
+
+
 def test_publishing_again_leaves_nothing_of_what_was_there(workspace, package):
     for _ in range(2):
         publish.run(workspace.experiment)

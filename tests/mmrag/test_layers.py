@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from mmrag.config import LanguageModel
 from mmrag.layers import INIT_STD, Attention, Cache, Linear, RMSNorm, SwiGLU, rotary, rotate
+from mmrag.lm import Block
 
 
 def shape(**changes):
@@ -161,7 +162,7 @@ def test_a_cache_has_the_dtype_of_the_weights():
 
 def test_swiglu_gates_one_projection_with_another():
     torch.manual_seed(0)
-    layer, x = SwiGLU(shape()), draw(2, 3, 16)
+    layer, x = SwiGLU(16, 24, std=0.1), draw(2, 3, 16)
     gate, up, down = (linear.weight for linear in (layer.gate, layer.up, layer.down))
     gated = x @ gate.T
     expected = (gated * gated.sigmoid() * (x @ up.T)) @ down.T
@@ -172,7 +173,7 @@ def test_swiglu_gates_one_projection_with_another():
 def test_what_is_added_to_the_stream_starts_smaller_in_a_deeper_model(layers):
     torch.manual_seed(0)
     config = shape(width=128, feed_forward=256, layers=layers, qkv_bias=True)
-    attention, feed_forward = Attention(config, 0), SwiGLU(config)
+    attention, feed_forward = Attention(config, 0), Block(config, 0).feed_forward
     residual = INIT_STD / math.sqrt(2 * layers)
     for linear, std in (
         (attention.q, INIT_STD),

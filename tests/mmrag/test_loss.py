@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -6,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from mmrag.config import LanguageModel
+from mmrag.config import CrossAttention, LanguageModel
+from mmrag.cross_attention import Adapter, Windows
 from mmrag.lm import LM
 from mmrag.loss import IGNORE, Batch, Objective, combine
 from mmrag.train import Chosen, Example, collate
@@ -196,5 +198,109 @@ def test_a_batch_with_nothing_to_learn_from_costs_nothing():
 
 @pytest.mark.parametrize("rows", [ROWS[:2], ROWS[2:3]])
 def test_a_batch_moves_as_a_whole(rows):
-    moved = batch_of(rows).to(torch.device("meta"))
-    assert {getattr(moved, name).device.type for name in moved.__dataclass_fields__} == {"meta"}
+    meta = torch.device("meta")
+    bare, shown = batch_of(rows).to(meta), replace(batch_of(rows), windows=windows_for(rows))
+    assert bare.windows is None
+    for moved in (bare, shown.to(meta)):
+        tensors = [v for one in (moved, moved.windows) if one for v in vars(one).values()]
+        held = {value.device.type for value in tensors if isinstance(value, torch.Tensor)}
+        assert held == {"meta"}
+    assert shown.windows.tokens.device.type == "cpu", "a copy moved"
+
+
+WINDOWS = Windows(
+    tokens=torch.tensor([[*TEXT[:3]], [*TEXT[3:6]], [TEXT[6], TEXT[7], PAD]]),
+    present=torch.tensor([[True] * 3, [True] * 3, [True, True, False]]),
+    keys=torch.randn(3, 3, 16, generator=torch.Generator().manual_seed(4)),
+    index=torch.empty(0),
+    since=torch.empty(0),
+    until=torch.empty(0),
+)
+READS = CrossAttention(
+    every=1,
+    heads=2,
+    head_width=8,
+    window=3,
+    encoder_layers=1,
+    encoder_heads=2,
+    encoder_feed_forward=16,
+)
+
+
+def windows_for(rows):
+    """Each example is shown two windows by its own number, the second from its second token on."""
+    index = torch.tensor([[row.index % 3, (row.index + 1) % 3] for row in rows])
+    since = torch.tensor([[0, 1]] * len(rows))
+    return replace(WINDOWS, index=index, since=since, until=torch.full_like(since, 9))
+
+
+def reading_objective():
+    """A frozen language model and an adapter whose gates are open."""
+    objective = Objective(
+        objective_of(ctc_weight=0).lm, len(VOCABULARY.alphabet), 0.0, Adapter(READS, SHAPE)
+    )
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in objective.adapter.parameters():
+            parameter.add_(torch.randn_like(parameter) / 3)
+    return objective
+
+
+SPOKEN = [row for row in ROWS if row.form == "speech_first"]
+
+
+def shown(rows):
+    return replace(batch_of(rows), windows=windows_for(rows))
+
+
+def test_the_loss_of_a_step_with_windows_does_not_depend_on_how_its_rows_are_cut():
+    objective = reading_objective()
+
+    def gradient(parts):
+        objective.zero_grad()
+        batches = [shown(part) for part in parts]
+        counts = torch.stack([batch.counts() for batch in batches]).sum(0)
+        losses = [combine(objective(batch), counts, (1.0, 0.0)) for batch in batches]
+        for loss in losses:
+            loss.backward()
+        return sum(losses).detach(), [p.grad for p in objective.adapter.parameters()]
+
+    loss, whole = gradient([SPOKEN])
+    cut_loss, cut = gradient([SPOKEN[:1], SPOKEN[1:3], SPOKEN[3:]])
+    torch.testing.assert_close(cut_loss, loss)
+    for one, other in zip(cut, whole, strict=True):
+        assert one.any(), "everything in the adapter learns"
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_a_row_reads_its_windows_from_the_token_before_its_transcript_on():
+    objective, total, plain = reading_objective(), torch.zeros(()), torch.zeros(())
+    for row in SPOKEN:
+        text, units = DATA[row.index]
+        ids = torch.tensor([VOCABULARY.sequence("speech_first", text, units)])
+        first = 2 + len(units)
+        memory = objective.adapter.memory(
+            windows_for([row]), objective.lm.embedding, torch.tensor([first]), len(text) + 1
+        )
+        target = torch.tensor([*text, EOS])
+        for read in (memory, None):
+            logits = objective.lm(ids, memory=read).logits[first:-1]
+            loss = functional.cross_entropy(logits, target, reduction="sum")
+            total, plain = (total + loss, plain) if read else (total, plain + loss)
+    torch.testing.assert_close(objective(shown(SPOKEN))[0], total)
+    assert abs(total - plain) > 0.1, "otherwise nothing was read"
+
+
+def test_an_untrained_adapter_leaves_the_loss_as_it_is_bit_for_bit():
+    objective = reading_objective()
+    plain = Objective(objective_of(ctc_weight=0).lm, len(VOCABULARY.alphabet), 0.0)
+    objective.adapter = Adapter(READS, SHAPE)
+    assert torch.equal(objective(shown(SPOKEN)), plain(batch_of(SPOKEN)))
+
+
+def test_an_adapter_freezes_the_language_model_and_nothing_else_does():
+    objective = reading_objective()
+    objective(shown(SPOKEN))[0].backward()
+    assert all(p.grad is None and not p.requires_grad for p in objective.lm.parameters())
+    assert all(p.requires_grad for p in objective.adapter.parameters())
+    assert all(p.requires_grad for p in objective_of().lm.parameters())

@@ -6,12 +6,24 @@ import numpy as np
 import pytest
 import torch
 
-from mmrag.config import KNN, LanguageModel, Tune
+from mmrag.config import KNN, LanguageModel, Read, Tune
 from mmrag.decode import read_states
 from mmrag.lm import LM
 from mmrag.records import NO_ENTRY, Neighbours, Units, Utterance
 from mmrag.tokens import Tokenized
-from mmrag.tune import SETTINGS, Scored, chosen, finalists, score_grid
+from mmrag.tune import (
+    BOTH,
+    READ,
+    SETTINGS,
+    Decoded,
+    Scored,
+    best,
+    chosen,
+    chosen_read,
+    finalists,
+    score_grid,
+    unit,
+)
 from mmrag.vocabulary import SentencePieces, Vocabulary
 
 SHAPE = LanguageModel(width=16, layers=1, heads=2, kv_heads=2, feed_forward=24, tied=True)
@@ -214,6 +226,42 @@ def test_what_was_chosen_is_read_back(tmp_path):
     assert chosen(tmp_path) == knn
 
 
+def test_how_to_read_and_both_at_once_are_read_back_beside_it(tmp_path):
+    alone = KNN(k=3, weight=0.25, temperature=7.5)
+    beside = alone.model_copy(update={"weight": 0.1})
+    read = Read(k=4, stride=2, whole=100, gate=1.5)
+    files = {SETTINGS: alone, BOTH: beside, READ: read}
+    for name, settings in files.items():
+        fields = {**settings.model_dump(), "wer": 0.2, "unit": 3.5}
+        (tmp_path / name).write_text(json.dumps(fields))
+    assert (chosen(tmp_path), chosen(tmp_path, BOTH)) == (alone, beside)
+    assert chosen_read(tmp_path) == read
+    assert unit(tmp_path) == 3.5
+    (tmp_path / READ).unlink()
+    assert chosen_read(tmp_path) is None, "no adapter was there to tune"
+
+
+@pytest.mark.parametrize("query", ["speech", "text"])
+def test_a_setting_knows_the_distance_that_its_multiples_count(lm, query):
+    spoken, store = development(), Store()
+    texts = [VOCABULARY.encode(one.utterance.text) for one in spoken]
+    heard = [VOCABULARY.encode_units(one.units) for one in spoken]
+    speech = heard if query == "speech" else [None] * len(spoken)
+    keys, *_ = read_states(lm, VOCABULARY, texts, speech, logits=False)
+    nearest = store.search(keys.numpy(), max(GRID.k)).distances[:, 0]
+    median = np.median(nearest[np.isfinite(nearest)])
+    grid = GATED.model_copy(update={"query": (query,)})
+    scored = score_grid(lm, VOCABULARY, [spoken], store, grid)
+    for one in scored:
+        assert one.unit == pytest.approx(median, rel=1e-4)
+        assert one.knn.temperature / one.unit == pytest.approx(0.1) or (
+            one.knn.temperature / one.unit == pytest.approx(1.0)
+        )
+        assert one.knn.gate is None or any(
+            one.knn.gate / one.unit == pytest.approx(gate) for gate in GATED.gate if gate
+        )
+
+
 def test_nothing_to_score_and_nothing_found_are_errors(lm):
     with pytest.raises(ValueError, match="holds no utterance"):
         score_grid(lm, VOCABULARY, [], Store(), GRID)
@@ -228,11 +276,40 @@ def test_nothing_to_score_and_nothing_found_are_errors(lm):
 
 def test_finalists_are_the_best_of_each_weight_gate_and_way_to_ask_best_first():
     scored = [
-        Scored(KNN(k=k, weight=weight, temperature=1, gate=gate, query=query), loss)
+        Scored(KNN(k=k, weight=weight, temperature=1, gate=gate, query=query), loss, unit=1.0)
         for loss, (k, weight, gate, query) in enumerate(
             itertools.product((4, 8), (0.2, 0.8), (None, 3.0), ("speech", "text"))
         )
     ]
-    best = finalists(scored[::-1], 100)
-    assert best == [one for one in scored if one.knn.k == 4]
-    assert finalists(scored, 3) == best[:3]
+    kept = finalists(scored[::-1], 100)
+    assert kept == [one for one in scored if one.knn.k == 4]
+    assert finalists(scored, 3) == kept[:3]
+
+
+def decoded(wer, decoy_wer=None, weight=0.5):
+    return Decoded(KNN(k=1, weight=weight, temperature=1), wer, decoy_wer)
+
+
+def test_the_best_setting_is_that_of_least_wer_where_no_decoy_was_tried():
+    tried = [decoded(0.3), decoded(0.1), decoded(0.2)]
+    assert best(tried, plain_wer=0.05, harm=0.0) is tried[1]
+
+
+def test_a_setting_that_lets_the_decoy_do_harm_is_passed_over_for_a_worse_one():
+    tempting, harmless, timid = decoded(0.1, 0.24), decoded(0.15, 0.21), decoded(0.19, 0.2)
+    tried = [tempting, harmless, timid]
+    for order in itertools.permutations(tried):
+        assert best(order, plain_wer=0.2, harm=0.1) is harmless
+        assert best(order, plain_wer=0.2, harm=0.0) is timid
+        assert best(order, plain_wer=0.2, harm=0.3) is tempting
+
+
+def test_harm_is_relative_to_the_wer_without_retrieval_and_its_bound_is_still_allowed():
+    bound, over = decoded(0.3, 0.5), decoded(0.1, 0.51)
+    assert best([over, bound], plain_wer=0.4, harm=0.25) is bound
+    assert best([over, bound], plain_wer=0.5, harm=0.25) is over
+
+
+def test_where_every_setting_does_harm_the_least_harmful_is_the_best():
+    tried = [decoded(0.1, 0.9), decoded(0.4, 0.5), decoded(0.3, 0.6)]
+    assert best(tried, plain_wer=0.2, harm=0.01) is tried[1]

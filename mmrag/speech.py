@@ -1,0 +1,49 @@
+"""Whether anybody speaks: Silero's voice activity detector, which comes with its weights.
+
+A language model that is handed silence, noise or music writes a sentence all the same, and a
+plausible one. So audio without speech never reaches it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mmrag.audio import SAMPLE_RATE
+
+FRAME = 512
+"""Samples that the detector looks at a time, at 16 kHz."""
+SPOKEN_FRAMES = 5
+"""Frames with speech that make a clip speech: 160 ms, a short syllable."""
+
+
+def spoken(wave: Tensor, threshold: float) -> bool:
+    """Whether a wave (T,) at 16 kHz holds speech: SPOKEN_FRAMES frames (or all of a shorter clip)
+    that are speech with a probability of at least `threshold`. A threshold of 0 asks nothing."""
+    if threshold <= 0:
+        return True
+    detector, heard = _detector(), 0
+    frames = functional.pad(wave.float().cpu(), (0, -len(wave) % FRAME)).split(FRAME)
+    detector.reset_states()
+    for frame in frames:
+        heard += float(detector(frame, SAMPLE_RATE)) >= threshold
+        if heard >= min(SPOKEN_FRAMES, len(frames)):
+            return True
+    return False
+
+
+@cache
+def _detector() -> Any:
+    from silero_vad import load_silero_vad
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch wants another format than Silero's
+        threads = torch.get_num_threads()
+        detector = load_silero_vad()
+        torch.set_num_threads(threads)  # loading sets one thread for the whole process
+    return detector

@@ -1,0 +1,149 @@
+"""An adapter that is trained for the workspace's language model, and for no other."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from jobs import train
+from mmrag import artifact, pretrained
+from mmrag.artifact import ArtifactError
+from mmrag.config import ConfigError, Experiment, Phase
+from mmrag.transcribe import Recogniser
+
+INPUTS = {
+    "lm": ("lm", "lm"),
+    "tokens": ("tokens", "tokens"),
+    "datastore phrases": ("datastores/phrases", "datastore"),
+    "datastore multimodal": ("datastores/multimodal", "datastore"),
+    "datastore wrong": ("datastores/wrong", "datastore"),
+    "neighbours multimodal": ("neighbours/multimodal", "neighbours"),
+    "neighbours wrong": ("neighbours/wrong", "neighbours"),
+}
+"""Role of each input of an adapter -> the artifact that plays it, and its kind."""
+OTHER = "0123456789abcdef"
+
+
+def with_train(experiment: Experiment, **changes) -> Experiment:
+    settings = experiment.train.model_copy(update=changes)
+    return experiment.model_copy(update={"train": settings})
+
+
+def disguise(experiment: Experiment, directory: str, kind: str) -> str:
+    """Make an artifact another one, by fingerprint; return the true one."""
+    path = experiment.workspace / directory
+    true = artifact.load(path, kind).fingerprint
+    file = path / artifact.FILE
+    file.write_text(
+        file.read_text().replace(f'"fingerprint": "{true}"', f'"fingerprint": "{OTHER}"')
+    )
+    return true
+
+
+@pytest.mark.ray
+def test_an_adapter_is_chained_to_what_it_was_trained_on_and_for(adapted):
+    made = artifact.load(adapted.path / "adapter", "adapter")
+    loaded = {role: artifact.load(adapted.path / path, k) for role, (path, k) in INPUTS.items()}
+    assert made.inputs == {role: one.fingerprint for role, one in loaded.items()}
+    made.require("lm", loaded["lm"])
+    weights = load_file(made.path / pretrained.ADAPTER_WEIGHTS)
+    assert made.summary["parameters"] == sum(weight.numel() for weight in weights.values())
+    assert made.summary["steps"] == adapted.experiment.train.steps
+
+
+@pytest.mark.ray
+def test_the_language_model_stays_as_it_was(workspace, adapted):
+    before, after = workspace.path / "lm", adapted.path / "lm"
+    names = sorted(file.name for file in before.iterdir())
+    assert names == sorted(file.name for file in after.iterdir())
+    for name in names:
+        assert (before / name).read_bytes() == (after / name).read_bytes(), name
+    found = {file.name for file in (adapted.path / "adapter").iterdir()}
+    assert found == {"artifact.json", "metrics.jsonl", "adapter.safetensors", "adapter.json"}
+
+
+@pytest.mark.ray
+def test_a_recogniser_has_the_adapter_that_was_trained_for_its_language_model(workspace, adapted):
+    plain, reading = Recogniser.load(workspace.path), Recogniser.load(adapted.path)
+    assert plain.adapter is None
+    assert plain.identity == reading.identity
+    weights = load_file(adapted.path / "adapter" / pretrained.ADAPTER_WEIGHTS)
+    loaded = dict(reading.adapter.named_parameters())
+    assert loaded.keys() == weights.keys()
+    for name, weight in loaded.items():
+        assert torch.equal(weight, weights[name]), name
+    assert all(float(block.gate.weight) != 0 for block in reading.adapter.blocks)
+
+
+@pytest.mark.ray
+def test_an_adapter_of_another_language_model_is_not_loaded(adapted, borrow):
+    experiment = borrow("hubert", "codebook", "lm", "adapter", of=adapted)
+    true = disguise(experiment, "lm", "lm")
+    with pytest.raises(ArtifactError, match=f"adapter was made with lm {true}.*lm {OTHER}"):
+        Recogniser.load(experiment.workspace)
+
+
+@pytest.mark.ray
+def test_a_finished_adapter_is_not_trained_again(adapted):
+    before = (adapted.path / "adapter" / "artifact.json").stat()
+    made = train.run(adapted.experiment)
+    assert made.path == adapted.path / "adapter"
+    assert (made.path / "artifact.json").stat().st_mtime_ns == before.st_mtime_ns
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"ctc_weight": 0.5}, "train.ctc_weight"),
+        ({"phases": (Phase(name="a", steps=2, mixture={"text": 1.0}),)}, "speech_first: 1"),
+        (
+            {
+                "phases": (
+                    Phase(name="a", steps=2, mixture={"speech_first": 1.0}),
+                    Phase(name="b", steps=2, mixture={"speech_first": 1.0, "text_first": 0.1}),
+                )
+            },
+            "speech_first: 1",
+        ),
+    ],
+    ids=["ctc", "text", "one phase of two"],
+)
+def test_an_adapter_learns_from_transcription_alone(adapted, borrow, changes, named):
+    experiment = with_train(borrow(of=adapted), **changes)
+    with pytest.raises(ConfigError, match=named):
+        train.run(experiment)
+    assert not experiment.workspace.exists()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("absent", "by"),
+    [
+        ("datastores/phrases", "build_datastore"),
+        ("datastores/wrong", "build_datastore"),
+        ("neighbours/multimodal", "retrieve"),
+        ("neighbours/wrong", "retrieve"),
+    ],
+)
+def test_what_an_adapter_lacks_is_named_with_the_job_that_makes_it(adapted, borrow, absent, by):
+    experiment = borrow("codebook", "tokens", "lm", "datastores", "neighbours", of=adapted)
+    (experiment.workspace / absent).rename(experiment.workspace / "elsewhere")
+    with pytest.raises(ArtifactError, match=rf"{absent} .*\(made by: python -m jobs\.{by}\)"):
+        train.run(experiment)
+
+
+@pytest.mark.ray
+def test_windows_keyed_by_another_language_model_are_refused(adapted, borrow):
+    experiment = borrow("codebook", "tokens", "lm", "datastores", "neighbours", of=adapted)
+    true = disguise(experiment, "lm", "lm")
+    with pytest.raises(ArtifactError, match=f"datastores/phrases was made with lm {true}"):
+        train.run(experiment)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("name", ["multimodal", "wrong"])
+def test_neighbours_in_a_datastore_that_was_made_again_are_refused(adapted, borrow, name):
+    experiment = borrow("codebook", "tokens", "lm", "datastores", "neighbours", of=adapted)
+    true = disguise(experiment, f"datastores/{name}", "datastore")
+    with pytest.raises(ArtifactError, match=f"neighbours/{name} was made with datastore {true}"):
+        train.run(experiment)
