@@ -6,6 +6,7 @@ temperatures, gates) is chosen on the dev split. A finished task is not done aga
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from cluster import modes
-from cluster.modes import Mode, Plain, Retrieving, RetrievingDocuments, RetrievingSome
+from cluster.modes import Mode, Plain, RetrievingDocuments, RetrievingSome
 from cluster.stages import (
     Embed,
     Heard,
@@ -29,14 +30,14 @@ from cluster.stages import (
 )
 from cluster.tracking import Run
 from jobs import build_datastore, report, stage, synthesize, tokenize, tune
-from mmrag import artifact
+from mmrag import artifact, phrases
 from mmrag.artifact import Artifact, Draft, write_json
-from mmrag.config import KNN, ConfigError, Experiment, as_dict
+from mmrag.config import KNN, ConfigError, Experiment, Read, as_dict
 from mmrag.corpora import flite, manifest, spanish
 from mmrag.records import Utterance
 from mmrag.score import entity_recall, word_error_rate
 from mmrag.tokens import Tokenized
-from mmrag.tune import chosen
+from mmrag.tune import BOTH, chosen, chosen_read, unit
 
 ROWS, TRANSCRIPTS = "rows.json", "transcripts.jsonl"
 EVERYDAY, ASSISTANT = "everyday", "assistant"
@@ -67,6 +68,19 @@ class Point:
         return " ".join(str(each) for each in told if each is not None)
 
 
+@dataclass(frozen=True)
+class Store:
+    """A datastore and how far the dev split says to trust it, by votes, by attention, and by votes
+    beside attention; the latter two are None where there is nothing heard to attend to."""
+
+    artifact: Artifact
+    knn: KNN
+    read: Read | None
+    both: KNN | None
+    unit: float
+    """The distance of which gates and temperatures were tried in multiples."""
+
+
 class Lab:
     """One model, its corpus, and the datastores that tasks share."""
 
@@ -79,6 +93,8 @@ class Lab:
         self.corpus = synthesize.run(experiment, force)
         self.tokens = tokenize.run(experiment, force)
         self.lm = stage.load(experiment, "lm", "lm", "train")
+        self.adapter = stage.load(experiment, "adapter", "adapter", "train")
+        self.adapter.require("lm", self.lm)
 
     def spoken(self, split: str, domain: str, limit: int, made: Artifact | None = None) -> list:
         """The first utterances of a split's domain."""
@@ -88,9 +104,12 @@ class Lab:
         """A datastore of the workspace, built if need be."""
         return build_datastore.run(self.about(name, audio, **changes), self.force)
 
-    def tuned(self, name: str, audio: str) -> KNN:
-        """Its settings, chosen on the dev split."""
-        return chosen(tune.run(self.about(name, audio), self.force).path)
+    def store(self, name: str, audio: str, **changes: Any) -> Store:
+        """A datastore and its settings, chosen on the dev split with the decoy at hand."""
+        self.decoy  # noqa: B018 (tuning opens it)
+        about = self.about(name, audio, **changes)
+        made = build_datastore.run(about, self.force)
+        return _store(made, tune.run(about, self.force).path)
 
     def transcribe(self, how: Mapping[str, Mode], spoken: Sequence[Tokenized]) -> dict:
         """Every utterance in every mode."""
@@ -104,21 +123,27 @@ class Lab:
         return word_error_rate(references, texts, resamples=1).rate
 
     @cached_property
-    def multimodal(self) -> tuple[Artifact, KNN]:
-        return self.datastore("multimodal", "paired"), self.tuned("multimodal", "paired")
+    def decoy(self) -> Artifact:
+        """Everyday sentences, which say nothing about anybody's name."""
+        return self.datastore(
+            self.experiment.tune.decoy or "wrong", "paired", splits=("lm",), domain=EVERYDAY
+        )
 
     @cached_property
-    def text(self) -> tuple[Artifact, KNN]:
-        return self.datastore("text", "none"), self.tuned("text", "none")
+    def multimodal(self) -> Store:
+        return self.store("multimodal", "paired")
 
     @cached_property
-    def spoken_text(self) -> tuple[Artifact, KNN]:
-        return self.datastore("spoken", "spoken"), self.tuned("spoken", "spoken")
+    def text(self) -> Store:
+        return self.store("text", "none")
 
-    def paired(self, share: float) -> tuple[Artifact, KNN]:
+    @cached_property
+    def spoken_text(self) -> Store:
+        return self.store("spoken", "spoken")
+
+    def paired(self, share: float) -> Store:
         """The multi-modal datastore with the audio of some of its utterances alone."""
-        name = f"paired-{round(100 * share)}"
-        return self.datastore(name, "paired", paired_share=share), self.tuned(name, "paired")
+        return self.store(f"paired-{round(100 * share)}", "paired", paired_share=share)
 
     def about(self, name: str, audio: str, **changes: Any) -> Experiment:
         """The experiment of one datastore."""
@@ -142,13 +167,9 @@ def domain(lab: Lab) -> tuple[str, int, list[Point]]:
     The datastore has other sentences about them, in other voices: as text, with its recordings,
     or spoken from the text by synthetic voices.
     """
-    points = [Point("none", Plain())]
-    for name, (store, knn) in {
-        "text": lab.text,
-        "multimodal": lab.multimodal,
-        "spoken": lab.spoken_text,
-    }.items():
-        points.append(_knn(store, knn, name))
+    points = [Point("none", Plain()), _knn(lab.text, "text")]
+    for name, store in {"multimodal": lab.multimodal, "spoken": lab.spoken_text}.items():
+        points += _ways(store, name)
     return ASSISTANT, lab.settings.utterances, points
 
 
@@ -157,34 +178,39 @@ def paired_share(lab: Lab) -> tuple[str, int, list[Point]]:
     text alone."""
     points = []
     for share in lab.settings.shares:
-        store, knn = lab.multimodal if share == 1 else lab.paired(share)
+        store = lab.multimodal if share == 1 else lab.paired(share)
         setting = f"{share:.0%} of the utterances with audio"
-        points.append(_knn(store, knn, "multimodal", setting=setting))
+        points.append(_knn(store, "multimodal", setting=setting))
     return ASSISTANT, lab.settings.sweep_utterances, points
 
 
 def dynamic_context(lab: Lab) -> tuple[str, int, list[Point]]:
     """A list of phrases with each utterance, its entities among them.
 
-    For kNN-LM the phrases are spoken by synthetic voices in a few carrier sentences and keyed by
-    what the model hears. Boosting favours them while decoding; prompting writes them before the
-    speech, to a model that was never trained with a list.
+    For retrieval the phrases are spoken by synthetic voices in a few carrier sentences and keyed
+    by what the model hears; their own tokens alone are entries. kNN-LM searches among the list,
+    cross-attention reads all of it. Boosting favours the phrases while decoding; prompting writes
+    them before the speech, to a model that was never trained with a list.
     """
     limit = lab.settings.utterances
     test = lab.spoken("test", ASSISTANT, limit)
     dev = lab.spoken("dev", ASSISTANT, limit)[: lab.experiment.tune.utterances]
     everyone = _entities(lab)
-    store, documents = _phrase_datastore(lab, everyone)
+    store = _phrase_datastore(lab, everyone)
     middle = sorted(lab.settings.phrases)[len(lab.settings.phrases) // 2]
     lists = _lists(dev, everyone, middle, lab.experiment.seed)
-    knn = _choose_knn(lab, store, dev, _documents_of(lists, documents))
+    knn = _choose_knn(lab, store, dev, lists, None)
+    both = _choose_knn(lab, store, dev, lists, lab.experiment.read)
     weight = _choose_boost(lab, dev, lists)
     points = [Point("none", Plain())]
     for count in lab.settings.phrases:
         lists = _lists(test, everyone, count, lab.experiment.seed)
-        named = _documents_of(lists, documents)
+        read = _reading(lab, store, lists)
+        together = modes.Together((RetrievingDocuments(store.path, both, lists), read))
         points += [
-            Point("knn", RetrievingDocuments(store.path, knn, named), "spoken", count),
+            Point("knn", RetrievingDocuments(store.path, knn, lists), "spoken", count),
+            Point("cross_attention", read, "spoken", count),
+            Point("both", together, "spoken", count),
             Point("boost", modes.BoostingPhrases(weight, lists), None, count),
             Point("prompt", modes.PromptingPhrases(lists), None, count),
         ]
@@ -192,19 +218,25 @@ def dynamic_context(lab: Lab) -> tuple[str, int, list[Point]]:
 
 
 def wrong_datastore(lab: Lab) -> tuple[str, int, list[Point]]:
-    """Another domain's datastore, trusted as much as the right one."""
-    store = lab.datastore("wrong", "paired", splits=("lm",), domain=EVERYDAY)
-    _, knn = lab.multimodal
-    return (
-        ASSISTANT,
-        lab.settings.utterances,
-        [Point("none", Plain()), _knn(store, knn, "wrong")],
-    )
+    """Another domain's datastore, trusted as much as the right one; and a list of phrases none of
+    which is said.
+
+    The settings are those tuned for the right datastore on the dev split, where this one was the
+    decoy that they had to leave alone.
+    """
+    limit, right = lab.settings.utterances, lab.multimodal
+    points = [Point("none", Plain()), *_ways(replace(right, artifact=lab.decoy), "wrong")]
+    test, everyone = lab.spoken("test", ASSISTANT, limit), _entities(lab)
+    middle = sorted(lab.settings.phrases)[len(lab.settings.phrases) // 2]
+    lists = _lists(test, everyone, middle, lab.experiment.seed, own=False)
+    read = _reading(lab, _phrase_datastore(lab, everyone), lists)
+    points.append(Point("cross_attention", read, "spoken", middle, setting="none of them said"))
+    return ASSISTANT, limit, points
 
 
 def size(lab: Lab) -> tuple[str, int, list[Point]]:
     """More and more entries: first the domain's own, then distractors."""
-    _, knn = lab.multimodal
+    knn = lab.multimodal.knn
     store = lab.datastore("large", "paired", splits=("datastore", "lm"))
     points = []
     for entries in lab.settings.sizes:
@@ -218,7 +250,7 @@ def size(lab: Lab) -> tuple[str, int, list[Point]]:
 
 def window(lab: Lab) -> tuple[str, int, list[Point]]:
     """Of each utterance every n-th token as an entry: neighbouring windows overlap less."""
-    store, knn = lab.multimodal
+    store, knn = lab.multimodal.artifact, lab.multimodal.knn
     total = store.summary["entries"]
     width = lab.experiment.datastore.window
     points = []
@@ -235,10 +267,10 @@ def key_encoder(lab: Lab) -> tuple[str, int, list[Point]]:
     The first level's vectors are means over the clip, of the language model's states or of HuBERT
     features, which know no text.
     """
-    store, knn = lab.multimodal
+    store, knn = lab.multimodal.artifact, lab.multimodal.knn
     limit = lab.settings.sweep_utterances
     test = lab.spoken("test", ASSISTANT, limit)
-    points = [_knn(store, knn, "multimodal", setting="entries alone")]
+    points = [_knn(lab.multimodal, "multimodal", setting="entries alone")]
     for encoder, title in (("lm", "the language model's states"), ("hubert", "HuBERT features")):
         ranked = _ranked_documents(lab, test, encoder)
         for count in lab.settings.documents:
@@ -257,14 +289,12 @@ def robustness(lab: Lab) -> tuple[str, int, list[Point]]:
             stage.console.print(f"  {condition}: left out, flite is not installed")
             continue
         if condition == SPANISH:
-            made, store, knn = _spanish(lab)
+            made, store = _spanish(lab)
         else:
-            made, (store, knn) = _rerecorded(lab, condition), lab.multimodal
+            made, store = _rerecorded(lab, condition), lab.multimodal
         at = {"setting": condition, "tokens": made.path.name}
-        points += [
-            Point("none", Plain(), **at),
-            replace(_knn(store, knn, "multimodal"), **at),
-        ]
+        ways = [Point("none", Plain()), *_ways(store, "multimodal")[:2]]
+        points += [replace(point, **at) for point in ways]
     return ASSISTANT, lab.settings.sweep_utterances, points
 
 
@@ -318,6 +348,7 @@ def _measure(lab: Lab, name: str, task: Task) -> Artifact:
         "datastore": as_dict(experiment.datastore),
         "decode": as_dict(experiment.decode),
         "tune": as_dict(experiment.tune),
+        "read": as_dict(experiment.read),
         "seed": experiment.seed,
     }
 
@@ -339,7 +370,7 @@ def _measure(lab: Lab, name: str, task: Task) -> Artifact:
         tracked.file(draft.path / ROWS)
         draft.summary["rows"] = len(rows)
 
-    inputs = {"lm": lab.lm, "tokens": lab.tokens}
+    inputs = {"lm": lab.lm, "adapter": lab.adapter, "tokens": lab.tokens}
     directory = f"results/{name}"
     return stage.make(experiment, directory, "results", config, inputs, work, force=lab.force)
 
@@ -369,9 +400,32 @@ def _row(lab: Lab, task: str, point: Point, heard: Sequence[Heard]) -> dict[str,
     }
 
 
-def _knn(store: Artifact, knn: KNN, name: str, setting: str | None = None) -> Point:
-    entries = store.summary["entries"]
-    return Point("knn", Retrieving(store.path, knn), name, entries=entries, setting=setting)
+def _store(made: Artifact, tuned: Path) -> Store:
+    read = chosen_read(tuned)
+    both = None if read is None else chosen(tuned, BOTH)
+    return Store(made, chosen(tuned), read, both, unit(tuned))
+
+
+def _knn(store: Store, name: str, setting: str | None = None) -> Point:
+    return _ways(replace(store, read=None), name, setting)[0]
+
+
+def _ways(store: Store, name: str, setting: str | None = None) -> list[Point]:
+    """kNN-LM, and where there is something to attend to cross-attention and both."""
+    path = store.artifact.path
+    ways = {"knn": (store.knn, None)}
+    if store.read is not None:
+        ways |= {"cross_attention": (None, store.read), "both": (store.both, store.read)}
+    entries = store.artifact.summary["entries"]
+    return [
+        Point(mode, modes.retrieving(path, *how), name, entries=entries, setting=setting)
+        for mode, how in ways.items()
+    ]
+
+
+def _reading(lab: Lab, store: Artifact, lists: modes.Listed) -> Mode:
+    """Each utterance's list read by the adapter, as the settings say."""
+    return modes.AttendingPhrases(store.path, lab.experiment.read, lists, lab.settings.mentions)
 
 
 def _slug(name: str) -> str:
@@ -389,61 +443,58 @@ def _entities(lab: Lab) -> list[str]:
     return sorted({entity for one in utterances for entity in one.entities})
 
 
-def _phrase_datastore(lab: Lab, phrases: Sequence[str]) -> tuple[Artifact, dict[str, list[str]]]:
-    """Phrases spoken in carrier sentences; the documents that speak of each."""
-    source = lab.experiment.workspace / "phrases.txt"
-    lines: list[str] = []
-    documents: dict[str, list[str]] = {}
-    for phrase in phrases:
-        for carrier in lab.settings.carriers:
-            lines.append(carrier.format(phrase=phrase))
-            documents.setdefault(phrase, []).append(f"{source.name}:{len(lines)}")
-    source.write_text("".join(f"{line}\n" for line in lines))
-    return lab.datastore("phrases", "spoken", source=str(source)), documents
+def _phrase_datastore(lab: Lab, names: Sequence[str]) -> Artifact:
+    """Phrases spoken in carrier sentences; each is a document of its own tokens."""
+    source = lab.experiment.workspace / "phrases.jsonl"
+    manifest.write(source, phrases.utterances(names, lab.settings.carriers))
+    return lab.datastore("phrases", "spoken", source=str(source), entries="entities")
 
 
 def _lists(
-    spoken: Iterable[Tokenized], everyone: Sequence[str], count: int, seed: int
+    spoken: Iterable[Tokenized],
+    everyone: Sequence[str],
+    count: int,
+    seed: int,
+    own: bool = True,
 ) -> dict[str, list[str]]:
-    """For each utterance its entities and, up to `count`, other ones, in random order."""
+    """For each utterance its entities (unless not `own`) and, up to `count`, other ones, in random
+    order."""
     lists = {}
     for one in spoken:
         draw = Random(f"{seed} {one.utterance.id}")
-        own = list(dict.fromkeys(one.utterance.entities))
-        others = draw.sample(everyone, min(len(everyone), count + len(own)))
-        listed = [*own, *(name for name in others if name not in own)][:count]
+        said = list(dict.fromkeys(one.utterance.entities))
+        others = draw.sample(everyone, min(len(everyone), count + len(said)))
+        others = [name for name in others if name not in said]
+        listed = [*(said if own else ()), *others][:count]
         draw.shuffle(listed)
         lists[one.utterance.id] = listed
     return lists
 
 
-def _documents_of(
-    lists: Mapping[str, Sequence[str]], documents: Mapping[str, Sequence[str]]
-) -> dict[str, list[str]]:
-    return {
-        utterance: [name for phrase in listed for name in documents[phrase]]
-        for utterance, listed in lists.items()
-    }
-
-
 def _choose_knn(
-    lab: Lab, store: Artifact, dev: Sequence[Tokenized], named: Mapping[str, Sequence[str]]
+    lab: Lab, store: Artifact, dev: Sequence[Tokenized], lists: modes.Listed, read: Read | None
 ) -> KNN:
-    """The weight, temperature and gate of least dev WER, around those of a spoken datastore."""
-    base = lab.spoken_text[1]
+    """The grid's setting of least dev WER among the phrases; beside reading them, with `read`."""
+    one, grid = lab.spoken_text.unit, lab.experiment.tune
+    weights = grid.weight if read is None else grid.both_weight or grid.weight
     settings = [
-        base.model_copy(
-            update={"k": PHRASES_K, "weight": weight, "temperature": base.temperature * factor}
-            | {"gate": gate}
+        KNN(
+            k=PHRASES_K,
+            weight=weight,
+            temperature=one * temperature,
+            gate=None if gate is None else one * gate,
+            certain=certain,
         )
-        for weight in lab.experiment.tune.weight
-        for factor in (1.0, 2.0)
-        for gate in dict.fromkeys((None, *(base.gate and base.gate * n for n in (1, 2, 3))))
+        for weight, temperature, gate, certain in itertools.product(
+            weights, grid.temperature, grid.gate, grid.certain
+        )
     ]
-    how = {
-        str(number): RetrievingDocuments(store.path, knn, named)
-        for number, knn in enumerate(settings)
-    }
+    how: dict[str, Mode] = {}
+    for number, knn in enumerate(settings):
+        how[str(number)] = RetrievingDocuments(store.path, knn, lists)
+        if read is not None:
+            ways = (how[str(number)], _reading(lab, store, lists))
+            how[str(number)] = modes.Together(ways)
     heard = lab.transcribe(how, dev)
     return settings[min(range(len(settings)), key=lambda n: lab.error_rate(heard[str(n)]))]
 
@@ -497,7 +548,7 @@ def _rerecorded(lab: Lab, condition: str) -> Artifact:
     return _tokenized(lab, condition, config, {"test": test}, recording)
 
 
-def _spanish(lab: Lab) -> tuple[Artifact, Artifact, KNN]:
+def _spanish(lab: Lab) -> tuple[Artifact, Store]:
     """Spanish speech, tokenized; a datastore of it, and its settings."""
     size, mentions = lab.settings.sweep_utterances, lab.experiment.synthesize.mentions
     planned = spanish.plan(size, size, mentions, lab.experiment.seed)
@@ -507,7 +558,7 @@ def _spanish(lab: Lab) -> tuple[Artifact, Artifact, KNN]:
     settings = lab.experiment.tokenize.model_copy(update={"name": made.path.name})
     about = lab.about(SPANISH, "paired").model_copy(update={"tokenize": settings})
     store = build_datastore.run(about, lab.force)
-    return made, store, chosen(tune.run(about, lab.force).path)
+    return made, _store(store, tune.run(about, lab.force).path)
 
 
 def _tokenized(

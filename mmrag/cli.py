@@ -33,7 +33,7 @@ RETRIEVALS = ("none", "knn", "cross_attention", "both")
 UNTUNED = {"k": 16, "weight": 0.3, "temperature": 10.0}
 """kNN settings for a datastore that nobody tuned."""
 WHOLE = Read(k=8, stride=1, whole=300)
-AGREEMENT = -2.0
+AGREEMENT = -2.5
 """As in `Decode`."""
 CACHE = Path(os.environ.get("MMRAG_CACHE") or Path.home() / ".cache" / "mmrag") / "phrases"
 console = Console(highlight=False, soft_wrap=True)

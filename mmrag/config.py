@@ -494,6 +494,8 @@ class Reproduce(Section):
     """Lengths of the list that comes with an utterance (dynamic context)."""
     carriers: tuple[str, ...] = Field(min_length=1)
     """Sentences in which a phrase is spoken for its datastore; `{phrase}` stands for it."""
+    mentions: PositiveInt
+    """Carriers, from the first, whose phrases are read whole."""
     boost: tuple[PositiveFloat, ...] = Field(min_length=1)
     """Weights of phrase boosting tried on the dev split, in nats a piece."""
     shares: tuple[Annotated[float, Fraction], ...]
