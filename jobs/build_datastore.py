@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from random import Random
 
@@ -42,7 +43,8 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
             identity={"lm": lm.fingerprint, "codebook": codebook.fingerprint},
         )
         datastore.create(draft.path, description)
-        utterances = list(_read(inputs["source"], settings, experiment.seed))
+        source = _read(inputs["source"], settings, experiment.seed)
+        utterances = list(islice(source, settings.utterances))
         shares = parts(utterances, lambda _: 1, settings.part_utterances)
         segments = draft.path / "segments"
         todo = [part for part in shares if not (segments / part.name).exists()]

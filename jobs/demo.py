@@ -5,10 +5,12 @@ The cast, in order of appearance:
     synthesize       sentences spoken by espeak-ng in many voices
     pretrain_hubert  the encoder that turns sound into features: the package's own
     tokenize         features into discrete units
-    train            the package's language model, tuned a little further (Ray Train + DeepSpeed)
     build_datastore  what the model can look up: once as text alone, once with speech
+    retrieve         what an adapter reads while it trains
+    train            the package's cross-attention adapter, tuned a little further on these data
+                     (Ray Train + DeepSpeed); without an adapter, the language model itself
     tune             how far to trust each datastore, on the dev split
-    evaluate         the test split without retrieval and with each datastore
+    evaluate         the test split without retrieval, with each datastore, and in each mode
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -25,6 +28,7 @@ from jobs import (
     build_datastore,
     evaluate,
     pretrain_hubert,
+    retrieve,
     stage,
     synthesize,
     tokenize,
@@ -47,9 +51,20 @@ def run(experiment: Experiment, force: bool = False) -> None:
         ("Speak a corpus", lambda: synthesize.run(experiment, force)),
         ("Take the speech encoder", lambda: pretrain_hubert.run(experiment, force)),
         ("Turn speech into units", lambda: tokenize.run(experiment, force)),
-        ("Fine-tune the language model", lambda: train.run(experiment, force)),
+    ]
+    fine_tuning = lambda: train.run(experiment, force)  # noqa: E731 (an act like the others)
+    if experiment.adapter is None:
+        acts.append(("Fine-tune the language model", fine_tuning))
+    acts += [
         ("Build a datastore of text", lambda: build_datastore.run(text, force)),
         ("Build a multi-modal datastore", lambda: build_datastore.run(multimodal, force)),
+    ]
+    if experiment.adapter is not None:
+        acts += [
+            ("Look up what the adapter will read", lambda: _look_up(experiment, force)),
+            ("Fine-tune the adapter", fine_tuning),
+        ]
+    acts += [
         ("Tune retrieval from text", lambda: tune.run(text, force)),
         ("Tune multi-modal retrieval", lambda: tune.run(multimodal, force)),
         ("Transcribe the test split", lambda: evaluate.run(experiment, force)),
@@ -64,8 +79,23 @@ def run(experiment: Experiment, force: bool = False) -> None:
     _epilogue(experiment, taken)
 
 
-def _with_datastore(experiment: Experiment, name: str, audio: str) -> Experiment:
-    datastore = experiment.datastore.model_copy(update={"name": name, "audio": audio})
+def _look_up(experiment: Experiment, force: bool) -> Artifact:
+    """Phrases, the right datastore's neighbours and the wrong one's, for the adapter's split."""
+    contexts = experiment.adapter.contexts
+    phrases = _with_datastore(experiment, contexts.phrases, "paired", entries="entities")
+    build_datastore.run(phrases, force)
+    wrong = {"splits": ("lm",), "domain": "everyday"}
+    stores = {contexts.retrieved: {}, contexts.wrong: wrong}
+    for name, changes in stores.items():
+        about = _with_datastore(experiment, name, "paired", **changes)
+        build_datastore.run(about, force and name != MULTIMODAL)
+        found = retrieve.run(about, force)
+    return found
+
+
+def _with_datastore(experiment: Experiment, name: str, audio: str, **changes: Any) -> Experiment:
+    changes = {"name": name, "audio": audio, **changes}
+    datastore = experiment.datastore.model_copy(update=changes)
     return experiment.model_copy(update={"datastore": datastore})
 
 
@@ -73,12 +103,15 @@ def _examples(evaluation: Path) -> None:
     """A few transcripts with what retrieval changed: mended words green, spoilt ones red."""
     lines = [json.loads(line) for line in (evaluation / "transcripts.jsonl").open()]
     plain = {one["utterance"]: one for one in lines if one["datastore"] is None}
-    helped = {one["utterance"]: one for one in lines if one["datastore"] == MULTIMODAL}
+    [*_, mode] = dict.fromkeys(one["mode"] for one in lines if one["datastore"] == MULTIMODAL)
+    shown_as = (MULTIMODAL, mode)
+    helped = {one["utterance"]: one for one in lines if (one["datastore"], one["mode"]) == shown_as}
     changed = [name for name in plain if plain[name]["text"] != helped[name]["text"]]
     shown = (changed or list(plain))[:EXAMPLES]
     stage.console.print(
         "\n[bold]What retrieval changed[/bold] "
-        f"({len(changed)} of {len(plain)} transcripts; the first {len(shown)} of them)"
+        f"({mode.replace('_', ' ')}: {len(changed)} of {len(plain)} transcripts; the first "
+        f"{len(shown)} of them)"
     )
     for name in shown:
         reference = plain[name]["reference"]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -30,19 +32,31 @@ from cluster.stages import (
 )
 from cluster.tracking import Run
 from jobs import build_datastore, report, stage, synthesize, tokenize, tune
-from mmrag import artifact, phrases
+from mmrag import artifact, audio, phrases
 from mmrag.artifact import Artifact, Draft, write_json
 from mmrag.config import KNN, ConfigError, Experiment, Read, as_dict
 from mmrag.corpora import flite, manifest, spanish
+from mmrag.corpora.augment import unspoken
+from mmrag.reading import Reading
 from mmrag.records import Utterance
-from mmrag.score import entity_recall, word_error_rate
+from mmrag.score import align, entity_recall, word_error_rate
 from mmrag.tokens import Tokenized
+from mmrag.transcribe import Recogniser, loops, transcribe
 from mmrag.tune import BOTH, chosen, chosen_read, unit
 
 ROWS, TRANSCRIPTS = "rows.json", "transcripts.jsonl"
 EVERYDAY, ASSISTANT = "everyday", "assistant"
 SPANISH = "spanish"
 PART_UTTERANCES = 32
+CLIPS = 100
+"""Recordings in which nobody speaks."""
+ROW = (
+    *("task", "mode", "datastore", "phrases", "entries", "setting", "utterances", "wer"),
+    *("wer_low", "wer_high", "entity_recall", "recall_at_k", "seconds_of_audio", "decode_seconds"),
+    *("keys_mb", "empty", "inserted", "copied", "looped"),
+)
+"""Keys of a line of `results.json`."""
+DECOY_UTTERANCES = 1600
 PHRASES_K = 16
 """Neighbours asked for among an utterance's phrases while their weight is chosen."""
 
@@ -125,9 +139,9 @@ class Lab:
     @cached_property
     def decoy(self) -> Artifact:
         """Everyday sentences, which say nothing about anybody's name."""
-        return self.datastore(
-            self.experiment.tune.decoy or "wrong", "paired", splits=("lm",), domain=EVERYDAY
-        )
+        name = self.experiment.tune.decoy or "wrong"
+        about = {"splits": ("lm",), "domain": EVERYDAY, "utterances": DECOY_UTTERANCES}
+        return self.datastore(name, "paired", **about)
 
     @cached_property
     def multimodal(self) -> Store:
@@ -321,13 +335,21 @@ def run(experiment: Experiment, force: bool = False) -> None:
     for number, (name, task) in enumerate(TASKS.items(), start=1):
         stage.console.print(f"\n[bold]{number}/{len(TASKS)}  {name}[/bold]: {_title(task)}")
         done.append(_measure(lab, name, task))
-    rows = [row for made in done for row in json.loads((made.path / ROWS).read_text())]
-    heard = {
-        (line["task"], line["point"], line["utterance"]): (line["reference"], line["text"])
-        for made in done
-        for line in map(json.loads, (made.path / TRANSCRIPTS).open())
-    }
-    notes = {name: " ".join(task.__doc__.split()) for name, task in TASKS.items()}
+    rows: list[dict[str, Any]] = []
+    heard = {}
+    for made in done:
+        lines = [json.loads(line) for line in (made.path / TRANSCRIPTS).open()]
+        points = dict.fromkeys(line["point"] for line in lines)
+        for row, point in zip(json.loads((made.path / ROWS).read_text()), points, strict=True):
+            rows.append(row | _told([line for line in lines if line["point"] == point]))
+        heard |= {
+            (line["task"], line["point"], line["utterance"]): (line["reference"], line["text"])
+            for line in lines
+        }
+    stage.console.print(f"\n[bold]{len(TASKS) + 1}[/bold]  no_speech: {_title(no_speech)}")
+    rows += json.loads((no_speech(lab).path / ROWS).read_text())
+    about = {**TASKS, "no_speech": no_speech}
+    notes = {name: " ".join(task.__doc__.split()) for name, task in about.items()}
     report.write(experiment, rows, heard, notes)
     report.show(rows)
     stage.console.print(
@@ -335,7 +357,68 @@ def run(experiment: Experiment, force: bool = False) -> None:
     )
 
 
-def _title(task: Task) -> str:
+def no_speech(lab: Lab) -> Artifact:
+    """Silence, white noise and tones: there is nothing to transcribe.
+
+    From end to end, as `mmrag transcribe` does it, with the detector that keeps such audio from the
+    model and without.
+    """
+    store, settings = lab.multimodal, lab.experiment.decode
+    config = {"clips": CLIPS, "decode": as_dict(settings), "read": as_dict(store.read)}
+
+    def work(draft: Draft, tracked: Run) -> None:
+        recogniser = Recogniser.load(lab.experiment.workspace)
+        retriever = modes.open_locally(store.artifact.path)
+        reading = Reading(recogniser.bank(retriever), store.read, retriever)
+        clips = list(unspoken(CLIPS, lab.experiment.seed))
+        rows = []
+        for setting, threshold in ((report.DETECTED, settings.speech), ("speech detector off", 0)):
+            heard_as = settings.model_copy(update={"speech": threshold})
+            for mode, how in (("none", None), ("cross_attention", reading)):
+                started = time.perf_counter()
+                texts = [
+                    " ".join(said.text for said in transcribe(c, recogniser, heard_as, reading=how))
+                    for c in clips
+                ]
+                blank = dict.fromkeys(ROW)
+                rows.append(
+                    blank
+                    | {
+                        "task": "no_speech",
+                        "mode": mode,
+                        "datastore": how and "multimodal",
+                        "setting": setting,
+                        "utterances": len(clips),
+                        "seconds_of_audio": sum(map(audio.duration, clips)),
+                        "decode_seconds": time.perf_counter() - started,
+                        "empty": sum(not text for text in texts) / len(clips),
+                    }
+                )
+        write_json(draft.path / ROWS, rows)
+        tracked.file(draft.path / ROWS)
+        draft.summary["clips"] = len(clips)
+
+    inputs = {"lm": lab.lm, "adapter": lab.adapter, "datastore": store.artifact}
+    return stage.make(
+        lab.experiment, "results/no_speech", "results", config, inputs, work, force=lab.force
+    )
+
+
+def _told(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What a point's transcripts say that nobody said, for each word of the references."""
+    words = inserted = copied = looped = 0
+    for line in lines:
+        edits = align(line["reference"], line["text"])
+        words += sum(len(edit.reference_words) for edit in edits)
+        inserted += sum(len(e.hypothesis_words) for e in edits if e.kind == "insert")
+        wrong = Counter(w for e in edits if e.kind != "equal" for w in e.hypothesis_words)
+        copied += sum((wrong & Counter(line["changed"])).values())
+        looped += loops(line["text"].split())
+    words = max(words, 1)
+    return {"inserted": inserted / words, "copied": copied / words, "looped": looped / len(lines)}
+
+
+def _title(task: Callable[..., Any]) -> str:
     return task.__doc__.partition("\n\n")[0]
 
 
@@ -397,6 +480,7 @@ def _row(lab: Lab, task: str, point: Point, heard: Sequence[Heard]) -> dict[str,
         "seconds_of_audio": sum(one.seconds for one in heard),
         "decode_seconds": sum(one.decode_seconds for one in heard),
         "keys_mb": point.entries and point.entries * lab.experiment.lm.width * 4 / 1e6,
+        "empty": None,
     }
 
 

@@ -359,6 +359,8 @@ class Datastore(Section):
     """The splits of a tokens directory that are read; `all` where it has no splits."""
     domain: str | None = None
     """Only utterances of this domain; None for all."""
+    utterances: PositiveInt | None = None
+    """At most so many utterances, from the first; None for all."""
     audio: Literal["paired", "none", "spoken"]
     """Key over the utterance's own units, over text alone, or over units of synthetic speech."""
     paired_share: float = Field(default=1, ge=0, le=1)

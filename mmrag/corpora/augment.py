@@ -1,10 +1,14 @@
-"""Clean recordings made worse: softer, noisy, echoing, through a telephone.
+"""Clean recordings made worse: softer, noisy, echoing, through a telephone; and no speech at all.
 
 Waveforms are (T,) float32 at SAMPLE_RATE and keep their length; what is random is drawn from the
 generator that is handed in.
 """
 
 from __future__ import annotations
+
+import io
+import wave
+from collections.abc import Iterator
 
 import numpy as np
 from scipy.fft import irfft, next_fast_len, rfft, rfftfreq
@@ -72,3 +76,33 @@ def rough(wave: np.ndarray, draw: np.random.Generator) -> np.ndarray:
 def mild(wave: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     """A quiet room: white noise 25 to 40 dB down."""
     return noisy(softer(wave, draw.uniform(0, 12)), draw.uniform(25, 40), draw)
+
+
+def unspoken(count: int, seed: int) -> Iterator[bytes]:
+    """WAV files of 1 to 5 s in which nobody speaks: near silence, white noise, plucked tones."""
+    draw = np.random.default_rng(seed)
+    for number in range(count):
+        size = int(draw.uniform(1, 5) * SAMPLE_RATE)
+        match number % 3:
+            case 0:
+                sound = draw.standard_normal(size) * 10 ** draw.uniform(-5, -3)
+            case 1:
+                sound = draw.standard_normal(size) * 10 ** draw.uniform(-2, -0.7)
+            case _:
+                sound = _tones(size, draw)
+        stream = io.BytesIO()
+        with wave.open(stream, "wb") as file:
+            file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
+            file.writeframes((np.clip(sound, -1, 1) * 32767).astype("<i2").tobytes())
+        yield stream.getvalue()
+
+
+def _tones(size: int, draw: np.random.Generator) -> np.ndarray:
+    """Four tones a second, each with two overtones, dying away."""
+    sound, length = np.zeros(size), SAMPLE_RATE // 4
+    for start in range(0, size, length):
+        at = np.arange(min(length, size - start)) / SAMPLE_RATE
+        pitch = 220 * 2 ** (draw.integers(0, 24) / 12)
+        tone = sum(np.sin(2 * np.pi * pitch * n * at) / n for n in (1, 2, 3))
+        sound[start : start + len(at)] = 0.2 * tone * np.exp(-3 * at)
+    return sound

@@ -1,3 +1,5 @@
+"""A datastore served by actors answers as it would in one process, and without the dead ones."""
+
 import time
 from pathlib import Path
 

@@ -1,3 +1,5 @@
+"""Parts of a stage's work, and what becomes of a worker's failure."""
+
 import errno
 import pickle
 import sys

@@ -1,3 +1,5 @@
+"""Training on Ray Train and DeepSpeed makes the plain loop's steps, also after it was killed."""
+
 import json
 import os
 import subprocess

@@ -286,3 +286,65 @@ def test_each_metric_is_what_its_name_says():
 def test_a_window_is_centred_on_its_token(window, expected):
     np.testing.assert_array_equal(windows_of(np.array([7, 8, 9]), window), expected)
     assert windows_of(np.zeros(0, np.int32), window).shape == (0, window)
+
+
+LENGTHS = (4, 1, 7, 2)
+
+
+@pytest.fixture(params=[1, 2, 3, 5, 6, 9])
+def stretches(request, tmp_path):
+    """Utterances of LENGTHS entries in two segments, and the window they are stored with."""
+    window = request.param
+    create(tmp_path, replace(DESCRIPTION, window=window))
+    random, first = np.random.default_rng(5), 10
+    for number, lengths in enumerate((LENGTHS[:2], LENGTHS[2:])):
+        said = [first + 10 * n + np.arange(length) for n, length in enumerate(lengths)]
+        first += 50
+        part = Segment(
+            keys=random.standard_normal((sum(lengths), 4)),
+            tokens=np.concatenate(said),
+            windows=np.concatenate([windows_of(tokens, window) for tokens in said]),
+            positions=np.concatenate([np.arange(length) for length in lengths]),
+            utterances=np.repeat([0, 1], lengths),
+            names=[(f"u{number}{n}", "same document") for n in range(2)],
+        )
+        write_segment(tmp_path, f"part-{number}", part)
+    publish(tmp_path, ["part-0", "part-1"])
+    return Datastore.open(tmp_path), window
+
+
+def test_the_span_of_a_window_stays_within_its_utterance(stretches):
+    datastore, window = stretches
+    edges = np.cumsum([0, *LENGTHS])
+    everything = np.arange(datastore.entries)
+    starts, stops = datastore.spans(everything)
+    for entry, start, stop in zip(everything, starts, stops, strict=True):
+        [own] = [n for n in range(4) if edges[n] <= entry < edges[n + 1]]
+        span = [
+            other
+            for other in range(edges[own], edges[own + 1])
+            if -(window // 2) <= other - entry < window - window // 2
+        ]
+        assert list(range(start, stop)) == span
+        assert start <= entry < stop
+
+
+def test_a_passage_is_the_window_with_each_tokens_own_key(stretches):
+    datastore, window = stretches
+    order = np.random.default_rng(0).permutation(datastore.entries)
+    asked = np.concatenate([order, order[:3]])
+    found, windows = datastore.passages(asked), datastore.windows(asked)
+    assert found.tokens.shape == found.present.shape == (len(asked), window)
+    assert (found.tokens.dtype, found.keys.dtype) == (np.int32, np.float16)
+    starts, stops = datastore.spans(asked)
+    for row, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+        length = stop - start
+        assert found.present[row].tolist() == [n < length for n in range(window)]
+        np.testing.assert_array_equal(found.tokens[row, :length], windows[row][windows[row] > 0])
+        np.testing.assert_array_equal(found.keys[row, :length], datastore.keys(start, stop))
+        assert not found.tokens[row, length:].any() and not found.keys[row, length:].any()
+
+
+def test_no_passages_have_the_shape_of_some(directory):
+    found = Datastore.open(directory).passages(np.empty(0, np.int64))
+    assert (found.tokens.shape, found.keys.shape) == ((0, 3), (0, 3, 4))

@@ -14,7 +14,8 @@ from transformers import (
 )
 
 from mmrag import pretrained
-from mmrag.config import LanguageModel
+from mmrag.config import CrossAttention, LanguageModel
+from mmrag.cross_attention import Adapter
 from mmrag.lm import LM
 from mmrag.pretrained import CheckpointError
 from mmrag.vocabulary import BOS, EOS, SPECIALS, SentencePieces, Vocabulary
@@ -306,3 +307,98 @@ def test_files_that_are_damaged_or_do_not_fit_are_refused(saved, damage, message
     damage(directory)
     with pytest.raises(CheckpointError, match=rf"(?s){directory}.*{message}"):
         pretrained.load(directory)
+
+
+READS = CrossAttention(
+    every=1,
+    heads=2,
+    head_width=8,
+    window=4,
+    encoder_layers=1,
+    encoder_heads=2,
+    encoder_feed_forward=24,
+)
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A directory with a trained adapter, and what it holds."""
+    own = enlarge(Adapter(READS, shape()))
+    pretrained.save_adapter(tmp_path / "adapter", READS, own.state_dict().items())
+    return tmp_path / "adapter", own
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_adapter_is_loaded_as_it_was_in_the_models_precision(adapter, dtype):
+    directory, own = adapter
+    loaded = pretrained.load_adapter(directory, LM(shape(), 29).to(dtype))
+    assert loaded.config == READS
+    assert loaded.layers == own.layers
+    assert not loaded.training
+    weights = loaded.state_dict()
+    assert weights.keys() == own.state_dict().keys()
+    for name, tensor in own.state_dict().items():
+        assert torch.equal(weights[name], tensor.to(dtype))
+
+
+def without_a_weight(directory):
+    tensors = load_file(directory / "adapter.safetensors")
+    del tensors["blocks.1.gate.weight"]
+    save_file(tensors, directory / "adapter.safetensors")
+
+
+def cut_short(directory):
+    path = directory / "adapter.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def edit_adapter(directory, **changes):
+    path = directory / "adapter.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_short, "damaged"),
+        (lambda directory: (directory / "adapter.json").write_text("{"), "damaged"),
+        (lambda directory: edit_adapter(directory, every=0), "damaged.*every"),
+        (lambda directory: edit_adapter(directory, colour=3), "damaged.*colour"),
+        (lambda directory: edit_adapter(directory, head_width=6), "does not fit.*blocks.0.match"),
+        (without_a_weight, "blocks.1.gate.weight"),
+        (lambda d: (d / "adapter.json").unlink(), r"holds no adapter: .*adapter\.json"),
+        (lambda d: (d / "adapter.safetensors").unlink(), "holds no adapter"),
+    ],
+)
+def test_an_adapter_that_is_damaged_or_does_not_fit_is_refused(adapter, damage, message):
+    directory, _ = adapter
+    damage(directory)
+    with pytest.raises(CheckpointError, match=rf"(?s){directory}.*{message}"):
+        pretrained.load_adapter(directory, LM(shape(), 29))
+
+
+@pytest.mark.parametrize("changes", [{"layers": 3}, {"layers": 1}, {"width": 24}], ids=str)
+def test_an_adapter_for_a_model_of_another_shape_is_refused(adapter, changes):
+    directory, _ = adapter
+    with pytest.raises(CheckpointError, match=rf"{directory}.*and the language model"):
+        pretrained.load_adapter(directory, LM(shape(**changes), 29))
+
+
+def test_a_model_of_ours_is_a_base_as_it_was_saved(saved):
+    directory, lm = saved
+    assert pretrained.ours(directory) == pretrained.ours(str(directory)) == directory
+    assert pretrained.base_config(str(directory)) == lm.config
+    fresh = LM(lm.config, VOCABULARY.size)
+    parameters = dict(fresh.named_parameters())
+    for name, tensor in pretrained.base_tensors(str(directory)):
+        pretrained.place(name, parameters.pop(name), tensor, VOCABULARY, directory)
+    assert not parameters
+    for name, tensor in lm.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], tensor)
+
+
+def test_a_foreign_model_and_a_directory_of_neither_are_not_ours(tmp_path):
+    assert pretrained.ours(tmp_path) is None
+    base_model(tmp_path)
+    assert pretrained.ours(tmp_path) is None
+    assert pretrained.base_config(str(tmp_path)) == pretrained.huggingface_config(tmp_path)

@@ -314,7 +314,7 @@ def test_what_a_search_brings_is_read_until_the_next_as_by_hand(every, beams, se
 def test_clips_that_read_together_are_decoded_as_if_alone(every, beams, stride):
     """`stride` None is for lists that are read whole."""
     lm, adapter, speech = random_lm(), random_adapter(every), clips(4)
-    limits, bank = [3, 9, 5, 7], Bank(adapter, lm, Store())
+    limits, bank = [3, 11, 6, 9], Bank(adapter, lm, Store())
     if stride is None:
         lists = [LISTS[0], LISTS[2], LISTS[0], LISTS[3]]
         readings = [Reading(bank, read(), bank.source, np.array(entries)) for entries in lists]

@@ -6,7 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmrag.config import LanguageModel, Train
+from mmrag.config import CrossAttention, LanguageModel, Train
+from mmrag.cross_attention import Adapter, Windows
+from mmrag.decode import read_states
 from mmrag.lm import LM
 from mmrag.loss import IGNORE, Objective
 from mmrag.records import Units, Utterance
@@ -407,3 +409,115 @@ def test_bf16_training_learns_too():
     objective, logs = trained(settings)
     assert logs[-1].loss < logs[0].loss - 0.5
     assert {p.dtype for p in objective.parameters()} == {torch.float32}
+
+
+READS = CrossAttention(
+    every=1,
+    heads=2,
+    head_width=16,
+    window=12,
+    encoder_layers=1,
+    encoder_heads=2,
+    encoder_feed_forward=32,
+)
+
+
+def frozen_lm():
+    """A model that nobody trained, whose embeddings say something when they are read."""
+    torch.manual_seed(2)
+    lm = LM(SHAPE, VOCABULARY.size)
+    with torch.no_grad():
+        lm.embedding.weight.mul_(25)
+    return lm.eval()
+
+
+class Told:
+    """Shows each example one window: its own text and states, or the next example's."""
+
+    def __init__(self, data, right=True):
+        self.data, self.right, self.asked = data, right, []
+        texts, speech = zip(*data, strict=True)
+        keys, _, slices, _ = read_states(frozen_lm(), VOCABULARY, texts, speech, logits=False)
+        self.keys = [keys[own][:-1].clone() for own in slices]
+
+    def __call__(self, chosen, draw):
+        self.asked.append((list(chosen), draw.random()))
+        told = [(one + (not self.right)) % len(self.data) for one in chosen]
+        longest = max(len(self.data[one].text) for one in told)
+        tokens = torch.zeros(len(told), longest, dtype=torch.long)
+        keys = torch.zeros(len(told), longest, SHAPE.width)
+        for row, one in enumerate(told):
+            length = len(self.data[one].text)
+            tokens[row, :length] = torch.tensor(self.data[one].text)
+            keys[row, :length] = self.keys[one]
+        return Windows(
+            tokens=tokens,
+            present=tokens > 0,
+            keys=keys,
+            index=torch.arange(len(told))[:, None],
+            since=torch.zeros(len(told), 1, dtype=torch.long),
+            until=torch.full((len(told), 1), 99),
+        )
+
+
+def adapting(settings, contexts, seed=1):
+    """Train an adapter for the frozen model."""
+    torch.manual_seed(3)
+    adapter = Adapter(READS, SHAPE)
+    objective, logs = Objective(frozen_lm(), len(VOCABULARY.alphabet), 0.0, adapter), []
+    train(objective, toy_corpus(), VOCABULARY, settings, seed, logs.append, contexts)
+    return objective, logs
+
+
+ADAPTING = recipe(phases=[phase({"speech_first": 1}, 20)], micro_batch_tokens=400, ctc_weight=0.0)
+
+
+def test_training_an_adapter_moves_the_adapter_and_never_the_language_model():
+    objective, logs = adapting(ADAPTING, Told(toy_corpus()))
+    for name, tensor in frozen_lm().state_dict().items():
+        assert torch.equal(objective.lm.state_dict()[name], tensor), name
+    torch.manual_seed(3)
+    moved = objective.adapter.state_dict()
+    for name, tensor in Adapter(READS, SHAPE).state_dict().items():
+        assert not torch.equal(moved[name], tensor), name
+    assert all(log.gradient_norm > 0 for log in logs)
+
+
+def test_an_adapter_learns_to_read_what_it_is_told_and_that_the_wrong_words_are_no_use():
+    data = toy_corpus()
+    (_, right), (_, wrong) = (adapting(ADAPTING, Told(data, told)) for told in (True, False))
+    ends = [np.mean([log.loss for log in logs[-5:]]) for logs in (right, wrong)]
+    objective = Objective(frozen_lm(), len(VOCABULARY.alphabet), 0.0)
+    _, micro_batches = Curriculum(data, ADAPTING, seed=1).step(0)
+    batches = [collate(data, chosen, VOCABULARY, 0.0, (0,)) for chosen in micro_batches]
+    loss = sum(objective(one)[0] for one in batches) / sum(one.counts()[0] for one in batches)
+    assert right[0].loss == wrong[0].loss == pytest.approx(float(loss))
+    assert ends[0] < ends[1] - 0.5
+    assert ends[0] < right[0].loss - 2
+
+
+def test_contexts_are_asked_for_every_micro_batch_from_its_own_seed():
+    told, again = Told(toy_corpus()), Told(toy_corpus())
+    settings = recipe(
+        phases=[phase({"speech_first": 1}, 3)], ctc_weight=0.0, unit_dropout=0.2, micro_batches=2
+    )
+    (_, logs), (_, same) = adapting(settings, told), adapting(settings, again)
+    curriculum = Curriculum(toy_corpus(), settings, seed=1)
+    expected = [
+        [one.index for one in chosen] for step in range(3) for chosen in curriculum.step(step)[1]
+    ]
+    assert [chosen for chosen, _ in told.asked] == expected
+    assert len({draw for _, draw in told.asked}) == len(expected)
+    assert told.asked == again.asked
+    assert logs == same
+
+
+def test_a_batch_without_contexts_has_no_windows():
+    data, chosen = toy_corpus(), [Chosen(0, "speech_first"), Chosen(3, "speech_first")]
+    bare = collate(data, chosen, VOCABULARY, 0.5, (7,))
+    assert bare.windows is None
+    told = Told(data)
+    batch = collate(data, chosen, VOCABULARY, 0.5, (7,), told)
+    assert told.asked[0][0] == [0, 3]
+    assert len(batch.windows.index) == 2
+    assert torch.equal(batch.ids, bare.ids), "contexts are drawn after the units"

@@ -1,4 +1,6 @@
 import io
+import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -9,14 +11,16 @@ import torch
 from mmrag import artifact, audio, datastore, pretrained
 from mmrag.artifact import ArtifactError
 from mmrag.audio import SAMPLE_RATE, AudioError
-from mmrag.config import KNN, Decode, Hubert, Index, LanguageModel
+from mmrag.config import KNN, CrossAttention, Decode, Hubert, Index, LanguageModel, Read
+from mmrag.cross_attention import Adapter
 from mmrag.datastore import Datastore, Description, Segment, windows_of
 from mmrag.decode import Choice, Hypothesis, Retrieval, read_states
 from mmrag.hubert import HubertEncoder
 from mmrag.index import LocalRetriever
 from mmrag.lm import LM
+from mmrag.reading import Reading
 from mmrag.records import Neighbours, Units
-from mmrag.transcribe import Recogniser, recognise, transcribe, words
+from mmrag.transcribe import LOOPS, Recogniser, credible, loops, recognise, transcribe, words
 from mmrag.units import Codebook
 from mmrag.vocabulary import EOS, SentencePieces, Vocabulary
 
@@ -31,7 +35,23 @@ ENCODER = Hubert(
 )
 SHAPE = LanguageModel(width=16, layers=1, heads=2, kv_heads=2, feed_forward=24, tied=True)
 TEXTS = ["turn on the light", "call maria now", "the red door"]
-OPTIONS = Decode(beams=1, length_penalty=0.6, tokens_per_second=1, batch_seconds=20, max_seconds=20)
+OPTIONS = Decode(
+    beams=1,
+    length_penalty=0.6,
+    tokens_per_second=1,
+    batch_seconds=20,
+    max_seconds=20,
+    speech=0,  # noise is transcribed here
+)
+READS = CrossAttention(
+    every=1,
+    heads=2,
+    head_width=8,
+    window=6,
+    encoder_layers=1,
+    encoder_heads=2,
+    encoder_feed_forward=16,
+)
 
 
 def random_vocabulary():
@@ -264,3 +284,195 @@ def test_a_words_evidence_is_that_of_its_own_tokens(recogniser, store):
 def test_a_transcript_without_words_has_none(recogniser):
     silent = Hypothesis((Choice(EOS, -0.1, -0.1, EOS),), -0.1, stopped=True)
     assert words(silent, recogniser.vocabulary) == ()
+
+
+def random_adapter(seed=0):
+    """An adapter whose gate is open."""
+    torch.manual_seed(seed)
+    adapter = Adapter(READS, SHAPE)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn_like(parameter) / 3)
+    return adapter.eval().requires_grad_(False)
+
+
+def write_adapter(directory, seed=0):
+    lm = artifact.load(directory / "lm", "lm")
+    with artifact.create(directory / "adapter", "adapter", {}, {"lm": lm}) as draft:
+        pretrained.save_adapter(draft.path, READS, random_adapter(seed).state_dict().items())
+
+
+def test_an_adapter_is_loaded_where_there_is_one(tmp_path, recogniser):
+    assert recogniser.adapter is None
+    write_models(tmp_path)
+    write_adapter(tmp_path, seed=5)
+    loaded = Recogniser.load(tmp_path)
+    assert loaded.identity.keys() == {"hubert", "codebook", "lm"}, "it makes no keys"
+    assert loaded.adapter.config == READS
+    assert not loaded.adapter.training
+    for name, tensor in random_adapter(seed=5).state_dict().items():
+        assert torch.equal(loaded.adapter.state_dict()[name], tensor)
+
+
+def test_an_adapter_for_another_language_model_is_refused(tmp_path):
+    write_models(tmp_path)
+    write_adapter(tmp_path)
+    old = artifact.load(tmp_path / "lm", "lm")
+    codebook = artifact.load(tmp_path / "codebook", "codebook")
+    config, inputs = {"seed": 2}, {"codebook": codebook}
+    with artifact.create(tmp_path / "lm", "lm", config, inputs, force=True) as draft:
+        lm = LM(SHAPE, random_vocabulary().size)
+        pretrained.save(draft.path, SHAPE, random_vocabulary(), lm.state_dict().items())
+    new = artifact.load(tmp_path / "lm", "lm")
+    with pytest.raises(ArtifactError, match=f"adapter.*lm {old.fingerprint}.*{new.fingerprint}"):
+        Recogniser.load(tmp_path)
+
+
+def test_without_an_adapter_there_is_nothing_to_read_with(recogniser, store):
+    with pytest.raises(ValueError, match="no cross-attention adapter"):
+        recogniser.bank(store)
+
+
+def reading_from(recogniser, store, entries=None, **settings):
+    """What `recogniser` reads, and the recogniser with an adapter."""
+    reader = replace(recogniser, adapter=random_adapter())
+    retriever = retrieval_from(store).retriever
+    read = Read(**{"k": 3, "stride": 2, "whole": 4, **settings})
+    return reader, Reading(reader.bank(retriever), read, retriever, entries)
+
+
+def test_words_of_what_was_read_name_the_window_and_its_attention(recogniser, store):
+    for entries in (None, np.array([1, 6])):
+        reader, reading = reading_from(recogniser, store, entries)
+        [transcript] = transcribe(noise(3), reader, OPTIONS, datastore=store, reading=reading)
+        assert transcript.words
+        for word in transcript.words:
+            source = word.source
+            assert 0 < source.attention <= 1
+            assert source.text in TEXTS[int(source.utterance[1:])]
+            assert source.document == f"document {source.utterance[1:]}"
+            if entries is None:
+                assert source.distance >= 0
+            else:
+                assert source.distance is None
+                assert source.entry in entries
+        unnamed = list(transcribe(noise(3), reader, OPTIONS, reading=reading))
+        assert unnamed[0].text == transcript.text
+        assert all(word.source is None for word in unnamed[0].words)
+        plain = list(transcribe(noise(3), reader, OPTIONS))
+        assert plain[0].text != transcript.text, "otherwise nothing was read"
+
+
+def heard_by(*choices):
+    """A hypothesis of these choices, and its end."""
+    return Hypothesis((*choices, Choice(EOS, -0.1, -0.1, EOS)), -1.0, stopped=True)
+
+
+def test_the_source_of_a_word_is_what_its_changed_tokens_attended_to_most(recogniser, store):
+    vocabulary = recogniser.vocabulary
+    call, mar, ia, now = vocabulary.encode("call maria now")
+    heard = heard_by(
+        Choice(call, -0.1, -1.0, call, read=((7, 0.5, 1.5), (2, 0.3, 4.0))),
+        # Alone it would have said `mar` as well: what was read for it does not count.
+        Choice(mar, -0.1, -1.0, mar, read=((9, 0.9, 0.1),)),
+        Choice(ia, -0.1, -1.0, call, read=((3, 0.4, 3.0), (5, 0.2, math.inf))),
+        Choice(now, -0.1, -1.0, now),
+    )
+    first, second, third = (w.source for w in words(heard, vocabulary, store))
+    assert (first.entry, first.attention, first.distance) == (7, 0.5, 1.5)
+    assert (second.entry, second.attention, second.distance) == (3, 0.4, 3.0)
+    assert third is None
+    assert all(word.source is None for word in words(heard, vocabulary))
+
+
+def test_attention_is_averaged_over_a_words_tokens_and_its_distance_is_the_least(recogniser, store):
+    vocabulary = recogniser.vocabulary
+    call, mar, ia, now = vocabulary.encode("call maria now")
+    heard = heard_by(
+        Choice(call, -0.1, -1.0, call, read=((4, 0.2, math.inf),)),
+        Choice(mar, -0.1, -1.0, now, read=((9, 0.5, 2.0), (1, 0.4, 7.0))),
+        Choice(ia, -0.1, -1.0, now, read=((1, 0.3, 6.0),)),
+        Choice(now, -0.1, -1.0, now),
+    )
+    first, second, _ = (word.source for word in words(heard, vocabulary, store))
+    assert (first.entry, first.distance) == (4, None), "a list that was read whole has no distance"
+    assert (second.entry, second.distance) == (1, 6.0)
+    assert second.attention == pytest.approx(0.35)
+    assert second.utterance == store.utterance_name(1)
+
+
+def test_what_was_attended_to_goes_before_what_voted(recogniser, store):
+    vocabulary = recogniser.vocabulary
+    [call] = vocabulary.encode("call")
+    choice = Choice(call, -0.1, -1.0, call, entry=7, distance=0.1, read=((2, 0.1, 5.0),))
+    [word] = words(heard_by(choice), vocabulary, store)
+    assert (word.source.entry, word.source.attention, word.source.distance) == (2, 0.1, 5.0)
+    [word] = words(heard_by(replace(choice, read=())), vocabulary, store)
+    assert (word.source.entry, word.source.attention) == (7, None)
+    assert word.source.distance == pytest.approx(0.1)
+
+
+def test_clips_that_read_are_recognised_as_if_alone(recogniser, store):
+    reader, reading = reading_from(recogniser, store)
+    waves = [torch.randn(n, generator=torch.Generator().manual_seed(n)) / 10 for n in (4000, 20000)]
+    units = reader.listen(waves)
+    together = recognise(reader, units, OPTIONS, readings=[reading, reading])
+    for own, heard in zip(units, together, strict=True):
+        [alone] = recognise(reader, [own], OPTIONS, readings=[reading])
+        assert alone.tokens == heard.tokens
+
+
+def test_audio_in_which_nobody_speaks_has_no_transcript(recogniser):
+    careful = OPTIONS.model_copy(update={"speech": 0.75})
+    transcripts = list(transcribe(noise(25), recogniser, careful))
+    assert [(one.text, one.words) for one in transcripts] == [("", ())] * len(transcripts)
+    whole = list(transcribe(noise(25), recogniser, OPTIONS))
+    stretches = [[(one.start, one.end) for one in each] for each in (transcripts, whole)]
+    assert stretches[0] == stretches[1]
+
+
+@pytest.mark.parametrize("stretch", [[1], [1, 2], [1, 1, 2]])
+def test_a_stretch_said_over_and_over_is_a_loop(stretch):
+    assert loops([7, *stretch * LOOPS, 8])
+    assert not loops([7, *stretch * (LOOPS - 1), 8])
+    assert not loops([])
+
+
+def by_hand_loops(tokens):
+    return any(
+        tokens[start : start + length] * LOOPS == tokens[start : start + length * LOOPS]
+        for length in range(1, len(tokens) + 1)
+        for start in range(len(tokens) - length * LOOPS + 1)
+    )
+
+
+def test_loops_are_found_as_by_hand():
+    random, found = np.random.default_rng(0), set()
+    for _ in range(500):
+        tokens = random.integers(0, 2, random.integers(0, 14)).tolist()
+        assert loops(tokens) == by_hand_loops(tokens), tokens
+        found.add(loops(tokens))
+    assert found == {True, False}
+
+
+def test_a_transcript_is_credible_where_the_model_alone_thinks_it_likely():
+    heard = heard_by(Choice(7, -9.0, -2.0, 7), Choice(8, -9.0, -3.9, 8))
+    assert credible(heard, -2.0) and not credible(heard, -1.9), "the mean of -2, -3.9 and -0.1"
+    assert not credible(heard_by(*[Choice(7, -0.1, -0.1, 7)] * LOOPS), -2.0)
+    assert credible(Hypothesis(), -2.0)
+
+
+def test_what_retrieval_made_incredible_is_made_again_without(recogniser):
+    token = recogniser.vocabulary.encode("a")[-1]
+    units = recogniser.listen([torch.randn(n, generator=torch.Generator().manual_seed(n)) / 10
+                               for n in (4000, 20000)])  # fmt: skip
+    endless, free = retrieval_that_always_says(token), [None, None]
+    alone = recognise(recogniser, units, OPTIONS)
+    insisting = recognise(recogniser, units, OPTIONS, endless)
+    assert [one.tokens for one in insisting] != [one.tokens for one in alone]
+    careful = OPTIONS.model_copy(update={"agreement": -50.0})
+    assert recognise(recogniser, units, careful, endless) == alone, "it goes round in circles"
+    assert recognise(recogniser, units, careful, [None, endless])[0].tokens == alone[0].tokens
+    strict = OPTIONS.model_copy(update={"agreement": -1e-9})
+    for nothing in (None, free):
+        assert recognise(recogniser, units, strict, nothing) == alone

@@ -291,3 +291,46 @@ def test_a_context_stands_as_text_before_the_speech():
     for nothing in ((), []):
         assert VOCABULARY.prompt(speech, nothing) == VOCABULARY.prompt(speech)
         assert VOCABULARY.prompt(None, nothing) == [BOS, TEXT]
+
+
+def test_a_phrase_has_one_spelling_where_a_blank_makes_no_difference(tokenizer):
+    assert VOCABULARY.spellings("the light") == [VOCABULARY.encode("the light")]
+    vocabulary = Vocabulary(BasePieces(tokenizer), UNITS)
+    first, inside = vocabulary.spellings("light")
+    assert (first, inside) == (vocabulary.encode("light"), vocabulary.encode(" light"))
+    assert first != inside
+    assert vocabulary.encode("the light")[-len(inside) :] == inside
+
+
+@pytest.mark.parametrize(
+    ("phrase", "text", "place"),
+    [
+        ("light", "light the light", 0),
+        ("the light", "turn on the light", 2),
+        ("turn it", "don't turn it off", 1),
+        ("turn on the light", "turn on the light", 0),
+    ],
+)
+def test_a_phrase_is_found_where_it_first_stands(vocabulary, phrase, text, place):
+    ids = vocabulary.encode(text)
+    found = vocabulary.find(phrase, ids)
+    assert vocabulary.decode(ids[found]).strip() == phrase
+    assert len(vocabulary.decode(ids[: found.start]).split()) == place
+    assert vocabulary.find(phrase, np.array(ids).tolist() + [EOS]) == found
+
+
+def test_what_does_not_stand_in_a_text_is_not_found(vocabulary):
+    ids = vocabulary.encode("turn on the light")
+    for phrase in ("off", "the turn", "the light off", "", " "):
+        assert vocabulary.find(phrase, ids) is None
+    assert vocabulary.find("light", []) is None
+
+
+@pytest.mark.parametrize(
+    ("phrase", "text"), [("turn", "turnip soup"), ("on", "once more"), ("light", "lights off")]
+)
+def test_a_phrase_does_not_stand_in_the_beginning_of_a_longer_word(vocabulary, phrase, text):
+    assert vocabulary.find(phrase, vocabulary.encode(text)) is None
+    both = vocabulary.encode(f"{text} {phrase}")
+    found = vocabulary.find(phrase, both)
+    assert found.stop == len(both)
