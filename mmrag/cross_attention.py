@@ -173,6 +173,11 @@ class Adapter(nn.Module):
         self.encoder = ValueEncoder(config, lm)
         self.blocks = nn.ModuleList(Block(config, lm) for _ in self.layers)
 
+    @property
+    def encoded_shape(self) -> tuple[int, int, int, int]:
+        """What is attended to of one token: (L, 2, H, d)."""
+        return len(self.layers), 2, self.config.heads, self.config.head_width
+
     def memory(self, windows: Windows, embedding: nn.Embedding, start: Tensor, time: int) -> Memory:
         """The memory of a training batch, whose texts take `time` positions from `start` (B,)."""
         encoded = self.encode(embedding(windows.tokens), windows.keys, windows.present)

@@ -47,6 +47,10 @@ class Bank:
         one for each token, and which of the row's windows it belongs to (B, M), -1 for padding.
         """
         self._encode(np.unique(np.concatenate(rows)))
+        if not self._places:
+            shape = self.adapter.encoded_shape
+            nothing = self._lm.embedding.weight.new_zeros(len(rows), 1, *shape)
+            return nothing, torch.full((len(rows), 1), -1, device=nothing.device)
         places = [torch.tensor([self._places[e] for e in row.tolist()]).long() for row in rows]
         lengths = [self._lengths[own] for own in places]
         most = max(1, *(int(own.sum()) for own in lengths))
