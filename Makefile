@@ -6,7 +6,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: setup demo reproduce train-tiny test test-slow test-gpu lint format clean mlflow
+.PHONY: setup demo reproduce train-tiny train-adapter test test-slow test-gpu lint format clean mlflow
 
 setup: $(INSTALLED)
 
@@ -29,6 +29,21 @@ train-tiny: setup
 	for stage in synthesize pretrain_hubert tokenize train publish; do \
 		$(BIN)/python -m jobs.$$stage --config jobs/configs/train_tiny.yaml || exit 1; \
 	done
+
+# After train-tiny: the adapter for the package's language model, which stays as it is.
+ADAPTER := $(BIN)/python -m jobs.build_datastore --config jobs/configs/adapter.yaml
+train-adapter: setup
+	for stage in synthesize pretrain_hubert tokenize; do \
+		$(BIN)/python -m jobs.$$stage --config jobs/configs/adapter.yaml || exit 1; \
+	done
+	$(ADAPTER) datastore.name=phrases datastore.entries=entities
+	$(ADAPTER) datastore.name=retrieved
+	$(ADAPTER) datastore.name=wrong datastore.splits=[lm] datastore.domain=everyday
+	for name in retrieved wrong; do \
+		$(BIN)/python -m jobs.retrieve datastore.name=$$name || exit 1; \
+	done
+	$(BIN)/python -m jobs.train --config jobs/configs/adapter.yaml
+	$(BIN)/python -m jobs.publish --config jobs/configs/adapter.yaml
 
 test: setup
 	$(BIN)/python -m pytest

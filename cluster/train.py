@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -101,9 +101,10 @@ def fit(
 def _with_absolute_paths(experiment: Experiment) -> dict[str, Any]:
     """The experiment for the workers, whose working directory is not this process's."""
     values = experiment.model_dump(mode="json")
-    for name in ("base", "deepspeed"):
-        if values["train"][name] and not values["train"][name].startswith(shipped.PREFIX):
-            values["train"][name] = str(Path(values["train"][name]).absolute())
+    for section, name in (("train", "base"), ("train", "deepspeed"), ("adapter", "base")):
+        path = values[section] and values[section][name]
+        if path and not path.startswith(shipped.PREFIX):
+            values[section][name] = str(Path(path).absolute())
     return values
 
 
@@ -220,15 +221,25 @@ def _build(
         lm = LM(experiment.lm, vocabulary.size)
         adapter = experiment.adapter and Adapter(experiment.adapter.shape, experiment.lm)
         objective = Objective(lm, len(vocabulary.alphabet), settings.ctc_weight, adapter)
-    if frozen or settings.base:
-        base = frozen or settings.base
-        parameters = dict(lm.named_parameters())
-        for name, tensor in pretrained.base_tensors(base):
-            parameter = parameters[name]
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                if not partitioned or torch.distributed.get_rank() == 0:
-                    pretrained.place(name, parameter, tensor, vocabulary, base)
+    if base := frozen or settings.base:
+        for parameter, name, tensor in _filling(lm, pretrained.base_tensors(base), partitioned):
+            pretrained.place(name, parameter, tensor, vocabulary, base)
+    if adapter is not None and experiment.adapter.base:
+        tensors = pretrained.adapter_tensors(experiment.adapter.base)
+        for parameter, name, tensor in _filling(adapter, tensors, partitioned):
+            pretrained.put(name, parameter, tensor, experiment.adapter.base)
     return objective
+
+
+def _filling(
+    module: torch.nn.Module, tensors: Iterable[tuple[str, Tensor]], partitioned: bool
+) -> Iterator[tuple[Tensor, str, Tensor]]:
+    """Each parameter with what is to be written into it, where this process has to write it."""
+    parameters = dict(module.named_parameters())
+    for name, tensor in tensors:
+        with deepspeed.zero.GatheredParameters([parameters[name]], modifier_rank=0):
+            if not partitioned or torch.distributed.get_rank() == 0:
+                yield parameters[name], name, tensor
 
 
 def _restore(engine: deepspeed.DeepSpeedEngine) -> int:

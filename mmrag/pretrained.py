@@ -125,6 +125,17 @@ def load_adapter(directory: Path, lm: LM) -> Adapter:
     return adapter.to(like.dtype).eval()
 
 
+def adapter_tensors(base: str) -> Iterator[tuple[str, Tensor]]:
+    """The weights of an adapter to start from: of a model of this package, or in a directory."""
+    directory = Path(base)
+    if base.startswith(shipped.PREFIX):
+        directory = shipped.find(base) / "adapter"
+    try:
+        yield from load_file(directory / ADAPTER_WEIGHTS).items()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{directory} holds no adapter: {error}") from None
+
+
 def base_config(base: str) -> LanguageModel:
     """The shape of a model to start from: one of ours, or a Hugging Face directory."""
     if (own := ours(base)) is None:
@@ -204,16 +215,11 @@ def place(
     the base model's begin and end tokens to ours. Rows of units keep their random start.
     CheckpointError if the shapes differ otherwise.
     """
-    foreign = ours(base) is None
-    by_row = foreign and name in ("embedding.weight", "head.weight")
-    if parameter.shape[by_row:] != tensor.shape[by_row:]:
-        raise CheckpointError(
-            f"{base}: {name} is {list(tensor.shape)}, our lm's is {list(parameter.shape)}"
-        )
+    if ours(base) is not None or name not in ("embedding.weight", "head.weight"):
+        put(name, parameter, tensor, base)
+        return
+    _check(name, parameter.shape[1:], tensor.shape[1:], base)
     with torch.no_grad():
-        if not by_row:
-            parameter.copy_(tensor)
-            return
         rows = min(len(tensor), vocabulary.pieces.size)
         parameter[vocabulary.first_piece : vocabulary.first_piece + rows] = tensor[:rows].to(
             parameter
@@ -224,6 +230,18 @@ def place(
             theirs = theirs[0] if isinstance(theirs, list) else theirs
             if theirs is not None:
                 parameter[own] = tensor[theirs].to(parameter)
+
+
+def put(name: str, parameter: Tensor, tensor: Tensor, base: Path | str) -> None:
+    """Copy `tensor` of `base` into a parameter of its shape; CheckpointError if it has another."""
+    _check(name, parameter.shape, tensor.shape, base)
+    with torch.no_grad():
+        parameter.copy_(tensor)
+
+
+def _check(name: str, wanted: torch.Size, given: torch.Size, base: Path | str) -> None:
+    if wanted != given:
+        raise CheckpointError(f"{base}: {name} is {list(given)}, ours is {list(wanted)}")
 
 
 def to_huggingface(directory: Path, lm: LM) -> None:

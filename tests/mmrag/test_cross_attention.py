@@ -142,7 +142,7 @@ def test_a_memory_is_read_after_every_nth_layer(every):
 @pytest.mark.parametrize("every", BLOCKS)
 def test_each_block_is_what_it_is_by_hand(every):
     """Softmax over one null score and the visible tokens, head by head in float64."""
-    lm, ids, adapter = random_lm(), draw_ids(), random_adapter(every=every)
+    lm, adapter = random_lm(), random_adapter(every=every)
     windows = draw_windows(since=((0, 2, 1), (0, 3, 0), (4, 0, 0)))
     memory = memory_of(adapter, lm, windows)
     torch.manual_seed(5)

@@ -316,7 +316,7 @@ def test_a_phrase_is_found_where_it_first_stands(vocabulary, phrase, text, place
     found = vocabulary.find(phrase, ids)
     assert vocabulary.decode(ids[found]).strip() == phrase
     assert len(vocabulary.decode(ids[: found.start]).split()) == place
-    assert vocabulary.find(phrase, np.array(ids).tolist() + [EOS]) == found
+    assert vocabulary.find(phrase, [*ids, EOS]) == found
 
 
 def test_what_does_not_stand_in_a_text_is_not_found(vocabulary):
