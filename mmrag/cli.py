@@ -33,8 +33,6 @@ RETRIEVALS = ("none", "knn", "cross_attention", "both")
 UNTUNED = {"k": 16, "weight": 0.3, "temperature": 10.0}
 """kNN settings for a datastore that nobody tuned."""
 WHOLE = Read(k=8, stride=1, whole=300)
-AGREEMENT = -2.5
-"""As in `Decode`."""
 CACHE = Path(os.environ.get("MMRAG_CACHE") or Path.home() / ".cache" / "mmrag") / "phrases"
 console = Console(highlight=False, soft_wrap=True)
 
@@ -51,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             tokens_per_second=16,
             batch_seconds=options.max_seconds,
             max_seconds=options.max_seconds,
-            agreement=AGREEMENT,
+            speech=options.speech_threshold,
+            agreement=options.agreement,
         )
     except (ArtifactError, DatastoreError, OSError, ValueError, ImportError) as error:
         sys.exit(f"mmrag: {error}")
@@ -103,6 +102,20 @@ def _parser() -> argparse.ArgumentParser:
         type=_max_seconds,
         default=20.0,
         help="split longer audio (default: %(default)s)",
+    )
+    command.add_argument(
+        "--speech-threshold",
+        type=float,
+        default=0.75,
+        help="probability of speech from which on audio is transcribed; 0: all of it "
+        "(default: %(default)s)",
+    )
+    command.add_argument(
+        "--agreement",
+        type=float,
+        default=-2.5,
+        help="mean log-probability a token that the language model alone must give to what retrieval "
+        "brought about; below it the transcript is made again without (default: %(default)s)",
     )
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--json", action="store_true", help="one JSON object a stretch of audio")
@@ -189,6 +202,7 @@ def _print(file: Path, transcript: Transcript, as_json: bool) -> None:
         f"[bold green]{escape(word.text)}[/]" if word.changed else escape(word.text)
         for word in transcript.words
     )
+    marked = marked or "[dim](nothing said)[/]"
     console.print(f"{escape(str(file))}  {transcript.start:.1f}–{transcript.end:.1f} s\n  {marked}")
     for word in transcript.words:
         if word.changed and word.source:

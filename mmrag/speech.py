@@ -22,6 +22,7 @@ SPOKEN_FRAMES = 5
 """Frames with speech that make a clip speech: 160 ms, a short syllable."""
 
 
+@torch.inference_mode()
 def spoken(wave: Tensor, threshold: float) -> bool:
     """Whether a wave (T,) at 16 kHz holds speech: SPOKEN_FRAMES frames (or all of a shorter clip)
     that are speech with a probability of at least `threshold`. A threshold of 0 asks nothing."""
@@ -42,7 +43,8 @@ def _detector() -> Any:
     from silero_vad import load_silero_vad
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch wants another format than Silero's
+        for kind in (FutureWarning, DeprecationWarning):  # of how Silero's weights are read
+            warnings.simplefilter("ignore", kind)
         threads = torch.get_num_threads()
         detector = load_silero_vad()
         torch.set_num_threads(threads)  # loading sets one thread for the whole process

@@ -102,17 +102,31 @@ def clip(tmp_path_factory):
 
 @pytest.fixture
 def mmrag(models, capsys):
-    """Run `mmrag transcribe …`; the exit status, standard output and standard error."""
+    """Run `mmrag transcribe …`; the exit status, standard output and standard error.
 
-    def run(*arguments, models=models):
+    The clips are noise, which is transcribed all the same unless `threshold` says otherwise, by a
+    random model, which agrees with nothing that retrieval says.
+    """
+
+    def run(*arguments, models=models, threshold=0):
+        asked = ["--models", models, "--speech-threshold", threshold, "--agreement=-99", *arguments]
         with pytest.raises(SystemExit) as stopped:
-            cli.main(["transcribe", "--models", str(models), *map(str, arguments)])
+            cli.main(["transcribe", *map(str, asked)])
         status, printed = stopped.value.code, capsys.readouterr()
         if isinstance(status, str):  # Python prints it and exits with 1
             return 1, printed.out, printed.err + status
         return status, printed.out, printed.err
 
     return run
+
+
+def test_where_nobody_speaks_there_is_no_transcript(mmrag, clip):
+    status, out, err = mmrag(clip, threshold=0.75)
+    assert (status, err) == (0, "")
+    assert out.splitlines() == [f"{clip}  0.0–1.0 s", "  (nothing said)"]
+    _, printed, _ = mmrag(clip, "--json", threshold=0.75)
+    said = json.loads(printed)
+    assert (said["text"], said["words"], said["end"]) == ("", [], 1.0)
 
 
 def test_a_file_is_transcribed_under_its_name_and_times(mmrag, clip):

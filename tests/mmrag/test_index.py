@@ -375,3 +375,13 @@ def test_a_subset_leaves_out_a_whole_document_however_near_it_is(tmp_path):
     assert sorted(found.entries[0].tolist()) == [-1] * 10 + list(range(200, 220))
     assert np.isinf(found.distances[0, 20:]).all() and (found.documents[0, 20:] == -1).all()
     assert (found.documents[1:] == 0).all()
+
+
+def test_retrievers_hand_out_the_passages_of_their_datastore(tmp_path):
+    datastore = make(tmp_path, random_keys(60))
+    asked = np.array([59, 0, 7, 7])
+    expected = datastore.passages(asked)
+    for retriever in (flat(datastore, 3), SubsetRetriever(datastore, np.arange(5))):
+        found = retriever.passages(asked)
+        for field in ("tokens", "keys", "present"):
+            np.testing.assert_array_equal(getattr(found, field), getattr(expected, field))

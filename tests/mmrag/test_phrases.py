@@ -2,10 +2,17 @@
 
 import numpy as np
 import pytest
+import torch
 
 from mmrag import datastore
+from mmrag.config import LanguageModel
 from mmrag.datastore import Datastore, Description, Segment, windows_of
-from mmrag.phrases import CARRIERS, Phrases, utterances
+from mmrag.entries import read_entries
+from mmrag.lm import LM
+from mmrag.phrases import BATCH, CARRIERS, WINDOW, Phrases, remember, utterances
+from mmrag.records import Units
+from mmrag.tokens import Tokenized
+from mmrag.vocabulary import SentencePieces, Vocabulary
 
 NAMES = ["maria lopez", "rome", "the old lighthouse"]
 
@@ -100,3 +107,83 @@ def test_a_datastore_without_entries_knows_no_phrase(tmp_path):
     known = Phrases(store_of(tmp_path, [[]]))
     assert known.names == []
     assert known.mentions("rome") == []
+
+
+SHAPE = LanguageModel(width=8, layers=1, heads=2, kv_heads=2, feed_forward=8, tied=True)
+VOCABULARY = Vocabulary(SentencePieces.train([one.text for one in utterances(NAMES)], 60), units=6)
+IDENTITY = {"lm": "aaaa", "codebook": "bbbb"}
+
+
+class Speaker:
+    """Says everything in units that depend on the text; remembers what it said."""
+
+    def __init__(self):
+        self.said = []
+
+    def __call__(self, text):
+        self.said.append(text)
+        drawn = np.random.default_rng(len(text)).integers(0, 6, 5)
+        return Units(drawn.astype(np.int32), np.ones(5, np.int32))
+
+
+@pytest.fixture(scope="module")
+def lm():
+    torch.manual_seed(0)
+    return LM(SHAPE, VOCABULARY.size).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("speaks", [False, True])
+def test_phrases_are_remembered_as_entries_of_their_own_tokens(lm, tmp_path, speaks):
+    say = Speaker() if speaks else None
+    store = remember(tmp_path, NAMES, lm, VOCABULARY, IDENTITY, say)
+    assert store.description == Description(
+        SHAPE.width, WINDOW, "l2", "spoken" if speaks else "none", IDENTITY
+    )
+    batch = [Tokenized(one, say and say(one.text)) for one in utterances(NAMES)]
+    expected = read_entries(lm, VOCABULARY, batch, WINDOW, "entities")
+    np.testing.assert_array_equal(store.tokens, expected.tokens)
+    stored = store.keys(0, store.entries)
+    np.testing.assert_allclose(stored, expected.keys, atol=1e-3, rtol=1e-2)
+    known = Phrases(store)
+    assert known.names == NAMES
+    for name in NAMES:
+        found = store.passages(np.array(known.mentions(name)))
+        assert len(found.tokens) == len(CARRIERS)
+        for tokens, present in zip(found.tokens, found.present, strict=True):
+            assert VOCABULARY.decode(tokens[present]) == name
+
+
+def test_the_same_phrases_are_spoken_once(lm, tmp_path):
+    say = Speaker()
+    first = remember(tmp_path, NAMES, lm, VOCABULARY, IDENTITY, say)
+    assert len(say.said) == len(NAMES) * len(CARRIERS)
+    again = remember(tmp_path, [*NAMES, NAMES[0]], lm, VOCABULARY, IDENTITY, say)
+    assert again.directory == first.directory
+    assert len(say.said) == len(NAMES) * len(CARRIERS)
+    assert [path.name for path in tmp_path.iterdir()] == [first.directory.name]
+
+
+def test_other_phrases_other_models_and_other_speech_are_remembered_apart(lm, tmp_path):
+    asked = [
+        (NAMES, IDENTITY, None),
+        (NAMES[:2], IDENTITY, None),
+        (NAMES, {**IDENTITY, "lm": "cccc"}, None),
+        (NAMES, IDENTITY, Speaker()),
+    ]
+    stores = [remember(tmp_path, names, lm, VOCABULARY, who, say) for names, who, say in asked]
+    assert len({store.directory for store in stores}) == len(asked)
+
+
+def test_many_phrases_are_remembered_batch_by_batch(lm, tmp_path):
+    names = [f"{first} {second}" for first in "abcdefgh" for second in "klmnop"]
+    assert len(names) * len(CARRIERS) > 2 * BATCH
+    store = remember(tmp_path, names, lm, VOCABULARY, IDENTITY, None)
+    assert len(store.segments) == 3
+    assert Phrases(store).names == names
+
+
+@pytest.mark.parametrize("phrases", [[], ["rome", "!?"], [""]])
+def test_nothing_to_listen_for_is_an_error(lm, tmp_path, phrases):
+    with pytest.raises(ValueError, match="nothing to listen for"):
+        remember(tmp_path, phrases, lm, VOCABULARY, IDENTITY, None)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,43 @@
+"""Speech is heard in speech, and in nothing else."""
+
+import io
+
+import pytest
+import soundfile
+import torch
+
+from mmrag import speech
+from mmrag.corpora.augment import unspoken
+from mmrag.corpora.espeak import Synthesizer
+from mmrag.corpora.synthetic import VOICES
+
+THRESHOLD = 0.75
+
+
+def clips(count, seed):
+    for clip in unspoken(count, seed):
+        yield torch.from_numpy(soundfile.read(io.BytesIO(clip), dtype="float32")[0])
+
+
+def test_silence_noise_and_tones_are_not_speech():
+    heard = [speech.spoken(wave, THRESHOLD) for wave in clips(30, seed=5)]
+    assert sum(heard) == 0
+    assert len(heard) == 30
+
+
+@pytest.mark.parametrize("voice", VOICES["test"], ids=lambda voice: voice.id)
+def test_a_sentence_is_speech_in_every_voice(voice):
+    wave = torch.from_numpy(Synthesizer().speak("please call maria lopez", voice).wave)
+    assert speech.spoken(wave, THRESHOLD)
+    assert speech.spoken(torch.cat((torch.zeros(32_000), wave[:8000])), THRESHOLD)
+
+
+def test_a_threshold_of_nothing_asks_nothing():
+    assert speech.spoken(torch.zeros(100), 0)
+    assert not speech.spoken(torch.zeros(100), THRESHOLD)
+
+
+def test_listening_leaves_the_threads_of_the_process_alone():
+    before = torch.get_num_threads()
+    speech.spoken(torch.zeros(2000), THRESHOLD)
+    assert torch.get_num_threads() == before
