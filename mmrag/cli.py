@@ -33,6 +33,8 @@ RETRIEVALS = ("none", "knn", "cross_attention", "both")
 UNTUNED = {"k": 16, "weight": 0.3, "temperature": 10.0}
 """kNN settings for a datastore that nobody tuned."""
 WHOLE = Read(k=8, stride=1, whole=300)
+AGREEMENT = -2.5
+"""As in `Decode`."""
 CACHE = Path(os.environ.get("MMRAG_CACHE") or Path.home() / ".cache" / "mmrag") / "phrases"
 console = Console(highlight=False, soft_wrap=True)
 
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             batch_seconds=options.max_seconds,
             max_seconds=options.max_seconds,
             speech=options.speech_threshold,
-            agreement=options.agreement,
+            agreement=None if options.trust else AGREEMENT,
         )
     except (ArtifactError, DatastoreError, OSError, ValueError, ImportError) as error:
         sys.exit(f"mmrag: {error}")
@@ -111,11 +113,10 @@ def _parser() -> argparse.ArgumentParser:
         "(default: %(default)s)",
     )
     command.add_argument(
-        "--agreement",
-        type=float,
-        default=-2.5,
-        help="mean log-probability a token that the language model alone must give to what retrieval "
-        "brought about; below it the transcript is made again without (default: %(default)s)",
+        "--trust",
+        action="store_true",
+        help="keep transcripts that retrieval made loop or that the language model finds absurd; "
+        "else they are made again without",
     )
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--json", action="store_true", help="one JSON object a stretch of audio")

@@ -105,11 +105,11 @@ def mmrag(models, capsys):
     """Run `mmrag transcribe …`; the exit status, standard output and standard error.
 
     The clips are noise, which is transcribed all the same unless `threshold` says otherwise, by a
-    random model, which agrees with nothing that retrieval says.
+    random model, which agrees with nothing that retrieval says and loops.
     """
 
     def run(*arguments, models=models, threshold=0):
-        asked = ["--models", models, "--speech-threshold", threshold, "--agreement=-99", *arguments]
+        asked = ["--models", models, "--speech-threshold", threshold, "--trust", *arguments]
         with pytest.raises(SystemExit) as stopped:
             cli.main(["transcribe", *map(str, asked)])
         status, printed = stopped.value.code, capsys.readouterr()
