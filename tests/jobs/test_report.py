@@ -65,6 +65,58 @@ def results(**rates: float) -> list[dict]:
     ]
 
 
+def reading_results(**rates: float) -> list[dict]:
+    """Rows of cross-attention and both beside `results()`; no aim is missed."""
+    wer = {"read": 0.09, "both": 0.08, "list": 0.09, "most": 0.095, "told": 0.25} | rates
+    recalled = rates.get("recalled", 0.95)
+    cross, spoken = "cross_attention", "spoken"
+    return [
+        row("domain", cross, "multimodal", wer=wer["read"]),
+        row("domain", "both", "multimodal", wer=wer["both"]),
+        *(
+            row("dynamic_context", cross, spoken, phrases=n, wer=rate, entity_recall=recalled)
+            for n, rate in ((10, wer["list"]), (100, wer["list"]), (1000, wer["most"]))
+        ),
+        row("dynamic_context", "both", spoken, phrases=100, wer=wer["both"]),
+        row("wrong_datastore", cross, "wrong", wer=wer["told"]),
+        row("wrong_datastore", "both", "wrong", wer=wer["told"]),
+        row("no_speech", "none", setting=report.DETECTED, wer=0.1, empty=rates.get("empty", 0.98)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("aim", "rates", "answer"),
+    [
+        (0, {"list": 0.125}, "yes"),
+        (0, {"list": 0.1251}, "no"),
+        (1, {"recalled": 0.9}, "yes"),
+        (1, {"recalled": 0.8999}, "no"),
+        (2, {"read": 0.0999, "list": 0.0999}, "yes"),
+        (2, {"read": 0.1}, "no"),
+        (2, {"list": 0.1}, "no"),
+        (3, {"both": 0.09}, "yes"),
+        (3, {"both": 0.0901}, "no"),
+        (4, {"list": 0.09, "most": 0.0989}, "yes"),
+        (4, {"list": 0.09, "most": 0.0991}, "no"),
+        (5, {"told": 0.2524}, "yes"),
+        (5, {"told": 0.2526}, "no"),
+        (7, {"empty": 0.97}, "no"),
+    ],
+)
+def test_an_aim_of_cross_attention_is_reached_up_to_its_border(aim, rates, answer):
+    answers = reached([*results(), *reading_results(**rates)])
+    assert len(answers) == 6 + 8
+    assert answers[6 + aim] == answer
+
+
+def test_what_nobody_said_is_counted_where_something_was_told():
+    rates = {"inserted": 0.01, "copied": 0.002, "looped": 0.0}
+    rows = [row(task, "knn", "text", **rates) for task in ("domain", "size", "wrong_datastore")]
+    header, *cells = report.hallucinations(rows)
+    assert [line[0] for line in cells] == [report.TITLES["domain"], report.TITLES["wrong_datastore"]]
+    assert cells[0][header.index("inserted") :] == ("1.00%", "0.20%", "0.00%")
+
+
 def transcripts(**wrong: int) -> dict:
     """What was heard with each datastore of the domain: how many utterances have one error."""
     counts = {"multimodal": 0, "text": 6, "spoken": 1} | wrong
@@ -89,6 +141,7 @@ def own(experiment: Experiment, tmp_path: Path) -> Experiment:
         sweep_utterances=12,
         phrases=(10, 100, 1000),
         carriers=("{phrase}",),
+        mentions=1,
         boost=(1.0,),
         shares=(0, 1),
         sizes=(10, 100),
@@ -309,7 +362,7 @@ def test_every_task_that_is_plotted_has_a_title():
 
 
 def test_the_summary_has_the_rows_that_were_measured_in_its_own_order():
-    lines = report.summary(results()[::-1])
+    lines = report.summary([*results(), *reading_results()][::-1])
     assert [line.split("|")[1].strip() for line in lines[2:]] == list(report.SUMMARY)
     everyday = lines[2].split("|")
     assert [cell.strip() for cell in everyday[2:4]] == ["12", "5.0%"]
