@@ -113,7 +113,10 @@ def test_what_nobody_said_is_counted_where_something_was_told():
     rates = {"inserted": 0.01, "copied": 0.002, "looped": 0.0}
     rows = [row(task, "knn", "text", **rates) for task in ("domain", "size", "wrong_datastore")]
     header, *cells = report.hallucinations(rows)
-    assert [line[0] for line in cells] == [report.TITLES["domain"], report.TITLES["wrong_datastore"]]
+    assert [line[0] for line in cells] == [
+        report.TITLES["domain"],
+        report.TITLES["wrong_datastore"],
+    ]
     assert cells[0][header.index("inserted") :] == ("1.00%", "0.20%", "0.00%")
 
 

@@ -16,7 +16,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 KEYS = {
     *("task", "mode", "datastore", "phrases", "entries", "setting", "utterances"),
     *("wer", "wer_low", "wer_high", "entity_recall", "recall_at_k"),
-    *("seconds_of_audio", "decode_seconds", "keys_mb"),
+    *("seconds_of_audio", "decode_seconds", "keys_mb", "empty"),
+    *("inserted", "copied", "looped"),
 }
 CONDITIONS = ("noise-10", "spanish", *(("flite-slt",) if flite.installed() else ()))
 SETTINGS = {
@@ -24,6 +25,7 @@ SETTINGS = {
     "sweep_utterances": 2,
     "phrases": (2, 100),
     "carriers": ("{phrase}", "call {phrase}"),
+    "mentions": 1,
     "boost": (1.0, 2.0),
     "shares": (0, 1),
     "sizes": (10, 40, 10**9),
@@ -40,18 +42,26 @@ def mine(experiment: Experiment, docs: Path) -> Experiment:
         update={
             "reproduce": Reproduce(docs=docs, **SETTINGS),
             "evaluate": experiment.evaluate.model_copy(update={"workers": two}),
-            "tune": experiment.tune.model_copy(update={"k": (4,), "weight": (0.5,)}),
+            "tune": experiment.tune.model_copy(
+                update={
+                    "k": (4,),
+                    "weight": (0.5,),
+                    "read": experiment.tune.read[:1],
+                    "both_weight": (0.2,),
+                }
+            ),
         }
     )
 
 
 @pytest.fixture(scope="module")
-def reproduced(workspace, tmp_path_factory) -> tuple[Experiment, list[dict], list[dict]]:
+def reproduced(adapted, workspace, tmp_path_factory) -> tuple[Experiment, list[dict], list[dict]]:
     """(the experiment, rows of results.json, transcripts behind them)."""
     home = tmp_path_factory.mktemp("reproduce")
-    for name in ("corpus", "hubert", "codebook", "tokens", "lm"):
-        shutil.copytree(workspace.path / name, home / "w" / name)
-    experiment = mine(workspace.experiment, home / "docs")
+    shutil.copytree(workspace.path / "corpus", home / "w" / "corpus")
+    for name in ("hubert", "codebook", "tokens", "lm", "adapter"):
+        shutil.copytree(adapted.path / name, home / "w" / name)
+    experiment = mine(adapted.experiment, home / "docs")
     experiment = experiment.model_copy(update={"workspace": home / "w"})
     reproduce.run(experiment)
     rows = json.loads((home / "docs" / "results.json").read_text())
@@ -65,7 +75,8 @@ def reproduced(workspace, tmp_path_factory) -> tuple[Experiment, list[dict], lis
 
 def test_there_are_rows_of_every_task_with_the_agreed_keys(reproduced):
     _, rows, _ = reproduced
-    assert list(dict.fromkeys(row["task"] for row in rows)) == list(reproduce.TASKS)
+    tasks = [*reproduce.TASKS, "no_speech"]
+    assert list(dict.fromkeys(row["task"] for row in rows)) == tasks
     assert all(row.keys() == KEYS for row in rows)
 
 
@@ -75,10 +86,12 @@ def test_what_identifies_a_row_is_there_once(reproduced):
     identities = [tuple(row[key] for key in about) for row in rows]
     assert len(set(identities)) == len(identities)
     domain = {(r["mode"], r["datastore"]) for r in rows if r["task"] == "domain"}
-    assert domain == {("none", None), ("knn", "text"), ("knn", "multimodal"), ("knn", "spoken")}
+    assert domain == {("none", None), ("knn", "text")} | {
+        (m, s) for m in ("knn", "cross_attention", "both") for s in ("multimodal", "spoken")
+    }
     lists = {(r["mode"], r["phrases"]) for r in rows if r["task"] == "dynamic_context"}
     assert lists == {("none", None)} | {
-        (m, n) for m in ("knn", "boost", "prompt") for n in (2, 100)
+        (m, n) for m in ("knn", "cross_attention", "both", "boost", "prompt") for n in (2, 100)
     }
     other = {row["setting"] for row in rows if row["task"] == "robustness"}
     assert other == set(CONDITIONS)
@@ -93,8 +106,9 @@ def test_error_rates_are_those_of_the_transcripts(reproduced):
         (task, word_error_rate([o["reference"] for o in own], [o["text"] for o in own], 1).rate)
         for (task, _), own in by_point.items()
     }
-    assert len(by_point) == len(rows)
-    for row in rows:
+    spoken = [row for row in rows if row["task"] != "no_speech"]
+    assert len(by_point) == len(spoken)
+    for row in spoken:
         assert (row["task"], row["wer"]) in rates
         assert row["wer_low"] <= row["wer"] <= row["wer_high"]
 
@@ -110,7 +124,15 @@ def test_the_page_holds_each_tasks_table_and_every_plot_it_shows(reproduced):
     page = (docs / "results.md").read_text()
     shown = [line.split("(")[1].rstrip(")") for line in page.splitlines() if line[:2] == "!["]
     assert shown and all((docs / name).read_bytes()[:4] == b"\x89PNG" for name in shown)
-    assert page.count("\n## ") == 1 + len({row["task"] for row in rows})
+    assert page.count("\n## ") == 2 + len({row["task"] for row in rows})
+
+
+def test_clips_in_which_nobody_speaks_have_no_words(reproduced):
+    _, rows, _ = reproduced
+    silent = [row for row in rows if row["task"] == "no_speech"]
+    assert {row["mode"] for row in silent} == {"none", "cross_attention"}
+    assert all(row["empty"] >= 0.98 for row in silent if row["setting"].endswith("on"))
+    assert all(row["wer"] is None and row["utterances"] == 100 for row in silent)
 
 
 def test_a_finished_task_is_not_done_again(reproduced):
