@@ -196,14 +196,16 @@ class PromptingPhrases:
 
 
 def _by_document(datastore: Datastore) -> Callable[[Sequence[str]], np.ndarray]:
-    """Looks up the entries of named documents."""
+    """Looks up the entries of named documents; one that is not there has none."""
     order = np.argsort(datastore.documents, kind="stable")
     ends = np.cumsum(np.bincount(datastore.documents))
     spans = {
         datastore.document_name(number): slice(*span)
         for number, span in enumerate(pairwise([0, *ends.tolist()]))
     }
-    return lambda names: np.concatenate([np.empty(0, int), *(order[spans[n]] for n in names)])
+    return lambda names: np.concatenate(
+        [np.empty(0, int), *(order[spans.get(n, slice(0))] for n in names)]
+    )
 
 
 def open_locally(directory: Path) -> LocalRetriever:

@@ -225,9 +225,13 @@ def _build(
         for parameter, name, tensor in _filling(lm, pretrained.base_tensors(base), partitioned):
             pretrained.place(name, parameter, tensor, vocabulary, base)
     if adapter is not None and experiment.adapter.base:
-        tensors = pretrained.adapter_tensors(experiment.adapter.base)
-        for parameter, name, tensor in _filling(adapter, tensors, partitioned):
-            pretrained.put(name, parameter, tensor, experiment.adapter.base)
+        base, names = experiment.adapter.base, {name for name, _ in adapter.named_parameters()}
+        tensors = dict(pretrained.adapter_tensors(base))
+        if tensors.keys() != names:
+            differing = sorted(tensors.keys() ^ names)
+            raise pretrained.CheckpointError(f"{base} has another shape: {differing}")
+        for parameter, name, tensor in _filling(adapter, tensors.items(), partitioned):
+            pretrained.put(name, parameter, tensor, base)
     return objective
 
 

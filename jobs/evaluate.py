@@ -20,7 +20,7 @@ from jobs import stage
 from jobs.tune import heard_by, select
 from mmrag import tune
 from mmrag.artifact import Artifact, Draft, load, write_json
-from mmrag.config import KNN, Experiment, Read, Retrieves, as_dict
+from mmrag.config import KNN, ConfigError, Experiment, Read, Retrieves, as_dict
 from mmrag.datastore import Datastore
 from mmrag.records import Retriever
 from mmrag.score import ErrorRate, Recall, character_error_rate, entity_recall, word_error_rate
@@ -139,6 +139,11 @@ def _ways(experiment: Experiment, lm: Artifact) -> list[Way]:
             if name == "knn" or not silent:  # the adapter reads what was heard
                 knn, read = _settings(experiment, made, name)
                 ways.append(Way(name, datastore, made, knn, read))
+    if not ways:
+        raise ConfigError(
+            f"evaluate: nothing to do in modes {list(experiment.evaluate.modes)} with datastores "
+            f"{list(experiment.evaluate.datastores)}; what nobody spoke is only used in mode knn"
+        )
     return ways
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cluster.progress import METRICS
 from jobs import stage
-from mmrag import shipped
+from mmrag import artifact, shipped
 from mmrag.config import Experiment
 
 KINDS = {"hubert": "pretrain_hubert", "codebook": "tokenize", "lm": "train"}
@@ -32,6 +32,10 @@ def run(experiment: Experiment, force: bool = False) -> None:
     if size > LIMIT_MB:
         raise ValueError(f"{experiment.workspace}: models of {size:.0f} MB; {LIMIT_MB} are allowed")
     model = shipped.DIRECTORY / shipped.TINY.removeprefix(shipped.PREFIX)
+    if "adapter" not in made and (model / "adapter").exists():
+        shipped_with = artifact.load(model / "adapter", "adapter").inputs.get("lm")
+        if shipped_with != made["lm"].fingerprint:  # it cannot be used with the new one
+            shutil.rmtree(model / "adapter")
     for kind, each in made.items():
         shutil.rmtree(model / kind, ignore_errors=True)
         (model / kind).mkdir(parents=True)

@@ -17,6 +17,7 @@ from mmrag import artifact, pretrained, shipped, tokens
 from mmrag.artifact import Artifact, Draft
 from mmrag.config import ConfigError, Experiment, Train, as_dict
 from mmrag.cross_attention import Adapter
+from mmrag.datastore import Datastore
 from mmrag.lm import parameter_count
 from mmrag.units import Codebook
 from mmrag.vocabulary import BasePieces, SentencePieces, Vocabulary
@@ -81,6 +82,12 @@ def _adapter(experiment: Experiment, force: bool) -> Artifact:
         store = stage.load(experiment, f"datastores/{name}", "datastore", "build_datastore")
         store.require("lm", lm)
         inputs[f"datastore {name}"] = store
+        window = Datastore.open(store.path).description.window
+        if window > experiment.adapter.shape.window:
+            raise ConfigError(
+                f"adapter.shape.window {experiment.adapter.shape.window}: the windows of datastore "
+                f"{name} have {window} tokens"
+            )
     for name in (contexts.retrieved, contexts.wrong):
         near = stage.load(experiment, f"neighbours/{name}", "neighbours", "retrieve")
         near.require("datastore", inputs[f"datastore {name}"])

@@ -43,6 +43,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     reads = ()
     if experiment.tune.read and Datastore.open(store.path).description.audio != "none":
         inputs["adapter"] = stage.load(experiment, "adapter", "adapter", "train")
+        inputs["adapter"].require("lm", lm)
         reads = experiment.tune.read
 
     def work(draft: Draft, tracked: Run) -> None:

@@ -89,7 +89,7 @@ class Phrases:
     def __init__(self, datastore: Datastore) -> None:
         self.datastore = datastore
         starts = np.flatnonzero(np.diff(datastore.utterances, prepend=-1))
-        stops = np.append(starts[1:], datastore.entries)
+        stops = np.append(starts, datastore.entries)[1:]
         self._mentions: dict[str, list[int]] = {}
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
             # The window around the middle reaches as far to both sides as it can.

@@ -75,6 +75,11 @@ class Bank:
             self._places, self._encoded = {}, torch.empty(0)
             new = entries.tolist()
         found = self.source.passages(np.array(new))
+        if found.tokens.shape[1] > self.adapter.config.window:
+            raise ValueError(
+                f"a datastore with windows of {found.tokens.shape[1]} tokens for an adapter that "
+                f"reads {self.adapter.config.window}"
+            )
         device = self._lm.embedding.weight.device
         encoded = self.adapter.encode(
             self._lm.embedding(torch.from_numpy(found.tokens).long().to(device)),

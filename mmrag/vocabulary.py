@@ -128,12 +128,19 @@ class Vocabulary:
         return ways[: 1 if ways[0] == ways[1] else 2]
 
     def find(self, phrase: str, text: Sequence[int]) -> slice | None:
-        """Where a phrase stands in a text given as ids; None if it does not."""
-        for way in self.spellings(phrase):
+        """Where a phrase stands in a text given as ids, whole words of it; None if it does not."""
+        for way in filter(None, self.spellings(phrase)):
             for start in range(len(text) - len(way) + 1):
-                if way and list(text[start : start + len(way)]) == way:
-                    return slice(start, start + len(way))
+                stop = start + len(way)
+                opens = start == 0 or self._starts[text[start]]
+                closes = stop == len(text) or self._starts[text[stop]]
+                if opens and closes and list(text[start:stop]) == way:
+                    return slice(start, stop)
         return None
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return self.word_starts()
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text; specials and units among them are passed over."""

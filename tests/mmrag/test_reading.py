@@ -321,7 +321,7 @@ def test_clips_that_read_together_are_decoded_as_if_alone(every, beams, stride):
     else:
         readings = [Reading(bank, read(stride=stride), bank.source) for _ in speech]
     together = listen(lm, speech, readings, beams, limits)
-    assert len({len(one.choices) for one in together}) > 2, "rows leave the batch one by one"
+    assert len({len(one.choices) for one in together}) > 1, "rows leave the batch one by one"
     for units, limit, one, heard in zip(speech, limits, readings, together, strict=True):
         [alone] = listen(lm, [units], [one], beams, [limit])
         agree(heard, alone)
