@@ -57,6 +57,8 @@ ROW = (
 )
 """Keys of a line of `results.json`."""
 DECOY_UTTERANCES = 1600
+LEAST_TOKENS = 12
+"""Of an utterance, on average: what a large datastore reads follows from the entries asked for."""
 PHRASES_K = 16
 """Neighbours asked for among an utterance's phrases while their weight is chosen."""
 
@@ -251,7 +253,8 @@ def wrong_datastore(lab: Lab) -> tuple[str, int, list[Point]]:
 def size(lab: Lab) -> tuple[str, int, list[Point]]:
     """More and more entries: first the domain's own, then distractors."""
     knn = lab.multimodal.knn
-    store = lab.datastore("large", "paired", splits=("datastore", "lm"))
+    enough = max(lab.settings.sizes) // LEAST_TOKENS + 1
+    store = lab.datastore("large", "paired", splits=("datastore", "lm"), utterances=enough)
     points = []
     for entries in lab.settings.sizes:
         if entries <= store.summary["entries"]:
