@@ -170,6 +170,8 @@ class Adapter(nn.Module):
         super().__init__()
         self.config = config
         self.layers = list(range(config.every - 1, lm.layers, config.every))
+        if not self.layers:
+            raise ValueError(f"a block after every {config.every} of {lm.layers} layers is none")
         self.encoder = ValueEncoder(config, lm)
         self.blocks = nn.ModuleList(Block(config, lm) for _ in self.layers)
 

@@ -128,6 +128,8 @@ def decode(
     """
     if not speech:
         return []
+    if readings is not None and len(readings) != len(speech):
+        raise ValueError(f"{len(readings)} readings for {len(speech)} clips")
     device = lm.embedding.weight.device
     allowed = torch.from_numpy(vocabulary.transcript_ids()).to(device)
     before = contexts or [()] * len(speech)

@@ -99,8 +99,8 @@ class Bank:
 class Reading:
     """A datastore's windows to read while transcribing one clip or many.
 
-    `entries` (N,) is a list to read whole where it has at most `settings.whole` of them; otherwise
-    `retriever` is asked, which then searches that list alone.
+    `entries` (N,) is a list to read whole where it has at most `settings.whole` of them, whatever
+    document they are of; otherwise `retriever` is asked, which then searches that list alone.
     """
 
     bank: Bank

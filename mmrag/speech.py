@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from mmrag.audio import SAMPLE_RATE
 
 FRAME = 512
 """Samples that the detector looks at a time, at 16 kHz."""
+_LOCK = Lock()
 SPOKEN_FRAMES = 5
 """Frames with speech that make a clip speech: 160 ms, a short syllable."""
 
@@ -28,13 +30,15 @@ def spoken(wave: Tensor, threshold: float) -> bool:
     that are speech with a probability of at least `threshold`. A threshold of 0 asks nothing."""
     if threshold <= 0:
         return True
-    detector, heard = _detector(), 0
+    heard = 0
     frames = functional.pad(wave.float().cpu(), (0, -len(wave) % FRAME)).split(FRAME)
-    detector.reset_states()
-    for frame in frames:
-        heard += float(detector(frame, SAMPLE_RATE)) >= threshold
-        if heard >= min(SPOKEN_FRAMES, len(frames)):
-            return True
+    with _LOCK:  # the detector remembers the frames before
+        detector = _detector()
+        detector.reset_states()
+        for frame in frames:
+            heard += float(detector(frame, SAMPLE_RATE)) >= threshold
+            if heard >= min(SPOKEN_FRAMES, len(frames)):
+                return True
     return False
 
 

@@ -138,7 +138,8 @@ def recognise(
     ids = [vocabulary.encode_units(one) for one in units]
     limits = [max(16, round(s * settings.tokens_per_second)) for s in seconds]
     heard = decode(recogniser.lm, vocabulary, ids, limits, settings, retrieval, **biasing)
-    helped = retrieval is not None or biasing.get("readings") is not None
+    given = retrieval if isinstance(retrieval, Sequence) else [retrieval]
+    helped = any((*given, *(biasing.get("readings") or ())))
     if not helped or settings.agreement is None:
         return heard
     doubtful = [n for n, one in enumerate(heard) if not credible(one, settings.agreement)]

@@ -131,16 +131,17 @@ class Vocabulary:
         """Where a phrase stands in a text given as ids, whole words of it; None if it does not."""
         for way in filter(None, self.spellings(phrase)):
             for start in range(len(text) - len(way) + 1):
-                stop = start + len(way)
-                opens = start == 0 or self._starts[text[start]]
-                closes = stop == len(text) or self._starts[text[stop]]
-                if opens and closes and list(text[start:stop]) == way:
-                    return slice(start, stop)
+                found = slice(start, start + len(way))
+                if list(text[found]) == way and self._stands_alone(text, found):
+                    return found
         return None
 
-    @cached_property
-    def _starts(self) -> np.ndarray:
-        return self.word_starts()
+    def _stands_alone(self, text: Sequence[int], found: slice) -> bool:
+        """Whether no word goes on across the ends of `found`."""
+        ends = (found.start, found.start + 1, found.stop, found.stop + 1)
+        before, first, whole, after = (self.decode(text[:end]) for end in ends)
+        goes_on = before[-1:].isalnum() and first[len(before) :][:1].isalnum()
+        return not goes_on and not after[len(whole) :][:1].isalnum()
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text; specials and units among them are passed over."""

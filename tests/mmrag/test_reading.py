@@ -587,6 +587,13 @@ def test_clips_that_read_with_two_adapters_cannot_be_decoded_together():
         listen(lm, clips(2), two)
 
 
+def test_windows_wider_than_the_adapter_reads_are_refused_by_both_widths():
+    lm, shape = random_lm(), random_adapter().config.model_copy(update={"window": WINDOW - 1})
+    one = reading_of(lm, Adapter(shape, SHAPE).eval(), entries=[20])
+    with pytest.raises(ValueError, match=f"windows of {WINDOW} tokens .* reads {WINDOW - 1}"):
+        listen(lm, clips(1), [one])
+
+
 @pytest.mark.parametrize("every", EVERY.values(), ids=EVERY)
 @pytest.mark.parametrize("beams", [1, 3])
 def test_neighbours_vote_beside_what_is_read(every, beams):
