@@ -288,7 +288,7 @@ def show(evaluation: Artifact) -> None:
         pad_edge=False,
     )
     for number, name in enumerate(HEADER):
-        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
+        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
     for row in results["rows"]:
         table.add_row(*cells(row))
     stage.console.print(table)
