@@ -52,9 +52,8 @@ def run(experiment: Experiment, force: bool = False) -> None:
         ("Take the speech encoder", lambda: pretrain_hubert.run(experiment, force)),
         ("Turn speech into units", lambda: tokenize.run(experiment, force)),
     ]
-    fine_tuning = lambda: train.run(experiment, force)  # noqa: E731 (an act like the others)
     if experiment.adapter is None:
-        acts.append(("Fine-tune the language model", fine_tuning))
+        acts.append(("Fine-tune the language model", lambda: train.run(experiment, force)))
     acts += [
         ("Build a datastore of text", lambda: build_datastore.run(text, force)),
         ("Build a multi-modal datastore", lambda: build_datastore.run(multimodal, force)),
@@ -62,7 +61,7 @@ def run(experiment: Experiment, force: bool = False) -> None:
     if experiment.adapter is not None:
         acts += [
             ("Look up what the adapter will read", lambda: _look_up(experiment, force)),
-            ("Fine-tune the adapter", fine_tuning),
+            ("Fine-tune the adapter", lambda: train.run(experiment, force)),
         ]
     acts += [
         ("Tune retrieval from text", lambda: tune.run(text, force)),

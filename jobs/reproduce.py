@@ -111,6 +111,10 @@ class Lab:
         self.lm = stage.load(experiment, "lm", "lm", "train")
         self.adapter = stage.load(experiment, "adapter", "adapter", "train")
         self.adapter.require("lm", self.lm)
+        about = {"splits": ("lm",), "domain": EVERYDAY, "utterances": DECOY_UTTERANCES}
+        name = experiment.tune.decoy or "wrong"
+        self.decoy = self.datastore(name, "paired", **about)
+        """Everyday sentences, which say nothing about anybody's name; tuning opens them too."""
 
     def spoken(self, split: str, domain: str, limit: int, made: Artifact | None = None) -> list:
         """The first utterances of a split's domain."""
@@ -121,8 +125,7 @@ class Lab:
         return build_datastore.run(self.about(name, audio, **changes), self.force)
 
     def store(self, name: str, audio: str, **changes: Any) -> Store:
-        """A datastore and its settings, chosen on the dev split with the decoy at hand."""
-        self.decoy  # noqa: B018 (tuning opens it)
+        """A datastore and its settings, chosen on the dev split."""
         about = self.about(name, audio, **changes)
         made = build_datastore.run(about, self.force)
         return _store(made, tune.run(about, self.force).path)
@@ -137,13 +140,6 @@ class Lab:
         """WER alone, to choose by."""
         references, texts = [one.reference for one in heard], [one.text for one in heard]
         return word_error_rate(references, texts, resamples=1).rate
-
-    @cached_property
-    def decoy(self) -> Artifact:
-        """Everyday sentences, which say nothing about anybody's name."""
-        name = self.experiment.tune.decoy or "wrong"
-        about = {"splits": ("lm",), "domain": EVERYDAY, "utterances": DECOY_UTTERANCES}
-        return self.datastore(name, "paired", **about)
 
     @cached_property
     def multimodal(self) -> Store:

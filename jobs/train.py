@@ -1,4 +1,4 @@
-"""The language model: vocabulary, then Ray Train + DeepSpeed through all phases in one run."""
+"""The language model, or an adapter for it: Ray Train + DeepSpeed through all phases in one run."""
 
 from __future__ import annotations
 

@@ -143,9 +143,9 @@ def _found(options: argparse.Namespace, recogniser: Recogniser) -> dict[str, Any
     datastore = Datastore.open(named if named.is_dir() else options.datastore)
     datastore.require({role: recogniser.identity[role] for role in ("lm", "codebook")})
     mode = options.retrieval or "knn"
-    found: dict[str, Any] = {"datastore": datastore}
     if mode == "none":
         return {}
+    found: dict[str, Any] = {"datastore": datastore}
     retriever = LocalRetriever.load(saved_shards(datastore.directory), datastore)
     knn, read = _tuned(options, datastore, mode)
     if mode in ("knn", "both"):

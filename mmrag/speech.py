@@ -19,9 +19,9 @@ from mmrag.audio import SAMPLE_RATE
 
 FRAME = 512
 """Samples that the detector looks at a time, at 16 kHz."""
-_LOCK = Lock()
 SPOKEN_FRAMES = 5
 """Frames with speech that make a clip speech: 160 ms, a short syllable."""
+_LOCK = Lock()
 
 
 @torch.inference_mode()
