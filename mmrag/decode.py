@@ -1,13 +1,15 @@
 """From speech ids to text ids: a step is forward, retrieve, transform, choose.
 
-Greedy search is beam search with one beam. Every chosen token carries its evidence: what the
-language model alone thought, what it would have chosen, and which datastore entry spoke for it.
-Nothing here knows words or audio.
+Clips are decoded together in a batch that any of them may join or leave between two steps. Greedy
+search is beam search with one beam. Every chosen token carries its evidence: what the language
+model alone thought, what it would have chosen, and which datastore entry spoke for it. Nothing here
+knows words or audio.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -19,7 +21,7 @@ from mmrag.boost import Boost
 from mmrag.config import KNN, Decode
 from mmrag.knn import best_neighbour, gate, knn_logp, mix, unsure
 from mmrag.layers import Cache
-from mmrag.lm import LM
+from mmrag.lm import LM, LMOutput
 from mmrag.reading import Reader, Reading, Share
 from mmrag.records import NO_ENTRY, Neighbours, Retriever
 from mmrag.vocabulary import EOS, PAD, Vocabulary
@@ -72,20 +74,52 @@ class Hypothesis:
         return self.logp / max(1, len(self.choices)) ** length_penalty
 
 
-@dataclass
+@dataclass(frozen=True)
+class Clip:
+    """What there is to decode, and how. `speech` and `context` are ids of the vocabulary."""
+
+    speech: Sequence[int]
+    limit: int
+    """Longest transcript, tokens."""
+    beams: int = 1
+    length_penalty: float = 0.0
+    temperature: float = 0.0
+    """With one beam: draw each token from the distribution to the power of 1 / temperature; 0 takes
+    the likeliest."""
+    retrieval: Retrieval | None = None
+    reading: Reading | None = None
+    """The windows that the model attends to."""
+    exclude_document: int = -1
+    """A document whose entries must not be used; -1 for none."""
+    boost: Boost | None = None
+    """Phrases to favour."""
+    context: Sequence[int] = ()
+    """Text that stands before the speech in the prompt."""
+
+    @property
+    def asks_with_text(self) -> bool:
+        """Whether its queries are states over the transcript alone, as in `KNN.query`."""
+        return self.retrieval is not None and self.retrieval.settings.query == "text"
+
+
+@dataclass(eq=False)
 class Search:
     """One clip's beam."""
 
-    limit: int
+    clip: Clip
     live: list[Hypothesis] = field(default_factory=lambda: [Hypothesis()])
     finished: list[Hypothesis] = field(default_factory=list)
+    missing_shards: int = 0
+    """Shards that did not answer, at most in one step."""
 
-    def advance(self, candidates: list[tuple[Hypothesis, Choice, int]], beams: int) -> list[int]:
-        """Keep the best `beams` of (hypothesis, its next choice, its row); return their rows.
+    def advance(self, candidates: list[tuple[Hypothesis, Choice, int]]) -> list[int]:
+        """Keep the best of (hypothesis, its next choice, its row), a beam's worth; return their
+        rows.
 
-        The search is over, and no row is returned, once `beams` hypotheses have stopped, or at
-        the limit.
+        The search is over, and no row is returned, once as many hypotheses have stopped, or at the
+        limit.
         """
+        beams = self.clip.beams
         ranked = sorted(candidates, key=lambda c: c[0].logp + c[1].logp, reverse=True)
         self.live, rows = [], []
         for rank, (hypothesis, choice, row) in enumerate(ranked):
@@ -95,18 +129,23 @@ class Search:
             elif len(self.live) < beams:
                 self.live.append(hypothesis.then(choice))
                 rows.append(row)
-        at_limit = any(len(hypothesis.choices) >= self.limit for hypothesis in self.live)
+        at_limit = any(len(hypothesis.choices) >= self.clip.limit for hypothesis in self.live)
         if len(self.finished) >= beams or at_limit:
             self.finished = self.finished or self.live
             self.live, rows = [], []
         return rows
 
-    def best(self, length_penalty: float) -> Hypothesis:
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing left to extend."""
+        return not self.live
+
+    def best(self) -> Hypothesis:
         """The hypothesis of the highest score among those that stopped, or all if none did."""
-        return max(self.finished, key=lambda h: h.score(length_penalty))
+        penalty = self.clip.length_penalty
+        return max(self.finished or self.live, key=lambda h: h.score(penalty))
 
 
-@torch.inference_mode()
 def decode(
     lm: LM,
     vocabulary: Vocabulary,
@@ -121,85 +160,246 @@ def decode(
 ) -> list[Hypothesis]:
     """Transcribe clips given as unit ids (vocabulary ids), at most `limits` tokens each.
 
-    `retrieval` is one for all clips, or one a clip. `exclude_documents` names a document a clip
-    whose entries must not be used (-1 for none). `boosts` has the phrases that a clip favours,
-    `contexts` text (ids) that stands before its speech in the prompt, `readings` the windows that
-    the model attends to.
+    `retrieval` is one for all clips, or one a clip, as is everything after it; each as in `Clip`.
+    ValueError where there is one too many or too few.
     """
-    if not speech:
-        return []
-    if readings is not None and len(readings) != len(speech):
-        raise ValueError(f"{len(readings)} readings for {len(speech)} clips")
-    device = lm.embedding.weight.device
-    allowed = torch.from_numpy(vocabulary.transcript_ids()).to(device)
-    before = contexts or [()] * len(speech)
-    prompts = [vocabulary.prompt(u, text) for u, text in zip(speech, before, strict=True)]
-    ids, lengths = _pad(prompts, device)
-    capacity = ids.shape[1] + max(limits)
-    cache = Cache(lm.config, len(prompts), capacity, like=lm.embedding.weight)
-    silent = _query(retrieval) == "text"
-    listener = _TextReader(lm, vocabulary, len(prompts), max(limits)) if silent else None
-    reader = Reader(lm, readings, capacity) if any(readings or ()) else None
-    searches = [Search(limit) for limit in limits]
-    owners = list(range(len(searches)))
-    excluded = list(exclude_documents) if exclude_documents is not None else None
-    own = isinstance(retrieval, Sequence)
-    if own and len(retrieval) != len(speech):
-        raise ValueError(f"{len(retrieval)} retrievals for {len(speech)} clips")
+    clips = len(speech)
+    one_each = {
+        "limit": limits,
+        "retrieval": retrieval if isinstance(retrieval, Sequence) else [retrieval] * clips,
+        "exclude_document": exclude_documents,
+        "boost": boosts,
+        "context": contexts,
+        "reading": readings,
+    }
+    given = {name: values for name, values in one_each.items() if values is not None}
+    for name, values in given.items():
+        if len(values) != clips:
+            raise ValueError(f"{name}: {len(values)} for {clips} clips")
+    shared = {"beams": settings.beams, "length_penalty": settings.length_penalty}
+    batch = Batch(lm, vocabulary)
+    searches = batch.join(
+        [
+            Clip(one, **shared, **{name: values[n] for name, values in given.items()})
+            for n, one in enumerate(speech)
+        ]
+    )
+    while batch.searches:
+        batch.step()
+    return [search.best() for search in searches]
 
-    while owners:
-        at = torch.arange(ids.shape[1], device=device) == (lengths - 1)[:, None]
-        output = lm(ids, cache, lengths, at)
-        lm_logp = output.logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)
-        exclude = [excluded[owner] for owner in owners] if excluded is not None else None
-        asked = [retrieval[owner] for owner in owners] if own else retrieval
-        logp, shares = lm_logp, None
-        if reader:
-            logits, shares = reader.read(ids, lengths, at, output, lm_logp, exclude)
-            logp = logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)
-        queries = output.keys[at] if listener is None else listener.read(ids)
-        logp, neighbours = retrieve(logp, queries, asked, exclude)
-        if boosts is not None:
-            live = [h for owner in dict.fromkeys(owners) for h in searches[owner].live]
-            logp = logp + torch.stack(
-                [boosts[o].bonus(h.tokens) for o, h in zip(owners, live, strict=True)]
-            ).to(logp)
 
-        choices = choose(logp, lm_logp, neighbours, 2 * settings.beams, shares)
-        rows: list[int] = []
-        next_owners: list[int] = []
+class Batch:
+    """Clips that are decoded together, a token a step."""
+
+    def __init__(self, lm: LM, vocabulary: Vocabulary) -> None:
+        self.retrieval_seconds = 0.0
+        """Spent looking things up, so far."""
+        self._lm = lm
+        self._vocabulary = vocabulary
+        device = lm.embedding.weight.device
+        self._allowed = torch.from_numpy(vocabulary.transcript_ids()).to(device)
+        self._rows: _Rows | None = None
+
+    @property
+    def searches(self) -> list[Search]:
+        """Those that go on."""
+        return list(dict.fromkeys(self._rows.owners)) if self._rows else []
+
+    @property
+    def rows(self) -> int:
+        """Hypotheses that the next step extends."""
+        return len(self._rows.owners) if self._rows else 0
+
+    @torch.inference_mode()
+    def join(self, clips: Sequence[Clip]) -> list[Search]:
+        """Read the clips' prompts and choose their first tokens; one search a clip."""
+        if not clips:
+            return []
+        fresh = _Rows(self._lm, self._vocabulary, clips)
+        searches = list(fresh.owners)
+        self._step(fresh)
+        if fresh.owners:
+            self._rows = self._rows.join(fresh) if self._rows else fresh
+        return searches
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Choose one more token for every hypothesis; searches that are over leave."""
+        if self._rows:
+            self._step(self._rows)
+        if self._rows and not self._rows.owners:
+            self._rows = None
+
+    @torch.inference_mode()
+    def leave(self, search: Search) -> None:
+        """Give up a search; one that is not here is no error."""
+        if self._rows and search in self._rows.owners:
+            kept = [row for row, owner in enumerate(self._rows.owners) if owner is not search]
+            self._rows.select(kept)
+            if not kept:
+                self._rows = None
+
+    def _step(self, batch: _Rows) -> None:
+        """Forward, retrieve, transform, choose."""
+        device, owners = batch.ids.device, batch.owners
+        places = torch.arange(batch.ids.shape[1], device=device)
+        at = places == (batch.lengths - 1)[:, None]
+        output = self._lm(batch.ids, batch.cache, batch.lengths, at)
+        lm_logp = self._logp(output.logits)
+        exclude = [owner.clip.exclude_document for owner in owners]
+        exclude = exclude if max(exclude) >= 0 else None
+
+        started = time.perf_counter()
+        logp, shares = self._read(batch, at, output, lm_logp, exclude)
+        queries = output.keys[at]
+        if batch.listener:
+            queries = queries.index_copy(0, batch.asking, batch.listener.read(batch.asked_ids))
+        logp, neighbours = retrieve(logp, queries, [o.clip.retrieval for o in owners], exclude)
+        self.retrieval_seconds += time.perf_counter() - started
+        live = [h for owner in dict.fromkeys(owners) for h in owner.live]
+        logp = _boosted(logp, owners, live)
+
+        choices = choose(
+            logp,
+            lm_logp,
+            neighbours,
+            2 * max(owner.clip.beams for owner in owners),
+            shares,
+            [owner.clip.temperature for owner in owners],
+        )
+        first = {owner: row for row, owner in reversed(list(enumerate(owners)))}
+        kept: list[int] = []
         for owner in dict.fromkeys(owners):
-            search = searches[owner]
-            first = owners.index(owner)
             candidates = [
-                (hypothesis, choice, first + offset)
-                for offset, hypothesis in enumerate(search.live)
-                for choice in choices[first + offset]
+                (hypothesis, choice, first[owner] + offset)
+                for offset, hypothesis in enumerate(owner.live)
+                for choice in choices[first[owner] + offset]
             ]
-            kept = search.advance(candidates, settings.beams)
-            rows += kept
-            next_owners += [owner] * len(kept)
-        owners = next_owners
-        if owners:
-            if rows != list(range(len(cache.lengths))):  # a copy of the whole cache: spare it
-                cache = cache.select(torch.tensor(rows, device=device))
-                if listener:
-                    listener.select(torch.tensor(rows, device=device))
-                if reader:
-                    reader.select(rows)
-            last = [h.choices[-1].token for o in dict.fromkeys(owners) for h in searches[o].live]
-            ids = torch.tensor(last, device=device)[:, None]
-            lengths = torch.ones_like(ids[:, 0])
-    return [search.best(settings.length_penalty) for search in searches]
+            if owner.clip.retrieval or owner.clip.reading:
+                missing = max(neighbours.missing_shards, batch.missing_shards)
+                owner.missing_shards = max(owner.missing_shards, missing)
+            kept += owner.advance(candidates)
+        batch.select(kept)
+
+    def _logp(self, logits: Tensor) -> Tensor:
+        return logits.masked_fill(~self._allowed, -torch.inf).log_softmax(-1)
+
+    def _read(
+        self,
+        batch: _Rows,
+        at: Tensor,
+        output: LMOutput,
+        lm_logp: Tensor,
+        exclude: Sequence[int] | None,
+    ) -> tuple[Tensor, list[Sequence[Share]] | None]:
+        """What the next tokens (B, V) look like to the rows that read, and what they attended to;
+        to the others as `lm_logp` has it."""
+        if not batch.reader:
+            return lm_logp, None
+        rows = batch.reading
+        if len(rows) == len(batch.owners):
+            logits, shares = batch.reader.read(
+                batch.ids, batch.lengths, at, output, lm_logp, exclude
+            )
+            return self._logp(logits), shares
+        seen = replace(output, keys=output.keys[rows], states=output.states[rows])
+        excluded = exclude and [exclude[row] for row in rows.tolist()]
+        logits, own = batch.reader.read(
+            batch.ids[rows], batch.lengths[rows], at[rows], seen, lm_logp[rows], excluded
+        )
+        shares: list[Sequence[Share]] = [()] * len(batch.owners)
+        for row, share in zip(rows.tolist(), own, strict=True):
+            shares[row] = share
+        return lm_logp.index_copy(0, rows, self._logp(logits)), shares
 
 
-def _query(retrieval: Retrieval | Sequence[Retrieval | None] | None) -> str:
-    """What asks, as in `KNN.query`; clips that are decoded together agree on it."""
-    all = retrieval if isinstance(retrieval, Sequence) else [retrieval]
-    kinds = {one.settings.query for one in all if one is not None} or {"speech"}
-    if len(kinds) > 1:
-        raise ValueError("clips decoded together ask with speech and with text: choose one")
-    return kinds.pop()
+class _Rows:
+    """The hypotheses of a batch, row by row: whose they are, what was read, what comes next."""
+
+    def __init__(self, lm: LM, vocabulary: Vocabulary, clips: Sequence[Clip]) -> None:
+        device = lm.embedding.weight.device
+        prompts = [vocabulary.prompt(clip.speech, clip.context) for clip in clips]
+        self.owners = [Search(clip) for clip in clips]
+        self.ids, self.lengths = _pad(prompts, device)
+        """The tokens to read next (B, T) and how many of them there are (B,)."""
+        longest = max(clip.limit for clip in clips)
+        like = lm.embedding.weight
+        capacity = self.ids.shape[1] + longest
+        self.cache = Cache(lm.config, len(clips), capacity, like=like)
+        self.reader: Reader | None = None
+        self.listener: _TextReader | None = None
+        reading = [clip.reading for clip in clips if clip.reading is not None]
+        if reading:
+            self.reader = Reader(lm, reading, capacity)
+        asking = sum(clip.asks_with_text for clip in clips)
+        if asking:
+            self.listener = _TextReader(lm, vocabulary, asking, longest)
+        self._place()
+
+    @property
+    def asked_ids(self) -> Tensor:
+        """The newest token of the rows that ask with text (B', 1)."""
+        return self.ids[self.asking, -1:]
+
+    @property
+    def missing_shards(self) -> int:
+        """Shards that did not answer when something was looked up to read."""
+        return self.reader.missing_shards if self.reader else 0
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows, which may repeat, and read what their searches chose last."""
+        for name, places in (("reader", self.reading), ("listener", self.asking)):
+            part = getattr(self, name)
+            if part is None:
+                continue
+            number = {row: n for n, row in enumerate(places.tolist())}
+            kept = [number[row] for row in rows if row in number]
+            if not kept:
+                setattr(self, name, None)
+            elif kept != list(range(len(number))):
+                part.select(kept)
+        if rows and list(rows) != list(range(len(self.owners))):  # a copy of the cache: spare it
+            self.cache = self.cache.select(torch.tensor(rows, device=self.ids.device))
+        self.owners = [self.owners[row] for row in rows]
+        last = [h.choices[-1].token for o in dict.fromkeys(self.owners) for h in o.live]
+        self.ids = torch.tensor(last, device=self.ids.device)[:, None]
+        self.lengths = torch.ones_like(self.ids[:, 0])
+        self._place()
+
+    def join(self, other: _Rows) -> _Rows:
+        """These rows, then those of `other`; every row has one token to read."""
+        self.owners += other.owners
+        self.cache = self.cache.join(other.cache)
+        for name in ("reader", "listener"):
+            mine, new = getattr(self, name), getattr(other, name)
+            if mine and new:
+                mine.join(new)
+            else:
+                setattr(self, name, mine or new)
+        self.ids = torch.cat((self.ids, other.ids))
+        self.lengths = torch.cat((self.lengths, other.lengths))
+        self._place()
+        return self
+
+    def _place(self) -> None:
+        """Number the rows that read, and those that ask with text."""
+        clips = [owner.clip for owner in self.owners]
+        read = [row for row, clip in enumerate(clips) if clip.reading is not None]
+        ask = [row for row, clip in enumerate(clips) if clip.asks_with_text]
+        self.reading = torch.tensor(read, device=self.ids.device, dtype=torch.long)
+        self.asking = torch.tensor(ask, device=self.ids.device, dtype=torch.long)
+
+
+def _boosted(logp: Tensor, owners: Sequence[Search], live: Sequence[Hypothesis]) -> Tensor:
+    """`logp` (B, V) with what the rows' phrases earn."""
+    rows = [row for row, owner in enumerate(owners) if owner.clip.boost is not None]
+    if not rows:
+        return logp
+    earned = torch.zeros_like(logp)
+    for row in rows:
+        earned[row] = owners[row].clip.boost.bonus(live[row].tokens).to(logp)
+    return logp + earned
 
 
 class _TextReader:
@@ -218,9 +418,13 @@ class _TextReader:
         at = torch.zeros_like(ids, dtype=torch.bool)
         return self._lm(ids, self._cache, at=at).keys[:, -1]
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, which may repeat."""
-        self._cache = self._cache.select(rows)
+        self._cache = self._cache.select(torch.tensor(rows, device=self._cache.lengths.device))
+
+    def join(self, other: _TextReader) -> None:
+        """Go on with the rows of `other`, too."""
+        self._cache = self._cache.join(other._cache)
 
 
 def retrieve(
@@ -282,12 +486,19 @@ def choose(
     neighbours: Neighbours,
     candidates: int,
     shares: Sequence[Sequence[Share]] | None = None,
+    temperatures: Sequence[float] | None = None,
 ) -> list[list[Choice]]:
     """The `candidates` likeliest next tokens of each row, with their evidence.
 
-    A row in which fewer are possible (neighbours alone, weight 1) has fewer.
+    A row in which fewer are possible (neighbours alone, weight 1) has fewer. A row of a
+    temperature above 0 has one token, drawn.
     """
+    temperatures = temperatures or [0.0] * len(logp)
     best = logp.topk(min(candidates, logp.shape[1]))
+    for row, temperature in enumerate(temperatures):
+        if temperature > 0:
+            drawn = (logp[row] / temperature).softmax(-1).multinomial(1)[0]
+            best.values[row, 0], best.indices[row, 0] = logp[row, drawn], drawn
     tokens = best.indices.cpu()
     alone = lm_logp.gather(1, best.indices).cpu()
     preferred = lm_logp.argmax(-1).tolist()
@@ -298,7 +509,7 @@ def choose(
     for row, values in enumerate(best.values.tolist()):
         choices = []
         for rank, value in enumerate(values):
-            if value == -math.inf:
+            if value == -math.inf or (rank > 0 and temperatures[row] > 0):
                 break
             column = int(columns[rank][row])
             entry, distance = NO_ENTRY, float("inf")

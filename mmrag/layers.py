@@ -102,6 +102,17 @@ class Cache:
         chosen.lengths = self.lengths[rows]
         return chosen
 
+    def join(self, other: Cache) -> Cache:
+        """The rows of both, with room for what either had room for."""
+        both = object.__new__(Cache)
+        room = max(self.capacity, other.capacity)
+        for name in ("keys", "values"):
+            parts = [getattr(cache, name) for cache in (self, other)]
+            padded = [functional.pad(part, (0, 0, 0, room - part.shape[3])) for part in parts]
+            setattr(both, name, torch.cat(padded, 1))
+        both.lengths = torch.cat((self.lengths, other.lengths))
+        return both
+
 
 class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads."""
@@ -126,11 +137,8 @@ class Attention(nn.Module):
         mask: Tensor | None,
     ) -> Tensor:
         """x (B, T, D) -> (B, T, D). `mask` (B, 1, T, seen) is None for plain causal attention."""
-        q, k, v = (
-            project(x).unflatten(-1, (-1, self.width)).transpose(1, 2)
-            for project in (self.q, self.k, self.v)
-        )
-        q, k = rotate(q, *angles), rotate(k, *angles)
+        q, k = self._rotated(x, angles)
+        v = self.v(x).unflatten(-1, (-1, self.width)).transpose(1, 2)
         if cache is not None:
             seen_k, seen_v = cache.write(self.layer, positions, k, v)
             if mask is not None:
@@ -139,6 +147,27 @@ class Attention(nn.Module):
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
         )
         return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def weights(self, x: Tensor, angles: tuple[Tensor, Tensor], last: int) -> Tensor:
+        """Where the `last` positions of x (B, T, D) look: (B, H, last, T) float32, rows sum to 1.
+
+        `forward` never holds them, which is why it is fast; these are what it computes without a
+        cache.
+        """
+        q, k = self._rotated(x, angles)
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        scores = q[:, :, -last:] @ k.transpose(2, 3) / self.width**0.5
+        time = x.shape[1]
+        seen = torch.ones(last, time, dtype=torch.bool, device=x.device).tril(time - last)
+        return scores.float().masked_fill(~seen, -torch.inf).softmax(-1)
+
+    def _rotated(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Queries (B, H, T, width) and keys (B, KV, T, width), turned by their positions."""
+        q, k = (
+            project(x).unflatten(-1, (-1, self.width)).transpose(1, 2)
+            for project in (self.q, self.k)
+        )
+        return rotate(q, *angles), rotate(k, *angles)
 
 
 class SwiGLU(nn.Module):

@@ -117,18 +117,20 @@ class Reading:
 class Reader:
     """The memory of the rows of a batch, from step to step."""
 
-    def __init__(self, lm: LM, readings: Sequence[Reading | None], capacity: int) -> None:
+    def __init__(self, lm: LM, readings: Sequence[Reading], capacity: int) -> None:
         """One reading a row; `capacity` is the longest that a row may get, in tokens."""
         self._lm = lm
         self._readings = list(readings)
-        adapters = {id(one.bank.adapter): one.bank.adapter for one in readings if one is not None}
+        adapters = {id(one.bank.adapter): one.bank.adapter for one in readings}
         if len(adapters) != 1:
             raise ValueError(f"clips decoded together read with {len(adapters)} adapters, not one")
         [self._adapter] = adapters.values()
         nothing = np.empty(0, np.int64)
-        self._entries = [one.entries if one and one.whole else nothing for one in readings]
+        self._entries = [one.entries if one.whole else nothing for one in readings]
         self._distances = [np.full(len(own), np.inf, np.float32) for own in self._entries]
         self._age = [0] * len(self._entries)
+        self.missing_shards = 0
+        """Shards that did not answer the last search."""
         self._memory: Memory | None = None
         self._windows = torch.empty(0)
         self._changed = True
@@ -166,19 +168,31 @@ class Reader:
         for name in ("_readings", "_entries", "_distances", "_age"):
             values = getattr(self, name)
             setattr(self, name, [values[row] for row in rows])
-        index = torch.tensor(rows, device=self._windows.device)
-        self._memory = self._memory.select(index)
-        self._windows = self._windows[index]
+        index = torch.tensor(rows, device=self._lm.embedding.weight.device)
+        if not self._changed:
+            self._memory = self._memory.select(index)
+            self._windows = self._windows[index]
         if self._cache is not None:
             self._cache = self._cache.select(index)
+
+    def join(self, other: Reader) -> None:
+        """Go on with the rows of `other`, too."""
+        if other._adapter is not self._adapter:
+            raise ValueError("clips decoded together read with 2 adapters, not one")
+        for name in ("_readings", "_entries", "_distances", "_age"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        if self._cache is not None:
+            self._cache = self._cache.join(other._cache)
+        self._changed = True
 
     def _search(
         self, keys: Tensor, lm_logp: Tensor, exclude_documents: Sequence[int] | None
     ) -> None:
         """Look for windows where a row has none left and its model is not certain."""
         asking: dict[int, list[int]] = {}
+        self.missing_shards = 0
         for row, one in enumerate(self._readings):
-            if one is None or one.whole:
+            if one.whole:
                 continue
             self._age[row] += 1
             if len(self._entries[row]) and self._age[row] < one.settings.stride:
@@ -192,6 +206,7 @@ class Reader:
             excluded = exclude_documents and [exclude_documents[row] for row in rows]
             queries = keys[rows].float().cpu().numpy()
             found = one.retriever.search(queries, one.settings.k, excluded)
+            self.missing_shards = max(self.missing_shards, found.missing_shards)
             near = gate(torch.from_numpy(found.distances), one.settings.gate).tolist()
             for row, own, distances, open in zip(
                 rows, found.entries, found.distances, near, strict=True
@@ -206,10 +221,10 @@ class Reader:
 
     def _gather(self) -> None:
         """Lay out what every row reads; rows of several datastores side by side."""
-        banks = {id(one.bank): one.bank for one in self._readings if one is not None}
+        banks = {id(one.bank): one.bank for one in self._readings}
         parts = []
         for bank in banks.values():
-            rows = [row for row, one in enumerate(self._readings) if one and one.bank is bank]
+            rows = [row for row, one in enumerate(self._readings) if one.bank is bank]
             parts.append((rows, *bank.gather([self._entries[row] for row in rows])))
         if len(parts) == 1 and len(parts[0][0]) == len(self._readings):
             [(_, encoded, windows)] = parts

@@ -662,7 +662,12 @@ def test_what_asks_with_text_and_finds_nothing_changes_nothing():
     assert decode(lm, VOCABULARY, speech, limits, options(3), unheard) == plain
 
 
-def test_speech_and_text_cannot_ask_together():
+def test_clips_that_ask_with_speech_and_with_text_are_decoded_together():
     by_speech, by_text = (Retrieval(Store(), knn(query=query)) for query in ("speech", "text"))
-    with pytest.raises(ValueError, match="with speech and with text"):
-        decode(random_lm(), VOCABULARY, clips(3), [3] * 3, options(), [by_speech, None, by_text])
+    lm, speech, asked = random_lm(), clips(3), [by_speech, None, by_text]
+    together = decode(lm, VOCABULARY, speech, [3] * 3, options(), asked)
+    alone = [
+        decode(lm, VOCABULARY, [one], [3], options(), how)[0]
+        for one, how in zip(speech, asked, strict=True)
+    ]
+    assert [one.tokens for one in together] == [one.tokens for one in alone]
