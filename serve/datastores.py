@@ -1,0 +1,150 @@
+"""/v1/datastores: what the service looks things up in, made and changed while it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+
+from mmrag.config import SLUG
+from serve import door, schema
+from serve.errors import ApiError
+from serve.messages import Stored
+from serve.pipeline import Pipeline
+from serve.settings import Settings
+from serve.texts import bounded
+
+ALL = "/v1/datastores"
+ONE, ENTRIES = f"{ALL}/{{name}}", f"{ALL}/{{name}}/entries"
+
+
+class Datastores:
+    """The routes."""
+
+    def __init__(self, settings: Settings, pipeline: Pipeline) -> None:
+        self._settings = settings
+        self._pipeline = pipeline
+
+    def router(self) -> APIRouter:
+        """All of them."""
+        router = APIRouter()
+        name = {"name": {"type": "string", "pattern": SLUG}}
+        made = _takes(schema.NewDatastore, name)
+        router.get(ALL)(self.datastores)
+        router.post(ALL, status_code=201, openapi_extra=made)(self.create)
+        router.get(ONE)(self.datastore)
+        router.delete(ONE)(self.delete)
+        router.get(ENTRIES)(self.documents)
+        router.post(ENTRIES, openapi_extra=_takes(schema.NewEntries, {}))(self.add)
+        router.delete(ENTRIES)(self.remove)
+        return router
+
+    async def datastores(self) -> schema.Datastores:
+        """Every datastore."""
+        found = await self._pipeline.ask(self._pipeline.retriever.stored)
+        return schema.Datastores(data=[_datastore(one) for one in found])
+
+    async def create(self, request: Request) -> schema.Datastore:
+        """Make a datastore, of texts or of recordings with what is said in them."""
+        asked, recordings = await self._additions(request, schema.NewDatastore)
+        ask, retriever = self._pipeline.ask, self._pipeline.retriever
+        if recordings is None:
+            made = await ask(retriever.create, asked.name, asked.texts)
+        else:
+            made = await ask(retriever.create_paired, asked.name, asked.texts, recordings)
+        return _datastore(made)
+
+    async def datastore(self, name: str) -> schema.Datastore:
+        """A datastore."""
+        return _datastore(await self._pipeline.ask(self._pipeline.retriever.describe, name))
+
+    async def delete(self, name: str) -> schema.DeletedDatastore:
+        """Delete a datastore."""
+        await self._pipeline.ask(self._pipeline.retriever.delete, name)
+        return schema.DeletedDatastore(id=name)
+
+    async def documents(
+        self,
+        name: str,
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+        after: Annotated[int, Query(ge=0, le=2**31)] = 0,
+    ) -> schema.Documents:
+        """What has been added to a datastore, `limit` documents from number `after` on."""
+        retriever = self._pipeline.retriever
+        found = await self._pipeline.ask(retriever.documents, name, after, limit + 1)
+        shown = [schema.Document(document=d, entries=n) for d, n in found[:limit]]
+        return schema.Documents(data=shown, has_more=len(found) > limit)
+
+    async def add(self, name: str, request: Request) -> schema.AddedEntries:
+        """Add texts or recordings; the next request finds them."""
+        asked, recordings = await self._additions(request, schema.NewEntries)
+        ask, retriever = self._pipeline.ask, self._pipeline.retriever
+        if recordings is None:
+            added, entries = await ask(retriever.add, name, asked.texts)
+        else:
+            added, entries = await ask(retriever.add_paired, name, asked.texts, recordings)
+        return schema.AddedEntries(datastore=name, added=added, entries=entries)
+
+    async def remove(self, name: str, document: Annotated[str, Query()]) -> schema.DeletedEntries:
+        """Delete what was added as `document`."""
+        retriever = self._pipeline.retriever
+        deleted, entries = await self._pipeline.ask(retriever.remove, name, document)
+        return schema.DeletedEntries(datastore=name, deleted=deleted, entries=entries)
+
+    async def _additions(
+        self, request: Request, kind: type[schema.NewEntries]
+    ) -> tuple[schema.NewEntries, list[list[Any]] | None]:
+        """What is to be added, from JSON or a form; with the waves of each recording, if any."""
+        limits, data = self._settings.limits, []
+        if request.headers["content-type"].lower().startswith(door.FORM):
+            form = await request.form(max_files=limits.texts, max_fields=limits.texts + 1)
+            data = [one for one in form.getlist("file") if isinstance(one, UploadFile)]
+            fields = {name: form[name] for name in kind.model_fields if name in form}
+            given: Any = {**fields, "texts": form.getlist("text")}
+        else:
+            given = await request.body()
+        try:
+            asked = kind.model_validate_json(given) if isinstance(given, bytes) else kind(**given)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            param = ".".join(map(str, problem["loc"])) or None
+            message = f"{param or 'body'}: {problem['msg']}"
+            raise ApiError(422, message, problem["type"], param) from None
+        texts = bounded(asked.texts, limits.texts, "texts", limits)
+        asked = asked.model_copy(update={"texts": texts})
+        if not data:
+            return asked, None
+        if len(data) != len(asked.texts):
+            message = f"{len(data)} recordings and {len(asked.texts)} texts: one text each"
+            raise ApiError(400, message, None, "text")
+        recordings, seconds = [], 0.0
+        for one in data:
+            content = await one.read()
+            seconds += await self._pipeline.seconds(content)
+            if seconds > limits.audio_seconds:
+                message = f"more than {limits.audio_seconds:g} s of audio at a time"
+                raise ApiError(413, message, "too_long", "file")
+            recordings.append(await self._pipeline.waves(content))
+            if len(recordings[-1]) != 1:
+                longest = self._settings.decode.max_seconds
+                message = f"a recording is longer than {longest:g} s: cut it up"
+                raise ApiError(413, message, "too_long", "file")
+        return asked, recordings
+
+
+def _takes(kind: type[schema.NewEntries], form: dict[str, Any]) -> dict[str, Any]:
+    """The OpenAPI description of a body that is JSON of this kind, or a form with recordings."""
+    many = {"file": {"type": "string", "format": "binary"}, "text": {"type": "string"}}
+    fields = form | {name: {"type": "array", "items": one} for name, one in many.items()}
+    recordings = {"type": "object", "properties": fields, "required": list(fields)}
+    content = {door.JSON: kind.model_json_schema(), door.FORM: recordings}
+    kinds = {name: {"schema": one} for name, one in content.items()}
+    return {"requestBody": {"required": True, "content": kinds}}
+
+
+def _datastore(stored: Stored) -> schema.Datastore:
+    return schema.Datastore(
+        id=stored.name, entries=stored.entries, documents=stored.documents, audio=stored.audio
+    )

@@ -1,0 +1,112 @@
+"""Every error of the API in OpenAI's shape; status codes are known here and in `door` alone."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from starlette.exceptions import HTTPException
+
+from mmrag.audio import AudioError
+from mmrag.datastore import DatastoreError
+from serve.messages import DatastoreExists, Refused, Unavailable, UnknownDatastore
+
+RETRY_SECONDS = 1
+TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+log = logging.getLogger("ray.serve")
+
+
+class ApiError(Exception):
+    """An answer that is not a success."""
+
+    def __init__(
+        self, status: int, message: str, code: str | None = None, param: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+
+
+def body(error: ApiError) -> dict[str, Any]:
+    """The JSON of an error."""
+    kind = TYPES.get(error.status, "server_error" if error.status >= 500 else None)
+    return {
+        "error": {
+            "message": error.message,
+            "type": kind or "invalid_request_error",
+            "param": error.param,
+            "code": error.code,
+        }
+    }
+
+
+def headers(error: ApiError) -> dict[str, str]:
+    """The HTTP headers that go with it."""
+    if error.status == 401:
+        return {"WWW-Authenticate": "Bearer"}
+    return {"Retry-After": str(RETRY_SECONDS)} if error.status in (429, 503) else {}
+
+
+def explained(error: Exception) -> ApiError:
+    """What a caller is told of an error. Of one that nobody foresaw, nothing; it is logged."""
+    match error:
+        case ApiError():
+            return error
+        case AudioError():
+            return ApiError(400, str(error), "unreadable_audio", "file")
+        case UnknownDatastore():
+            return ApiError(404, str(error.args[0]), "datastore_not_found", "datastore")
+        case DatastoreExists():
+            return ApiError(409, str(error), "datastore_exists", "name")
+        case Refused():
+            return ApiError(400, str(error))
+        case TimeoutError():
+            return ApiError(504, "the request took too long", "timeout")
+        case BackPressureError():
+            return ApiError(429, "the service is busy: try again", "busy")
+        case Unavailable():
+            return ApiError(503, str(error), "unavailable")
+        case RayError() | RayServeException():
+            log.warning("a part of the service is gone: %s", type(error).__name__)
+            return ApiError(503, "a part of the service does not answer: try again", "unavailable")
+        case DatastoreError():
+            log.error("%s", error)
+            return ApiError(503, "the datastore cannot be used with this model", "unusable")
+        case _:
+            log.error("unforeseen", exc_info=error)
+            return ApiError(500, "something went wrong here")
+
+
+def respond(error: Exception) -> JSONResponse:
+    """The response to an error."""
+    told = explained(error)
+    return JSONResponse(body(told), told.status, headers(told))
+
+
+def install(app: FastAPI) -> None:
+    """Let `app` answer every error like that."""
+
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        problem = error.errors()[0]
+        place = [str(part) for part in problem["loc"] if part not in ("body", "query", "path")]
+        param = ".".join(place) or None
+        message = f"{param}: {problem['msg']}" if param else problem["msg"]
+        return respond(ApiError(422, message, problem["type"], param))
+
+    async def refused(_: Request, error: HTTPException) -> JSONResponse:
+        answer = respond(ApiError(error.status_code, str(error.detail)))
+        answer.headers.update(error.headers or {})
+        return answer
+
+    async def any_other(_: Request, error: Exception) -> JSONResponse:
+        return respond(error)
+
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, refused)
+    foreseen = (ApiError, AudioError, UnknownDatastore, DatastoreExists, Refused, TimeoutError)
+    for kind in (*foreseen, BackPressureError, Unavailable, RayError, DatastoreError, Exception):
+        app.add_exception_handler(kind, any_other)

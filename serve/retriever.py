@@ -1,0 +1,397 @@
+"""The retriever: datastores by name, their index shards, and the phrases that come with a request.
+
+It keeps the datastores' directory, starts the shards' actors and hands out whom to ask; the decoder
+then asks the shards itself. The directory is the truth: every replica sees what another has changed
+when it next resolves the name, and a restart finds everything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import re
+import shutil
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from cluster.shards import ShardedRetriever, serve_shards
+from mmrag import datastore as stored
+from mmrag.artifact import ArtifactError
+from mmrag.artifact import load as load_artifact
+from mmrag.config import SLUG
+from mmrag.datastore import Datastore, Segment, join
+from mmrag.index import save_index
+from mmrag.phrases import Phrases, utterances
+from mmrag.records import Units, Utterance
+from mmrag.tokens import Tokenized
+from mmrag.tune import BOTH, chosen, chosen_read
+from serve.messages import (
+    DatastoreExists,
+    Found,
+    Listed,
+    Refused,
+    Stored,
+    Unavailable,
+    UnknownDatastore,
+)
+from serve.model import locate
+from serve.settings import Settings
+
+PHRASE_WORDS = 5
+"""Words of the longest text that is taken for a phrase; longer ones are sentences."""
+SPOKEN = 16
+"""Sentences that are spoken, encoded and read at once."""
+REMEMBERED = 20_000
+"""Phrases of requests that a replica keeps, spoken and read (about 10 kB each)."""
+
+
+@dataclass
+class Open:
+    """A datastore that is being served."""
+
+    datastore: Datastore
+    retriever: ShardedRetriever
+    uid: str
+    version: tuple[int, ...]
+    found: Found
+
+
+class Retriever:
+    """Owns the datastores."""
+
+    def __init__(
+        self, settings: Settings, encoder: DeploymentHandle, decoder: DeploymentHandle
+    ) -> None:
+        self._settings = settings
+        self._encoder = encoder
+        self._decoder = decoder
+        self._model = locate(settings)
+        self._app = serve.get_replica_context().app_name
+        self._root = settings.datastores
+        self._root.mkdir(parents=True, exist_ok=True)
+        self._open: dict[str, Open] = {}
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._phrases: OrderedDict[str, Segment] = OrderedDict()
+        self._preload = list(settings.preload)
+
+    async def check_health(self) -> None:
+        """Start what is to be there from the start, and ask every open shard, which keeps it alive.
+
+        RuntimeError if none of a datastore's shards answers.
+        """
+        while self._preload:
+            await self.resolve(self._preload.pop())
+        for name, one in list(self._open.items()):
+            missing = await asyncio.to_thread(
+                one.retriever.ping, self._settings.retriever.answer_seconds
+            )
+            if missing:
+                await asyncio.to_thread(self._serve, one.datastore, one.uid)
+                self._open.pop(name, None)
+
+    async def resolve(self, name: str) -> Found:
+        """Whom to ask about a datastore.
+
+        Raises UnknownDatastore, or DatastoreError if it is damaged or another model's.
+        """
+        async with self._locks[name]:
+            return (await self._opened(name)).found
+
+    async def stored(self) -> list[Stored]:
+        """Every datastore."""
+        names = sorted(each.name for each in self._root.iterdir() if self._is_one(each))
+        return [await self.describe(name) for name in names]
+
+    async def describe(self, name: str) -> Stored:
+        """A datastore, without starting its shards."""
+        return await asyncio.to_thread(lambda: _stored(name, Datastore.open(self._path(name))))
+
+    async def create(self, name: str, texts: Sequence[str]) -> Stored:
+        """Make a datastore of these texts; DatastoreExists if the name is taken."""
+        return await self._create(name, await self._spoken(texts))
+
+    async def create_paired(
+        self, name: str, texts: Sequence[str], waves: Sequence[Sequence[np.ndarray]]
+    ) -> Stored:
+        """Make a datastore of recordings and what is said in them."""
+        return await self._create(name, await self._paired(texts, waves))
+
+    async def add(self, name: str, texts: Sequence[str]) -> tuple[int, int]:
+        """Add texts, those that are there already left out: entries added, and all there are.
+
+        When it returns, every shard knows them.
+        """
+        async with self._locks[name]:
+            one = await self._opened(name)
+            new = [t for t in texts if not len(_living(one.datastore, t))]
+            return await self._append(one, name, await self._spoken(new))
+
+    async def add_paired(
+        self, name: str, texts: Sequence[str], waves: Sequence[Sequence[np.ndarray]]
+    ) -> tuple[int, int]:
+        """Add recordings and what is said in them."""
+        async with self._locks[name]:
+            one = await self._opened(name)
+            return await self._append(one, name, await self._paired(texts, waves))
+
+    async def documents(self, name: str, after: int, limit: int) -> list[tuple[str, int]]:
+        """`limit` documents, from number `after` on, with their entries; deleted ones left out."""
+        return await asyncio.to_thread(
+            lambda: _documents(Datastore.open(self._path(name)))[after : after + limit]
+        )
+
+    async def remove(self, name: str, document: str) -> tuple[int, int]:
+        """Delete a document's entries: how many, and what is left. Unknown ones are none."""
+        async with self._locks[name]:
+            one = await self._opened(name)
+            entries = _living(one.datastore, document)
+            await asyncio.to_thread(stored.delete, one.datastore.directory, entries.tolist())
+            await self._refreshed(one, name)
+            return len(entries), _count(one.datastore)
+
+    async def delete(self, name: str) -> None:
+        """Delete a datastore."""
+        async with self._locks[name]:
+            path = self._path(name)
+            one = self._open.pop(name, None)
+            aside = self._root / f".deleted-{uuid4().hex}"
+            await asyncio.to_thread(path.rename, aside)
+            if one is not None:
+                await asyncio.to_thread(one.retriever.close)
+            await asyncio.to_thread(shutil.rmtree, aside, True)
+
+    async def listed(self, phrases: Sequence[str]) -> Listed:
+        """Phrases for one request, each spoken and read the first time it is met.
+
+        Raises Refused for one without a letter or digit.
+        """
+        phrases = list(dict.fromkeys(phrases))
+        new = [phrase for phrase in phrases if phrase not in self._phrases]
+        if new:
+            told = list(utterances(new))
+            segments = await self._read(told, await self._said(told), "entities")
+            self._phrases |= _by_document(join(segments))
+        segments = [self._phrases[phrase] for phrase in phrases]
+        for phrase in phrases:
+            self._phrases.move_to_end(phrase)
+        while len(self._phrases) > REMEMBERED:
+            self._phrases.popitem(last=False)
+        key = hashlib.sha256(json.dumps(phrases).encode()).hexdigest()
+        return Listed(key, join(segments))
+
+    def _path(self, name: str) -> Path:
+        """The directory of a datastore; UnknownDatastore if there is none."""
+        path = self._root / name
+        if not re.fullmatch(SLUG, name) or not self._is_one(path):
+            raise UnknownDatastore(f"no datastore {name!r}")
+        return path
+
+    def _is_one(self, path: Path) -> bool:
+        return (path / "datastore.json").exists() and re.fullmatch(SLUG, path.name) is not None
+
+    async def _opened(self, name: str) -> Open:
+        """The datastore as it is now, its shards started and up to date."""
+        path = self._path(name)
+        version = _version(path)
+        one = self._open.get(name)
+        if one is not None and one.version == version:
+            return one
+        uid = hashlib.sha256(f"{self._app} {path} {version[:2]}".encode()).hexdigest()[:16]
+        if one is not None and one.uid == uid:
+            await self._refreshed(one, name)
+            return one
+        self._open[name] = await asyncio.to_thread(self._start, name, path, uid, version)
+        return self._open[name]
+
+    def _start(self, name: str, path: Path, uid: str, version: tuple[int, ...]) -> Open:
+        datastore = Datastore.open(path)
+        datastore.require(self._identity())
+        if not (path / "index").exists():
+            save_index(path)
+        retriever = self._serve(datastore, uid)
+        # The first search: a shard that is not there shows here, and not in a transcript.
+        if datastore.entries and retriever.search(datastore.keys(0, 1), 1).missing_shards:
+            raise Unavailable(f"datastore {name!r}: a shard does not answer")
+        found = self._found(datastore, retriever, uid, version)
+        return Open(datastore, retriever, uid, version, found)
+
+    def _serve(self, datastore: Datastore, uid: str) -> ShardedRetriever:
+        settings = self._settings.retriever
+        return serve_shards(
+            datastore.directory,
+            settings.shard_replicas,
+            settings.shard_cpus,
+            owner=f"mmrag-shard-{uid}",
+            answer_seconds=settings.answer_seconds,
+            idle_seconds=settings.idle_seconds,
+        )
+
+    async def _refreshed(self, one: Open, name: str) -> None:
+        """Let shards and everybody who asks next see what has changed on disk."""
+
+        def refresh() -> None:
+            version = _version(one.datastore.directory)
+            one.datastore.refresh()
+            one.retriever.refresh()
+            one.found = self._found(one.datastore, one.retriever, one.uid, version)
+            one.version = version
+
+        await asyncio.to_thread(refresh)
+
+    def _identity(self) -> dict[str, str]:
+        roles = ("codebook", "lm")
+        return {role: load_artifact(self._model / role, role).fingerprint for role in roles}
+
+    def _found(
+        self, datastore: Datastore, retriever: ShardedRetriever, uid: str, version: tuple[int, ...]
+    ) -> Found:
+        trust = self._settings.trust
+        knn, both, read = trust.knn, trust.both, trust.read
+        tuned = self._model / "tuned" / datastore.directory.name
+        if tuned.is_dir():
+            try:
+                made = load_artifact(datastore.directory, "datastore")
+                load_artifact(tuned, "tuned").require("datastore", made)
+                knn = chosen(tuned)
+                both = chosen(tuned, BOTH) if (tuned / BOTH).exists() else knn
+                read = chosen_read(tuned) or read
+            except ArtifactError:  # another datastore of that name was tuned for
+                pass
+        documents = _documents(datastore)
+        whole = None
+        if len(documents) <= read.whole:
+            names = [document for document, _ in documents]
+            whole = Phrases(datastore).first_mentions(names) if names else np.empty(0, np.int64)
+        key = f"{uid}-{'-'.join(map(str, version))}"
+        return Found(key, uid, retriever, knn, both, read, whole)
+
+    async def _create(self, name: str, segments: Sequence[Segment]) -> Stored:
+        async with self._locks[name]:
+            described, _ = await self._decoder.describe.remote()
+
+            def make() -> Stored:
+                most = self._settings.limits.datastores
+                if len(list(self._root.iterdir())) >= most:
+                    raise Refused(f"{most} datastores are there already")
+                aside = self._root / f".new-{uuid4().hex}"
+                stored.create(aside, described)
+                _publish(aside, segments)
+                save_index(aside)
+                try:
+                    aside.rename(self._root / name)
+                except OSError:
+                    shutil.rmtree(aside)
+                    raise DatastoreExists(f"there is a datastore {name!r} already") from None
+                return _stored(name, Datastore.open(self._root / name))
+
+            if (self._root / name).exists():
+                raise DatastoreExists(f"there is a datastore {name!r} already")
+            return await asyncio.to_thread(make)
+
+    async def _append(self, one: Open, name: str, segments: Sequence[Segment]) -> tuple[int, int]:
+        before = one.datastore.entries
+        if segments:
+            await asyncio.to_thread(_publish, one.datastore.directory, segments)
+            await self._refreshed(one, name)
+        return one.datastore.entries - before, _count(one.datastore)
+
+    async def _spoken(self, texts: Sequence[str]) -> list[Segment]:
+        """Texts as entries: a phrase is said in carrier sentences, a sentence as it stands."""
+        texts = list(dict.fromkeys(" ".join(text.split()) for text in texts))
+        phrases = [text for text in texts if len(text.split()) <= PHRASE_WORDS]
+        longer = [text for text in texts if len(text.split()) > PHRASE_WORDS]
+        sentences = [Utterance(id=uuid4().hex, text=text, document=text) for text in longer]
+        told = list(utterances(phrases))
+        return [
+            *await self._read(told, await self._said(told), "entities"),
+            *await self._read(sentences, await self._said(sentences), "all"),
+        ]
+
+    async def _paired(
+        self, texts: Sequence[str], waves: Sequence[Sequence[np.ndarray]]
+    ) -> list[Segment]:
+        """Recordings as entries, an entry a token of what is said in them."""
+        told, units = [], []
+        for text, [wave] in zip(texts, waves, strict=True):
+            heard = await self._encoder.listen.remote(wave)
+            if heard is None:
+                raise Refused(f"nobody speaks in the recording of {text!r}")
+            told.append(Utterance(id=uuid4().hex, text=text, document=text))
+            units.append(heard.units)
+        return await self._read(told, units, "all")
+
+    async def _said(self, told: Sequence[Utterance]) -> list[Units]:
+        parts = [told[start : start + SPOKEN] for start in range(0, len(told), SPOKEN)]
+        said = [await self._encoder.say.remote([one.text for one in part]) for part in parts]
+        return [units for part in said for units in part]
+
+    async def _read(
+        self, told: Sequence[Utterance], units: Sequence[Units], kind: str
+    ) -> list[Segment]:
+        """The segments of utterances, SPOKEN in each; Refused for a text without words."""
+        for one in told:
+            if not any(letter.isalnum() for letter in one.text):
+                raise Refused(f"nothing to listen for in {one.text!r}")
+        spoken = [Tokenized(one, heard) for one, heard in zip(told, units, strict=True)]
+        parts = [spoken[start : start + SPOKEN] for start in range(0, len(spoken), SPOKEN)]
+        return [await self._decoder.entries.remote(part, kind) for part in parts]
+
+
+def _publish(directory: Path, segments: Sequence[Segment]) -> None:
+    if segments:
+        name = f"added-{uuid4().hex}"
+        stored.write_segment(directory, name, join(segments))
+        stored.publish(directory, [name])
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    """Which datastore this is (the first two), and in which state."""
+    made, listed = (path / "datastore.json").stat(), (path / "segments.json").stat()
+    return made.st_ino, made.st_mtime_ns, listed.st_ino, listed.st_mtime_ns
+
+
+def _documents(datastore: Datastore) -> list[tuple[str, int]]:
+    """Every document with entries that are not deleted, and how many; in order of appearance."""
+    living = np.ones(datastore.entries, bool)
+    living[datastore.deleted] = False
+    counts = np.bincount(datastore.documents[living]) if living.any() else np.empty(0, int)
+    return [(datastore.document_name(n), int(c)) for n, c in enumerate(counts.tolist()) if c]
+
+
+def _living(datastore: Datastore, document: str) -> np.ndarray:
+    """A document's entries that are not deleted."""
+    return np.setdiff1d(datastore.entries_of([document]), datastore.deleted)
+
+
+def _count(datastore: Datastore) -> int:
+    return datastore.entries - len(datastore.deleted)
+
+
+def _stored(name: str, datastore: Datastore) -> Stored:
+    documents = len(_documents(datastore))
+    return Stored(name, _count(datastore), documents, datastore.description.audio)
+
+
+def _by_document(segment: Segment) -> dict[str, Segment]:
+    """A segment cut into one a document."""
+    found = {}
+    for document in dict.fromkeys(document for _, document in segment.names):
+        own = [n for n, (_, of) in enumerate(segment.names) if of == document]
+        rows = np.isin(segment.utterances, own)
+        found[document] = Segment(
+            keys=segment.keys[rows],
+            tokens=segment.tokens[rows],
+            windows=segment.windows[rows],
+            positions=segment.positions[rows],
+            utterances=np.searchsorted(own, segment.utterances[rows]),
+            names=[segment.names[n] for n in own],
+        )
+    return found

@@ -1,0 +1,214 @@
+"""What the HTTP API takes and gives, as OpenAPI shows it. OpenAI's names where OpenAI has one."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mmrag.config import SLUG
+
+ResponseFormat = Literal["json", "text", "srt", "vtt", "verbose_json"]
+Granularity = Literal["word", "segment"]
+ErrorType = Literal[
+    "invalid_request_error", "authentication_error", "rate_limit_error", "server_error"
+]
+
+
+class Error(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: ErrorType
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorReply(BaseModel):
+    """Every answer that is not a success."""
+
+    error: Error
+
+
+class Usage(BaseModel):
+    """What was transcribed."""
+
+    type: Literal["duration"] = "duration"
+    seconds: int
+
+
+class Evidence(BaseModel):
+    """The datastore entry that spoke for a word."""
+
+    entry: int
+    distance: float | None
+    attention: float | None
+    document: str
+    utterance: str
+    text: str
+
+
+class TimedWord(BaseModel):
+    """A word, with the evidence for it where that was asked for."""
+
+    word: str
+    start: float | None
+    end: float | None
+    probability: float
+    lm_probability: float
+    changed: bool
+    source: Evidence | None = None
+
+
+class PlainWord(BaseModel):
+    """A word and its times, seconds."""
+
+    word: str
+    start: float
+    end: float
+
+
+class Segment(BaseModel):
+    """A stretch of the transcript, as long as a subtitle."""
+
+    id: int
+    seek: int
+    start: float
+    end: float
+    text: str
+    tokens: list[int]
+    temperature: float
+    avg_logprob: float
+    compression_ratio: float
+
+
+class Transcription(BaseModel):
+    """The transcript; `words` and `missing_shards` with include[]=retrieval."""
+
+    text: str
+    usage: Usage
+    words: list[TimedWord] | None = None
+    missing_shards: int | None = None
+    """Index shards that did not answer: what they hold was not found."""
+
+
+class VerboseTranscription(Transcription):
+    """The transcript with times."""
+
+    task: Literal["transcribe"] = "transcribe"
+    language: str
+    duration: float
+    segments: list[Segment] | None = None
+    words: list[TimedWord] | list[PlainWord] | None = None
+
+
+class Delta(BaseModel):
+    """More text of a stream."""
+
+    type: Literal["transcript.text.delta"] = "transcript.text.delta"
+    delta: str
+
+
+class Done(Transcription):
+    """The end of a stream: the whole transcript, whatever the deltas said."""
+
+    type: Literal["transcript.text.done"] = "transcript.text.done"
+    duration: float
+
+
+class Model(BaseModel):
+    """A model that transcribes."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "mmrag"
+    languages: list[str]
+    retrieval: list[str]
+    fingerprints: dict[str, str]
+
+
+class Models(BaseModel):
+    """All of them."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Datastore(BaseModel):
+    """A datastore: entries are tokens, documents what was added."""
+
+    id: str
+    object: Literal["datastore"] = "datastore"
+    entries: int
+    documents: int
+    audio: str
+
+
+class Datastores(BaseModel):
+    """All of them."""
+
+    object: Literal["list"] = "list"
+    data: list[Datastore]
+
+
+class DeletedDatastore(BaseModel):
+    """A datastore that is gone."""
+
+    id: str
+    object: Literal["datastore"] = "datastore"
+    deleted: Literal[True] = True
+
+
+class Document(BaseModel):
+    """A phrase, a sentence or a recording of a datastore."""
+
+    document: str
+    entries: int
+
+
+class Documents(BaseModel):
+    """Some of them."""
+
+    object: Literal["list"] = "list"
+    data: list[Document]
+    has_more: bool
+
+
+class AddedEntries(BaseModel):
+    """What a datastore has gained."""
+
+    object: Literal["datastore.entries"] = "datastore.entries"
+    datastore: str
+    added: int
+    entries: int
+
+
+class DeletedEntries(BaseModel):
+    """What a datastore has lost."""
+
+    object: Literal["datastore.entries"] = "datastore.entries"
+    datastore: str
+    deleted: int
+    entries: int
+
+
+class NewEntries(BaseModel):
+    """Texts to add: names and other phrases (at most five words), or sentences."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    texts: list[str]
+
+
+class NewDatastore(NewEntries):
+    """A datastore to make."""
+
+    name: str = Field(pattern=SLUG)
+    texts: list[str] = []
+
+
+class Status(BaseModel):
+    """Whether the service works."""
+
+    status: Literal["ok", "starting"]

@@ -1,0 +1,173 @@
+"""What the service is told: one complete YAML section, `args` of the application in `config.yaml`.
+
+Whatever `build` is given besides is merged over it, and checked before anything starts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator
+
+from mmrag.config import KNN, SLUG, ConfigError, Decode, Read, Section, explain
+
+CONFIG = Path(__file__).parent / "config.yaml"
+KEYS = "MMRAG_API_KEYS"
+"""Environment variable with the API keys, separated by commas; KEYS_FILE names a file of them."""
+KEYS_FILE = "MMRAG_API_KEYS_FILE"
+
+
+class Replicas(Section):
+    """How many copies of a deployment there are, and what each of them takes and holds."""
+
+    num_cpus: float = Field(gt=0)
+    """CPUs a replica reserves; may be a fraction."""
+    num_gpus: float = Field(default=0, ge=0)
+    threads: PositiveInt = 1
+    """Threads of its matrix products."""
+    min: PositiveInt
+    max: PositiveInt
+    target_ongoing_requests: PositiveFloat
+    """Requests a replica should have at a time: more of them start another replica."""
+    max_ongoing_requests: PositiveInt
+    """Requests a replica takes at a time."""
+    max_queued_requests: PositiveInt
+    """Requests that each caller lets wait for a replica; beyond, they are refused (429)."""
+    upscale_delay_s: float = Field(ge=0)
+    downscale_delay_s: float = Field(ge=0)
+    drain_s: PositiveFloat
+    """How long a replica that is to stop may finish what it has."""
+
+    def model_post_init(self, _: Any) -> None:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is more than max {self.max}")
+        if not self.target_ongoing_requests < self.max_ongoing_requests:
+            raise ValueError(
+                f"target_ongoing_requests {self.target_ongoing_requests} is not below "
+                f"max_ongoing_requests {self.max_ongoing_requests}: nothing would ever scale up"
+            )
+
+
+class Encoding(Replicas):
+    """Audio to units."""
+
+    batch_seconds: PositiveFloat
+    """Audio encoded at once, seconds."""
+    wait_seconds: float = Field(ge=0)
+    """How long a clip waits for others to be encoded with."""
+
+
+class Decoding(Replicas):
+    """Units to text."""
+
+    rows: PositiveInt
+    """Hypotheses extended in one step; further requests of the replica wait."""
+
+
+class Retrieving(Replicas):
+    """Datastores and their index shards."""
+
+    shard_cpus: float = Field(gt=0)
+    """CPUs a shard's actor reserves."""
+    shard_replicas: PositiveInt
+    """Copies of each shard."""
+    answer_seconds: PositiveFloat
+    """How long a shard may take to answer before a step goes on without it."""
+    idle_seconds: PositiveFloat
+    """A shard that nobody has asked for so long ends; it starts again when it is needed."""
+
+
+class Limits(Section):
+    """What a request may ask for."""
+
+    upload_mb: PositiveFloat
+    audio_seconds: PositiveFloat
+    requests: PositiveInt
+    """Requests that a replica of the ingress works on; beyond, they are refused (429)."""
+    timeout_seconds: PositiveFloat
+    """The longest that a request may take (504)."""
+    phrases: PositiveInt
+    """Phrases that may come with a request."""
+    texts: PositiveInt
+    """Texts that may be added to a datastore at once."""
+    text_length: PositiveInt
+    """Characters of a phrase or a text."""
+    datastores: PositiveInt
+
+
+class Trust(Section):
+    """How far neighbours are heard where nobody tuned it for a datastore (`jobs.tune`)."""
+
+    knn: KNN
+    """kNN-LM alone."""
+    both: KNN
+    """kNN-LM beside cross-attention."""
+    read: Read
+    """Cross-attention; a datastore of at most `whole` documents is read whole."""
+
+
+class Settings(Section):
+    """The whole service."""
+
+    name: str = Field(pattern=SLUG)
+    """The model's id in the API."""
+    model: str
+    """`models:/NAME@ALIAS` or `models:/NAME/VERSION` of the MLflow registry, a model of this
+    package (`mmrag:tiny`), or a directory with hubert/, codebook/ and lm/."""
+    registry: str
+    """MLflow's address; MLFLOW_TRACKING_URI in the environment wins."""
+    cache: Path
+    """Where registered models are kept once fetched."""
+    languages: tuple[str, ...] = Field(min_length=1)
+    """ISO 639-1 codes of what the model understands; the first is reported."""
+    device: str
+    datastores: Path
+    """Directory of the datastores; shared by all machines."""
+    preload: tuple[str, ...] = ()
+    """Datastores whose shards start with the service, not with the first request."""
+    decode: Decode
+    trust: Trust
+    limits: Limits
+    ingress: Replicas
+    encoder: Encoding
+    retriever: Retrieving
+    decoder: Decoding
+
+    @field_validator("datastores", "cache")
+    @classmethod
+    def _absolute(cls, path: Path) -> Path:
+        return path.expanduser().absolute()
+
+
+def read(given: Mapping[str, Any], config: Path = CONFIG) -> Settings:
+    """The settings of `config`, with what is `given` merged in; ConfigError names what is wrong.
+
+    Keys of `given` may be nested or dotted (`decoder.rows`), values as YAML writes them.
+    """
+    try:
+        merged = OmegaConf.create(OmegaConf.load(config)["applications"][0]["args"])
+        for key, value in given.items():
+            if isinstance(value, str):
+                value = OmegaConf.to_container(OmegaConf.from_dotlist([f"x={value}"]))["x"]
+            OmegaConf.update(merged, key, value, merge=True)
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{config}: {error}") from None
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(explain(error, str(config))) from None
+
+
+def api_keys() -> list[str]:
+    """The keys that callers may use, from the environment or a file; none: nobody is asked."""
+    keys = os.environ.get(KEYS, "").replace(",", "\n").splitlines()
+    file = os.environ.get(KEYS_FILE)
+    if file:
+        keys += Path(file).read_text().splitlines()
+    return [key.strip() for key in keys if key.strip()]
