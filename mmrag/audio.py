@@ -79,6 +79,15 @@ def duration(source: Path | str | bytes) -> float:
         return file.frames / file.samplerate
 
 
+def extent(source: Path | str | bytes) -> tuple[float, int]:
+    """Seconds of audio and samples a second over all channels, from the header alone.
+
+    Raises AudioError as `duration` does.
+    """
+    with _open(source) as file:
+        return file.frames / file.samplerate, file.samplerate * file.channels
+
+
 def read(
     source: Path | str | bytes, *, min_seconds: float = 0.0, max_seconds: float | None = None
 ) -> torch.Tensor:

@@ -572,7 +572,7 @@ def parse(values: Any, source: str) -> Experiment:
     try:
         return Experiment.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, source)) from None
+        raise ConfigError(explain(error, source)) from None
 
 
 def as_dict(section: Section) -> dict[str, Any]:
@@ -580,7 +580,8 @@ def as_dict(section: Section) -> dict[str, Any]:
     return section.model_dump(mode="json")
 
 
-def _explain(error: ValidationError, source: str) -> str:
+def explain(error: ValidationError, source: str) -> str:
+    """What is wrong with `source`, a line for each key."""
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])

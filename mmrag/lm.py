@@ -96,8 +96,7 @@ class LM(nn.Module):
             seen = torch.arange(int(positions.max()) + 1, device=ids.device)
             mask = seen[None, None, None, :] <= positions[:, None, :, None]
 
-        width = self.config.head_width or self.config.width // self.config.heads
-        angles = rotary(positions, width, self.config.rope_theta)
+        angles = self._angles(positions)
         x = self.embedding(ids)
         looked = []
         for layer, block in enumerate(self.blocks):
@@ -112,6 +111,29 @@ class LM(nn.Module):
         wanted = hidden.flatten(0, 1) if at is None else hidden[at]
         looked_at = torch.stack(looked) if looked else None
         return LMOutput(self._project(wanted), key, x, hidden, looked_at)
+
+    def attention(self, ids: Tensor, last: int) -> Tensor:
+        """Where the `last` positions of `ids` (B, T) look: (L, B, H, last, T) float32.
+
+        The weights that `forward` mixes values by, of every layer and head; each row sums to 1.
+        Raises ValueError unless 1 <= last <= T.
+        """
+        rows, time = ids.shape
+        if not 1 <= last <= time:
+            raise ValueError(f"the last {last} of {time} positions")
+        positions = torch.arange(time, device=ids.device).expand(rows, time)
+        angles = self._angles(positions)
+        x = self.embedding(ids)
+        weights = []
+        for layer, block in enumerate(self.blocks, start=1):
+            weights.append(block.attention.weights(block.attention_norm(x), angles, last))
+            if layer < len(self.blocks):
+                x, _ = block(x, angles, positions, None, None)
+        return torch.stack(weights)
+
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        width = self.config.head_width or self.config.width // self.config.heads
+        return rotary(positions, width, self.config.rope_theta)
 
     def logits(self, states: Tensor) -> Tensor:
         """What the last layer's output (N, D) says of the next token: (N, V) float32."""

@@ -23,8 +23,8 @@ TOUR = [
     "corpora.spanish",
     "tokens",
     "layers", "cross_attention", "lm", "pretrained", "loss", "train",
-    "datastore", "index", "knn", "boost", "reading", "decode",
-    "entries", "phrases", "contexts", "transcribe",
+    "datastore", "index", "knn", "boost", "reading", "decode", "align",
+    "entries", "phrases", "contexts", "transcribe", "engine",
     "score", "tune", "cli",
 ]  # fmt: skip
 """The modules of mmrag in reading order: each imports only those before it."""

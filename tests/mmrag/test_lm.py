@@ -141,6 +141,33 @@ def test_the_key_is_the_normalised_input_of_the_last_feed_forward():
     close(output.logits, output.hidden.flatten(0, 1) @ lm.embedding.weight.T)
 
 
+@pytest.mark.parametrize(("kv_heads", "biased"), [(4, False), (2, True), (1, False)])
+def test_attention_is_what_the_forward_pass_mixes_values_by(kv_heads, biased):
+    lm, ids = random_lm(kv_heads=kv_heads, qkv_bias=biased, layers=3), draw_ids(2, 7)
+    weights = lm.attention(ids, last=7)
+    assert weights.shape == (3, 2, 4, 7, 7)
+    close(weights.sum(-1), torch.ones(3, 2, 4, 7))
+    assert not weights.triu(1).any(), "a position looks at a later one"
+    x = lm.embedding(ids)
+    for block, looks in zip(lm.blocks, weights, strict=True):
+        layer = block.attention
+        values = layer.v(block.attention_norm(x)).unflatten(-1, (kv_heads, -1)).transpose(1, 2)
+        mixed = looks @ values.repeat_interleave(4 // kv_heads, dim=1)
+        x = x + layer.out(mixed.transpose(1, 2).flatten(2))
+        x = x + block.feed_forward(block.feed_forward_norm(x))
+    close(x, lm(ids).states)
+
+
+def test_attention_of_the_last_positions_is_the_end_of_everyones():
+    lm, ids = random_lm(), draw_ids(2, 6)
+    whole = lm.attention(ids, last=6)
+    for last in (1, 4):
+        close(lm.attention(ids, last), whole[:, :, :, -last:])
+    for last in (0, 7):
+        with pytest.raises(ValueError, match=f"the last {last} of 6 positions"):
+            lm.attention(ids, last)
+
+
 def test_a_cache_too_small_is_an_error_and_says_how_much_is_needed():
     lm, cache = random_lm(), Cache(shape(), 1, 6, like=torch.zeros(1))
     lm(draw_ids(1, 4), cache)

@@ -1,0 +1,90 @@
+"""A workspace's models, or the package's, into MLflow's registry, to be served from there."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from cluster import tracking
+from jobs import publish, stage
+from mmrag import artifact, shipped
+from mmrag.artifact import Artifact
+from mmrag.config import Experiment, read
+
+NAME = "mmrag"
+
+
+def run(
+    experiment: Experiment,
+    name: str = NAME,
+    models: str | None = None,
+    alias: str = tracking.ALIAS,
+) -> str:
+    """Register `hubert/`, `codebook/`, `lm/`, `adapter/` and `tuned/` as a new version of `name`.
+
+    They are the workspace's, or those of `models` (as in `shipped.find`). Returns the version,
+    which `alias` names from now on. ArtifactError if they do not belong together.
+    """
+    made = _belonging(experiment, models)
+    version = tracking.register(experiment.tracking, name, made, alias)
+    parts = ", ".join(f"{place} {one.fingerprint}" for place, one in made.items())
+    stage.console.print(
+        f"registered {name}, version {version}, alias {alias}: {parts}\n"
+        f"serve it by models:/{name}@{alias}, or this version for good by models:/{name}/{version}"
+    )
+    return version
+
+
+def _belonging(experiment: Experiment, models: str | None) -> dict[str, Artifact]:
+    """Place in the model -> its artifact, each made for the others."""
+    directory = experiment.workspace if models is None else shipped.find(models)
+    kinds = dict(publish.KINDS)
+    if (directory / "adapter").exists() or (models is None and experiment.adapter is not None):
+        kinds["adapter"] = "train"
+    if models is None:
+        made = {kind: stage.load(experiment, kind, kind, by) for kind, by in kinds.items()}
+    else:
+        made = {kind: artifact.load(directory / kind, kind) for kind in kinds}
+    made["codebook"].require("hubert", made["hubert"])
+    made["lm"].require("codebook", made["codebook"])
+    if "adapter" in made:
+        made["adapter"].require("lm", made["lm"])
+    for settings in sorted((directory / "tuned").glob("[!.]*")):  # dotted: a stage's scratch
+        tuned = artifact.load(settings, "tuned")
+        tuned.require("lm", made["lm"])
+        if "adapter" in tuned.inputs and "adapter" in made:
+            tuned.require("adapter", made["adapter"])
+        made[f"tuned/{settings.name}"] = tuned
+    return made
+
+
+def main() -> None:
+    """Register from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=stage.CONFIGS / "tiny.yaml",
+        help="experiment YAML (default: %(default)s)",
+    )
+    parser.add_argument("--name", default=NAME, help="registered model (default: %(default)s)")
+    parser.add_argument(
+        "--models",
+        help="directory with hubert/, codebook/ and lm/, or a model of the package (mmrag:tiny); "
+        "default: the experiment's workspace",
+    )
+    parser.add_argument(
+        "--alias", default=tracking.ALIAS, help="name of the new version (default: %(default)s)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    arguments = parser.parse_args()
+    try:
+        experiment = read(arguments.config, arguments.overrides)
+        run(experiment, arguments.name, arguments.models, arguments.alias)
+    except stage.EXPLAINED as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
