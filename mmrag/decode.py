@@ -255,8 +255,11 @@ class Batch:
         queries = output.keys[at]
         if batch.listener:
             queries = queries.index_copy(0, batch.asking, batch.listener.read(batch.asked_ids))
-        logp, neighbours = retrieve(logp, queries, [o.clip.retrieval for o in owners], exclude)
+        retrievals = [owner.clip.retrieval for owner in owners]
+        logp, neighbours, missing = _retrieve_apart(logp, queries, retrievals, exclude)
         self.retrieval_seconds += time.perf_counter() - started
+        for row, shards in (*enumerate(missing), *batch.missing_shards):
+            owners[row].missing_shards = max(owners[row].missing_shards, shards)
         live = [h for owner in dict.fromkeys(owners) for h in owner.live]
         logp = _boosted(logp, owners, live)
 
@@ -276,9 +279,6 @@ class Batch:
                 for offset, hypothesis in enumerate(owner.live)
                 for choice in choices[first[owner] + offset]
             ]
-            if owner.clip.retrieval or owner.clip.reading:
-                missing = max(neighbours.missing_shards, batch.missing_shards)
-                owner.missing_shards = max(owner.missing_shards, missing)
             kept += owner.advance(candidates)
         batch.select(kept)
 
@@ -343,9 +343,10 @@ class _Rows:
         return self.ids[self.asking, -1:]
 
     @property
-    def missing_shards(self) -> int:
-        """Shards that did not answer when something was looked up to read."""
-        return self.reader.missing_shards if self.reader else 0
+    def missing_shards(self) -> list[tuple[int, int]]:
+        """Rows that looked for something to read, with the shards that did not answer them."""
+        missing = self.reader.missing_shards if self.reader else []
+        return list(zip(self.reading.tolist(), missing, strict=True))
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, which may repeat, and read what their searches chose last."""
@@ -369,14 +370,14 @@ class _Rows:
 
     def join(self, other: _Rows) -> _Rows:
         """These rows, then those of `other`; every row has one token to read."""
-        self.owners += other.owners
-        self.cache = self.cache.join(other.cache)
-        for name in ("reader", "listener"):
+        for name in ("reader", "listener"):  # first: a reader may refuse the other
             mine, new = getattr(self, name), getattr(other, name)
             if mine and new:
                 mine.join(new)
             else:
                 setattr(self, name, mine or new)
+        self.owners += other.owners
+        self.cache = self.cache.join(other.cache)
         self.ids = torch.cat((self.ids, other.ids))
         self.lengths = torch.cat((self.lengths, other.lengths))
         self._place()
@@ -440,7 +441,7 @@ def retrieve(
     `lm_logp` itself, and the neighbours are none: what was not heard is no evidence.
     """
     if isinstance(retrieval, Sequence):
-        return _retrieve_apart(lm_logp, keys, retrieval, exclude_documents)
+        return _retrieve_apart(lm_logp, keys, retrieval, exclude_documents)[:2]
     if retrieval is None or retrieval.settings.weight == 0:
         return lm_logp, Neighbours.none(len(lm_logp), 1)
     knn = retrieval.settings
@@ -460,16 +461,19 @@ def _retrieve_apart(
     keys: Tensor,
     retrievals: Sequence[Retrieval | None],
     exclude_documents: Sequence[int] | None,
-) -> tuple[Tensor, Neighbours]:
-    """`retrieve`, with each row's own retrieval."""
+) -> tuple[Tensor, Neighbours, list[int]]:
+    """`retrieve`, with each row's own retrieval; and how many of its shards did not answer."""
     k = max((one.settings.k for one in retrievals if one is not None), default=1)
     logp, neighbours = lm_logp.clone(), Neighbours.none(len(lm_logp), k)
+    missing = [0] * len(lm_logp)
     for retrieval in {id(one): one for one in retrievals if one is not None}.values():
         rows = [row for row, one in enumerate(retrievals) if one is retrieval]
         excluded = exclude_documents and [exclude_documents[row] for row in rows]
         logp[rows], found = retrieve(lm_logp[rows], keys[rows], retrieval, excluded)
         neighbours = _placed(neighbours, rows, found)
-    return logp, neighbours
+        for row in rows:
+            missing[row] = found.missing_shards
+    return logp, neighbours, missing
 
 
 def interpolate(lm_logp: Tensor, found: Neighbours, knn: KNN) -> Tensor:
@@ -497,7 +501,8 @@ def choose(
     best = logp.topk(min(candidates, logp.shape[1]))
     for row, temperature in enumerate(temperatures):
         if temperature > 0:
-            drawn = (logp[row] / temperature).softmax(-1).multinomial(1)[0]
+            behind = logp[row] - logp[row].max()  # 0 for the best, however small the temperature
+            drawn = (behind / temperature).softmax(-1).multinomial(1)[0]
             best.values[row, 0], best.indices[row, 0] = logp[row, drawn], drawn
     tokens = best.indices.cpu()
     alone = lm_logp.gather(1, best.indices).cpu()

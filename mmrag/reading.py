@@ -129,8 +129,8 @@ class Reader:
         self._entries = [one.entries if one.whole else nothing for one in readings]
         self._distances = [np.full(len(own), np.inf, np.float32) for own in self._entries]
         self._age = [0] * len(self._entries)
-        self.missing_shards = 0
-        """Shards that did not answer the last search."""
+        self.missing_shards = [0] * len(self._entries)
+        """Shards that did not answer each row's search in the last step."""
         self._memory: Memory | None = None
         self._windows = torch.empty(0)
         self._changed = True
@@ -190,7 +190,7 @@ class Reader:
     ) -> None:
         """Look for windows where a row has none left and its model is not certain."""
         asking: dict[int, list[int]] = {}
-        self.missing_shards = 0
+        self.missing_shards = [0] * len(self._readings)
         for row, one in enumerate(self._readings):
             if one.whole:
                 continue
@@ -206,7 +206,8 @@ class Reader:
             excluded = exclude_documents and [exclude_documents[row] for row in rows]
             queries = keys[rows].float().cpu().numpy()
             found = one.retriever.search(queries, one.settings.k, excluded)
-            self.missing_shards = max(self.missing_shards, found.missing_shards)
+            for row in rows:
+                self.missing_shards[row] = found.missing_shards
             near = gate(torch.from_numpy(found.distances), one.settings.gate).tolist()
             for row, own, distances, open in zip(
                 rows, found.entries, found.distances, near, strict=True

@@ -1,14 +1,28 @@
 import itertools
+from collections import Counter
+from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import chisquare
 
 from mmrag.boost import Boost
 from mmrag.config import KNN, Decode, LanguageModel
-from mmrag.decode import Choice, Hypothesis, Retrieval, choose, decode, read_states, retrieve
+from mmrag.decode import (
+    Batch,
+    Choice,
+    Clip,
+    Hypothesis,
+    Retrieval,
+    choose,
+    decode,
+    read_states,
+    retrieve,
+)
 from mmrag.lm import LM
 from mmrag.records import NO_ENTRY, Neighbours
 from mmrag.vocabulary import EOS, Vocabulary
@@ -671,3 +685,236 @@ def test_clips_that_ask_with_speech_and_with_text_are_decoded_together():
         for one, how in zip(speech, asked, strict=True)
     ]
     assert [one.tokens for one in together] == [one.tokens for one in alone]
+
+
+def staggered(lm, clips, arrivals, departures=None):
+    """The searches of clips that join at the step `arrivals` names, and leave at that of
+    `departures` (clip -> step) unless they are done."""
+    batch, searches, gone = Batch(lm, VOCABULARY), {}, set()
+    for step in itertools.count():
+        for index in [index for index, when in (departures or {}).items() if when == step]:
+            batch.leave(searches[index])
+            gone.add(index)
+        batch.step()
+        joining = [index for index, arrival in enumerate(arrivals) if arrival == step]
+        searches |= zip(joining, batch.join([clips[index] for index in joining]), strict=True)
+        staying = [one for index, one in searches.items() if index not in gone and not one.over]
+        assert set(batch.searches) == set(staying)
+        assert batch.rows == sum(len(search.live) for search in staying)
+        if step >= max(arrivals) and not staying:
+            return [searches[index] for index in range(len(clips))]
+
+
+def apart(lm, clip):
+    """A clip's search in a batch of its own."""
+    [search] = staggered(lm, [clip], [0])
+    return search
+
+
+BY_SPEECH = Retrieval(Store(seed=1), knn(k=3, weight=0.7))
+BY_TEXT = Retrieval(Store(seed=2), knn(k=5, weight=0.6, query="text"))
+OWN = [
+    {"retrieval": BY_SPEECH, "exclude_document": 2},
+    {"retrieval": BY_TEXT, "context": CONTEXTS[0]},
+    {},
+    {"boost": Boost([PHRASE, [FIRST, LAST]], 2.0, STARTS), "context": CONTEXTS[2]},
+    {"retrieval": Retrieval(Silent(), knn())},
+    {"retrieval": BY_TEXT, "exclude_document": 1, "boost": Boost([PHRASE], 1.0, STARTS)},
+    {"retrieval": BY_SPEECH},
+]
+"""What a clip has that its neighbours in the batch may not have."""
+
+
+def kinds(beams=1):
+    limits = [7, 12, 9, 5, 11, 8, 1]
+    return [
+        Clip(units, limit, beams=beams, length_penalty=0.6, **own)
+        for units, limit, own in zip(clips(len(OWN), seed=3), limits, OWN, strict=True)
+    ]
+
+
+def same(one, other):
+    """Two searches that found the same."""
+    agree(one.best(), other.best())
+    assert one.missing_shards == other.missing_shards
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_clip_that_joins_a_running_batch_is_decoded_as_if_alone(beams, reverse):
+    lm, asked = random_lm(), kinds(beams)
+    asked = asked[::-1] if reverse else asked
+    arrivals = [0, 1, 1, 2, 4, 5, 5]
+    for clip, search in zip(asked, staggered(lm, asked, arrivals), strict=True):
+        assert search.over
+        same(search, apart(lm, clip))
+
+
+def test_clips_with_wide_and_narrow_beams_join_one_batch():
+    lm = random_lm(scale=0.2)
+    beams = [1, 4, 2, 1, 3, 5, 2]
+    asked = [replace(clip, beams=own) for clip, own in zip(kinds(), beams, strict=True)]
+    for clip, search in zip(asked, staggered(lm, asked, [2, 0, 1, 3, 1, 0, 2]), strict=True):
+        same(search, apart(lm, clip))
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_clip_that_leaves_changes_nothing_for_the_others(beams):
+    lm, asked, arrivals = random_lm(), kinds(beams), [0, 0, 1, 1, 2, 0, 2]
+    undisturbed = staggered(lm, asked, arrivals)
+    for leaver in range(len(asked)):
+        disturbed = staggered(lm, asked, arrivals, {leaver: 3})
+        for index in set(range(len(asked))) - {leaver}:
+            same(disturbed[index], undisturbed[index])
+
+
+def test_a_search_that_has_left_stays_as_it_was():
+    lm, asked = random_lm(), kinds(2)
+    batch = Batch(lm, VOCABULARY)
+    first, second = batch.join(asked[1:3])
+    batch.step()
+    batch.leave(first)
+    before = list(first.live)
+    batch.step()
+    assert first.live == before and not first.over
+    assert batch.searches == [second]
+    batch.leave(first)
+    batch.leave(second)
+    assert (batch.searches, batch.rows) == ([], 0)
+    batch.step()
+    [third] = batch.join(asked[:1])
+    while batch.searches:
+        batch.step()
+    same(third, apart(lm, asked[0]))
+
+
+def test_a_clip_that_is_done_with_its_first_token_never_is_in_the_batch():
+    lm, [*_, short] = random_lm(), kinds()
+    batch = Batch(lm, VOCABULARY)
+    assert batch.join([]) == []
+    [search] = batch.join([short])
+    assert search.over and not batch.searches and not batch.rows
+    batch.leave(search)
+    assert len(search.best().choices) == 1
+
+
+def test_clips_of_any_length_share_a_batch():
+    """A cache has room for the clips that it was made for: what joins may need more, or less."""
+    lm = random_lm()
+    never_ends = {"retrieval": Retrieval(Insistent(FIRST), knn(weight=0.9))}
+    lengths, limits = [2, 60, 1, 30], [40, 3, 90, 10]
+    asked = [
+        Clip([VOCABULARY.first_unit + n % 6 for n in range(length)], limit, **never_ends)
+        for length, limit in zip(lengths, limits, strict=True)
+    ]
+    for arrivals in ([0, 1, 2, 3], [3, 2, 1, 0], [30, 0, 5, 31]):
+        for clip, search in zip(asked, staggered(lm, asked, arrivals), strict=True):
+            assert len(search.best().choices) == clip.limit
+            same(search, apart(lm, clip))
+
+
+@cache
+def undisturbed(kind, beams):
+    return apart(random_lm(), kinds(beams)[kind])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, len(OWN) - 1),  # which of the kinds
+            st.integers(1, 3),  # its beams
+            st.integers(0, 8),  # when it joins
+            st.none() | st.integers(1, 6),  # how long it stays
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_whoever_comes_and_goes_a_clip_is_decoded_as_if_alone(plan):
+    asked = [kinds(beams)[kind] for kind, beams, *_ in plan]
+    arrivals = [arrival for *_, arrival, _ in plan]
+    departures = {
+        index: arrival + stay for index, (*_, arrival, stay) in enumerate(plan) if stay is not None
+    }
+    searches = staggered(random_lm(), asked, arrivals, departures)
+    for (kind, beams, *_), search in zip(plan, searches, strict=True):
+        if search.over:
+            same(search, undisturbed(kind, beams))
+
+
+def test_shards_that_do_not_answer_are_missed_by_the_clips_that_ask_them():
+    lm, speech = random_lm(), clips(3)
+    asked = [Retrieval(Silent(), knn()), Retrieval(Store(), knn()), None]
+    batch = Batch(lm, VOCABULARY)
+    searches = batch.join(
+        [Clip(one, 5, retrieval=how) for one, how in zip(speech, asked, strict=True)]
+    )
+    while batch.searches:
+        batch.step()
+    assert [search.missing_shards for search in searches] == [3, 0, 0]
+
+
+def test_without_a_temperature_and_with_next_to_none_the_likeliest_token_is_taken():
+    torch.manual_seed(0)
+    logp, nothing = torch.randn(5, VOCABULARY.size) - 20, Neighbours.none(5, 1)
+    greedy = choose(logp, logp, nothing, 2)
+    assert choose(logp, logp, nothing, 2, temperatures=[0.0] * 5) == greedy
+    for tiny in (1e-4, 2e-38):
+        drawn = choose(logp, logp, nothing, 2, temperatures=[tiny] * 5)
+        assert drawn == [row[:1] for row in greedy], "one of each, and the same"
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_tokens_are_drawn_as_often_as_the_distribution_says(temperature):
+    torch.manual_seed(0)
+    draws, logp = 4000, torch.randn(VOCABULARY.size).log_softmax(-1)
+    logp[[0, 5, 9]] = -torch.inf
+    rows = logp.expand(draws, -1)
+    choices = choose(rows, rows, Neighbours.none(draws, 1), 2, temperatures=[temperature] * draws)
+    assert {len(row) for row in choices} == {1}
+    counts = Counter(choice.token for [choice] in choices)
+    assert not counts.keys() & {0, 5, 9}
+    wanted = torch.softmax(logp.double() / temperature, -1) * draws
+    possible = [token for token in range(len(logp)) if wanted[token] > 0]
+    drawn = [counts[token] for token in possible]
+    assert chisquare(drawn, wanted[possible].numpy()).pvalue > 1e-3
+
+
+def test_a_drawn_token_comes_with_its_own_evidence():
+    torch.manual_seed(0)
+    lm_logp, keys = torch.randn(30, VOCABULARY.size).log_softmax(-1), torch.randn(30, 16)
+    logp, found = retrieve(lm_logp, keys, Retrieval(Store(), knn(k=8)))
+    everything = choose(logp, lm_logp, found, VOCABULARY.size)
+    temperatures = [3.0 * (row % 2) for row in range(30)]
+    drawn = choose(logp, lm_logp, found, 4, temperatures=temperatures)
+    for row, temperature in enumerate(temperatures):
+        if temperature == 0:
+            assert drawn[row] == everything[row][:4], "the rows beside are as they were"
+        else:
+            [choice] = drawn[row]
+            assert choice in everything[row], "with the log-probability that it has without"
+    firsts = [(row[0], best[0]) for row, best in zip(drawn, everything, strict=True)]
+    assert any(mine != likeliest for mine, likeliest in firsts)
+
+
+def test_a_clip_with_a_temperature_is_drawn_token_by_token_and_the_others_are_not():
+    lm, asked = random_lm(scale=0.15), kinds()
+    drawn = Clip(asked[2].speech, 8, temperature=1.5)
+    torch.manual_seed(1)
+    first, other, second = (
+        search.best() for search in staggered(lm, [drawn, asked[0], drawn], [0, 1, 2])
+    )
+    agree(other, apart(lm, asked[0]).best())
+    assert first.tokens != second.tokens, "the same clip, twice"
+    for heard in (first, second):
+        tokens = [choice.token for choice in heard.choices]
+        for step, choice in enumerate(heard.choices):
+            logp = next_logp(lm, VOCABULARY, drawn.speech, tokens[:step])
+            assert choice.logp == pytest.approx(float(logp[choice.token]), abs=1e-4)
+            assert choice.lm_token == int(logp.argmax())
+        assert EOS not in tokens[:-1]
+    assert any(choice.token != choice.lm_token for choice in (*first.choices, *second.choices))
+    torch.manual_seed(1)
+    again = staggered(lm, [drawn, asked[0], drawn], [0, 1, 2])[0].best()
+    assert again == first

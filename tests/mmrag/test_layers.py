@@ -184,3 +184,41 @@ def test_what_is_added_to_the_stream_starts_smaller_in_a_deeper_model(layers):
         assert linear.weight.std().item() == pytest.approx(std, rel=0.05)
     assert not attention.q.bias.any()
     assert Linear(2, 2).bias is None
+
+
+def filled(rows, capacity, seed):
+    """A cache of random numbers, as full as its rows are long: 0, 1, ..."""
+    cache = Cache(shape(kv_heads=2), rows, capacity, like=torch.zeros(1))
+    cache.keys.copy_(draw(*cache.keys.shape, seed=seed))
+    cache.values.copy_(draw(*cache.values.shape, seed=seed + 1))
+    cache.lengths = torch.arange(rows)
+    return cache
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [(4, 7), (7, 4), (5, 5)])
+def test_joined_caches_hold_the_rows_of_both_and_have_room_for_the_longer(mine, theirs):
+    one, other = filled(3, mine, seed=1), filled(2, theirs, seed=3)
+    both = one.join(other)
+    assert both.capacity == max(mine, theirs)
+    assert both.lengths.tolist() == [0, 1, 2, 0, 1]
+    for name in ("keys", "values"):
+        joined = getattr(both, name)
+        assert torch.equal(joined[:, :3, :, :mine], getattr(one, name))
+        assert torch.equal(joined[:, 3:, :, :theirs], getattr(other, name))
+    both.keys.zero_()
+    assert one.keys.any() and other.keys.any(), "they are copies"
+
+
+def test_rows_of_joined_caches_go_on_as_they_would_have_alone():
+    layer, config = attention_of(shape(kv_heads=2)), shape(kv_heads=2)
+    lengths, capacities, seen = (2, 5), (4, 9), []
+    for length, capacity in zip(lengths, capacities, strict=True):
+        seen.append(Cache(config, 1, capacity, like=torch.zeros(1)))
+        attend(layer, draw(1, length, 16, seed=length), seen[-1])
+    new, positions = draw(2, 1, 16, seed=9), torch.tensor([[2], [5]])
+    mask = (torch.arange(6) <= positions)[:, None, None]
+    joined = seen[0].join(seen[1])
+    together = layer(new, rotary(positions, layer.width, 100.0), positions, joined, mask)
+    for row, length in enumerate(lengths):
+        whole = torch.cat((draw(1, length, 16, seed=length), new[row : row + 1]), 1)
+        torch.testing.assert_close(together[row, 0], attend(layer, whole)[0, -1])

@@ -1,6 +1,7 @@
 """Retrieved windows are encoded once and read by the rows that found them, as a whole reading of
 every prefix from its start would have it."""
 
+import itertools
 import math
 from collections import Counter
 from dataclasses import replace
@@ -8,11 +9,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mmrag import reading
+from mmrag.boost import Boost
 from mmrag.config import KNN, CrossAttention, Decode, LanguageModel, Read
 from mmrag.cross_attention import Adapter, Windows
-from mmrag.decode import Retrieval, decode
+from mmrag.decode import Batch, Clip, Retrieval, decode
 from mmrag.lm import LM
 from mmrag.reading import SHOWN, Bank, Reading
 from mmrag.records import NO_ENTRY, Neighbours, Passages
@@ -631,3 +635,125 @@ def test_what_is_read_can_end_a_transcript_and_start_one():
     assert any(mine != theirs for mine, theirs in firsts)
     assert any(one.stopped for one in heard)
     assert EOS not in {token for one in heard for token in one.tokens}
+
+
+def staggered(lm, clips, arrivals, departures=None):
+    """The searches of clips that join at the step `arrivals` names, and leave at that of
+    `departures` (clip -> step) unless they are done."""
+    batch, searches = Batch(lm, VOCABULARY), {}
+    for step in itertools.count():
+        for index in [index for index, when in (departures or {}).items() if when == step]:
+            batch.leave(searches[index])
+        batch.step()
+        joining = [index for index, arrival in enumerate(arrivals) if arrival == step]
+        searches |= zip(joining, batch.join([clips[index] for index in joining]), strict=True)
+        if step >= max(arrivals) and not batch.searches:
+            return [searches[index] for index in range(len(clips))]
+
+
+def kinds(lm, adapter, beams=1):
+    """Clips that read whole lists and what is searched, ask neighbours, favour phrases, stand
+    after a context; and one that does nothing of all that."""
+    first, second = Store(seed=0), Store(seed=7)
+    bank = Bank(adapter, lm, first)
+    searching = Reading(bank, read(stride=2), first)
+    whole = Reading(bank, read(), first, np.array(LISTS[0]))
+    other = reading_of(lm, adapter, second, stride=3, k=5, gate=16.0)
+    starts = torch.ones(VOCABULARY.size, dtype=torch.bool)
+    boost = Boost([[FIRST, LAST, FIRST + 1]], 1.0, starts)
+    by_speech = Retrieval(first, KNN(k=3, weight=0.5, temperature=2.0))
+    by_text = Retrieval(second, KNN(k=4, weight=0.5, temperature=2.0, query="text"))
+    own = [
+        {"reading": searching, "exclude_document": 1},
+        {"reading": whole, "retrieval": by_speech},
+        {},
+        {"reading": other, "retrieval": by_text, "context": [FIRST, LAST, FIRST]},
+        {"reading": searching, "boost": boost},
+        {"retrieval": by_text},
+        {"reading": reading_of(lm, adapter, Silent())},
+    ]
+    limits = [7, 11, 9, 10, 5, 8, 6]
+    return [
+        Clip(units, limit, beams=beams, length_penalty=0.6, **has)
+        for units, limit, has in zip(clips(len(own), seed=2), limits, own, strict=True)
+    ]
+
+
+def same(one, other):
+    """Two searches that found the same."""
+    agree(one.best(), other.best())
+    assert [c.entry for c in one.best().choices] == [c.entry for c in other.best().choices]
+    assert one.missing_shards == other.missing_shards
+
+
+@pytest.mark.parametrize("every", EVERY.values(), ids=EVERY)
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("arrivals", [[0, 1, 1, 2, 4, 5, 5], [5, 4, 0, 3, 1, 0, 2]], ids=str)
+def test_a_clip_that_joins_a_batch_that_reads_is_decoded_as_if_alone(every, beams, arrivals):
+    lm = random_lm()
+    asked = kinds(lm, random_adapter(every), beams)
+    together = staggered(lm, asked, arrivals)
+    for clip, search in zip(asked, together, strict=True):
+        [alone] = staggered(lm, [clip], [0])
+        same(search, alone)
+    assert [search.missing_shards for search in together] == [0] * 6 + [3]
+    plain = [staggered(lm, [replace(clip, reading=None)], [0])[0].best() for clip in asked]
+    heard = [search.best() for search in together]
+    changed = [a.tokens != b.tokens for a, b in zip(heard, plain, strict=True)]
+    assert sum(changed) > 1, "otherwise this shows nothing"
+
+
+@pytest.mark.parametrize("every", EVERY.values(), ids=EVERY)
+def test_a_clip_that_leaves_a_batch_that_reads_changes_nothing_for_the_others(every):
+    lm = random_lm()
+    asked, arrivals = kinds(lm, random_adapter(every), beams=2), [0, 0, 1, 1, 2, 0, 2]
+    undisturbed = staggered(lm, asked, arrivals)
+    for leaver in range(len(asked)):
+        disturbed = staggered(lm, asked, arrivals, {leaver: 3})
+        for index in set(range(len(asked))) - {leaver}:
+            same(disturbed[index], undisturbed[index])
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.sampled_from(sorted(EVERY.values())),
+    st.lists(
+        st.tuples(
+            st.integers(0, 6),  # which of the kinds
+            st.integers(1, 3),  # its beams
+            st.integers(0, 6),  # when it joins
+            st.none() | st.integers(1, 5),  # how long it stays
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+)
+def test_whoever_comes_and_goes_a_clip_reads_as_if_alone(every, plan):
+    lm, adapter = random_lm(), random_adapter(every)
+    made = kinds(lm, adapter)
+    asked = [replace(made[kind], beams=beams) for kind, beams, *_ in plan]
+    arrivals = [arrival for *_, arrival, _ in plan]
+    departures = {
+        index: arrival + stay for index, (*_, arrival, stay) in enumerate(plan) if stay is not None
+    }
+    for clip, search in zip(asked, staggered(lm, asked, arrivals, departures), strict=True):
+        if search.over:
+            [alone] = staggered(lm, [clip], [0])
+            same(search, alone)
+
+
+def test_a_clip_that_reads_with_another_adapter_is_refused_and_the_batch_goes_on():
+    lm = random_lm()
+    mine, theirs = (kinds(lm, random_adapter(seed=seed)) for seed in (1, 2))
+    batch = Batch(lm, VOCABULARY)
+    staying = batch.join(mine[:4])
+    batch.step()
+    with pytest.raises(ValueError, match="2 adapters, not one"):
+        batch.join(theirs[1:2])
+    assert batch.searches == staying
+    staying += batch.join(mine[4:])
+    while batch.searches:
+        batch.step()
+    for clip, search in zip(mine, staying, strict=True):
+        [alone] = staggered(lm, [clip], [0])
+        same(search, alone)
