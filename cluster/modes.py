@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,11 +71,10 @@ class RetrievingDocuments:
 
     def open(self, recogniser: Recogniser) -> Guide:
         datastore = Datastore.open(self.datastore)
-        entries_of = _by_document(datastore)
 
         def guide(batch: Sequence[Tokenized]) -> dict[str, Any]:
             named = [self.documents[one.utterance.id] for one in batch]
-            subsets = [SubsetRetriever(datastore, entries_of(own)) for own in named]
+            subsets = [SubsetRetriever(datastore, datastore.entries_of(own)) for own in named]
             return {"retrieval": [Retrieval(subset, self.knn) for subset in subsets]}
 
         return guide
@@ -124,17 +123,18 @@ class AttendingPhrases:
 
     def open(self, recogniser: Recogniser) -> Guide:
         datastore = Datastore.open(self.datastore)
-        known, entries_of = Phrases(datastore), _by_document(datastore)
+        known = Phrases(datastore)
         everything = SubsetRetriever(datastore, np.empty(0, np.int64))
         bank = recogniser.bank(everything)
 
         def reading(one: Tokenized) -> Reading:
             listed = self.phrases[one.utterance.id]
-            windows = [entry for name in listed for entry in known.mentions(name, self.mentions)]
-            whole = Reading(bank, self.read, everything, np.array(windows, np.int64))
+            windows = known.first_mentions(listed, self.mentions)
+            whole = Reading(bank, self.read, everything, windows)
             if whole.whole:
                 return whole
-            return replace(whole, retriever=SubsetRetriever(datastore, entries_of(listed)))
+            own = datastore.entries_of(listed)
+            return replace(whole, retriever=SubsetRetriever(datastore, own))
 
         return lambda batch: {"readings": [reading(one) for one in batch]}
 
@@ -193,19 +193,6 @@ class PromptingPhrases:
             return {"contexts": [list(chain.from_iterable(own)) for own in listed]}
 
         return guide
-
-
-def _by_document(datastore: Datastore) -> Callable[[Sequence[str]], np.ndarray]:
-    """Looks up the entries of named documents; one that is not there has none."""
-    order = np.argsort(datastore.documents, kind="stable")
-    ends = np.cumsum(np.bincount(datastore.documents))
-    spans = {
-        datastore.document_name(number): slice(*span)
-        for number, span in enumerate(pairwise([0, *ends.tolist()]))
-    }
-    return lambda names: np.concatenate(
-        [np.empty(0, int), *(order[spans.get(n, slice(0))] for n in names)]
-    )
 
 
 def open_locally(directory: Path) -> LocalRetriever:

@@ -1,138 +1,327 @@
-"""A datastore served by actors: one or more for each index shard, asked all at once."""
+"""A datastore served by actors: one or more for each index shard, asked all at once.
+
+The datastore may grow and shrink while it is served: `refresh` takes in what was published and
+deleted. What is published belongs to the last shard.
+"""
 
 from __future__ import annotations
 
 import itertools
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial, wraps
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
+from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from mmrag.datastore import Datastore
+from mmrag.datastore import Datastore, DatastoreError, Description, describe
 from mmrag.index import IndexShard, saved_shards
-from mmrag.records import NO_ENTRY, Neighbours, Passages, merge
+from mmrag.records import Neighbours, Passages, merge
 
 ANSWER_SECONDS = 30.0
 """How long a shard may take to answer before it counts as missing."""
+REST_SECONDS = 3.0
+"""How long a replica that failed is not asked. Ray takes two seconds, at every call, to find that
+an actor is being started again, and a decoder searches at every token."""
+RETRY_SECONDS = 0.1
+"""Between attempts to start an actor whose namesake is just ending."""
+NAMESPACE = "mmrag"
+"""Where in a cluster the actors that processes share have their names."""
+
+_Place = tuple[int, int]
+"""A shard and the number of one of its replicas."""
+
+
+def _asked(method: Callable) -> Callable:
+    """A method that counts as a call: an idle actor ends itself, but never amid one."""
+
+    @wraps(method)
+    def call(self: Any, *arguments: Any) -> Any:
+        with self._answering:
+            try:
+                return method(self, *arguments)
+            finally:
+                self._last_asked = time.monotonic()
+
+    return call
 
 
 @ray.remote(max_restarts=-1)
 class IndexShardActor:
-    """Holds one shard in memory. Ray starts it again if its process dies."""
+    """Holds one shard in memory. Ray starts it again if its process dies.
 
-    def __init__(self, datastore: Path, shard: Path) -> None:
+    The last shard takes in whatever was published since it was saved, also when started again.
+    """
+
+    def __init__(self, datastore: Path, shard: Path, idle_seconds: float | None = None) -> None:
+        """Ends itself for good where nobody asks it anything for `idle_seconds`."""
         self._datastore = Datastore.open(datastore)
         self._shard = IndexShard.load(shard, self._datastore)
+        self._last = shard.name == saved_shards(datastore)[-1].name
+        self._shard.refresh(self._last)
+        self._answering = threading.RLock()
+        self._last_asked = time.monotonic()
+        if idle_seconds is not None:
+            ending = partial(self._end_when_idle, idle_seconds)
+            threading.Thread(target=ending, daemon=True).start()
 
+    @_asked
     def range(self) -> tuple[int, int]:
         """First entry of the shard and the one after its last."""
         return self._shard.start, self._shard.stop
 
+    @_asked
+    def refresh(self) -> tuple[int, int]:
+        """Take in what has been published and deleted since; the shard's range then."""
+        self._datastore.refresh()
+        self._shard.refresh(self._last)
+        return self._shard.start, self._shard.stop
+
+    @_asked
     def search(
         self, queries: np.ndarray, k: int, exclude_documents: Sequence[int] | None
     ) -> Neighbours:
         """The k nearest of this shard's entries to each query (B, D)."""
         return self._shard.search(queries, k, exclude_documents)
 
+    @_asked
     def windows(self, entries: np.ndarray) -> np.ndarray:
-        """Token windows (…, W) around `entries` (…,)."""
-        return self._datastore.windows(entries)
+        """Token windows (M, W) around `entries` (M,)."""
+        return self._knowing(entries).windows(entries)
 
+    @_asked
     def passages(self, entries: np.ndarray) -> Passages:
         """The windows around `entries` (M,), each token with its own key."""
-        return self._datastore.passages(entries)
+        return self._knowing(entries).passages(entries)
+
+    @_asked
+    def origins(self, entries: np.ndarray) -> list[tuple[str, str]]:
+        """Document and utterance that each of `entries` (M,) comes from, by name."""
+        return self._knowing(entries).origins(entries)
+
+    def _knowing(self, entries: np.ndarray) -> Datastore:
+        """The datastore with these entries; another replica may have found them before it."""
+        if len(entries) and entries.max() >= self._datastore.entries:
+            self.refresh()
+        return self._datastore
+
+    def _end_when_idle(self, seconds: float) -> None:
+        while True:
+            with self._answering:
+                left = self._last_asked + seconds - time.monotonic()
+                if left <= 0:
+                    ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+                    return
+            time.sleep(left)
 
 
 class ShardedRetriever:
-    """The `Retriever` contract over shard actors; may be sent to other actors.
+    """The `Retriever` contract over shard actors; may be sent to other processes.
 
-    A query goes to one replica of every shard, and on to the next replica where one is dead. A
-    shard none of whose replicas answers is counted in `missing_shards`; the others still answer.
+    A query goes to one replica of every shard, and on to the next replica where one is dead; that
+    one is left alone for REST_SECONDS, or until it answers a `ping`. A shard none of whose replicas
+    answers is counted in `missing_shards`; the others still answer. About entries that were found,
+    only the shards that hold them are asked.
     """
 
     def __init__(
-        self, replicas: Sequence[Sequence[ActorHandle]], ranges: Sequence[tuple[int, int]]
+        self,
+        replicas: Sequence[Sequence[ActorHandle]],
+        ranges: Sequence[tuple[int, int]],
+        description: Description,
+        answer_seconds: float = ANSWER_SECONDS,
     ) -> None:
+        """`ranges` in order of their entries; `answer_seconds` until a replica counts as dead."""
+        self.description = description
         self._replicas = [list(shard) for shard in replicas]
         self._ranges = list(ranges)
+        self._answer_seconds = answer_seconds
         self._turn = itertools.count()
+        self._failed: dict[_Place, float] = {}
+        """When a replica failed, by the clock that machines share: a retriever may be sent."""
+
+    @property
+    def entries(self) -> int:
+        """How many entries are searched, deleted ones included, as of the last `refresh` here."""
+        return self._ranges[-1][1]
 
     def search(
         self, queries: np.ndarray, k: int, exclude_documents: Sequence[int] | None = None
     ) -> Neighbours:
         """The k nearest entries over all shards to each of `queries` (B, D) float32."""
-        answers = self._ask_all("search", [(queries, k, exclude_documents)] * len(self._replicas))
-        parts = [
-            Neighbours.none(len(queries), k, missing_shards=1) if answer is None else answer
-            for answer in answers
-        ]
-        return merge(parts, k) if parts else Neighbours.none(len(queries), k)
+        asked = dict.fromkeys(range(len(self._replicas)), (queries, k, exclude_documents))
+        answers = self._ask("search", asked)
+        missing = Neighbours.none(len(queries), k, missing_shards=1)
+        return merge([answers.get(shard, missing) for shard in asked], k)
 
     def windows(self, entries: np.ndarray) -> np.ndarray:
         """Token windows (…, W); all padding for `NO_ENTRY` and for shards that do not answer."""
-        asked = [
-            (np.where((entries >= start) & (entries < stop), entries, NO_ENTRY),)
-            for start, stop in self._ranges
-        ]
-        answers = [a for a in self._ask_all("windows", asked) if a is not None]
-        if not answers:
-            raise RuntimeError("no shard of the datastore answers")
-        return np.maximum.reduce(answers)
+        found = np.zeros((*entries.shape, self.description.window), np.int32)
+        for own, answer in self._ask_owners("windows", entries):
+            found[own] = answer
+        return found
 
     def passages(self, entries: np.ndarray) -> Passages:
         """The windows around `entries` (M,); one of a shard that does not answer is empty."""
-        shards = [(entries >= start) & (entries < stop) for start, stop in self._ranges]
-        answers = self._ask_all("passages", [(entries[own],) for own in shards])
-        known = next((answer for answer in answers if answer is not None), None)
-        if known is None:
-            raise RuntimeError("no shard of the datastore answers")
+        shape = (len(entries), self.description.window)
         found = Passages(
-            *(np.zeros((len(entries), *a.shape[1:]), a.dtype) for a in vars(known).values())
+            tokens=np.zeros(shape, np.int32),
+            keys=np.zeros((*shape, self.description.width), np.float16),
+            present=np.zeros(shape, bool),
         )
-        for own, answer in zip(shards, answers, strict=True):
-            if answer is not None:
-                for name, values in vars(answer).items():
-                    getattr(found, name)[own] = values
+        for own, answer in self._ask_owners("passages", entries):
+            for name, values in vars(answer).items():
+                getattr(found, name)[own] = values
         return found
 
+    def origins(self, entries: np.ndarray) -> list[tuple[str, str]]:
+        """Document and utterance of `entries` (M,); "" twice for a shard that does not answer."""
+        found = [("", "")] * len(entries)
+        for own, answer in self._ask_owners("origins", entries):
+            for place, origin in zip(np.flatnonzero(own), answer, strict=True):
+                found[place] = origin
+        return found
+
+    def refresh(self) -> None:
+        """Have every replica take in what has been published and deleted since.
+
+        One that does not answer is passed over: it does so when Ray has started it again.
+        """
+        answers = self._ask_everyone("refresh", self._answer_seconds)
+        for (shard, _), (start, stop) in answers.items():
+            self._ranges[shard] = (start, max(stop, self._ranges[shard][1]))
+
+    def ping(self, seconds: float) -> int:
+        """How many shards have no replica that answers within `seconds`.
+
+        Idle actors that are asked live on.
+        """
+        answering = {shard for shard, _ in self._ask_everyone("range", seconds)}
+        return len(self._replicas) - len(answering)
+
     def close(self) -> None:
-        """Stop the actors."""
+        """Stop the actors, for everybody who shares them."""
         for replica in itertools.chain.from_iterable(self._replicas):
             ray.kill(replica)
 
-    def _ask_all(self, method: str, arguments: Sequence[tuple]) -> list:
-        """Each shard's answer to its arguments, None where no replica gives one."""
-        turn = next(self._turn)
-        answers: list = [None] * len(self._replicas)
-        waiting = list(range(len(self._replicas)))
-        for attempt in range(max(map(len, self._replicas), default=0)):
-            asked = {}
-            for shard in waiting:
-                replicas = self._replicas[shard]
-                if attempt < len(replicas):
-                    replica = replicas[(turn + attempt) % len(replicas)]
-                    asked[shard] = getattr(replica, method).remote(*arguments[shard])
-            waiting, deadline = [], time.monotonic() + ANSWER_SECONDS
-            for shard, answer in asked.items():
-                try:
-                    answers[shard] = ray.get(answer, timeout=max(0.0, deadline - time.monotonic()))
-                except (RayActorError, GetTimeoutError):
-                    waiting.append(shard)
+    def _ask(self, method: str, arguments: Mapping[int, tuple]) -> dict[int, Any]:
+        """What shards answer to their arguments; one whose replicas all fail is left out."""
+        turn, answers = next(self._turn), {}
+        orders = {shard: self._rested(shard, turn) for shard in arguments}
+        for attempt in range(max(map(len, orders.values()), default=0)):
+            places = [
+                (shard, order[attempt])
+                for shard, order in orders.items()
+                if shard not in answers and attempt < len(order)
+            ]
+            asked = {
+                (shard, number): getattr(self._replicas[shard][number], method).remote(
+                    *arguments[shard]
+                )
+                for shard, number in places
+            }
+            for (shard, _), answer in self._answers(asked, self._answer_seconds).items():
+                answers[shard] = answer
+        return answers
+
+    def _rested(self, shard: int, turn: int) -> list[int]:
+        """The shard's replicas by number as they are asked, without those that failed just now."""
+        numbers, now = range(len(self._replicas[shard])), time.time()
+        rested = [n for n in numbers if now - self._failed.get((shard, n), 0) >= REST_SECONDS]
+        return sorted(rested, key=lambda number: (number - turn) % len(numbers))
+
+    def _ask_owners(self, method: str, entries: np.ndarray) -> Iterator[tuple[np.ndarray, Any]]:
+        """Which of `entries` (…,) a shard holds, and its answer about them; `NO_ENTRY` is in none.
+
+        What another process saw published belongs to the last shard, whose range has grown there.
+        """
+        starts = [start for start, _ in self._ranges]
+        owners = np.searchsorted(starts, entries, side="right") - 1
+        shards = np.unique(owners[owners >= 0]).tolist()
+        answers = self._ask(method, {shard: (entries[owners == shard],) for shard in shards})
+        for shard, answer in answers.items():
+            yield owners == shard, answer
+
+    def _ask_everyone(self, method: str, seconds: float) -> dict[_Place, Any]:
+        """What each replica answers, also those that failed just now; without those that fail."""
+        asked = {
+            (shard, number): getattr(replica, method).remote()
+            for shard, replicas in enumerate(self._replicas)
+            for number, replica in enumerate(replicas)
+        }
+        return self._answers(asked, seconds)
+
+    def _answers(self, asked: Mapping[_Place, ObjectRef], seconds: float) -> dict[_Place, Any]:
+        """The answers of living actors that come in time; what they raise is raised here."""
+        answers, deadline = {}, time.monotonic() + seconds
+        for place, answer in asked.items():
+            try:
+                answers[place] = ray.get(answer, timeout=max(0.0, deadline - time.monotonic()))
+                self._failed.pop(place, None)
+            except (RayActorError, GetTimeoutError):
+                self._failed[place] = time.time()
         return answers
 
 
-def serve_shards(datastore: Path, replicas: int, num_cpus: float) -> ShardedRetriever:
-    """Start `replicas` actors for each index shard of the datastore and wait until all answer."""
-    actors = [
-        [
-            IndexShardActor.options(num_cpus=num_cpus).remote(datastore, shard)
-            for _ in range(replicas)
-        ]
-        for shard in saved_shards(datastore)
-    ]
-    ranges = [ray.get([replica.range.remote() for replica in shard])[0] for shard in actors]
-    return ShardedRetriever(actors, ranges)
+def serve_shards(
+    datastore: Path,
+    replicas: int,
+    num_cpus: float,
+    *,
+    owner: str | None = None,
+    answer_seconds: float = ANSWER_SECONDS,
+    idle_seconds: float | None = None,
+) -> ShardedRetriever:
+    """Start `replicas` actors for each index shard of the datastore and wait until all answer.
+
+    Actors with an `owner` are named `<owner>-<shard>-<replica>`: whoever asks for the same owner
+    shares them, whatever its `datastore`, and they outlive this process. With `idle_seconds` they
+    end once nobody has asked them anything for that long. Raises DatastoreError if no index is
+    saved, RayActorError if an actor cannot load its shard.
+    """
+    datastore = Path(datastore).absolute()
+    shards = saved_shards(datastore)
+    if not shards:
+        raise DatastoreError(f"no index of {datastore} is saved")
+
+    def start(shard: int, replica: int) -> ActorHandle:
+        options: dict[str, Any] = {"num_cpus": num_cpus}
+        if owner is not None:
+            options |= {
+                "name": f"{owner}-{shard}-{replica}",
+                "namespace": NAMESPACE,
+                "lifetime": "detached",
+                "get_if_exists": True,
+            }
+        return IndexShardActor.options(**options).remote(datastore, shards[shard], idle_seconds)
+
+    places = [(shard, replica) for shard in range(len(shards)) for replica in range(replicas)]
+    actors = {place: start(*place) for place in places}  # all of them load at once
+    ready = {place: _ready(actor, partial(start, *place)) for place, actor in actors.items()}
+    by_shard = [[ready[shard, n] for n in range(replicas)] for shard in range(len(shards))]
+    return ShardedRetriever(
+        [[actor for actor, _ in shard] for shard in by_shard],
+        [max(span for _, span in shard) for shard in by_shard],
+        describe(datastore),
+        answer_seconds,
+    )
+
+
+def _ready(
+    actor: ActorHandle, again: Callable[[], ActorHandle]
+) -> tuple[ActorHandle, tuple[int, int]]:
+    """The actor once it answers, and its range; `again` replaces one that was ending."""
+    while True:
+        try:
+            return actor, ray.get(actor.refresh.remote())
+        except RayActorError as error:
+            if error.actor_init_failed:
+                raise
+        time.sleep(RETRY_SECONDS)
+        actor = again()

@@ -145,8 +145,8 @@ def _found(options: argparse.Namespace, recogniser: Recogniser) -> dict[str, Any
     mode = options.retrieval or "knn"
     if mode == "none":
         return {}
-    found: dict[str, Any] = {"datastore": datastore}
     retriever = LocalRetriever.load(saved_shards(datastore.directory), datastore)
+    found: dict[str, Any] = {"source": retriever}
     knn, read = _tuned(options, datastore, mode)
     if mode in ("knn", "both"):
         found["retrieval"] = Retrieval(retriever, knn)
@@ -182,15 +182,13 @@ def _phrases(options: argparse.Namespace, recogniser: Recogniser) -> dict[str, A
     datastore = remember(
         CACHE, listed, recogniser.lm, recogniser.vocabulary, identity, recogniser.speaker()
     )
-    entries = np.arange(datastore.entries)
-    retriever = SubsetRetriever(datastore, entries)
-    found: dict[str, Any] = {"datastore": datastore}
+    retriever = SubsetRetriever(datastore, np.arange(datastore.entries))
+    found: dict[str, Any] = {"source": retriever}
     if mode in ("knn", "both"):
         knn = UNTUNED if options.weight is None else {**UNTUNED, "weight": options.weight}
         found["retrieval"] = Retrieval(retriever, KNN(**knn))
     if mode in ("cross_attention", "both"):
-        known = Phrases(datastore)
-        windows = np.array([known.mentions(name)[0] for name in known.names])
+        windows = Phrases(datastore).first_mentions()
         found["reading"] = Reading(recogniser.bank(retriever), WHOLE, retriever, windows)
     return found
 

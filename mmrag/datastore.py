@@ -12,7 +12,8 @@ write at once; `segments.json` names the ones that count, in order, and is repla
                     utterances.npy (N,) int32, index into names.json
 
 An entry's id is its place in the segments laid end to end. Segments are only ever appended and
-deletion only hides, so ids never change. Nothing here searches, and nothing here knows a model.
+deletion only hides, so ids never change. `Datastore.of` holds segments in memory instead. Nothing
+here searches, and nothing here knows a model.
 """
 
 from __future__ import annotations
@@ -191,7 +192,7 @@ def publish(directory: Path | str, names: Sequence[str]) -> None:
             if name in taken:
                 raise DatastoreError(f"segment {name} of {directory} is published already")
             taken.add(name)
-            entries = _Stored(directory, name, description).entries
+            entries = _stored(directory, name, description).entries
             listed["segments"].append({"name": name, "entries": entries})
         write_json(directory / "segments.json", listed)
 
@@ -215,50 +216,85 @@ def delete(directory: Path | str, entries: Iterable[int]) -> None:
 
 
 class Datastore:
-    """A snapshot of the published segments. Keys and windows stay on disk, memory-mapped."""
+    """A snapshot of segments: the published ones of a directory, or some in memory.
 
-    def __init__(self, directory: Path) -> None:
+    Of a directory's, keys and windows stay on disk, memory-mapped.
+    """
+
+    def __init__(self, directory: Path | None, description: Description) -> None:
+        """Without entries yet; `open` and `of` give it some."""
         self.directory = directory
-        self.description = describe(directory)
-        self.refresh()
+        self.description = description
+        self._take([], np.zeros(0, np.int64))
 
     @classmethod
     def open(cls, directory: Path | str) -> Datastore:
         """Open the datastore in `directory`; DatastoreError names what is missing or damaged."""
-        return cls(Path(directory).absolute())
+        directory = Path(directory).absolute()
+        opened = cls(directory, describe(directory))
+        opened.refresh()
+        return opened
+
+    @classmethod
+    def of(cls, description: Description, segments: Sequence[Segment]) -> Datastore:
+        """A datastore of these segments in memory; it answers as if they had been published.
+
+        Its `directory` is None. ValueError for a segment that does not fit the description.
+        """
+        made = cls(None, description)
+        names = [f"part-{number:05d}" for number in range(len(segments))]
+        held = [
+            _Held(name, list(segment.names), _arrays(name, segment, description))
+            for name, segment in zip(names, segments, strict=True)
+        ]
+        made._take(held, made.deleted)
+        return made
 
     def refresh(self) -> None:
-        """See what has been published and deleted since. Entry and document ids stay the same."""
+        """See what has been published and deleted since. Entry and document ids stay the same.
+
+        Raises DatastoreError, and changes nothing, for what is missing or damaged.
+        """
+        if self.directory is None:
+            return
         listed = _list(self.directory)
-        segments = [
-            _Stored(self.directory, segment["name"], self.description, segment["entries"])
-            for segment in listed["segments"]
+        new = [
+            _stored(self.directory, segment["name"], self.description, segment["entries"])
+            for segment in listed["segments"][len(self._segments) :]
         ]
+        self._take([*self._segments, *new], _deleted(self.directory, listed["deleted"]))
+
+    def _take(self, segments: list[_Held], deleted: np.ndarray) -> None:
+        """Lay the segments end to end."""
         names = [pair for segment in segments for pair in segment.names]
         # The n-th document to appear is document n: appending segments changes no id.
         documents: dict[str, int] = {}
         for _, document in names:
             documents.setdefault(document, len(documents))
         first_utterance = np.cumsum([0, *(len(segment.names) for segment in segments)])
-        self._paths = [segment.path for segment in segments]
+        utterances = [segment.arrays["utterances"] for segment in segments]
+        self._segments = segments
         self._starts = np.cumsum([0, *(segment.entries for segment in segments)])
         self._document_ids = documents
         self._document_names = list(documents)
         self._utterance_names = [utterance for utterance, _ in names]
         self.utterances = _concatenate(
-            [s.utterances + first for s, first in zip(segments, first_utterance, strict=False)]
+            [own + first for own, first in zip(utterances, first_utterance, strict=False)]
         )
         """(N,) int32, each entry's utterance; those of one utterance follow one another."""
         document_of = np.array([documents[document] for _, document in names], np.int32)
-        self.tokens = _concatenate([segment.tokens for segment in segments])
+        self.tokens = _concatenate([segment.arrays["tokens"] for segment in segments])
         """(N,) int32, the token that follows each key."""
-        self.positions = _concatenate([segment.positions for segment in segments])
+        self.positions = _concatenate([segment.arrays["positions"] for segment in segments])
         """(N,) int32, index of that token among its utterance's tokens."""
         self.documents = document_of[self.utterances]
         """(N,) int32, each entry's document."""
-        self.deleted = _deleted(self.directory, listed["deleted"])
+        self.deleted = deleted
         """(M,) int64, deleted entries, ascending."""
         self._map = lru_cache(maxsize=OPEN_FILES)(_map)
+
+    def __str__(self) -> str:
+        return "a datastore in memory" if self.directory is None else str(self.directory)
 
     @property
     def entries(self) -> int:
@@ -267,8 +303,8 @@ class Datastore:
 
     @property
     def segments(self) -> list[str]:
-        """Names of the published segments, in order."""
-        return [path.name for path in self._paths]
+        """Names of the segments, in order."""
+        return [segment.name for segment in self._segments]
 
     def require(self, identity: Mapping[str, str]) -> None:
         """Check that the keys were made by just these artifacts (role -> fingerprint)."""
@@ -276,7 +312,7 @@ class Datastore:
             made = self.description.identity.get(role)
             if made != fingerprint:
                 raise DatastoreError(
-                    f"{self.directory} was keyed by {role} {made}, but this is {role} {fingerprint}"
+                    f"{self} was keyed by {role} {made}, but this is {role} {fingerprint}"
                 )
 
     def keys(self, start: int, stop: int) -> np.ndarray:
@@ -315,6 +351,23 @@ class Datastore:
         stop = np.minimum(last, entries - before + self.description.window)
         return np.maximum(first, entries - before), stop
 
+    def origins(self, entries: np.ndarray) -> list[tuple[str, str]]:
+        """Document and utterance that each of `entries` (M,) comes from, by name."""
+        self._check(entries)
+        return [
+            (self._document_names[self.documents[entry]], self.utterance_name(entry))
+            for entry in entries
+        ]
+
+    def entries_of(self, documents: Iterable[str]) -> np.ndarray:
+        """The entries of documents by name, deleted ones left out: (M,) int64, ascending.
+
+        A document that has none here adds none.
+        """
+        known = [self._document_ids[name] for name in documents if name in self._document_ids]
+        entries = np.flatnonzero(np.isin(self.documents, known))
+        return np.setdiff1d(entries, self.deleted, assume_unique=True)
+
     def document_id(self, name: str) -> int | None:
         """The id of a document, None for one that has no entries here."""
         return self._document_ids.get(name)
@@ -328,46 +381,66 @@ class Datastore:
         return self._utterance_names[self.utterances[entry]]
 
     def _gather(self, field: str, entries: np.ndarray) -> np.ndarray:
-        """Rows of a memory-mapped array: (M,) -> (M, …)."""
-        if len(entries) and not 0 <= entries.min() <= entries.max() < self.entries:
-            raise IndexError(
-                f"entries {entries.min()} to {entries.max()}: "
-                f"{self.directory} has {self.entries} entries"
-            )
+        """Rows of one of the large arrays: (M,) -> (M, …)."""
+        self._check(entries)
         columns = {"keys": self.description.width, "windows": self.description.window}[field]
         rows = np.empty((len(entries), columns), ARRAYS[field])
         segments = np.searchsorted(self._starts, entries, side="right") - 1
-        for segment in np.unique(segments):
-            here = segments == segment
-            stored = self._map(self._paths[segment] / f"{field}.npy")
-            rows[here] = stored[entries[here] - self._starts[segment]]
+        for number in np.unique(segments):
+            here, segment = segments == number, self._segments[number]
+            if segment.path is None:
+                stored = segment.arrays[field]
+            else:
+                stored = self._map(segment.path / f"{field}.npy")
+            rows[here] = stored[entries[here] - self._starts[number]]
         return rows
 
+    def _check(self, entries: np.ndarray) -> None:
+        """IndexError for an entry that does not exist."""
+        if len(entries) and not 0 <= entries.min() <= entries.max() < self.entries:
+            raise IndexError(
+                f"entries {entries.min()} to {entries.max()}: {self} has {self.entries} entries"
+            )
 
-class _Stored:
-    """One segment read back: its small arrays in memory, the headers of its large ones checked."""
 
-    def __init__(
-        self, directory: Path, name: str, description: Description, entries: int | None = None
-    ) -> None:
-        self.path = directory / "segments" / name
-        if not self.path.is_dir():
-            raise DatastoreError(f"segment {name} of {directory} is missing")
-        arrays = {field: _map(self.path / f"{field}.npy") for field in ARRAYS}
-        self.entries = len(arrays["tokens"]) if entries is None else entries
-        for field, shape in _shapes(self.entries, description).items():
-            stored = arrays[field]
-            if stored.shape != shape or stored.dtype != ARRAYS[field]:
-                raise DatastoreError(
-                    f"{self.path / field}.npy is damaged: it holds {stored.dtype} {stored.shape}, "
-                    f"not {np.dtype(ARRAYS[field])} {shape}"
-                )
-        self.tokens = np.array(arrays["tokens"])
-        self.positions = np.array(arrays["positions"])
-        self.utterances = np.array(arrays["utterances"])
-        self.names = [tuple(pair) for pair in _read_json(self.path / "names.json")]
-        if not _indexes(self.utterances, len(self.names)):
-            raise DatastoreError(f"{self.path} is damaged: an entry's utterance has no name")
+@dataclass(frozen=True)
+class _Held:
+    """One segment of a snapshot.
+
+    `arrays` by field: all of them, or where there is a `path` the small ones alone.
+    """
+
+    name: str
+    names: list[tuple[str, str]]
+    arrays: dict[str, np.ndarray]
+    path: Path | None = None
+
+    @property
+    def entries(self) -> int:
+        return len(self.arrays["tokens"])
+
+
+def _stored(
+    directory: Path, name: str, description: Description, entries: int | None = None
+) -> _Held:
+    """A segment read back: its small arrays in memory, the headers of its large ones checked."""
+    path = directory / "segments" / name
+    if not path.is_dir():
+        raise DatastoreError(f"segment {name} of {directory} is missing")
+    arrays = {field: _map(path / f"{field}.npy") for field in ARRAYS}
+    entries = len(arrays["tokens"]) if entries is None else entries
+    for field, shape in _shapes(entries, description).items():
+        stored = arrays[field]
+        if stored.shape != shape or stored.dtype != ARRAYS[field]:
+            raise DatastoreError(
+                f"{path / field}.npy is damaged: it holds {stored.dtype} {stored.shape}, "
+                f"not {np.dtype(ARRAYS[field])} {shape}"
+            )
+    small = {field: np.array(arrays[field]) for field in ("tokens", "positions", "utterances")}
+    names = [tuple(pair) for pair in _read_json(path / "names.json")]
+    if not _indexes(small["utterances"], len(names)):
+        raise DatastoreError(f"{path} is damaged: an entry's utterance has no name")
+    return _Held(name, names, small, path)
 
 
 def _arrays(name: str, segment: Segment, description: Description) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from uuid import uuid4
 
 import faiss
 import numpy as np
@@ -74,7 +75,7 @@ class IndexShard:
         if (saved["metric"], saved["width"]) != expected or saved["stop"] > datastore.entries:
             raise DatastoreError(
                 f"{directory} indexes entries up to {saved['stop']} of width {saved['width']} by "
-                f"{saved['metric']}; {datastore.directory} has {datastore.entries} of width "
+                f"{saved['metric']}; {datastore} has {datastore.entries} of width "
                 f"{description.width} by {description.metric}"
             )
         settings = Index.model_validate(saved["settings"])
@@ -129,6 +130,16 @@ class IndexShard:
             self._longest = max(self._longest, float(np.linalg.norm(keys, axis=1).max()))
         self.stop = stop
         self._deleted = np.pad(self._deleted, (0, stop - start))
+        self.delete(self.datastore.deleted)
+
+    def refresh(self, last: bool) -> None:
+        """Hide what the datastore says was deleted since; the `last` shard takes in what was
+        published since.
+
+        The datastore itself is refreshed beforehand, once for all of its shards.
+        """
+        if last:
+            self.add(self.stop, self.datastore.entries)
         self.delete(self.datastore.deleted)
 
     def delete(self, entries: Iterable[int]) -> None:
@@ -248,7 +259,7 @@ class LocalRetriever:
         stops = [0, *(shard.stop for shard in shards)]
         if not shards or [shard.start for shard in shards] != stops[:-1]:
             ranges = [(shard.start, shard.stop) for shard in shards]
-            raise ValueError(f"shards of {datastore.directory} leave entries out: {ranges}")
+            raise ValueError(f"shards of {datastore} leave entries out: {ranges}")
         self.datastore = datastore
         self.shards = list(shards)
 
@@ -264,8 +275,19 @@ class LocalRetriever:
         """The shards saved in `directories`; the last takes in what was published since."""
         shards = [IndexShard.load(directory, datastore) for directory in directories]
         if shards:
-            shards[-1].add(shards[-1].stop, datastore.entries)
+            shards[-1].refresh(last=True)
         return cls(datastore, shards)
+
+    @property
+    def entries(self) -> int:
+        """How many entries are searched, deleted ones included."""
+        return self.shards[-1].stop
+
+    def refresh(self) -> None:
+        """Take in what has been published and deleted since; the last shard grows."""
+        self.datastore.refresh()
+        for shard in self.shards:
+            shard.refresh(last=shard is self.shards[-1])
 
     def search(
         self, queries: np.ndarray, k: int, exclude_documents: Sequence[int] | None = None
@@ -281,6 +303,10 @@ class LocalRetriever:
     def passages(self, entries: np.ndarray) -> Passages:
         """The windows around `entries` (M,), each token with its own key."""
         return self.datastore.passages(entries)
+
+    def origins(self, entries: np.ndarray) -> list[tuple[str, str]]:
+        """Document and utterance that each of `entries` (M,) comes from, by name."""
+        return self.datastore.origins(entries)
 
 
 class SubsetRetriever:
@@ -329,6 +355,10 @@ class SubsetRetriever:
         """The windows around `entries` (M,), each token with its own key."""
         return self.datastore.passages(entries)
 
+    def origins(self, entries: np.ndarray) -> list[tuple[str, str]]:
+        """Document and utterance that each of `entries` (M,) comes from, by name."""
+        return self.datastore.origins(entries)
+
 
 def shard_directory(datastore: Path, number: int) -> Path:
     """Where a datastore keeps its shard `number`."""
@@ -338,6 +368,28 @@ def shard_directory(datastore: Path, number: int) -> Path:
 def saved_shards(datastore: Path) -> list[Path]:
     """The directories of a datastore's shards, in order of their entries."""
     return sorted((datastore / "index").glob("shard-*"))
+
+
+def save_index(directory: Path | str) -> None:
+    """Index what is published so far in one flat shard, unless shards are saved there already.
+
+    Makes a datastore that was just created, which may be empty, one that `LocalRetriever.load`
+    opens; what is published afterwards, its last shard takes in. Safe in many processes at once.
+    """
+    directory = Path(directory).absolute()
+    if saved_shards(directory):
+        return
+    datastore = Datastore.open(directory)
+    aside = directory / f".index.{uuid4().hex}"
+    shard = IndexShard.build(datastore, 0, datastore.entries, Index(kind="flat", shards=1), seed=0)
+    shard.save(shard_directory(aside, 0))
+    try:
+        (aside / "index").rename(directory / "index")
+    except OSError:  # another process was first
+        if not saved_shards(directory):
+            raise
+    finally:
+        shutil.rmtree(aside)
 
 
 def shard_ranges(entries: int, shards: int) -> list[tuple[int, int]]:

@@ -163,6 +163,10 @@ class Retriever(Protocol):
         """The windows around `entries` (M,), existing ones, each token with its own key."""
         ...
 
+    def origins(self, entries: np.ndarray) -> list[tuple[str, str]]:
+        """Document and utterance of `entries` (M,), existing ones; "" twice where unknown."""
+        ...
+
 
 @dataclass(frozen=True)
 class Source:
@@ -193,6 +197,9 @@ class Word:
     lm_probability: float
     changed: bool = False
     source: Source | None = None
+    start: float | None = None
+    """Seconds from the recording's start; None where nobody asked."""
+    end: float | None = None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from mmrag.config import Decode
 from mmrag.corpora import synthetic
 from mmrag.corpora.espeak import Synthesizer
 from mmrag.cross_attention import Adapter
-from mmrag.datastore import Datastore
 from mmrag.decode import Choice, Hypothesis, Retrieval, decode
 from mmrag.hubert import HubertEncoder
 from mmrag.lm import LM
@@ -34,42 +33,32 @@ LOOPS = 4
 
 
 @dataclass(frozen=True)
-class Recogniser:
-    """The models that turn sound into text, and where they came from."""
+class Listener:
+    """The models that turn sound into units, and where they came from."""
 
     encoder: HubertEncoder
     codebook: Codebook
-    lm: LM
-    vocabulary: Vocabulary
     identity: dict[str, str]
-    """Fingerprints of the hubert, codebook and lm artifacts."""
-    adapter: Adapter | None = None
-    """Reads what is retrieved; None where there is none."""
+    """Role (hubert, codebook, and lm where there is one) -> fingerprint of the artifact."""
 
     @classmethod
-    def load(cls, directory: Path, device: str = "cpu") -> Recogniser:
-        """Read `hubert/`, `codebook/` and `lm/` below `directory`, and `adapter/` if it is there.
+    def load(cls, directory: Path, device: str = "cpu") -> Listener:
+        """Read `hubert/` and `codebook/` below `directory`.
 
-        Raises ArtifactError if one is missing or was not made for the others.
+        Raises ArtifactError if one is missing or was not made for the other.
         """
         made = {kind: artifact.load(directory / kind, kind) for kind in ("hubert", "codebook")}
-        made["lm"] = artifact.load(directory / "lm", "lm")
         made["codebook"].require("hubert", made["hubert"])
-        made["lm"].require("codebook", made["codebook"])
-        lm, vocabulary = pretrained.load(made["lm"].path, device)
-        adapter = None
-        if (directory / "adapter").exists():
-            trained = artifact.load(directory / "adapter", "adapter")
-            trained.require("lm", made["lm"])
-            adapter = pretrained.load_adapter(trained.path, lm)
         return cls(
             encoder=HubertEncoder.load(made["hubert"].path).to(device).eval(),
             codebook=Codebook.load(made["codebook"].path),
-            lm=lm,
-            vocabulary=vocabulary,
             identity={role: one.fingerprint for role, one in made.items()},
-            adapter=adapter,
         )
+
+    def listen(self, waves: Sequence[Tensor]) -> list[Units]:
+        """Waves (T,) at 16 kHz to units."""
+        features = self.encoder.features(waves)
+        return [self.codebook.encode(one.cpu().numpy()) for one in features]
 
     def speaker(self, seed: int = 0) -> Callable[[str], Units]:
         """Says a sentence with a synthetic voice and listens to it; needs the `speech` extra.
@@ -84,16 +73,55 @@ class Recogniser:
 
         return say
 
+
+@dataclass(frozen=True)
+class Writer:
+    """The models that turn units into text, and where they came from."""
+
+    lm: LM
+    vocabulary: Vocabulary
+    adapter: Adapter | None
+    """Reads what is retrieved; None where there is none."""
+    identity: dict[str, str]
+    """Role (codebook, lm) -> fingerprint of the artifact."""
+
+    @classmethod
+    def load(cls, directory: Path, device: str = "cpu") -> Writer:
+        """Read `lm/` below `directory`, and `adapter/` if it is there.
+
+        Raises ArtifactError if `lm` or `codebook` is missing or they were not made for each other.
+        """
+        made = {kind: artifact.load(directory / kind, kind) for kind in ("codebook", "lm")}
+        made["lm"].require("codebook", made["codebook"])
+        lm, vocabulary = pretrained.load(made["lm"].path, device)
+        adapter = None
+        if (directory / "adapter").exists():
+            trained = artifact.load(directory / "adapter", "adapter")
+            trained.require("lm", made["lm"])
+            adapter = pretrained.load_adapter(trained.path, lm)
+        identity = {role: one.fingerprint for role, one in made.items()}
+        return cls(lm, vocabulary, adapter, identity)
+
     def bank(self, source: Retriever) -> Bank:
-        """The windows of `source` as this recogniser's adapter reads them; ValueError without."""
+        """The windows of `source` as the adapter reads them; ValueError without."""
         if self.adapter is None:
             raise ValueError("these models have no cross-attention adapter")
         return Bank(self.adapter, self.lm, source)
 
-    def listen(self, waves: Sequence[Tensor]) -> list[Units]:
-        """Waves (T,) at 16 kHz to units."""
-        features = self.encoder.features(waves)
-        return [self.codebook.encode(one.cpu().numpy()) for one in features]
+
+@dataclass(frozen=True)
+class Recogniser(Listener, Writer):
+    """Both: sound to text."""
+
+    @classmethod
+    def load(cls, directory: Path, device: str = "cpu") -> Recogniser:
+        """Read `hubert/`, `codebook/` and `lm/` below `directory`, and `adapter/` if it is there.
+
+        Raises ArtifactError if one is missing or was not made for the others.
+        """
+        listener, writer = Listener.load(directory, device), Writer.load(directory, device)
+        fields = vars(listener) | vars(writer)
+        return cls(**fields | {"identity": listener.identity | writer.identity})
 
 
 def transcribe(
@@ -101,12 +129,12 @@ def transcribe(
     recogniser: Recogniser,
     settings: Decode,
     retrieval: Retrieval | None = None,
-    datastore: Datastore | None = None,
+    source: Retriever | None = None,
     reading: Reading | None = None,
 ) -> Iterator[Transcript]:
     """Transcribe a file of any length, one stretch of at most `settings.max_seconds` at a time.
 
-    `datastore` names the sources of retrieved words; it is what `retrieval` and `reading` search.
+    `source` names where retrieved words come from; it is what `retrieval` and `reading` search.
     Raises AudioError if the file cannot be read or is too short to hold a word.
     """
     for segment in audio.segments(path, settings.max_seconds):
@@ -116,7 +144,7 @@ def transcribe(
         units = recogniser.listen([segment.wave])
         [heard] = recognise(recogniser, units, settings, retrieval, readings=[reading])
         text = recogniser.vocabulary.decode(heard.tokens)
-        spoken = words(heard, recogniser.vocabulary, datastore)
+        spoken = words(heard, recogniser.vocabulary, source)
         yield Transcript(text, spoken, segment.start, segment.end, heard.stopped)
 
 
@@ -133,10 +161,9 @@ def recognise(
     unlikely, or that goes round in circles, is made again without.
     """
     vocabulary = recogniser.vocabulary
-    frame = recogniser.codebook.frame_seconds
-    seconds = [float(one.durations.sum()) * frame for one in units]
     ids = [vocabulary.encode_units(one) for one in units]
-    limits = [max(16, round(s * settings.tokens_per_second)) for s in seconds]
+    frame = recogniser.codebook.frame_seconds
+    limits = [longest(one, frame, settings) for one in units]
     heard = decode(recogniser.lm, vocabulary, ids, limits, settings, retrieval, **biasing)
     given = retrieval if isinstance(retrieval, Sequence) else [retrieval]
     helped = any((*given, *(biasing.get("readings") or ())))
@@ -153,6 +180,12 @@ def recognise(
     for n, one in zip(doubtful, alone, strict=True):
         heard[n] = one
     return heard
+
+
+def longest(units: Units, frame_seconds: float, settings: Decode) -> int:
+    """The longest transcript that units may have, tokens."""
+    seconds = float(units.durations.sum()) * frame_seconds
+    return max(16, round(seconds * settings.tokens_per_second))
 
 
 def credible(heard: Hypothesis, agreement: float) -> bool:
@@ -177,38 +210,44 @@ def loops(tokens: Sequence[int]) -> bool:
 
 
 def words(
-    heard: Hypothesis, vocabulary: Vocabulary, datastore: Datastore | None = None
+    heard: Hypothesis, vocabulary: Vocabulary, source: Retriever | None = None
 ) -> tuple[Word, ...]:
-    """The hypothesis's words with probabilities, and the entry that spoke for each."""
-    found, start = [], 0
-    for text, end in vocabulary.word_ends(heard.tokens):
-        choices = heard.choices[start:end]
-        found.append(
-            Word(
-                text=text,
-                probability=_probability(choice.logp for choice in choices),
-                lm_probability=_probability(choice.lm_logp for choice in choices),
-                changed=any(choice.token != choice.lm_token for choice in choices),
-                source=_source(choices, vocabulary, datastore),
-            )
+    """The hypothesis's words with probabilities, and the entry of `source` that spoke for each."""
+    ends = vocabulary.word_ends(heard.tokens)
+    starts = [0, *(end for _, end in ends)]
+    tokens = [heard.choices[start:end] for start, (_, end) in zip(starts, ends, strict=False)]
+    evidence = [None if source is None else _evidence(choices) for choices in tokens]
+    sources = _sources([one for one in evidence if one is not None], vocabulary, source)
+    return tuple(
+        Word(
+            text=text,
+            probability=_probability(choice.logp for choice in choices),
+            lm_probability=_probability(choice.lm_logp for choice in choices),
+            changed=any(choice.token != choice.lm_token for choice in choices),
+            source=None if one is None else next(sources),
         )
-        start = end
-    return tuple(found)
+        for (text, _), choices, one in zip(ends, tokens, evidence, strict=True)
+    )
 
 
 def _probability(logps: Iterator[float]) -> float:
     return math.exp(sum(logps))
 
 
-def _source(
-    choices: Sequence[Choice], vocabulary: Vocabulary, datastore: Datastore | None
-) -> Source | None:
+@dataclass(frozen=True)
+class _Evidence:
+    """An entry with its distance and its attention, as in `Source`."""
+
+    entry: int
+    distance: float | None
+    attention: float | None
+
+
+def _evidence(choices: Sequence[Choice]) -> _Evidence | None:
     """The entry that mattered most to a word; of its tokens, those that retrieval changed count.
 
     That is the one whose window was attended to most, or the nearest of those that voted.
     """
-    if datastore is None:
-        return None
     changed = [choice for choice in choices if choice.token != choice.lm_token] or choices
     attention: dict[int, float] = {}
     distances: dict[int, float] = {}
@@ -224,12 +263,18 @@ def _source(
     else:
         nearest = min(voted, key=lambda choice: choice.distance)
         entry, distances = nearest.entry, {nearest.entry: nearest.distance}
-    window = datastore.windows(np.array([entry]))[0]
-    return Source(
-        entry=entry,
-        distance=distances[entry] if math.isfinite(distances[entry]) else None,
-        attention=attention.get(entry),
-        document=datastore.document_name(datastore.documents[entry]),
-        utterance=datastore.utterance_name(entry),
-        text=vocabulary.decode(window.tolist()),
-    )
+    distance = distances[entry] if math.isfinite(distances[entry]) else None
+    return _Evidence(entry, distance, attention.get(entry))
+
+
+def _sources(
+    evidence: Sequence[_Evidence], vocabulary: Vocabulary, source: Retriever | None
+) -> Iterator[Source]:
+    """All of them looked up together: `source` may be on another machine."""
+    if source is None or not evidence:
+        return
+    entries = np.array([one.entry for one in evidence])
+    found = zip(evidence, source.origins(entries), source.windows(entries), strict=True)
+    for one, (document, utterance), window in found:
+        text = vocabulary.decode(window.tolist())
+        yield Source(one.entry, one.distance, one.attention, document, utterance, text)

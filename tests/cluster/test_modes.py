@@ -1,5 +1,7 @@
 """What each mode hands the decoder for a batch."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import ray.cloudpickle
@@ -46,7 +48,7 @@ LISTENER = CrossAttention(
     encoder_heads=1,
     encoder_feed_forward=4,
 )
-DEAF = Recogniser(None, None, LM(SHAPE, VOCABULARY.size), VOCABULARY, {})
+DEAF = Recogniser(LM(SHAPE, VOCABULARY.size), VOCABULARY, None, {}, None, None)
 """Models without an adapter; nobody listens here, so that there is no speech encoder either."""
 
 
@@ -84,7 +86,7 @@ def directory(tmp_path_factory):
 def reader():
     """Models with an adapter."""
     torch.manual_seed(0)
-    return Recogniser(None, None, DEAF.lm, VOCABULARY, {}, Adapter(LISTENER, SHAPE).eval())
+    return replace(DEAF, adapter=Adapter(LISTENER, SHAPE).eval())
 
 
 @pytest.fixture(scope="module")

@@ -1,57 +1,91 @@
 """A datastore served by actors answers as it would in one process, and without the dead ones."""
 
+import os
+import pickle
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from signal import SIGKILL
 
 import numpy as np
 import pytest
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorDiedError, RayActorError
 
 from cluster import shards
-from cluster.shards import IndexShardActor, ShardedRetriever, serve_shards
+from cluster.shards import (
+    ANSWER_SECONDS,
+    NAMESPACE,
+    IndexShardActor,
+    ShardedRetriever,
+    serve_shards,
+)
 from mmrag.config import Index
 from mmrag.datastore import (
     Datastore,
+    DatastoreError,
     Description,
     Segment,
     create,
+    delete,
     publish,
     windows_of,
     write_segment,
 )
-from mmrag.index import IndexShard, LocalRetriever, saved_shards, shard_directory, shard_ranges
+from mmrag.index import (
+    IndexShard,
+    LocalRetriever,
+    save_index,
+    saved_shards,
+    shard_directory,
+    shard_ranges,
+)
 from mmrag.records import NO_ENTRY
 
 pytestmark = pytest.mark.ray
 
 ENTRIES, WIDTH, WINDOW = 90, 6, 4
 RANGES = shard_ranges(ENTRIES, 2)
+DESCRIPTION = Description(WIDTH, WINDOW, "l2", "none", identity={})
 
 
 @pytest.fixture(scope="module")
 def datastore(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """90 entries in two saved shards. Keys on a coarse grid, so that many distances are equal."""
-    directory = tmp_path_factory.mktemp("datastore")
-    random = np.random.default_rng(3)
-    create(directory, Description(WIDTH, WINDOW, "l2", "none", identity={}))
-    tokens = random.integers(1, 40, ENTRIES)
-    segment = Segment(
-        keys=random.integers(-1, 2, (ENTRIES, WIDTH)).astype(np.float32),
-        tokens=tokens,
-        windows=windows_of(tokens, WINDOW),
-        positions=np.arange(ENTRIES) % 10,
-        utterances=np.arange(ENTRIES) // 10,
-        names=[(f"utterance-{number}", f"document-{number // 2}") for number in range(9)],
-    )
-    write_segment(directory, "part-0", segment)
-    publish(directory, ["part-0"])
+    return make(tmp_path_factory.mktemp("datastore"))
+
+
+@pytest.fixture
+def growing(ray_cluster: str, tmp_path: Path) -> Path:
+    """The same, for one test alone, which may add to it."""
+    return make(tmp_path)
+
+
+def make(directory: Path) -> Path:
+    create(directory, DESCRIPTION)
+    append(directory, "part-0", ENTRIES, seed=3)
     opened = Datastore.open(directory)
     for number, span in enumerate(RANGES):
         shard = IndexShard.build(opened, *span, Index(kind="flat", shards=2), seed=1)
         shard.save(shard_directory(directory, number))
     return directory
+
+
+def append(directory: Path, name: str, entries: int, seed: int) -> None:
+    """Publish so many entries, ten an utterance, two utterances a document."""
+    random = np.random.default_rng(seed)
+    tokens = random.integers(1, 40, entries)
+    segment = Segment(
+        keys=random.integers(-1, 2, (entries, WIDTH)).astype(np.float32),
+        tokens=tokens,
+        windows=windows_of(tokens, WINDOW),
+        positions=np.arange(entries) % 10,
+        utterances=np.arange(entries) // 10,
+        names=[(f"{name}-{n}", f"{name}-document-{n // 2}") for n in range(-(-entries // 10))],
+    )
+    write_segment(directory, name, segment)
+    publish(directory, [name])
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +138,7 @@ def assert_same(found, expected) -> None:
 
 @pytest.mark.parametrize("k", [1, 7, ENTRIES + 5])
 def test_sharded_search_equals_local_search_bit_for_bit(living, local, k):
-    sharded = ShardedRetriever([[one] for one in living], RANGES)
+    sharded = ShardedRetriever([[one] for one in living], RANGES, DESCRIPTION)
     for seed in range(3):
         asked = queries(seed)
         assert_same(sharded.search(asked, k), local.search(asked, k))
@@ -113,7 +147,7 @@ def test_sharded_search_equals_local_search_bit_for_bit(living, local, k):
 
 
 def test_sharded_windows_equal_local_windows(living, local):
-    sharded = ShardedRetriever([[one] for one in living], RANGES)
+    sharded = ShardedRetriever([[one] for one in living], RANGES, DESCRIPTION)
     entries = np.array([[0, 44, 45], [89, NO_ENTRY, 12]])
     assert np.array_equal(sharded.windows(entries), local.windows(entries))
 
@@ -126,15 +160,22 @@ def assert_same_passages(found, expected) -> None:
 
 
 @pytest.mark.parametrize("entries", [[0, 44, 45, 89, 12, 45], [60, 61], []])
+def test_sharded_origins_equal_those_of_the_datastore(living, datastore, entries):
+    sharded = ShardedRetriever([[one] for one in living], RANGES, DESCRIPTION)
+    entries = np.array(entries, np.int64)
+    assert sharded.origins(entries) == Datastore.open(datastore).origins(entries)
+
+
+@pytest.mark.parametrize("entries", [[0, 44, 45, 89, 12, 45], [60, 61], []])
 def test_sharded_passages_equal_those_of_the_datastore(living, datastore, entries):
-    sharded = ShardedRetriever([[one] for one in living], RANGES)
+    sharded = ShardedRetriever([[one] for one in living], RANGES, DESCRIPTION)
     entries = np.array(entries, np.int64)
     assert_same_passages(sharded.passages(entries), Datastore.open(datastore).passages(entries))
 
 
 def test_passages_reach_from_one_shard_into_the_next(living, datastore):
     """The window around a shard's last entry holds the next shard's first."""
-    sharded = ShardedRetriever([[one] for one in living], RANGES)
+    sharded = ShardedRetriever([[one] for one in living], RANGES, DESCRIPTION)
     opened, last = Datastore.open(datastore), RANGES[0][1] - 1
     found = sharded.passages(np.array([last]))
     assert opened.utterances[last] == opened.utterances[last + 1]
@@ -142,8 +183,9 @@ def test_passages_reach_from_one_shard_into_the_next(living, datastore):
     assert_same_passages(found, opened.passages(np.array([last])))
 
 
-def test_a_dead_replica_loses_nothing(living, dead, local):
-    sharded = ShardedRetriever([[dead, living[0]], [living[1]]], RANGES)
+def test_a_dead_replica_loses_nothing(living, dead, local, monkeypatch):
+    monkeypatch.setattr(shards, "REST_SECONDS", 0)
+    sharded = ShardedRetriever([[dead, living[0]], [living[1]]], RANGES, DESCRIPTION)
     for seed in range(4):  # replicas take turns: the dead one is asked first in every other search
         asked = queries(seed)
         assert_same(sharded.search(asked, 8), local.search(asked, 8))
@@ -154,7 +196,7 @@ def test_a_dead_replica_loses_nothing(living, dead, local):
 
 
 def test_a_dead_shard_is_counted_and_the_others_still_answer(living, dead, local):
-    sharded = ShardedRetriever([[dead], [living[1]]], RANGES)
+    sharded = ShardedRetriever([[dead], [living[1]]], RANGES, DESCRIPTION)
     found = sharded.search(queries(1), 8)
     assert found.missing_shards == 1
     alone = local.shards[1].search(queries(1), 8)
@@ -163,10 +205,30 @@ def test_a_dead_shard_is_counted_and_the_others_still_answer(living, dead, local
     windows = sharded.windows(np.array([3, 60]))
     assert not windows[0].any()
     assert np.array_equal(windows[1], local.windows(np.array([60]))[0])
+    named = sharded.origins(np.array([60, 3, 61]))
+    assert named == [local.origins(np.array([60]))[0], ("", ""), local.origins(np.array([61]))[0]]
+
+
+def test_about_what_living_shards_hold_no_dead_one_is_asked(living, dead, local, monkeypatch):
+    sharded, entries = (
+        ShardedRetriever([[dead], [living[1]]], RANGES, DESCRIPTION),
+        np.array([60, 89]),
+    )
+    ask, asked = sharded._ask, []
+
+    def noting(method, arguments):
+        asked.append(set(arguments))
+        return ask(method, arguments)
+
+    monkeypatch.setattr(sharded, "_ask", noting)
+    assert np.array_equal(sharded.windows(entries), local.windows(entries))
+    assert_same_passages(sharded.passages(entries), local.passages(entries))
+    assert sharded.origins(entries) == local.origins(entries)
+    assert asked == [{1}, {1}, {1}]
 
 
 def test_passages_of_a_dead_shard_are_empty_and_the_others_whole(living, dead, local):
-    sharded = ShardedRetriever([[dead], [living[1]]], RANGES)
+    sharded = ShardedRetriever([[dead], [living[1]]], RANGES, DESCRIPTION)
     found = sharded.passages(np.array([3, 60, 10, 70]))
     whole = local.passages(np.array([60, 70]))
     for field in ("tokens", "keys", "present"):
@@ -174,48 +236,241 @@ def test_passages_of_a_dead_shard_are_empty_and_the_others_whole(living, dead, l
         assert np.array_equal(getattr(found, field)[[1, 3]], getattr(whole, field)), field
 
 
-def test_with_every_shard_dead_nothing_is_found_and_windows_and_passages_say_so(dead):
-    sharded = ShardedRetriever([[dead]], RANGES[:1])
+def test_with_every_shard_dead_nothing_is_found_and_nothing_known_of_what_was(dead):
+    sharded = ShardedRetriever([[dead]], RANGES[:1], DESCRIPTION)
     found = sharded.search(queries(1), 3)
     assert found.missing_shards == 1
     assert (found.entries == NO_ENTRY).all() and np.isinf(found.distances).all()
-    with pytest.raises(RuntimeError, match="no shard of the datastore answers"):
-        sharded.windows(np.array([1]))
-    with pytest.raises(RuntimeError, match="no shard of the datastore answers"):
-        sharded.passages(np.array([1]))
+    assert sharded.windows(np.array([[1, 2]])).tolist() == [[[0] * WINDOW] * 2]
+    passages = sharded.passages(np.array([1]))
+    assert passages.keys.shape == (1, WINDOW, WIDTH)
+    assert not any(values.any() for values in vars(passages).values())
+    assert sharded.origins(np.array([1])) == [("", "")]
+    assert sharded.ping(3) == 1
 
 
-def test_a_shard_that_takes_too_long_counts_as_missing(living, local, monkeypatch):
+def test_a_shard_that_takes_too_long_counts_as_missing_and_is_left_alone(
+    living, local, monkeypatch
+):
     @ray.remote(num_cpus=0.1)
     class Stuck:
         def search(self, queries, k, exclude_documents):
             time.sleep(120)
 
-    monkeypatch.setattr(shards, "ANSWER_SECONDS", 3.0)
     stuck = Stuck.remote()
-    found = ShardedRetriever([[stuck], [living[1]]], RANGES).search(queries(2), 4)
-    ray.kill(stuck)
+    sharded = ShardedRetriever([[stuck], [living[1]]], RANGES, DESCRIPTION, answer_seconds=3)
+    began = time.monotonic()
+    found = sharded.search(queries(2), 4)
+    assert 3 <= time.monotonic() - began < 6
     assert found.missing_shards == 1
     assert np.array_equal(found.entries, local.shards[1].search(queries(2), 4).entries)
 
+    began = time.monotonic()
+    assert_same(sharded.search(queries(2), 4), found)
+    assert time.monotonic() - began < 2, "it was asked just now"
+    monkeypatch.setattr(shards, "REST_SECONDS", 0)
+    assert_same(sharded.search(queries(2), 4), found)
+    assert time.monotonic() - began >= 3
+    ray.kill(stuck)
+
+
+def test_a_replica_that_failed_is_asked_again_once_it_answers_a_ping(living, local, monkeypatch):
+    sharded = ShardedRetriever([[one] for one in living], RANGES, DESCRIPTION)
+    with monkeypatch.context() as patch:
+        patch.setattr(sharded, "_answer_seconds", 0)
+        assert sharded.search(queries(2), 4).missing_shards == 2
+    assert sharded.search(queries(2), 4).missing_shards == 2
+    assert sharded.ping(20) == 0
+    assert_same(sharded.search(queries(2), 4), local.search(queries(2), 4))
+
 
 def test_a_mistake_in_the_question_is_an_error_and_no_missing_shard(living):
-    sharded = ShardedRetriever([[one] for one in living], RANGES)
+    sharded = ShardedRetriever([[one] for one in living], RANGES, DESCRIPTION)
     with pytest.raises(ValueError, match="the keys have width 6"):
         sharded.search(np.zeros((2, WIDTH + 1), np.float32), 3)
 
 
-def test_a_served_shard_whose_process_dies_comes_back(ray_cluster, datastore, local):
-    served = serve_shards(datastore, replicas=1, num_cpus=0.1)
-    actors = [replica for shard in served._replicas for replica in shard]
-    assert_same(served.search(queries(5), 6), local.search(queries(5), 6))
-    ray.kill(actors[0], no_restart=False)
-    for _ in range(300):
-        found = served.search(queries(5), 6)
-        if not found.missing_shards:
-            break
-        time.sleep(0.1)
-    assert_same(found, local.search(queries(5), 6))
+def pid_of(actor: ActorHandle) -> int:
+    return ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
+
+
+def until(happens: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < deadline, "it never happens"
+        time.sleep(0.05)
+
+
+def replicas_of(served: ShardedRetriever) -> list[ActorHandle]:
+    return [replica for shard in served._replicas for replica in shard]
+
+
+@pytest.fixture
+def serving(ray_cluster: str) -> Iterator[Callable[..., ShardedRetriever]]:
+    """`serve_shards`, whose actors end with the test."""
+    started: list[ShardedRetriever] = []
+
+    def serve(datastore: Path, replicas: int = 1, **options) -> ShardedRetriever:
+        started.append(serve_shards(datastore, replicas, num_cpus=0.1, **options))
+        return started[-1]
+
+    yield serve
+    for served in started:
+        served.close()
+
+
+@pytest.mark.parametrize("signal", [None, SIGKILL])
+def test_a_shard_whose_process_dies_is_missing_at_once_and_comes_back(
+    serving, datastore, local, signal
+):
+    served = serving(datastore)
+    asked, entries = queries(5), np.array([3, 60])
+    assert_same(served.search(asked, 6), local.search(asked, 6))
+    first, _ = replicas_of(served)
+    if signal is None:
+        ray.kill(first, no_restart=False)
+    else:
+        os.kill(pid_of(first), signal)
+    began = time.monotonic()
+    until(lambda: served.search(asked, 6).missing_shards)
+    assert served.origins(entries)[1] == local.origins(entries)[1]
+    assert time.monotonic() - began < ANSWER_SECONDS / 3
+    until(lambda: not served.ping(5))
+    assert_same(served.search(asked, 6), local.search(asked, 6))
+    assert served.origins(entries) == local.origins(entries)
     served.close()
-    for actor in actors:
+    for actor in replicas_of(served):
         assert_dies(actor)
+
+
+def test_a_datastore_without_a_saved_index_is_not_served(ray_cluster, tmp_path):
+    create(tmp_path, DESCRIPTION)
+    with pytest.raises(DatastoreError, match=f"no index of {tmp_path}"):
+        serve_shards(tmp_path, replicas=1, num_cpus=0.1)
+
+
+def test_an_actor_that_cannot_load_its_shard_says_why(ray_cluster, growing):
+    (saved_shards(growing)[1] / "shard.json").unlink()
+    with pytest.raises(RayActorError, match="holds no index shard"):
+        serve_shards(growing, replicas=1, num_cpus=0.1, owner="damaged")
+
+
+def test_an_empty_datastore_is_served_and_grows(serving, tmp_path):
+    create(tmp_path, DESCRIPTION)
+    save_index(tmp_path)
+    served = serving(tmp_path)
+    assert served.entries == 0
+    found = served.search(queries(1), 3)
+    assert (found.entries == NO_ENTRY).all() and found.missing_shards == 0
+    append(tmp_path, "first", 10, seed=4)
+    served.refresh()
+    assert served.entries == 10
+    whole = LocalRetriever.load(saved_shards(tmp_path), Datastore.open(tmp_path))
+    assert_same(served.search(queries(1), 12), whole.search(queries(1), 12))
+
+
+def test_what_is_published_and_deleted_is_served_after_a_refresh_by_every_replica(serving, growing):
+    served = serving(growing, replicas=2)
+    before = LocalRetriever.load(saved_shards(growing), Datastore.open(growing))
+    append(growing, "later", 15, seed=8)
+    delete(growing, [2, 60, 95])
+    assert_same(served.search(queries(1), 120), before.search(queries(1), 120))
+    served.refresh()
+    assert served.entries == ENTRIES + 15
+    before.refresh()
+    after = LocalRetriever.load(saved_shards(growing), Datastore.open(growing))
+    entries = np.array([104, 0, 90])
+    for _ in range(2):  # replicas take turns
+        found = served.search(queries(1), 120)
+        assert_same(found, after.search(queries(1), 120))
+        assert_same(found, before.search(queries(1), 120))
+        assert np.array_equal(served.windows(entries), after.windows(entries))
+        assert_same_passages(served.passages(entries), after.passages(entries))
+        assert served.origins(entries) == after.origins(entries)
+    assert sorted(found.entries[0, :102]) == sorted({*range(105)} - {2, 60, 95})
+
+
+def test_an_actor_that_starts_again_has_taken_in_what_was_published_since(serving, growing):
+    served = serving(growing)
+    append(growing, "later", 15, seed=8)
+    for actor in replicas_of(served):
+        ray.kill(actor, no_restart=False)
+    after = LocalRetriever.load(saved_shards(growing), Datastore.open(growing))
+    until(lambda: not served.ping(5))
+    assert_same(served.search(queries(1), 120), after.search(queries(1), 120))
+    assert ray.get([actor.range.remote() for actor in replicas_of(served)]) == [(0, 45), (45, 105)]
+
+
+def test_what_another_process_took_in_is_known_to_a_retriever_that_was_sent_before(
+    serving, growing
+):
+    served = serving(growing, replicas=2)
+    sent = pickle.loads(pickle.dumps(served))
+    append(growing, "later", 15, seed=8)
+    fresh = served._replicas[1][0]
+    assert ray.get(fresh.refresh.remote()) == (45, 105)
+    entries = np.array([104, 3])
+    for _ in range(2):  # also by the replica that has not taken it in yet
+        assert sent.origins(entries)[0] == ("later-document-0", "later-1")
+        assert sent.windows(entries).any(1).all()
+    assert sent.entries == ENTRIES
+    sent.refresh()
+    assert sent.entries == ENTRIES + 15
+
+
+def test_an_owners_actors_are_shared_and_outlive_the_process_that_started_them(
+    serving, datastore, local
+):
+    started = ray.get(serve_elsewhere.remote(datastore, "shared"))
+    served = serving(datastore, owner="shared")
+    assert [pid_of(actor) for actor in replicas_of(served)] == started
+    assert_same(served.search(queries(5), 6), local.search(queries(5), 6))
+    again = serving(datastore, owner="shared")
+    assert [pid_of(actor) for actor in replicas_of(again)] == started
+    named = ray.util.list_named_actors(all_namespaces=True)
+    for number in range(2):
+        assert {"name": f"shared-{number}-0", "namespace": NAMESPACE} in named
+    apart = serving(datastore, owner="other")
+    assert not {pid_of(actor) for actor in replicas_of(apart)} & {*started}
+
+
+@ray.remote(num_cpus=0.1, max_calls=1)
+def serve_elsewhere(datastore: Path, owner: str) -> list[int]:
+    """Serve in a process that ends afterwards; the actors' process ids."""
+    return [pid_of(one) for one in replicas_of(serve_shards(datastore, 1, 0.1, owner=owner))]
+
+
+def test_shared_actors_that_were_killed_for_good_are_made_again(serving, datastore, local):
+    first = serving(datastore, owner="killed")
+    for actor in replicas_of(first):
+        ray.kill(actor)
+    again = serving(datastore, owner="killed")
+    assert_same(again.search(queries(5), 6), local.search(queries(5), 6))
+    assert first.ping(5) == 2, "a retriever keeps the actors it was made with"
+
+
+def test_actors_that_nobody_asks_end_for_good_and_those_asked_live_on(serving, datastore):
+    idle = serving(datastore, owner="idle", idle_seconds=3)
+    processes = [pid_of(actor) for actor in replicas_of(idle)]
+    kept = serving(datastore, owner="kept", idle_seconds=3)
+    alive = [pid_of(actor) for actor in replicas_of(kept)]
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        assert kept.ping(5) == 0
+        time.sleep(0.3)
+    until(lambda: not any(map(lives, processes)))
+    assert [pid_of(actor) for actor in replicas_of(kept)] == alive
+    names = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
+    assert {"kept-0-0", "kept-1-0"} <= names
+    assert not {"idle-0-0", "idle-1-0"} & names
+    for actor in replicas_of(idle):
+        with pytest.raises(ActorDiedError):
+            ray.get(actor.range.remote(), timeout=10)
+
+
+def lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -345,6 +345,108 @@ def test_a_passage_is_the_window_with_each_tokens_own_key(stretches):
         assert not found.tokens[row, length:].any() and not found.keys[row, length:].any()
 
 
+def assert_answers_alike(one, other):
+    everything, random = np.arange(one.entries), np.random.default_rng(4).permutation(one.entries)
+    assert one.entries == other.entries
+    for field in ("tokens", "positions", "utterances", "documents", "deleted"):
+        ours, theirs = getattr(one, field), getattr(other, field)
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs, err_msg=field)
+    for entries in (everything, random, everything[:0]):
+        np.testing.assert_array_equal(one.keys_of(entries), other.keys_of(entries))
+        np.testing.assert_array_equal(one.windows(entries), other.windows(entries))
+        np.testing.assert_array_equal(one.spans(entries), other.spans(entries))
+        assert one.origins(entries) == other.origins(entries)
+        for ours, theirs in zip(
+            vars(one.passages(entries)).values(),
+            vars(other.passages(entries)).values(),
+            strict=True,
+        ):
+            assert ours.dtype == theirs.dtype
+            np.testing.assert_array_equal(ours, theirs)
+    for name in ("book", "call", "news", "nowhere"):
+        assert one.document_id(name) == other.document_id(name)
+        np.testing.assert_array_equal(one.entries_of([name]), other.entries_of([name]))
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("segments", [[FIRST, SECOND], [segment(0, []), SECOND], []])
+def test_a_datastore_in_memory_answers_bit_for_bit_like_the_published_segments(
+    tmp_path, metric, segments
+):
+    description = replace(DESCRIPTION, metric=metric)
+    create(tmp_path, description)
+    names = [f"part-{number:05d}" for number in range(len(segments))]
+    for name, one in zip(names, segments, strict=True):
+        write_segment(tmp_path, name, one)
+    publish(tmp_path, names)
+    written = sorted(tmp_path.rglob("*"))
+    held = Datastore.of(description, segments)
+    published = Datastore.open(tmp_path)
+    assert (held.directory, held.description) == (None, published.description)
+    assert held.segments == published.segments
+    assert_answers_alike(held, published)
+    held.refresh()
+    assert_answers_alike(held, published)
+    assert sorted(tmp_path.rglob("*")) == written
+
+
+def test_a_datastore_in_memory_keeps_what_it_was_given(directory):
+    keys, tokens = FIRST.keys.copy(), FIRST.tokens.copy()
+    held = Datastore.of(DESCRIPTION, [replace(FIRST, keys=keys, tokens=tokens)])
+    keys[:], tokens[:] = 0, 0
+    np.testing.assert_array_equal(held.keys(0, 4), Datastore.open(directory).keys(0, 4))
+    np.testing.assert_array_equal(held.tokens, FIRST.tokens)
+
+
+def test_a_datastore_in_memory_is_as_strict_as_one_on_disk():
+    with pytest.raises(ValueError, match=r"part-00001: keys have shape \(4, 4\), not \(3, 4\)"):
+        Datastore.of(DESCRIPTION, [FIRST, replace(SECOND, tokens=SECOND.tokens[:3])])
+    held = Datastore.of(DESCRIPTION, [FIRST])
+    with pytest.raises(IndexError, match="a datastore in memory has 4 entries"):
+        held.keys(2, 5)
+    with pytest.raises(DatastoreError, match="a datastore in memory was keyed by lm aaaa"):
+        held.require({"lm": "cccc"})
+
+
+def test_origins_name_document_and_utterance_of_existing_entries_alone(directory):
+    datastore = Datastore.open(directory)
+    assert datastore.origins(np.array([7, 0, 3])) == [
+        ("book", "u4"),
+        ("book", "u1"),
+        ("call", "u2"),
+    ]
+    for entry in (-1, 8):
+        with pytest.raises(IndexError, match="has 8 entries"):
+            datastore.origins(np.array([0, entry]))
+
+
+def test_the_entries_of_documents_are_found_by_name_without_the_deleted_ones(directory):
+    datastore = Datastore.open(directory)
+    assert datastore.entries_of(["book"]).tolist() == [0, 1, 6, 7]
+    assert datastore.entries_of(["news", "call", "nowhere", "call"]).tolist() == [2, 3, 4, 5]
+    assert datastore.entries_of(["nowhere"]).tolist() == datastore.entries_of([]).tolist() == []
+    delete(directory, [1, 4, 5])
+    datastore.refresh()
+    assert datastore.entries_of(["book"]).tolist() == [0, 6, 7]
+    assert datastore.entries_of(["news"]).tolist() == []
+    assert datastore.entries_of(["news"]).dtype == np.int64
+
+
+def test_a_refresh_that_fails_changes_nothing(directory):
+    datastore = Datastore.open(directory)
+    write_segment(directory, "third", segment(30, [("u5", "letter")]))
+    publish(directory, ["third"])
+    path = directory / "segments" / "third" / "windows.npy"
+    path.rename(path.with_suffix(".gone"))
+    with pytest.raises(DatastoreError, match=r"third/windows\.npy is missing"):
+        datastore.refresh()
+    assert (datastore.entries, datastore.segments) == (8, ["first", "second"])
+    path.with_suffix(".gone").rename(path)
+    datastore.refresh()
+    assert_answers_alike(datastore, Datastore.open(directory))
+
+
 def test_no_passages_have_the_shape_of_some(directory):
     found = Datastore.open(directory).passages(np.empty(0, np.int64))
     assert (found.tokens.shape, found.keys.shape) == ((0, 3), (0, 3, 4))

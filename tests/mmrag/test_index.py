@@ -20,6 +20,7 @@ from mmrag.index import (
     IndexShard,
     LocalRetriever,
     SubsetRetriever,
+    save_index,
     saved_shards,
     shard_directory,
     shard_ranges,
@@ -375,6 +376,102 @@ def test_a_subset_leaves_out_a_whole_document_however_near_it_is(tmp_path):
     assert sorted(found.entries[0].tolist()) == [-1] * 10 + list(range(200, 220))
     assert np.isinf(found.distances[0, 20:]).all() and (found.documents[0, 20:] == -1).all()
     assert (found.documents[1:] == 0).all()
+
+
+@pytest.mark.parametrize("entries", [0, 30])
+def test_a_datastore_that_was_just_created_can_be_indexed_searched_and_added_to(tmp_path, entries):
+    datastore = make(tmp_path, random_keys(entries))
+    save_index(tmp_path)
+    save_index(tmp_path)
+    assert saved_shards(tmp_path) == [shard_directory(tmp_path, 0)]
+    assert not list(tmp_path.glob(".index*"))
+    retriever = LocalRetriever.load(saved_shards(tmp_path), datastore)
+    queries = random_keys(3, seed=1)
+    assert_same(retriever.search(queries, 4), brute_force(datastore, queries, 4))
+    assert retriever.entries == entries
+    append(tmp_path, "three", random_keys(2, seed=2), [0, 1])
+    delete(tmp_path, [entries])
+    assert_same(retriever.search(queries, 4), brute_force(datastore, queries, 4))
+    retriever.refresh()
+    assert retriever.entries == entries + 2
+    now = Datastore.open(tmp_path)
+    assert_same(retriever.search(queries, 4), brute_force(now, queries, 4))
+    save_index(tmp_path)
+    reloaded = LocalRetriever.load(saved_shards(tmp_path), now)
+    assert_same(reloaded.search(queries, 4), brute_force(now, queries, 4))
+
+
+def test_a_datastore_whose_shards_are_saved_keeps_them(tmp_path):
+    for number, shard in enumerate(flat(make(tmp_path, random_keys(30)), shards=3).shards):
+        shard.save(shard_directory(tmp_path, number))
+    save_index(tmp_path)
+    assert len(saved_shards(tmp_path)) == 3
+
+
+def test_whoever_indexes_second_keeps_the_first_ones_shard(tmp_path, monkeypatch):
+    make(tmp_path, random_keys(30))
+    build = IndexShard.build
+
+    def build_late(*arguments, **settings):
+        monkeypatch.setattr(IndexShard, "build", build)
+        save_index(tmp_path)  # another process, meanwhile
+        append(tmp_path, "three", random_keys(2, seed=2), [0, 1])
+        return build(*arguments, **settings)
+
+    monkeypatch.setattr(IndexShard, "build", build_late)
+    save_index(tmp_path)
+    [shard] = saved_shards(tmp_path)
+    assert IndexShard.load(shard, Datastore.open(tmp_path)).stop == 30
+    assert not list(tmp_path.glob(".index*"))
+
+
+def test_every_shard_hides_what_was_deleted_since_and_the_last_one_grows(tmp_path):
+    retriever = flat(make(tmp_path, random_keys(30)), shards=3)
+    append(tmp_path, "three", random_keys(5, seed=2), [0, 1, 2, 3, 4])
+    delete(tmp_path, [0, 15, 29, 32])
+    retriever.refresh()
+    assert [(one.start, one.stop) for one in retriever.shards] == [(0, 10), (10, 20), (20, 35)]
+    queries = random_keys(3, seed=1)
+    expected = brute_force(Datastore.open(tmp_path), queries, 35)
+    assert_same(retriever.search(queries, 35), expected)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_datastore_in_memory_is_searched_like_the_one_on_disk(tmp_path, metric):
+    keys = random_keys(40)
+    written = make(tmp_path, keys, metric)
+    segment = Segment(
+        keys=keys,
+        tokens=written.tokens,
+        windows=written.windows(np.arange(40)),
+        positions=written.positions,
+        utterances=np.arange(40),
+        names=[origin[::-1] for origin in written.origins(np.arange(40))],
+    )
+    held, queries = Datastore.of(written.description, [segment]), random_keys(5, seed=1)
+    assert_same(flat(held, 3).search(queries, 6), flat(written).search(queries, 6))
+    subset = np.array([30, 2, 17])
+    found, expected = (SubsetRetriever(d, subset).search(queries, 6) for d in (held, written))
+    assert_same(found, expected)
+
+
+def test_nothing_of_nothing_is_searched(tmp_path):
+    identity = {"lm": "f00d"}
+    nothing = Datastore.of(Description(8, 2, "l2", "none", identity), [])
+    for retriever in (SubsetRetriever(nothing, np.arange(0)), flat(nothing)):
+        assert (retriever.search(random_keys(2), 3).entries == -1).all()
+        none = np.empty(0, np.int64)
+        assert retriever.passages(none).keys.shape == (0, 2, 8)
+        assert retriever.windows(none).shape == (0, 2)
+        assert retriever.origins(none) == []
+
+
+def test_retrievers_name_the_origins_of_their_datastores_entries(tmp_path):
+    datastore = make(tmp_path, random_keys(20))
+    asked = np.array([19, 0])
+    assert datastore.origins(asked) == [("d4", "two-9"), ("d0", "one-0")]
+    for retriever in (flat(datastore, 3), SubsetRetriever(datastore, np.arange(5))):
+        assert retriever.origins(asked) == datastore.origins(asked)
 
 
 def test_retrievers_hand_out_the_passages_of_their_datastore(tmp_path):

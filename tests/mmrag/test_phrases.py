@@ -9,7 +9,16 @@ from mmrag.config import LanguageModel
 from mmrag.datastore import Datastore, Description, Segment, windows_of
 from mmrag.entries import read_entries
 from mmrag.lm import LM
-from mmrag.phrases import BATCH, CARRIERS, WINDOW, Phrases, remember, utterances
+from mmrag.phrases import (
+    BATCH,
+    CARRIERS,
+    WINDOW,
+    Phrases,
+    description,
+    remember,
+    speak,
+    utterances,
+)
 from mmrag.records import Units
 from mmrag.tokens import Tokenized
 from mmrag.vocabulary import SentencePieces, Vocabulary
@@ -94,6 +103,30 @@ def test_mentions_can_be_limited_and_an_unknown_phrase_has_none(tmp_path):
     assert known.mentions("maria", 2) == everything[:2]
     assert known.mentions("maria", 9) == everything
     assert known.mentions("oslo") == known.mentions("oslo", 2) == []
+
+
+def test_first_mentions_are_those_of_each_phrase_in_the_order_asked_for(tmp_path):
+    known = Phrases(store_of(tmp_path, SPOKEN))
+    maria, rome, peter = (known.mentions(name) for name in ("maria", "rome", "peter"))
+    assert known.first_mentions().tolist() == [maria[0], rome[0], peter[0]]
+    assert known.first_mentions(["peter", "oslo", "maria"]).tolist() == [peter[0], maria[0]]
+    assert known.first_mentions(most=2).tolist() == [*maria[:2], *rome, *peter]
+    none = known.first_mentions(["oslo"])
+    assert (none.dtype, none.shape) == (np.int64, (0,))
+
+
+def test_a_deleted_phrase_was_not_spoken_and_may_be_spoken_again(tmp_path):
+    parts = [*SPOKEN, [("u5", "rome", 20, 2)]]
+    store = store_of(tmp_path, parts)
+    before = Phrases(store)
+    datastore.delete(tmp_path, store.entries_of(["maria"]))
+    datastore.delete(tmp_path, before.mentions("rome")[:1])
+    store.refresh()
+    known = Phrases(store)
+    assert known.names == ["peter", "rome"]
+    assert known.mentions("maria") == []
+    assert known.mentions("rome") == before.mentions("rome")[1:]
+    assert known.mentions("peter") == before.mentions("peter")
 
 
 def test_utterances_without_entries_are_passed_over(tmp_path):
@@ -182,8 +215,37 @@ def test_many_phrases_are_remembered_batch_by_batch(lm, tmp_path):
     assert Phrases(store).names == names
 
 
+def test_phrases_are_spoken_batch_by_batch_as_they_are_asked_for(lm):
+    say, names = Speaker(), [f"{one} {other}" for one in "abcdef" for other in "klmnop"]
+    segments = speak(names, lm, VOCABULARY, say)
+    assert say.said == []
+    first = next(segments)
+    assert say.said == [one.text for one in utterances(names)][:BATCH]
+    assert len(first.names) == BATCH
+    rest = list(segments)
+    assert len(say.said) == len(names) * len(CARRIERS)
+    assert [document for part in (first, *rest) for _, document in part.names] == [
+        name for name in names for _ in CARRIERS
+    ]
+
+
+@pytest.mark.parametrize("speaks", [False, True])
+def test_spoken_phrases_in_memory_are_the_remembered_ones(lm, tmp_path, speaks):
+    say = Speaker() if speaks else None
+    remembered = remember(tmp_path, NAMES, lm, VOCABULARY, IDENTITY, say)
+    described = description(lm, IDENTITY, say)
+    held = Datastore.of(described, list(speak(NAMES, lm, VOCABULARY, say)))
+    everything = np.arange(remembered.entries)
+    assert held.description == remembered.description
+    np.testing.assert_array_equal(held.keys_of(everything), remembered.keys_of(everything))
+    np.testing.assert_array_equal(held.windows(everything), remembered.windows(everything))
+    assert held.origins(everything) == remembered.origins(everything)
+
+
 @pytest.mark.parametrize("phrases", [[], ["rome", "!?"], [""]])
 def test_nothing_to_listen_for_is_an_error(lm, tmp_path, phrases):
+    with pytest.raises(ValueError, match="nothing to listen for"):
+        speak(phrases, lm, VOCABULARY, None)
     with pytest.raises(ValueError, match="nothing to listen for"):
         remember(tmp_path, phrases, lm, VOCABULARY, IDENTITY, None)
     assert list(tmp_path.iterdir()) == []

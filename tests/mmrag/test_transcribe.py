@@ -281,6 +281,59 @@ def test_a_words_evidence_is_that_of_its_own_tokens(recogniser, store):
     np.testing.assert_allclose(probabilities, np.exp(expected))
 
 
+class Counting:
+    """A source that counts what it is asked; what `silent` says it does not answer."""
+
+    def __init__(self, store, silent=False):
+        self._store, self._silent, self.asked = store, silent, []
+
+    def origins(self, entries):
+        self.asked.append(("origins", entries.tolist()))
+        return [("", "")] * len(entries) if self._silent else self._store.origins(entries)
+
+    def windows(self, entries):
+        self.asked.append(("windows", entries.tolist()))
+        return self._store.windows(np.full_like(entries, -1) if self._silent else entries)
+
+
+def test_the_sources_of_all_words_are_looked_up_at_once(recogniser, store):
+    vocabulary = recogniser.vocabulary
+    call, mar, ia, now = vocabulary.encode("call maria now")
+    heard = heard_by(
+        Choice(call, -0.1, -1.0, call, entry=7, distance=1.5),
+        Choice(mar, -0.2, -1.0, mar),
+        Choice(ia, -0.3, -1.5, ia),
+        Choice(now, -0.4, -2.0, now, entry=2, distance=0.5),
+    )
+    counting = Counting(store)
+    found = words(heard, vocabulary, counting)
+    assert sorted(counting.asked) == [("origins", [7, 2]), ("windows", [7, 2])]
+    assert found == words(heard, vocabulary, store)
+    assert [word.source and word.source.entry for word in found] == [7, None, 2]
+    assert [word.source.utterance for word in found[::2]] == [
+        store.utterance_name(7),
+        store.utterance_name(2),
+    ]
+    alone = heard_by(Choice(call, -0.1, -1.0, call))
+    counting.asked.clear()
+    assert words(alone, vocabulary, counting)[0].source is None
+    assert counting.asked == []
+
+
+def test_a_source_that_does_not_answer_leaves_the_words_as_they_are(recogniser, store):
+    [call] = recogniser.vocabulary.encode("call")
+    heard = heard_by(Choice(call, -0.1, -1.0, call, entry=7, distance=1.5))
+    [word] = words(heard, recogniser.vocabulary, Counting(store, silent=True))
+    assert (word.text, word.source.entry, word.source.distance) == ("call", 7, 1.5)
+    assert (word.source.document, word.source.utterance, word.source.text) == ("", "", "")
+
+
+def test_nobody_asked_when_the_words_were_said(recogniser):
+    [call] = recogniser.vocabulary.encode("call")
+    [word] = words(heard_by(Choice(call, -0.1, -1.0, call)), recogniser.vocabulary)
+    assert (word.start, word.end) == (None, None)
+
+
 def test_a_transcript_without_words_has_none(recogniser):
     silent = Hypothesis((Choice(EOS, -0.1, -0.1, EOS),), -0.1, stopped=True)
     assert words(silent, recogniser.vocabulary) == ()
@@ -344,7 +397,7 @@ def reading_from(recogniser, store, entries=None, **settings):
 def test_words_of_what_was_read_name_the_window_and_its_attention(recogniser, store):
     for entries in (None, np.array([1, 6])):
         reader, reading = reading_from(recogniser, store, entries)
-        [transcript] = transcribe(noise(3), reader, OPTIONS, datastore=store, reading=reading)
+        [transcript] = transcribe(noise(3), reader, OPTIONS, source=store, reading=reading)
         assert transcript.words
         for word in transcript.words:
             source = word.source
