@@ -6,7 +6,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: setup demo reproduce train-tiny train-adapter test test-slow test-gpu lint format clean mlflow
+.PHONY: setup demo serve reproduce train-tiny train-adapter test test-slow test-gpu lint format clean mlflow
 
 setup: $(INSTALLED)
 
@@ -20,6 +20,10 @@ $(INSTALLED): requirements.lock pyproject.toml
 
 demo: setup
 	$(BIN)/python -m jobs.demo
+
+# Settings as in serve/config.yaml: make serve SETTINGS="decoder.rows=16 preload=[contacts]"
+serve: setup
+	$(BIN)/python -m serve $(SETTINGS)
 
 reproduce: setup
 	$(BIN)/python -m jobs.reproduce

@@ -102,8 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--max-seconds",
         type=_max_seconds,
-        default=20.0,
-        help="split longer audio (default: %(default)s)",
+        default=4.0,
+        help="split longer audio in pauses; mmrag:tiny has heard single sentences and loses itself "
+        "in longer stretches (default: %(default)s)",
     )
     command.add_argument(
         "--speech-threshold",

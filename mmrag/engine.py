@@ -257,7 +257,7 @@ class Engine:
         job.missing_shards = max(job.missing_shards, search.missing_shards)
         helped = job.clip.retrieval is not None or job.clip.reading is not None
         if helped and job.agreement is not None and not credible(heard, job.agreement):
-            job.clip = replace(job.clip, retrieval=None, reading=None)
+            job.clip = replace(job.clip, retrieval=None, reading=None, boost=None, context=())
             job.alone = True
             with self._wake:
                 del self._jobs[job]

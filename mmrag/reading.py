@@ -67,8 +67,9 @@ class Bank:
         return self._encoded.flatten(0, 1)[at.to(device)], windows.to(device)
 
     def _encode(self, entries: np.ndarray) -> None:
-        """Take in the windows that are not there yet."""
-        new = [entry for entry in entries.tolist() if entry not in self._places]
+        """Take in the windows that are not there yet, or that no shard had when it was asked."""
+        known = {entry for entry, place in self._places.items() if self._lengths[place]}
+        new = [entry for entry in entries.tolist() if entry not in known]
         if not new:
             return
         if self._places and len(self._places) + len(new) > BANK:

@@ -164,6 +164,11 @@ def read(given: Mapping[str, Any], config: Path = CONFIG) -> Settings:
         raise ConfigError(explain(error, str(config))) from None
 
 
+def http_options(config: Path = CONFIG) -> dict[str, Any]:
+    """Where the service listens, as Ray Serve wants it."""
+    return OmegaConf.to_container(OmegaConf.load(config)["http_options"])
+
+
 def api_keys() -> list[str]:
     """The keys that callers may use, from the environment or a file; none: nobody is asked."""
     keys = os.environ.get(KEYS, "").replace(",", "\n").splitlines()

@@ -31,8 +31,15 @@ TOUR = [
 
 EVERYWHERE = {"numpy", "torch"}
 HOMES = {
-    "omegaconf": ["mmrag.config"],
-    "pydantic": ["mmrag.config", "jobs.stage"],  # a stage tells our mistake from the user's
+    "omegaconf": ["mmrag.config", "serve.settings"],
+    # A stage tells our mistake from the user's; the API describes and checks what it is sent.
+    "pydantic": [
+        "mmrag.config",
+        "jobs.stage",
+        "serve.settings",
+        "serve.schema",
+        "serve.datastores",
+    ],
     "yaml": ["mmrag.config"],
     "soundfile": ["mmrag.audio", "cluster.stages"],  # read by the one, written by the other
     "torchaudio": ["mmrag.audio", "mmrag.hubert", "mmrag.corpora.espeak"],
@@ -47,7 +54,10 @@ HOMES = {
     "scipy": ["mmrag.corpora.augment"],
     "pyarrow": ["mmrag.tokens"],
     "jiwer": ["mmrag.score"],
-    "ray": ["cluster", "jobs"],
+    "ray": ["cluster", "jobs", "serve"],
+    "fastapi": ["serve"],
+    "fastapi_offline": ["serve.api"],
+    "starlette": ["serve"],
     "deepspeed": ["cluster.train"],
     "mlflow": ["cluster.tracking"],
     "tqdm": ["cluster.progress"],

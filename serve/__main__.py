@@ -1,0 +1,70 @@
+"""`python -m serve [key=value …]`: the service on this machine, until Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from threading import Event
+
+FAST = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",  # HAProxy instead of a proxy in Python
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",  # one event loop a replica
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""Read by Ray when it is imported. HTTP then takes less of a small machine from the models."""
+
+
+def main() -> None:
+    """Start, say where, and wait; exit status 1 with one line if the settings are wrong."""
+    parser = argparse.ArgumentParser(prog="python -m serve", description=__doc__)
+    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="port to listen on (default: 8000)")
+    parser.add_argument("--dashboard-port", type=int, default=8265, help="Ray's own dashboard")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="as in serve/config.yaml")
+    options = parser.parse_args()
+    os.environ |= {name: os.environ.get(name, value) for name, value in FAST.items()}
+
+    import ray
+    from ray import serve
+
+    from mmrag.artifact import ArtifactError
+    from mmrag.config import ConfigError
+    from serve.app import build
+    from serve.settings import http_options
+
+    try:
+        application = build(dict(pair.partition("=")[::2] for pair in options.settings))
+    except (ConfigError, ArtifactError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    http = http_options()
+    http |= {name: value for name in ("host", "port") if (value := getattr(options, name))}
+    stop = Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    ray.init(
+        address=os.environ.get("RAY_ADDRESS") or "local",
+        dashboard_port=options.dashboard_port,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(http_options=http, logging_config={"log_level": "WARNING"})
+    print("starting: the models are being read", flush=True)
+    quiet = {"log_level": "WARNING", "enable_access_log": False}
+    serve.run(application, name="mmrag", logging_config=quiet)
+    where = f"http://{http['host']}:{http['port']}"
+    print(f"ready: {where} (the page), {where}/docs (the API)", flush=True)
+    print("logs: /tmp/ray/session_latest/logs/serve", flush=True)
+    stop.wait()
+    print("stopping: what is being transcribed is finished first", flush=True)
+    serve.shutdown()
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()
