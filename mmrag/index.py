@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from uuid import uuid4
@@ -22,12 +23,14 @@ import numpy as np
 from mmrag.artifact import write_json
 from mmrag.config import Index, as_dict
 from mmrag.datastore import Datastore, DatastoreError, distances, prepare
-from mmrag.records import NO_ENTRY, Neighbours, Passages, merge
+from mmrag.records import NO_ENTRY, Neighbours, Passages, Retriever, merge
 
 BLOCK = 16_384
 """Keys in memory at once where all of them are walked through."""
 SPARE = 32
 """Entries of a subset compared exactly beyond the k asked for."""
+SECOND = 1 << 40
+"""Where the ids of the second of two joined datastores begin."""
 CODE_CENTROIDS = 256
 """Centroids of one byte of a product-quantized key."""
 
@@ -358,6 +361,50 @@ class SubsetRetriever:
     def origins(self, entries: np.ndarray) -> list[tuple[str, str]]:
         """Document and utterance that each of `entries` (M,) comes from, by name."""
         return self.datastore.origins(entries)
+
+
+class JoinedRetriever:
+    """Two datastores searched as one: entries of the second have ids from SECOND on."""
+
+    def __init__(self, first: Retriever, second: Retriever) -> None:
+        """Both keyed alike; ids of `first` stay as they are."""
+        self.first = first
+        self.second = second
+
+    def search(
+        self, queries: np.ndarray, k: int, exclude_documents: Sequence[int] | None = None
+    ) -> Neighbours:
+        """The k nearest of both; `exclude_documents` are the first's."""
+        found = self.second.search(queries, k)
+        entries = np.where(found.entries == NO_ENTRY, NO_ENTRY, found.entries + SECOND)
+        moved = replace(found, entries=entries)
+        return merge([self.first.search(queries, k, exclude_documents), moved], k)
+
+    def windows(self, entries: np.ndarray) -> np.ndarray:
+        """Token windows (…, W) int32 around `entries` (…,)."""
+        of_first = np.where(entries < SECOND, entries, NO_ENTRY)
+        of_second = np.where(entries < SECOND, NO_ENTRY, entries - SECOND)
+        # Tokens of a window that is not there are all zero.
+        return np.maximum(self.first.windows(of_first), self.second.windows(of_second))
+
+    def passages(self, entries: np.ndarray) -> Passages:
+        """The windows around `entries` (M,), each token with its own key."""
+        own = entries < SECOND
+        parts = self.first.passages(entries[own]), self.second.passages(entries[~own] - SECOND)
+        columns = {}
+        for name, values in vars(parts[0]).items():
+            columns[name] = np.empty((len(entries), *values.shape[1:]), values.dtype)
+            columns[name][own], columns[name][~own] = values, getattr(parts[1], name)
+        return Passages(**columns)
+
+    def origins(self, entries: np.ndarray) -> list[tuple[str, str]]:
+        """Document and utterance of each of `entries` (M,)."""
+        own = entries < SECOND
+        first, second = (
+            iter(self.first.origins(entries[own])),
+            iter(self.second.origins(entries[~own] - SECOND)),
+        )
+        return [next(first if mine else second) for mine in own]
 
 
 def shard_directory(datastore: Path, number: int) -> Path:

@@ -13,6 +13,7 @@ FAST = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",  # HAProxy instead of a proxy in Python
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",  # one event loop a replica
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # nothing but HAProxy looks on
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
@@ -43,9 +44,6 @@ def main() -> None:
         sys.exit(f"error: {error}")
     http = http_options()
     http |= {name: value for name in ("host", "port") if (value := getattr(options, name))}
-    stop = Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     ray.init(
         address=os.environ.get("RAY_ADDRESS") or "local",
         dashboard_port=options.dashboard_port,
@@ -60,9 +58,12 @@ def main() -> None:
     where = f"http://{http['host']}:{http['port']}"
     print(f"ready: {where} (the page), {where}/docs (the API)", flush=True)
     print("logs: /tmp/ray/session_latest/logs/serve", flush=True)
+    stop = Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # now: Ray has installed its own
+        signal.signal(number, lambda *_: stop.set())
     stop.wait()
     print("stopping: what is being transcribed is finished first", flush=True)
-    serve.shutdown()
+    serve.delete("mmrag")
     ray.shutdown()
 
 

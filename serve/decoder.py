@@ -16,12 +16,12 @@ import torch
 from ray.serve import metrics
 
 from mmrag.align import align
-from mmrag.config import KNN, Retrieves
+from mmrag.config import Retrieves
 from mmrag.datastore import Datastore, Description, Segment
 from mmrag.decode import Clip, Hypothesis, Retrieval
 from mmrag.engine import Decoded, Engine, Statistics
 from mmrag.entries import read_entries
-from mmrag.index import SubsetRetriever
+from mmrag.index import SECOND, JoinedRetriever, SubsetRetriever
 from mmrag.phrases import WINDOW, Phrases
 from mmrag.reading import Bank, Reading
 from mmrag.records import Retriever, Word
@@ -31,7 +31,7 @@ from mmrag.units import Codebook
 from serve import probe
 from serve.messages import Found, Listed, Order, Refused, Reply
 from serve.model import device, locate
-from serve.settings import Settings
+from serve.settings import Settings, Trust
 
 KEPT = 32
 """Datastores and lists whose encoded windows a replica keeps."""
@@ -119,14 +119,7 @@ class Decoder:
 
     async def describe(self) -> tuple[Description, bool]:
         """What datastores of this model are, and whether it can read them (an adapter)."""
-        writer = self._writer
-        width = writer.lm.config.width
-        made = Description(width, WINDOW, "l2", "spoken", dict(writer.identity))
-        return made, writer.adapter is not None
-
-    async def writes(self, text: str) -> bool:
-        """Whether the text has anything that the model could write."""
-        return bool(self._writer.vocabulary.encode(text))
+        return self._described(), self._writer.adapter is not None
 
     async def check_health(self) -> None:
         """Transcribe the probe; RuntimeError if it does not read as it did at the start."""
@@ -152,41 +145,44 @@ class Decoder:
         )
 
     def _consult(self, order: Order) -> Consulted | None:
-        """What the order's datastore or phrases offer; the same object for the same ones, so that
+        """What the order's datastore and phrases offer; the same object for the same ones, so that
         clips share searches and encoded windows."""
-        given = order.datastore or order.phrases
-        if order.mode == "none" or given is None:
+        if order.mode == "none" or not (order.datastore or order.phrases):
             return None
         if order.mode in ("cross_attention", "both") and self._writer.adapter is None:
             raise Refused(f"retrieval {order.mode} needs an adapter, which this model has not")
-        if order.datastore and order.phrases:
-            raise Refused("datastore or context, not both in one request")
-        key = (type(given).__name__, given.key)
+        found, listed = order.datastore, order.phrases
+        key = (found.key if found else "", listed.key if listed else "")
         if key not in self._consulted:
-            make = self._of_datastore if order.datastore else self._of_list
-            self._consulted[key] = make(given)
+            self._consulted[key] = self._made(found, listed)
         return _freshen(self._consulted, key)
 
-    def _of_datastore(self, found: Found) -> Consulted:
-        bank = None
-        if self._writer.adapter is not None:
-            # Entries never change, so windows stay encoded when new ones come.
-            bank = self._banks.setdefault(found.uid, self._writer.bank(found.retriever))
-            bank.source = found.retriever
-            _freshen(self._banks, found.uid)
-        reading = bank and Reading(bank, found.read, found.retriever, found.whole)
-        return Consulted(found.retriever, _votes(found.retriever, found.knn, found.both), reading)
+    def _made(self, found: Found | None, listed: Listed | None) -> Consulted:
+        """What a datastore, a request's phrases, or both together offer."""
+        if listed is None:
+            bank = self._writer.adapter and self._bank(found)
+            return _offer(found.retriever, found, bank, found.whole)
+        made = self._described()
+        phrases = Datastore.of(made, [listed.segment])
+        source: Retriever = SubsetRetriever(phrases, np.arange(phrases.entries))
+        whole = Phrases(phrases).first_mentions()
+        if found is not None:
+            source = JoinedRetriever(found.retriever, source)
+            small = found.whole is not None
+            whole = np.concatenate((found.whole, whole + SECOND)) if small else None
+        bank = self._writer.adapter and self._writer.bank(source)
+        return _offer(source, found or self._settings.trust, bank, whole)
 
-    def _of_list(self, listed: Listed) -> Consulted:
-        trust, writer = self._settings.trust, self._writer
-        made = Description(writer.lm.config.width, WINDOW, "l2", "spoken", dict(writer.identity))
-        datastore = Datastore.of(made, [listed.segment])
-        source = SubsetRetriever(datastore, np.arange(datastore.entries))
-        reading = None
-        if writer.adapter is not None:
-            first = Phrases(datastore).first_mentions()
-            reading = Reading(writer.bank(source), trust.read, source, first)
-        return Consulted(source, _votes(source, trust.knn, trust.both), reading)
+    def _bank(self, found: Found) -> Bank:
+        """The encoded windows of a datastore; entries never change, so they stay when it grows."""
+        bank = self._banks.setdefault(found.uid, self._writer.bank(found.retriever))
+        bank.source = found.retriever
+        return _freshen(self._banks, found.uid)
+
+    def _described(self) -> Description:
+        writer = self._writer
+        width = writer.lm.config.width
+        return Description(width, WINDOW, "l2", "spoken", dict(writer.identity))
 
     async def _reply(self, order: Order, consulted: Consulted | None, decoded: Decoded) -> Reply:
         heard, vocabulary = decoded.hypothesis, self._writer.vocabulary
@@ -257,8 +253,11 @@ class _Meters:
         self._seen = now
 
 
-def _votes(source: Retriever, knn: KNN, both: KNN) -> dict[Retrieves, Retrieval]:
-    return {"knn": Retrieval(source, knn), "both": Retrieval(source, both)}
+def _offer(
+    source: Retriever, trust: Found | Trust, bank: Bank | None, whole: np.ndarray | None
+) -> Consulted:
+    votes = {"knn": Retrieval(source, trust.knn), "both": Retrieval(source, trust.both)}
+    return Consulted(source, votes, bank and Reading(bank, trust.read, source, whole))
 
 
 def _freshen(kept: OrderedDict, key: object) -> object:
