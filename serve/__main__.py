@@ -9,15 +9,7 @@ import signal
 import sys
 from threading import Event
 
-FAST = {
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",  # HAProxy instead of a proxy in Python
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",  # one event loop a replica
-    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # nothing but HAProxy looks on
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
-"""Read by Ray when it is imported. HTTP then takes less of a small machine from the models."""
+from serve.environment import prepare
 
 
 def main() -> None:
@@ -28,7 +20,7 @@ def main() -> None:
     parser.add_argument("--dashboard-port", type=int, default=8265, help="Ray's own dashboard")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="as in serve/config.yaml")
     options = parser.parse_args()
-    os.environ |= {name: os.environ.get(name, value) for name, value in FAST.items()}
+    prepare()
 
     import ray
     from ray import serve

@@ -16,6 +16,7 @@ from ray.serve.config import AutoscalingConfig
 from serve.api import Api
 from serve.decoder import Decoder
 from serve.encoder import Encoder
+from serve.model import check, locate
 from serve.retriever import Retriever
 from serve.settings import Replicas, read
 
@@ -26,9 +27,11 @@ HEALTH_TIMEOUT_SECONDS = 30
 def build(args: dict[str, Any]) -> Application:
     """The application, with `args` merged over those of `config.yaml`.
 
-    Raises ConfigError, which names the setting that is wrong.
+    Raises ConfigError, which names the setting that is wrong, ValueError or ArtifactError if there
+    is no such model or its parts were not made for each other.
     """
     settings = read(args)
+    check(locate(settings))
     decoder = _deployed(Decoder, settings.decoder).bind(settings)
     encoder = _deployed(Encoder, settings.encoder).bind(settings)
     retriever = _deployed(Retriever, settings.retriever).bind(settings, encoder, decoder)

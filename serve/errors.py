@@ -94,11 +94,14 @@ def install(app: FastAPI) -> None:
         problem = error.errors()[0]
         place = [str(part) for part in problem["loc"] if part not in ("body", "query", "path")]
         param = ".".join(place) or None
-        message = f"{param}: {problem['msg']}" if param else problem["msg"]
+        # Where a file should be and is none, FastAPI speaks of its own classes.
+        reason = "send a file" if problem["type"] == "value_error" else problem["msg"]
+        message = f"{param}: {reason}" if param else reason
         return respond(ApiError(422, message, problem["type"], param))
 
     async def refused(_: Request, error: HTTPException) -> JSONResponse:
-        answer = respond(ApiError(error.status_code, str(error.detail)))
+        code = "too_large" if error.status_code == 413 else None
+        answer = respond(ApiError(error.status_code, str(error.detail), code))
         answer.headers.update(error.headers or {})
         return answer
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from mmrag import shipped
+from mmrag import artifact, shipped
 from mmrag.config import Tracking
 from serve.settings import Settings
 
@@ -24,6 +24,15 @@ def locate(settings: Settings) -> Path:
         registry = Tracking(uri=settings.registry, experiment="mmrag")
         return tracking.fetch(settings.model, registry, settings.cache)
     return shipped.find(settings.model)
+
+
+def check(directory: Path) -> None:
+    """See that a model's parts were made for each other; ArtifactError names both fingerprints."""
+    made = {kind: artifact.load(directory / kind, kind) for kind in ("hubert", "codebook", "lm")}
+    made["codebook"].require("hubert", made["hubert"])
+    made["lm"].require("codebook", made["codebook"])
+    if (directory / "adapter").exists():
+        artifact.load(directory / "adapter", "adapter").require("lm", made["lm"])
 
 
 def device(settings: Settings) -> str:

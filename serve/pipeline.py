@@ -31,9 +31,8 @@ HIGHEST_DENSITY = 768_000
 
 @dataclass(frozen=True)
 class Ask:
-    """What a caller wants of an upload."""
+    """What a caller wants to know of an upload."""
 
-    data: bytes
     datastore: str | None = None
     phrases: Sequence[str] = ()
     retrieval: Retrieves | None = None
@@ -55,6 +54,10 @@ class Stretch:
     reply: Reply | None
 
 
+Ordered = Callable[[Heard], Order]
+"""What is heard in a stretch -> what to do with it."""
+
+
 class Pipeline:
     """Handles to the deployments, and how they are asked."""
 
@@ -73,21 +76,20 @@ class Pipeline:
         self._reads: bool | None = None
 
     async def seconds(self, data: bytes) -> float:
-        """Length of an upload, by its header; AudioError if it has none, Refused if it unpacks to
-        too much."""
+        """Length of an upload, by its header; AudioError if it has none or unpacks to too much."""
         length, density = await asyncio.to_thread(audio.extent, data)
         if density > HIGHEST_DENSITY:
-            raise Refused(f"uploaded audio: {density} samples a second, at most {HIGHEST_DENSITY}")
+            message = f"uploaded audio: {density} samples a second, at most {HIGHEST_DENSITY}"
+            raise audio.AudioError(message)
         return length
 
-    async def transcribe(self, ask: Ask) -> AsyncIterator[str | Stretch]:
+    async def transcribe(self, data: bytes, order: Ordered) -> AsyncIterator[str | Stretch]:
         """Text as it is made, and after each stretch of the upload the stretch.
 
         The text of a stretch that follows another one starts with a blank.
         """
-        order = await self._order(ask)
         first = True
-        async for start, end, heard in self._heard(ask.data):
+        async for start, end, heard in self._heard(data):
             if heard is None:
                 yield Stretch(start, end, None)
                 continue
@@ -100,11 +102,10 @@ class Pipeline:
                     yield part if told else blank + part
                     told += part
 
-    async def complete(self, ask: Ask) -> list[Stretch]:
+    async def complete(self, data: bytes, order: Ordered) -> list[Stretch]:
         """The whole of an upload, stretch by stretch."""
-        order = await self._order(ask)
         found = []
-        async for start, end, heard in self._heard(ask.data):
+        async for start, end, heard in self._heard(data):
             reply = None
             if heard is not None:
                 reply = _later(await self.ask(self.decoder.transcribe, order(heard)), start)
@@ -150,8 +151,11 @@ class Pipeline:
             if encoding is not None:
                 encoding.cancel()
 
-    async def _order(self, ask: Ask) -> Callable[[Heard], Order]:
-        """What to do with whatever is heard: where to look things up, and how."""
+    async def order(self, ask: Ask) -> Ordered:
+        """What to do with whatever is heard: where to look things up, and how.
+
+        Raises UnknownDatastore, DatastoreError or Refused where that cannot be.
+        """
         found: Found | None = None
         listed: Listed | None = None
         mode = ask.retrieval or "both"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import re
 import shutil
 from collections import OrderedDict, defaultdict
@@ -27,7 +28,7 @@ from mmrag import datastore as stored
 from mmrag.artifact import ArtifactError
 from mmrag.artifact import load as load_artifact
 from mmrag.config import SLUG
-from mmrag.datastore import Datastore, Segment, join
+from mmrag.datastore import Datastore, DatastoreError, Segment, join
 from mmrag.index import save_index
 from mmrag.phrases import Phrases, utterances
 from mmrag.records import Units, Utterance
@@ -51,6 +52,7 @@ SPOKEN = 16
 """Sentences that are spoken, encoded and read at once."""
 REMEMBERED = 20_000
 """Phrases of requests that a replica keeps, spoken and read (about 10 kB each)."""
+log = logging.getLogger("ray.serve")
 
 
 @dataclass
@@ -106,9 +108,14 @@ class Retriever:
             return (await self._opened(name)).found
 
     async def stored(self) -> list[Stored]:
-        """Every datastore."""
-        names = sorted(each.name for each in self._root.iterdir() if self._is_one(each))
-        return [await self.describe(name) for name in names]
+        """Every datastore that can be read."""
+        found = []
+        for name in sorted(each.name for each in self._root.iterdir() if self._is_one(each)):
+            try:
+                found.append(await self.describe(name))
+            except (UnknownDatastore, DatastoreError) as error:  # just deleted, or damaged
+                log.warning("%s", error)
+        return found
 
     async def describe(self, name: str) -> Stored:
         """A datastore, without starting its shards."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from serve.errors import ApiError
 from serve.settings import Limits
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+"""A synthesizer takes the first for the end of what it is to say."""
+
 
 def bounded(texts: Sequence[str], most: int, param: str, limits: Limits) -> list[str]:
-    """The texts, blanks evened out and empty ones dropped.
+    """The texts, blanks and control characters evened out and empty ones dropped.
 
     Raises ApiError (400) if there are more than `most`, or one is too long or has nothing to say.
     """
-    found = [" ".join(text.split()) for text in texts]
+    found = [" ".join(_CONTROL.sub(" ", text).split()) for text in texts]
     found = [text for text in found if text]
     if len(found) > most:
         raise ApiError(400, f"{param}: {len(found)} are too many, at most {most}", None, param)

@@ -19,7 +19,7 @@ from mmrag.config import SLUG, Retrieves
 from mmrag.records import Word
 from serve import captions, door, errors, schema
 from serve.errors import ApiError
-from serve.pipeline import Ask, Pipeline, Stretch
+from serve.pipeline import Ask, Ordered, Pipeline, Stretch
 from serve.settings import Settings
 from serve.texts import bounded
 
@@ -78,7 +78,6 @@ class Transcriptions:
         evidence = "retrieval" in include
         plain = response_format in ("json", "text")
         ask = Ask(
-            data=await file.read(),
             datastore=datastore,
             phrases=self._phrases(context, prompt),
             retrieval=retrieval,
@@ -86,16 +85,19 @@ class Transcriptions:
             timed=not plain or evidence,
             evidence=evidence,
         )
-        seconds = await self._pipeline.seconds(ask.data)
+        data = await file.read()
+        seconds = await self._pipeline.seconds(data)
         if seconds > self._settings.limits.audio_seconds:
             longest = self._settings.limits.audio_seconds
             message = f"{seconds:.0f} s of audio, at most {longest:g} s are transcribed at a time"
             raise ApiError(413, message, "too_long", "file")
-        if stream:
-            return StreamingResponse(self._events(ask, seconds), media_type="text/event-stream")
         started = time.perf_counter()
         async with timeout(self._settings.limits.timeout_seconds):
-            stretches = await self._pipeline.complete(ask)
+            order = await self._pipeline.order(ask)  # what cannot be is refused before a stream
+            if stream:
+                told = self._events(data, order, seconds, evidence)
+                return StreamingResponse(told, media_type="text/event-stream")
+            stretches = await self._pipeline.complete(data, order)
         self._count(seconds, started)
         if response_format == "json":
             return _plain(schema.Transcription, stretches, seconds, evidence)
@@ -125,18 +127,20 @@ class Transcriptions:
         limits = self._settings.limits
         return bounded([*context, *named], limits.phrases, "context[]", limits)
 
-    async def _events(self, ask: Ask, seconds: float) -> AsyncIterator[str]:
+    async def _events(
+        self, data: bytes, order: Ordered, seconds: float, evidence: bool
+    ) -> AsyncIterator[str]:
         """A transcript as server-sent events."""
         stretches, started = [], time.perf_counter()
         try:
             async with timeout(self._settings.limits.timeout_seconds):
-                async for part in self._pipeline.transcribe(ask):
+                async for part in self._pipeline.transcribe(data, order):
                     if isinstance(part, Stretch):
                         stretches.append(part)
                     else:
                         yield _event(schema.Delta(delta=part).model_dump())
             self._count(seconds, started)
-            done = _plain(schema.Done, stretches, seconds, ask.evidence, duration=seconds)
+            done = _plain(schema.Done, stretches, seconds, evidence, duration=seconds)
             yield _event(json.loads(done.body))
         except Exception as error:  # the status is sent: what is left is to say so
             yield _event(errors.body(errors.explained(error)))

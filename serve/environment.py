@@ -1,0 +1,35 @@
+"""What Ray Serve reads from the environment when it is imported, set for a small machine.
+
+HAProxy takes requests in the place of a proxy in Python, and a replica has one event loop: HTTP
+then leaves more of the processor to the models. What the shell exports stays as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+
+VARIABLES = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+PORTS = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
+"""HAProxy's own; any free ones, so that two services fit on a machine."""
+
+
+def prepare() -> None:
+    """Set the variables; to be called before Ray is imported."""
+    for name, value in VARIABLES.items():
+        os.environ.setdefault(name, value)
+    for name in PORTS:
+        if name not in os.environ:
+            os.environ[name] = str(_free_port())
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
