@@ -1,4 +1,8 @@
-"""The `mmrag` command: transcribe files in this process, with the models of a workspace."""
+"""The `mmrag` command: transcribe files in this process, with the models of a workspace, or ask a
+running endpoint to.
+
+What the models need takes seconds to load, and is imported where this process transcribes.
+"""
 
 from __future__ import annotations
 
@@ -6,44 +10,75 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
+from rich.text import Text
 
 from mmrag import artifact, shipped
 from mmrag.artifact import ArtifactError
-from mmrag.audio import AudioError
-from mmrag.config import KNN, Decode, Read, as_dict
-from mmrag.datastore import Datastore, DatastoreError
-from mmrag.decode import Retrieval
-from mmrag.index import LocalRetriever, SubsetRetriever, saved_shards
-from mmrag.phrases import Phrases, remember
-from mmrag.reading import Reading
+from mmrag.client import Answer, Service, ServiceError
 from mmrag.records import Transcript
-from mmrag.transcribe import Recogniser, transcribe
-from mmrag.tune import BOTH, SETTINGS, chosen, chosen_read
+
+if TYPE_CHECKING:
+    from mmrag.config import KNN, Read
+    from mmrag.datastore import Datastore
+    from mmrag.transcribe import Recogniser
 
 RETRIEVALS = ("none", "knn", "cross_attention", "both")
+IN_PROCESS = {
+    "models": shipped.TINY,
+    "weight": None,
+    "beams": 1,
+    "max_seconds": 4.0,
+    "speech_threshold": 0.75,
+    "trust": False,
+    "device": None,
+}
+"""Options that an endpoint decides for itself, and what they are if nobody gives them."""
 UNTUNED = {"k": 16, "weight": 0.3, "temperature": 10.0}
 """kNN settings for a datastore that nobody tuned."""
-WHOLE = Read(k=8, stride=1, whole=300)
+WHOLE = {"k": 8, "stride": 1, "whole": 300}
+"""How it is read."""
 AGREEMENT = -2.5
 """As in `Decode`."""
 CACHE = Path(os.environ.get("MMRAG_CACHE") or Path.home() / ".cache" / "mmrag") / "phrases"
+KEY = "MMRAG_API_KEY"
+"""Environment variable: a command line is everybody's to read."""
+SHOWN = 400
+"""Letters of a growing transcript that are shown: its end, which has to fit on a small terminal."""
 console = Console(highlight=False, soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; exit status 1 if a file could not be transcribed, 2 for wrong usage."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    given = [name for name in IN_PROCESS if getattr(options, name) is not None]
+    if options.url is not None and given:
+        parser.error(f"--url goes without {', '.join(map(_flag, given))}: it is the endpoint's own")
+    for name in IN_PROCESS.keys() - given:
+        setattr(options, name, IN_PROCESS[name])
+    failed = _here(options) if options.url is None else _there(options)
+    sys.exit(1 if failed else 0)
+
+
+def _here(options: argparse.Namespace) -> bool:
+    """Transcribe in this process; whether a file could not be."""
+    from mmrag.audio import AudioError
+    from mmrag.config import Decode
+    from mmrag.datastore import DatastoreError
+    from mmrag.transcribe import Recogniser, transcribe
+
     try:
-        recogniser = Recogniser.load(options.models, options.device)
+        options.models = shipped.find(options.models)
+        recogniser = Recogniser.load(options.models, options.device or _device())
         found = _found(options, recogniser)
         settings = Decode(
             beams=options.beams,
@@ -64,7 +99,46 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except AudioError as error:
             print(f"mmrag: {error}", file=sys.stderr)
             failed = True
-    sys.exit(1 if failed else 0)
+    return failed
+
+
+def _there(options: argparse.Namespace) -> bool:
+    """Have the endpoint at `options.url` transcribe; whether it could not a file."""
+    try:
+        service = Service(options.url, os.environ.get(KEY))
+        phrases = [] if options.phrases is None else _listed(options.phrases)
+        if options.retrieval not in (None, "none") and not (options.datastore or phrases):
+            raise ValueError(f"--retrieval {options.retrieval} needs a --datastore or --phrases")
+    except (OSError, ValueError) as error:
+        sys.exit(f"mmrag: {error}")
+    failed = False
+    for file in options.files:
+        parts = service.transcribe(file, options.datastore, phrases, options.retrieval)
+        try:
+            answer = _followed(parts, visibly=console.is_terminal and not options.json)
+        except (ServiceError, OSError) as error:
+            _complain(file, getattr(error, "strerror", None) or str(error))
+            failed = True
+            continue
+        _print(file, answer.transcript, options.json)
+        if answer.missing_shards:
+            what = f"{answer.missing_shards} index shards did not answer"
+            _complain(file, f"{what}: what they hold was not found")
+    return failed
+
+
+def _followed(parts: Iterator[str | Answer], visibly: bool) -> Answer:
+    """Follow a transcript in the making to its end; while it grows, `visibly`, it is shown."""
+    told = ""
+    showing = Live(console=console, transient=True, auto_refresh=False)
+    with showing if visibly else nullcontext():
+        while isinstance(part := next(parts), str):
+            told += part
+            if visibly:
+                # Wrapped, against what the console says: what is taken back has to be counted.
+                end = Text(_visible(told[-SHOWN:]), "dim", no_wrap=False, overflow="fold")
+                showing.update(end, refresh=True)
+    return part
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,14 +149,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--models",
         type=shipped.find,
-        default=shipped.TINY,
         help="directory with hubert/, codebook/ and lm/, or a model of the package "
-        "(default: %(default)s)",
+        f"(default: {IN_PROCESS['models']})",
     )
     command.add_argument(
         "--datastore",
         metavar="DIR",
-        help="datastore to look things up in: a directory, or a name in MODELS/datastores",
+        help="datastore to look things up in: a directory, or a name in MODELS/datastores; with "
+        "--url, a name that the endpoint knows",
     )
     command.add_argument(
         "--phrases",
@@ -95,33 +169,52 @@ def _parser() -> argparse.ArgumentParser:
         "--retrieval",
         choices=RETRIEVALS,
         help="neighbours vote (knn), the adapter reads them (cross_attention), or both; default: "
-        "knn with a datastore, cross_attention with phrases",
+        "knn with a datastore, cross_attention with phrases; with --url, as the endpoint likes",
     )
     command.add_argument("--weight", type=float, help="kNN weight (default: as tuned, else 0.3)")
-    command.add_argument("--beams", type=int, default=1, help="1 is greedy (default: %(default)s)")
+    command.add_argument("--beams", type=int, help=f"1 is greedy (default: {IN_PROCESS['beams']})")
     command.add_argument(
         "--max-seconds",
         type=_max_seconds,
-        default=4.0,
         help="split longer audio in pauses; mmrag:tiny has heard single sentences and loses itself "
-        "in longer stretches (default: %(default)s)",
+        f"in longer stretches (default: {IN_PROCESS['max_seconds']})",
     )
     command.add_argument(
         "--speech-threshold",
         type=float,
-        default=0.75,
         help="probability of speech from which on audio is transcribed; 0: all of it "
-        "(default: %(default)s)",
+        f"(default: {IN_PROCESS['speech_threshold']})",
     )
     command.add_argument(
         "--trust",
         action="store_true",
+        default=None,
         help="keep transcripts that retrieval made loop or that the language model finds absurd; "
         "else they are made again without",
     )
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    command.add_argument("--json", action="store_true", help="one JSON object a stretch of audio")
+    command.add_argument("--device", help="default: cuda where there is one, else cpu")
+    command.add_argument(
+        "--url",
+        help="let a running endpoint transcribe (make serve: http://127.0.0.1:8000); it decides "
+        f"for itself on {', '.join(map(_flag, IN_PROCESS))}; the environment variable {KEY} holds "
+        "the API key, if it wants one",
+    )
+    command.add_argument(
+        "--json",
+        action="store_true",
+        help="one JSON object a stretch of audio; with --url, one a file",
+    )
     return parser
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _max_seconds(text: str) -> float:
@@ -132,6 +225,11 @@ def _max_seconds(text: str) -> float:
 
 def _found(options: argparse.Namespace, recogniser: Recogniser) -> dict[str, Any]:
     """What `transcribe` is given to look things up in."""
+    from mmrag.datastore import Datastore
+    from mmrag.decode import Retrieval
+    from mmrag.index import LocalRetriever, saved_shards
+    from mmrag.reading import Reading
+
     if options.datastore is not None and options.phrases is not None:
         raise ValueError("--datastore or --phrases: one of them")
     if options.phrases is not None:
@@ -158,7 +256,10 @@ def _found(options: argparse.Namespace, recogniser: Recogniser) -> dict[str, Any
 
 def _tuned(options: argparse.Namespace, datastore: Datastore, mode: str) -> tuple[KNN, Read]:
     """Settings as `jobs.tune` chose them for this datastore, or plain ones, with a word of it."""
-    knn, read = dict(UNTUNED), WHOLE
+    from mmrag.config import KNN, Read, as_dict
+    from mmrag.tune import BOTH, SETTINGS, chosen, chosen_read
+
+    knn, read = dict(UNTUNED), Read(**WHOLE)
     tuned = options.models / "tuned" / datastore.directory.name
     if tuned.is_dir():
         made = artifact.load(datastore.directory, "datastore")
@@ -175,10 +276,18 @@ def _tuned(options: argparse.Namespace, datastore: Datastore, mode: str) -> tupl
 
 def _phrases(options: argparse.Namespace, recogniser: Recogniser) -> dict[str, Any]:
     """The phrases of a file, as a small datastore that is read whole."""
+    import numpy as np
+
+    from mmrag.config import KNN, Read
+    from mmrag.decode import Retrieval
+    from mmrag.index import SubsetRetriever
+    from mmrag.phrases import Phrases, remember
+    from mmrag.reading import Reading
+
     mode = options.retrieval or "cross_attention"
     if mode == "none":
         return {}
-    listed = [line.strip() for line in options.phrases.read_text().splitlines() if line.strip()]
+    listed = _listed(options.phrases)
     identity = {role: recogniser.identity[role] for role in ("lm", "codebook")}
     datastore = remember(
         CACHE, listed, recogniser.lm, recogniser.vocabulary, identity, recogniser.speaker()
@@ -190,8 +299,12 @@ def _phrases(options: argparse.Namespace, recogniser: Recogniser) -> dict[str, A
         found["retrieval"] = Retrieval(retriever, KNN(**knn))
     if mode in ("cross_attention", "both"):
         windows = Phrases(datastore).first_mentions()
-        found["reading"] = Reading(recogniser.bank(retriever), WHOLE, retriever, windows)
+        found["reading"] = Reading(recogniser.bank(retriever), Read(**WHOLE), retriever, windows)
     return found
+
+
+def _listed(file: Path) -> list[str]:
+    return [line.strip() for line in file.read_text().splitlines() if line.strip()]
 
 
 def _print(file: Path, transcript: Transcript, as_json: bool) -> None:
@@ -199,20 +312,36 @@ def _print(file: Path, transcript: Transcript, as_json: bool) -> None:
         print(json.dumps({"file": str(file), **asdict(transcript)}, ensure_ascii=False))
         return
     marked = " ".join(
-        f"[bold green]{escape(word.text)}[/]" if word.changed else escape(word.text)
+        f"[bold green]{_shown(word.text)}[/]" if word.changed else _shown(word.text)
         for word in transcript.words
     )
     marked = marked or "[dim](nothing said)[/]"
-    console.print(f"{escape(str(file))}  {transcript.start:.1f}–{transcript.end:.1f} s\n  {marked}")
+    console.print(f"{_shown(str(file))}  {transcript.start:.1f}–{transcript.end:.1f} s\n  {marked}")
     for word in transcript.words:
         if word.changed and word.source:
             source = word.source
-            evidence = [escape(source.document)]
+            evidence = [_shown(source.document)]
             if source.attention is not None:
                 evidence.append(f"attention {source.attention:.0%}")
             if source.distance is not None:
                 evidence.append(f"distance {source.distance:.1f}")
             console.print(
-                f"    [green]{escape(word.text)}[/]  p {word.lm_probability:.2f} -> "
-                f"{word.probability:.2f}  from {', '.join(evidence)}: “{escape(source.text)}”"
+                f"    [green]{_shown(word.text)}[/]  p {word.lm_probability:.2f} -> "
+                f"{word.probability:.2f}  from {', '.join(evidence)}: “{_shown(source.text)}”"
             )
+
+
+def _complain(file: Path, reason: str) -> None:
+    print(_visible(f"mmrag: {file}: {' '.join(reason.split())}"), file=sys.stderr)
+
+
+def _shown(text: str) -> str:
+    """Text as the console's markup says it."""
+    return escape(_visible(text))
+
+
+def _visible(text: str) -> str:
+    """Text without what a terminal would obey: others may have named what is retrieved."""
+    return "".join(
+        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text
+    )

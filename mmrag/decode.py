@@ -506,7 +506,8 @@ def choose(
             best.values[row, 0], best.indices[row, 0] = logp[row, drawn], drawn
     tokens = best.indices.cpu()
     alone = lm_logp.gather(1, best.indices).cpu()
-    preferred = lm_logp.argmax(-1).tolist()
+    most, preferred = (one.tolist() for one in lm_logp.max(-1))
+    untouched = (logp == lm_logp).all(-1).tolist()
     distances = torch.from_numpy(neighbours.distances)
     voters = torch.from_numpy(neighbours.tokens)
     columns = [best_neighbour(distances, voters, column) for column in tokens.unbind(1)]
@@ -521,11 +522,13 @@ def choose(
             if column >= 0:
                 entry = int(neighbours.entries[row, column])
                 distance = float(neighbours.distances[row, column])
+            token, lm_value = int(tokens[row, rank]), float(alone[row, rank])
+            drawn = untouched[row] and temperatures[row] > 0
             choice = Choice(
-                int(tokens[row, rank]),
+                token,
                 value,
-                float(alone[row, rank]),
-                preferred[row],
+                lm_value,
+                token if drawn or lm_value == most[row] else preferred[row],  # of equals, this one
                 entry,
                 distance,
                 tuple(shares[row]) if shares else (),

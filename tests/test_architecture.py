@@ -25,7 +25,7 @@ TOUR = [
     "layers", "cross_attention", "lm", "pretrained", "loss", "train",
     "datastore", "index", "knn", "boost", "reading", "decode", "align",
     "entries", "phrases", "contexts", "transcribe", "engine",
-    "score", "tune", "cli",
+    "score", "tune", "client", "cli",
 ]  # fmt: skip
 """The modules of mmrag in reading order: each imports only those before it."""
 
@@ -60,6 +60,7 @@ HOMES = {
     "starlette": ["serve"],
     "deepspeed": ["cluster.train"],
     "mlflow": ["cluster.tracking"],
+    "requests": ["mmrag.client", "serve.api"],
     "tqdm": ["cluster.progress"],
     "rich": ["mmrag.cli", "jobs"],
     "matplotlib": ["jobs.evaluate", "jobs.report"],

@@ -1,10 +1,16 @@
+import io
 import json
 import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from rich.console import Console
 
 from mmrag import artifact, cli, datastore, pretrained
 from mmrag.audio import SAMPLE_RATE
@@ -137,6 +143,12 @@ def test_a_file_is_transcribed_under_its_name_and_times(mmrag, clip):
     assert text.strip()
 
 
+def test_the_packages_model_is_used_unless_another_is_named(clip, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["transcribe", str(clip)])
+    assert "(nothing said)" in capsys.readouterr().out
+
+
 def test_json_is_one_object_a_stretch_of_audio_with_the_same_words(mmrag, clip):
     _, out, _ = mmrag(clip)
     status, lines, _ = mmrag("--json", "--max-seconds", 1, clip, clip)
@@ -260,3 +272,221 @@ def test_wrong_usage_exits_with_2(mmrag, arguments):
     status, _, err = mmrag(*arguments)
     assert status == 2
     assert "usage: mmrag" in err
+
+
+SPOKEN = {
+    "type": "transcript.text.done",
+    "text": "call maria",
+    "duration": 1.0,
+    "words": [
+        {
+            "word": "call",
+            "start": 0.1,
+            "end": 0.4,
+            "probability": 0.9,
+            "lm_probability": 0.9,
+            "changed": False,
+            "source": None,
+        },
+        {
+            "word": "maria",
+            "start": 0.4,
+            "end": 0.9,
+            "probability": 0.8,
+            "lm_probability": 0.02,
+            "changed": True,
+            "source": {
+                "entry": 12,
+                "distance": 3.14,
+                "attention": 0.4,
+                "document": "maria [home]",
+                "utterance": "phrase-0",
+                "text": "call maria",
+            },
+        },
+    ],
+    "missing_shards": 0,
+}
+PRINTED = [
+    "  call maria",
+    "    maria  p 0.02 -> 0.80  from maria [home], attention 40%, distance 3.1: “call maria”",
+]
+
+
+class Endpoint(BaseHTTPRequestHandler):
+    """Answers every upload with the transcript of its server, with an error where it says `no`."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.asked.append((self.headers, body))
+        refused = {"error": {"message": "not\nlike \x1b[1mthis"}}
+        said = [{"type": "transcript.text.delta", "delta": "call "}, self.server.done]
+        self.send_response(200)
+        self.end_headers()
+        for one in [refused] if b"\r\nno\r\n" in body else said:
+            self.wfile.write(f"data: {json.dumps(one)}\n\n".encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def endpoint():
+    with HTTPServer(("127.0.0.1", 0), Endpoint) as server:
+        server.asked, server.done = [], SPOKEN
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def ask(endpoint, capsys):
+    """Run `mmrag transcribe --url …`; the exit status, standard output and standard error."""
+
+    def run(*arguments, url=endpoint.url):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["transcribe", "--url", url, *map(str, arguments)])
+        status, printed = stopped.value.code, capsys.readouterr()
+        if isinstance(status, str):
+            return 1, printed.out, printed.err + status
+        return status, printed.out, printed.err
+
+    return run
+
+
+def test_what_an_endpoint_heard_looks_like_what_this_process_hears(ask, mmrag, clip):
+    status, out, err = ask(clip)
+    assert (status, err) == (0, "")
+    assert out.splitlines() == [f"{clip}  0.0–1.0 s", *PRINTED]
+    here, there = (json.loads(run("--json", clip)[1]) for run in (mmrag, ask))
+    assert there.keys() == here.keys()
+    assert there["words"][0].keys() == here["words"][0].keys()
+    assert (there["file"], there["text"], there["end"]) == (str(clip), "call maria", 1.0)
+    source = SPOKEN["words"][1]["source"]
+    assert there["words"][1] == {
+        "text": "maria",
+        "probability": 0.8,
+        "lm_probability": 0.02,
+        "changed": True,
+        "source": source,
+        "start": 0.4,
+        "end": 0.9,
+    }
+
+
+def test_words_grow_on_a_terminal_and_give_way_to_the_transcript(ask, clip, monkeypatch):
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=60, highlight=False, soft_wrap=True)
+    monkeypatch.setattr(cli, "console", terminal)
+    assert ask(clip)[0] == 0
+    grown, transcript = screen.getvalue().split(f"{clip}")
+    assert "call" in grown and "maria" not in grown
+    assert grown.endswith("\x1b[2K"), "what grew is taken back"
+    assert "\x1b[1;32mmaria" in transcript
+    screen.truncate(0)
+    ask("--json", clip)
+    assert screen.getvalue() == ""
+
+
+def test_an_endpoint_gets_the_phrases_the_datastore_and_the_key(
+    ask, endpoint, clip, tmp_path, monkeypatch
+):
+    monkeypatch.setenv(cli.KEY, "k-123")
+    phrases = tmp_path / "names.txt"
+    phrases.write_text("maria kuri\n\n zanab \n")
+    ask(clip, "--phrases", phrases, "--datastore", "contacts", "--retrieval", "knn")
+    [(headers, body)] = endpoint.asked
+    assert headers["Authorization"] == "Bearer k-123"
+    for name, value in (
+        ("context[]", "maria kuri"),
+        ("context[]", "zanab"),
+        ("datastore", "contacts"),
+        ("retrieval", "knn"),
+    ):
+        assert f'name="{name}"\r\n\r\n{value}\r\n'.encode() in body
+
+
+def test_files_that_an_endpoint_does_not_transcribe_are_named_and_the_others_are(
+    ask, clip, tmp_path
+):
+    bad, gone = tmp_path / "bad.wav", tmp_path / "gone.wav"
+    bad.write_text("no")
+    status, lines, err = ask("--json", gone, clip, bad, clip)
+    assert status == 1
+    assert [json.loads(line)["file"] for line in lines.splitlines()] == [str(clip)] * 2
+    assert err.splitlines() == [
+        f"mmrag: {gone}: No such file or directory",
+        f"mmrag: {bad}: not like �[1mthis",
+    ]
+
+
+def test_shards_that_did_not_answer_are_mentioned(ask, endpoint, clip):
+    endpoint.done = SPOKEN | {"missing_shards": 2}
+    status, out, err = ask(clip)
+    assert (status, out.splitlines()[1:]) == (0, PRINTED)
+    said = "2 index shards did not answer: what they hold was not found"
+    assert err == f"mmrag: {clip}: {said}\n"
+
+
+def test_nothing_that_is_retrieved_commands_the_terminal(ask, endpoint, clip):
+    first, second = SPOKEN["words"]
+    source = second["source"] | {"document": "\x1b]0;owned\x07"}
+    endpoint.done = SPOKEN | {"words": [first, second | {"source": source}]}
+    _, out, _ = ask(clip)
+    assert "from �]0;owned�, attention" in out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--models", "mmrag:tiny"],
+        ["--weight", "0.3"],
+        ["--beams", "1"],
+        ["--max-seconds", "4"],
+        ["--speech-threshold", "0.75"],
+        ["--trust", "--device", "cpu"],
+    ],
+)
+def test_what_an_endpoint_decides_for_itself_is_refused_even_at_its_default(
+    ask, endpoint, clip, arguments
+):
+    status, _, err = ask(clip, *arguments)
+    assert status == 2
+    for flag in arguments:
+        assert flag in err or not flag.startswith("--")
+    assert "it is the endpoint's own" in err
+    assert endpoint.asked == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--retrieval", "knn"], "--retrieval knn needs a --datastore or --phrases"),
+        (["--phrases", "nowhere.txt"], "nowhere.txt"),
+        (["--url", "nowhere"], "nowhere is no URL"),
+    ],
+)
+def test_what_cannot_be_asked_is_named_before_anything_is_sent(
+    ask, endpoint, clip, arguments, named
+):
+    status, out, err = ask(clip, *arguments)
+    assert (status, out) == (1, "")
+    assert err.startswith("mmrag: ") and named in err
+    assert endpoint.asked == []
+
+
+def test_to_ask_an_endpoint_no_models_are_loaded(endpoint, clip):
+    script = (
+        "import sys\n"
+        "from mmrag import cli\n"
+        "try:\n"
+        "    cli.main(sys.argv[1:])\n"
+        "except SystemExit as stopped:\n"
+        "    heavy = {'torch', 'faiss', 'scipy', 'torchaudio'} & sys.modules.keys()\n"
+        "    sys.exit(stopped.code or ' '.join(heavy) or 0)\n"
+    )
+    command = [sys.executable, "-c", script, "transcribe", "--url", endpoint.url, str(clip)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "call maria" in done.stdout
