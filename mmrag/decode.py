@@ -43,8 +43,8 @@ class Choice:
     logp: float
     lm_logp: float
     lm_token: int
-    """What the language model alone would have chosen after the same prefix: of equals, and of those
-    that are drawn without retrieval, the token itself."""
+    """What the language model alone would have chosen after the same prefix: the token itself where
+    that is as likely as any, or was drawn without retrieval."""
     entry: int = NO_ENTRY
     """The nearest entry that voted for this token."""
     distance: float = float("inf")
