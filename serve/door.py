@@ -84,7 +84,7 @@ class Door:
             await self._app(scope, receive, send)
             return
         rules, meters = self._rules, self._meters
-        started, status = time.perf_counter(), 500
+        started, status = time.perf_counter(), None
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -102,10 +102,14 @@ class Door:
                 return
             limited = _Limited(receive, rules.limits)
             await self._app(scope, limited, answer)
+        except Exception as error:  # here, so that its answer is like the others
+            if status is not None:
+                raise
+            await respond(error)(scope, receive, answer)
         finally:
             rules.inside -= works
             path = getattr(scope.get("route"), "path", "other")
-            meters.requests.inc(tags={"path": path, "status": str(status)})
+            meters.requests.inc(tags={"path": path, "status": str(status or 500)})
             meters.seconds.observe(time.perf_counter() - started, tags={"path": path})
             meters.inside.set(rules.inside)
 

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from mmrag.audio import AudioError
 from mmrag.datastore import DatastoreError
@@ -62,6 +63,8 @@ def explained(error: Exception) -> ApiError:
             return ApiError(404, str(error.args[0]), "datastore_not_found", "datastore")
         case DatastoreExists():
             return ApiError(409, str(error), "datastore_exists", "name")
+        case ClientDisconnect():
+            return ApiError(400, "the upload broke off")
         case Refused():
             return ApiError(400, str(error))
         case TimeoutError():
@@ -88,7 +91,7 @@ def respond(error: Exception) -> JSONResponse:
 
 
 def install(app: FastAPI) -> None:
-    """Let `app` answer every error like that."""
+    """Let `app` answer every error that is foreseen like that; the door answers the others."""
 
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         problem = error.errors()[0]
@@ -99,10 +102,14 @@ def install(app: FastAPI) -> None:
         message = f"{param}: {reason}" if param else reason
         return respond(ApiError(422, message, problem["type"], param))
 
-    async def refused(_: Request, error: HTTPException) -> JSONResponse:
+    async def refused(request: Request, error: HTTPException) -> JSONResponse:
         code = "too_large" if error.status_code == 413 else None
         answer = respond(ApiError(error.status_code, str(error.detail), code))
         answer.headers.update(error.headers or {})
+        path = getattr(request.scope.get("route"), "path", None)
+        if error.status_code == 405 and path in (known := request.app.openapi()["paths"]):
+            # A route knows its own method alone; what else its path may be asked is described.
+            answer.headers["Allow"] = ", ".join(method.upper() for method in known[path])
         return answer
 
     async def any_other(_: Request, error: Exception) -> JSONResponse:
@@ -111,5 +118,5 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, refused)
     foreseen = (ApiError, AudioError, UnknownDatastore, DatastoreExists, Refused, TimeoutError)
-    for kind in (*foreseen, BackPressureError, Unavailable, RayError, DatastoreError, Exception):
+    for kind in (*foreseen, BackPressureError, Unavailable, RayError, DatastoreError):
         app.add_exception_handler(kind, any_other)

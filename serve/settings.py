@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator
+from yaml import YAMLError
 
 from mmrag.config import KNN, SLUG, ConfigError, Decode, Read, Section, explain
 
@@ -156,7 +157,7 @@ def read(given: Mapping[str, Any], config: Path = CONFIG) -> Settings:
                 value = OmegaConf.to_container(OmegaConf.from_dotlist([f"x={value}"]))["x"]
             OmegaConf.update(merged, key, value, merge=True)
         values = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
+    except (YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{config}: {error}") from None
     try:
         return Settings.model_validate(values)
@@ -170,9 +171,18 @@ def http_options(config: Path = CONFIG) -> dict[str, Any]:
 
 
 def api_keys() -> list[str]:
-    """The keys that callers may use, from the environment or a file; none: nobody is asked."""
+    """The keys that callers may use, from the environment or a file; none: nobody is asked.
+
+    Raises ConfigError if a file is named that has none: that must not open the door.
+    """
     keys = os.environ.get(KEYS, "").replace(",", "\n").splitlines()
     file = os.environ.get(KEYS_FILE)
     if file:
-        keys += Path(file).read_text().splitlines()
+        try:
+            listed = Path(file).read_text().split()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{KEYS_FILE}: {error}") from None
+        if not listed:
+            raise ConfigError(f"{KEYS_FILE}: no keys in {file}")
+        keys += listed
     return [key.strip() for key in keys if key.strip()]
