@@ -138,7 +138,7 @@ class Retriever:
         """
         async with self._locks[name]:
             one = await self._opened(name)
-            new = [t for t in texts if not len(_living(one.datastore, t))]
+            new = [t for t in texts if not len(one.datastore.entries_of([t]))]
             return await self._append(one, name, await self._spoken(new))
 
     async def add_paired(
@@ -159,7 +159,7 @@ class Retriever:
         """Delete a document's entries: how many, and what is left. Unknown ones are none."""
         async with self._locks[name]:
             one = await self._opened(name)
-            entries = _living(one.datastore, document)
+            entries = one.datastore.entries_of([document])
             await asyncio.to_thread(stored.delete, one.datastore.directory, entries.tolist())
             await self._refreshed(one, name)
             return len(entries), _count(one.datastore)
@@ -221,8 +221,7 @@ class Retriever:
     def _start(self, name: str, path: Path, uid: str, version: tuple[int, ...]) -> Open:
         datastore = Datastore.open(path)
         datastore.require(self._identity())
-        if not (path / "index").exists():
-            save_index(path)
+        save_index(path)
         retriever = self._serve(datastore, uid)
         # The first search: a shard that is not there shows here, and not in a transcript.
         if datastore.entries and retriever.search(datastore.keys(0, 1), 1).missing_shards:
@@ -371,11 +370,6 @@ def _documents(datastore: Datastore) -> list[tuple[str, int]]:
     living[datastore.deleted] = False
     counts = np.bincount(datastore.documents[living]) if living.any() else np.empty(0, int)
     return [(datastore.document_name(n), int(c)) for n, c in enumerate(counts.tolist()) if c]
-
-
-def _living(datastore: Datastore, document: str) -> np.ndarray:
-    """A document's entries that are not deleted."""
-    return np.setdiff1d(datastore.entries_of([document]), datastore.deleted)
 
 
 def _count(datastore: Datastore) -> int:
