@@ -40,7 +40,7 @@ HOMES = {
         "serve.schema",
         "serve.datastores",
     ],
-    "yaml": ["mmrag.config"],
+    "yaml": ["mmrag.config", "serve.settings", "jobs.endpoint"],
     "soundfile": ["mmrag.audio", "cluster.stages"],  # read by the one, written by the other
     "torchaudio": ["mmrag.audio", "mmrag.hubert", "mmrag.corpora.espeak"],
     "silero_vad": ["mmrag.speech"],
@@ -58,6 +58,8 @@ HOMES = {
     "fastapi": ["serve"],
     "fastapi_offline": ["serve.api"],
     "starlette": ["serve"],
+    "aiohttp": ["jobs.load"],
+    "psutil": ["jobs.benchmark", "jobs.endpoint"],
     "deepspeed": ["cluster.train"],
     "mlflow": ["cluster.tracking"],
     "requests": ["mmrag.client", "serve.api"],

@@ -1,0 +1,315 @@
+"""/v1/datastores: what is added is heard in the very next request, until it is deleted."""
+
+import os
+import shutil
+from signal import SIGKILL
+
+import numpy as np
+import pytest
+
+from mmrag import datastore as stored
+from mmrag.datastore import Description
+from mmrag.index import save_index
+
+SENTENCE = "please call priya raghavan tomorrow"
+NAME = "priya raghavan"
+OTHER = "is imogen varga free on friday"
+
+
+@pytest.fixture(scope="module")
+def file(clip):
+    return clip(SENTENCE)
+
+
+@pytest.fixture(scope="module")
+def other(clip):
+    return clip(OTHER)
+
+
+def entries(name):
+    return f"/v1/datastores/{name}/entries"
+
+
+def test_an_added_phrase_changes_the_very_next_transcript(service, file, datastore):
+    name = datastore()
+    assert service.text(file, datastore=name) != SENTENCE
+    added = service.request("POST", entries(name), json={"texts": [NAME]}).json()
+    assert added["object"] == "datastore.entries" and added["added"] == added["entries"] > 0
+    assert service.text(file, datastore=name) == SENTENCE
+    path = f"{entries(name)}?document={NAME.replace(' ', '%20')}"
+    assert service.request("DELETE", path).json() == {
+        "object": "datastore.entries",
+        "datastore": name,
+        "deleted": added["added"],
+        "entries": 0,
+    }
+    assert service.text(file, datastore=name) != SENTENCE
+
+
+def test_what_is_added_twice_is_there_once(service, datastore):
+    name = datastore(NAME)
+    again = service.request("POST", entries(name), json={"texts": [NAME, f"  {NAME} ", NAME]})
+    assert again.json()["added"] == 0
+    assert service.request("GET", f"/v1/datastores/{name}").json()["documents"] == 1
+
+
+def test_a_phrase_that_was_deleted_may_come_back(service, file, datastore):
+    name = datastore(NAME)
+    service.request("DELETE", entries(name), params={"document": NAME})
+    assert service.text(file, datastore=name) != SENTENCE
+    assert service.request("POST", entries(name), json={"texts": [NAME]}).json()["added"] > 0
+    assert service.text(file, datastore=name) == SENTENCE
+
+
+def test_a_datastore_is_described_and_listed(service, datastore):
+    name = datastore(NAME, "imogen varga", "a longer text is spoken as it stands")
+    shown = service.request("GET", f"/v1/datastores/{name}").json()
+    assert shown["id"] == name and shown["object"] == "datastore" and shown["audio"] == "spoken"
+    assert shown["documents"] == 3
+    every = service.request("GET", "/v1/datastores").json()
+    assert every["object"] == "list" and shown in every["data"]
+    documents = service.request("GET", entries(name)).json()
+    assert not documents["has_more"]
+    assert sum(one["entries"] for one in documents["data"]) == shown["entries"]
+
+
+def test_documents_are_listed_page_by_page(service, datastore):
+    names = [f"name {chr(97 + n)}" for n in range(5)]
+    name, seen, after = datastore(*names), [], 0
+    while True:
+        page = service.request("GET", f"{entries(name)}?limit=2&after={after}").json()
+        seen += [one["document"] for one in page["data"]]
+        after += len(page["data"])
+        if not page["has_more"]:
+            break
+        assert len(page["data"]) == 2
+    assert seen == names
+
+
+def test_two_datastores_do_not_mix(service, file, other, datastore):
+    mine, yours = datastore(NAME), datastore("imogen varga")
+    assert service.text(file, datastore=mine) == SENTENCE
+    assert service.text(other, datastore=yours) == OTHER
+    assert "raghavan" not in service.text(file, datastore=yours)
+    assert "varga" not in service.text(other, datastore=mine)
+
+
+def test_a_deleted_datastore_is_gone_and_so_is_what_it_knew(service, file, refused):
+    service.create("brief", NAME)
+    assert service.text(file, datastore="brief") == SENTENCE
+    gone = service.request("DELETE", "/v1/datastores/brief")
+    assert gone.json() == {"id": "brief", "object": "datastore", "deleted": True}
+    known = ("datastore_not_found", "datastore")
+    refused(service.transcribe(file, datastore="brief"), 404, *known)
+    refused(service.request("GET", "/v1/datastores/brief"), 404, *known)
+    refused(service.request("DELETE", "/v1/datastores/brief"), 404, *known)
+    refused(service.request("GET", entries("brief")), 404, *known)
+    refused(service.request("POST", entries("brief"), json={"texts": ["a"]}), 404, *known)
+    service.create("brief", "imogen varga")
+    assert "raghavan" not in service.text(file, datastore="brief")
+    service.request("DELETE", "/v1/datastores/brief")
+    assert not [path.name for path in service.directory.iterdir() if path.name[0] == "."]
+
+
+def test_a_name_is_taken_once(service, datastore, refused):
+    name = datastore(NAME)
+    again = service.request("POST", "/v1/datastores", json={"name": name})
+    assert name in refused(again, 409, "datastore_exists", "name")
+    assert service.request("GET", f"/v1/datastores/{name}").json()["documents"] == 1
+
+
+def test_the_same_name_at_once_is_given_to_one(service, at_once):
+    def make(_):
+        return service.request("POST", "/v1/datastores", json={"name": "race", "texts": ["a b"]})
+
+    answers = [made.status_code for made in at_once(make, list(range(4)))]
+    assert sorted(answers) == [201, 409, 409, 409]
+    service.request("DELETE", "/v1/datastores/race")
+
+
+def test_recordings_with_what_is_said_in_them_are_as_good_as_texts(service, file, clip):
+    """The sentence to be heard is another one about the same person."""
+    files = [("file", (f"{n}.flac", clip(s))) for n, s in enumerate(SPOKEN)]
+    form = {"name": "recorded", "text": list(SPOKEN)}
+    made = service.request(
+        "POST", "/v1/datastores", files=files[:1], data=form | {"text": SPOKEN[0]}
+    )
+    assert made.status_code == 201, made.text
+    assert made.json()["documents"] == 1 and made.json()["entries"] > 0
+    path = entries("recorded")
+    added = service.request("POST", path, files=files[1:], data={"text": list(SPOKEN[1:])})
+    assert added.status_code == 200, added.text
+    told = service.transcribe(
+        file, datastore="recorded", retrieval="knn", include=["retrieval"]
+    ).json()
+    sources = [word["source"] for word in told["words"] if word["source"]]
+    assert sources and {source["document"] for source in sources} <= set(SPOKEN)
+    assert told["text"] == SENTENCE
+    service.request("DELETE", "/v1/datastores/recorded")
+
+
+SPOKEN = ("is priya raghavan free on friday", "please call priya raghavan tomorrow")
+
+
+def test_recordings_and_texts_must_match(service, file, write, datastore, refused):
+    name = datastore()
+
+    def add(files, texts):
+        files = [("file", ("a.flac", data)) for data in files]
+        return service.request("POST", entries(name), files=files, data={"text": texts})
+
+    assert "2 recordings and 1 texts" in refused(add([file, file], ["one"]), 400, None, "text")
+    silence = write(np.zeros(32_000, np.float32))
+    assert "nobody speaks" in refused(add([silence], ["one"]), 400)
+    refused(add([b"no audio"], ["one"]), 400, "unreadable_audio", "file")
+    long = write(np.zeros(16_000 * 10, np.float32))
+    assert "longer than 4 s" in add([long], ["one"]).json()["error"]["message"]
+    assert service.request("GET", f"/v1/datastores/{name}").json()["entries"] == 0
+
+
+PATHS = ["..%2foutside", "%2e%2e", "%2e%2e%2f%2e%2e", "UPPER", "a%00b", "a%0a"]
+NAMES = ["../outside", "a/b", "/etc", "", ".", "..", "UPPER", "a b", "é", "a" * 64, ".hidden"]
+NAMES += ["-a", "_a", "a\n", "a\0", "%2e%2e", "a;b", "\\", "~"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_is_none_touches_no_file(service, file, refused, name):
+    before = sorted(service.directory.parent.rglob("*"))
+    as_json = service.request("POST", "/v1/datastores", json={"name": name, "texts": [NAME]})
+    refused(as_json, 422, "string_pattern_mismatch", "name")
+    files, form = {"file": ("a.flac", file)}, {"name": name, "text": NAME}
+    as_form = service.request("POST", "/v1/datastores", files=files, data=form)
+    assert as_form.status_code == 422, as_form.text
+    asked = service.transcribe(file, datastore=name)
+    # An empty field of a form is one that was not filled in.
+    assert asked.status_code == (422 if name else 200)
+    assert sorted(service.directory.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["..%2foutside", "%2e%2e", "%2e%2e%2f%2e%2e", "UPPER", "a%00b", "a%0a"]
+)
+def test_a_path_that_is_no_name_finds_nothing(service, name):
+    (service.directory.parent / "outside").mkdir(exist_ok=True)
+    (service.directory.parent / "outside" / "datastore.json").touch()
+    for method, path in [
+        ("GET", f"/v1/datastores/{name}"),
+        ("GET", f"/v1/datastores/{name}/entries"),
+        ("DELETE", f"/v1/datastores/{name}/entries?document=a"),
+        ("DELETE", f"/v1/datastores/{name}"),
+    ]:
+        # Not every client leaves dots alone; this one does.
+        answer = service.request(method, path)
+        assert answer.status_code in (404, 405), (method, path, answer.text)
+    assert (service.directory.parent / "outside" / "datastore.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (b"{", None),
+        (b"[]", None),
+        (b"null", None),
+        (b"\xff\xfe", None),
+        (b"[" * 100_000, None),
+        (b'{"texts": ["a"]}', "name"),
+        (b'{"name": "x", "texts": "a"}', "texts"),
+        (b'{"name": "x", "texts": [1]}', "texts.0"),
+        (b'{"name": "x", "text": ["a"]}', "text"),
+        (b'{"name": 7}', "name"),
+        (rb'{"name": "x", "texts": ["\ud800"]}', None),
+    ],
+)
+def test_a_body_of_another_shape_is_refused_by_its_field(service, refused, body, param):
+    headers = {"Content-Type": "application/json"}
+    made = service.request("POST", "/v1/datastores", data=body, headers=headers)
+    refused(made, 422, made.json()["error"]["code"], param)
+
+
+def test_texts_have_their_limits(service, datastore, refused):
+    name, most = datastore(), service.settings.limits.texts
+
+    def add(*texts):
+        return service.request("POST", entries(name), json={"texts": texts})
+
+    assert "51 are too many" in refused(add(*map(str, range(most + 1))), 400, None, "texts")
+    assert "at most 500" in refused(add("a" * 501), 400, None, "texts")
+    assert "nothing to listen for" in refused(add("a", "?!"), 400, None, "texts")
+    assert add("", "  ").json()["added"] == 0
+    for strange in ("a\0b c", "\x1b[31m red", "𝔘𝔫𝔦", "日本", "1234567890 " * 5, "x" * 500):
+        assert add(strange).status_code in (200, 400), strange
+    assert service.request("GET", entries(name)).status_code == 200
+
+
+def test_a_datastore_of_another_model_is_refused_and_the_others_work(
+    service, file, datastore, refused
+):
+    strange = service.directory / "strange"
+    stored.create(strange, Description(8, 20, "l2", "spoken", {"codebook": "x", "lm": "y"}))
+    save_index(strange)
+    name = datastore(NAME)
+    message = refused(service.transcribe(file, datastore="strange"), 503, "unusable")
+    assert message == "the datastore cannot be used with this model"
+    added = service.request("POST", entries("strange"), json={"texts": ["a b"]})
+    refused(added, 503, "unusable")
+    assert service.text(file, datastore=name) == SENTENCE
+    assert service.request("DELETE", "/v1/datastores/strange").status_code == 200
+
+
+def test_a_damaged_datastore_is_refused_and_the_others_are_listed(
+    service, file, datastore, refused
+):
+    good, broken = datastore(NAME), "broken"
+    service.create(broken, NAME)
+    (service.directory / broken / "segments.json").write_text("{")
+    refused(service.transcribe(file, datastore=broken), 503, "unusable")
+    refused(service.request("GET", f"/v1/datastores/{broken}"), 503, "unusable")
+    every = service.request("GET", "/v1/datastores")
+    assert every.status_code == 200, every.text
+    assert good in [one["id"] for one in every.json()["data"]]
+    assert service.text(file, datastore=good) == SENTENCE
+    assert service.request("DELETE", f"/v1/datastores/{broken}").status_code == 200
+
+
+@pytest.mark.timeout(120)
+def test_datastores_that_come_and_go_disturb_nobody_who_looks_on(service, file, at_once):
+    def come_and_go(number):
+        name = f"brief-{number}"
+        for _ in range(2):
+            service.create(name, NAME)
+            yield service.request("GET", "/v1/datastores")
+            yield service.transcribe(file, datastore=name)
+            yield service.request("DELETE", f"/v1/datastores/{name}")
+
+    def look_on(_):
+        for _ in range(15):
+            yield service.request("GET", "/v1/datastores")
+
+    def run(number):
+        return [a.status_code for a in (look_on if number > 1 else come_and_go)(number)]
+
+    assert {status for seen in at_once(run, list(range(4))) for status in seen} == {200}
+    assert service.request("GET", "/v1/datastores").json()["data"] == []
+
+
+def test_what_was_added_survives_the_retriever(service, file, datastore):
+    name = datastore()
+    service.request("POST", entries(name), json={"texts": [NAME]})
+    assert service.text(file, datastore=name) == SENTENCE
+    [process] = service.processes("retriever")
+    os.kill(process.pid, SIGKILL)
+    process.wait(10)
+    service.ready()
+    assert service.text(file, datastore=name) == SENTENCE
+    service.request("POST", entries(name), json={"texts": ["imogen varga"]})
+    shown = service.request("GET", f"/v1/datastores/{name}").json()
+    assert shown["documents"] == 2
+
+
+def test_what_somebody_else_adds_to_the_directory_is_heard(service, file, datastore):
+    """The directory is the truth; another process is played by a copy."""
+    name = datastore(NAME)
+    shutil.copytree(service.directory / name, service.directory / "copied")
+    assert service.text(file, datastore="copied") == SENTENCE
+    service.request("DELETE", "/v1/datastores/copied")
+    assert service.text(file, datastore=name) == SENTENCE

@@ -1,0 +1,165 @@
+"""The page in a browser: a name is heard wrongly, added, and heard; the word says why."""
+
+import shutil
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+import pytest
+
+SENTENCE = "please call priya raghavan tomorrow"
+NAME = "priya raghavan"
+OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's Chromium, driven by Playwright."""
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("the page needs a browser: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=OPTIONS)
+        yield browser
+        browser.close()
+
+
+def watched(browser, complaints, hosts):
+    """A new page; what it complains of, and whom it asks for anything, is added to those."""
+
+    def hear(said):
+        refused = said.text.startswith(
+            "Failed to load resource"
+        )  # said of every status from 400 on
+        if said.type == "error" and not refused:
+            complaints.append(said.text)
+
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.set_default_timeout(20_000)
+    page.on("console", hear)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
+    return page
+
+
+@pytest.fixture
+def page(browser, service) -> Iterator:
+    """The page, which must not complain and must ask nobody but the service for anything."""
+    complaints, hosts = [], set()
+    page = watched(browser, complaints, hosts)
+    page.goto(service.url)
+    yield page
+    page.close()
+    assert complaints == []
+    assert hosts - {""} == {urlsplit(service.url).netloc}
+
+
+@pytest.fixture
+def recording(clip, tmp_path):
+    path = tmp_path / "recording.flac"
+    path.write_bytes(clip(SENTENCE))
+    return path
+
+
+@pytest.fixture
+def store(service):
+    """The name of a datastore that the page makes; it goes when the test ends."""
+    yield "colleagues"
+    service.request("DELETE", "/v1/datastores/colleagues")
+
+
+def transcribed(page):
+    """The words of the transcript, once it is whole."""
+    transcript = page.locator("#transcript")
+    transcript.and_(page.locator("#transcript:not([aria-busy]):not(:empty)")).wait_for()
+    return transcript.inner_text()
+
+
+def test_a_name_is_added_on_the_page_and_the_next_transcript_has_it(
+    page, service, recording, store, tmp_path
+):
+    page.set_input_files("#file", recording)
+    page.click("#transcribe")
+    before = transcribed(page)
+    assert before.startswith("please call") and NAME not in before
+    assert page.locator("#transcript .word").count() == 0, "nothing was looked up"
+
+    page.fill("#names", f"{NAME}\nimogen varga")
+    page.fill("#store-name", store)
+    page.click("#add")
+    page.locator("#again").wait_for()
+    assert "2 names added" in page.inner_text("#status")
+    assert page.input_value("#datastore") == store
+    assert service.request("GET", f"/v1/datastores/{store}").json()["documents"] == 2
+
+    page.click("#again")
+    page.locator("#transcript .word").first.wait_for()
+    assert transcribed(page) == SENTENCE
+    assert page.inner_text("#previous-text") == before
+    word = page.locator("#transcript .word", has_text="raghavan")
+    word.click()
+    evidence = page.inner_text("#evidence")
+    assert "Why “raghavan”" in evidence and NAME in evidence
+    assert "Language model alone" in evidence and "With retrieval" in evidence
+    page.screenshot(path=tmp_path / "page.png", full_page=True)
+    page.keyboard.press("Escape")
+    assert page.inner_text("#evidence") == ""
+
+
+def test_without_retrieval_the_page_shows_what_the_model_hears_alone(
+    page, service, recording, store
+):
+    service.create(store, NAME)
+    page.reload()
+    page.set_input_files("#file", recording)
+    page.select_option("#datastore", store)
+    for mode, hears in [("both", True), ("none", False), ("knn", True), ("cross_attention", True)]:
+        page.select_option("#retrieval", mode)
+        with page.expect_response("**/v1/audio/transcriptions") as answer:
+            page.click("#transcribe")
+        answer.value.finished()
+        assert (transcribed(page) == SENTENCE) == hears, mode
+
+
+def test_what_cannot_be_read_is_said_and_the_page_goes_on(page, recording, tmp_path):
+    (tmp_path / "no audio.wav").write_bytes(b"to whom it may concern")
+    page.set_input_files("#file", tmp_path / "no audio.wav")
+    page.click("#transcribe")
+    page.locator("#alert:not(:empty)").wait_for()
+    assert "cannot be read as audio" in page.inner_text("#alert")
+    page.set_input_files("#file", recording)
+    page.click("#transcribe")
+    assert transcribed(page).startswith("please call")
+    assert page.inner_text("#alert") == ""
+
+
+def test_a_name_is_removed_on_the_page(page, service, recording, store):
+    service.create(store, NAME, "imogen varga")
+    page.reload()
+    page.select_option("#datastore", store)
+    page.click(f"button[aria-label='Remove {NAME}']")
+    page.locator(f"#entries li[data-document='{NAME}']").wait_for(state="detached")
+    left = service.request("GET", f"/v1/datastores/{store}/entries").json()["data"]
+    assert [one["document"] for one in left] == ["imogen varga"]
+
+
+def test_names_are_text_and_never_markup(page, service, store):
+    evil = "<img src=x onerror=alert(1)>"
+    service.create(store, evil)
+    page.reload()
+    page.select_option("#datastore", store)
+    page.locator("#entries li").wait_for()
+    assert evil in page.inner_text("#entries")
+    assert page.locator("#entries img").count() == 0
+
+
+def test_the_documentation_opens(browser, service):
+    complaints, hosts = [], set()
+    page = watched(browser, complaints, hosts)
+    page.goto(f"{service.url}/docs")
+    page.get_by_text("/v1/audio/transcriptions").first.wait_for()
+    page.close()
+    assert complaints == [] and hosts - {""} == {urlsplit(service.url).netloc}

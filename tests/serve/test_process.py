@@ -1,0 +1,176 @@
+"""`python -m serve`: the service as people start it, with HAProxy in front, and as they stop it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import openai
+import psutil
+import pytest
+import requests
+from openai import OpenAI
+
+ROOT = Path(__file__).parents[2]
+SENTENCE = "please call priya raghavan tomorrow"
+NAME = "priya raghavan"
+KEY = "a-key"
+SECONDS = 60
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+def start(port, directory, *settings):
+    """A process that serves there, and prints what it says into `directory`/log."""
+    command = [
+        sys.executable,
+        "-m",
+        "serve",
+        "--port",
+        str(port),
+        "--dashboard-port",
+        str(port + 1),
+    ]
+    command += [f"datastores={directory / 'datastores'}", "limits.upload_mb=2", *settings]
+    command += [f"{part}.max=1" for part in ("ingress", "encoder", "retriever", "decoder")]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment |= {"MMRAG_API_KEYS": KEY, "MMRAG_RUNS": str(directory)}
+    with (directory / "log").open("wb") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory):
+    """The service in a process of its own, with a key; it is stopped by the last test."""
+    directory = tmp_path_factory.mktemp("process")
+    port = 21_000 + os.getpid() % 10_000
+    process = start(port, directory)
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
+    log = directory / "log"
+    while "ready: " not in log.read_text():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.5)
+    yield SimpleNamespace(url=url, log=log, pid=process.pid, process=process, directory=directory)
+    if process.poll() is None:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def theirs(process):
+    return OpenAI(base_url=f"{process.url}/v1", api_key=KEY, max_retries=0, timeout=SECONDS)
+
+
+def test_it_says_where_it_is(process):
+    told = process.log.read_text()
+    assert f"ready: {process.url} (the page)" in told
+    assert requests.get(f"{process.url}/readyz", timeout=SECONDS).json() == {"status": "ok"}
+    assert "Traceback" not in told
+
+
+def test_only_who_has_the_key_comes_in(process, theirs, refused, clip):
+    answer = requests.get(f"{process.url}/v1/models", timeout=SECONDS)
+    refused(answer, 401, "invalid_api_key")
+    with pytest.raises(openai.AuthenticationError):
+        OpenAI(base_url=f"{process.url}/v1", api_key="guess", max_retries=0).models.list()
+    assert [model.id for model in theirs.models.list()] == ["mmrag"]
+
+
+def test_a_name_that_is_added_is_heard(process, theirs, clip):
+    def transcribe(**more):
+        file = ("a.flac", clip(SENTENCE))
+        return theirs.audio.transcriptions.create(model="mmrag", file=file, **more)
+
+    assert transcribe().text != SENTENCE
+    headers = {"Authorization": f"Bearer {KEY}"}
+    made = requests.post(
+        f"{process.url}/v1/datastores",
+        json={"name": "names", "texts": [NAME]},
+        headers=headers,
+        timeout=SECONDS,
+    )
+    assert made.status_code == 201, made.text
+    looks_up = {"extra_body": {"datastore": "names"}}
+    assert transcribe(**looks_up).text == SENTENCE
+    *deltas, done = transcribe(stream=True, **looks_up)
+    assert "".join(event.delta for event in deltas) == done.text == SENTENCE and len(deltas) > 3
+
+
+def test_haproxy_hands_uploads_on_as_they_come(process, tmp_path):
+    (tmp_path / "large").write_bytes(bytes(20_000_000))
+    command = ["curl", "-sS", "-m", "30", "--limit-rate", "8M", "-o", str(tmp_path / "answer")]
+    command += ["-H", f"Authorization: Bearer {KEY}", "-H", "Transfer-Encoding: chunked"]
+    command += ["-F", f"file=@{tmp_path / 'large'}", "-w", "%{http_code} %{size_upload}"]
+    command.append(f"{process.url}/v1/audio/transcriptions")
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    status, taken = map(int, told.stdout.split())
+    assert status == 413 and '"too_large"' in (tmp_path / "answer").read_text()
+    assert taken < 4_000_000
+
+
+def test_who_leaves_makes_room(process, write, wave):
+    """More callers leave amid a long transcript than there is room for at a time."""
+    sentence = np.pad(wave("is the helmet still on the old farm"), (0, 8000))
+    minutes, headers = write(np.tile(sentence, 60), "OGG"), {"Authorization": f"Bearer {KEY}"}
+    for form in ({}, {"stream": "true"}):
+        for _ in range(20):  # one at a time: if they stayed inside, the seventeenth were refused
+            files = {"file": ("a.ogg", minutes)}
+            try:
+                with requests.post(
+                    f"{process.url}/v1/audio/transcriptions",
+                    files=files,
+                    data=form,
+                    headers=headers,
+                    stream=True,
+                    timeout=0.7,
+                ) as answer:
+                    assert answer.status_code == 200, answer.text
+            except requests.Timeout:
+                pass
+    short = {"file": ("a.flac", write(wave("is the helmet still on the old farm")))}
+    started = time.monotonic()
+    answer = requests.post(
+        f"{process.url}/v1/audio/transcriptions", files=short, headers=headers, timeout=SECONDS
+    )
+    assert answer.json()["text"] == "is the helmet still on the old farm"
+    assert time.monotonic() - started < 5, "what was given up is still being transcribed"
+
+
+def test_a_wrong_setting_is_named_in_one_line(tmp_path):
+    for settings, named in [
+        (("decoder.row=8",), "decoder.row"),
+        (("model=mmrag:huge",), "mmrag:huge"),
+        (("model=/nowhere",), "/nowhere"),
+        (("decoder.rows=[",), "config.yaml"),
+    ]:
+        process = start(1, tmp_path, *settings)
+        assert process.wait(60) == 1
+        told = (tmp_path / "log").read_text()
+        assert named in told and "error: " in told and "Traceback" not in told, told
+
+
+def test_it_finishes_what_it_has_begun_when_it_is_stopped(process, theirs, clip, at_once):
+    """The last test of this file: afterwards the service is gone, and all its processes are."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    sentences = ("is the helmet still on the old farm",) * 20
+
+    def call(number):
+        if number:
+            time.sleep(0.5)
+            process.process.send_signal(signal.SIGTERM)
+            return None
+        file = ("a.flac", clip(*sentences))
+        return theirs.audio.transcriptions.create(model="mmrag", file=file).text
+
+    [told, _] = at_once(call, [0, 1])
+    assert told.startswith(sentences[0]) and told.count("helmet") >= len(sentences) / 2
+    assert process.process.wait(60) == 0
+    assert "stopping" in process.log.read_text()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert alive == []
+    with pytest.raises(requests.ConnectionError):
+        requests.get(f"{process.url}/healthz", timeout=5)

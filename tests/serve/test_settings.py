@@ -1,0 +1,99 @@
+"""The service's settings: one complete file, checked before anything starts."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from mmrag.config import ConfigError
+from serve.app import build
+from serve.settings import CONFIG, api_keys, http_options, read
+
+
+def test_the_file_is_complete_and_stays_on_this_machine(monkeypatch, tmp_path):
+    monkeypatch.setenv("MMRAG_RUNS", str(tmp_path))
+    settings = read({})
+    assert settings.model == "mmrag:tiny" and settings.datastores.is_relative_to(tmp_path)
+    assert http_options()["host"] == "127.0.0.1"
+    [application] = OmegaConf.load(CONFIG)["applications"]
+    assert application["import_path"] == f"{build.__module__}:{build.__name__}"
+
+
+def test_two_cores_are_enough_for_everything_and_some_shards():
+    settings = read({})
+    parts = (settings.ingress, settings.encoder, settings.retriever, settings.decoder)
+    assert sum(part.num_cpus * part.max for part in parts) + 10 * settings.retriever.shard_cpus <= 2
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"decoder.rows": "16"},
+        {"decoder.rows": 16},
+        {"decoder": {"rows": 16}},
+        {"decoder": "{rows: 16}"},
+    ],
+)
+def test_a_setting_may_be_given_dotted_or_nested(given):
+    settings = read(given)
+    assert settings.decoder.rows == 16
+    assert settings == read({}).model_copy(update={"decoder": settings.decoder})
+
+
+def test_a_list_is_given_as_yaml_writes_it():
+    assert read({"preload": "[contacts, places]"}).preload == ("contacts", "places")
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"decoder.row": 8}, "decoder.row"),
+        ({"colour": "red"}, "colour"),
+        ({"decoder.rows": 0}, "decoder.rows"),
+        ({"decoder.rows": "many"}, "decoder.rows"),
+        ({"limits.upload_mb": -1}, "limits.upload_mb"),
+        ({"name": "../model"}, "name"),
+        ({"languages": []}, "languages"),
+        ({"trust.read.whole": -1}, "trust.read.whole"),
+        ({"encoder.min": 3}, "min 3 is more than max 2"),
+        ({"ingress.target_ongoing_requests": 200}, "nothing would ever scale up"),
+        ({"decoder.rows": "${nothing}"}, "nothing"),
+        ({"decoder.rows": "["}, "config.yaml"),
+        ({"decoder.rows": "{"}, "config.yaml"),
+        ({"name.first": "a"}, "name"),
+        ({"decoder": "fast"}, "decoder"),
+        ({"": 1}, "config.yaml"),
+    ],
+)
+def test_what_is_wrong_is_named_before_anything_starts(given, named):
+    with pytest.raises(ConfigError) as wrong:
+        build(given)
+    assert named in str(wrong.value)
+
+
+def test_a_path_below_home_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read({"datastores": "~/kept"}).datastores == tmp_path / "kept"
+    assert read({"datastores": "kept"}).datastores == Path.cwd() / "kept"
+
+
+def test_keys_come_from_the_environment_or_a_file(monkeypatch, tmp_path):
+    for name in ("MMRAG_API_KEYS", "MMRAG_API_KEYS_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    assert api_keys() == []
+    monkeypatch.setenv("MMRAG_API_KEYS", "one, two,,")
+    assert api_keys() == ["one", "two"]
+    (tmp_path / "keys").write_text("three\n\n four \n")
+    monkeypatch.setenv("MMRAG_API_KEYS_FILE", str(tmp_path / "keys"))
+    assert api_keys() == ["one", "two", "three", "four"]
+
+
+@pytest.mark.parametrize("content", [None, "", "\n \n", b"\xff"])
+def test_a_file_without_keys_does_not_open_the_door(monkeypatch, tmp_path, content):
+    """Whoever names a file wants to be asked for keys."""
+    if content is not None:
+        (tmp_path / "keys").write_bytes(content if isinstance(content, bytes) else content.encode())
+    monkeypatch.delenv("MMRAG_API_KEYS", raising=False)
+    monkeypatch.setenv("MMRAG_API_KEYS_FILE", str(tmp_path / "keys"))
+    with pytest.raises(ConfigError, match="MMRAG_API_KEYS_FILE"):
+        api_keys()

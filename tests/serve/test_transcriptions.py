@@ -1,0 +1,377 @@
+"""POST /v1/audio/transcriptions, as OpenAI's client, curl and everybody else use it."""
+
+import json
+import re
+import struct
+import subprocess
+import time
+from itertools import pairwise
+
+import numpy as np
+import openai
+import pytest
+
+SENTENCE = "please call priya raghavan tomorrow"
+"""The package's model gets the name wrong, unless it is told."""
+NAME = "priya raghavan"
+SEVERAL = (
+    "the curious rabbit ran by the window",
+    "is the helmet still on the old farm",
+    "we felt angry because they saw a ghost",
+)
+"""Sentences that it gets right, and with certainty: rounding does not change what it hears."""
+LATE = "what time is it in buxbury on friday"
+"""One that it gets right after a second of silence, too."""
+
+
+@pytest.fixture(scope="module")
+def file(clip):
+    return clip(SENTENCE)
+
+
+@pytest.fixture(scope="module")
+def plain(clip):
+    return clip(SEVERAL[0])
+
+
+@pytest.fixture(scope="module")
+def long(clip):
+    """A file that is cut into several stretches."""
+    return clip(*SEVERAL)
+
+
+def events(response):
+    """The events of a stream, parsed."""
+    assert response.headers["Content-Type"].startswith("text/event-stream")
+    blocks = response.text.split("\n\n")
+    assert blocks.pop() == ""
+    return [json.loads(block.removeprefix("data: ")) for block in blocks]
+
+
+def test_a_transcript_is_the_one_that_one_process_makes(service, plain, long, heard_here):
+    assert service.text(plain) == heard_here(plain) == SEVERAL[0]
+    assert service.text(long) == heard_here(long) == " ".join(SEVERAL)
+
+
+def test_any_common_format_sounds_the_same(service, wave, write):
+    for kind in ("WAV", "OGG", "AIFF", "MP3", "AU", "CAF"):
+        data = write(wave(SEVERAL[0]), kind)
+        assert service.text(data, file_name="of any.name") == SEVERAL[0], kind
+
+
+def test_stereo_is_mixed_down(service, wave, write):
+    assert service.text(write(np.stack([wave(SEVERAL[0])] * 2, axis=1))) == SEVERAL[0]
+
+
+def test_openais_client_gets_a_transcript(client, plain, duration):
+    told = client.audio.transcriptions.create(model="mmrag", file=("a.flac", plain))
+    assert told.text == SEVERAL[0]
+    assert (told.usage.type, told.usage.seconds) == ("duration", np.ceil(duration(plain)))
+
+
+def test_openais_client_gets_words_with_their_times(client, long, duration):
+    told = client.audio.transcriptions.create(
+        model="mmrag",
+        file=("a.flac", long),
+        response_format="verbose_json",
+        timestamp_granularities=["word", "segment"],
+    )
+    assert told.duration == pytest.approx(duration(long)) and told.language == "english"
+    assert " ".join(word.word for word in told.words) == told.text
+    assert " ".join(segment.text for segment in told.segments) == told.text
+    for timed in (told.words, told.segments):
+        times = [time for one in timed for time in (one.start, one.end)]
+        assert times == sorted(times) and times[0] >= 0 and times[-1] <= told.duration
+    assert [segment.id for segment in told.segments] == list(range(len(told.segments)))
+    assert all(segment.tokens and segment.avg_logprob <= 0 for segment in told.segments)
+    assert told.words[-1].start > 4, "the words of later stretches count from the file's start"
+
+
+def test_a_word_is_timed_where_it_is_said(service, wave, write):
+    """A second of silence before the sentence moves its words by a second."""
+    silence = np.zeros(16_000, np.float32)
+
+    def times(wave):
+        ask = {"response_format": "verbose_json", "timestamp_granularities": ["word"]}
+        words = service.transcribe(write(wave), **ask).json()["words"]
+        return {word["word"]: word["end"] for word in words}
+
+    now, later = times(wave(LATE)), times(np.concatenate([silence, wave(LATE)]))
+    assert list(now) == list(later) == LATE.split()
+    assert [later[word] - now[word] for word in now] == pytest.approx([1] * len(now), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("granularities", "shown"),
+    [(["word"], {"words"}), (["segment"], {"segments"}), ([], {"segments"})],
+)
+def test_verbose_json_holds_the_times_that_were_asked_for(service, file, granularities, shown):
+    ask = {"response_format": "verbose_json", "timestamp_granularities": granularities}
+    told = service.transcribe(file, **ask).json()
+    assert shown == told.keys() & {"words", "segments"}
+
+
+def test_the_deltas_of_a_stream_are_the_transcript(client, plain, long):
+    for data, said in [(plain, SEVERAL[0]), (long, " ".join(SEVERAL))]:
+        *deltas, done = client.audio.transcriptions.create(
+            model="mmrag", file=("a.flac", data), stream=True
+        )
+        assert {event.type for event in deltas} == {"transcript.text.delta"}
+        assert done.type == "transcript.text.done"
+        assert "".join(event.delta for event in deltas) == done.text == said
+        assert len(deltas) > 3
+
+
+def test_a_stream_arrives_while_it_is_made(service, clip):
+    """The first words of a long file are there well before the last."""
+    ask = {"stream": "true"}
+    files = {"file": ("a.flac", clip(*SEVERAL * 3))}
+    started, arrived = time.monotonic(), []
+    with service.request(
+        "POST", "/v1/audio/transcriptions", files=files, data=ask, stream=True
+    ) as response:
+        arrived = [time.monotonic() - started for _ in response.iter_lines()]
+    assert arrived[0] < arrived[-1] / 2
+
+
+def test_a_stream_with_evidence_ends_as_the_whole_answer_does(service, file, datastore):
+    ask = {"datastore": datastore(NAME), "include": ["retrieval"]}
+    *deltas, done = events(service.transcribe(file, stream="true", **ask))
+    whole = service.transcribe(file, **ask).json()
+    assert "".join(event["delta"] for event in deltas) == done["text"] == whole["text"] == SENTENCE
+    assert done["words"] == whole["words"] and done["missing_shards"] == 0
+
+
+@pytest.mark.parametrize("kind", ["text", "srt", "vtt"])
+def test_curl_gets_text_and_subtitles(service, plain, kind, tmp_path):
+    (tmp_path / "a.flac").write_bytes(plain)
+    command = ["curl", "-sS", "--fail", "-m", "60", "-F", f"file=@{tmp_path / 'a.flac'}"]
+    command += ["-F", f"response_format={kind}", f"{service.url}/v1/audio/transcriptions"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text, point = SEVERAL[0], "," if kind == "srt" else "."
+    if kind == "text":
+        assert told == text + "\n"
+        return
+    times = rf"00:00:00{point}000 --> 00:00:0(\d){point}\d\d\d"
+    first = "1\n" if kind == "srt" else "WEBVTT\n\n"
+    assert told.startswith(first) and told.endswith(f"\n{text}\n")
+    found = [line for line in told.splitlines() if "-->" in line]
+    assert len(found) == 1 and re.fullmatch(times, found[0])
+
+
+@pytest.mark.parametrize("kind", ["json", "text", "srt", "vtt", "verbose_json"])
+def test_silence_has_an_empty_transcript(service, write, kind):
+    told = service.transcribe(write(np.zeros(5 * 16_000, np.float32)), response_format=kind)
+    assert told.status_code == 200
+    if "json" in kind:
+        assert told.json()["text"] == "" and not told.json().get("segments")
+    else:
+        assert told.text.strip() in ("", "WEBVTT")
+
+
+def test_silence_is_streamed_as_an_end_without_a_beginning(service, write):
+    silence = write(np.zeros(5 * 16_000, np.float32))
+    [done] = events(service.transcribe(silence, stream="true"))
+    assert (done["type"], done["text"]) == ("transcript.text.done", "")
+
+
+def test_noise_is_not_speech(service, write):
+    noise = np.random.default_rng(0).normal(0, 0.1, 5 * 16_000).astype(np.float32)
+    assert service.text(write(noise)) == ""
+
+
+@pytest.mark.parametrize("mode", ["both", "knn", "cross_attention", None])
+def test_a_phrase_that_comes_along_is_heard(service, file, mode):
+    assert service.text(file) != SENTENCE
+    given = {} if mode is None else {"retrieval": mode}
+    assert service.text(file, context=[NAME], **given) == SENTENCE
+    assert service.text(file, context=[NAME], retrieval="none") != SENTENCE
+    assert service.text(file) != SENTENCE, "it was for that request alone"
+
+
+def test_a_prompt_that_lists_names_is_as_good_as_context(client, service, file):
+    names = f"mira kapoor, {NAME}; quentin ashdown\ntamsin pryce"
+    told = client.audio.transcriptions.create(model="mmrag", file=("a", file), prompt=names)
+    assert told.text == SENTENCE
+    listed = ["mira kapoor", NAME, "quentin ashdown", "tamsin pryce"]
+    assert service.text(file, context=listed) == SENTENCE
+
+
+def test_openais_client_hands_phrases_over_as_a_list(client, file):
+    told = client.audio.transcriptions.create(
+        model="mmrag", file=("a", file), extra_body={"context": [NAME, "mira kapoor"]}
+    )
+    assert told.text == SENTENCE
+
+
+def test_a_prompt_in_prose_is_no_list_of_names(service, file):
+    prose = f"somebody who wants to be called back and speaks of {NAME} in this recording"
+    assert service.text(file, prompt=prose) != SENTENCE
+
+
+def test_words_say_which_document_spoke_for_them(service, file, datastore, duration):
+    name = datastore(NAME, "imogen varga")
+    told = service.transcribe(file, datastore=name, include=["retrieval"]).json()
+    assert told["text"] == SENTENCE and told["missing_shards"] == 0
+    words = {word["word"]: word for word in told["words"]}
+    for part in NAME.split():
+        word = words[part]
+        assert word["changed"] and word["probability"] > word["lm_probability"]
+        assert word["source"]["document"] == NAME and part in word["source"]["text"]
+    assert not words["please"]["changed"]
+    times = [time for word in told["words"] for time in (word["start"], word["end"])]
+    assert all(a <= b for a, b in pairwise(times)) and 0 <= times[0] <= times[-1]
+    assert times[-1] <= duration(file)
+
+
+def test_evidence_is_only_given_to_who_asks(service, file, datastore):
+    told = service.transcribe(file, datastore=datastore(NAME)).json()
+    assert set(told) == {"text", "usage"}
+
+
+def test_temperature_zero_says_the_same_every_time_and_one_may_not(service, plain, file):
+    assert {service.text(plain, temperature=0) for _ in range(3)} == {SEVERAL[0]}
+    assert len({service.text(file, temperature=1) for _ in range(5)}) > 1
+
+
+def test_the_models_name_and_language_may_be_given(service, plain):
+    assert service.text(plain, model="mmrag", language="en") == SEVERAL[0]
+    assert service.text(plain, model="", language="EN") == SEVERAL[0]
+
+
+def test_openais_client_raises_its_own_errors(client, file):
+    ask = client.audio.transcriptions.create
+    with pytest.raises(openai.NotFoundError, match="no model 'whisper-1'") as missing:
+        ask(model="whisper-1", file=("a", file))
+    assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
+    with pytest.raises(openai.BadRequestError, match="cannot be read as audio") as unreadable:
+        ask(model="mmrag", file=("a", b"not audio at all"))
+    assert (unreadable.value.code, unreadable.value.param) == ("unreadable_audio", "file")
+    with pytest.raises(openai.UnprocessableEntityError, match="temperature"):
+        ask(model="mmrag", file=("a", file), temperature=3)
+    with pytest.raises(openai.NotFoundError, match="no datastore 'nowhere'"):
+        ask(model="mmrag", file=("a", file), extra_body={"datastore": "nowhere"})
+
+
+def test_a_stream_that_cannot_begin_is_refused_with_a_status(service, client, file, refused):
+    for asked, status, code, param in [
+        ({"datastore": "nowhere"}, 404, "datastore_not_found", "datastore"),
+        ({"retrieval": "knn"}, 400, None, None),
+        ({"context": ["!"]}, 400, None, "context[]"),
+    ]:
+        refused(service.transcribe(file, stream="true", **asked), status, code, param)
+    with pytest.raises(openai.NotFoundError):
+        client.audio.transcriptions.create(
+            model="mmrag", file=("a", file), stream=True, extra_body={"datastore": "nowhere"}
+        )
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "code", "param"),
+    [
+        ({"model": "whisper-1"}, 404, "model_not_found", "model"),
+        ({"language": "xx"}, 400, "unsupported_language", "language"),
+        ({"temperature": "2"}, 422, "less_than_equal", "temperature"),
+        ({"temperature": "nan"}, 422, "less_than_equal", "temperature"),
+        ({"temperature": "warm"}, 422, "float_parsing", "temperature"),
+        ({"response_format": "xml"}, 422, "literal_error", "response_format"),
+        ({"stream": "perhaps"}, 422, "bool_parsing", "stream"),
+        ({"retrieval": "magic"}, 422, "literal_error", "retrieval"),
+        ({"retrieval": "knn"}, 400, None, None),
+        ({"datastore": "nowhere"}, 404, "datastore_not_found", "datastore"),
+        ({"datastore": "../etc"}, 422, "string_pattern_mismatch", "datastore"),
+        ({"context": ["..."]}, 400, None, "context[]"),
+        ({"context": ["a" * 501]}, 400, None, "context[]"),
+        ({"context": [f"name {n}" for n in range(501)]}, 400, None, "context[]"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_by_its_name(
+    service, file, refused, asked, status, code, param
+):
+    refused(service.transcribe(file, **asked), status, code, param)
+
+
+def test_a_datastore_and_phrases_are_listened_for_together(service, file, clip, datastore):
+    both = {"datastore": datastore(NAME), "context": ["imogen varga"], "include": ["retrieval"]}
+    for data, sentence, name in [
+        (file, SENTENCE, NAME),
+        (clip("is imogen varga free on friday"), "is imogen varga free on friday", "imogen varga"),
+    ]:
+        told = service.transcribe(data, **both).json()
+        assert told["text"] == sentence
+        documents = {word["source"]["document"] for word in told["words"] if word["changed"]}
+        assert documents == {name}
+
+
+@pytest.mark.parametrize("phrase", ["a\0b", "\x1b[2J", "日本語", "😀 smile", "123", "é" * 40, "­a"])
+def test_no_phrase_is_too_strange_to_listen_for(service, file, phrase):
+    response = service.transcribe(file, context=[phrase])
+    assert response.status_code in (200, 400), response.text
+
+
+def test_a_form_without_a_file_says_so(service, refused):
+    path = "/v1/audio/transcriptions"
+    missing = service.request("POST", path, files={"other": ("a", b"1")})
+    assert "required" in refused(missing, 422, "missing", "file").lower()
+    as_text = service.request("POST", path, files={"file": (None, "a text")})
+    refused(as_text, 422, "value_error", "file")
+
+
+def lying(data, size):
+    """A WAV file whose header states another size than it has."""
+    stated = struct.pack("<I", size)
+    return data[:4] + stated + data[8:40] + stated + data[44:]
+
+
+def test_audio_that_cannot_be_read_is_refused_with_the_reason(service, file, wave, write, refused):
+    wav = write(wave(SENTENCE), "WAV")
+    silence = np.zeros(100, np.float32)
+    nothing = write(np.full(16_000, np.nan, np.float32), "WAV", subtype="FLOAT")
+    for data, reason in [
+        (b"", "empty"),
+        (b"to whom it may concern", "cannot be read as audio"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(99), "cannot be read as audio"),
+        (file[: len(file) // 2], "truncated or broken"),
+        (wav[:44], "holds no samples"),
+        (write(silence), "shorter than"),
+        (nothing, "NaN or infinite"),
+    ]:
+        message = refused(service.transcribe(data), 400, "unreadable_audio", "file")
+        assert reason in message and message.startswith("uploaded audio")
+
+
+def test_audio_that_breaks_off_in_the_middle_breaks_off_the_stream(service, long):
+    *_, last = events(service.transcribe(long[: 3 * len(long) // 4], stream="true"))
+    assert last["error"]["code"] == "unreadable_audio"
+
+
+def test_a_small_file_that_unpacks_to_hours_is_refused_at_once(service, write, refused):
+    hours = write(np.zeros(4 * 3600 * 1000, np.float32), rate=1000)
+    assert len(hours) < service.settings.limits.upload_mb * 1e6
+    started = time.monotonic()
+    message = refused(service.transcribe(hours), 413, "too_long", "file")
+    assert message.startswith("14400 s of audio, at most 1800 s")
+    assert time.monotonic() - started < 2
+
+
+def test_many_channels_at_a_high_rate_are_refused_at_once(service, write, refused):
+    wide = write(np.zeros((20_000, 32), np.float32), "WAV", rate=384_000)
+    message = refused(service.transcribe(wide), 400, "unreadable_audio", "file")
+    assert "12288000 samples a second" in message
+
+
+def test_a_header_that_promises_more_than_there_is_costs_nothing(service, wave, write):
+    wav, started = write(wave(SEVERAL[0]), "WAV"), time.monotonic()
+    for size in (2**31, 2**32 - 1):
+        response = service.transcribe(lying(wav, size))
+        assert response.status_code in (200, 400, 413), response.text
+        assert response.status_code != 200 or response.json()["text"] == SEVERAL[0]
+    assert time.monotonic() - started < 5
+
+
+def test_a_flac_that_promises_hours_and_holds_a_second_is_refused(service, wave, write, refused):
+    flac = bytearray(write(wave(SENTENCE)))
+    flac[21] = flac[21] & 0xF0 | 0x0F  # the upper 4 of the 36 bits that count its samples
+    refused(service.transcribe(bytes(flac)), 413, "too_long", "file")
+    flac[21:26] = bytes([flac[21] & 0xF0, *(16_000 * 600).to_bytes(4, "big")])
+    refused(service.transcribe(bytes(flac)), 400, "unreadable_audio", "file")
