@@ -31,6 +31,13 @@ def test_a_pause_starts_a_cue():
     assert [cue.text for cue in captions.cues(words)] == ["one two three"]
 
 
+def test_a_cue_that_would_become_too_long_ends():
+    letters = "a" * (CUE_LETTERS // 2)
+    cues = captions.cues(said(letters, letters[1:], "b"))
+    assert [len(cue.text) for cue in cues] == [CUE_LETTERS, 1]
+    assert [cue.last for cue in captions.cues(said(*"abcdefgh", length=1.5))] == [3, 7]
+
+
 def test_no_words_are_no_cues():
     assert captions.cues([]) == [] and captions.srt([]) == "" and captions.vtt([]) == "WEBVTT\n"
 
@@ -57,9 +64,9 @@ def test_cues_hold_every_word_once_and_none_is_too_long(parts):
 
 
 def test_subrip_numbers_its_cues_and_counts_hours():
-    cues = [Cue(0, 0, 0.0, 1.25, "one"), Cue(1, 1, 3661.0, 3661.9996, "two")]
+    cues = [Cue(0, 0, 0.0, 1.25, "one"), Cue(1, 1, 3600.0, 3661.9996, "two")]
     assert captions.srt(cues) == (
-        "1\n00:00:00,000 --> 00:00:01,250\none\n\n2\n01:01:01,000 --> 01:01:02,000\ntwo\n"
+        "1\n00:00:00,000 --> 00:00:01,250\none\n\n2\n01:00:00,000 --> 01:01:02,000\ntwo\n"
     )
 
 
