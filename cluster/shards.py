@@ -303,7 +303,12 @@ def serve_shards(
 
     places = [(shard, replica) for shard in range(len(shards)) for replica in range(replicas)]
     actors = {place: start(*place) for place in places}  # all of them load at once
-    ready = {place: _ready(actor, partial(start, *place)) for place, actor in actors.items()}
+    try:
+        ready = {place: _ready(actor, partial(start, *place)) for place, actor in actors.items()}
+    except RayActorError:
+        for actor in actors.values():  # or those with an owner would live on, and nobody ask them
+            ray.kill(actor)
+        raise
     by_shard = [[ready[shard, n] for n in range(replicas)] for shard in range(len(shards))]
     return ShardedRetriever(
         [[actor for actor, _ in shard] for shard in by_shard],

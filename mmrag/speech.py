@@ -21,6 +21,12 @@ FRAME = 512
 """Samples that the detector looks at a time, at 16 kHz."""
 SPOKEN_FRAMES = 5
 """Frames with speech that make a clip speech: 160 ms, a short syllable."""
+HOP = 160
+"""Samples of which one loudness is measured: 10 ms."""
+QUIET_DECIBELS = 30.0
+"""So far below the loud parts of a clip (95th percentile) nobody speaks yet, or any more."""
+MARGIN = 3 * HOP
+"""Samples kept on either side of what is loud: a consonant starts softly."""
 _LOCK = Lock()
 
 
@@ -40,6 +46,20 @@ def spoken(wave: Tensor, threshold: float) -> bool:
             if heard >= min(SPOKEN_FRAMES, len(frames)):
                 return True
     return False
+
+
+def trim(wave: Tensor) -> tuple[Tensor, int]:
+    """A wave (T,) at 16 kHz without the quiet at its ends, and how many samples came before it.
+
+    Models that were trained on clips that begin with speech lose themselves in a quiet beginning.
+    """
+    frames = functional.pad(wave.float(), (0, -len(wave) % HOP)).view(-1, HOP)
+    if len(frames) < 2:
+        return wave, 0
+    decibels = 10 * torch.log10(frames.square().mean(1) + 1e-10)
+    loud = (decibels >= decibels.quantile(0.95) - QUIET_DECIBELS).nonzero()
+    start = max(0, int(loud[0]) * HOP - MARGIN)
+    return wave[start : (int(loud[-1]) + 1) * HOP + MARGIN], start
 
 
 @cache

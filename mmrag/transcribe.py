@@ -141,7 +141,7 @@ def transcribe(
         if not speech.spoken(segment.wave, settings.speech):
             yield Transcript("", start=segment.start, end=segment.end)
             continue
-        units = recogniser.listen([segment.wave])
+        units = recogniser.listen([speech.trim(segment.wave)[0]])
         [heard] = recognise(recogniser, units, settings, retrieval, readings=[reading])
         text = recogniser.vocabulary.decode(heard.tokens)
         spoken = words(heard, recogniser.vocabulary, source)

@@ -46,7 +46,7 @@ def main() -> None:
     serve.start(http_options=http, logging_config={"log_level": "WARNING"})
     print("starting: the models are being read", flush=True)
     quiet = {"log_level": "WARNING", "enable_access_log": False}
-    serve.run(application, name="mmrag", logging_config=quiet)
+    service = serve.run(application, name="mmrag", logging_config=quiet)
     where = f"http://{http['host']}:{http['port']}"
     print(f"ready: {where} (the page), {where}/docs (the API)", flush=True)
     print("logs: /tmp/ray/session_latest/logs/serve", flush=True)
@@ -55,6 +55,7 @@ def main() -> None:
         signal.signal(number, lambda *_: stop.set())
     stop.wait()
     print("stopping: what is being transcribed is finished first", flush=True)
+    service.broadcast("leave").results()
     serve.delete("mmrag")
     ray.shutdown()
 

@@ -6,6 +6,7 @@ The outer of three layers: HTTP here and in the modules of the routes, a typed r
 
 from __future__ import annotations
 
+import asyncio
 import time
 from asyncio import timeout
 from pathlib import Path
@@ -32,6 +33,7 @@ from serve.transcriptions import Transcriptions
 
 PAGE = Path(__file__).parent / "page"
 READY_SECONDS = 5
+LEAVING_SECONDS = 0.1
 
 
 @serve.ingress()
@@ -47,6 +49,7 @@ class Api:
     ) -> None:
         self._settings = settings
         self._pipeline = Pipeline(settings, encoder, retriever, decoder)
+        self._rules = door.Rules(settings.limits, api_keys())
         self._model = locate(settings)
         self._started = int(time.time())
 
@@ -60,8 +63,7 @@ class Api:
             redoc_url=None,
             responses={"default": {"model": schema.ErrorReply, "description": "An error"}},
         )
-        rules = door.Rules(self._settings.limits, api_keys())
-        app.add_middleware(door.Door, rules=rules, meters=door.Meters())
+        app.add_middleware(door.Door, rules=self._rules, meters=door.Meters())
         errors.install(app)
         app.mount("/page", StaticFiles(directory=PAGE), name="page")
         app.get("/", include_in_schema=False)(self.page)
@@ -74,6 +76,16 @@ class Api:
             guarded.include_router(part(self._settings, self._pipeline).router())
         app.include_router(guarded)
         return app
+
+    async def leave(self) -> None:
+        """Let nobody new in, and return when everybody is out; after `drain_s` at the latest.
+
+        The deployments behind would otherwise end while somebody still waits for them.
+        """
+        self._rules.leaving = True
+        deadline = time.monotonic() + self._settings.ingress.drain_s
+        while self._rules.inside and time.monotonic() < deadline:
+            await asyncio.sleep(LEAVING_SECONDS)
 
     async def page(self) -> FileResponse:
         """The page for people."""

@@ -43,6 +43,8 @@ class Rules:
     keys: Sequence[str]
     inside: int = 0
     """Requests that are being worked on."""
+    leaving: bool = False
+    """Whether the service is about to stop: nobody new is let in."""
     digests: list[bytes] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -140,6 +142,8 @@ def _refusal(scope: Scope, rules: Rules, works: bool) -> ApiError | None:
         return ApiError(401, message, "invalid_api_key")
     if not works:
         return None
+    if rules.leaving:
+        return ApiError(503, "the service is stopping", "unavailable")
     if rules.inside > rules.limits.requests:
         return ApiError(429, "too many requests at a time: try again", "busy")
     stated = headers.get("content-length", "0")

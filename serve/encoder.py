@@ -70,10 +70,11 @@ class Encoder:
         spoken = [n for n, clip in enumerate(clips) if speech.spoken(clip, threshold)]
         found: list[Heard | None] = [None] * len(clips)
         if spoken:
-            heard = self._listener.listen([clips[n] for n in spoken])
-            for n, one in zip(spoken, heard, strict=True):
+            trimmed = [speech.trim(clips[n]) for n in spoken]
+            heard = self._listener.listen([clip for clip, _ in trimmed])
+            for n, (clip, start), one in zip(spoken, trimmed, heard, strict=True):
                 times = self._listener.codebook.seconds(one)
-                found[n] = Heard(one, audible(clips[n], times))
+                found[n] = Heard(one, audible(clip, times), start / SAMPLE_RATE)
         self._batch_seconds.observe(sum(map(len, waves)) / SAMPLE_RATE)
         self._busy.inc(time.perf_counter() - started)
         return found

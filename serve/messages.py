@@ -58,6 +58,8 @@ class Heard:
 
     units: Units
     audible: np.ndarray
+    start: float
+    """When the units begin, seconds from the stretch's start."""
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ class Pipeline:
             async for part in self._decoded(order(heard)):
                 if isinstance(part, Reply):
                     first = first and not part.text
-                    yield Stretch(start, end, _later(part, start))
+                    yield Stretch(start, end, _later(part, start + heard.start))
                 else:
                     yield part if told else blank + part
                     told += part
@@ -108,7 +108,8 @@ class Pipeline:
         async for start, end, heard in self._heard(data):
             reply = None
             if heard is not None:
-                reply = _later(await self.ask(self.decoder.transcribe, order(heard)), start)
+                reply = await self.ask(self.decoder.transcribe, order(heard))
+                reply = _later(reply, start + heard.start)
             found.append(Stretch(start, end, reply))
         return found
 

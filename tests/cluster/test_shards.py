@@ -99,9 +99,19 @@ def start(datastore: Path, number: int) -> ActorHandle:
 
 
 @pytest.fixture(scope="module")
-def living(ray_cluster: str, datastore: Path) -> list[ActorHandle]:
+def room(ray_cluster: str) -> Iterator[None]:
+    """Every CPU is free again at the end: an actor that is left over keeps other tests waiting."""
+    yield
+    until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])
+
+
+@pytest.fixture(scope="module")
+def living(room: None, datastore: Path) -> Iterator[list[ActorHandle]]:
     """An actor for each of the two shards."""
-    return [start(datastore, 0), start(datastore, 1)]
+    actors = [start(datastore, 0), start(datastore, 1)]
+    yield actors
+    for actor in actors:
+        ray.kill(actor)
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +316,7 @@ def replicas_of(served: ShardedRetriever) -> list[ActorHandle]:
 
 
 @pytest.fixture
-def serving(ray_cluster: str) -> Iterator[Callable[..., ShardedRetriever]]:
+def serving(room: None) -> Iterator[Callable[..., ShardedRetriever]]:
     """`serve_shards`, whose actors end with the test."""
     started: list[ShardedRetriever] = []
 
@@ -349,7 +359,7 @@ def test_a_datastore_without_a_saved_index_is_not_served(ray_cluster, tmp_path):
         serve_shards(tmp_path, replicas=1, num_cpus=0.1)
 
 
-def test_an_actor_that_cannot_load_its_shard_says_why(ray_cluster, growing):
+def test_an_actor_that_cannot_load_its_shard_says_why(room, growing):
     (saved_shards(growing)[1] / "shard.json").unlink()
     with pytest.raises(RayActorError, match="holds no index shard"):
         serve_shards(growing, replicas=1, num_cpus=0.1, owner="damaged")

@@ -41,3 +41,22 @@ def test_listening_leaves_the_threads_of_the_process_alone():
     before = torch.get_num_threads()
     speech.spoken(torch.zeros(2000), THRESHOLD)
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("hiss", [0.0, 1e-3])
+@pytest.mark.parametrize("before", [0.0, 0.5, 2.0])
+def test_the_quiet_around_a_sentence_is_cut_off(before, hiss):
+    said = torch.from_numpy(Synthesizer().speak("please call maria lopez", VOICES["test"][0]).wave)
+    quiet = torch.zeros(round(before * 16_000))
+    wave = torch.cat((quiet, said, torch.zeros(8_000)))
+    wave += hiss * torch.randn(wave.shape, generator=torch.Generator().manual_seed(0))
+    kept, start = speech.trim(wave)
+    assert torch.equal(kept, wave[start : start + len(kept)])
+    assert len(quiet) - speech.MARGIN - speech.HOP <= start <= len(quiet) + 1_600
+    assert len(said) - 4_000 <= len(kept) <= len(said) + 2 * (speech.MARGIN + speech.HOP)
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, 16_000])
+def test_a_wave_without_anything_in_it_is_left_as_it_is(length):
+    kept, start = speech.trim(torch.zeros(length))
+    assert (len(kept), start) == (length, 0)
