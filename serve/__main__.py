@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
 import os
 import signal
 import sys
 from threading import Event
+from typing import TYPE_CHECKING
 
 from serve.environment import prepare
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
 
 
 def main() -> None:
@@ -55,9 +60,15 @@ def main() -> None:
         signal.signal(number, lambda *_: stop.set())
     stop.wait()
     print("stopping: what is being transcribed is finished first", flush=True)
-    service.broadcast("leave").results()
+    logging.getLogger("ray.serve").setLevel(logging.CRITICAL)  # the loop ends before Ray expects it
+    asyncio.run(_empty(service))
     serve.delete("mmrag")
     ray.shutdown()
+
+
+async def _empty(service: DeploymentHandle) -> None:
+    """Let every replica of the ingress finish what it has begun."""
+    await service.broadcast("leave").results_async(return_exceptions=True)
 
 
 if __name__ == "__main__":

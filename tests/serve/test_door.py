@@ -28,7 +28,7 @@ TRANSCRIBE = "/v1/audio/transcriptions"
 FORM = "multipart/form-data; boundary=x"
 JSON = {"Content-Type": "application/json"}
 UNITS = Units(ids=np.arange(3), durations=np.ones(3, int))
-HEARD = Heard(UNITS, np.ones(3, bool))
+HEARD = Heard(UNITS, np.ones(3, bool), start=0.0)
 
 
 class Handle:
