@@ -1,7 +1,7 @@
 """The same models in one plain process, without a service: `python -m jobs.plain`.
 
 What an endpoint is measured against. Callers are threads; each takes the bytes of a recording
-through `audio.segments`, `speech.spoken`, HuBERT and `mmrag.engine`, and has its transcript before
+through `audio.segments`, `mmrag.speech`, HuBERT and `mmrag.engine`, and has its transcript before
 it takes the next. An order comes in as a line of JSON, the answers go
 out as one.
 """
@@ -89,7 +89,7 @@ class Plain:
         for segment in audio.segments(data, self._decode.max_seconds):
             if not speech.spoken(segment.wave, self._decode.speech):
                 continue
-            units = listen(segment.wave)
+            units = listen(speech.trim(segment.wave)[0])
             clip = Clip(
                 speech=recogniser.vocabulary.encode_units(units),
                 limit=longest(units, recogniser.codebook.frame_seconds, self._decode),
