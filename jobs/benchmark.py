@@ -166,7 +166,7 @@ def main() -> None:
     """Measure, and print a table or JSON; exit status 1 with one line where that is impossible."""
     parser = argparse.ArgumentParser(prog="python -m jobs.benchmark", description=__doc__)
     parser.add_argument("part", choices=["serve"], help="what to measure")
-    parser.add_argument("--quick", action="store_true", help="about three minutes, rougher figures")
+    parser.add_argument("--quick", action="store_true", help="about four minutes, rougher figures")
     parser.add_argument("--json", action="store_true", help="print one JSON object, not a table")
     parser.add_argument(
         "--url", help="a service that runs already; MMRAG_API_KEYS may hold its key"
