@@ -21,7 +21,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
-from mmrag import artifact, shipped
+from mmrag import shipped
 from mmrag.artifact import ArtifactError
 from mmrag.client import Answer, Service, ServiceError
 from mmrag.records import Transcript
@@ -257,16 +257,13 @@ def _found(options: argparse.Namespace, recogniser: Recogniser) -> dict[str, Any
 def _tuned(options: argparse.Namespace, datastore: Datastore, mode: str) -> tuple[KNN, Read]:
     """Settings as `jobs.tune` chose them for this datastore, or plain ones, with a word of it."""
     from mmrag.config import KNN, Read, as_dict
-    from mmrag.tune import BOTH, SETTINGS, chosen, chosen_read
+    from mmrag.tune import tuned
 
     knn, read = dict(UNTUNED), Read(**WHOLE)
-    tuned = options.models / "tuned" / datastore.directory.name
-    if tuned.is_dir():
-        made = artifact.load(datastore.directory, "datastore")
-        artifact.load(tuned, "tuned").require("datastore", made)
-        beside = mode == "both" and (tuned / BOTH).exists()
-        knn = as_dict(chosen(tuned, BOTH if beside else SETTINGS))
-        read = chosen_read(tuned) or read
+    found = tuned(options.models, datastore.directory)
+    if found is not None:
+        knn = as_dict(found.both if mode == "both" else found.knn)
+        read = found.read or read
     else:
         print(f"mmrag: {datastore.directory} is not tuned (jobs.tune): {knn}", file=sys.stderr)
     if options.weight is not None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmrag import artifact
 from mmrag.config import KNN, Read, Tune
 from mmrag.decode import interpolate, read_states
 from mmrag.knn import unsure
@@ -69,6 +70,30 @@ def chosen_read(directory: Path) -> Read | None:
         return None
     fields = json.loads((directory / READ).read_text())
     return Read(**{name: fields[name] for name in Read.model_fields})
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was chosen for a datastore: kNN-LM alone, beside reading, and how to read."""
+
+    knn: KNN
+    both: KNN
+    read: Read | None
+    """None where there was no adapter to tune for."""
+
+
+def tuned(models: Path, datastore: Path) -> Tuned | None:
+    """What `jobs.tune` chose for a datastore, in `tuned/<its name>` below `models`, if it did.
+
+    Raises ArtifactError if that was for another datastore of the name.
+    """
+    directory = models / "tuned" / datastore.name
+    if not directory.is_dir():
+        return None
+    made = artifact.load(datastore, "datastore")
+    artifact.load(directory, "tuned").require("datastore", made)
+    both = BOTH if (directory / BOTH).exists() else SETTINGS
+    return Tuned(chosen(directory), chosen(directory, both), chosen_read(directory))
 
 
 def unit(directory: Path) -> float:

@@ -15,6 +15,7 @@ import re
 import shutil
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -33,7 +34,7 @@ from mmrag.index import save_index
 from mmrag.phrases import Phrases, utterances
 from mmrag.records import Units, Utterance
 from mmrag.tokens import Tokenized
-from mmrag.tune import BOTH, chosen, chosen_read
+from mmrag.tune import tuned
 from serve.messages import (
     DatastoreExists,
     Found,
@@ -51,7 +52,7 @@ PHRASE_WORDS = 5
 SPOKEN = 16
 """Sentences that are spoken, encoded and read at once."""
 REMEMBERED = 20_000
-"""Phrases of requests that a replica keeps, spoken and read (about 10 kB each)."""
+"""Phrases of requests that a replica keeps, spoken and read."""
 log = logging.getLogger("ray.serve")
 
 
@@ -261,16 +262,9 @@ class Retriever:
     ) -> Found:
         trust = self._settings.trust
         knn, both, read = trust.knn, trust.both, trust.read
-        tuned = self._model / "tuned" / datastore.directory.name
-        if tuned.is_dir():
-            try:
-                made = load_artifact(datastore.directory, "datastore")
-                load_artifact(tuned, "tuned").require("datastore", made)
-                knn = chosen(tuned)
-                both = chosen(tuned, BOTH) if (tuned / BOTH).exists() else knn
-                read = chosen_read(tuned) or read
-            except ArtifactError:  # another datastore of that name was tuned for
-                pass
+        with suppress(ArtifactError):  # another datastore of that name was tuned for
+            if chosen := tuned(self._model, datastore.directory):
+                knn, both, read = chosen.knn, chosen.both, chosen.read or read
         documents = _documents(datastore)
         whole = None
         if len(documents) <= read.whole:
