@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +18,8 @@ import ray
 import ray.data
 
 LOCAL_OBJECT_STORE_BYTES = 1 << 30
+LOG_LEVEL_LINE = b"Set ray log level from environment variable"
+"""What Ray's C++ core prints because the level is set, whatever the level."""
 
 
 @contextmanager
@@ -38,7 +42,8 @@ def connection(num_cpus: int | None = None) -> Iterator[None]:
             "include_dashboard": False,
             "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
         }
-    ray.init(**options)
+    with _without(LOG_LEVEL_LINE):
+        ray.init(**options)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -46,3 +51,33 @@ def connection(num_cpus: int | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _without(text: bytes) -> Iterator[None]:
+    """Standard error of the block, C++'s own too, passed on line by line but for lines with `text`.
+
+    Lines arrive as they are written: a connection that hangs is seen to hang.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    source, sink = os.pipe()
+
+    def pass_on() -> None:
+        with os.fdopen(source, "rb") as lines, os.fdopen(kept, "wb", buffering=0) as out:
+            for line in lines:
+                if text not in line:
+                    out.write(line)
+
+    os.dup2(sink, 2)
+    os.close(sink)
+    thread = threading.Thread(target=pass_on, daemon=True)
+    restored = os.dup(kept)
+    thread.start()
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(restored, 2)
+        os.close(restored)
+        thread.join(1)  # a child that was started meanwhile may hold the pipe open for longer

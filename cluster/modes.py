@@ -16,52 +16,53 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from mmrag.boost import Boost
-from mmrag.config import KNN, Read
-from mmrag.datastore import Datastore
-from mmrag.decode import Retrieval
-from mmrag.index import LocalRetriever, SubsetRetriever, saved_shards
-from mmrag.phrases import Phrases
-from mmrag.reading import Reading
+from mmrag.config import KNN, RetrievedAttention
+from mmrag.decoding.boost import Boost
 from mmrag.records import Retriever
-from mmrag.tokens import Tokenized
+from mmrag.retrieval.datastore import Datastore
+from mmrag.retrieval.index import saved_shards
+from mmrag.retrieval.interpolation import Retrieval
+from mmrag.retrieval.memory import AttentionSource
+from mmrag.retrieval.phrases import Phrases
+from mmrag.retrieval.retrievers import LocalRetriever, SubsetRetriever
+from mmrag.speech.tokenized import Tokenized
 from mmrag.transcribe import Recogniser
 
-Guide = Callable[[Sequence[Tokenized]], dict[str, Any]]
+Biasing = Callable[[Sequence[Tokenized]], dict[str, Any]]
 """A batch of utterances -> keyword arguments of `recognise`."""
-Listed = Mapping[str, Sequence[str]]
+PhraseLists = Mapping[str, Sequence[str]]
 """The phrases that come with each utterance, by its id."""
 
 
 class Mode(Protocol):
     """How to transcribe."""
 
-    def open(self, recogniser: Recogniser) -> Guide: ...
+    def open(self, recogniser: Recogniser) -> Biasing: ...
 
 
 @dataclass(frozen=True)
-class Plain:
+class NoRetrieval:
     """The language model alone."""
 
-    def open(self, recogniser: Recogniser) -> Guide:
+    def open(self, recogniser: Recogniser) -> Biasing:
         return lambda batch: {}
 
 
 @dataclass(frozen=True)
-class Retrieving:
+class KNNRetrieval:
     """One datastore for every utterance: a retriever, or a directory opened in the worker."""
 
     source: Retriever | Path
     knn: KNN
 
-    def open(self, recogniser: Recogniser) -> Guide:
+    def open(self, recogniser: Recogniser) -> Biasing:
         retriever = open_locally(self.source) if isinstance(self.source, Path) else self.source
         retrieval = Retrieval(retriever, self.knn)
         return lambda batch: {"retrieval": retrieval}
 
 
 @dataclass(frozen=True)
-class RetrievingDocuments:
+class DocumentKNN:
     """One datastore, of which each utterance searches some documents: the phrases that come with
     it, or what a first level of retrieval left over. `documents` names them by utterance."""
 
@@ -69,7 +70,7 @@ class RetrievingDocuments:
     knn: KNN
     documents: Mapping[str, Sequence[str]]
 
-    def open(self, recogniser: Recogniser) -> Guide:
+    def open(self, recogniser: Recogniser) -> Biasing:
         datastore = Datastore.open(self.datastore)
 
         def guide(batch: Sequence[Tokenized]) -> dict[str, Any]:
@@ -81,7 +82,7 @@ class RetrievingDocuments:
 
 
 @dataclass(frozen=True)
-class RetrievingSome:
+class SubsetKNN:
     """The first `entries` of a datastore, of each utterance every `stride`-th."""
 
     datastore: Path
@@ -89,7 +90,7 @@ class RetrievingSome:
     entries: int
     stride: int = 1
 
-    def open(self, recogniser: Recogniser) -> Guide:
+    def open(self, recogniser: Recogniser) -> Biasing:
         datastore = Datastore.open(self.datastore)
         chosen = np.arange(min(self.entries, datastore.entries))
         chosen = chosen[datastore.positions[chosen] % self.stride == 0]
@@ -98,76 +99,78 @@ class RetrievingSome:
 
 
 @dataclass(frozen=True)
-class Attending:
+class CrossAttentionRetrieval:
     """One datastore for every utterance, whose nearest windows the adapter reads."""
 
     source: Retriever | Path
-    read: Read
+    attention: RetrievedAttention
 
-    def open(self, recogniser: Recogniser) -> Guide:
+    def open(self, recogniser: Recogniser) -> Biasing:
         retriever = open_locally(self.source) if isinstance(self.source, Path) else self.source
-        reading = Reading(recogniser.bank(retriever), self.read, retriever)
-        return lambda batch: {"readings": [reading] * len(batch)}
+        source = AttentionSource(recogniser.window_cache(retriever), self.attention, retriever)
+        return lambda batch: {"attention_sources": [source] * len(batch)}
 
 
 @dataclass(frozen=True)
-class AttendingPhrases:
+class PhraseCrossAttention:
     """Each utterance's phrases, read from a datastore of entities: all of them, or what a search
     among them brings where they are too many."""
 
     datastore: Path
-    read: Read
-    phrases: Listed
+    attention: RetrievedAttention
+    phrases: PhraseLists
     mentions: int
     """Ways of saying a phrase that are read whole."""
 
-    def open(self, recogniser: Recogniser) -> Guide:
+    def open(self, recogniser: Recogniser) -> Biasing:
         datastore = Datastore.open(self.datastore)
         known = Phrases(datastore)
         everything = SubsetRetriever(datastore, np.empty(0, np.int64))
-        bank = recogniser.bank(everything)
+        bank = recogniser.window_cache(everything)
 
-        def reading(one: Tokenized) -> Reading:
+        def attention_source(one: Tokenized) -> AttentionSource:
             listed = self.phrases[one.utterance.id]
             windows = known.first_mentions(listed, self.mentions)
-            whole = Reading(bank, self.read, everything, windows)
+            whole = AttentionSource(bank, self.attention, everything, windows)
             if whole.whole:
                 return whole
             own = datastore.entries_of(listed)
             return replace(whole, retriever=SubsetRetriever(datastore, own))
 
-        return lambda batch: {"readings": [reading(one) for one in batch]}
+        return lambda batch: {"attention_sources": [attention_source(one) for one in batch]}
 
 
 @dataclass(frozen=True)
-class Together:
+class Both:
     """Several ways at once: neighbours that vote and windows that are read."""
 
     modes: tuple[Mode, ...]
 
-    def open(self, recogniser: Recogniser) -> Guide:
+    def open(self, recogniser: Recogniser) -> Biasing:
         guides = [mode.open(recogniser) for mode in self.modes]
         return lambda batch: {key: v for guide in guides for key, v in guide(batch).items()}
 
 
-def retrieving(source: Retriever | Path, knn: KNN | None, read: Read | None) -> Mode:
+def retrieval_mode(
+    source: Retriever | Path, knn: KNN | None, read: RetrievedAttention | None
+) -> Mode:
     """The mode that votes with the neighbours, attends to them, or both, by what is given."""
     ways: list[Mode] = []
     if knn is not None:
-        ways.append(Retrieving(source, knn))
+        ways.append(KNNRetrieval(source, knn))
     if read is not None:
-        ways.append(Attending(source, read))
-    return ways[0] if len(ways) == 1 else Together(tuple(ways))
+        ways.append(CrossAttentionRetrieval(source, read))
+    return ways[0] if len(ways) == 1 else Both(tuple(ways))
 
 
 @dataclass(frozen=True)
-class BoostingPhrases:
+class PhraseBoosting:
     """Each utterance's phrases favoured by `weight` nats a piece."""
 
     weight: float
-    phrases: Listed
+    phrases: PhraseLists
 
-    def open(self, recogniser: Recogniser) -> Guide:
+    def open(self, recogniser: Recogniser) -> Biasing:
         vocabulary = recogniser.vocabulary
         starts = torch.from_numpy(vocabulary.word_starts())
 
@@ -180,12 +183,12 @@ class BoostingPhrases:
 
 
 @dataclass(frozen=True)
-class PromptingPhrases:
+class PhrasePrompting:
     """Each utterance's phrases as text before its speech."""
 
-    phrases: Listed
+    phrases: PhraseLists
 
-    def open(self, recogniser: Recogniser) -> Guide:
+    def open(self, recogniser: Recogniser) -> Biasing:
         vocabulary = recogniser.vocabulary
 
         def guide(batch: Sequence[Tokenized]) -> dict[str, Any]:

@@ -84,13 +84,16 @@ def bar(total: int, title: str) -> Iterator[Callable[[], None]]:
         with tqdm(total=total, desc=f"  {title}", unit="part", leave=False) as drawn:
             yield drawn.update
         return
-    done, spoke = 0, time.monotonic()
+    started = spoke = time.monotonic()
+    done = 0
 
     def count() -> None:
         nonlocal done, spoke
         done += 1
-        if time.monotonic() - spoke >= LINE_SECONDS:
-            spoke = time.monotonic()
+        now = time.monotonic()
+        last = done == total and now - started >= LINE_SECONDS
+        if last or now - spoke >= LINE_SECONDS:
+            spoke = now
             print(f"  {title}: {done}/{total} parts", file=sys.stderr, flush=True)
 
     yield count

@@ -20,9 +20,10 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from mmrag.datastore import Datastore, DatastoreError, Description, describe
-from mmrag.index import IndexShard, saved_shards
 from mmrag.records import Neighbours, Passages, merge
+from mmrag.retrieval.datastore import Datastore, describe
+from mmrag.retrieval.index import IndexShard, saved_shards
+from mmrag.retrieval.segment import DatastoreError, Description
 
 ANSWER_SECONDS = 30.0
 """How long a shard may take to answer before it counts as missing."""

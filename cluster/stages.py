@@ -7,214 +7,41 @@ files are there is not worked off again. So a killed job redoes at most one part
 
 from __future__ import annotations
 
-import io
 import json
-import pickle
 import time
-import traceback
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
 
 import numpy as np
-import ray.data
-import soundfile
 import torch
-from ray.data import ActorPoolStrategy
 
-from cluster.modes import Guide, Mode, open_locally
-from cluster.progress import bar
-from mmrag import audio, pretrained
+from cluster.modes import Biasing, Mode, open_locally
+from cluster.parts import Part, Work, parts, work_off
+from mmrag.config import BatchDecode, Tokenize, Workers
 from mmrag.config import Datastore as DatastoreConfig
-from mmrag.config import Decode, Tokenize, Workers
-from mmrag.contexts import write_neighbours
-from mmrag.corpora import augment, flite, manifest, synthetic
+from mmrag.corpora import synthetic
 from mmrag.corpora.synthetic import Planned
-from mmrag.datastore import Segment, join, write_segment
-from mmrag.decode import Retrieval, read_states
-from mmrag.entries import read_entries
-from mmrag.hubert import HubertEncoder
+from mmrag.model import pretrained
+from mmrag.model.states import read_states
 from mmrag.records import Rejection, Units, Utterance
+from mmrag.retrieval.contexts import write_neighbours
+from mmrag.retrieval.datastore import write_segment
+from mmrag.retrieval.entries import read_entries
+from mmrag.retrieval.interpolation import Retrieval
+from mmrag.retrieval.segment import Segment, join
 from mmrag.score import recall_at_k
-from mmrag.tokens import Tokenized, write_part
+from mmrag.speech import audio
+from mmrag.speech.hubert import HubertEncoder
+from mmrag.speech.tokenized import Tokenized, write_part
+from mmrag.speech.units import Codebook
 from mmrag.transcribe import Recogniser, recognise, words
-from mmrag.units import Codebook
-
-Work = TypeVar("Work")
-
-
-@dataclass(frozen=True)
-class Part(Generic[Work]):
-    """A named share of a stage's input."""
-
-    name: str
-    work: list[Work]
-
-
-def parts(
-    work: Iterable[Work], size: Callable[[Work], float], limit: float, name: str = "part"
-) -> list[Part[Work]]:
-    """Cut `work` into parts of at most `limit` (one alone may be larger), in order."""
-    shares: list[list[Work]] = []
-    filled = 0.0
-    for one in work:
-        if not shares or filled + size(one) > limit:
-            shares.append([])
-            filled = 0.0
-        shares[-1].append(one)
-        filled += size(one)
-    return [Part(f"{name}-{number:05d}", share) for number, share in enumerate(shares)]
-
-
-def work_off(
-    stages: Sequence[tuple[type, dict[str, Any]]],
-    todo: Sequence[Part],
-    workers: Workers,
-    title: str,
-) -> Iterator[Any]:
-    """Send parts through `stages`, (actor class, its arguments) each; yield every answer.
-
-    A stage's `__call__` takes a part and returns what the next one takes. What it raises, or its
-    `__init__`, is raised here as it was, with the worker's traceback as a note.
-    """
-    if not todo:
-        return
-    packed = [{"value": pickle.dumps(part)} for part in todo]
-    dataset = ray.data.from_items(packed, override_num_blocks=len(todo))
-    for stage, arguments in stages:
-        dataset = dataset.map_batches(
-            _Stage,
-            fn_constructor_args=(stage, arguments, workers),
-            batch_size=1,
-            compute=ActorPoolStrategy(size=min(workers.count, len(todo))),
-            num_cpus=workers.num_cpus,
-            num_gpus=workers.num_gpus,
-        )
-    # Closing the rows stops the workers, also where a failure or the caller ends the loop.
-    with bar(len(todo), title) as count, closing(iter(dataset.iter_rows())) as rows:
-        for row in rows:
-            answer = pickle.loads(row["value"])
-            if isinstance(answer, _Failure):
-                raise answer.error
-            count()
-            yield answer
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """An exception on its way to the driver: Ray Data would make another of it."""
-
-    error: Exception
-
-
-class _Stage:
-    """Adapts a part -> answer callable to Ray Data's batches, here of one row.
-
-    Values are packed because Ray Data's rows are Arrow's; they pass between our own processes
-    alone.
-    """
-
-    def __init__(self, stage: type, arguments: dict[str, Any], workers: Workers) -> None:
-        torch.set_num_threads(max(1, round(workers.num_cpus)))
-        self._build = partial(stage, **arguments)
-        self._stage: Callable[[Any], Any] | None = None
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[bytes]]:
-        return {"value": [pickle.dumps(self._answer(pickle.loads(v))) for v in batch["value"]]}
-
-    def _answer(self, work: Any) -> Any:
-        if isinstance(work, _Failure):
-            return work
-        try:
-            self._stage = self._stage or self._build()
-            return self._stage(work)
-        except Exception as error:
-            error.add_note(f"in a worker:\n{traceback.format_exc()}")
-            return _Failure(error)
 
 
 def device() -> str:
     """Where this worker computes."""
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-class RenderSpeech:
-    """Planned sentences of one split -> FLAC files, and their rows of the split's manifest.
-
-    `directory` holds `audio/`; the rows go to `.<part>.jsonl` in it.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        from mmrag.corpora.espeak import Synthesizer
-
-        self._synthesizer = Synthesizer()
-        self._directory = directory
-
-    def __call__(self, part: Part[Planned]) -> str:
-        said = [self._speak(planned, part.name) for planned in part.work]
-        manifest.write(self._directory / f".{part.name}.jsonl", said)
-        return part.name
-
-    def _speak(self, planned: Planned, part: str) -> Utterance:
-        said = Utterance(
-            id=planned.id,
-            text=planned.text,
-            document=planned.document,
-            domain=planned.domain,
-            entities=planned.entities,
-        )
-        if planned.voice is None:
-            return said
-        speech = synthetic.render(planned, self._synthesizer)
-        path = self._directory / "audio" / part / f"{planned.id}.flac"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        encoded = io.BytesIO()  # written by Python, which says what is wrong with a full disk
-        soundfile.write(encoded, speech.wave, audio.SAMPLE_RATE, format="FLAC")
-        path.write_bytes(encoded.getvalue())
-        return replace(
-            said,
-            audio=path,
-            duration=len(speech.wave) / audio.SAMPLE_RATE,
-            speaker=planned.voice.id,
-            words=speech.words,
-            phones=speech.phones,
-        )
-
-
-class Rerecord:
-    """Utterances of a corpus -> the same under another condition (`Reproduce.conditions`).
-
-    FLAC files and manifest rows as `RenderSpeech` writes them.
-    """
-
-    def __init__(self, condition: str, directory: Path, seed: int) -> None:
-        self._kind, _, self._argument = condition.partition("-")
-        self._directory = directory
-        self._seed = seed
-
-    def __call__(self, part: Part[Utterance]) -> str:
-        said = []
-        for one in part.work:
-            wave = self._record(one)
-            path = self._directory / "audio" / f"{one.id}.flac"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            soundfile.write(path, np.clip(wave, -1, 1), audio.SAMPLE_RATE)
-            said.append(replace(one, audio=path, duration=len(wave) / audio.SAMPLE_RATE, phones=()))
-        manifest.write(self._directory / f".{part.name}.jsonl", said)
-        return part.name
-
-    def _record(self, one: Utterance) -> np.ndarray:
-        if self._kind == "flite":
-            return flite.speak(one.text, self._argument)
-        wave = audio.read(one.audio).numpy()
-        if self._kind == "telephone":
-            return augment.telephone(wave)
-        draw = np.random.default_rng([self._seed, zlib.crc32(one.id.encode())])
-        return augment.noisy(wave, float(self._argument), draw)
 
 
 class Embed:
@@ -326,7 +153,7 @@ class SpeakUnits:
     """Text utterances -> the same with units of synthetic speech."""
 
     def __init__(self, hubert: Path, codebook: Path, seed: int) -> None:
-        from mmrag.corpora.espeak import Synthesizer
+        from mmrag.corpora.voices.espeak import Synthesizer
 
         self._synthesizer = Synthesizer()
         self._encoder = HubertEncoder.load(hubert).to(device()).eval()
@@ -393,17 +220,17 @@ class FindNeighbours:
         speech = [vocabulary.encode_units(one.units) for one in part.work]
         keys, _, slices, _ = read_states(self._lm, vocabulary, texts, speech, logits=False)
         queries, found = keys.cpu().numpy(), {}
-        for one, stretch in zip(part.work, slices, strict=True):
+        for one, span in zip(part.work, slices, strict=True):
             own = datastore.document_id(one.utterance.document)
-            excluded = None if own is None else [own] * (stretch.stop - stretch.start)
-            near = self._retriever.search(queries[stretch], self._k, excluded)
+            excluded = None if own is None else [own] * (span.stop - span.start)
+            near = self._retriever.search(queries[span], self._k, excluded)
             found[one.utterance.id] = near.entries
         write_neighbours(self._directory / f"{part.name}.npz", found)
         return part.name
 
 
 @dataclass(frozen=True)
-class Heard:
+class TranscribedUtterance:
     """One utterance transcribed in one mode, with what an evaluation needs of it."""
 
     utterance: str
@@ -422,7 +249,7 @@ class Heard:
 
 
 @dataclass(frozen=True)
-class Asked:
+class TranscriptionTask:
     """An utterance to transcribe in the mode of that name."""
 
     mode: str
@@ -432,19 +259,19 @@ class Asked:
 class Transcribe:
     """Utterances asked for in one mode -> the mode's name and their transcripts, as one batch."""
 
-    def __init__(self, models: Path, settings: Decode, modes: Mapping[str, Mode]) -> None:
+    def __init__(self, models: Path, settings: BatchDecode, modes: Mapping[str, Mode]) -> None:
         self._recogniser = Recogniser.load(models, device())
         self._settings = settings
         self._modes = modes
-        self._guides: dict[str, Guide] = {}
+        self._guides: dict[str, Biasing] = {}
 
-    def __call__(self, part: Part[Asked]) -> tuple[str, list[Heard]]:
+    def __call__(self, part: Part[TranscriptionTask]) -> tuple[str, list[TranscribedUtterance]]:
         name = part.work[0].mode
         if name not in self._guides:
             self._guides[name] = self._modes[name].open(self._recogniser)
         return name, self._transcribe([one.tokenized for one in part.work], self._guides[name])
 
-    def _transcribe(self, batch: list[Tokenized], guide: Guide) -> list[Heard]:
+    def _transcribe(self, batch: list[Tokenized], guide: Biasing) -> list[TranscribedUtterance]:
         vocabulary = self._recogniser.vocabulary
         started = time.perf_counter()
         guidance = guide(batch)
@@ -454,7 +281,7 @@ class Transcribe:
         audio_seconds = sum(map(seconds, batch))
         recalled = self._recall(batch, guidance.get("retrieval"))
         return [
-            Heard(
+            TranscribedUtterance(
                 utterance=one.utterance.id,
                 speaker=one.utterance.speaker,
                 seconds=seconds(one),
@@ -482,30 +309,30 @@ class Transcribe:
             self._recogniser.lm, vocabulary, texts, speech, logits=False
         )
         queries, scores = keys.cpu().numpy(), []
-        for one, stretch in zip(own, slices, strict=True):
-            found = one.retriever.search(queries[stretch], one.settings.k)
-            scores.append(recall_at_k(found.tokens, tokens[stretch], found.entries))
+        for one, span in zip(own, slices, strict=True):
+            found = one.retriever.search(queries[span], one.settings.k)
+            scores.append(recall_at_k(found.tokens, tokens[span], found.entries))
         return [(score.found, score.total) for score in scores]
 
 
 def transcribe_modes(
     models: Path,
-    settings: Decode,
+    settings: BatchDecode,
     modes: Mapping[str, Mode],
     spoken: Sequence[Tokenized],
     workers: Workers,
-) -> dict[str, list[Heard]]:
+) -> dict[str, list[TranscribedUtterance]]:
     """Every utterance transcribed in every mode, in the order of the utterances' names."""
     asked = [
         part
         for mode in modes
         for part in parts(
-            [Asked(mode, one) for one in spoken],
+            [TranscriptionTask(mode, one) for one in spoken],
             lambda one: seconds(one.tokenized),
             settings.batch_seconds,
         )
     ]
-    heard: dict[str, list[Heard]] = {mode: [] for mode in modes}
+    heard: dict[str, list[TranscribedUtterance]] = {mode: [] for mode in modes}
     transcribe = (Transcribe, {"models": models, "settings": settings, "modes": modes})
     for mode, transcripts in work_off([transcribe], asked, workers, "transcribing"):
         heard[mode] += transcripts

@@ -31,16 +31,13 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 
 from cluster.progress import MetricsWriter, following
-from mmrag import pretrained, shipped
+from mmrag import shipped
 from mmrag.config import Experiment, parse
-from mmrag.contexts import Shown, read_neighbours
-from mmrag.cross_attention import Adapter
-from mmrag.datastore import Datastore
-from mmrag.lm import LM
-from mmrag.loss import Objective
-from mmrag.phrases import Phrases
-from mmrag.tokens import Tokenized, read
-from mmrag.train import (
+from mmrag.model import pretrained
+from mmrag.model.cross_attention import Adapter
+from mmrag.model.lm import LM
+from mmrag.model.loss import Objective
+from mmrag.model.train import (
     Curriculum,
     adamw,
     collate,
@@ -50,7 +47,11 @@ from mmrag.train import (
     step_log,
     train_step,
 )
-from mmrag.vocabulary import Vocabulary
+from mmrag.model.vocabulary import Vocabulary
+from mmrag.retrieval.contexts import TrainingContexts, read_neighbours
+from mmrag.retrieval.datastore import Datastore
+from mmrag.retrieval.phrases import Phrases
+from mmrag.speech.tokenized import Tokenized, read
 
 CHECKPOINTS = ".checkpoints"
 STATE = "state"
@@ -191,14 +192,14 @@ def _worker(config: dict[str, Any]) -> None:
     _export(engine.module, directory, vocabulary, rank)
 
 
-def shown(experiment: Experiment, corpus: Sequence[Tokenized]) -> Shown:
+def shown(experiment: Experiment, corpus: Sequence[Tokenized]) -> TrainingContexts:
     """What an adapter reads while it trains on `corpus`, from the workspace's datastores."""
     settings, root = experiment.adapter.contexts, experiment.workspace
     near = [
         (Datastore.open(root / "datastores" / name), read_neighbours(root / "neighbours" / name))
         for name in (settings.retrieved, settings.wrong)
     ]
-    return Shown(
+    return TrainingContexts(
         settings,
         [one.utterance.id for one in corpus],
         [one.utterance.entities for one in corpus],

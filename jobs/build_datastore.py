@@ -9,18 +9,22 @@ from random import Random
 
 import ray
 
-from cluster.stages import SpeakUnits, WriteEntries, parts, work_off
+from cluster.parts import parts, work_off
+from cluster.stages import SpeakUnits, WriteEntries
 from cluster.tracking import Run
 from jobs import stage
-from mmrag import artifact, datastore, tokens
+from mmrag import artifact
 from mmrag.artifact import Artifact, Draft
 from mmrag.config import ConfigError, Experiment, Index, as_dict
 from mmrag.config import Datastore as DatastoreConfig
 from mmrag.corpora import manifest
-from mmrag.datastore import Datastore, Description
-from mmrag.index import IndexShard, saved_shards, shard_directory, shard_ranges
 from mmrag.records import Rejection, Utterance
-from mmrag.tokens import Tokenized
+from mmrag.retrieval import datastore
+from mmrag.retrieval.datastore import Datastore
+from mmrag.retrieval.index import IndexShard, saved_shards, shard_directory, shard_ranges
+from mmrag.retrieval.segment import Description
+from mmrag.speech import tokenized
+from mmrag.speech.tokenized import Tokenized
 
 
 def run(experiment: Experiment, force: bool = False) -> Artifact:
@@ -103,7 +107,7 @@ def _read(source: Artifact, settings: DatastoreConfig, seed: int) -> Iterator[To
         return
     splits = [source.path / split for split in settings.splits]
     for split in [each for each in splits if each.exists()] or [source.path / "all"]:
-        for one in tokens.read(split):
+        for one in tokenized.read(split):
             if settings.domain not in (None, one.utterance.domain) or not one.utterance.text:
                 continue
             if settings.audio != "paired":

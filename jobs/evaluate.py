@@ -14,28 +14,28 @@ from rich.table import Table
 
 from cluster import modes
 from cluster.shards import serve_shards
-from cluster.stages import Heard, transcribe_modes
+from cluster.stages import TranscribedUtterance, transcribe_modes
 from cluster.tracking import Run
 from jobs import stage
 from jobs.tune import heard_by, select
-from mmrag import tune
 from mmrag.artifact import Artifact, Draft, load, write_json
-from mmrag.config import KNN, ConfigError, Experiment, Read, Retrieves, as_dict
-from mmrag.datastore import Datastore
+from mmrag.config import KNN, ConfigError, Experiment, RetrievalMode, RetrievedAttention, as_dict
+from mmrag.decoding import tune
 from mmrag.records import Retriever
+from mmrag.retrieval.datastore import Datastore
 from mmrag.score import ErrorRate, Recall, character_error_rate, entity_recall, word_error_rate
-from mmrag.tokens import Tokenized
+from mmrag.speech.tokenized import Tokenized
 
 
 @dataclass(frozen=True)
-class Way:
+class EvaluationMode:
     """A way to transcribe: without retrieval, or with one datastore and its settings."""
 
-    name: Retrieves
+    name: RetrievalMode
     datastore: str | None = None
     artifact: Artifact | None = None
     knn: KNN | None = None
-    read: Read | None = None
+    attention: RetrievedAttention | None = None
 
     @property
     def title(self) -> str:
@@ -52,8 +52,8 @@ class Way:
 class Result:
     """The transcripts of one way, scored."""
 
-    way: Way
-    heard: list[Heard]
+    way: EvaluationMode
+    heard: list[TranscribedUtterance]
     words: ErrorRate
     characters: ErrorRate
     entities: Recall
@@ -67,7 +67,7 @@ class Result:
             "datastore": self.way.datastore,
             "entries": self.way.artifact.summary["entries"] if self.way.artifact else None,
             "knn": as_dict(self.way.knn) if self.way.knn else None,
-            "read": as_dict(self.way.read) if self.way.read else None,
+            "attention": as_dict(self.way.attention) if self.way.attention else None,
             "utterances": len(self.heard),
             "wer": self.words.rate,
             "wer_low": self.words.low,
@@ -92,14 +92,14 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     ways = _ways(experiment, lm)
     inputs = {"tokens": made, "lm": lm}
     inputs |= {f"datastore {way.datastore}": way.artifact for way in ways if way.artifact}
-    if any(way.read for way in ways):
+    if any(way.attention for way in ways):
         inputs["adapter"] = stage.load(experiment, "adapter", "adapter", "train")
         inputs["adapter"].require("lm", lm)
     config = {
         "evaluate": as_dict(settings),
         "decode": as_dict(experiment.decode),
         "knn": {way.title: as_dict(way.knn) for way in ways if way.knn},
-        "read": {way.title: as_dict(way.read) for way in ways if way.read},
+        "attention": {way.title: as_dict(way.attention) for way in ways if way.attention},
     }
 
     def work(draft: Draft, tracked: Run) -> None:
@@ -126,11 +126,11 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
 _METRICS = ("wer", "wer_low", "wer_high", "cer", "entity_recall", "recall_at_k", "decode_seconds")
 
 
-def _ways(experiment: Experiment, lm: Artifact) -> list[Way]:
+def _ways(experiment: Experiment, lm: Artifact) -> list[EvaluationMode]:
     ways = []
     for name in experiment.evaluate.modes:
         if name == "none":
-            ways.append(Way(name))
+            ways.append(EvaluationMode(name))
             continue
         for datastore in experiment.evaluate.datastores:
             made = stage.load(experiment, f"datastores/{datastore}", "datastore", "build_datastore")
@@ -138,7 +138,7 @@ def _ways(experiment: Experiment, lm: Artifact) -> list[Way]:
             silent = Datastore.open(made.path).description.audio == "none"
             if name == "knn" or not silent:  # the adapter reads what was heard
                 knn, read = _settings(experiment, made, name)
-                ways.append(Way(name, datastore, made, knn, read))
+                ways.append(EvaluationMode(name, datastore, made, knn, read))
     if not ways:
         raise ConfigError(
             f"evaluate: nothing to do in modes {list(experiment.evaluate.modes)} with datastores "
@@ -148,8 +148,8 @@ def _ways(experiment: Experiment, lm: Artifact) -> list[Way]:
 
 
 def _settings(
-    experiment: Experiment, datastore: Artifact, mode: Retrieves
-) -> tuple[KNN | None, Read | None]:
+    experiment: Experiment, datastore: Artifact, mode: RetrievalMode
+) -> tuple[KNN | None, RetrievedAttention | None]:
     """What `jobs.tune` chose for this very datastore; where it has not run, `knn` and `read`."""
     path = experiment.workspace / "tuned" / datastore.path.name
     tuned = path.exists()
@@ -157,7 +157,7 @@ def _settings(
         load(path, "tuned").require("datastore", datastore)
     knn = read = None
     if mode in ("cross_attention", "both"):
-        read = (tune.chosen_read(path) if tuned else None) or experiment.read
+        read = (tune.chosen_attention(path) if tuned else None) or experiment.attention
     if mode == "knn":
         knn = tune.chosen(path) if tuned else experiment.knn
     elif mode == "both":
@@ -167,7 +167,7 @@ def _settings(
 
 
 def _transcribe(
-    experiment: Experiment, ways: Sequence[Way], spoken: Sequence[Tokenized]
+    experiment: Experiment, ways: Sequence[EvaluationMode], spoken: Sequence[Tokenized]
 ) -> list[Result]:
     settings = experiment.evaluate
     with ExitStack() as serving:
@@ -181,19 +181,21 @@ def _transcribe(
     return [_score(way, heard[way.title], settings.resamples, experiment.seed) for way in ways]
 
 
-def _mode(experiment: Experiment, way: Way, serving: ExitStack) -> modes.Mode:
+def _mode(experiment: Experiment, way: EvaluationMode, serving: ExitStack) -> modes.Mode:
     """What a worker opens; `serving` stops the actors behind it."""
     settings = experiment.evaluate
     if way.artifact is None:
-        return modes.Plain()
+        return modes.NoRetrieval()
     source: Retriever | Path = way.artifact.path
     if settings.retriever == "sharded":
         source = serve_shards(way.artifact.path, settings.replicas, settings.shard_cpus)
         serving.callback(source.close)
-    return modes.retrieving(source, way.knn, way.read)
+    return modes.retrieval_mode(source, way.knn, way.attention)
 
 
-def _score(way: Way, heard: list[Heard], resamples: int, seed: int) -> Result:
+def _score(
+    way: EvaluationMode, heard: list[TranscribedUtterance], resamples: int, seed: int
+) -> Result:
     references, texts = [one.reference for one in heard], [one.text for one in heard]
     score = {"resamples": resamples, "seed": seed}
     return Result(

@@ -13,13 +13,15 @@ from cluster.progress import METRICS, MetricsWriter, following, last_record
 from cluster.stages import device
 from cluster.tracking import Run
 from jobs import stage
-from mmrag import audio, shipped
+from mmrag import shipped
 from mmrag.artifact import Artifact, Draft
 from mmrag.config import Experiment, as_dict
 from mmrag.corpora import manifest
-from mmrag.hubert import HubertEncoder, Phones, pretrain
 from mmrag.records import Utterance
-from mmrag.units import kmeans
+from mmrag.speech import audio
+from mmrag.speech.hubert import HubertEncoder
+from mmrag.speech.pretraining import Phones, pretrain
+from mmrag.speech.units import kmeans
 
 
 class Waves(Sequence):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from cluster.stages import FindNeighbours, parts, work_off
+from cluster.parts import parts, work_off
+from cluster.stages import FindNeighbours
 from cluster.tracking import Run
 from jobs import stage
 from jobs.tune import heard_by, select
@@ -29,14 +30,14 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         search = {
             "lm": lm.path,
             "datastore": store.path,
-            "k": experiment.read.k,
+            "k": experiment.attention.k,
             "directory": draft.path,
         }
         for _ in work_off([(FindNeighbours, search)], todo, experiment.evaluate.workers, "search"):
             pass
         draft.summary["utterances"] = len(spoken)
 
-    config = {"split": contexts.split, "k": experiment.read.k}
+    config = {"split": contexts.split, "k": experiment.attention.k}
     inputs = {"lm": lm, "datastore": store, "tokens": made}
     return stage.make(
         experiment, f"neighbours/{name}", "neighbours", config, inputs, work, force=force

@@ -17,7 +17,7 @@ from cluster.connection import connection
 from mmrag import artifact, shipped
 from mmrag.artifact import Artifact, ArtifactError, Draft
 from mmrag.config import Experiment, read
-from mmrag.datastore import DatastoreError
+from mmrag.retrieval.segment import DatastoreError
 
 CONFIGS = Path(__file__).parent / "configs"
 EXPLAINED = (ArtifactError, DatastoreError, ValueError, OSError, ImportError)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from cluster.stages import RenderSpeech, parts, work_off
+from cluster.parts import parts, work_off
+from cluster.recording import RenderSpeech
 from cluster.tracking import Run
 from jobs import stage
 from mmrag.artifact import Artifact, Draft

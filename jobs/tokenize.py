@@ -9,17 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster.stages import EncodeFeatures, EncodeUnits, parts, work_off, write_rejections
+from cluster.parts import parts, work_off
+from cluster.stages import EncodeFeatures, EncodeUnits, write_rejections
 from cluster.tracking import Run
 from jobs import stage
-from mmrag import artifact, audio, shipped, tokens
+from mmrag import artifact, shipped
 from mmrag.artifact import Artifact, Draft
-from mmrag.audio import AudioError
 from mmrag.config import Experiment, as_dict
 from mmrag.corpora import manifest
-from mmrag.hubert import HubertEncoder
 from mmrag.records import Rejection, Utterance
-from mmrag.units import Codebook
+from mmrag.speech import audio, tokenized
+from mmrag.speech.audio import AudioError
+from mmrag.speech.hubert import HubertEncoder
+from mmrag.speech.units import Codebook
 
 CORPUS_SPLITS = ("lm", "text", "adapter", "datastore", "dev", "test")
 UNKNOWN_SECONDS = 10.0
@@ -143,7 +145,7 @@ def _sample(utterances: Sequence[Utterance], seconds: float, seed: int) -> list[
 
 def _count(draft: Draft, rejected: int) -> None:
     written = list(
-        chain.from_iterable(map(tokens.read_part, sorted(draft.path.glob("*/part-*.parquet"))))
+        chain.from_iterable(map(tokenized.read_part, sorted(draft.path.glob("*/part-*.parquet"))))
     )
     spoken = [one for one in written if one.units is not None]
     seconds = sum(one.utterance.duration for one in spoken)

@@ -13,14 +13,16 @@ from cluster.tracking import Run
 from cluster.train import fit
 from jobs import stage
 from jobs.tune import heard_by
-from mmrag import artifact, pretrained, shipped, tokens
+from mmrag import artifact, shipped
 from mmrag.artifact import Artifact, Draft
 from mmrag.config import ConfigError, Experiment, Train, as_dict
-from mmrag.cross_attention import Adapter
-from mmrag.datastore import Datastore
-from mmrag.lm import parameter_count
-from mmrag.units import Codebook
-from mmrag.vocabulary import BasePieces, SentencePieces, Vocabulary
+from mmrag.model import pretrained
+from mmrag.model.cross_attention import Adapter
+from mmrag.model.lm import parameter_count
+from mmrag.model.vocabulary import BasePieces, SentencePieces, Vocabulary
+from mmrag.retrieval.datastore import Datastore
+from mmrag.speech import tokenized
+from mmrag.speech.units import Codebook
 
 SPLITS = ("lm", "text")
 
@@ -158,7 +160,7 @@ def _vocabulary(experiment: Experiment, splits: list[Path], units: int) -> Vocab
         return Vocabulary.load(shipped.find(base) / "lm")
     if settings.tokenizer:
         return Vocabulary(BasePieces(Path(settings.tokenizer)), units)
-    texts = [one.utterance.text for split in splits for one in tokens.read(split)]
+    texts = [one.utterance.text for split in splits for one in tokenized.read(split)]
     return Vocabulary(SentencePieces.train(filter(None, texts), settings.pieces), units)
 
 

@@ -8,24 +8,43 @@ from typing import TypeVar
 
 import ray
 
-from cluster.modes import Attending, Mode, Plain, Retrieving, open_locally, retrieving
-from cluster.stages import device, parts, seconds, transcribe_modes
+from cluster.modes import (
+    CrossAttentionRetrieval,
+    KNNRetrieval,
+    Mode,
+    NoRetrieval,
+    open_locally,
+    retrieval_mode,
+)
+from cluster.parts import parts
+from cluster.stages import device, seconds, transcribe_modes
 from cluster.tracking import Run
 from jobs import stage
-from mmrag import artifact, pretrained, tokens
+from mmrag import artifact
 from mmrag.artifact import Artifact, ArtifactError, Draft
-from mmrag.config import KNN, Experiment, Read, Tune, as_dict
-from mmrag.datastore import Datastore
+from mmrag.config import KNN, Experiment, RetrievedAttention, Tune, as_dict
+from mmrag.decoding.tune import (
+    ATTENTION,
+    BOTH,
+    SETTINGS,
+    Decoded,
+    Scored,
+    best,
+    finalists,
+    score_grid,
+)
+from mmrag.model import pretrained
+from mmrag.retrieval.datastore import Datastore
 from mmrag.score import word_error_rate
-from mmrag.tokens import Tokenized
-from mmrag.tune import BOTH, READ, SETTINGS, Decoded, Scored, best, finalists, score_grid
+from mmrag.speech import tokenized
+from mmrag.speech.tokenized import Tokenized
 
 SPLIT = "dev"
-Setting = TypeVar("Setting", KNN, Read)
+Setting = TypeVar("Setting", KNN, RetrievedAttention)
 
 
 def run(experiment: Experiment, force: bool = False) -> Artifact:
-    """Make `tuned/<datastore>/`: `knn.json`, and with an adapter `read.json` and `both.json`."""
+    """Make `tuned/<datastore>/`: `knn.json`; with an adapter `attention.json`, `both.json` too."""
     name = experiment.datastore.name
     store = stage.load(experiment, f"datastores/{name}", "datastore", "build_datastore")
     lm = stage.load(experiment, "lm", "lm", "train")
@@ -41,10 +60,10 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         decoy.require("lm", lm)
         inputs["decoy"] = decoy
     reads = ()
-    if experiment.tune.read and Datastore.open(store.path).description.audio != "none":
+    if experiment.tune.attention and Datastore.open(store.path).description.audio != "none":
         inputs["adapter"] = stage.load(experiment, "adapter", "adapter", "train")
         inputs["adapter"].require("lm", lm)
-        reads = experiment.tune.read
+        reads = experiment.tune.attention
 
     def work(draft: Draft, tracked: Run) -> None:
         spoken = select(made, SPLIT, domain)
@@ -54,33 +73,40 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         bench = _Bench(experiment, store, decoy, spoken[: experiment.tune.utterances])
 
         last = finalists(scored, experiment.tune.finalists)
-        decoded = bench.decode([one.knn for one in last], Retrieving)
-        knn = bench.choose(draft, SETTINGS, decoded, scored[0].unit)
+        decoded = bench.decode([one.knn for one in last], KNNRetrieval)
+        knn = bench.choose(draft, SETTINGS, decoded, scored[0].distance_scale)
         draft.summary |= {"k": knn.settings.k, "weight": knn.settings.weight}
         draft.summary |= {"temperature": round(knn.settings.temperature, 3)}
         draft.summary |= {"dev_wer": round(knn.wer, 4)}
         if reads:
-            ways = [_scaled(read, scored[0].unit) for read in reads]
-            read = bench.choose(draft, READ, bench.decode(ways, Attending), scored[0].unit)
+            ways = [_scaled(read, scored[0].distance_scale) for read in reads]
+            read = bench.choose(
+                draft,
+                ATTENTION,
+                bench.decode(ways, CrossAttentionRetrieval),
+                scored[0].distance_scale,
+            )
             weights = experiment.tune.both_weight or (knn.settings.weight,)
             beside = [knn.settings.model_copy(update={"weight": weight}) for weight in weights]
 
             def together(source: Path, settings: KNN) -> Mode:
-                return retrieving(source, settings, read.settings)
+                return retrieval_mode(source, settings, read.settings)
 
-            both = bench.choose(draft, BOTH, bench.decode(beside, together), scored[0].unit)
-            draft.summary |= {"read_dev_wer": round(read.wer, 4)}
+            both = bench.choose(
+                draft, BOTH, bench.decode(beside, together), scored[0].distance_scale
+            )
+            draft.summary |= {"attention_dev_wer": round(read.wer, 4)}
             draft.summary |= {"both_dev_wer": round(both.wer, 4)}
-        for file in (SETTINGS, READ, BOTH):
+        for file in (SETTINGS, ATTENTION, BOTH):
             if (draft.path / file).exists():
                 tracked.file(draft.path / file)
 
     return stage.make(experiment, f"tuned/{name}", "tuned", config, inputs, work, force=force)
 
 
-def _scaled(read: Read, unit: float) -> Read:
-    """A way to read whose gate is a distance, no longer a multiple of `unit`."""
-    gate = None if read.gate is None else unit * read.gate
+def _scaled(read: RetrievedAttention, distance_scale: float) -> RetrievedAttention:
+    """A way to read whose gate is a distance, no longer a multiple of `distance_scale`."""
+    gate = None if read.gate is None else distance_scale * read.gate
     return read.model_copy(update={"gate": gate})
 
 
@@ -97,7 +123,7 @@ class _Bench:
         self._experiment = experiment
         self._sources = {"right": store.path} | ({"decoy": decoy.path} if decoy else {})
         self._spoken = spoken
-        self._plain = self._rates({"plain": Plain()})["plain"]
+        self._plain = self._rates({"plain": NoRetrieval()})["plain"]
 
     def decode(
         self, settings: Sequence[Setting], mode: Callable[[Path, Setting], Mode]
@@ -114,14 +140,20 @@ class _Bench:
             for number, one in enumerate(settings)
         ]
 
-    def choose(self, draft: Draft, file: str, decoded: Sequence[Decoded], unit: float) -> Decoded:
+    def choose(
+        self, draft: Draft, file: str, decoded: Sequence[Decoded], distance_scale: float
+    ) -> Decoded:
         """Write what is best, and everything that it was compared with."""
         chosen = best(decoded, self._plain, self._experiment.tune.harm)
         rows = [
             {**as_dict(one.settings), "dev_wer": one.wer, "decoy_wer": one.decoy_wer}
             for one in decoded
         ]
-        fields = {**as_dict(chosen.settings), "unit": unit, "plain_wer": self._plain}
+        fields = {
+            **as_dict(chosen.settings),
+            "distance_scale": distance_scale,
+            "plain_wer": self._plain,
+        }
         artifact.write_json(draft.path / file, {**fields, "finalists": rows})
         return chosen
 
@@ -156,7 +188,7 @@ def select(made: Artifact, split: str, domain: str | None) -> list[Tokenized]:
     """
     spoken = [
         one
-        for one in tokens.read(made.path / split)
+        for one in tokenized.read(made.path / split)
         if one.units is not None and one.utterance.text and domain in (None, one.utterance.domain)
     ]
     if not spoken:

@@ -27,8 +27,8 @@ from mmrag.client import Answer, Service, ServiceError
 from mmrag.records import Transcript
 
 if TYPE_CHECKING:
-    from mmrag.config import KNN, Read
-    from mmrag.datastore import Datastore
+    from mmrag.config import KNN, RetrievedAttention
+    from mmrag.retrieval.datastore import Datastore
     from mmrag.transcribe import Recogniser
 
 RETRIEVALS = ("none", "knn", "cross_attention", "both")
@@ -51,7 +51,7 @@ AGREEMENT = -2.5
 CACHE = Path(os.environ.get("MMRAG_CACHE") or Path.home() / ".cache" / "mmrag") / "phrases"
 KEY = "MMRAG_API_KEY"
 """Environment variable: a command line is everybody's to read."""
-SHOWN = 400
+ATTRIBUTED_WINDOWS = 400
 """Letters of a growing transcript that are shown: its end, which has to fit on a small terminal."""
 console = Console(highlight=False, soft_wrap=True)
 
@@ -71,9 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _here(options: argparse.Namespace) -> bool:
     """Transcribe in this process; whether a file could not be."""
-    from mmrag.audio import AudioError
     from mmrag.config import Decode
-    from mmrag.datastore import DatastoreError
+    from mmrag.retrieval.segment import DatastoreError
+    from mmrag.speech.audio import AudioError
     from mmrag.transcribe import Recogniser, transcribe
 
     try:
@@ -84,7 +84,6 @@ def _here(options: argparse.Namespace) -> bool:
             beams=options.beams,
             length_penalty=0.6,
             tokens_per_second=16,
-            batch_seconds=options.max_seconds,
             max_seconds=options.max_seconds,
             speech=options.speech_threshold,
             agreement=None if options.trust else AGREEMENT,
@@ -136,7 +135,9 @@ def _followed(parts: Iterator[str | Answer], visibly: bool) -> Answer:
             told += part
             if visibly:
                 # Wrapped, against what the console says: what is taken back has to be counted.
-                end = Text(_visible(told[-SHOWN:]), "dim", no_wrap=False, overflow="fold")
+                end = Text(
+                    _visible(told[-ATTRIBUTED_WINDOWS:]), "dim", no_wrap=False, overflow="fold"
+                )
                 showing.update(end, refresh=True)
     return part
 
@@ -177,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max-seconds",
         type=_max_seconds,
         help="split longer audio in pauses; mmrag:tiny has heard single sentences and loses itself "
-        f"in longer stretches (default: {IN_PROCESS['max_seconds']})",
+        f"in longer segments (default: {IN_PROCESS['max_seconds']})",
     )
     command.add_argument(
         "--speech-threshold",
@@ -202,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--json",
         action="store_true",
-        help="one JSON object a stretch of audio; with --url, one a file",
+        help="one JSON object a segment of audio; with --url, one a file",
     )
     return parser
 
@@ -225,10 +226,11 @@ def _max_seconds(text: str) -> float:
 
 def _found(options: argparse.Namespace, recogniser: Recogniser) -> dict[str, Any]:
     """What `transcribe` is given to look things up in."""
-    from mmrag.datastore import Datastore
-    from mmrag.decode import Retrieval
-    from mmrag.index import LocalRetriever, saved_shards
-    from mmrag.reading import Reading
+    from mmrag.retrieval.datastore import Datastore
+    from mmrag.retrieval.index import saved_shards
+    from mmrag.retrieval.interpolation import Retrieval
+    from mmrag.retrieval.memory import AttentionSource
+    from mmrag.retrieval.retrievers import LocalRetriever
 
     if options.datastore is not None and options.phrases is not None:
         raise ValueError("--datastore or --phrases: one of them")
@@ -250,20 +252,22 @@ def _found(options: argparse.Namespace, recogniser: Recogniser) -> dict[str, Any
     if mode in ("knn", "both"):
         found["retrieval"] = Retrieval(retriever, knn)
     if mode in ("cross_attention", "both"):
-        found["reading"] = Reading(recogniser.bank(retriever), read, retriever)
+        found["attention"] = AttentionSource(recogniser.window_cache(retriever), read, retriever)
     return found
 
 
-def _tuned(options: argparse.Namespace, datastore: Datastore, mode: str) -> tuple[KNN, Read]:
+def _tuned(
+    options: argparse.Namespace, datastore: Datastore, mode: str
+) -> tuple[KNN, RetrievedAttention]:
     """Settings as `jobs.tune` chose them for this datastore, or plain ones, with a word of it."""
-    from mmrag.config import KNN, Read, as_dict
-    from mmrag.tune import tuned
+    from mmrag.config import KNN, RetrievedAttention, as_dict
+    from mmrag.decoding.tune import tuned
 
-    knn, read = dict(UNTUNED), Read(**WHOLE)
+    knn, read = dict(UNTUNED), RetrievedAttention(**WHOLE)
     found = tuned(options.models, datastore.directory)
     if found is not None:
         knn = as_dict(found.both if mode == "both" else found.knn)
-        read = found.read or read
+        read = found.attention or read
     else:
         print(f"mmrag: {datastore.directory} is not tuned (jobs.tune): {knn}", file=sys.stderr)
     if options.weight is not None:
@@ -275,11 +279,11 @@ def _phrases(options: argparse.Namespace, recogniser: Recogniser) -> dict[str, A
     """The phrases of a file, as a small datastore that is read whole."""
     import numpy as np
 
-    from mmrag.config import KNN, Read
-    from mmrag.decode import Retrieval
-    from mmrag.index import SubsetRetriever
-    from mmrag.phrases import Phrases, remember
-    from mmrag.reading import Reading
+    from mmrag.config import KNN, RetrievedAttention
+    from mmrag.retrieval.interpolation import Retrieval
+    from mmrag.retrieval.memory import AttentionSource
+    from mmrag.retrieval.phrases import Phrases, remember
+    from mmrag.retrieval.retrievers import SubsetRetriever
 
     mode = options.retrieval or "cross_attention"
     if mode == "none":
@@ -287,7 +291,7 @@ def _phrases(options: argparse.Namespace, recogniser: Recogniser) -> dict[str, A
     listed = _listed(options.phrases)
     identity = {role: recogniser.identity[role] for role in ("lm", "codebook")}
     datastore = remember(
-        CACHE, listed, recogniser.lm, recogniser.vocabulary, identity, recogniser.speaker()
+        CACHE, listed, recogniser.lm, recogniser.vocabulary, identity, recogniser.synthesizer()
     )
     retriever = SubsetRetriever(datastore, np.arange(datastore.entries))
     found: dict[str, Any] = {"source": retriever}
@@ -296,7 +300,9 @@ def _phrases(options: argparse.Namespace, recogniser: Recogniser) -> dict[str, A
         found["retrieval"] = Retrieval(retriever, KNN(**knn))
     if mode in ("cross_attention", "both"):
         windows = Phrases(datastore).first_mentions()
-        found["reading"] = Reading(recogniser.bank(retriever), Read(**WHOLE), retriever, windows)
+        found["attention"] = AttentionSource(
+            recogniser.window_cache(retriever), RetrievedAttention(**WHOLE), retriever, windows
+        )
     return found
 
 

@@ -71,7 +71,7 @@ class Service:
         phrases: Sequence[str] = (),
         retrieval: str | None = None,
     ) -> Iterator[str | Answer]:
-        """The text of a file piece by piece, then the answer, which is what counts: a stretch may
+        """The text of a file piece by piece, then the answer, which is what counts: a segment may
         have been made again.
 
         `datastore` is a name on the service, `phrases` are listened for in this file alone. Raises

@@ -61,7 +61,7 @@ class Recall:
 
 @dataclass(frozen=True)
 class Edit:
-    """A stretch of an alignment, all of one kind."""
+    """A run of an alignment, all of one kind."""
 
     kind: Kind
     reference_words: tuple[str, ...]

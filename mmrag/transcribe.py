@@ -15,25 +15,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmrag import artifact, audio, pretrained, speech
+from mmrag import artifact
 from mmrag.config import Decode
 from mmrag.corpora import synthetic
-from mmrag.corpora.espeak import Synthesizer
-from mmrag.cross_attention import Adapter
-from mmrag.decode import Choice, Hypothesis, Retrieval, decode
-from mmrag.hubert import HubertEncoder
-from mmrag.lm import LM
-from mmrag.reading import Bank, Reading
+from mmrag.corpora.voices.espeak import Synthesizer
+from mmrag.decoding.decode import Choice, Hypothesis, decode
+from mmrag.decoding.guard import credible
+from mmrag.model import pretrained
+from mmrag.model.cross_attention import Adapter
+from mmrag.model.lm import LM
+from mmrag.model.vocabulary import Vocabulary
 from mmrag.records import NO_ENTRY, Retriever, Source, Transcript, Units, Word
-from mmrag.units import Codebook
-from mmrag.vocabulary import Vocabulary
-
-LOOPS = 4
-"""Repetitions that nobody says on purpose."""
+from mmrag.retrieval.interpolation import Retrieval
+from mmrag.retrieval.memory import AttentionSource, WindowCache
+from mmrag.speech import audio, vad
+from mmrag.speech.hubert import HubertEncoder
+from mmrag.speech.units import Codebook
 
 
 @dataclass(frozen=True)
-class Listener:
+class SpeechTokenizer:
     """The models that turn sound into units, and where they came from."""
 
     encoder: HubertEncoder
@@ -42,7 +43,7 @@ class Listener:
     """Role (hubert, codebook, and lm where there is one) -> fingerprint of the artifact."""
 
     @classmethod
-    def load(cls, directory: Path, device: str = "cpu") -> Listener:
+    def load(cls, directory: Path, device: str = "cpu") -> SpeechTokenizer:
         """Read `hubert/` and `codebook/` below `directory`.
 
         Raises ArtifactError if one is missing or was not made for the other.
@@ -55,12 +56,12 @@ class Listener:
             identity={role: one.fingerprint for role, one in made.items()},
         )
 
-    def listen(self, waves: Sequence[Tensor]) -> list[Units]:
+    def encode(self, waves: Sequence[Tensor]) -> list[Units]:
         """Waves (T,) at 16 kHz to units."""
         features = self.encoder.features(waves)
         return [self.codebook.encode(one.cpu().numpy()) for one in features]
 
-    def speaker(self, seed: int = 0) -> Callable[[str], Units]:
+    def synthesizer(self, seed: int = 0) -> Callable[[str], Units]:
         """Says a sentence with a synthetic voice and listens to it; needs the `speech` extra.
 
         The voice depends on `seed` and the sentence alone.
@@ -69,13 +70,13 @@ class Listener:
 
         def say(text: str) -> Units:
             [planned] = synthetic.assign_voices([text], seed)
-            return self.listen([torch.from_numpy(synthetic.render(planned, synthesizer).wave)])[0]
+            return self.encode([torch.from_numpy(synthetic.render(planned, synthesizer).wave)])[0]
 
         return say
 
 
 @dataclass(frozen=True)
-class Writer:
+class SpeechLM:
     """The models that turn units into text, and where they came from."""
 
     lm: LM
@@ -86,7 +87,7 @@ class Writer:
     """Role (codebook, lm) -> fingerprint of the artifact."""
 
     @classmethod
-    def load(cls, directory: Path, device: str = "cpu") -> Writer:
+    def load(cls, directory: Path, device: str = "cpu") -> SpeechLM:
         """Read `lm/` below `directory`, and `adapter/` if it is there.
 
         Raises ArtifactError if `lm` or `codebook` is missing or they were not made for each other.
@@ -102,15 +103,15 @@ class Writer:
         identity = {role: one.fingerprint for role, one in made.items()}
         return cls(lm, vocabulary, adapter, identity)
 
-    def bank(self, source: Retriever) -> Bank:
+    def window_cache(self, source: Retriever) -> WindowCache:
         """The windows of `source` as the adapter reads them; ValueError without."""
         if self.adapter is None:
             raise ValueError("these models have no cross-attention adapter")
-        return Bank(self.adapter, self.lm, source)
+        return WindowCache(self.adapter, self.lm, source)
 
 
 @dataclass(frozen=True)
-class Recogniser(Listener, Writer):
+class Recogniser(SpeechTokenizer, SpeechLM):
     """Both: sound to text."""
 
     @classmethod
@@ -119,9 +120,9 @@ class Recogniser(Listener, Writer):
 
         Raises ArtifactError if one is missing or was not made for the others.
         """
-        listener, writer = Listener.load(directory, device), Writer.load(directory, device)
-        fields = vars(listener) | vars(writer)
-        return cls(**fields | {"identity": listener.identity | writer.identity})
+        tokenizer, lm = SpeechTokenizer.load(directory, device), SpeechLM.load(directory, device)
+        fields = vars(tokenizer) | vars(lm)
+        return cls(**fields | {"identity": tokenizer.identity | lm.identity})
 
 
 def transcribe(
@@ -130,19 +131,19 @@ def transcribe(
     settings: Decode,
     retrieval: Retrieval | None = None,
     source: Retriever | None = None,
-    reading: Reading | None = None,
+    attention: AttentionSource | None = None,
 ) -> Iterator[Transcript]:
-    """Transcribe a file of any length, one stretch of at most `settings.max_seconds` at a time.
+    """Transcribe a file of any length, one segment of at most `settings.max_seconds` at a time.
 
-    `source` names where retrieved words come from; it is what `retrieval` and `reading` search.
+    `source` names where retrieved words come from; it is what `retrieval` and `attention` search.
     Raises AudioError if the file cannot be read or is too short to hold a word.
     """
     for segment in audio.segments(path, settings.max_seconds):
-        if not speech.spoken(segment.wave, settings.speech):
+        if not vad.spoken(segment.wave, settings.speech):
             yield Transcript("", start=segment.start, end=segment.end)
             continue
-        units = recogniser.listen([speech.trim(segment.wave)[0]])
-        [heard] = recognise(recogniser, units, settings, retrieval, readings=[reading])
+        units = recogniser.encode([vad.trim(segment.wave)[0]])
+        [heard] = recognise(recogniser, units, settings, retrieval, attention_sources=[attention])
         text = recogniser.vocabulary.decode(heard.tokens)
         spoken = words(heard, recogniser.vocabulary, source)
         yield Transcript(text, spoken, segment.start, segment.end, heard.stopped)
@@ -166,7 +167,7 @@ def recognise(
     limits = [longest(one, frame, settings) for one in units]
     heard = decode(recogniser.lm, vocabulary, ids, limits, settings, retrieval, **biasing)
     given = retrieval if isinstance(retrieval, Sequence) else [retrieval]
-    helped = any((*given, *(biasing.get("readings") or ())))
+    helped = any((*given, *(biasing.get("attention_sources") or ())))
     if not helped or settings.agreement is None:
         return heard
     doubtful = [n for n, one in enumerate(heard) if not credible(one, settings.agreement)]
@@ -186,27 +187,6 @@ def longest(units: Units, frame_seconds: float, settings: Decode) -> int:
     """The longest transcript that units may have, tokens."""
     seconds = float(units.durations.sum()) * frame_seconds
     return max(16, round(seconds * settings.tokens_per_second))
-
-
-def credible(heard: Hypothesis, agreement: float) -> bool:
-    """Whether the language model agrees with a transcript that retrieval had a part in.
-
-    It does where the mean of its own log-probabilities of the tokens is at least `agreement`, and
-    no stretch of tokens is said LOOPS times in a row.
-    """
-    alone = sum(choice.lm_logp for choice in heard.choices) / max(1, len(heard.choices))
-    return alone >= agreement and not loops(heard.tokens)
-
-
-def loops(tokens: Sequence[int]) -> bool:
-    """Whether a stretch of tokens is repeated LOOPS times in a row."""
-    for length in range(1, len(tokens) // LOOPS + 1):
-        same = 0
-        for place in range(length, len(tokens)):
-            same = same + 1 if tokens[place] == tokens[place - length] else 0
-            if same == length * (LOOPS - 1):
-                return True
-    return False
 
 
 def words(
@@ -252,7 +232,7 @@ def _evidence(choices: Sequence[Choice]) -> _Evidence | None:
     attention: dict[int, float] = {}
     distances: dict[int, float] = {}
     for choice in changed:
-        for entry, share, distance in choice.read:
+        for entry, share, distance in choice.attended:
             attention[entry] = attention.get(entry, 0.0) + share / len(changed)
             distances[entry] = min(distance, distances.get(entry, math.inf))
     voted = [choice for choice in changed if choice.entry != NO_ENTRY]

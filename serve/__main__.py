@@ -61,14 +61,14 @@ def main() -> None:
     stop.wait()
     print("stopping: what is being transcribed is finished first", flush=True)
     logging.getLogger("ray.serve").setLevel(logging.CRITICAL)  # the loop ends before Ray expects it
-    asyncio.run(_empty(service))
+    asyncio.run(_drain(service))
     serve.delete("mmrag")
     ray.shutdown()
 
 
-async def _empty(service: DeploymentHandle) -> None:
+async def _drain(service: DeploymentHandle) -> None:
     """Let every replica of the ingress finish what it has begun."""
-    await service.broadcast("leave").results_async(return_exceptions=True)
+    await service.broadcast("drain").results_async(return_exceptions=True)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.concurrency import run_in_threadpool
 
 from mmrag.artifact import load as load_artifact
-from serve import door, errors, schema
+from serve import errors, middleware, schema
 from serve.datastores import Datastores
 from serve.model import locate
 from serve.pipeline import Pipeline
@@ -49,7 +49,7 @@ class Api:
     ) -> None:
         self._settings = settings
         self._pipeline = Pipeline(settings, encoder, retriever, decoder)
-        self._rules = door.Rules(settings.limits, api_keys())
+        self._access = middleware.AccessRules(settings.limits, api_keys())
         self._model = locate(settings)
         self._started = int(time.time())
 
@@ -63,7 +63,9 @@ class Api:
             redoc_url=None,
             responses={"default": {"model": schema.ErrorReply, "description": "An error"}},
         )
-        app.add_middleware(door.Door, rules=self._rules, meters=door.Meters())
+        app.add_middleware(
+            middleware.AdmissionMiddleware, access=self._access, metrics=middleware.RequestMetrics()
+        )
         errors.install(app)
         app.mount("/page", StaticFiles(directory=PAGE), name="page")
         app.get("/", include_in_schema=False)(self.page)
@@ -77,14 +79,14 @@ class Api:
         app.include_router(guarded)
         return app
 
-    async def leave(self) -> None:
+    async def drain(self) -> None:
         """Let nobody new in, and return when everybody is out; after `drain_s` at the latest.
 
         The deployments behind would otherwise end while somebody still waits for them.
         """
-        self._rules.leaving = True
+        self._access.draining = True
         deadline = time.monotonic() + self._settings.ingress.drain_s
-        while self._rules.inside and time.monotonic() < deadline:
+        while self._access.in_flight and time.monotonic() < deadline:
             await asyncio.sleep(LEAVING_SECONDS)
 
     async def page(self) -> FileResponse:

@@ -9,12 +9,11 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
 from mmrag.config import SLUG
-from serve import door, schema
+from serve import middleware, schema
 from serve.errors import ApiError
-from serve.messages import Stored
+from serve.messages import DatastoreSummary
 from serve.pipeline import Pipeline
 from serve.settings import Settings
-from serve.texts import bounded
 
 ALL = "/v1/datastores"
 ONE, ENTRIES = f"{ALL}/{{name}}", f"{ALL}/{{name}}/entries"
@@ -43,26 +42,26 @@ class Datastores:
 
     async def datastores(self) -> schema.Datastores:
         """Every datastore."""
-        found = await self._pipeline.ask(self._pipeline.retriever.stored)
+        found = await self._pipeline.call(self._pipeline.retriever.stored)
         return schema.Datastores(data=[_datastore(one) for one in found])
 
     async def create(self, request: Request) -> schema.Datastore:
         """Make a datastore, of texts or of recordings with what is said in them."""
         asked, recordings = await self._additions(request, schema.NewDatastore)
-        ask, retriever = self._pipeline.ask, self._pipeline.retriever
+        call, retriever = self._pipeline.call, self._pipeline.retriever
         if recordings is None:
-            made = await ask(retriever.create, asked.name, asked.texts)
+            made = await call(retriever.create, asked.name, asked.texts)
         else:
-            made = await ask(retriever.create_paired, asked.name, asked.texts, recordings)
+            made = await call(retriever.create_paired, asked.name, asked.texts, recordings)
         return _datastore(made)
 
     async def datastore(self, name: str) -> schema.Datastore:
         """A datastore."""
-        return _datastore(await self._pipeline.ask(self._pipeline.retriever.describe, name))
+        return _datastore(await self._pipeline.call(self._pipeline.retriever.describe, name))
 
     async def delete(self, name: str) -> schema.DeletedDatastore:
         """Delete a datastore."""
-        await self._pipeline.ask(self._pipeline.retriever.delete, name)
+        await self._pipeline.call(self._pipeline.retriever.delete, name)
         return schema.DeletedDatastore(id=name)
 
     async def documents(
@@ -73,24 +72,24 @@ class Datastores:
     ) -> schema.Documents:
         """What has been added to a datastore, `limit` documents from number `after` on."""
         retriever = self._pipeline.retriever
-        found = await self._pipeline.ask(retriever.documents, name, after, limit + 1)
+        found = await self._pipeline.call(retriever.documents, name, after, limit + 1)
         shown = [schema.Document(document=d, entries=n) for d, n in found[:limit]]
         return schema.Documents(data=shown, has_more=len(found) > limit)
 
     async def add(self, name: str, request: Request) -> schema.AddedEntries:
         """Add texts or recordings; the next request finds them."""
         asked, recordings = await self._additions(request, schema.NewEntries)
-        ask, retriever = self._pipeline.ask, self._pipeline.retriever
+        call, retriever = self._pipeline.call, self._pipeline.retriever
         if recordings is None:
-            added, entries = await ask(retriever.add, name, asked.texts)
+            added, entries = await call(retriever.add, name, asked.texts)
         else:
-            added, entries = await ask(retriever.add_paired, name, asked.texts, recordings)
+            added, entries = await call(retriever.add_paired, name, asked.texts, recordings)
         return schema.AddedEntries(datastore=name, added=added, entries=entries)
 
     async def remove(self, name: str, document: Annotated[str, Query()]) -> schema.DeletedEntries:
         """Delete what was added as `document`."""
         retriever = self._pipeline.retriever
-        deleted, entries = await self._pipeline.ask(retriever.remove, name, document)
+        deleted, entries = await self._pipeline.call(retriever.remove, name, document)
         return schema.DeletedEntries(datastore=name, deleted=deleted, entries=entries)
 
     async def _additions(
@@ -98,7 +97,7 @@ class Datastores:
     ) -> tuple[schema.NewEntries, list[list[Any]] | None]:
         """What is to be added, from JSON or a form; with the waves of each recording, if any."""
         limits, data = self._settings.limits, []
-        if request.headers["content-type"].lower().startswith(door.FORM):
+        if request.headers["content-type"].lower().startswith(middleware.FORM):
             form = await request.form(max_files=limits.texts, max_fields=limits.texts + 1)
             data = [one for one in form.getlist("file") if isinstance(one, UploadFile)]
             fields = {name: form[name] for name in kind.model_fields if name in form}
@@ -112,7 +111,7 @@ class Datastores:
             param = ".".join(map(str, problem["loc"])) or None
             message = f"{param or 'body'}: {problem['msg']}"
             raise ApiError(422, message, problem["type"], param) from None
-        texts = bounded(asked.texts, limits.texts, "texts", limits)
+        texts = schema.bounded_texts(asked.texts, limits.texts, "texts", limits)
         asked = asked.model_copy(update={"texts": texts})
         if not data:
             return asked, None
@@ -139,12 +138,12 @@ def _takes(kind: type[schema.NewEntries], form: dict[str, Any]) -> dict[str, Any
     many = {"file": {"type": "string", "format": "binary"}, "text": {"type": "string"}}
     fields = form | {name: {"type": "array", "items": one} for name, one in many.items()}
     recordings = {"type": "object", "properties": fields, "required": list(fields)}
-    content = {door.JSON: kind.model_json_schema(), door.FORM: recordings}
+    content = {middleware.JSON: kind.model_json_schema(), middleware.FORM: recordings}
     kinds = {name: {"schema": one} for name, one in content.items()}
     return {"requestBody": {"required": True, "content": kinds}}
 
 
-def _datastore(stored: Stored) -> schema.Datastore:
+def _datastore(stored: DatastoreSummary) -> schema.Datastore:
     return schema.Datastore(
         id=stored.name, entries=stored.entries, documents=stored.documents, audio=stored.audio
     )

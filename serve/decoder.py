@@ -15,36 +15,44 @@ import numpy as np
 import torch
 from ray.serve import metrics
 
-from mmrag.align import align
-from mmrag.config import Retrieves
-from mmrag.datastore import Datastore, Description, Segment
-from mmrag.decode import Clip, Hypothesis, Retrieval
-from mmrag.engine import Decoded, Engine, Statistics
-from mmrag.entries import read_entries
-from mmrag.index import SECOND, JoinedRetriever, SubsetRetriever
-from mmrag.phrases import WINDOW, Phrases
-from mmrag.reading import Bank, Reading
+from mmrag.config import RetrievalMode
+from mmrag.decoding.align import align
+from mmrag.decoding.decode import Clip, Hypothesis
+from mmrag.decoding.engine import Decoded, Engine, Statistics
 from mmrag.records import Retriever, Word
-from mmrag.tokens import Tokenized
-from mmrag.transcribe import Listener, Writer, longest, words
-from mmrag.units import Codebook
+from mmrag.retrieval.datastore import Datastore
+from mmrag.retrieval.entries import read_entries
+from mmrag.retrieval.interpolation import Retrieval
+from mmrag.retrieval.memory import AttentionSource, WindowCache
+from mmrag.retrieval.phrases import WINDOW, Phrases
+from mmrag.retrieval.retrievers import SECOND, JoinedRetriever, SubsetRetriever
+from mmrag.retrieval.segment import Description, Segment
+from mmrag.speech.tokenized import Tokenized
+from mmrag.speech.units import Codebook
+from mmrag.transcribe import SpeechLM, SpeechTokenizer, longest, words
 from serve import probe
-from serve.messages import Found, Listed, Order, Refused, Reply
+from serve.messages import (
+    DecodeRequest,
+    DecodeResult,
+    InvalidRequest,
+    PhraseList,
+    ResolvedDatastore,
+)
 from serve.model import device, locate
-from serve.settings import Settings, Trust
+from serve.settings import RetrievalDefaults, Settings
 
 KEPT = 32
 """Datastores and lists whose encoded windows a replica keeps."""
 
 
 @dataclass(frozen=True)
-class Consulted:
+class RetrievalSources:
     """What one datastore or list offers a clip."""
 
     source: Retriever
-    votes: dict[Retrieves, Retrieval]
+    votes: dict[RetrievalMode, Retrieval]
     """How neighbours vote, by mode."""
-    reading: Reading | None
+    attention: AttentionSource | None
 
 
 class Decoder:
@@ -54,76 +62,76 @@ class Decoder:
         torch.set_num_threads(settings.decoder.threads)
         directory = locate(settings)
         self._settings = settings
-        self._writer = Writer.load(directory, device(settings))
+        self._speech_lm = SpeechLM.load(directory, device(settings))
         self._codebook = Codebook.load(directory / "codebook")
-        self._probe = Listener.load(directory, device(settings)).listen(
+        self._probe = SpeechTokenizer.load(directory, device(settings)).encode(
             [torch.from_numpy(probe.wave())]
         )[0]
         self._engine = Engine(
-            self._writer.lm,
-            self._writer.vocabulary,
+            self._speech_lm.lm,
+            self._speech_lm.vocabulary,
             settings.decoder.rows,
             settings.decoder.threads,
         )
-        self._consulted: OrderedDict[tuple[str, str], Consulted] = OrderedDict()
-        self._banks: OrderedDict[str, Bank] = OrderedDict()
-        self._meters = _Meters()
-        clip = self._clip(Order(self._probe), None)
+        self._sources: OrderedDict[tuple[str, str], RetrievalSources] = OrderedDict()
+        self._window_caches: OrderedDict[str, WindowCache] = OrderedDict()
+        self._metrics = _EngineMetrics()
+        clip = self._clip(DecodeRequest(self._probe), None)
         self._expected = self._engine.submit(clip).future.result().hypothesis.tokens
 
-    async def transcribe(self, order: Order) -> Reply:
-        """The transcript of a stretch. Given up when the caller is."""
-        consulted = self._consult(order)
-        job = self._engine.submit(self._clip(order, consulted), self._settings.decode.agreement)
+    async def transcribe(self, request: DecodeRequest) -> DecodeResult:
+        """The transcript of a segment. Given up when the caller is."""
+        sources = self._sources_of(request)
+        job = self._engine.submit(self._clip(request, sources), self._settings.decode.agreement)
         try:
             decoded = await asyncio.shield(asyncio.wrap_future(job.future))
         finally:
             job.cancel()
-            self._meters.record(self._engine.statistics)
-        return await self._reply(order, consulted, decoded)
+            self._metrics.record(self._engine.statistics)
+        return await self._result(request, sources, decoded)
 
-    async def stream(self, order: Order) -> AsyncIterator[str | Reply]:
+    async def stream(self, request: DecodeRequest) -> AsyncIterator[str | DecodeResult]:
         """The transcript piece by piece as it is made, then the whole of it."""
-        consulted = self._consult(order)
+        sources = self._sources_of(request)
         loop, news = asyncio.get_running_loop(), asyncio.Queue()
 
         def hear(tokens: list[int] | None) -> None:
             loop.call_soon_threadsafe(news.put_nowait, tokens)
 
-        clip = self._clip(order, consulted)
+        clip = self._clip(request, sources)
         job = self._engine.submit(clip, self._settings.decode.agreement, hear)
         job.future.add_done_callback(lambda _: hear(None))
         told = ""
         try:
             while (tokens := await news.get()) is not None:
-                text = self._writer.vocabulary.decode(tokens)
+                text = self._speech_lm.vocabulary.decode(tokens)
                 if text.startswith(told) and text != told:
                     yield text[len(told) :]
                     told = text
-            reply = await self._reply(order, consulted, job.future.result())
+            result = await self._result(request, sources, job.future.result())
         finally:
             job.cancel()
-            self._meters.record(self._engine.statistics)
-        if reply.text.startswith(told) and reply.text != told:
-            yield reply.text[len(told) :]
-        yield reply
+            self._metrics.record(self._engine.statistics)
+        if result.text.startswith(told) and result.text != told:
+            yield result.text[len(told) :]
+        yield result
 
     async def entries(self, spoken: list[Tokenized], kind: str) -> Segment:
         """What utterances become in a datastore, as `read_entries` says."""
-        writer = self._writer
+        speech_lm = self._speech_lm
         return await asyncio.wrap_future(
             self._engine.call(
-                lambda: read_entries(writer.lm, writer.vocabulary, spoken, WINDOW, kind)
+                lambda: read_entries(speech_lm.lm, speech_lm.vocabulary, spoken, WINDOW, kind)
             )
         )
 
     async def describe(self) -> tuple[Description, bool]:
         """What datastores of this model are, and whether it can read them (an adapter)."""
-        return self._described(), self._writer.adapter is not None
+        return self._described(), self._speech_lm.adapter is not None
 
     async def check_health(self) -> None:
         """Transcribe the probe; RuntimeError if it does not read as it did at the start."""
-        job = self._engine.submit(self._clip(Order(self._probe), None))
+        job = self._engine.submit(self._clip(DecodeRequest(self._probe), None))
         try:
             decoded = await asyncio.shield(asyncio.wrap_future(job.future))
         finally:
@@ -131,68 +139,76 @@ class Decoder:
         if decoded.hypothesis.tokens != self._expected:
             raise RuntimeError("the decoder no longer transcribes the probe as it did")
 
-    def _clip(self, order: Order, consulted: Consulted | None) -> Clip:
+    def _clip(self, request: DecodeRequest, sources: RetrievalSources | None) -> Clip:
         decode = self._settings.decode
-        reads = consulted is not None and order.mode in ("cross_attention", "both")
+        reads = sources is not None and request.mode in ("cross_attention", "both")
         return Clip(
-            speech=self._writer.vocabulary.encode_units(order.units),
-            limit=longest(order.units, self._codebook.frame_seconds, decode),
-            beams=1 if order.temperature > 0 else decode.beams,
+            speech=self._speech_lm.vocabulary.encode_units(request.units),
+            limit=longest(request.units, self._codebook.frame_seconds, decode),
+            beams=1 if request.output.temperature > 0 else decode.beams,
             length_penalty=decode.length_penalty,
-            temperature=order.temperature,
-            retrieval=consulted.votes.get(order.mode) if consulted else None,
-            reading=consulted.reading if reads else None,
+            temperature=request.output.temperature,
+            retrieval=sources.votes.get(request.mode) if sources else None,
+            attention=sources.attention if reads else None,
         )
 
-    def _consult(self, order: Order) -> Consulted | None:
+    def _sources_of(self, request: DecodeRequest) -> RetrievalSources | None:
         """What the order's datastore and phrases offer; the same object for the same ones, so that
         clips share searches and encoded windows."""
-        if order.mode == "none" or not (order.datastore or order.phrases):
+        if request.mode == "none" or not (request.datastore or request.phrases):
             return None
-        if order.mode in ("cross_attention", "both") and self._writer.adapter is None:
-            raise Refused(f"retrieval {order.mode} needs an adapter, which this model has not")
-        found, listed = order.datastore, order.phrases
-        key = (found.key if found else "", listed.key if listed else "")
-        if key not in self._consulted:
-            self._consulted[key] = self._made(found, listed)
-        return _freshen(self._consulted, key)
+        if request.mode in ("cross_attention", "both") and self._speech_lm.adapter is None:
+            raise InvalidRequest(
+                f"retrieval {request.mode} needs an adapter, which this model has not"
+            )
+        found, phrase_list = request.datastore, request.phrases
+        key = (found.key if found else "", phrase_list.key if phrase_list else "")
+        if key not in self._sources:
+            self._sources[key] = self._made(found, phrase_list)
+        return _freshen(self._sources, key)
 
-    def _made(self, found: Found | None, listed: Listed | None) -> Consulted:
+    def _made(
+        self, found: ResolvedDatastore | None, phrase_list: PhraseList | None
+    ) -> RetrievalSources:
         """What a datastore, a request's phrases, or both together offer."""
-        if listed is None:
-            bank = self._writer.adapter and self._bank(found)
-            return _offer(found.retriever, found, bank, found.whole)
+        if phrase_list is None:
+            cache = self._speech_lm.adapter and self._cache_of(found)
+            return _offer(found.retriever, found, cache, found.whole)
         made = self._described()
-        phrases = Datastore.of(made, [listed.segment])
+        phrases = Datastore.of(made, [phrase_list.segment])
         source: Retriever = SubsetRetriever(phrases, np.arange(phrases.entries))
         whole = Phrases(phrases).first_mentions()
         if found is not None:
             source = JoinedRetriever(found.retriever, source)
             small = found.whole is not None
             whole = np.concatenate((found.whole, whole + SECOND)) if small else None
-        bank = self._writer.adapter and self._writer.bank(source)
-        return _offer(source, found or self._settings.trust, bank, whole)
+        cache = self._speech_lm.adapter and self._speech_lm.window_cache(source)
+        return _offer(source, found or self._settings.retrieval_defaults, cache, whole)
 
-    def _bank(self, found: Found) -> Bank:
+    def _cache_of(self, found: ResolvedDatastore) -> WindowCache:
         """The encoded windows of a datastore; entries never change, so they stay when it grows."""
-        bank = self._banks.setdefault(found.uid, self._writer.bank(found.retriever))
-        bank.source = found.retriever
-        return _freshen(self._banks, found.uid)
+        cache = self._window_caches.setdefault(
+            found.uid, self._speech_lm.window_cache(found.retriever)
+        )
+        cache.source = found.retriever
+        return _freshen(self._window_caches, found.uid)
 
     def _described(self) -> Description:
-        writer = self._writer
-        width = writer.lm.config.width
-        return Description(width, WINDOW, "l2", "spoken", dict(writer.identity))
+        speech_lm = self._speech_lm
+        width = speech_lm.lm.config.width
+        return Description(width, WINDOW, "l2", "spoken", dict(speech_lm.identity))
 
-    async def _reply(self, order: Order, consulted: Consulted | None, decoded: Decoded) -> Reply:
-        heard, vocabulary = decoded.hypothesis, self._writer.vocabulary
+    async def _result(
+        self, request: DecodeRequest, sources: RetrievalSources | None, decoded: Decoded
+    ) -> DecodeResult:
+        heard, vocabulary = decoded.hypothesis, self._speech_lm.vocabulary
         found: tuple[Word, ...] = ()
-        if order.evidence or order.timed:
-            source = consulted.source if consulted and order.evidence else None
+        if request.output.evidence or request.output.timed:
+            source = sources.source if sources and request.output.evidence else None
             found = await asyncio.to_thread(words, heard, vocabulary, source)
-        if order.timed and found:
-            found = await self._timed(order, heard, found)
-        return Reply(
+        if request.output.timed and found:
+            found = await self._timed(request, heard, found)
+        return DecodeResult(
             text=vocabulary.decode(heard.tokens),
             words=found,
             tokens=tuple(heard.tokens),
@@ -203,15 +219,15 @@ class Decoder:
         )
 
     async def _timed(
-        self, order: Order, heard: Hypothesis, found: tuple[Word, ...]
+        self, request: DecodeRequest, heard: Hypothesis, found: tuple[Word, ...]
     ) -> tuple[Word, ...]:
-        """Words with their start and end, seconds from the stretch's start."""
-        writer, times = self._writer, self._codebook.seconds(order.units)
-        speech = writer.vocabulary.encode_units(order.units)
+        """Words with their start and end, seconds from the segment's start."""
+        speech_lm, times = self._speech_lm, self._codebook.seconds(request.units)
+        speech = speech_lm.vocabulary.encode_units(request.units)
         spans = await asyncio.wrap_future(
             self._engine.call(
                 lambda: align(
-                    writer.lm, writer.vocabulary, speech, times, heard.tokens, order.audible
+                    speech_lm.lm, speech_lm.vocabulary, speech, times, heard.tokens, request.audible
                 )
             )
         )
@@ -221,7 +237,7 @@ class Decoder:
         )
 
 
-class _Meters:
+class _EngineMetrics:
     """What the engine did, as Prometheus shows it."""
 
     def __init__(self) -> None:
@@ -254,10 +270,17 @@ class _Meters:
 
 
 def _offer(
-    source: Retriever, trust: Found | Trust, bank: Bank | None, whole: np.ndarray | None
-) -> Consulted:
-    votes = {"knn": Retrieval(source, trust.knn), "both": Retrieval(source, trust.both)}
-    return Consulted(source, votes, bank and Reading(bank, trust.read, source, whole))
+    source: Retriever,
+    defaults: ResolvedDatastore | RetrievalDefaults,
+    cache: WindowCache | None,
+    whole: np.ndarray | None,
+) -> RetrievalSources:
+    votes = {"knn": Retrieval(source, defaults.knn), "both": Retrieval(source, defaults.both)}
+    return RetrievalSources(
+        source,
+        votes,
+        cache and AttentionSource(cache, defaults.attention, source, whole),
+    )
 
 
 def _freshen(kept: OrderedDict, key: object) -> object:

@@ -11,13 +11,13 @@ import torch
 from ray import serve
 from ray.serve.metrics import Counter, Histogram
 
-from mmrag import speech
-from mmrag.align import audible
-from mmrag.audio import SAMPLE_RATE
+from mmrag.decoding.align import audible
 from mmrag.records import Units
-from mmrag.transcribe import Listener
+from mmrag.speech import vad
+from mmrag.speech.audio import SAMPLE_RATE
+from mmrag.transcribe import SpeechTokenizer
 from serve import probe
-from serve.messages import Heard
+from serve.messages import EncodedSegment
 from serve.model import device, locate
 from serve.settings import Settings
 
@@ -28,8 +28,8 @@ class Encoder:
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(settings.encoder.threads)
         self._settings = settings
-        self._listener = Listener.load(locate(settings), device(settings))
-        self._say = None
+        self._tokenizer = SpeechTokenizer.load(locate(settings), device(settings))
+        self._synthesize = None
         self._thread = ThreadPoolExecutor(
             1, initializer=torch.set_num_threads, initargs=(settings.encoder.threads,)
         )
@@ -39,19 +39,19 @@ class Encoder:
             boundaries=[1, 2, 5, 10, 20, 50, 100],
         )
         self._busy = Counter("mmrag_encoder_busy_seconds_total", "Time spent encoding, seconds.")
-        self.listen.set_max_batch_size(round(settings.encoder.batch_seconds * SAMPLE_RATE))
-        self.listen.set_batch_wait_timeout_s(settings.encoder.wait_seconds)
+        self.encode.set_max_batch_size(round(settings.encoder.batch_seconds * SAMPLE_RATE))
+        self.encode.set_batch_wait_timeout_s(settings.encoder.wait_seconds)
         self._expected = self._encode([probe.wave()])[0]
 
     @serve.batch(batch_size_fn=lambda waves: sum(map(len, waves)))
-    async def listen(self, waves: list[np.ndarray]) -> list[Heard | None]:
+    async def encode(self, waves: list[np.ndarray]) -> list[EncodedSegment | None]:
         """Waves (T,) float32 at 16 kHz to units, None where nobody speaks.
 
         Callers hand in one wave each and get its units; Serve makes the batches.
         """
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, waves)
 
-    async def say(self, texts: list[str]) -> list[Units]:
+    async def synthesize(self, texts: list[str]) -> list[Units]:
         """Sentences to the units of a synthesizer saying them; ImportError without the extra."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._speak, texts)
 
@@ -63,23 +63,23 @@ class Encoder:
         if heard[0] is None or not np.array_equal(heard[0].units.ids, self._expected.units.ids):
             raise RuntimeError("the encoder no longer hears the probe as it did")
 
-    def _encode(self, waves: list[np.ndarray]) -> list[Heard | None]:
+    def _encode(self, waves: list[np.ndarray]) -> list[EncodedSegment | None]:
         started = time.perf_counter()
         clips = [torch.from_numpy(np.array(wave)) for wave in waves]
         threshold = self._settings.decode.speech
-        spoken = [n for n, clip in enumerate(clips) if speech.spoken(clip, threshold)]
-        found: list[Heard | None] = [None] * len(clips)
+        spoken = [n for n, clip in enumerate(clips) if vad.spoken(clip, threshold)]
+        found: list[EncodedSegment | None] = [None] * len(clips)
         if spoken:
-            trimmed = [speech.trim(clips[n]) for n in spoken]
-            heard = self._listener.listen([clip for clip, _ in trimmed])
+            trimmed = [vad.trim(clips[n]) for n in spoken]
+            heard = self._tokenizer.encode([clip for clip, _ in trimmed])
             for n, (clip, start), one in zip(spoken, trimmed, heard, strict=True):
-                times = self._listener.codebook.seconds(one)
-                found[n] = Heard(one, audible(clip, times), start / SAMPLE_RATE)
+                times = self._tokenizer.codebook.seconds(one)
+                found[n] = EncodedSegment(one, audible(clip, times), start / SAMPLE_RATE)
         self._batch_seconds.observe(sum(map(len, waves)) / SAMPLE_RATE)
         self._busy.inc(time.perf_counter() - started)
         return found
 
     def _speak(self, texts: list[str]) -> list[Units]:
-        if self._say is None:
-            self._say = self._listener.speaker()
-        return [self._say(text) for text in texts]
+        if self._synthesize is None:
+            self._synthesize = self._tokenizer.speaker()
+        return [self._synthesize(text) for text in texts]

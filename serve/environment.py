@@ -7,7 +7,8 @@ then leaves more of the processor to the models. What the shell exports stays as
 from __future__ import annotations
 
 import os
-import socket
+
+from cluster.ports import free_ports
 
 VARIABLES = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -29,12 +30,5 @@ def prepare() -> None:
     """Set the variables; to be called before Ray is imported."""
     for name, value in VARIABLES.items():
         os.environ.setdefault(name, value)
-    for name in PORTS:
-        if name not in os.environ:
-            os.environ[name] = str(_free_port())
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    for name, port in zip(PORTS, free_ports(len(PORTS)), strict=True):
+        os.environ.setdefault(name, str(port))

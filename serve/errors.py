@@ -13,9 +13,9 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from mmrag.audio import AudioError
-from mmrag.datastore import DatastoreError
-from serve.messages import DatastoreExists, Refused, Unavailable, UnknownDatastore
+from mmrag.retrieval.segment import DatastoreError
+from mmrag.speech.audio import AudioError
+from serve.messages import DatastoreExists, InvalidRequest, Unavailable, UnknownDatastore
 
 RETRY_SECONDS = 1
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
@@ -65,7 +65,7 @@ def explained(error: Exception) -> ApiError:
             return ApiError(409, str(error), "datastore_exists", "name")
         case ClientDisconnect():
             return ApiError(400, "the upload broke off")
-        case Refused():
+        case InvalidRequest():
             return ApiError(400, str(error))
         case TimeoutError():
             return ApiError(504, "the request took too long", "timeout")
@@ -117,6 +117,13 @@ def install(app: FastAPI) -> None:
 
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, refused)
-    foreseen = (ApiError, AudioError, UnknownDatastore, DatastoreExists, Refused, TimeoutError)
+    foreseen = (
+        ApiError,
+        AudioError,
+        UnknownDatastore,
+        DatastoreExists,
+        InvalidRequest,
+        TimeoutError,
+    )
     for kind in (*foreseen, BackPressureError, Unavailable, RayError, DatastoreError):
         app.add_exception_handler(kind, any_other)

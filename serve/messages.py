@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from cluster.shards import ShardedRetriever
-from mmrag.config import KNN, Read, Retrieves
-from mmrag.datastore import Segment
+from mmrag.config import KNN, RetrievalMode, RetrievedAttention
 from mmrag.records import Units, Word
+from mmrag.retrieval.segment import Segment
 
 
 class Unavailable(RuntimeError):
@@ -24,12 +24,12 @@ class DatastoreExists(ValueError):
     """There is a datastore of that name already."""
 
 
-class Refused(ValueError):
+class InvalidRequest(ValueError):
     """A request that cannot be served as it stands; the message says why."""
 
 
 @dataclass(frozen=True)
-class Found:
+class ResolvedDatastore:
     """A datastore, resolved: whom to ask and how far to trust the answers."""
 
     key: str
@@ -39,13 +39,13 @@ class Found:
     retriever: ShardedRetriever
     knn: KNN
     both: KNN
-    read: Read
+    attention: RetrievedAttention
     whole: np.ndarray | None
     """(N,) entries whose windows are read without a search, for a small datastore."""
 
 
 @dataclass(frozen=True)
-class Listed:
+class PhraseList:
     """Phrases that came with a request, spoken and read; `key` is a digest of them."""
 
     key: str
@@ -53,25 +53,19 @@ class Listed:
 
 
 @dataclass(frozen=True)
-class Heard:
-    """What was heard in a stretch: T units, and which of them are not in a pause (T,) bool."""
+class EncodedSegment:
+    """The units of a segment (T,), and which of them are not in a pause."""
 
     units: Units
     audible: np.ndarray
     start: float
-    """When the units begin, seconds from the stretch's start."""
+    """When the units begin, seconds from the segment's start."""
 
 
 @dataclass(frozen=True)
-class Order:
-    """A stretch of speech to transcribe."""
+class OutputOptions:
+    """How a segment's text is chosen, and what comes with it."""
 
-    units: Units
-    audible: np.ndarray | None = None
-    """As in `Heard`."""
-    mode: Retrieves = "none"
-    datastore: Found | None = None
-    phrases: Listed | None = None
     temperature: float = 0.0
     timed: bool = False
     """Whether words get their times."""
@@ -80,8 +74,21 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Reply:
-    """A stretch transcribed."""
+class DecodeRequest:
+    """A segment of speech to transcribe."""
+
+    units: Units
+    audible: np.ndarray | None = None
+    """As in `EncodedSegment`."""
+    mode: RetrievalMode = "none"
+    datastore: ResolvedDatastore | None = None
+    phrases: PhraseList | None = None
+    output: OutputOptions = field(default_factory=OutputOptions)
+
+
+@dataclass(frozen=True)
+class DecodeResult:
+    """A segment transcribed."""
 
     text: str
     words: tuple[Word, ...]
@@ -100,7 +107,7 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Stored:
+class DatastoreSummary:
     """A datastore as the API shows it."""
 
     name: str

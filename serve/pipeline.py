@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,19 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from mmrag import audio
-from mmrag.config import Retrieves
+from mmrag.config import RetrievalMode
 from mmrag.records import Word
-from serve.messages import Found, Heard, Listed, Order, Refused, Reply, Unavailable
+from mmrag.speech import audio
+from serve.messages import (
+    DecodeRequest,
+    DecodeResult,
+    EncodedSegment,
+    InvalidRequest,
+    OutputOptions,
+    PhraseList,
+    ResolvedDatastore,
+    Unavailable,
+)
 from serve.settings import Settings
 
 ATTEMPTS = 5
@@ -30,32 +39,30 @@ HIGHEST_DENSITY = 768_000
 
 
 @dataclass(frozen=True)
-class Ask:
-    """What a caller wants to know of an upload."""
+class TranscriptionOptions:
+    """What a caller asks for besides the upload."""
 
     datastore: str | None = None
     phrases: Sequence[str] = ()
-    retrieval: Retrieves | None = None
-    """None: both ways where there is something to look up."""
-    temperature: float = 0.0
-    timed: bool = False
-    evidence: bool = False
+    retrieval: RetrievalMode | None = None
+    """None: kNN-LM and cross-attention where there is something to look up."""
+    output: OutputOptions = field(default_factory=OutputOptions)
 
 
 @dataclass(frozen=True)
-class Stretch:
+class TranscribedSegment:
     """A part of the upload between `start` and `end` (seconds), and what is said in it.
 
-    `reply` is None where nobody speaks; its words' times count from the upload's start.
+    `result` is None where nobody speaks; its words' times count from the upload's start.
     """
 
     start: float
     end: float
-    reply: Reply | None
+    result: DecodeResult | None
 
 
-Ordered = Callable[[Heard], Order]
-"""What is heard in a stretch -> what to do with it."""
+RequestBuilder = Callable[[EncodedSegment], DecodeRequest]
+"""An encoded segment -> the request to decode it."""
 
 
 class Pipeline:
@@ -83,41 +90,43 @@ class Pipeline:
             raise audio.AudioError(message)
         return length
 
-    async def transcribe(self, data: bytes, order: Ordered) -> AsyncIterator[str | Stretch]:
-        """Text as it is made, and after each stretch of the upload the stretch.
+    async def transcribe(
+        self, data: bytes, build: RequestBuilder
+    ) -> AsyncIterator[str | TranscribedSegment]:
+        """Text as it is made, and each segment of the upload when it is complete.
 
-        The text of a stretch that follows another one starts with a blank.
+        The text of every segment but the first starts with a blank.
         """
         first = True
-        async for start, end, heard in self._heard(data):
-            if heard is None:
-                yield Stretch(start, end, None)
+        async for start, end, encoded in self._encoded(data):
+            if encoded is None:
+                yield TranscribedSegment(start, end, None)
                 continue
             told, blank = "", "" if first else " "
-            async for part in self._decoded(order(heard)):
-                if isinstance(part, Reply):
+            async for part in self._decoded(build(encoded)):
+                if isinstance(part, DecodeResult):
                     first = first and not part.text
-                    yield Stretch(start, end, _later(part, start + heard.start))
+                    yield TranscribedSegment(start, end, _later(part, start + encoded.start))
                 else:
                     yield part if told else blank + part
                     told += part
 
-    async def complete(self, data: bytes, order: Ordered) -> list[Stretch]:
-        """The whole of an upload, stretch by stretch."""
+    async def complete(self, data: bytes, build: RequestBuilder) -> list[TranscribedSegment]:
+        """The whole of an upload, segment by segment."""
         found = []
-        async for start, end, heard in self._heard(data):
-            reply = None
-            if heard is not None:
-                reply = await self.ask(self.decoder.transcribe, order(heard))
-                reply = _later(reply, start + heard.start)
-            found.append(Stretch(start, end, reply))
+        async for start, end, encoded in self._encoded(data):
+            result = None
+            if encoded is not None:
+                result = await self.call(self.decoder.transcribe, build(encoded))
+                result = _later(result, start + encoded.start)
+            found.append(TranscribedSegment(start, end, result))
         return found
 
     async def waves(self, data: bytes) -> list[np.ndarray]:
         """An upload cut into waves, as the encoder takes them."""
         return [segment.wave.numpy() async for segment in _each(self._segments(data))]
 
-    async def ask(self, method: Callable[..., Any], *arguments: object) -> Any:
+    async def call(self, method: Callable[..., Any], *arguments: object) -> Any:
         """Call a deployment, again if its replica dies meanwhile.
 
         Raises what it raises; Unavailable if nobody answers after all.
@@ -134,13 +143,15 @@ class Pipeline:
     def _segments(self, data: bytes) -> Iterator[audio.Segment]:
         return audio.segments(data, self.settings.decode.max_seconds)
 
-    async def _heard(self, data: bytes) -> AsyncIterator[tuple[float, float, Heard | None]]:
-        """Each stretch and what is heard in it; the next one is encoded meanwhile."""
+    async def _encoded(
+        self, data: bytes
+    ) -> AsyncIterator[tuple[float, float, EncodedSegment | None]]:
+        """Each segment's start, end and units; the next one is encoded meanwhile."""
         encoding: asyncio.Task | None = None
         where: tuple[float, float] = (0.0, 0.0)
         try:
             async for segment in _each(self._segments(data)):
-                ahead = asyncio.create_task(self.ask(self.encoder.listen, segment.wave.numpy()))
+                ahead = asyncio.create_task(self.call(self.encoder.encode, segment.wave.numpy()))
                 done, encoding = encoding, ahead
                 if done is not None:
                     yield *where, await done
@@ -152,43 +163,41 @@ class Pipeline:
             if encoding is not None:
                 encoding.cancel()
 
-    async def order(self, ask: Ask) -> Ordered:
-        """What to do with whatever is heard: where to look things up, and how.
+    async def request_builder(self, options: TranscriptionOptions) -> RequestBuilder:
+        """What makes a decode request of an encoded segment: its retrieval is resolved here, once.
 
-        Raises UnknownDatastore, DatastoreError or Refused where that cannot be.
+        Raises UnknownDatastore, DatastoreError or InvalidRequest where that cannot be.
         """
-        found: Found | None = None
-        listed: Listed | None = None
-        mode = ask.retrieval or "both"
-        if mode != "none" and ask.datastore is not None:
-            found = await self.ask(self.retriever.resolve, ask.datastore)
-        if mode != "none" and ask.phrases:
-            listed = await self.ask(self.retriever.listed, list(ask.phrases))
-        if found is None and listed is None:
-            if ask.retrieval not in (None, "none"):
-                raise Refused(f"retrieval {ask.retrieval} needs a datastore or context")
+        found: ResolvedDatastore | None = None
+        phrase_list: PhraseList | None = None
+        mode = options.retrieval or "both"
+        if mode != "none" and options.datastore is not None:
+            found = await self.call(self.retriever.resolve, options.datastore)
+        if mode != "none" and options.phrases:
+            phrase_list = await self.call(self.retriever.phrase_list, list(options.phrases))
+        if found is None and phrase_list is None:
+            if options.retrieval not in (None, "none"):
+                raise InvalidRequest(f"retrieval {options.retrieval} needs a datastore or context")
             mode = "none"
-        elif ask.retrieval is None and not await self.reads():
+        elif options.retrieval is None and not await self.reads():
             mode = "knn"
-        return lambda heard: Order(
-            units=heard.units,
-            audible=heard.audible,
+        return lambda encoded: DecodeRequest(
+            units=encoded.units,
+            audible=encoded.audible,
             mode=mode,
             datastore=found,
-            phrases=listed,
-            temperature=ask.temperature,
-            timed=ask.timed,
-            evidence=ask.evidence,
+            phrases=phrase_list,
+            output=options.output,
         )
 
     async def reads(self) -> bool:
         """Whether the model has an adapter to read with."""
         if self._reads is None:
-            _, self._reads = await self.ask(self.decoder.describe)
+            _, self._reads = await self.call(self.decoder.describe)
         return self._reads
 
-    async def _decoded(self, order: Order) -> AsyncIterator[str | Reply]:
-        """A stretch's text piece by piece, then the reply.
+    async def _decoded(self, request: DecodeRequest) -> AsyncIterator[str | DecodeResult]:
+        """A segment's text piece by piece, then its result.
 
         A stream that breaks is asked for again, and what was told already is passed over.
         """
@@ -196,8 +205,8 @@ class Pipeline:
         for attempt in range(ATTEMPTS):
             again = ""
             try:
-                async for part in self._stream.stream.remote(order):
-                    if isinstance(part, Reply):
+                async for part in self._stream.stream.remote(request):
+                    if isinstance(part, DecodeResult):
                         yield part
                         return
                     again += part
@@ -218,12 +227,12 @@ async def _each(items: Iterator[Any]) -> AsyncIterator[Any]:
         yield one
 
 
-def _later(reply: Reply, start: float) -> Reply:
-    """A reply whose words are timed from the upload's start."""
+def _later(result: DecodeResult, start: float) -> DecodeResult:
+    """A result whose words are timed from the upload's start."""
 
     def shifted(word: Word) -> Word:
         if word.start is None:
             return word
         return replace(word, start=word.start + start, end=word.end + start)
 
-    return replace(reply, words=tuple(map(shifted, reply.words)))
+    return replace(result, words=tuple(map(shifted, result.words)))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmrag import audio
+from mmrag.speech import audio
 
 FILE = Path(__file__).parent / "probe.flac"
 

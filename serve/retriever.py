@@ -25,22 +25,23 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from cluster.shards import ShardedRetriever, serve_shards
-from mmrag import datastore as stored
 from mmrag.artifact import ArtifactError
 from mmrag.artifact import load as load_artifact
 from mmrag.config import SLUG
-from mmrag.datastore import Datastore, DatastoreError, Segment, join
-from mmrag.index import save_index
-from mmrag.phrases import Phrases, utterances
+from mmrag.decoding.tune import tuned
 from mmrag.records import Units, Utterance
-from mmrag.tokens import Tokenized
-from mmrag.tune import tuned
+from mmrag.retrieval import datastore as stored
+from mmrag.retrieval.datastore import Datastore
+from mmrag.retrieval.index import save_index
+from mmrag.retrieval.phrases import Phrases, utterances
+from mmrag.retrieval.segment import DatastoreError, Segment, join
+from mmrag.speech.tokenized import Tokenized
 from serve.messages import (
     DatastoreExists,
-    Found,
-    Listed,
-    Refused,
-    Stored,
+    DatastoreSummary,
+    InvalidRequest,
+    PhraseList,
+    ResolvedDatastore,
     Unavailable,
     UnknownDatastore,
 )
@@ -57,14 +58,14 @@ log = logging.getLogger("ray.serve")
 
 
 @dataclass
-class Open:
+class OpenDatastore:
     """A datastore that is being served."""
 
     datastore: Datastore
     retriever: ShardedRetriever
     uid: str
     version: tuple[int, ...]
-    found: Found
+    found: ResolvedDatastore
 
 
 class Retriever:
@@ -80,7 +81,7 @@ class Retriever:
         self._app = serve.get_replica_context().app_name
         self._root = settings.datastores
         self._root.mkdir(parents=True, exist_ok=True)
-        self._open: dict[str, Open] = {}
+        self._open: dict[str, OpenDatastore] = {}
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._phrases: OrderedDict[str, Segment] = OrderedDict()
         self._preload = list(settings.preload)
@@ -100,7 +101,7 @@ class Retriever:
                 await asyncio.to_thread(self._serve, one.datastore, one.uid)
                 self._open.pop(name, None)
 
-    async def resolve(self, name: str) -> Found:
+    async def resolve(self, name: str) -> ResolvedDatastore:
         """Whom to ask about a datastore.
 
         Raises UnknownDatastore, or DatastoreError if it is damaged or another model's.
@@ -108,7 +109,7 @@ class Retriever:
         async with self._locks[name]:
             return (await self._opened(name)).found
 
-    async def stored(self) -> list[Stored]:
+    async def stored(self) -> list[DatastoreSummary]:
         """Every datastore that can be read."""
         found = []
         for name in sorted(each.name for each in self._root.iterdir() if self._is_one(each)):
@@ -118,17 +119,17 @@ class Retriever:
                 log.warning("%s", error)
         return found
 
-    async def describe(self, name: str) -> Stored:
+    async def describe(self, name: str) -> DatastoreSummary:
         """A datastore, without starting its shards."""
         return await asyncio.to_thread(lambda: _stored(name, Datastore.open(self._path(name))))
 
-    async def create(self, name: str, texts: Sequence[str]) -> Stored:
+    async def create(self, name: str, texts: Sequence[str]) -> DatastoreSummary:
         """Make a datastore of these texts; DatastoreExists if the name is taken."""
         return await self._create(name, await self._spoken(texts))
 
     async def create_paired(
         self, name: str, texts: Sequence[str], waves: Sequence[Sequence[np.ndarray]]
-    ) -> Stored:
+    ) -> DatastoreSummary:
         """Make a datastore of recordings and what is said in them."""
         return await self._create(name, await self._paired(texts, waves))
 
@@ -176,7 +177,7 @@ class Retriever:
                 await asyncio.to_thread(one.retriever.close)
             await asyncio.to_thread(shutil.rmtree, aside, True)
 
-    async def listed(self, phrases: Sequence[str]) -> Listed:
+    async def phrase_list(self, phrases: Sequence[str]) -> PhraseList:
         """Phrases for one request, each spoken and read the first time it is met.
 
         Raises Refused for one without a letter or digit.
@@ -193,7 +194,7 @@ class Retriever:
         while len(self._phrases) > REMEMBERED:
             self._phrases.popitem(last=False)
         key = hashlib.sha256(json.dumps(phrases).encode()).hexdigest()
-        return Listed(key, join(segments))
+        return PhraseList(key, join(segments))
 
     def _path(self, name: str) -> Path:
         """The directory of a datastore; UnknownDatastore if there is none."""
@@ -205,7 +206,7 @@ class Retriever:
     def _is_one(self, path: Path) -> bool:
         return (path / "datastore.json").exists() and re.fullmatch(SLUG, path.name) is not None
 
-    async def _opened(self, name: str) -> Open:
+    async def _opened(self, name: str) -> OpenDatastore:
         """The datastore as it is now, its shards started and up to date."""
         path = self._path(name)
         version = _version(path)
@@ -219,7 +220,7 @@ class Retriever:
         self._open[name] = await asyncio.to_thread(self._start, name, path, uid, version)
         return self._open[name]
 
-    def _start(self, name: str, path: Path, uid: str, version: tuple[int, ...]) -> Open:
+    def _start(self, name: str, path: Path, uid: str, version: tuple[int, ...]) -> OpenDatastore:
         datastore = Datastore.open(path)
         datastore.require(self._identity())
         save_index(path)
@@ -228,7 +229,7 @@ class Retriever:
         if datastore.entries and retriever.search(datastore.keys(0, 1), 1).missing_shards:
             raise Unavailable(f"datastore {name!r}: a shard does not answer")
         found = self._found(datastore, retriever, uid, version)
-        return Open(datastore, retriever, uid, version, found)
+        return OpenDatastore(datastore, retriever, uid, version, found)
 
     def _serve(self, datastore: Datastore, uid: str) -> ShardedRetriever:
         settings = self._settings.retriever
@@ -241,7 +242,7 @@ class Retriever:
             idle_seconds=settings.idle_seconds,
         )
 
-    async def _refreshed(self, one: Open, name: str) -> None:
+    async def _refreshed(self, one: OpenDatastore, name: str) -> None:
         """Let shards and everybody who asks next see what has changed on disk."""
 
         def refresh() -> None:
@@ -259,28 +260,28 @@ class Retriever:
 
     def _found(
         self, datastore: Datastore, retriever: ShardedRetriever, uid: str, version: tuple[int, ...]
-    ) -> Found:
-        trust = self._settings.trust
-        knn, both, read = trust.knn, trust.both, trust.read
+    ) -> ResolvedDatastore:
+        defaults = self._settings.retrieval_defaults
+        knn, both, read = defaults.knn, defaults.both, defaults.attention
         with suppress(ArtifactError):  # another datastore of that name was tuned for
             if chosen := tuned(self._model, datastore.directory):
-                knn, both, read = chosen.knn, chosen.both, chosen.read or read
+                knn, both, read = chosen.knn, chosen.both, chosen.attention or read
         documents = _documents(datastore)
         whole = None
         if len(documents) <= read.whole:
             names = [document for document, _ in documents]
             whole = Phrases(datastore).first_mentions(names) if names else np.empty(0, np.int64)
         key = f"{uid}-{'-'.join(map(str, version))}"
-        return Found(key, uid, retriever, knn, both, read, whole)
+        return ResolvedDatastore(key, uid, retriever, knn, both, read, whole)
 
-    async def _create(self, name: str, segments: Sequence[Segment]) -> Stored:
+    async def _create(self, name: str, segments: Sequence[Segment]) -> DatastoreSummary:
         async with self._locks[name]:
             described, _ = await self._decoder.describe.remote()
 
-            def make() -> Stored:
+            def make() -> DatastoreSummary:
                 most = self._settings.limits.datastores
                 if len(list(self._root.iterdir())) >= most:
-                    raise Refused(f"{most} datastores are there already")
+                    raise InvalidRequest(f"{most} datastores are there already")
                 aside = self._root / f".new-{uuid4().hex}"
                 stored.create(aside, described)
                 _publish(aside, segments)
@@ -296,7 +297,9 @@ class Retriever:
                 raise DatastoreExists(f"there is a datastore {name!r} already")
             return await asyncio.to_thread(make)
 
-    async def _append(self, one: Open, name: str, segments: Sequence[Segment]) -> tuple[int, int]:
+    async def _append(
+        self, one: OpenDatastore, name: str, segments: Sequence[Segment]
+    ) -> tuple[int, int]:
         before = one.datastore.entries
         if segments:
             await asyncio.to_thread(_publish, one.datastore.directory, segments)
@@ -321,16 +324,16 @@ class Retriever:
         """Recordings as entries, an entry a token of what is said in them."""
         told, units = [], []
         for text, [wave] in zip(texts, waves, strict=True):
-            heard = await self._encoder.listen.remote(wave)
+            heard = await self._encoder.encode.remote(wave)
             if heard is None:
-                raise Refused(f"nobody speaks in the recording of {text!r}")
+                raise InvalidRequest(f"nobody speaks in the recording of {text!r}")
             told.append(Utterance(id=uuid4().hex, text=text, document=text))
             units.append(heard.units)
         return await self._read(told, units, "all")
 
     async def _said(self, told: Sequence[Utterance]) -> list[Units]:
         parts = [told[start : start + SPOKEN] for start in range(0, len(told), SPOKEN)]
-        said = [await self._encoder.say.remote([one.text for one in part]) for part in parts]
+        said = [await self._encoder.synthesize.remote([one.text for one in part]) for part in parts]
         return [units for part in said for units in part]
 
     async def _read(
@@ -339,7 +342,7 @@ class Retriever:
         """The segments of utterances, SPOKEN in each; Refused for a text without words."""
         for one in told:
             if not any(letter.isalnum() for letter in one.text):
-                raise Refused(f"nothing to listen for in {one.text!r}")
+                raise InvalidRequest(f"nothing to listen for in {one.text!r}")
         spoken = [Tokenized(one, heard) for one, heard in zip(told, units, strict=True)]
         parts = [spoken[start : start + SPOKEN] for start in range(0, len(spoken), SPOKEN)]
         return [await self._decoder.entries.remote(part, kind) for part in parts]
@@ -354,8 +357,8 @@ def _publish(directory: Path, segments: Sequence[Segment]) -> None:
 
 def _version(path: Path) -> tuple[int, ...]:
     """Which datastore this is (the first two), and in which state."""
-    made, listed = (path / "datastore.json").stat(), (path / "segments.json").stat()
-    return made.st_ino, made.st_mtime_ns, listed.st_ino, listed.st_mtime_ns
+    made, phrase_list = (path / "datastore.json").stat(), (path / "segments.json").stat()
+    return made.st_ino, made.st_mtime_ns, phrase_list.st_ino, phrase_list.st_mtime_ns
 
 
 def _documents(datastore: Datastore) -> list[tuple[str, int]]:
@@ -370,9 +373,9 @@ def _count(datastore: Datastore) -> int:
     return datastore.entries - len(datastore.deleted)
 
 
-def _stored(name: str, datastore: Datastore) -> Stored:
+def _stored(name: str, datastore: Datastore) -> DatastoreSummary:
     documents = len(_documents(datastore))
-    return Stored(name, _count(datastore), documents, datastore.description.audio)
+    return DatastoreSummary(name, _count(datastore), documents, datastore.description.audio)
 
 
 def _by_document(segment: Segment) -> dict[str, Segment]:

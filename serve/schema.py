@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from mmrag.config import SLUG
+from serve.errors import ApiError
+from serve.settings import Limits
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+"""A synthesizer takes the first for the end of what it is to say."""
 ResponseFormat = Literal["json", "text", "srt", "vtt", "verbose_json"]
 Granularity = Literal["word", "segment"]
 ErrorType = Literal[
@@ -69,7 +75,7 @@ class PlainWord(BaseModel):
 
 
 class Segment(BaseModel):
-    """A stretch of the transcript, as long as a subtitle."""
+    """A part of the transcript, as long as a subtitle."""
 
     id: int
     seek: int
@@ -212,3 +218,21 @@ class Status(BaseModel):
     """Whether the service works."""
 
     status: Literal["ok", "starting"]
+
+
+def bounded_texts(texts: Sequence[str], most: int, param: str, limits: Limits) -> list[str]:
+    """The texts, blanks and control characters evened out and empty ones dropped.
+
+    Raises ApiError (400) if there are more than `most`, or one is too long or has nothing to say.
+    """
+    found = [" ".join(_CONTROL.sub(" ", text).split()) for text in texts]
+    found = [text for text in found if text]
+    if len(found) > most:
+        raise ApiError(400, f"{param}: {len(found)} are too many, at most {most}", None, param)
+    for text in found:
+        if len(text) > limits.text_length:
+            message = f"{param}: {text[:20]!r}… has {len(text)} characters"
+            raise ApiError(400, f"{message}, at most {limits.text_length}", None, param)
+        if not any(letter.isalnum() for letter in text):
+            raise ApiError(400, f"{param}: nothing to listen for in {text!r}", None, param)
+    return found

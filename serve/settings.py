@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator
 from yaml import YAMLError
 
-from mmrag.config import KNN, SLUG, ConfigError, Decode, Read, Section, explain
+from mmrag.config import KNN, SLUG, ConfigError, Decode, RetrievedAttention, Section, explain
 
 CONFIG = Path(__file__).parent / "config.yaml"
 KEYS = "MMRAG_API_KEYS"
@@ -70,7 +70,7 @@ class Decoding(Replicas):
     """Hypotheses extended in one step; further requests of the replica wait."""
 
 
-class Retrieving(Replicas):
+class KNNRetrieval(Replicas):
     """Datastores and their index shards."""
 
     shard_cpus: float = Field(gt=0)
@@ -101,14 +101,14 @@ class Limits(Section):
     datastores: PositiveInt
 
 
-class Trust(Section):
+class RetrievalDefaults(Section):
     """How far neighbours are heard where nobody tuned it for a datastore (`jobs.tune`)."""
 
     knn: KNN
     """kNN-LM alone."""
     both: KNN
     """kNN-LM beside cross-attention."""
-    read: Read
+    attention: RetrievedAttention
     """Cross-attention; a datastore of at most `whole` documents is read whole."""
 
 
@@ -132,11 +132,11 @@ class Settings(Section):
     preload: tuple[str, ...] = ()
     """Datastores whose shards start with the service, not with the first request."""
     decode: Decode
-    trust: Trust
+    retrieval_defaults: RetrievalDefaults
     limits: Limits
     ingress: Replicas
     encoder: Encoding
-    retriever: Retrieving
+    retriever: KNNRetrieval
     decoder: Decoding
 
     @field_validator("datastores", "cache")
@@ -179,10 +179,10 @@ def api_keys() -> list[str]:
     file = os.environ.get(KEYS_FILE)
     if file:
         try:
-            listed = Path(file).read_text().split()
+            phrase_list = Path(file).read_text().split()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{KEYS_FILE}: {error}") from None
-        if not listed:
+        if not phrase_list:
             raise ConfigError(f"{KEYS_FILE}: no keys in {file}")
-        keys += listed
+        keys += phrase_list
     return [key.strip() for key in keys if key.strip()]

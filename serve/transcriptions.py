@@ -15,13 +15,13 @@ from fastapi import APIRouter, File, Form, UploadFile
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from ray.serve.metrics import Counter, Histogram
 
-from mmrag.config import SLUG, Retrieves
+from mmrag.config import SLUG, RetrievalMode
 from mmrag.records import Word
-from serve import captions, door, errors, schema
+from serve import captions, errors, middleware, schema
 from serve.errors import ApiError
-from serve.pipeline import Ask, Ordered, Pipeline, Stretch
+from serve.messages import OutputOptions
+from serve.pipeline import Pipeline, RequestBuilder, TranscribedSegment, TranscriptionOptions
 from serve.settings import Settings
-from serve.texts import bounded
 
 LANGUAGES = {"en": "english", "es": "spanish", "de": "german", "fr": "french"}
 """How OpenAI's verbose answers call a language; others are called by their code."""
@@ -46,7 +46,7 @@ class Transcriptions:
         """The route."""
         router = APIRouter()
         kinds = schema.VerboseTranscription | schema.Transcription
-        router.post(door.TRANSCRIBE, response_model=kinds)(self.transcriptions)
+        router.post(middleware.TRANSCRIBE, response_model=kinds)(self.transcriptions)
         return router
 
     async def transcriptions(
@@ -71,19 +71,17 @@ class Transcriptions:
             list[str],
             Form(alias="context[]", description="phrases to listen for in this request"),
         ] = [],  # noqa: B006
-        retrieval: Annotated[Retrieves | None, Form()] = None,
+        retrieval: Annotated[RetrievalMode | None, Form()] = None,
     ) -> Any:
         """Transcribe an upload. With `stream`, server-sent events."""
         self._check(model, language)
         evidence = "retrieval" in include
         plain = response_format in ("json", "text")
-        ask = Ask(
+        options = TranscriptionOptions(
             datastore=datastore,
             phrases=self._phrases(context, prompt),
             retrieval=retrieval,
-            temperature=temperature,
-            timed=not plain or evidence,
-            evidence=evidence,
+            output=OutputOptions(temperature, timed=not plain or evidence, evidence=evidence),
         )
         data = await file.read()
         seconds = await self._pipeline.seconds(data)
@@ -93,22 +91,26 @@ class Transcriptions:
             raise ApiError(413, message, "too_long", "file")
         started = time.perf_counter()
         async with timeout(self._settings.limits.timeout_seconds):
-            order = await self._pipeline.order(ask)  # what cannot be is refused before a stream
+            build = await self._pipeline.request_builder(
+                options
+            )  # what cannot be is refused before a stream
             if stream:
-                told = self._events(data, order, seconds, evidence)
+                told = self._events(data, build, seconds, evidence)
                 return StreamingResponse(told, media_type="text/event-stream")
-            stretches = await self._pipeline.complete(data, order)
+            transcribed = await self._pipeline.complete(data, build)
         self._count(seconds, started)
         if response_format == "json":
-            return _plain(schema.Transcription, stretches, seconds, evidence)
+            return _plain(schema.Transcription, transcribed, seconds, evidence)
         if response_format == "text":
-            return PlainTextResponse(_text(stretches) + "\n")
+            return PlainTextResponse(_text(transcribed) + "\n")
         if response_format in ("srt", "vtt"):
             write = captions.srt if response_format == "srt" else captions.vtt
-            cut = [cue for one in stretches if one.reply for cue in captions.cues(one.reply.words)]
+            cut = [
+                cue for one in transcribed if one.result for cue in captions.cues(one.result.words)
+            ]
             kind = "application/x-subrip" if response_format == "srt" else "text/vtt"
             return PlainTextResponse(write(cut), media_type=kind)
-        return self._verbose(stretches, seconds, temperature, timestamp_granularities, evidence)
+        return self._verbose(transcribed, seconds, temperature, timestamp_granularities, evidence)
 
     def _check(self, model: str | None, language: str | None) -> None:
         if model not in (None, "", self._settings.name):
@@ -125,22 +127,22 @@ class Transcriptions:
         named = [part.strip() for part in re.split(r"[,;\n]", prompt or "")]
         named = [part for part in named if 0 < len(part.split()) <= PROMPT_WORDS]
         limits = self._settings.limits
-        return bounded([*context, *named], limits.phrases, "context[]", limits)
+        return schema.bounded_texts([*context, *named], limits.phrases, "context[]", limits)
 
     async def _events(
-        self, data: bytes, order: Ordered, seconds: float, evidence: bool
+        self, data: bytes, build: RequestBuilder, seconds: float, evidence: bool
     ) -> AsyncIterator[str]:
         """A transcript as server-sent events."""
-        stretches, started = [], time.perf_counter()
+        transcribed, started = [], time.perf_counter()
         try:
             async with timeout(self._settings.limits.timeout_seconds):
-                async for part in self._pipeline.transcribe(data, order):
-                    if isinstance(part, Stretch):
-                        stretches.append(part)
+                async for part in self._pipeline.transcribe(data, build):
+                    if isinstance(part, TranscribedSegment):
+                        transcribed.append(part)
                     else:
                         yield _event(schema.Delta(delta=part).model_dump())
             self._count(seconds, started)
-            done = _plain(schema.Done, stretches, seconds, evidence, duration=seconds)
+            done = _plain(schema.Done, transcribed, seconds, evidence, duration=seconds)
             yield _event(json.loads(done.body))
         except Exception as error:  # the status is sent: what is left is to say so
             yield _event(errors.body(errors.explained(error)))
@@ -151,7 +153,7 @@ class Transcriptions:
 
     def _verbose(
         self,
-        stretches: Sequence[Stretch],
+        transcribed: Sequence[TranscribedSegment],
         seconds: float,
         temperature: float,
         granularities: Sequence[schema.Granularity],
@@ -164,20 +166,20 @@ class Transcriptions:
                 start=cue.start,
                 end=cue.end,
                 text=cue.text,
-                tokens=list(one.reply.tokens_of(cue.first, cue.last)),
+                tokens=list(one.result.tokens_of(cue.first, cue.last)),
                 temperature=temperature,
-                avg_logprob=one.reply.mean_logp,
+                avg_logprob=one.result.mean_logp,
                 compression_ratio=len(cue.text) / len(zlib.compress(cue.text.encode())),
             )
-            for one in stretches
-            if one.reply
-            for cue in captions.cues(one.reply.words)
+            for one in transcribed
+            if one.result
+            for cue in captions.cues(one.result.words)
         ]
         segments = [one.model_copy(update={"id": n}) for n, one in enumerate(segments)]
         language = self._settings.languages[0]
         words = [
             schema.PlainWord(word=word.text, start=word.start, end=word.end)
-            for word in _words(stretches)
+            for word in _words(transcribed)
         ]
         more: dict[str, Any] = {
             "task": "transcribe",
@@ -188,37 +190,37 @@ class Transcriptions:
             more["segments"] = segments
         if "word" in granularities and not evidence:
             more["words"] = words
-        return _plain(schema.VerboseTranscription, stretches, seconds, evidence, **more)
+        return _plain(schema.VerboseTranscription, transcribed, seconds, evidence, **more)
 
 
 def _plain(
     kind: type[schema.Transcription],
-    stretches: Sequence[Stretch],
+    transcribed: Sequence[TranscribedSegment],
     seconds: float,
     evidence: bool,
     **more: Any,
 ) -> JSONResponse:
     """A transcript as JSON, without the fields that nobody asked for."""
     fields: dict[str, Any] = {
-        "text": _text(stretches),
+        "text": _text(transcribed),
         "usage": schema.Usage(seconds=math.ceil(seconds)),
         **more,
     }
     if evidence:
-        fields["words"] = [_word(word) for word in _words(stretches)]
-        missing = [one.reply.missing_shards for one in stretches if one.reply]
+        fields["words"] = [_word(word) for word in _words(transcribed)]
+        missing = [one.result.missing_shards for one in transcribed if one.result]
         fields["missing_shards"] = max(missing, default=0)
     made = kind(**fields)
     unasked = kind.model_fields.keys() - fields.keys() - {"type", "task"}
     return JSONResponse(made.model_dump(mode="json", exclude=unasked))
 
 
-def _text(stretches: Sequence[Stretch]) -> str:
-    return " ".join(one.reply.text for one in stretches if one.reply and one.reply.text)
+def _text(transcribed: Sequence[TranscribedSegment]) -> str:
+    return " ".join(one.result.text for one in transcribed if one.result and one.result.text)
 
 
-def _words(stretches: Sequence[Stretch]) -> list[Word]:
-    return [word for one in stretches if one.reply for word in one.reply.words]
+def _words(transcribed: Sequence[TranscribedSegment]) -> list[Word]:
+    return [word for one in transcribed if one.result for word in one.result.words]
 
 
 def _word(word: Word) -> schema.TimedWord:

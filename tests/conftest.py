@@ -75,9 +75,9 @@ ADAPTER = [
     "adapter.contexts={split: datastore, phrases: phrases, retrieved: multimodal, wrong: wrong,"
     " mixture: {phrases: 2, retrieved: 2, wrong: 1, empty: 1}, list_length: [2, 6], own: 0.75,"
     " k: 2, strides: [2, 3]}",
-    "read={k: 4, stride: 2, whole: 20}",
+    "attention={k: 4, stride: 2, whole: 20}",
     "tune.finalists=2",
-    "tune.read=[{k: 2, stride: 1, whole: 0}, {k: 4, stride: 3, whole: 0, gate: 1.5}]",
+    "tune.attention=[{k: 2, stride: 1, whole: 0}, {k: 4, stride: 3, whole: 0, gate: 1.5}]",
     "tune.both_weight=[0.1, 0.4]",
     "tune.decoy=wrong",
     "evaluate.modes=[none, knn, cross_attention, both]",

@@ -16,18 +16,44 @@ MAY_IMPORT = {
     "serve": {"serve", "cluster", "mmrag"},
 }
 
-TOUR = [
-    "config", "text", "records", "artifact", "shipped",
-    "audio", "speech", "hubert", "units", "vocabulary",
-    "corpora.espeak", "corpora.flite", "corpora.augment", "corpora.manifest", "corpora.synthetic",
-    "corpora.spanish",
-    "tokens",
-    "layers", "cross_attention", "lm", "pretrained", "loss", "train",
-    "datastore", "index", "knn", "boost", "reading", "decode", "align",
-    "entries", "phrases", "contexts", "transcribe", "engine",
-    "score", "tune", "client", "cli",
-]  # fmt: skip
-"""The modules of mmrag in reading order: each imports only those before it."""
+WINGS = {
+    "ground": [
+        "config.section", "config.speech", "config.model", "config.retrieval", "config.decoding",
+        "config.experiment", "config", "text", "records", "artifact", "shipped", "score",
+    ],
+    "speech": ["audio", "vad", "hubert", "pretraining", "units", "tokenized"],
+    "corpora": [
+        "voices.espeak", "voices.flite", "augment", "manifest", "grammar", "synthetic", "spanish",
+    ],
+    "model": [
+        "vocabulary", "layers", "cross_attention", "lm", "states", "pretrained", "loss", "train",
+    ],
+    "retrieval": [
+        "segment", "datastore", "index", "retrievers", "knn", "interpolation", "memory", "entries",
+        "phrases", "contexts",
+    ],
+    "decoding": ["boost", "decode", "guard", "align", "engine", "tune"],
+    "front door": ["transcribe", "client", "cli"],
+}  # fmt: skip
+"""The wings of mmrag from the ground up, and the modules of each in reading order."""
+BELOW = {
+    "ground": (),
+    "speech": ("ground",),
+    "corpora": ("ground", "speech"),
+    "model": ("ground", "speech"),
+    "retrieval": ("ground", "speech", "model"),
+    "decoding": ("ground", "speech", "model", "retrieval"),
+    "front door": ("ground", "speech", "corpora", "model", "retrieval", "decoding"),
+}
+"""Wing -> the wings that it may import. Corpora and model stand side by side."""
+AT_THE_ROOT = ("ground", "front door")
+"""Wings that are no directory of their own."""
+WING_OF = {
+    f"mmrag.{name}" if wing in AT_THE_ROOT else f"mmrag.{wing}.{name}": wing
+    for wing, names in WINGS.items()
+    for name in names
+}
+"""Every module of mmrag in reading order, with its wing."""
 
 EVERYWHERE = {"numpy", "torch"}
 HOMES = {
@@ -40,34 +66,37 @@ HOMES = {
         "serve.schema",
         "serve.datastores",
     ],
-    "yaml": ["mmrag.config", "serve.settings", "jobs.endpoint"],
-    "soundfile": ["mmrag.audio", "cluster.stages"],  # read by the one, written by the other
-    "torchaudio": ["mmrag.audio", "mmrag.hubert", "mmrag.corpora.espeak"],
-    "silero_vad": ["mmrag.speech"],
-    "transformers": ["mmrag.hubert"],
-    "safetensors": ["mmrag.hubert", "mmrag.pretrained"],
-    "faiss": ["mmrag.units", "mmrag.index"],
-    "sentencepiece": ["mmrag.vocabulary"],
-    "tokenizers": ["mmrag.vocabulary"],
-    "espeakng_loader": ["mmrag.corpora.espeak"],
+    "yaml": ["mmrag.config", "serve.settings", "jobs.benchmark.endpoint"],
+    "soundfile": [
+        "mmrag.speech.audio",
+        "cluster.recording",
+    ],  # read by the one, written by the other
+    "torchaudio": ["mmrag.speech", "mmrag.corpora.voices.espeak"],
+    "silero_vad": ["mmrag.speech.vad"],
+    "transformers": ["mmrag.speech.hubert"],
+    "safetensors": ["mmrag.speech.hubert", "mmrag.model.pretrained"],
+    "faiss": ["mmrag.speech.units", "mmrag.retrieval.index"],
+    "sentencepiece": ["mmrag.model.vocabulary"],
+    "tokenizers": ["mmrag.model.vocabulary"],
+    "espeakng_loader": ["mmrag.corpora.voices.espeak"],
     "faker": ["mmrag.corpora.synthetic"],
     "scipy": ["mmrag.corpora.augment"],
-    "pyarrow": ["mmrag.tokens"],
+    "pyarrow": ["mmrag.speech.tokenized"],
     "jiwer": ["mmrag.score"],
     "ray": ["cluster", "jobs", "serve"],
     "fastapi": ["serve"],
     "fastapi_offline": ["serve.api"],
     "starlette": ["serve"],
-    "aiohttp": ["jobs.load"],
-    "psutil": ["jobs.benchmark", "jobs.endpoint"],
+    "aiohttp": ["jobs.benchmark.load"],
+    "psutil": ["jobs.benchmark"],
     "deepspeed": ["cluster.train"],
     "mlflow": ["cluster.tracking"],
     "requests": ["mmrag.client", "serve.api"],
     "tqdm": ["cluster.progress"],
     "rich": ["mmrag.cli", "jobs"],
-    "matplotlib": ["jobs.evaluate", "jobs.report"],
+    "matplotlib": ["jobs.evaluate", "jobs.reproduce.report"],
     # Ray Data's rows are Arrow's: values are packed on their way between our own processes.
-    "pickle": ["cluster.stages"],
+    "pickle": ["cluster.parts"],
 }
 """Library -> the modules, or whole rooms, that may import it."""
 
@@ -102,6 +131,11 @@ def imports(tree: ast.AST) -> Iterator[str]:
                 yield full if full in OURS else node.module
 
 
+def source_of(module: str) -> ast.Module:
+    """The syntax tree of a module or package."""
+    return SOURCES.get(module) or SOURCES[f"{module}.__init__"]
+
+
 def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
     """Every call with the source text of what is called."""
     for node in ast.walk(tree):
@@ -130,19 +164,44 @@ def test_a_room_imports_only_what_lies_below_it(room):
     assert wrong == []
 
 
-def test_every_module_of_mmrag_has_its_place_in_the_tour():
-    modules = {name.removeprefix("mmrag.") for name in SOURCES if name.startswith("mmrag.")}
-    assert sorted(TOUR) == sorted(name for name in modules if not name.endswith("__init__"))
+def test_every_module_of_mmrag_has_its_place_in_a_wing():
+    packages = {name.removesuffix(".__init__") for name in SOURCES if name.endswith("__init__")}
+    modules = {name for name in OURS if name.startswith("mmrag.")} - packages
+    assert sorted(set(WING_OF) - packages) == sorted(modules)
 
 
-def test_a_module_of_mmrag_imports_only_those_before_it_in_the_tour():
+def test_a_wing_of_mmrag_imports_only_the_wings_below_it():
     wrong = [
-        f"{name} imports {target}"
-        for place, name in enumerate(TOUR)
-        for target in imports(SOURCES[f"mmrag.{name}"])
-        if target.startswith("mmrag.") and target.removeprefix("mmrag.") not in TOUR[:place]
+        f"{name} ({wing}) imports {target}: {wing} may import {', '.join(BELOW[wing]) or 'nothing'}"
+        for name, wing in WING_OF.items()
+        for target in imports(source_of(name))
+        if target in WING_OF and WING_OF[target] not in (wing, *BELOW[wing])
     ]
     assert wrong == []
+
+
+def test_a_module_imports_only_those_before_it_in_its_wing():
+    order = list(WING_OF)
+    wrong = [
+        f"{name} imports {target}, which a reader of {WING_OF[name]} meets only after it"
+        for name in order
+        for target in imports(source_of(name))
+        if WING_OF.get(target) == WING_OF[name] and order.index(target) >= order.index(name)
+    ]
+    assert wrong == []
+
+
+def test_no_file_is_longer_than_500_lines_without_a_reason():
+    """A longer one says why in its docstring: "Long because …"."""
+    long = [
+        f"{path.relative_to(ROOT)} has {count} lines"
+        for room in ROOMS
+        for path in sorted((ROOT / room).rglob("*"))
+        if path.suffix in (".py", ".js", ".css", ".html")
+        and (count := len((text := path.read_text()).splitlines())) > 500
+        and "Long because" not in text[:1000]
+    ]
+    assert long == []
 
 
 def third_party() -> dict[str, set[str]]:

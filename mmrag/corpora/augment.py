@@ -14,7 +14,7 @@ import numpy as np
 from scipy.fft import irfft, next_fast_len, rfft, rfftfreq
 from scipy.signal import butter, fftconvolve, sosfilt
 
-from mmrag.audio import SAMPLE_RATE
+from mmrag.speech.audio import SAMPLE_RATE
 
 TELEPHONE_HZ = (300.0, 3400.0)
 _TELEPHONE = butter(6, TELEPHONE_HZ, "bandpass", fs=SAMPLE_RATE, output="sos")

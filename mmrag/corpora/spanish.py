@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from random import Random
 
-from mmrag.corpora.espeak import Voice
-from mmrag.corpora.synthetic import Names, Planned, expand, make_names, new, rules, varied
+from mmrag.corpora.grammar import expand, rules
+from mmrag.corpora.synthetic import Names, Planned, make_names, new, varied
+from mmrag.corpora.voices.espeak import Voice
 
 VOICES = {
     "datastore": (

@@ -8,31 +8,32 @@ import ray.cloudpickle
 import torch
 
 from cluster.modes import (
-    Attending,
-    AttendingPhrases,
-    BoostingPhrases,
-    Plain,
-    PromptingPhrases,
-    Retrieving,
-    RetrievingDocuments,
-    RetrievingSome,
-    Together,
+    Both,
+    CrossAttentionRetrieval,
+    DocumentKNN,
+    KNNRetrieval,
+    NoRetrieval,
+    PhraseBoosting,
+    PhraseCrossAttention,
+    PhrasePrompting,
+    SubsetKNN,
     open_locally,
-    retrieving,
+    retrieval_mode,
 )
-from mmrag import datastore
-from mmrag.config import KNN, CrossAttention, Index, LanguageModel, Read
-from mmrag.cross_attention import Adapter
-from mmrag.datastore import Datastore, Description, Segment
-from mmrag.index import IndexShard, shard_directory
-from mmrag.lm import LM
+from mmrag.config import KNN, CrossAttention, Index, LanguageModel, RetrievedAttention
+from mmrag.model.cross_attention import Adapter
+from mmrag.model.lm import LM
+from mmrag.model.vocabulary import SentencePieces, Vocabulary
 from mmrag.records import Units, Utterance
-from mmrag.tokens import Tokenized
+from mmrag.retrieval import datastore
+from mmrag.retrieval.datastore import Datastore
+from mmrag.retrieval.index import IndexShard, shard_directory
+from mmrag.retrieval.segment import Description, Segment
+from mmrag.speech.tokenized import Tokenized
 from mmrag.transcribe import Recogniser
-from mmrag.vocabulary import SentencePieces, Vocabulary
 
 KNN_SETTINGS = KNN(k=3, weight=0.5, temperature=1)
-READ_SETTINGS = Read(k=3, stride=2, whole=4)
+READ_SETTINGS = RetrievedAttention(k=3, stride=2, whole=4)
 WIDTH, DOCUMENTS, TOKENS = 4, 6, 5
 MENTIONS = 2
 PHRASES = {"maria": 3, "peter pan": 2, "rome": 1, "the lighthouse": 4}
@@ -114,11 +115,11 @@ def entities(tmp_path_factory):
 
 
 def test_alone_the_decoder_is_given_nothing():
-    assert Plain().open(DEAF)(spoken("a")) == {}
+    assert NoRetrieval().open(DEAF)(spoken("a")) == {}
 
 
 def test_a_directory_is_opened_where_the_mode_is_opened(directory):
-    given = Retrieving(directory, KNN_SETTINGS).open(DEAF)(spoken("a", "b"))
+    given = KNNRetrieval(directory, KNN_SETTINGS).open(DEAF)(spoken("a", "b"))
     retrieval = given["retrieval"]
     assert retrieval.settings == KNN_SETTINGS
     assert retrieval.retriever.datastore.entries == DOCUMENTS * TOKENS
@@ -126,7 +127,7 @@ def test_a_directory_is_opened_where_the_mode_is_opened(directory):
 
 def test_each_utterance_searches_its_own_documents_alone(directory):
     named = {"a": ["d1", "d4"], "b": ["d0"], "c": list(map("d{}".format, range(DOCUMENTS)))}
-    guide = RetrievingDocuments(directory, KNN_SETTINGS, named).open(DEAF)
+    guide = DocumentKNN(directory, KNN_SETTINGS, named).open(DEAF)
     everything = Datastore.open(directory)
     queries = np.random.default_rng(1).standard_normal((4, WIDTH)).astype(np.float32)
     batch = spoken("b", "a", "c")
@@ -142,7 +143,7 @@ def test_each_utterance_searches_its_own_documents_alone(directory):
 def test_some_entries_are_the_first_ones_and_of_each_utterance_every_nth(
     directory, entries, stride, kept
 ):
-    guide = RetrievingSome(directory, KNN_SETTINGS, entries, stride).open(DEAF)
+    guide = SubsetKNN(directory, KNN_SETTINGS, entries, stride).open(DEAF)
     retriever = guide(spoken("a"))["retrieval"].retriever
     found = retriever.search(np.zeros((1, WIDTH), np.float32), 100).entries[0]
     expected = [e for e in range(min(entries, DOCUMENTS * TOKENS)) if e % TOKENS % stride == 0]
@@ -152,7 +153,7 @@ def test_some_entries_are_the_first_ones_and_of_each_utterance_every_nth(
 
 def test_phrases_are_boosted_for_the_utterance_they_come_with():
     phrases = {"a": ["maria lopez"], "b": []}
-    guide = BoostingPhrases(2.0, phrases).open(DEAF)
+    guide = PhraseBoosting(2.0, phrases).open(DEAF)
     mine, none = guide(spoken("a", "b"))["boosts"]
     first = VOCABULARY.encode("maria lopez")[0]
     bonus = mine.bonus([])
@@ -162,12 +163,14 @@ def test_phrases_are_boosted_for_the_utterance_they_come_with():
 
 def test_phrases_stand_in_the_prompt_of_their_utterance():
     phrases = {"a": ["maria lopez", "peter pan"], "b": []}
-    contexts = PromptingPhrases(phrases).open(DEAF)(spoken("a", "b"))["contexts"]
+    contexts = PhrasePrompting(phrases).open(DEAF)(spoken("a", "b"))["contexts"]
     assert [VOCABULARY.decode(ids) for ids in contexts] == ["maria lopez peter pan", ""]
 
 
 def test_every_row_reads_what_a_search_of_one_datastore_brings(directory, reader):
-    one, other = Attending(directory, READ_SETTINGS).open(reader)(spoken("a", "b"))["readings"]
+    one, other = CrossAttentionRetrieval(directory, READ_SETTINGS).open(reader)(spoken("a", "b"))[
+        "attention_sources"
+    ]
     assert one is other  # windows that one clip found are encoded for the other
     assert one.settings == READ_SETTINGS
     assert not one.whole
@@ -177,15 +180,17 @@ def test_every_row_reads_what_a_search_of_one_datastore_brings(directory, reader
 
 def test_a_retriever_that_is_open_is_used_as_it_is(directory, reader):
     retriever = open_locally(directory)
-    [reading] = Attending(retriever, READ_SETTINGS).open(reader)(spoken("a"))["readings"]
+    [reading] = CrossAttentionRetrieval(retriever, READ_SETTINGS).open(reader)(spoken("a"))[
+        "attention_sources"
+    ]
     assert reading.retriever is retriever
 
 
 def test_reading_takes_models_with_an_adapter(directory, entities):
     for mode in (
-        Attending(directory, READ_SETTINGS),
-        AttendingPhrases(entities, READ_SETTINGS, {"a": ["rome"]}, mentions=1),
-        retrieving(directory, KNN_SETTINGS, READ_SETTINGS),
+        CrossAttentionRetrieval(directory, READ_SETTINGS),
+        PhraseCrossAttention(entities, READ_SETTINGS, {"a": ["rome"]}, mentions=1),
+        retrieval_mode(directory, KNN_SETTINGS, READ_SETTINGS),
     ):
         with pytest.raises(ValueError, match="no cross-attention adapter"):
             mode.open(DEAF)
@@ -205,9 +210,9 @@ def middles(entities, phrases, mentions):
 @pytest.mark.parametrize("mentions", [1, 2])
 def test_a_short_list_is_read_whole_whatever_is_asked(entities, reader, mentions):
     phrases = {"a": ["the lighthouse", "rome"], "b": [], "c": ["maria"]}
-    mode = AttendingPhrases(entities, READ_SETTINGS, phrases, mentions)
+    mode = PhraseCrossAttention(entities, READ_SETTINGS, phrases, mentions)
     batch = spoken("c", "a", "b")
-    for one, reading in zip(batch, mode.open(reader)(batch)["readings"], strict=True):
+    for one, reading in zip(batch, mode.open(reader)(batch)["attention_sources"], strict=True):
         listed = phrases[one.utterance.id]
         assert reading.entries.tolist() == middles(entities, listed, mentions)
         assert reading.whole
@@ -216,8 +221,8 @@ def test_a_short_list_is_read_whole_whatever_is_asked(entities, reader, mentions
 def test_a_long_list_is_searched_and_nothing_but_that_list(entities, reader):
     phrases = {"a": ["rome", "maria", "peter pan"], "b": ["rome"]}
     everything = Datastore.open(entities)
-    mode = AttendingPhrases(entities, READ_SETTINGS, phrases, MENTIONS)
-    long, short = mode.open(reader)(spoken("a", "b"))["readings"]
+    mode = PhraseCrossAttention(entities, READ_SETTINGS, phrases, MENTIONS)
+    long, short = mode.open(reader)(spoken("a", "b"))["attention_sources"]
     assert len(long.entries) > READ_SETTINGS.whole >= len(short.entries)
     assert short.whole and not long.whole
     queries = np.random.default_rng(3).standard_normal((5, WIDTH)).astype(np.float32)
@@ -233,66 +238,74 @@ def test_a_list_is_long_from_one_window_more_than_are_read_whole(entities, reade
     phrases = {"a": ["rome", "maria", "peter pan"]}
     for whole in (5, 6):
         settings = READ_SETTINGS.model_copy(update={"whole": whole})
-        mode = AttendingPhrases(entities, settings, phrases, MENTIONS)
-        [reading] = mode.open(reader)(spoken("a"))["readings"]
+        mode = PhraseCrossAttention(entities, settings, phrases, MENTIONS)
+        [reading] = mode.open(reader)(spoken("a"))["attention_sources"]
         assert len(reading.entries) == 6
         assert reading.whole == (whole == 6)
 
 
 def test_a_window_that_stands_in_many_lists_is_encoded_once(entities, reader):
     phrases = {"a": ["rome"], "b": ["rome", "maria", "peter pan"]}
-    mode = AttendingPhrases(entities, READ_SETTINGS, phrases, MENTIONS)
+    mode = PhraseCrossAttention(entities, READ_SETTINGS, phrases, MENTIONS)
     guide = mode.open(reader)
     banks = [
-        reading.bank for names in ("ab", "ba") for reading in guide(spoken(*names))["readings"]
+        reading.bank
+        for names in ("ab", "ba")
+        for reading in guide(spoken(*names))["attention_sources"]
     ]
     assert all(bank is banks[0] for bank in banks)
 
 
 def test_a_phrase_that_the_datastore_does_not_know_is_not_read(entities, reader):
     phrases = {"a": ["atlantis", "rome"]}
-    mode = AttendingPhrases(entities, READ_SETTINGS, phrases, mentions=1)
-    [reading] = mode.open(reader)(spoken("a"))["readings"]
+    mode = PhraseCrossAttention(entities, READ_SETTINGS, phrases, mentions=1)
+    [reading] = mode.open(reader)(spoken("a"))["attention_sources"]
     assert reading.entries.tolist() == middles(entities, ["rome"], 1)
 
 
 def test_together_hands_over_what_each_of_them_would(directory, reader):
-    ways = (Attending(directory, READ_SETTINGS), BoostingPhrases(1.0, {"a": ["maria lopez"]}))
+    ways = (
+        CrossAttentionRetrieval(directory, READ_SETTINGS),
+        PhraseBoosting(1.0, {"a": ["maria lopez"]}),
+    )
     batch = spoken("a")
-    given = Together(ways).open(reader)(batch)
+    given = Both(ways).open(reader)(batch)
     alone = [way.open(reader)(batch) for way in ways]
-    assert given.keys() == {"readings", "boosts"} == alone[0].keys() | alone[1].keys()
-    assert given["readings"][0].settings == READ_SETTINGS
+    assert given.keys() == {"attention_sources", "boosts"} == alone[0].keys() | alone[1].keys()
+    assert given["attention_sources"][0].settings == READ_SETTINGS
     assert np.array_equal(given["boosts"][0].bonus([]), alone[1]["boosts"][0].bonus([]))
 
 
 def test_what_is_given_says_whether_neighbours_vote_or_are_read_or_both(directory):
-    votes, reads = Retrieving(directory, KNN_SETTINGS), Attending(directory, READ_SETTINGS)
-    assert retrieving(directory, KNN_SETTINGS, None) == votes
-    assert retrieving(directory, None, READ_SETTINGS) == reads
-    assert retrieving(directory, KNN_SETTINGS, READ_SETTINGS) == Together((votes, reads))
+    votes, reads = (
+        KNNRetrieval(directory, KNN_SETTINGS),
+        CrossAttentionRetrieval(directory, READ_SETTINGS),
+    )
+    assert retrieval_mode(directory, KNN_SETTINGS, None) == votes
+    assert retrieval_mode(directory, None, READ_SETTINGS) == reads
+    assert retrieval_mode(directory, KNN_SETTINGS, READ_SETTINGS) == Both((votes, reads))
 
 
 def test_neighbours_that_vote_and_are_read_come_from_one_datastore(directory, reader):
-    given = retrieving(directory, KNN_SETTINGS, READ_SETTINGS).open(reader)(spoken("a", "b"))
-    assert given.keys() == {"retrieval", "readings"}
+    given = retrieval_mode(directory, KNN_SETTINGS, READ_SETTINGS).open(reader)(spoken("a", "b"))
+    assert given.keys() == {"retrieval", "attention_sources"}
     assert given["retrieval"].settings == KNN_SETTINGS
-    assert [reading.settings for reading in given["readings"]] == [READ_SETTINGS] * 2
-    asked = [given["retrieval"].retriever, given["readings"][0].retriever]
+    assert [reading.settings for reading in given["attention_sources"]] == [READ_SETTINGS] * 2
+    asked = [given["retrieval"].retriever, given["attention_sources"][0].retriever]
     assert {one.datastore.directory for one in asked} == {directory}
 
 
 def test_every_mode_travels_to_a_worker(directory):
     named = {"a": ["d1"]}
     for mode in (
-        Plain(),
-        Retrieving(directory, KNN_SETTINGS),
-        RetrievingDocuments(directory, KNN_SETTINGS, named),
-        RetrievingSome(directory, KNN_SETTINGS, 3),
-        Attending(directory, READ_SETTINGS),
-        AttendingPhrases(directory, READ_SETTINGS, named, mentions=2),
-        retrieving(directory, KNN_SETTINGS, READ_SETTINGS),
-        BoostingPhrases(1.0, named),
-        PromptingPhrases(named),
+        NoRetrieval(),
+        KNNRetrieval(directory, KNN_SETTINGS),
+        DocumentKNN(directory, KNN_SETTINGS, named),
+        SubsetKNN(directory, KNN_SETTINGS, 3),
+        CrossAttentionRetrieval(directory, READ_SETTINGS),
+        PhraseCrossAttention(directory, READ_SETTINGS, named, mentions=2),
+        retrieval_mode(directory, KNN_SETTINGS, READ_SETTINGS),
+        PhraseBoosting(1.0, named),
+        PhrasePrompting(named),
     ):
         assert ray.cloudpickle.loads(ray.cloudpickle.dumps(mode)) == mode

@@ -22,26 +22,17 @@ from cluster.shards import (
     serve_shards,
 )
 from mmrag.config import Index
-from mmrag.datastore import (
-    Datastore,
-    DatastoreError,
-    Description,
-    Segment,
-    create,
-    delete,
-    publish,
-    windows_of,
-    write_segment,
-)
-from mmrag.index import (
+from mmrag.records import NO_ENTRY
+from mmrag.retrieval.datastore import Datastore, create, delete, publish, write_segment
+from mmrag.retrieval.index import (
     IndexShard,
-    LocalRetriever,
     save_index,
     saved_shards,
     shard_directory,
     shard_ranges,
 )
-from mmrag.records import NO_ENTRY
+from mmrag.retrieval.retrievers import LocalRetriever
+from mmrag.retrieval.segment import DatastoreError, Description, Segment, windows_of
 
 pytestmark = pytest.mark.ray
 

@@ -11,7 +11,7 @@ import ray.cloudpickle
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.stages import Part, _Failure, _Stage, parts, work_off
+from cluster.parts import Part, _Failure, _Stage, parts, work_off
 from mmrag.config import Workers
 
 # The workers cannot import this file: its classes travel whole.

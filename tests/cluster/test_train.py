@@ -13,13 +13,15 @@ from safetensors.torch import load_file
 
 from cluster.progress import records
 from cluster.train import CHECKPOINTS, deepspeed_config, fit, shown
-from mmrag import artifact, pretrained, tokens
+from mmrag import artifact
 from mmrag.config import Experiment, Phase
-from mmrag.cross_attention import Adapter
-from mmrag.lm import LM
-from mmrag.loss import Objective
-from mmrag.train import StepLog, examples, train
-from mmrag.vocabulary import Vocabulary
+from mmrag.model import pretrained
+from mmrag.model.cross_attention import Adapter
+from mmrag.model.lm import LM
+from mmrag.model.loss import Objective
+from mmrag.model.train import StepLog, examples, train
+from mmrag.model.vocabulary import Vocabulary
+from mmrag.speech import tokenized
 
 WAIT_SECONDS = 200
 
@@ -85,7 +87,7 @@ def test_two_deepspeed_workers_make_the_steps_of_the_plain_loop(workspace):
     experiment = workspace.experiment
     lm, vocabulary = pretrained.load(workspace.path / "lm")
     splits = [workspace.path / "tokens" / split for split in ("lm", "text")]
-    data = examples([one for split in splits for one in tokens.read(split)], vocabulary)
+    data = examples([one for split in splits for one in tokenized.read(split)], vocabulary)
     model, plain = objective(experiment, vocabulary), []
     before = {name: weight.detach().clone() for name, weight in model.lm.named_parameters()}
     train(model, data, vocabulary, experiment.train, experiment.seed, plain.append)
@@ -102,7 +104,7 @@ def test_two_deepspeed_workers_make_the_steps_of_the_plain_loop(workspace):
 def test_two_deepspeed_workers_train_an_adapter_as_the_plain_loop_does(adapted):
     experiment = adapted.experiment
     lm, vocabulary = pretrained.load(adapted.path / "lm")
-    corpus = list(tokens.read(adapted.path / "tokens" / experiment.adapter.contexts.split))
+    corpus = list(tokenized.read(adapted.path / "tokens" / experiment.adapter.contexts.split))
     model, plain = objective(experiment, vocabulary), []
     model.lm.load_state_dict(lm.state_dict())
     before = {name: weight.detach().clone() for name, weight in model.adapter.named_parameters()}

@@ -6,17 +6,19 @@ import numpy as np
 import pytest
 
 from jobs import build_datastore
-from mmrag import artifact, pretrained, tokens
+from mmrag import artifact
 from mmrag.artifact import ArtifactError
 from mmrag.config import ConfigError, Experiment
 from mmrag.corpora import manifest
-from mmrag.datastore import Datastore
-from mmrag.decode import read_states
-from mmrag.index import saved_shards
-from mmrag.phrases import Phrases, utterances
+from mmrag.model import pretrained
+from mmrag.model.states import read_states
+from mmrag.model.vocabulary import EOS
 from mmrag.records import Utterance
-from mmrag.tokens import Tokenized
-from mmrag.vocabulary import EOS
+from mmrag.retrieval.datastore import Datastore
+from mmrag.retrieval.index import saved_shards
+from mmrag.retrieval.phrases import Phrases, utterances
+from mmrag.speech import tokenized
+from mmrag.speech.tokenized import Tokenized
 
 pytestmark = pytest.mark.ray
 
@@ -31,7 +33,7 @@ def stores(workspace) -> dict[str, Datastore]:
 
 @pytest.fixture(scope="module")
 def read(workspace) -> list[Tokenized]:
-    return list(tokens.read(workspace.path / "tokens" / "datastore"))
+    return list(tokenized.read(workspace.path / "tokens" / "datastore"))
 
 
 def with_datastore(experiment: Experiment, **changes) -> Experiment:
@@ -169,7 +171,7 @@ def test_of_spoken_utterances_every_entity_is_a_document_keyed_by_its_speech(ada
     store = Datastore.open(adapted.path / "datastores" / "phrases")
     lm, vocabulary = pretrained.load(adapted.path / "lm")
     start = 0
-    for one in tokens.read(adapted.path / "tokens" / "datastore"):
+    for one in tokenized.read(adapted.path / "tokens" / "datastore"):
         text = vocabulary.encode(one.utterance.text)
         speech = vocabulary.encode_units(one.units)
         keys, *_ = read_states(lm, vocabulary, [text], [speech], logits=False)

@@ -13,9 +13,9 @@ from cluster.train import deepspeed_config
 from jobs import tokenize
 from mmrag import config, shipped
 from mmrag.config import Experiment
-from mmrag.cross_attention import Adapter
-from mmrag.lm import parameter_count
-from mmrag.vocabulary import SPECIALS
+from mmrag.model.cross_attention import Adapter
+from mmrag.model.lm import parameter_count
+from mmrag.model.vocabulary import SPECIALS
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
@@ -62,11 +62,11 @@ def test_an_adapter_learns_from_windows_as_they_are_stored_and_from_transcriptio
     read = experiment(name)
     contexts = read.adapter.contexts
     assert read.adapter.shape.window == read.datastore.window
-    assert contexts.k <= read.read.k
+    assert contexts.k <= read.attention.k
     assert {form for phase in read.train.phases for form in phase.mixture} == {"speech_first"}
     assert read.train.ctc_weight == 0
     assert contexts.split not in ("lm", "dev", "test")
-    assert contexts.list_length[1] <= read.read.whole
+    assert contexts.list_length[1] <= read.attention.whole
     assert contexts.wrong not in (contexts.phrases, contexts.retrieved)
     # Now and then there is nothing to find: an adapter has to learn not to listen.
     assert {"phrases", "retrieved", "wrong", "empty"} == contexts.mixture.keys()

@@ -11,11 +11,11 @@ from jobs import evaluate, tune
 from mmrag import artifact
 from mmrag.artifact import ArtifactError
 from mmrag.config import Experiment
-from mmrag.decode import Retrieval
-from mmrag.reading import Reading
+from mmrag.decoding.tune import ATTENTION, BOTH, SETTINGS, chosen, chosen_attention
+from mmrag.retrieval.interpolation import Retrieval
+from mmrag.retrieval.memory import AttentionSource
 from mmrag.text import normalise
 from mmrag.transcribe import Recogniser, recognise
-from mmrag.tune import BOTH, READ, SETTINGS, chosen, chosen_read
 
 pytestmark = pytest.mark.ray
 
@@ -195,7 +195,7 @@ def test_with_an_adapter_what_was_heard_is_read_as_well(adapted):
 def test_each_mode_uses_what_was_chosen_for_it_and_no_other_settings(adapted):
     rows = {(row["mode"], row["datastore"]): row for row in results_of(adapted)["rows"]}
     directory = adapted.path / "tuned" / "multimodal"
-    read = chosen_read(directory).model_dump()
+    read = chosen_attention(directory).model_dump()
     expected = {
         ("none", None): (None, None),
         ("knn", "text"): (adapted.experiment.knn.model_dump(), None),
@@ -203,7 +203,7 @@ def test_each_mode_uses_what_was_chosen_for_it_and_no_other_settings(adapted):
         ("cross_attention", "multimodal"): (None, read),
         ("both", "multimodal"): (chosen(directory, BOTH).model_dump(), read),
     }
-    assert {way: (row["knn"], row["read"]) for way, row in rows.items()} == expected
+    assert {way: (row["knn"], row["attention"]) for way, row in rows.items()} == expected
     assert expected["both", "multimodal"][0] != expected["knn", "multimodal"][0]
 
 
@@ -215,12 +215,16 @@ def test_windows_read_from_shard_actors_give_the_transcripts_of_one_clip_after_t
     retriever = open_locally(adapted.path / "datastores" / "multimodal")
     directory = adapted.path / "tuned" / "multimodal"
     retrieval = Retrieval(retriever, chosen(directory, BOTH)) if mode == "both" else None
-    reading = Reading(recogniser.bank(retriever), chosen_read(directory), retriever)
+    reading = AttentionSource(
+        recogniser.window_cache(retriever), chosen_attention(directory), retriever
+    )
     made = artifact.load(adapted.path / "tokens", "tokens")
     alone = {}
     for one in tune.select(made, "test", "assistant"):
         settings = adapted.experiment.decode
-        [hypothesis] = recognise(recogniser, [one.units], settings, retrieval, readings=[reading])
+        [hypothesis] = recognise(
+            recogniser, [one.units], settings, retrieval, attention_sources=[reading]
+        )
         alone[one.utterance.id] = recogniser.vocabulary.decode(hypothesis.tokens)
     heard = [one for one in transcripts_of(adapted) if one["mode"] == mode]
     assert {one["utterance"]: one["text"] for one in heard} == alone
@@ -263,19 +267,23 @@ def test_a_metric_is_named_for_its_mode_and_datastore(workspace, adapted):
             assert measured[name] == row["wer"]
 
 
-@pytest.mark.parametrize("absent", [READ, BOTH])
+@pytest.mark.parametrize("absent", [ATTENTION, BOTH])
 def test_what_was_not_tuned_is_taken_from_the_experiment(adapted, borrow, absent):
     experiment = borrow("lm", "datastores", "tuned", of=adapted)
     (experiment.workspace / "tuned" / "multimodal" / absent).unlink()
     lm = artifact.load(experiment.workspace / "lm", "lm")
     ways = {(way.name, way.datastore): way for way in evaluate._ways(experiment, lm)}
     both, directory = ways["both", "multimodal"], experiment.workspace / "tuned" / "multimodal"
-    if absent == READ:
-        assert both.read == ways["cross_attention", "multimodal"].read == experiment.read
+    if absent == ATTENTION:
+        assert (
+            both.attention
+            == ways["cross_attention", "multimodal"].attention
+            == experiment.attention
+        )
         assert both.knn == chosen(directory, BOTH)
     else:
         assert both.knn == experiment.knn
-        assert both.read == chosen_read(directory)
+        assert both.attention == chosen_attention(directory)
 
 
 def test_an_adapter_of_another_language_model_is_refused(adapted, borrow):

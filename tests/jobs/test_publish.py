@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from jobs import publish, stage, train
-from mmrag import artifact, pretrained, shipped
+from mmrag import artifact, shipped
 from mmrag.artifact import ArtifactError
 from mmrag.config import ConfigError
+from mmrag.model import pretrained
 from mmrag.transcribe import Recogniser
 
 pytestmark = pytest.mark.ray

@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 
 from jobs import retrieve
-from mmrag import artifact, pretrained, tokens
+from mmrag import artifact
 from mmrag.artifact import ArtifactError
 from mmrag.config import ConfigError
-from mmrag.contexts import read_neighbours
-from mmrag.datastore import Datastore
-from mmrag.decode import read_states
-from mmrag.tokens import Tokenized
+from mmrag.model import pretrained
+from mmrag.model.states import read_states
+from mmrag.retrieval.contexts import read_neighbours
+from mmrag.retrieval.datastore import Datastore
+from mmrag.speech import tokenized
+from mmrag.speech.tokenized import Tokenized
 
 pytestmark = pytest.mark.ray
 
@@ -20,7 +22,7 @@ STORES = ["multimodal", "wrong"]
 @pytest.fixture(scope="module")
 def spoken(adapted) -> list[Tokenized]:
     split = adapted.experiment.adapter.contexts.split
-    return list(tokens.read(adapted.path / "tokens" / split))
+    return list(tokenized.read(adapted.path / "tokens" / split))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def test_every_token_of_every_utterance_has_neighbours(adapted, spoken, queries,
     made = artifact.load(adapted.path / "neighbours" / name, "neighbours")
     assert made.summary["utterances"] == len(spoken) > 1
     for utterance, entries in found.items():
-        assert entries.shape == (len(queries[utterance]), adapted.experiment.read.k)
+        assert entries.shape == (len(queries[utterance]), adapted.experiment.attention.k)
         assert (entries >= 0).all()
 
 

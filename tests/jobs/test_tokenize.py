@@ -5,16 +5,18 @@ import numpy as np
 import pytest
 import soundfile
 
-from cluster.stages import EncodeFeatures, Part
+from cluster.parts import Part
+from cluster.stages import EncodeFeatures
 from jobs import tokenize
-from mmrag import artifact, audio, tokens
-from mmrag.audio import AudioError
+from mmrag import artifact
 from mmrag.config import Experiment
 from mmrag.corpora.manifest import ManifestError
-from mmrag.hubert import HubertEncoder
 from mmrag.records import Utterance
-from mmrag.tokens import Tokenized, write_part
-from mmrag.units import Codebook, expand
+from mmrag.speech import audio, tokenized
+from mmrag.speech.audio import AudioError
+from mmrag.speech.hubert import HubertEncoder
+from mmrag.speech.tokenized import Tokenized, write_part
+from mmrag.speech.units import Codebook, expand
 
 pytestmark = pytest.mark.ray
 
@@ -84,7 +86,7 @@ def test_a_folder_on_a_bad_day_is_read_and_what_cannot_be_is_named(borrow, recor
     first, *others = sorted(draft.glob("part-*.parquet"))
     assert len(others) >= 3
     mark = Tokenized(Utterance(id="written before the stop", duration=1.0), None)
-    write_part(first, [*tokens.read_part(first), mark])
+    write_part(first, [*tokenized.read_part(first), mark])
     lost, *kept = others
     lost.unlink()
     before = {path.name: path.stat().st_mtime_ns for path in kept}
@@ -92,7 +94,7 @@ def test_a_folder_on_a_bad_day_is_read_and_what_cannot_be_is_named(borrow, recor
     made = tokenize.run(experiment)
     after = {path.name: (made.path / "all" / path.name).stat().st_mtime_ns for path in kept}
     assert after == before
-    found = list(tokens.read(made.path / "all"))
+    found = list(tokenized.read(made.path / "all"))
     assert mark.utterance.id in [one.utterance.id for one in found]
     spoken = {one.utterance.id: one for one in found if one.units is not None}
     lecture = [name for name in spoken if name.startswith("g-lecture.flac#")]
@@ -132,7 +134,7 @@ def test_a_manifest_on_a_bad_day_is_read_and_what_cannot_be_is_named(borrow, rec
         "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
     )
     made = tokenize.run(reading(borrow("hubert", "codebook"), manifest, require_text=True))
-    found = {one.utterance.id: one for one in tokens.read(made.path / "all")}
+    found = {one.utterance.id: one for one in tokenized.read(made.path / "all")}
     assert set(found) == {"good", "written"}
     assert found["good"].units is not None and found["good"].utterance.duration == 1.0
     assert found["written"].units is None
@@ -178,7 +180,7 @@ def test_clips_that_cannot_be_read_are_passed_over_when_a_codebook_is_fitted(wor
 
 def test_units_of_the_corpus_last_as_long_as_its_audio(workspace):
     made = artifact.load(workspace.path / "tokens", "tokens")
-    written = {split: list(tokens.read(made.path / split)) for split in tokenize.CORPUS_SPLITS}
+    written = {split: list(tokenized.read(made.path / split)) for split in tokenize.CORPUS_SPLITS}
     assert made.summary["utterances"] == sum(map(len, written.values()))
     assert made.summary["rejected"] == 0
     for split, utterances in written.items():
@@ -193,7 +195,7 @@ def test_units_of_the_corpus_last_as_long_as_its_audio(workspace):
 def test_units_of_a_clip_do_not_depend_on_its_batch(workspace):
     encoder = HubertEncoder.load(workspace.path / "hubert").eval()
     codebook = Codebook.load(workspace.path / "codebook")
-    for one in tokens.read(workspace.path / "tokens" / "dev"):
+    for one in tokenized.read(workspace.path / "tokens" / "dev"):
         [clip] = (workspace.path / "corpus" / "audio").rglob(f"{one.utterance.id}.flac")
         [features] = encoder.features([audio.read(clip)])
         alone = codebook.encode(features.detach().numpy())

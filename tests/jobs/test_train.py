@@ -5,9 +5,10 @@ import torch
 from safetensors.torch import load_file
 
 from jobs import train
-from mmrag import artifact, pretrained
+from mmrag import artifact
 from mmrag.artifact import ArtifactError
 from mmrag.config import ConfigError, Experiment, Phase
+from mmrag.model import pretrained
 from mmrag.transcribe import Recogniser
 
 INPUTS = {

@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from cluster.modes import Attending, Plain, Retrieving, Together
-from cluster.stages import Heard
+from cluster.modes import Both, CrossAttentionRetrieval, KNNRetrieval, NoRetrieval
+from cluster.stages import TranscribedUtterance
 from jobs import tune
-from mmrag import tokens
 from mmrag.artifact import ArtifactError
-from mmrag.config import KNN, Experiment, Read
-from mmrag.tune import BOTH, READ, SETTINGS, chosen, chosen_read
+from mmrag.config import KNN, Experiment, RetrievedAttention
+from mmrag.decoding.tune import ATTENTION, BOTH, SETTINGS, chosen, chosen_attention
+from mmrag.speech import tokenized
 
 pytestmark = pytest.mark.ray
 
-FILES = (SETTINGS, READ, BOTH)
+FILES = (SETTINGS, ATTENTION, BOTH)
 WORDS = 100
 PLAIN = 50
 """Words in a hundred that are wrong without retrieval."""
@@ -51,21 +51,23 @@ def test_what_is_chosen_was_decoded_and_does_least_harm_or_best(adapted, tuned, 
 
 def test_every_way_is_compared_with_the_same_transcripts_without_retrieval(tuned):
     assert len({tuned[file]["plain_wer"] for file in FILES}) == 1
-    assert len({tuned[file]["unit"] for file in FILES}) == 1
+    assert len({tuned[file]["distance_scale"] for file in FILES}) == 1
 
 
 def test_ways_to_read_are_those_of_the_experiment_their_gates_in_distances(adapted, tuned):
-    grid, unit = adapted.experiment.tune.read, tuned[READ]["unit"]
+    grid, distance_scale = adapted.experiment.tune.attention, tuned[ATTENTION]["distance_scale"]
     assert [read.gate for read in grid] == [None, 1.5]
     expected = [
-        {**read.model_dump(), "gate": read.gate and pytest.approx(unit * read.gate)}
+        {**read.model_dump(), "gate": read.gate and pytest.approx(distance_scale * read.gate)}
         for read in grid
     ]
-    rows = tuned[READ]["finalists"]
-    assert [{name: row[name] for name in Read.model_fields} for row in rows] == expected
+    rows = tuned[ATTENTION]["finalists"]
+    assert [
+        {name: row[name] for name in RetrievedAttention.model_fields} for row in rows
+    ] == expected
     directory = adapted.path / "tuned" / "multimodal"
-    assert chosen_read(directory) in [
-        Read(**{n: row[n] for n in Read.model_fields}) for row in rows
+    assert chosen_attention(directory) in [
+        RetrievedAttention(**{n: row[n] for n in RetrievedAttention.model_fields}) for row in rows
     ]
 
 
@@ -76,28 +78,30 @@ def test_beside_reading_the_chosen_neighbours_vote_with_weights_of_their_own(ada
     assert both == knn.model_copy(update={"weight": both.weight})
 
 
-def heard(errors: int) -> list[Heard]:
+def heard(errors: int) -> list[TranscribedUtterance]:
     """A transcript of so many wrong words in a hundred."""
     reference = [f"word{number}" for number in range(WORDS)]
     text = ["wrong"] * errors + reference[errors:]
     said = (" ".join(reference), " ".join(text))
-    return [Heard("u", "s", 1.0, *said, [], [], 0.1, 0, 0)]
+    return [TranscribedUtterance("u", "s", 1.0, *said, [], [], 0.1, 0, 0)]
 
 
 def errors(mode) -> int:
     """The farther retrieval is trusted, the more it helps, and the more a decoy harms."""
     match mode:
-        case Plain():
+        case NoRetrieval():
             return PLAIN
-        case Retrieving(source=source, knn=KNN(weight=weight)):
+        case KNNRetrieval(source=source, knn=KNN(weight=weight)):
             return {("decoy", 0.2): PLAIN, ("decoy", 0.6): 70}.get(
                 (role(source), weight), round(PLAIN - 40 * weight)
             )
-        case Attending(source=source, read=Read(k=k)):
+        case CrossAttentionRetrieval(source=source, attention=RetrievedAttention(k=k)):
             return {("decoy", 2): 60, ("decoy", 4): PLAIN, ("right", 2): 10, ("right", 4): 20}[
                 role(source), k
             ]
-        case Together(modes=(Retrieving(source=source, knn=knn), Attending(read=read))):
+        case Both(
+            modes=(KNNRetrieval(source=source, knn=knn), CrossAttentionRetrieval(attention=read))
+        ):
             assert read.k == 4
             return {
                 ("decoy", 0.4): 51,
@@ -117,7 +121,9 @@ def decoded(monkeypatch) -> list[list[str]]:
     """Transcripts made up by `errors`; the utterances of each time that some were asked for."""
     asked: list[list[str]] = []
 
-    def transcribe(models, settings, modes, spoken, workers) -> dict[str, list[Heard]]:
+    def transcribe(
+        models, settings, modes, spoken, workers
+    ) -> dict[str, list[TranscribedUtterance]]:
         asked.append([one.utterance.id for one in spoken])
         return {name: heard(errors(mode)) for name, mode in modes.items()}
 
@@ -134,13 +140,13 @@ def test_settings_that_let_a_decoy_do_harm_are_passed_over(copied, decoded):
     made = tune.run(copied)
     files = {file: json.loads((made.path / file).read_text()) for file in FILES}
     assert files[SETTINGS]["weight"] == 0.2  # 0.6 mends more, and spoils more
-    assert files[READ]["k"] == 4
+    assert files[ATTENTION]["k"] == 4
     assert {file: fields["plain_wer"] for file, fields in files.items()} == dict.fromkeys(
         FILES, 0.5
     )
     harmful = [row for row in files[SETTINGS]["finalists"] if row["weight"] == 0.6]
     assert [(row["dev_wer"], row["decoy_wer"]) for row in harmful] == [(0.26, 0.7)]
-    assert (made.summary["dev_wer"], made.summary["read_dev_wer"]) == (0.42, 0.2)
+    assert (made.summary["dev_wer"], made.summary["attention_dev_wer"]) == (0.42, 0.2)
 
 
 def test_more_harm_is_allowed_where_the_experiment_says_so(copied, decoded):
@@ -150,23 +156,23 @@ def test_more_harm_is_allowed_where_the_experiment_says_so(copied, decoded):
 
 
 def test_without_a_decoy_the_best_is_chosen_whatever_it_would_do(copied, decoded):
-    made = tune.run(with_tune(copied, decoy=None, read=()))
+    made = tune.run(with_tune(copied, decoy=None, attention=()))
     fields = json.loads((made.path / SETTINGS).read_text())
     assert fields["weight"] == 0.6
     assert all(row["decoy_wer"] is None for row in fields["finalists"])
-    assert not (made.path / READ).exists() and not (made.path / BOTH).exists()
+    assert not (made.path / ATTENTION).exists() and not (made.path / BOTH).exists()
 
 
 def test_dev_utterances_are_decoded_and_as_many_as_the_experiment_says(copied, decoded):
     tune.run(with_tune(copied, utterances=1))
-    dev = [one.utterance.id for one in tokens.read(copied.workspace / "tokens" / "dev")]
+    dev = [one.utterance.id for one in tokenized.read(copied.workspace / "tokens" / "dev")]
     assert decoded and all(len(asked) == 1 and asked[0] in dev for asked in decoded)
 
 
 def test_windows_that_nobody_spoke_are_not_read(copied, decoded):
     made = tune.run(with_datastore(copied, "text"))
     assert (made.path / SETTINGS).exists()
-    assert chosen_read(made.path) is None
+    assert chosen_attention(made.path) is None
     assert "adapter" not in made.inputs
 
 

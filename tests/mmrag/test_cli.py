@@ -9,50 +9,21 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import numpy as np
 import pytest
 import soundfile
-import torch
+from random_models import write_models
 from rich.console import Console
 
-from mmrag import artifact, cli, datastore, pretrained
-from mmrag.audio import SAMPLE_RATE
-from mmrag.config import KNN, Hubert, Index, LanguageModel, as_dict
-from mmrag.datastore import Datastore, Description, Segment
-from mmrag.hubert import HubertEncoder
-from mmrag.index import IndexShard, shard_directory
-from mmrag.lm import LM
-from mmrag.tune import SETTINGS
-from mmrag.units import Codebook
-from mmrag.vocabulary import EOS, SentencePieces, Vocabulary
+from mmrag import artifact, cli
+from mmrag.config import KNN, Index, LanguageModel, as_dict
+from mmrag.decoding.tune import SETTINGS
+from mmrag.model.vocabulary import SentencePieces, Vocabulary
+from mmrag.retrieval import datastore
+from mmrag.retrieval.datastore import Datastore
+from mmrag.retrieval.index import IndexShard, shard_directory
+from mmrag.retrieval.segment import Description, Segment
+from mmrag.speech.audio import SAMPLE_RATE
 
-ENCODER = Hubert(
-    conv_channels=8,
-    norm="layer_norm",
-    width=16,
-    layers=1,
-    heads=2,
-    feed_forward=16,
-    layer=1,
-)
 SHAPE = LanguageModel(width=16, layers=1, heads=2, kv_heads=2, feed_forward=24, tied=False)
 NAME = "maria"
-
-
-def write_models(directory):
-    """hubert, codebook and lm artifacts with random weights, each made from the one before."""
-    torch.manual_seed(0)
-    with artifact.create(directory / "hubert", "hubert", {}, {}) as draft:
-        HubertEncoder.create(ENCODER, seed=0).save(draft.path)
-    hubert = artifact.load(directory / "hubert", "hubert")
-    with artifact.create(directory / "codebook", "codebook", {}, {"hubert": hubert}) as draft:
-        centroids = np.random.default_rng(0).standard_normal((12, 16))
-        Codebook(centroids, frame_seconds=0.02).save(draft.path)
-    codebook = artifact.load(directory / "codebook", "codebook")
-    with artifact.create(directory / "lm", "lm", {}, {"codebook": codebook}) as draft:
-        vocabulary = Vocabulary(SentencePieces.train(["turn on the light", NAME], 60), units=12)
-        lm = LM(SHAPE, vocabulary.size)
-        with torch.no_grad():  # it would say nothing but the end
-            lm.head.weight[EOS] = -lm.head.weight.sum(0)
-        tensors = [(name, t + torch.randn_like(t) / 3) for name, t in lm.state_dict().items()]
-        pretrained.save(draft.path, SHAPE, vocabulary, tensors)
 
 
 def write_datastore(models, name, identity=None):
@@ -93,7 +64,8 @@ def write_tuned(models, name, made_for):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     directory = tmp_path_factory.mktemp("models")
-    write_models(directory)
+    vocabulary = Vocabulary(SentencePieces.train(["turn on the light", NAME], 60), units=12)
+    write_models(directory, SHAPE, vocabulary, talkative=True)
     write_datastore(directory, "contacts")
     return directory
 
@@ -149,7 +121,7 @@ def test_the_packages_model_is_used_unless_another_is_named(clip, capsys):
     assert "(nothing said)" in capsys.readouterr().out
 
 
-def test_json_is_one_object_a_stretch_of_audio_with_the_same_words(mmrag, clip):
+def test_json_is_one_object_a_segment_of_audio_with_the_same_words(mmrag, clip):
     _, out, _ = mmrag(clip)
     status, lines, _ = mmrag("--json", "--max-seconds", 1, clip, clip)
     assert status == 0

@@ -7,39 +7,44 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from random_models import ENCODER, write_models
 
-from mmrag import artifact, audio, datastore, pretrained
+from mmrag import artifact
 from mmrag.artifact import ArtifactError
-from mmrag.audio import SAMPLE_RATE, AudioError
-from mmrag.config import KNN, CrossAttention, Decode, Hubert, Index, LanguageModel, Read
-from mmrag.cross_attention import Adapter
-from mmrag.datastore import Datastore, Description, Segment, windows_of
-from mmrag.decode import Choice, Hypothesis, Retrieval, read_states
-from mmrag.hubert import HubertEncoder
-from mmrag.index import LocalRetriever
-from mmrag.lm import LM
-from mmrag.reading import Reading
-from mmrag.records import Neighbours, Units
-from mmrag.transcribe import LOOPS, Recogniser, credible, loops, recognise, transcribe, words
-from mmrag.units import Codebook
-from mmrag.vocabulary import EOS, SentencePieces, Vocabulary
-
-ENCODER = Hubert(
-    conv_channels=8,
-    norm="layer_norm",
-    width=16,
-    layers=1,
-    heads=2,
-    feed_forward=16,
-    layer=1,
+from mmrag.config import (
+    KNN,
+    CrossAttention,
+    Decode,
+    Index,
+    LanguageModel,
+    RetrievedAttention,
 )
+from mmrag.decoding.decode import Choice, Hypothesis
+from mmrag.decoding.guard import LOOPS, credible, loops
+from mmrag.model import pretrained
+from mmrag.model.cross_attention import Adapter
+from mmrag.model.lm import LM
+from mmrag.model.states import read_states
+from mmrag.model.vocabulary import EOS, SentencePieces, Vocabulary
+from mmrag.records import Neighbours, Units
+from mmrag.retrieval import datastore
+from mmrag.retrieval.datastore import Datastore
+from mmrag.retrieval.interpolation import Retrieval
+from mmrag.retrieval.memory import AttentionSource
+from mmrag.retrieval.retrievers import LocalRetriever
+from mmrag.retrieval.segment import Description, Segment, windows_of
+from mmrag.speech import audio
+from mmrag.speech.audio import SAMPLE_RATE, AudioError
+from mmrag.speech.hubert import HubertEncoder
+from mmrag.speech.units import Codebook
+from mmrag.transcribe import Recogniser, recognise, transcribe, words
+
 SHAPE = LanguageModel(width=16, layers=1, heads=2, kv_heads=2, feed_forward=24, tied=True)
 TEXTS = ["turn on the light", "call maria now", "the red door"]
 OPTIONS = Decode(
     beams=1,
     length_penalty=0.6,
     tokens_per_second=1,
-    batch_seconds=20,
     max_seconds=20,
     speech=0,  # noise is transcribed here
 )
@@ -58,26 +63,10 @@ def random_vocabulary():
     return Vocabulary(SentencePieces.train(TEXTS, 60), units=12)
 
 
-def write_models(directory):
-    """hubert, codebook and lm artifacts with random weights, each made from the one before."""
-    torch.manual_seed(0)
-    with artifact.create(directory / "hubert", "hubert", {}, {}) as draft:
-        HubertEncoder.create(ENCODER, seed=0).save(draft.path)
-    hubert = artifact.load(directory / "hubert", "hubert")
-    with artifact.create(directory / "codebook", "codebook", {}, {"hubert": hubert}) as draft:
-        centroids = np.random.default_rng(0).standard_normal((12, 16))
-        Codebook(centroids, frame_seconds=0.02).save(draft.path)
-    codebook = artifact.load(directory / "codebook", "codebook")
-    with artifact.create(directory / "lm", "lm", {}, {"codebook": codebook}) as draft:
-        lm, vocabulary = LM(SHAPE, random_vocabulary().size), random_vocabulary()
-        tensors = [(name, t + torch.randn_like(t) / 3) for name, t in lm.state_dict().items()]
-        pretrained.save(draft.path, SHAPE, vocabulary, tensors)
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     directory = tmp_path_factory.mktemp("models")
-    write_models(directory)
+    write_models(directory, SHAPE, random_vocabulary())
     return directory
 
 
@@ -137,7 +126,7 @@ def test_models_that_belong_together_are_loaded_with_their_fingerprints(models, 
 def test_models_that_do_not_belong_together_are_refused_naming_both(
     tmp_path, replaced, made_from_it
 ):
-    write_models(tmp_path)
+    write_models(tmp_path, SHAPE, random_vocabulary())
     old = artifact.load(tmp_path / replaced, replaced)
     inputs = {}
     if replaced == "codebook":
@@ -174,10 +163,10 @@ def test_a_long_recording_gives_several_transcripts_that_cover_it(recogniser):
         assert [word.text for word in one.words] == one.text.split()
 
 
-def test_a_transcript_is_what_its_stretch_alone_would_give(recogniser):
+def test_a_transcript_is_what_its_segment_alone_would_give(recogniser):
     whole = list(transcribe(noise(25), recogniser, OPTIONS))
     for segment, transcript in zip(audio.segments(noise(25), 20), whole, strict=True):
-        [heard] = recognise(recogniser, recogniser.listen([segment.wave]), OPTIONS)
+        [heard] = recognise(recogniser, recogniser.encode([segment.wave]), OPTIONS)
         assert recogniser.vocabulary.decode(heard.tokens) == transcript.text
         assert heard.stopped == transcript.stopped
 
@@ -187,11 +176,11 @@ def test_clips_recognised_together_are_recognised_as_if_alone(recogniser, store)
         torch.randn(samples, generator=torch.Generator().manual_seed(samples)) / 10
         for samples in (4000, 20000, 9000)
     ]
-    units = recogniser.listen(waves)
+    units = recogniser.encode(waves)
     retrieval = retrieval_from(store)
     together = recognise(recogniser, units, OPTIONS, retrieval)
     for wave, heard in zip(waves, together, strict=True):
-        [alone] = recognise(recogniser, recogniser.listen([wave]), OPTIONS, retrieval)
+        [alone] = recognise(recogniser, recogniser.encode([wave]), OPTIONS, retrieval)
         assert alone.tokens == heard.tokens
 
 
@@ -357,7 +346,7 @@ def write_adapter(directory, seed=0):
 
 def test_an_adapter_is_loaded_where_there_is_one(tmp_path, recogniser):
     assert recogniser.adapter is None
-    write_models(tmp_path)
+    write_models(tmp_path, SHAPE, random_vocabulary())
     write_adapter(tmp_path, seed=5)
     loaded = Recogniser.load(tmp_path)
     assert loaded.identity.keys() == {"hubert", "codebook", "lm"}, "it makes no keys"
@@ -368,7 +357,7 @@ def test_an_adapter_is_loaded_where_there_is_one(tmp_path, recogniser):
 
 
 def test_an_adapter_for_another_language_model_is_refused(tmp_path):
-    write_models(tmp_path)
+    write_models(tmp_path, SHAPE, random_vocabulary())
     write_adapter(tmp_path)
     old = artifact.load(tmp_path / "lm", "lm")
     codebook = artifact.load(tmp_path / "codebook", "codebook")
@@ -383,21 +372,21 @@ def test_an_adapter_for_another_language_model_is_refused(tmp_path):
 
 def test_without_an_adapter_there_is_nothing_to_read_with(recogniser, store):
     with pytest.raises(ValueError, match="no cross-attention adapter"):
-        recogniser.bank(store)
+        recogniser.window_cache(store)
 
 
 def reading_from(recogniser, store, entries=None, **settings):
     """What `recogniser` reads, and the recogniser with an adapter."""
     reader = replace(recogniser, adapter=random_adapter())
     retriever = retrieval_from(store).retriever
-    read = Read(**{"k": 3, "stride": 2, "whole": 4, **settings})
-    return reader, Reading(reader.bank(retriever), read, retriever, entries)
+    read = RetrievedAttention(**{"k": 3, "stride": 2, "whole": 4, **settings})
+    return reader, AttentionSource(reader.window_cache(retriever), read, retriever, entries)
 
 
 def test_words_of_what_was_read_name_the_window_and_its_attention(recogniser, store):
     for entries in (None, np.array([1, 6])):
         reader, reading = reading_from(recogniser, store, entries)
-        [transcript] = transcribe(noise(3), reader, OPTIONS, source=store, reading=reading)
+        [transcript] = transcribe(noise(3), reader, OPTIONS, source=store, attention=reading)
         assert transcript.words
         for word in transcript.words:
             source = word.source
@@ -409,7 +398,7 @@ def test_words_of_what_was_read_name_the_window_and_its_attention(recogniser, st
             else:
                 assert source.distance is None
                 assert source.entry in entries
-        unnamed = list(transcribe(noise(3), reader, OPTIONS, reading=reading))
+        unnamed = list(transcribe(noise(3), reader, OPTIONS, attention=reading))
         assert unnamed[0].text == transcript.text
         assert all(word.source is None for word in unnamed[0].words)
         plain = list(transcribe(noise(3), reader, OPTIONS))
@@ -425,10 +414,10 @@ def test_the_source_of_a_word_is_what_its_changed_tokens_attended_to_most(recogn
     vocabulary = recogniser.vocabulary
     call, mar, ia, now = vocabulary.encode("call maria now")
     heard = heard_by(
-        Choice(call, -0.1, -1.0, call, read=((7, 0.5, 1.5), (2, 0.3, 4.0))),
+        Choice(call, -0.1, -1.0, call, attended=((7, 0.5, 1.5), (2, 0.3, 4.0))),
         # Alone it would have said `mar` as well: what was read for it does not count.
-        Choice(mar, -0.1, -1.0, mar, read=((9, 0.9, 0.1),)),
-        Choice(ia, -0.1, -1.0, call, read=((3, 0.4, 3.0), (5, 0.2, math.inf))),
+        Choice(mar, -0.1, -1.0, mar, attended=((9, 0.9, 0.1),)),
+        Choice(ia, -0.1, -1.0, call, attended=((3, 0.4, 3.0), (5, 0.2, math.inf))),
         Choice(now, -0.1, -1.0, now),
     )
     first, second, third = (w.source for w in words(heard, vocabulary, store))
@@ -442,9 +431,9 @@ def test_attention_is_averaged_over_a_words_tokens_and_its_distance_is_the_least
     vocabulary = recogniser.vocabulary
     call, mar, ia, now = vocabulary.encode("call maria now")
     heard = heard_by(
-        Choice(call, -0.1, -1.0, call, read=((4, 0.2, math.inf),)),
-        Choice(mar, -0.1, -1.0, now, read=((9, 0.5, 2.0), (1, 0.4, 7.0))),
-        Choice(ia, -0.1, -1.0, now, read=((1, 0.3, 6.0),)),
+        Choice(call, -0.1, -1.0, call, attended=((4, 0.2, math.inf),)),
+        Choice(mar, -0.1, -1.0, now, attended=((9, 0.5, 2.0), (1, 0.4, 7.0))),
+        Choice(ia, -0.1, -1.0, now, attended=((1, 0.3, 6.0),)),
         Choice(now, -0.1, -1.0, now),
     )
     first, second, _ = (word.source for word in words(heard, vocabulary, store))
@@ -457,10 +446,10 @@ def test_attention_is_averaged_over_a_words_tokens_and_its_distance_is_the_least
 def test_what_was_attended_to_goes_before_what_voted(recogniser, store):
     vocabulary = recogniser.vocabulary
     [call] = vocabulary.encode("call")
-    choice = Choice(call, -0.1, -1.0, call, entry=7, distance=0.1, read=((2, 0.1, 5.0),))
+    choice = Choice(call, -0.1, -1.0, call, entry=7, distance=0.1, attended=((2, 0.1, 5.0),))
     [word] = words(heard_by(choice), vocabulary, store)
     assert (word.source.entry, word.source.attention, word.source.distance) == (2, 0.1, 5.0)
-    [word] = words(heard_by(replace(choice, read=())), vocabulary, store)
+    [word] = words(heard_by(replace(choice, attended=())), vocabulary, store)
     assert (word.source.entry, word.source.attention) == (7, None)
     assert word.source.distance == pytest.approx(0.1)
 
@@ -468,10 +457,10 @@ def test_what_was_attended_to_goes_before_what_voted(recogniser, store):
 def test_clips_that_read_are_recognised_as_if_alone(recogniser, store):
     reader, reading = reading_from(recogniser, store)
     waves = [torch.randn(n, generator=torch.Generator().manual_seed(n)) / 10 for n in (4000, 20000)]
-    units = reader.listen(waves)
-    together = recognise(reader, units, OPTIONS, readings=[reading, reading])
+    units = reader.encode(waves)
+    together = recognise(reader, units, OPTIONS, attention_sources=[reading, reading])
     for own, heard in zip(units, together, strict=True):
-        [alone] = recognise(reader, [own], OPTIONS, readings=[reading])
+        [alone] = recognise(reader, [own], OPTIONS, attention_sources=[reading])
         assert alone.tokens == heard.tokens
 
 
@@ -485,7 +474,7 @@ def test_audio_in_which_nobody_speaks_has_no_transcript(recogniser):
 
 
 @pytest.mark.parametrize("stretch", [[1], [1, 2], [1, 1, 2]])
-def test_a_stretch_said_over_and_over_is_a_loop(stretch):
+def test_a_run_said_over_and_over_is_a_loop(stretch):
     assert loops([7, *stretch * LOOPS, 8])
     assert not loops([7, *stretch * (LOOPS - 1), 8])
     assert not loops([])
@@ -517,7 +506,7 @@ def test_a_transcript_is_credible_where_the_model_alone_thinks_it_likely():
 
 def test_what_retrieval_made_incredible_is_made_again_without(recogniser):
     token = recogniser.vocabulary.encode("a")[-1]
-    units = recogniser.listen([torch.randn(n, generator=torch.Generator().manual_seed(n)) / 10
+    units = recogniser.encode([torch.randn(n, generator=torch.Generator().manual_seed(n)) / 10
                                for n in (4000, 20000)])  # fmt: skip
     endless, free = retrieval_that_always_says(token), [None, None]
     alone = recognise(recogniser, units, OPTIONS)

@@ -6,7 +6,6 @@ process says what the service should hear.
 
 import io
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,8 +23,10 @@ import requests
 import soundfile
 from openai import OpenAI
 
-from mmrag import audio, shipped
-from mmrag.audio import SAMPLE_RATE
+from cluster.ports import free_ports
+from mmrag import shipped
+from mmrag.speech import audio
+from mmrag.speech.audio import SAMPLE_RATE
 from mmrag.transcribe import Recogniser, transcribe
 from serve.settings import Settings, read
 
@@ -112,13 +113,6 @@ class Service:
         return sum(float(s.split()[-1]) for s in samples if all(part in s for part in asked))
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @contextmanager
 def running(settings: dict[str, Any]) -> Iterator[str]:
     """The service on a free port of the session's cluster; afterwards the cluster is empty."""
@@ -128,7 +122,7 @@ def running(settings: dict[str, Any]) -> Iterator[str]:
     from cluster.shards import NAMESPACE
     from serve.app import build
 
-    port = free_port()
+    [port] = free_ports(1)
     quiet = {"log_level": "ERROR", "enable_access_log": False}
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=quiet)
@@ -180,7 +174,7 @@ def client(service: Service) -> OpenAI:
 @pytest.fixture(scope="session")
 def synthesizer():
     """Speaks."""
-    from mmrag.corpora.espeak import Synthesizer
+    from mmrag.corpora.voices.espeak import Synthesizer
 
     return Synthesizer()
 

@@ -7,9 +7,9 @@ from signal import SIGKILL
 import numpy as np
 import pytest
 
-from mmrag import datastore as stored
-from mmrag.datastore import Description
-from mmrag.index import save_index
+from mmrag.retrieval import datastore as stored
+from mmrag.retrieval.index import save_index
+from mmrag.retrieval.segment import Description
 
 SENTENCE = "please call priya raghavan tomorrow"
 NAME = "priya raghavan"

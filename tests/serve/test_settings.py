@@ -54,7 +54,7 @@ def test_a_list_is_given_as_yaml_writes_it():
         ({"limits.upload_mb": -1}, "limits.upload_mb"),
         ({"name": "../model"}, "name"),
         ({"languages": []}, "languages"),
-        ({"trust.read.whole": -1}, "trust.read.whole"),
+        ({"retrieval_defaults.attention.whole": -1}, "retrieval_defaults.attention.whole"),
         ({"encoder.min": 3}, "min 3 is more than max 2"),
         ({"ingress.target_ongoing_requests": 200}, "nothing would ever scale up"),
         ({"decoder.rows": "${nothing}"}, "nothing"),

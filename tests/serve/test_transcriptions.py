@@ -36,7 +36,7 @@ def plain(clip):
 
 @pytest.fixture(scope="module")
 def long(clip):
-    """A file that is cut into several stretches."""
+    """A file that is cut into several segments"""
     return clip(*SEVERAL)
 
 
@@ -84,7 +84,7 @@ def test_openais_client_gets_words_with_their_times(client, long, duration):
         assert times == sorted(times) and times[0] >= 0 and times[-1] <= told.duration
     assert [segment.id for segment in told.segments] == list(range(len(told.segments)))
     assert all(segment.tokens and segment.avg_logprob <= 0 for segment in told.segments)
-    assert told.words[-1].start > 4, "the words of later stretches count from the file's start"
+    assert told.words[-1].start > 4, "the words of later segments count from the file's start"
 
 
 def test_a_word_is_timed_where_it_is_said(service, wave, write):

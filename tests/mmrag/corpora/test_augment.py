@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmrag.audio import SAMPLE_RATE
 from mmrag.corpora.augment import mild, noisy, reverberant, rough, softer, telephone
+from mmrag.speech.audio import SAMPLE_RATE
 
 WAYS = {
     "softer": lambda wave, draw: softer(wave, 6),

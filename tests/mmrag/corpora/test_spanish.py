@@ -5,8 +5,8 @@ import pytest
 pytest.importorskip("faker")
 
 from mmrag.corpora import spanish, synthetic
+from mmrag.model.vocabulary import ALPHABET
 from mmrag.text import normalise
-from mmrag.vocabulary import ALPHABET
 
 SIZES = {"dev": 30, "test": 40, "mentions": 3, "seed": 5}
 

@@ -12,9 +12,8 @@ import pytest
 
 from mmrag.config import Synthesize, Workers
 from mmrag.corpora import synthetic
-from mmrag.corpora.espeak import Synthesizer, Voice
+from mmrag.corpora.grammar import GRAMMAR
 from mmrag.corpora.synthetic import (
-    GRAMMAR,
     SPEEDS,
     SPLITS,
     VOICES,
@@ -25,6 +24,7 @@ from mmrag.corpora.synthetic import (
     render,
     varied,
 )
+from mmrag.corpora.voices.espeak import Synthesizer, Voice
 
 pytest.importorskip("faker")
 pytest.importorskip("espeakng_loader")

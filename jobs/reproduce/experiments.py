@@ -1,0 +1,394 @@
+"""The paper's experiments: each says which utterances to transcribe, and in which modes.
+
+Every task works on voices and entities that training never met; whatever is chosen (weights,
+temperatures, gates) is chosen on the dev split.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from cluster import modes
+from cluster.modes import DocumentKNN, Mode, NoRetrieval, SubsetKNN
+from cluster.parts import parts, work_off
+from cluster.recording import DegradeRecordings, RenderSpeech
+from cluster.stages import Embed
+from cluster.tracking import Run
+from jobs import build_datastore, stage, tokenize, tune
+from jobs.reproduce.lab import ASSISTANT, EVERYDAY, Lab, Point, TunedDatastore, tuned_datastore
+from mmrag.artifact import Artifact, Draft
+from mmrag.config import KNN, RetrievedAttention
+from mmrag.corpora import manifest, spanish
+from mmrag.corpora.voices import flite
+from mmrag.records import Utterance
+from mmrag.retrieval import phrases
+from mmrag.speech.tokenized import Tokenized
+
+SPANISH = "spanish"
+PART_UTTERANCES = 32
+LEAST_TOKENS = 12
+"""Of an utterance, on average: what a large datastore reads follows from the entries asked for."""
+PHRASES_K = 16
+"""Neighbours asked for among an utterance's phrases while their weight is chosen."""
+
+Task = Callable[[Lab], tuple[str, int, list[Point]]]
+"""A lab -> the domain of the test split, how many of its utterances, and the points to measure."""
+
+
+def everyday(lab: Lab) -> tuple[str, int, list[Point]]:
+    """Sentences of common words: is the recogniser any good by itself?"""
+    return EVERYDAY, lab.settings.utterances, [Point("none", NoRetrieval())]
+
+
+def domain(lab: Lab) -> tuple[str, int, list[Point]]:
+    """Requests about people, places and companies whose names training never met.
+
+    The datastore has other sentences about them, in other voices: as text, with its recordings,
+    or spoken from the text by synthetic voices.
+    """
+    points = [Point("none", NoRetrieval()), _knn(lab.text, "text")]
+    for name, store in {"multimodal": lab.multimodal, "spoken": lab.spoken_text}.items():
+        points += _ways(store, name)
+    return ASSISTANT, lab.settings.utterances, points
+
+
+def paired_share(lab: Lab) -> tuple[str, int, list[Point]]:
+    """The same datastore where only some of its utterances have audio; the others are keyed over
+    text alone."""
+    points = []
+    for share in lab.settings.shares:
+        store = lab.multimodal if share == 1 else lab.paired(share)
+        setting = f"{share:.0%} of the utterances with audio"
+        points.append(_knn(store, "multimodal", setting=setting))
+    return ASSISTANT, lab.settings.sweep_utterances, points
+
+
+def dynamic_context(lab: Lab) -> tuple[str, int, list[Point]]:
+    """A list of phrases with each utterance, its entities among them.
+
+    For retrieval the phrases are spoken by synthetic voices in a few carrier sentences and keyed
+    by what the model hears; their own tokens alone are entries. kNN-LM searches among the list,
+    cross-attention reads all of it. Boosting favours the phrases while decoding; prompting writes
+    them before the speech, to a model that was never trained with a list.
+    """
+    limit = lab.settings.utterances
+    test = lab.spoken("test", ASSISTANT, limit)
+    dev = lab.spoken("dev", ASSISTANT, limit)[: lab.experiment.tune.utterances]
+    everyone = _entities(lab)
+    store = _phrase_datastore(lab, everyone)
+    middle = sorted(lab.settings.phrases)[len(lab.settings.phrases) // 2]
+    lists = _lists(dev, everyone, middle, lab.experiment.seed)
+    knn = _choose_knn(lab, store, dev, lists, None)
+    both = _choose_knn(lab, store, dev, lists, lab.experiment.attention)
+    weight = _choose_boost(lab, dev, lists)
+    points = [Point("none", NoRetrieval())]
+    for count in lab.settings.phrases:
+        lists = _lists(test, everyone, count, lab.experiment.seed)
+        read = _phrase_attention(lab, store, lists)
+        together = modes.Both((DocumentKNN(store.path, both, lists), read))
+        points += [
+            Point("knn", DocumentKNN(store.path, knn, lists), "spoken", count),
+            Point("cross_attention", read, "spoken", count),
+            Point("both", together, "spoken", count),
+            Point("boost", modes.PhraseBoosting(weight, lists), None, count),
+            Point("prompt", modes.PhrasePrompting(lists), None, count),
+        ]
+    return ASSISTANT, limit, points
+
+
+def wrong_datastore(lab: Lab) -> tuple[str, int, list[Point]]:
+    """Another domain's datastore, trusted as much as the right one; and a list of phrases none of
+    which is said.
+
+    The settings are those tuned for the right datastore on the dev split, where this one was the
+    decoy that they had to leave alone.
+    """
+    limit, right = lab.settings.utterances, lab.multimodal
+    points = [Point("none", NoRetrieval()), *_ways(replace(right, artifact=lab.decoy), "wrong")]
+    test, everyone = lab.spoken("test", ASSISTANT, limit), _entities(lab)
+    middle = sorted(lab.settings.phrases)[len(lab.settings.phrases) // 2]
+    lists = _lists(test, everyone, middle, lab.experiment.seed, own=False)
+    read = _phrase_attention(lab, _phrase_datastore(lab, everyone), lists)
+    points.append(Point("cross_attention", read, "spoken", middle, setting="none of them said"))
+    return ASSISTANT, limit, points
+
+
+def size(lab: Lab) -> tuple[str, int, list[Point]]:
+    """More and more entries: first the domain's own, then distractors."""
+    knn = lab.multimodal.knn
+    enough = max(lab.settings.sizes) // LEAST_TOKENS + 1
+    store = lab.datastore("large", "paired", splits=("datastore", "lm"), utterances=enough)
+    points = []
+    for entries in lab.settings.sizes:
+        if entries <= store.summary["entries"]:
+            some = SubsetKNN(store.path, knn, entries)
+            points.append(Point("knn", some, "multimodal", entries=entries))
+        else:
+            stage.console.print(f"  size {entries}: the corpus has {store.summary['entries']}")
+    return ASSISTANT, lab.settings.sweep_utterances, points
+
+
+def window(lab: Lab) -> tuple[str, int, list[Point]]:
+    """Of each utterance every n-th token as an entry: neighbouring windows overlap less."""
+    store, knn = lab.multimodal.artifact, lab.multimodal.knn
+    total = store.summary["entries"]
+    width = lab.experiment.datastore.window
+    points = []
+    for stride in lab.settings.strides:
+        some = SubsetKNN(store.path, knn, total, stride)
+        setting = f"windows of {width} tokens, overlap {max(0, width - stride)}"
+        points.append(Point("knn", some, "multimodal", entries=total // stride, setting=setting))
+    return ASSISTANT, lab.settings.sweep_utterances, points
+
+
+def key_encoder(lab: Lab) -> tuple[str, int, list[Point]]:
+    """Two levels: documents by one vector each, then their entries by the model's own state.
+
+    The first level's vectors are means over the clip, of the language model's states or of HuBERT
+    features, which know no text.
+    """
+    store, knn = lab.multimodal.artifact, lab.multimodal.knn
+    limit = lab.settings.sweep_utterances
+    test = lab.spoken("test", ASSISTANT, limit)
+    points = [_knn(lab.multimodal, "multimodal", setting="entries alone")]
+    for encoder, title in (("lm", "the language model's states"), ("hubert", "HuBERT features")):
+        ranked = _ranked_documents(lab, test, encoder)
+        for count in lab.settings.documents:
+            named = {utterance: names[:count] for utterance, names in ranked.items()}
+            setting = f"{count} documents by {title}"
+            how = DocumentKNN(store.path, knn, named)
+            points.append(Point("knn", how, "multimodal", setting=setting))
+    return ASSISTANT, limit, points
+
+
+def robustness(lab: Lab) -> tuple[str, int, list[Point]]:
+    """Noise, a telephone, another synthesizer, and Spanish with a datastore in Spanish.
+
+    The guard of `decode.agreement` throws away what retrieval brings about in Spanish: to a model
+    that has heard English alone it is absurd. Where a datastore speaks another language than the
+    model, the guard has to be off.
+    """
+    points = []
+    for condition in lab.settings.conditions:
+        if condition.startswith("flite") and not flite.installed():
+            stage.console.print(f"  {condition}: left out, flite is not installed")
+            continue
+        if condition == SPANISH:
+            made, store = _spanish(lab)
+        else:
+            made, store = _rerecorded(lab, condition), lab.multimodal
+        at = {"setting": condition, "tokens": made.path.name}
+        ways = [Point("none", NoRetrieval()), *_ways(store, "multimodal")[:2]]
+        points += [replace(point, **at) for point in ways]
+    return ASSISTANT, lab.settings.sweep_utterances, points
+
+
+TASKS: dict[str, Task] = {
+    each.__name__: each
+    for each in (
+        everyday,
+        domain,
+        paired_share,
+        dynamic_context,
+        wrong_datastore,
+        size,
+        window,
+        key_encoder,
+        robustness,
+    )
+}
+
+
+def _knn(store: TunedDatastore, name: str, setting: str | None = None) -> Point:
+    return _ways(replace(store, attention=None), name, setting)[0]
+
+
+def _ways(store: TunedDatastore, name: str, setting: str | None = None) -> list[Point]:
+    """kNN-LM, and where there is something to attend to cross-attention and both."""
+    path = store.artifact.path
+    ways = {"knn": (store.knn, None)}
+    if store.attention is not None:
+        ways |= {"cross_attention": (None, store.attention), "both": (store.both, store.attention)}
+    entries = store.artifact.summary["entries"]
+    return [
+        Point(mode, modes.retrieval_mode(path, *how), name, entries=entries, setting=setting)
+        for mode, how in ways.items()
+    ]
+
+
+def _phrase_attention(lab: Lab, store: Artifact, lists: modes.PhraseLists) -> Mode:
+    """Each utterance's list read by the adapter, as the settings say."""
+    return modes.PhraseCrossAttention(
+        store.path, lab.experiment.attention, lists, lab.settings.mentions
+    )
+
+
+def _entities(lab: Lab) -> list[str]:
+    """Every entity of the corpus that training did not know, sorted."""
+    utterances = [
+        one
+        for split in ("dev", "test", "adapter")
+        for one in manifest.read(lab.corpus.path / f"{split}.jsonl")
+        if isinstance(one, Utterance)
+    ]
+    return sorted({entity for one in utterances for entity in one.entities})
+
+
+def _phrase_datastore(lab: Lab, names: Sequence[str]) -> Artifact:
+    """Phrases spoken in carrier sentences; each is a document of its own tokens."""
+    source = lab.experiment.workspace / "phrases.jsonl"
+    manifest.write(source, phrases.utterances(names, lab.settings.carriers))
+    return lab.datastore("phrases", "spoken", source=str(source), entries="entities")
+
+
+def _lists(
+    spoken: Iterable[Tokenized],
+    everyone: Sequence[str],
+    count: int,
+    seed: int,
+    own: bool = True,
+) -> dict[str, list[str]]:
+    """For each utterance its entities (unless not `own`) and, up to `count`, other ones, in random
+    order."""
+    lists = {}
+    for one in spoken:
+        draw = Random(f"{seed} {one.utterance.id}")
+        said = list(dict.fromkeys(one.utterance.entities))
+        others = draw.sample(everyone, min(len(everyone), count + len(said)))
+        others = [name for name in others if name not in said]
+        listed = [*(said if own else ()), *others][:count]
+        draw.shuffle(listed)
+        lists[one.utterance.id] = listed
+    return lists
+
+
+def _choose_knn(
+    lab: Lab,
+    store: Artifact,
+    dev: Sequence[Tokenized],
+    lists: modes.PhraseLists,
+    read: RetrievedAttention | None,
+) -> KNN:
+    """The grid's setting of least dev WER among the phrases; beside reading them, with `read`."""
+    one, grid = lab.spoken_text.distance_scale, lab.experiment.tune
+    weights = grid.weight if read is None else grid.both_weight or grid.weight
+    settings = [
+        KNN(
+            k=PHRASES_K,
+            weight=weight,
+            temperature=one * temperature,
+            gate=None if gate is None else one * gate,
+            certain=certain,
+        )
+        for weight, temperature, gate, certain in itertools.product(
+            weights, grid.temperature, grid.gate, grid.certain
+        )
+    ]
+    how: dict[str, Mode] = {}
+    for number, knn in enumerate(settings):
+        how[str(number)] = DocumentKNN(store.path, knn, lists)
+        if read is not None:
+            ways = (how[str(number)], _phrase_attention(lab, store, lists))
+            how[str(number)] = modes.Both(ways)
+    heard = lab.transcribe(how, dev)
+    return settings[min(range(len(settings)), key=lambda n: lab.error_rate(heard[str(n)]))]
+
+
+def _choose_boost(lab: Lab, dev: Sequence[Tokenized], lists: Mapping[str, Sequence[str]]) -> float:
+    how = {str(weight): modes.PhraseBoosting(weight, lists) for weight in lab.settings.boost}
+    heard = lab.transcribe(how, dev)
+    return min(lab.settings.boost, key=lambda weight: lab.error_rate(heard[str(weight)]))
+
+
+def _ranked_documents(lab: Lab, test: Sequence[Tokenized], encoder: str) -> dict[str, list[str]]:
+    """For each test utterance the datastore split's documents, likest first."""
+    stored = lab.spoken("datastore", ASSISTANT, 10**9)
+    audio = {
+        one.id: one
+        for split in ("datastore", "test")
+        for one in manifest.read(lab.corpus.path / f"{split}.jsonl")
+        if isinstance(one, Utterance)
+    }
+    work = [(audio[one.utterance.id], one.units) for one in (*stored, *test)]
+    shares = parts(work, lambda _: 1, 200)
+    embed = (Embed, {"models": lab.experiment.workspace, "encoder": encoder})
+    vectors: dict[str, np.ndarray] = {}
+    for answer in work_off([embed], shares, lab.experiment.evaluate.workers, "embedding"):
+        vectors |= answer
+
+    def rows(spoken: Sequence[Tokenized]) -> np.ndarray:
+        found = np.stack([vectors[one.utterance.id] for one in spoken])
+        centred = found - np.mean([*vectors.values()], axis=0)
+        return centred / np.linalg.norm(centred, axis=1, keepdims=True)
+
+    names = [one.utterance.document for one in stored]
+    likeness = rows(test) @ rows(stored).T
+    nearest = np.argsort(-likeness, axis=1)[:, : max(lab.settings.documents)]
+    return {
+        one.utterance.id: [names[document] for document in row]
+        for one, row in zip(test, nearest.tolist(), strict=True)
+    }
+
+
+def _rerecorded(lab: Lab, condition: str) -> Artifact:
+    """The test split under a condition, tokenized."""
+    test = [
+        one
+        for one in manifest.read(lab.corpus.path / "test.jsonl")
+        if isinstance(one, Utterance) and one.domain == ASSISTANT
+    ][: lab.settings.sweep_utterances]
+    seed = lab.experiment.seed
+    recording = partial(DegradeRecordings, condition=condition, seed=seed)
+    config = {"condition": condition, "utterances": len(test), "seed": seed}
+    return _tokenized(lab, condition, config, {"test": test}, recording)
+
+
+def _spanish(lab: Lab) -> tuple[Artifact, TunedDatastore]:
+    """Spanish speech, tokenized; a datastore of it, and its settings."""
+    size, mentions = lab.settings.sweep_utterances, lab.experiment.synthesize.mentions
+    planned = spanish.plan(size, size, mentions, lab.experiment.seed)
+    config = {"language": SPANISH, "utterances": size, "mentions": mentions}
+    config["seed"] = lab.experiment.seed
+    made = _tokenized(lab, SPANISH, config, planned, RenderSpeech)
+    settings = lab.experiment.tokenize.model_copy(update={"name": made.path.name})
+    about = lab.about(SPANISH, "paired").model_copy(update={"tokenize": settings})
+    store = build_datastore.run(about, lab.force)
+    return made, tuned_datastore(store, tune.run(about, lab.force).path)
+
+
+def _tokenized(
+    lab: Lab,
+    name: str,
+    config: Mapping[str, Any],
+    splits: Mapping[str, Sequence[Any]],
+    recording: Callable[..., Any],
+) -> Artifact:
+    """Recordings of `splits` and their units; `recording`, given the `directory`, is the stage."""
+    experiment = lab.experiment
+
+    def work(draft: Draft, tracked: Run) -> None:
+        record = (recording, {"directory": draft.path})
+        for split, planned in splits.items():
+            shares = parts(planned, lambda _: 1, PART_UTTERANCES, name=split)
+            rows = [draft.path / f".{part.name}.jsonl" for part in shares]
+            todo = [part for part, row in zip(shares, rows, strict=True) if not row.exists()]
+            for _ in work_off([record], todo, experiment.synthesize.workers, f"{name} {split}"):
+                pass
+            (draft.path / f"{split}.jsonl").write_text("".join(row.read_text() for row in rows))
+            draft.summary[f"{split}_utterances"] = len(planned)
+
+    directory, inputs = f"conditions/{name}", {"corpus": lab.corpus}
+    made = stage.make(
+        experiment, directory, "corpus", config, inputs, work, bulk=("audio/",), force=lab.force
+    )
+    codebook = str(experiment.workspace / "codebook")
+    changes = {"source": str(made.path), "name": f"tokens-{name}", "codebook": codebook}
+    settings = experiment.tokenize.model_copy(update=changes)
+    return tokenize.run(experiment.model_copy(update={"tokenize": settings}), lab.force)

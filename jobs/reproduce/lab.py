@@ -1,0 +1,132 @@
+"""What the experiments share: one model, its corpus, its datastores and how they are tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from cluster.modes import Mode
+from cluster.stages import (
+    TranscribedUtterance,
+    transcribe_modes,
+)
+from jobs import build_datastore, stage, synthesize, tokenize, tune
+from mmrag.artifact import Artifact
+from mmrag.config import KNN, ConfigError, Experiment, RetrievedAttention
+from mmrag.decoding.tune import BOTH, chosen, chosen_attention, distance_scale
+from mmrag.score import word_error_rate
+from mmrag.speech.tokenized import Tokenized
+
+EVERYDAY, ASSISTANT = "everyday", "assistant"
+DECOY_UTTERANCES = 1600
+
+
+@dataclass(frozen=True)
+class Point:
+    """One row of the results, before it is measured: how to transcribe what."""
+
+    mode: str
+    how: Mode
+    datastore: str | None = None
+    phrases: int | None = None
+    entries: int | None = None
+    setting: str | None = None
+    """What a sweep varies, in words."""
+    tokens: str | None = None
+    """The recordings, where they are not the test split's own."""
+
+    @property
+    def name(self) -> str:
+        """Unique within a task."""
+        told = (self.mode, self.datastore, self.phrases, self.entries, self.setting)
+        return " ".join(str(each) for each in told if each is not None)
+
+
+@dataclass(frozen=True)
+class TunedDatastore:
+    """A datastore and how far the dev split says to trust it, by votes, by attention, and by votes
+    beside attention; the latter two are None where there is nothing heard to attend to."""
+
+    artifact: Artifact
+    knn: KNN
+    attention: RetrievedAttention | None
+    both: KNN | None
+    distance_scale: float
+    """The distance of which gates and temperatures were tried in multiples."""
+
+
+class Lab:
+    """One model, its corpus, and the datastores that tasks share."""
+
+    def __init__(self, experiment: Experiment, force: bool) -> None:
+        if experiment.reproduce is None:
+            raise ConfigError("the experiment has no section `reproduce`")
+        self.experiment = experiment
+        self.settings = experiment.reproduce
+        self.force = force
+        self.corpus = synthesize.run(experiment, force)
+        self.tokens = tokenize.run(experiment, force)
+        self.lm = stage.load(experiment, "lm", "lm", "train")
+        self.adapter = stage.load(experiment, "adapter", "adapter", "train")
+        self.adapter.require("lm", self.lm)
+        about = {"splits": ("lm",), "domain": EVERYDAY, "utterances": DECOY_UTTERANCES}
+        name = experiment.tune.decoy or "wrong"
+        self.decoy = self.datastore(name, "paired", **about)
+        """Everyday sentences, which say nothing about anybody's name; tuning opens them too."""
+
+    def spoken(self, split: str, domain: str, limit: int, made: Artifact | None = None) -> list:
+        """The first utterances of a split's domain."""
+        return tune.select(made or self.tokens, split, domain)[:limit]
+
+    def datastore(self, name: str, audio: str, **changes: Any) -> Artifact:
+        """A datastore of the workspace, built if need be."""
+        return build_datastore.run(self.about(name, audio, **changes), self.force)
+
+    def store(self, name: str, audio: str, **changes: Any) -> TunedDatastore:
+        """A datastore and its settings, chosen on the dev split."""
+        about = self.about(name, audio, **changes)
+        made = build_datastore.run(about, self.force)
+        return tuned_datastore(made, tune.run(about, self.force).path)
+
+    def transcribe(self, how: Mapping[str, Mode], spoken: Sequence[Tokenized]) -> dict:
+        """Every utterance in every mode."""
+        experiment = self.experiment
+        workers = experiment.evaluate.workers
+        return transcribe_modes(experiment.workspace, experiment.decode, how, spoken, workers)
+
+    def error_rate(self, heard: Sequence[TranscribedUtterance]) -> float:
+        """WER alone, to choose by."""
+        references, texts = [one.reference for one in heard], [one.text for one in heard]
+        return word_error_rate(references, texts, resamples=1).rate
+
+    @cached_property
+    def multimodal(self) -> TunedDatastore:
+        return self.store("multimodal", "paired")
+
+    @cached_property
+    def text(self) -> TunedDatastore:
+        return self.store("text", "none")
+
+    @cached_property
+    def spoken_text(self) -> TunedDatastore:
+        return self.store("spoken", "spoken")
+
+    def paired(self, share: float) -> TunedDatastore:
+        """The multi-modal datastore with the audio of some of its utterances alone."""
+        return self.store(f"paired-{round(100 * share)}", "paired", paired_share=share)
+
+    def about(self, name: str, audio: str, **changes: Any) -> Experiment:
+        """The experiment of one datastore."""
+        changes = {"name": name, "audio": audio, **changes}
+        datastore = self.experiment.datastore.model_copy(update=changes)
+        return self.experiment.model_copy(update={"datastore": datastore})
+
+
+def tuned_datastore(made: Artifact, tuned: Path) -> TunedDatastore:
+    """A datastore with what `jobs.tune` left for it in the directory `tuned`."""
+    read = chosen_attention(tuned)
+    both = None if read is None else chosen(tuned, BOTH)
+    return TunedDatastore(made, chosen(tuned), read, both, distance_scale(tuned))

@@ -1,0 +1,211 @@
+"""Every experiment measured: tables, plots and the same figures as JSON.
+
+A finished task is not done again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cluster import modes
+from cluster.stages import (
+    TranscribedUtterance,
+)
+from cluster.tracking import Run
+from jobs import stage
+from jobs.reproduce import report
+from jobs.reproduce.experiments import TASKS, Task
+from jobs.reproduce.lab import Lab, Point
+from mmrag import artifact
+from mmrag.artifact import Artifact, Draft, write_json
+from mmrag.config import Experiment, as_dict
+from mmrag.corpora.augment import unspoken
+from mmrag.decoding.guard import loops
+from mmrag.retrieval.memory import AttentionSource
+from mmrag.score import align, entity_recall, word_error_rate
+from mmrag.speech import audio
+from mmrag.transcribe import Recogniser, transcribe
+
+ROWS, TRANSCRIPTS = "rows.json", "transcripts.jsonl"
+CLIPS = 100
+"""Recordings in which nobody speaks."""
+ROW = (
+    *("task", "mode", "datastore", "phrases", "entries", "setting", "utterances", "wer"),
+    *("wer_low", "wer_high", "entity_recall", "recall_at_k", "seconds_of_audio", "decode_seconds"),
+    *("keys_mb", "empty", "inserted", "copied", "looped"),
+)
+"""Keys of a line of `results.json`."""
+
+
+def run(experiment: Experiment, force: bool = False) -> None:
+    """Do every task, then write `results.md`, `results.json` and the plots."""
+    lab = Lab(experiment, force)
+    done = []
+    for number, (name, task) in enumerate(TASKS.items(), start=1):
+        stage.console.print(f"\n[bold]{number}/{len(TASKS)}  {name}[/bold]: {_title(task)}")
+        done.append(_measure(lab, name, task))
+    rows: list[dict[str, Any]] = []
+    heard = {}
+    for made in done:
+        lines = [json.loads(line) for line in (made.path / TRANSCRIPTS).open()]
+        points = dict.fromkeys(line["point"] for line in lines)
+        for row, point in zip(json.loads((made.path / ROWS).read_text()), points, strict=True):
+            rows.append(row | _told([line for line in lines if line["point"] == point]))
+        heard |= {
+            (line["task"], line["point"], line["utterance"]): (line["reference"], line["text"])
+            for line in lines
+        }
+    stage.console.print(f"\n[bold]{len(TASKS) + 1}[/bold]  no_speech: {_title(no_speech)}")
+    rows += json.loads((no_speech(lab).path / ROWS).read_text())
+    about = {**TASKS, "no_speech": no_speech}
+    notes = {name: " ".join(task.__doc__.split()) for name, task in about.items()}
+    report.write(experiment, rows, heard, notes)
+    report.show(rows)
+    stage.console.print(
+        f"\nwritten to {experiment.reproduce.docs}: results.md, results.json, plots"
+    )
+
+
+def no_speech(lab: Lab) -> Artifact:
+    """Silence, white noise and tones: there is nothing to transcribe.
+
+    From end to end, as `mmrag transcribe` does it, with the detector that keeps such audio from the
+    model and without.
+    """
+    store, settings = lab.multimodal, lab.experiment.decode
+    config = {"clips": CLIPS, "decode": as_dict(settings), "attention": as_dict(store.attention)}
+
+    def work(draft: Draft, tracked: Run) -> None:
+        recogniser = Recogniser.load(lab.experiment.workspace)
+        retriever = modes.open_locally(store.artifact.path)
+        reading = AttentionSource(recogniser.window_cache(retriever), store.attention, retriever)
+        clips = list(unspoken(CLIPS, lab.experiment.seed))
+        rows = []
+        for setting, threshold in ((report.DETECTED, settings.speech), ("speech detector off", 0)):
+            heard_as = settings.model_copy(update={"speech": threshold})
+            for mode, how in (("none", None), ("cross_attention", reading)):
+                started = time.perf_counter()
+                texts = [
+                    " ".join(
+                        said.text for said in transcribe(c, recogniser, heard_as, attention=how)
+                    )
+                    for c in clips
+                ]
+                blank = dict.fromkeys(ROW)
+                rows.append(
+                    blank
+                    | {
+                        "task": "no_speech",
+                        "mode": mode,
+                        "datastore": how and "multimodal",
+                        "setting": setting,
+                        "utterances": len(clips),
+                        "seconds_of_audio": sum(map(audio.duration, clips)),
+                        "decode_seconds": time.perf_counter() - started,
+                        "empty": sum(not text for text in texts) / len(clips),
+                    }
+                )
+        write_json(draft.path / ROWS, rows)
+        tracked.file(draft.path / ROWS)
+        draft.summary["clips"] = len(clips)
+
+    inputs = {"lm": lab.lm, "adapter": lab.adapter, "datastore": store.artifact}
+    return stage.make(
+        lab.experiment, "results/no_speech", "results", config, inputs, work, force=lab.force
+    )
+
+
+def _told(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What a point's transcripts say that nobody said, for each word of the references."""
+    words = inserted = copied = looped = 0
+    for line in lines:
+        edits = align(line["reference"], line["text"])
+        words += sum(len(edit.reference_words) for edit in edits)
+        inserted += sum(len(e.hypothesis_words) for e in edits if e.kind == "insert")
+        wrong = Counter(w for e in edits if e.kind != "equal" for w in e.hypothesis_words)
+        copied += sum((wrong & Counter(line["changed"])).values())
+        looped += loops(line["text"].split())
+    words = max(words, 1)
+    return {"inserted": inserted / words, "copied": copied / words, "looped": looped / len(lines)}
+
+
+def _title(task: Callable[..., Any]) -> str:
+    return task.__doc__.partition("\n\n")[0]
+
+
+def _measure(lab: Lab, name: str, task: Task) -> Artifact:
+    """A task's rows and transcripts, as an artifact of its own."""
+    experiment = lab.experiment
+    config = {
+        "task": name,
+        "reproduce": {k: v for k, v in as_dict(lab.settings).items() if k != "docs"},
+        "datastore": as_dict(experiment.datastore),
+        "decode": as_dict(experiment.decode),
+        "tune": as_dict(experiment.tune),
+        "attention": as_dict(experiment.attention),
+        "seed": experiment.seed,
+    }
+
+    def work(draft: Draft, tracked: Run) -> None:
+        domain, limit, points = task(lab)
+        rows, lines = [], []
+        for tokens in dict.fromkeys(point.tokens for point in points):
+            made = lab.tokens if tokens is None else _made(lab, tokens)
+            spoken = lab.spoken("test", domain, limit, made)
+            chosen = {point.name: point for point in points if point.tokens == tokens}
+            heard = lab.transcribe({key: point.how for key, point in chosen.items()}, spoken)
+            for key, point in chosen.items():
+                rows.append(_row(lab, name, point, heard[key]))
+                about = {"task": name, "point": key}
+                lines += [json.dumps({**about, **asdict(one)}) + "\n" for one in heard[key]]
+                tracked.log({f"wer.{_slug(key)}": rows[-1]["wer"]})
+        write_json(draft.path / ROWS, rows)
+        (draft.path / TRANSCRIPTS).write_text("".join(lines))
+        tracked.file(draft.path / ROWS)
+        draft.summary["rows"] = len(rows)
+
+    inputs = {"lm": lab.lm, "adapter": lab.adapter, "tokens": lab.tokens}
+    directory = f"results/{name}"
+    return stage.make(experiment, directory, "results", config, inputs, work, force=lab.force)
+
+
+def _row(
+    lab: Lab, task: str, point: Point, heard: Sequence[TranscribedUtterance]
+) -> dict[str, Any]:
+    """A line of `results.json`; what does not apply is None."""
+    references, texts = [one.reference for one in heard], [one.text for one in heard]
+    resamples = lab.experiment.evaluate.resamples
+    words = word_error_rate(references, texts, resamples, lab.experiment.seed)
+    queries = sum(one.queries for one in heard)
+    return {
+        "task": task,
+        "mode": point.mode,
+        "datastore": point.datastore,
+        "phrases": point.phrases,
+        "entries": point.entries,
+        "setting": point.setting,
+        "utterances": len(heard),
+        "wer": words.rate,
+        "wer_low": words.low,
+        "wer_high": words.high,
+        "entity_recall": entity_recall([one.entities for one in heard], texts).rate,
+        "recall_at_k": sum(one.recalled for one in heard) / queries if queries else None,
+        "seconds_of_audio": sum(one.seconds for one in heard),
+        "decode_seconds": sum(one.decode_seconds for one in heard),
+        "keys_mb": point.entries and point.entries * lab.experiment.lm.width * 4 / 1e6,
+        "empty": None,
+    }
+
+
+def _slug(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in name)
+
+
+def _made(lab: Lab, tokens: str) -> Artifact:
+    return artifact.load(Path(lab.experiment.workspace) / tokens, "tokens")

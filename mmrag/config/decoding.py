@@ -1,0 +1,124 @@
+"""Sections of transcribing and of what is measured by it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+)
+
+from mmrag.config.retrieval import RetrievalMode, RetrievedAttention
+from mmrag.config.section import SLUG, Fraction, Section, Workers
+
+CONDITION = r"^(noise-[0-9]+|telephone|flite-[a-z]+|spanish)$"
+
+
+class Decode(Section):
+    """From units to text."""
+
+    beams: PositiveInt
+    """1 for greedy search."""
+    length_penalty: float = Field(ge=0)
+    """Exponent of the length by which a beam's log-probability is divided."""
+    tokens_per_second: PositiveFloat
+    """Longest transcript, pieces a second of audio (at least 16)."""
+    max_seconds: PositiveFloat
+    """Longer audio is split at silence."""
+    speech: float = Field(default=0.75, ge=0, le=1)
+    """Probability from which on a moment counts as speech; audio without any has no transcript. 0
+    to transcribe everything."""
+    agreement: float | None = Field(default=None, lt=0)
+    """What the language model alone must think of a transcript made with retrieval, mean
+    log-probability a token: below it, and where the transcript loops, it is made again without.
+    None to trust every transcript."""
+
+
+class BatchDecode(Decode):
+    """From units to text, many utterances at once."""
+
+    batch_seconds: PositiveFloat
+    """Audio transcribed at once, seconds."""
+
+
+class Tune(Section):
+    """Grid of kNN settings, scored on the dev split."""
+
+    k: tuple[PositiveInt, ...] = Field(min_length=1)
+    weight: tuple[Annotated[float, Fraction], ...] = Field(min_length=1)
+    temperature: tuple[PositiveFloat, ...] = Field(min_length=1)
+    """Multiples of the dev queries' median nearest distance."""
+    gate: tuple[PositiveFloat | None, ...] = (None,)
+    """Likewise; None for no gate."""
+    certain: tuple[Annotated[float, Field(gt=0, le=1)] | None, ...] = (None,)
+    """As in `knn`."""
+    query: tuple[Literal["speech", "text"], ...] = ("speech",)
+    """Tried with datastores of text alone; the others are always asked with speech."""
+    finalists: PositiveInt
+    """Settings of least dev loss, one for each weight, gate, certainty and query, that are then
+    decoded and compared by WER."""
+    utterances: PositiveInt | None = None
+    """At most so many dev utterances are decoded; None for all."""
+    attention: tuple[RetrievedAttention, ...] = ()
+    """Ways to read what was retrieved that are decoded where there is an adapter; their gates are
+    multiples like those above."""
+    both_weight: tuple[Annotated[float, Fraction], ...] = ()
+    """Weights of kNN-LM beside the chosen way to read."""
+    decoy: str | None = Field(default=None, pattern=SLUG)
+    """A datastore that has nothing to say about the dev split."""
+    harm: float = Field(default=0.01, ge=0)
+    """How much worse (relative) the decoy may make the dev split's WER; settings that let it do
+    more are passed over."""
+
+
+class Evaluate(Section):
+    """A split transcribed in several modes."""
+
+    split: Literal["dev", "test"]
+    domain: str | None
+    """Only utterances of this domain; None for all."""
+    modes: tuple[RetrievalMode, ...] = Field(min_length=1)
+    datastores: tuple[str, ...]
+    """Datastores to compare in the modes that retrieve; those keyed without speech in mode knn
+    alone."""
+    retriever: Literal["local", "sharded"]
+    replicas: PositiveInt
+    """Copies of each shard's actor."""
+    shard_cpus: float = Field(gt=0)
+    """CPUs a shard's actor reserves."""
+    resamples: PositiveInt
+    """Bootstrap resamples behind each confidence interval."""
+    workers: Workers
+
+
+class Reproduce(Section):
+    """The paper's experiments, on the dev and test splits of the workspace's corpus."""
+
+    docs: Path
+    """Where `results.md`, `results.json` and the plots go; relative to the working directory."""
+    utterances: PositiveInt
+    """At most so many test utterances a task."""
+    sweep_utterances: PositiveInt
+    """At most so many for each point of a sweep."""
+    phrases: tuple[PositiveInt, ...]
+    """Lengths of the list that comes with an utterance (dynamic context)."""
+    carriers: tuple[str, ...] = Field(min_length=1)
+    """Sentences in which a phrase is spoken for its datastore; `{phrase}` stands for it."""
+    mentions: PositiveInt
+    """Carriers, from the first, whose phrases are read whole."""
+    boost: tuple[PositiveFloat, ...] = Field(min_length=1)
+    """Weights of phrase boosting tried on the dev split, in nats a piece."""
+    shares: tuple[Annotated[float, Fraction], ...]
+    """Shares of a datastore's entries with real paired audio."""
+    sizes: tuple[PositiveInt, ...]
+    """Entries of a datastore; those beyond the datastore split come from the lm split."""
+    strides: tuple[PositiveInt, ...]
+    """Tokens from one entry to the next."""
+    documents: tuple[PositiveInt, ...]
+    """Documents that two-level retrieval keeps before it searches entries."""
+    conditions: tuple[Annotated[str, Field(pattern=CONDITION)], ...]
+    """Recordings made worse, by another synthesizer, or in another language: `noise-DB`,
+    `telephone`, `flite-VOICE`, `spanish`."""

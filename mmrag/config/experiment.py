@@ -1,0 +1,96 @@
+"""One experiment: every section, read from one complete YAML file and overrides.
+
+OmegaConf reads the file (so `${oc.env:NAME,default}` works) and merges the overrides; pydantic
+checks the result. Unknown keys and illegal combinations are errors that name the key.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import (
+    ValidationError,
+    field_validator,
+)
+from yaml import YAMLError
+
+from mmrag.config.decoding import BatchDecode, Evaluate, Reproduce, Tune
+from mmrag.config.model import AdapterTraining, LanguageModel, Train, Vocabulary
+from mmrag.config.retrieval import KNN, Datastore, RetrievedAttention
+from mmrag.config.section import ConfigError, Section, explain
+from mmrag.config.speech import Hubert, Pretrain, Synthesize, Tokenize
+
+
+class Tracking(Section):
+    """Where runs are recorded."""
+
+    uri: str
+    """MLflow tracking URI; MLFLOW_TRACKING_URI in the environment wins."""
+    experiment: str
+
+
+class Experiment(Section):
+    """Everything that a run needs to know. Every section is written out in the YAML file."""
+
+    workspace: Path
+    """Directory of the artifacts; absolute once parsed."""
+    seed: int
+    tracking: Tracking
+    synthesize: Synthesize
+    hubert: Hubert
+    pretrain: Pretrain
+    tokenize: Tokenize
+    vocabulary: Vocabulary
+    lm: LanguageModel
+    train: Train
+    datastore: Datastore
+    knn: KNN
+    """Used where no tuned settings are named."""
+    attention: RetrievedAttention
+    decode: BatchDecode
+    tune: Tune
+    evaluate: Evaluate
+    adapter: AdapterTraining | None = None
+    """Given, `jobs.train` trains an adapter for the workspace's language model."""
+    reproduce: Reproduce | None = None
+
+    @field_validator("workspace")
+    @classmethod
+    def _absolute(cls, path: Path) -> Path:
+        return path.expanduser().absolute()
+
+
+def read(path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment in YAML file `path`, with `section.key=value` overrides merged in."""
+    path = Path(path)
+    try:
+        merged = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ConfigError(f"no such config file: {path}") from None
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    for override in overrides:
+        if not re.match(r"[^.=]+(\.[^.=]+)*=", override):
+            raise ConfigError(f"{path}: override {override!r} is not of the form key.sub=value")
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+        except (TypeError, YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"{path}: override {override!r}: {error}") from None
+    try:
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return parse(values, str(path))
+
+
+def parse(values: Any, source: str) -> Experiment:
+    """Check `values` (the parsed YAML of `source`)."""
+    try:
+        return Experiment.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(explain(error, source)) from None

@@ -1,0 +1,161 @@
+"""Sections of the language model and its adapter: vocabulary, shapes, training."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from mmrag.config.section import SLUG, Fraction, Section, Workers
+
+Format = Literal["text", "speech", "speech_first", "text_first"]
+
+
+class Vocabulary(Section):
+    """Word pieces."""
+
+    pieces: PositiveInt
+    """SentencePiece vocabulary size."""
+    tokenizer: str | None = None
+    """A base language model's `tokenizer.json`, used instead of training SentencePiece."""
+
+
+class LanguageModel(Section):
+    """Shape of the Llama-family decoder. The vocabulary's size is not part of it."""
+
+    width: PositiveInt
+    layers: PositiveInt
+    heads: PositiveInt
+    kv_heads: PositiveInt
+    feed_forward: PositiveInt
+    tied: bool
+    """Whether the output projection is the embedding."""
+    rope_theta: PositiveFloat = 10_000.0
+    norm_eps: PositiveFloat = 1e-5
+    qkv_bias: bool = False
+    """Qwen-style biases on the query, key and value projections."""
+    head_width: PositiveInt | None = None
+    """Width of a head; None for width / heads."""
+
+    @model_validator(mode="after")
+    def _shape(self) -> LanguageModel:
+        if self.head_width is None and self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        return self
+
+
+class CrossAttention(Section):
+    """Shape of the adapter that reads retrieved windows."""
+
+    every: PositiveInt
+    """A block follows every n-th layer of the language model."""
+    heads: PositiveInt
+    head_width: PositiveInt
+    window: PositiveInt
+    """Most tokens of a window."""
+    encoder_layers: PositiveInt
+    encoder_heads: PositiveInt
+    encoder_feed_forward: PositiveInt
+
+
+class Contexts(Section):
+    """What the adapter is shown while it learns to read; never utterances that the language model
+    was trained on, whose words it knows already."""
+
+    split: str
+    phrases: str = Field(pattern=SLUG)
+    """A datastore of entities (`datastore.entries=entities`), from which lists are drawn."""
+    retrieved: str = Field(pattern=SLUG)
+    """A datastore whose windows are read where they are near."""
+    wrong: str = Field(pattern=SLUG)
+    """A datastore that has nothing to say."""
+    mixture: dict[Literal["phrases", "retrieved", "wrong", "empty"], PositiveFloat] = Field(
+        min_length=1
+    )
+    """Context -> weight: the chance that a micro-batch is shown it."""
+    list_length: tuple[PositiveInt, PositiveInt]
+    """Phrases of the shortest and of the longest list."""
+    own: float = Fraction
+    """Chance that a list holds the utterance's own entities."""
+    k: PositiveInt
+    """Windows that a search brings, of the `read.k` that were found."""
+    strides: tuple[PositiveInt, ...] = Field(min_length=1)
+    """Tokens from one search to the next, of which each utterance draws one."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Contexts:
+        if self.list_length[0] > self.list_length[1]:
+            raise ValueError(f"list_length {self.list_length}: the shortest comes first")
+        return self
+
+
+class AdapterTraining(Section):
+    """A cross-attention adapter to train, in place of the language model."""
+
+    base: str | None = None
+    """The adapter to start from: that of a model of this package (`mmrag:tiny`), or a directory;
+    None for an untrained one."""
+    shape: CrossAttention
+    contexts: Contexts
+
+
+class Phase(Section):
+    """Some steps of training with one mixture of sequence formats."""
+
+    name: str
+    steps: PositiveInt
+    mixture: dict[Format, PositiveFloat] = Field(min_length=1)
+    """Format -> weight: the chance that an utterance is shown in that format."""
+
+
+class Train(Section):
+    """Training of the language model."""
+
+    phases: tuple[Phase, ...] = Field(min_length=1)
+    base: str | None = None
+    """What to start from: a Hugging Face Llama, Mistral or Qwen directory, or a model of this
+    package (`mmrag:tiny`); None for random weights."""
+    micro_batch_tokens: PositiveInt
+    """Tokens (padding included) in one forward pass of one worker."""
+    micro_batches: PositiveInt
+    """Micro-batches in one optimizer step, over all workers."""
+    learning_rate: PositiveFloat
+    warmup_steps: int = Field(ge=0)
+    weight_decay: float = Field(ge=0)
+    clip: PositiveFloat
+    """Largest gradient norm."""
+    ctc_weight: float = Field(ge=0)
+    """Weight of a CTC loss on the audio positions of speech-first sequences; 0 for none."""
+    unit_dropout: float = Fraction
+    """Share of units dropped from a speech-first sequence."""
+    precision: Literal["auto", "fp32", "bf16"]
+    """auto: bf16 where the hardware multiplies it fast, else fp32."""
+    zero_stage: Literal[0, 1, 2, 3]
+    deepspeed: str | None = None
+    """JSON file with more DeepSpeed settings (offload, buckets); None for DeepSpeed's own."""
+    checkpoint_steps: PositiveInt
+    log_steps: PositiveInt
+    max_failures: int = Field(ge=0)
+    """Worker failures after which the run is given up."""
+    workers: Workers
+
+    @model_validator(mode="after")
+    def _divides(self) -> Train:
+        if self.micro_batches % self.workers.count:
+            raise ValueError(
+                f"micro_batches {self.micro_batches} is not a multiple of "
+                f"workers.count {self.workers.count}"
+            )
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps over all phases."""
+        return sum(phase.steps for phase in self.phases)

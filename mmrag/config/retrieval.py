@@ -1,0 +1,93 @@
+"""Sections of what is stored, how it is searched and how it is used."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+)
+
+from mmrag.config.section import SLUG, Fraction, Section, Workers
+
+RetrievalMode = Literal["none", "knn", "cross_attention", "both"]
+
+
+class Index(Section):
+    """How one shard's keys are searched."""
+
+    kind: Literal["flat", "ivfpq"]
+    shards: PositiveInt
+    lists: PositiveInt = 1024
+    """ivfpq: inverted lists."""
+    code_bytes: PositiveInt = 64
+    """ivfpq: bytes a key; must divide the key's width."""
+    probes: PositiveInt = 32
+    """ivfpq: lists visited a query."""
+    rerank: PositiveInt = 8
+    """ivfpq: candidates fetched for each neighbour asked for, then re-ranked exactly."""
+
+
+class Datastore(Section):
+    """Entries: one a text token, keyed by the language model's own state."""
+
+    name: str = Field(pattern=SLUG)
+    source: str | None = None
+    """A tokens directory, a file of text lines, or a manifest (`.jsonl`) of texts and entities;
+    None for the workspace's datastore split."""
+    splits: tuple[str, ...] = ("datastore",)
+    """The splits of a tokens directory that are read; `all` where it has no splits."""
+    domain: str | None = None
+    """Only utterances of this domain; None for all."""
+    utterances: PositiveInt | None = None
+    """At most so many utterances, from the first; None for all."""
+    audio: Literal["paired", "none", "spoken"]
+    """Key over the utterance's own units, over text alone, or over units of synthetic speech."""
+    paired_share: float = Field(default=1, ge=0, le=1)
+    """With audio paired, the share of the utterances whose units are used; the others are keyed
+    over text alone."""
+    metric: Literal["l2", "ip", "cosine"]
+    entries: Literal["all", "entities"] = "all"
+    """An entry for every token, or for the tokens of the utterances' entities alone; an entity is
+    then a document of its own, whatever sentence spoke of it."""
+    window: PositiveInt
+    """Tokens around an entry that make up its value."""
+    batch_tokens: PositiveInt
+    part_utterances: PositiveInt
+    """Utterances in one segment."""
+    index: Index
+    workers: Workers
+
+
+class KNN(Section):
+    """How neighbours re-weight the next token (arXiv 1911.00172)."""
+
+    k: PositiveInt
+    weight: float = Fraction
+    """w in w * p_kNN + (1 - w) * p_LM."""
+    temperature: PositiveFloat
+    gate: PositiveFloat | None = None
+    """Largest distance of the nearest neighbour at which retrieval is heard; None for any."""
+    certain: float | None = Field(default=None, gt=0, le=1)
+    """Probability of the language model's best token from which on nothing is looked up: a model
+    so sure is left alone. None to look everything up."""
+    query: Literal["speech", "text"] = "speech"
+    """The state that asks: over speech and transcript, or over the transcript read alone, as the
+    keys of a text-only datastore were."""
+
+
+class RetrievedAttention(Section):
+    """How retrieved windows are attended to (arXiv 2406.09618, section 3.2)."""
+
+    k: PositiveInt
+    """Windows that a search brings."""
+    stride: PositiveInt
+    """Tokens for which they are read, until the next search."""
+    whole: int = Field(ge=0)
+    """A request's own list of at most so many windows is read whole, without a search."""
+    gate: PositiveFloat | None = None
+    """Largest distance of the nearest entry at which what was found is read; None for any."""
+    certain: float | None = Field(default=None, gt=0, le=1)
+    """As in `knn`: a model so sure of its next token looks nothing up."""

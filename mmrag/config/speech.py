@@ -1,0 +1,141 @@
+"""Sections of what makes sound into units: corpus, HuBERT, codebook."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from mmrag.config.section import SLUG, Fraction, Section, Workers
+
+
+class Synthesize(Section):
+    """A corpus of synthetic speech. Counts are utterances of each split."""
+
+    lm: PositiveInt
+    """Everyday and assistant sentences, to train the language model on."""
+    adapter: PositiveInt
+    """Assistant sentences with entities of their own, to train retrieval adapters on."""
+    mentions: PositiveInt
+    """Sentences in the datastore split about each entity of adapter, dev and test."""
+    dev: PositiveInt
+    test: PositiveInt
+    text: int = Field(ge=0)
+    """Sentences in the lm split's manner that nobody speaks."""
+    everyday_share: float = Fraction
+    """Share of everyday sentences in lm, text, dev and test; the rest are assistant's."""
+    workers: Workers
+
+
+class Hubert(Section):
+    """A HuBERT encoder: its shape, or published weights, which bring their own."""
+
+    weights: str | None = None
+    """`torchaudio:BUNDLE`, a Hugging Face directory, or a model of this package (`mmrag:tiny`);
+    None to pretrain the shape below."""
+    front: Literal["waveform", "mel"] = "waveform"
+    """What feeds the transformer: convolutions, or log-mel bands (MelHuBERT, arXiv 2211.09944)."""
+    conv_channels: PositiveInt
+    """Width of the convolutions; with front mel, the number of bands."""
+    norm: Literal["layer_norm", "group_norm"]
+    """layer_norm for HuBERT large's arrangement, group_norm for base's."""
+    width: PositiveInt
+    layers: PositiveInt
+    heads: PositiveInt
+    feed_forward: PositiveInt
+    layer: PositiveInt
+    """Transformer layer (1 = first) whose output is quantized."""
+
+    @model_validator(mode="after")
+    def _shape(self) -> Hubert:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.layer > self.layers:
+            raise ValueError(f"layer {self.layer} of an encoder with {self.layers} layers")
+        return self
+
+
+class PretrainRound(Section):
+    """One round of masked prediction."""
+
+    target: Literal["mfcc", "hubert", "phones"]
+    """What a frame's class is: a cluster of MFCCs, a cluster of the previous round's features, or
+    the corpus's own phone (arXiv 2206.10125)."""
+    classes: PositiveInt | None = None
+    """Clusters; None for phones."""
+    steps: PositiveInt
+
+    @model_validator(mode="after")
+    def _counted(self) -> PretrainRound:
+        if (self.classes is None) != (self.target == "phones"):
+            raise ValueError(f"target {self.target}: classes are given for clusters, and only then")
+        return self
+
+
+class Pretrain(Section):
+    """HuBERT pretraining (arXiv 2106.07447)."""
+
+    rounds: tuple[PretrainRound, ...] = Field(min_length=1)
+    batch_seconds: PositiveFloat
+    """Seconds of audio a step."""
+    crop_seconds: PositiveFloat
+    """Longer clips are cropped to this."""
+    learning_rate: PositiveFloat
+    mask_probability: float = Fraction
+    """Share of frames at which a masked span starts."""
+    mask_length: PositiveInt
+    """Frames a masked span covers."""
+    seen_weight: float = Field(default=0, ge=0)
+    """Weight in the loss of a frame that is not masked; a masked one weighs 1."""
+    sample_seconds: PositiveFloat
+    """Audio whose features k-means sees."""
+    num_cpus: float = Field(gt=0)
+    """CPUs that the one training process reserves."""
+    num_gpus: float = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _first_round(self) -> Pretrain:
+        if self.rounds[0].target == "hubert":
+            raise ValueError("the first round has no previous features to be its target")
+        return self
+
+
+class Tokenize(Section):
+    """Audio to units."""
+
+    name: str = Field(default="tokens", pattern=SLUG)
+    """The output's directory in the workspace."""
+    source: str | None = None
+    """A manifest, a directory of audio or of manifests `<split>.jsonl`; None for the workspace's
+    corpus."""
+    codebook: str | None = None
+    """A fitted codebook's directory, or a model of this package (`mmrag:tiny`); None to fit one on
+    `source`."""
+    units: PositiveInt
+    """Codebook size K."""
+    sample_seconds: PositiveFloat
+    """Audio whose features k-means sees."""
+    min_seconds: PositiveFloat
+    max_seconds: PositiveFloat
+    """Longer clips are rejected if they have a transcript, else split at silence."""
+    batch_seconds: PositiveFloat
+    """Audio encoded at once, seconds."""
+    part_seconds: PositiveFloat
+    """Audio in one output file: what a killed job may have to redo, a worker."""
+    require_text: bool
+    """Reject clips without a transcript."""
+    workers: Workers
+
+    @model_validator(mode="after")
+    def _splittable(self) -> Tokenize:
+        if 2 * self.min_seconds > self.max_seconds:
+            raise ValueError(
+                f"max_seconds {self.max_seconds} is less than twice min_seconds "
+                f"{self.min_seconds}: a longer clip could not be split"
+            )
+        return self

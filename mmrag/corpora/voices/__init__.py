@@ -1,0 +1,1 @@
+"""Speech synthesizers: text and a voice in, a waveform with its timed words out."""

@@ -1,0 +1,1 @@
+"""From speech ids to text: a step is forward, retrieve, transform, choose."""

@@ -1,0 +1,301 @@
+"""A thread that decodes: clips that arrive join the batch between two steps and leave it when done.
+
+The online decoder and anything else that has many callers and one language model. A step is never
+run by a caller's thread, and a clip that makes a step fail is found out and fails alone. The clips
+that read must all read with one adapter. Knows nothing of audio, HTTP or other processes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+
+from mmrag.decoding.decode import Batch, BeamSearch, Clip, Hypothesis
+from mmrag.decoding.guard import credible
+from mmrag.model.lm import LM
+from mmrag.model.vocabulary import Vocabulary
+
+T = TypeVar("T")
+
+
+class EngineClosed(RuntimeError):
+    """The engine has been closed: nothing more will be decoded."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A finished clip."""
+
+    hypothesis: Hypothesis
+    missing_shards: int
+    """Index shards that did not answer at some step."""
+    alone: bool
+    """Whether it was made again without retrieval, because the language model found the first
+    transcript too unlikely."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the engine has done since it started."""
+
+    steps: int = 0
+    rows: int = 0
+    """Hypotheses extended, summed over the steps: over `steps`, the mean batch size."""
+    tokens: int = 0
+    """Chosen tokens of finished clips."""
+    clips: int = 0
+    """Finished clips: those that got a transcript."""
+    retrieval_seconds: float = 0.0
+    waiting: int = 0
+    """Clips that have not joined the batch, now."""
+    decoding: int = 0
+    """Clips in the batch, now."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A clip that was handed in. `cancel` gives it up, and its place in the batch with it."""
+
+    clip: Clip
+    agreement: float | None
+    hear: Callable[[list[int]], None] | None
+    future: Future[Decoded] = field(default_factory=Future)
+    alone: bool = False
+    """As in `Decoded`."""
+    apart: bool = False
+    """Whether it shares no batch, because a step failed that it had a part in."""
+    missing_shards: int = 0
+    heard: int = 0
+    """Tokens that `hear` was told."""
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it, or its future, was given up before the end."""
+        return self.future.cancelled()
+
+    def cancel(self) -> None:
+        """Give up; the future never gets a result. After the end it changes nothing."""
+        self.future.cancel()
+
+
+class Engine:
+    """Decodes clips together, at most `rows` hypotheses at a time; further clips wait in order."""
+
+    def __init__(self, lm: LM, vocabulary: Vocabulary, rows: int, threads: int = 1) -> None:
+        """`threads` are those that a step's matrix products may use."""
+        self._lm = lm
+        self._vocabulary = vocabulary
+        self._room = rows
+        self._threads = threads
+        self._wake = threading.Condition()
+        self._waiting: deque[Job] = deque()
+        self._work: deque[tuple[Callable[[], Any], Future]] = deque()
+        self._closed = False
+        self._batch = Batch(lm, vocabulary)
+        self._jobs: dict[Job, BeamSearch | None] = {}
+        """Those that were let in, in order; None until they have joined the batch."""
+        self._statistics = Statistics()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self,
+        clip: Clip,
+        agreement: float | None = None,
+        hear: Callable[[list[int]], None] | None = None,
+    ) -> Job:
+        """Hand in a clip; `job.future` will hold what it says, or the error that decoding raised.
+
+        With `agreement`, as in `Decode`, an incredible transcript is made again without retrieval.
+        `hear` is called by the engine's thread with all tokens so far whenever there is a new one
+        that will stay (one beam); not while a transcript is made again. It must not block; where it
+        raises, the clip fails. Raises EngineClosed after `close`.
+        """
+        job = Job(clip, agreement, hear)
+        self._put(self._waiting, job)
+        return job
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run `function` in the engine's thread between two steps: other uses of the model.
+
+        Raises EngineClosed after `close`.
+        """
+        future: Future[T] = Future()
+        self._put(self._work, (function, future))
+        return future
+
+    @property
+    def statistics(self) -> Statistics:
+        """A snapshot."""
+        with self._wake:
+            waiting = sum(not job.cancelled for job in self._waiting)
+            return replace(self._statistics, waiting=waiting, decoding=len(self._jobs))
+
+    def close(self) -> None:
+        """Stop after the step that runs; what is unfinished gets EngineClosed."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _put(self, queue: deque, what: Any) -> None:
+        with self._wake:
+            if self._closed:
+                raise EngineClosed("the engine is closed")
+            queue.append(what)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        torch.set_num_threads(self._threads)
+        try:
+            while True:
+                with self._wake:
+                    while not (self._closed or self._waiting or self._work or self._jobs):
+                        self._wake.wait()
+                    if self._closed:
+                        break
+                    work = list(self._work)
+                    self._work.clear()
+                for function, future in work:
+                    _settle(future, function)
+                self._drop_cancelled()
+                self._admit()
+                self._step()
+        finally:  # whatever ended it, nobody waits for ever
+            self._give_up()
+
+    def _give_up(self) -> None:
+        with self._wake:
+            self._closed = True
+            futures = [job.future for job in (*self._jobs, *self._waiting)]
+            futures += [future for _, future in self._work]
+            for queue in (self._jobs, self._waiting, self._work):
+                queue.clear()
+        for future in futures:
+            _fail(future, EngineClosed("the engine was closed"))
+
+    def _drop_cancelled(self) -> None:
+        for job in [job for job in self._jobs if job.cancelled]:
+            self._leave(job)
+
+    def _leave(self, job: Job) -> None:
+        search = self._jobs.pop(job)
+        if search is not None:
+            self._batch.leave(search)
+
+    def _admit(self) -> None:
+        """Let in the first of those waiting, as many as there is room for; one always fits."""
+        with self._wake:
+            while self._waiting:
+                job = self._waiting[0]
+                room = self._room - sum(other.clip.beams for other in self._jobs)
+                apart = job.apart or any(other.apart for other in self._jobs)
+                if not job.cancelled and self._jobs and (apart or job.clip.beams > room):
+                    break
+                self._waiting.popleft()
+                if not job.cancelled:
+                    self._jobs[job] = None
+
+    def _step(self) -> None:
+        """One step for the batch and the first for those that join; tell what is new."""
+        rows = self._batch.rows
+        try:
+            self._batch.step()
+        except Exception as error:  # whose it is shows when each is decoded by itself
+            self._decode_apart(error)
+            return
+        rows += self._join([job for job, search in self._jobs.items() if search is None])
+        self._count(steps=int(rows > 0), rows=rows)
+        for job, search in list(self._jobs.items()):
+            try:
+                if search.over:
+                    self._finish(job, search)
+                else:
+                    self._tell(job, search.live[0].tokens)
+            except Exception as error:  # of `hear`
+                self._leave(job)
+                _fail(job.future, error)
+
+    def _join(self, jobs: list[Job]) -> int:
+        """Let clips join the batch; how many did. It is as it was when one that fails has left."""
+        try:
+            searches = self._batch.join([job.clip for job in jobs])
+        except Exception as error:
+            if len(jobs) > 1:
+                return sum(self._join([job]) for job in jobs)
+            self._leave(jobs[0])
+            _fail(jobs[0].future, error)
+            return 0
+        self._jobs.update(zip(jobs, searches, strict=True))
+        return len(jobs)
+
+    def _decode_apart(self, error: Exception) -> None:
+        """After a failed step: start every clip again, each in a batch of its own."""
+        seconds = self._batch.retrieval_seconds
+        self._batch = Batch(self._lm, self._vocabulary)
+        self._batch.retrieval_seconds = seconds
+        failed = [job for job, search in self._jobs.items() if search is not None]
+        if len(failed) == 1:
+            del self._jobs[failed[0]]
+            _fail(failed[0].future, error)
+        for job in failed:
+            job.apart = True
+        with self._wake:
+            self._waiting.extendleft(reversed(self._jobs))
+            self._jobs.clear()
+
+    def _finish(self, job: Job, search: BeamSearch) -> None:
+        """Hand out a transcript, or hand it in again if nobody would believe it."""
+        heard = search.best()
+        job.missing_shards = max(job.missing_shards, search.missing_shards)
+        helped = job.clip.retrieval is not None or job.clip.attention is not None
+        if helped and job.agreement is not None and not credible(heard, job.agreement):
+            job.clip = replace(job.clip, retrieval=None, attention=None, boost=None, context=())
+            job.alone = True
+            with self._wake:
+                del self._jobs[job]
+                self._waiting.appendleft(job)
+            return
+        self._tell(job, heard.tokens)
+        del self._jobs[job]
+        self._count(tokens=len(heard.choices), clips=1)
+        with suppress(InvalidStateError):  # cancelled just now
+            job.future.set_result(Decoded(heard, job.missing_shards, job.alone))
+
+    def _tell(self, job: Job, tokens: list[int]) -> None:
+        if job.hear is None or job.clip.beams > 1 or job.alone:
+            return
+        if len(tokens) > job.heard:
+            job.heard = len(tokens)
+            job.hear(tokens)
+
+    def _count(self, **more: float) -> None:
+        before = self._statistics
+        self._statistics = replace(
+            before,
+            retrieval_seconds=self._batch.retrieval_seconds,
+            **{name: getattr(before, name) + value for name, value in more.items()},
+        )
+
+
+def _settle(future: Future[T], function: Callable[[], T]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = function()
+    except BaseException as error:  # as an executor does: the engine outlives it
+        future.set_exception(error)
+    else:
+        future.set_result(result)
+
+
+def _fail(future: Future, error: Exception) -> None:
+    with suppress(InvalidStateError):  # cancelled just now
+        future.set_exception(error)

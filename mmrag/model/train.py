@@ -1,0 +1,289 @@
+"""Training the language model: what each step reads, one step, and a plain loop around it.
+
+The loop here is one process without Ray or DeepSpeed. The distributed loop calls the same
+`Curriculum`, `collate` and `train_step`, and makes the same steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmrag.config import Format, Phase, Train
+from mmrag.model.cross_attention import Windows
+from mmrag.model.loss import IGNORE, Batch, Objective, combine
+from mmrag.model.vocabulary import PAD, Vocabulary
+from mmrag.speech.tokenized import Tokenized
+
+
+class Example(NamedTuple):
+    """An utterance as ids: `text` pieces, and `units` or None."""
+
+    text: list[int]
+    units: list[int] | None
+
+
+class Chosen(NamedTuple):
+    """An example's index and the format that this step shows it in."""
+
+    index: int
+    form: Format
+
+
+Show = Callable[[Sequence[int], np.random.Generator], Windows]
+"""Examples by their index -> the windows that they are shown with."""
+
+
+@dataclass(frozen=True)
+class StepLog:
+    """What a step measured: losses in nats a token."""
+
+    step: int
+    phase: str
+    loss: float
+    ctc_loss: float
+    gradient_norm: float
+    learning_rate: float
+    tokens: int
+    """Read in this step by all workers, padding included."""
+
+
+def examples(tokenized: Sequence[Tokenized], vocabulary: Vocabulary) -> list[Example]:
+    """Utterances as ids; one without text is speech alone (its text is empty)."""
+    return [
+        Example(
+            text=vocabulary.encode(one.utterance.text or ""),
+            units=None if one.units is None else vocabulary.encode_units(one.units),
+        )
+        for one in tokenized
+    ]
+
+
+class Curriculum:
+    """Which examples each step reads, as a function of (seed, step) alone.
+
+    A phase passes over the data in epochs. An epoch draws a format for every example, sorts by
+    length, cuts micro-batches of `micro_batch_tokens` (padding included) and shuffles them. A
+    step takes the next `micro_batches` of them, whatever the number of workers; a resumed run
+    asks for its step and reads on where it stopped.
+    """
+
+    def __init__(self, data: Sequence[Example], settings: Train, seed: int) -> None:
+        if not data:
+            raise ValueError("no examples to train on")
+        self.settings = settings
+        self.seed = seed
+        self._text = np.array([len(example.text) for example in data])
+        self._units = np.array([len(example.units or ()) for example in data])
+        self._next = 0
+        self._stream = self._batches()
+
+    def step(self, step: int) -> tuple[Phase, list[list[Chosen]]]:
+        """The phase and the micro-batches of optimizer step `step`, counted from 0.
+
+        Raises ValueError past the last step, or if no example fits a phase's mixture.
+        """
+        if not 0 <= step < self.settings.steps:
+            raise ValueError(f"step {step} of {self.settings.steps}")
+        if step != self._next:
+            self._stream = self._batches()
+            for _ in range(step * self.settings.micro_batches):
+                next(self._stream)
+        self._next = step + 1
+        ends = np.cumsum([phase.steps for phase in self.settings.phases])
+        phase = self.settings.phases[int(np.searchsorted(ends, step, side="right"))]
+        return phase, [next(self._stream) for _ in range(self.settings.micro_batches)]
+
+    def _batches(self) -> Iterator[list[Chosen]]:
+        for number, phase in enumerate(self.settings.phases):
+            left = phase.steps * self.settings.micro_batches
+            epoch = 0
+            while left:
+                batches = self._epoch(number, phase, epoch)
+                yield from batches[:left]
+                left -= min(left, len(batches))
+                epoch += 1
+
+    def _epoch(self, number: int, phase: Phase, epoch: int) -> list[list[Chosen]]:
+        random = np.random.default_rng([self.seed, number, epoch])
+        forms = np.array(list(phase.mixture))
+        weights = np.array(list(phase.mixture.values()))
+        drawn = random.choice(forms, size=len(self._text), p=weights / weights.sum())
+        lengths = 4 + np.where(drawn == "speech", 0, self._text)
+        lengths += np.where(drawn == "text", 0, self._units)
+        usable = np.where(drawn == "speech", True, self._text > 0)
+        usable &= np.where(drawn == "text", True, self._units > 0)
+        # Jitter, so that an example does not meet the same companions in every epoch.
+        order = np.argsort(lengths * random.uniform(0.95, 1.05, len(lengths)), kind="stable")
+        batches: list[list[Chosen]] = []
+        longest = 0
+        for index in order[usable[order]].tolist():
+            longest = max(longest, int(lengths[index]))
+            if not batches or longest * (len(batches[-1]) + 1) > self.settings.micro_batch_tokens:
+                batches.append([])
+                longest = int(lengths[index])
+            batches[-1].append(Chosen(index, str(drawn[index])))
+        if not batches:
+            raise ValueError(f"phase {phase.name}: no example fits its mixture {phase.mixture}")
+        return [batches[i] for i in random.permutation(len(batches))]
+
+
+def collate(
+    data: Sequence[Example],
+    chosen: Sequence[Chosen],
+    vocabulary: Vocabulary,
+    unit_dropout: float,
+    seed: Sequence[int],
+    contexts: Show | None = None,
+) -> Batch:
+    """Chosen examples as padded tensors.
+
+    A transcription sequence (speech first) is trained on its text alone; every other format on
+    all of its tokens. `contexts` adds the windows that an adapter is shown.
+    """
+    random = np.random.default_rng(list(seed))
+    rows: list[tuple[list[int], int, range, list[int]]] = []
+    for index, form in chosen:
+        text, units = data[index]
+        units = units or []
+        if form == "speech_first":
+            kept = random.random(len(units)) >= unit_dropout
+            units = [unit for unit, keep in zip(units, kept, strict=True) if keep]
+        ids = vocabulary.sequence(form, text, units)
+        transcribes = form == "speech_first"
+        speech = range(2, 2 + len(units)) if transcribes else range(0)
+        letters = vocabulary.spelling(text) if transcribes else []
+        rows.append((ids, 2 + len(units) if transcribes else 0, speech, letters))
+
+    width = max(len(ids) for ids, *_ in rows)
+    longest = max(1, *(len(letters) for *_, letters in rows))
+    batch = Batch(
+        ids=torch.full((len(rows), width), PAD),
+        targets=torch.full((len(rows), width), IGNORE),
+        speech=torch.tensor([(speech.start, speech.stop) for _, _, speech, _ in rows]),
+        letters=torch.zeros((len(rows), longest), dtype=torch.long),
+        letter_counts=torch.tensor([len(letters) for *_, letters in rows]),
+        windows=contexts and contexts([index for index, _ in chosen], random),
+    )
+    for row, (ids, first_target, _, letters) in enumerate(rows):
+        batch.ids[row, : len(ids)] = torch.tensor(ids)
+        batch.targets[row, first_target : len(ids) - 1] = torch.tensor(ids[first_target + 1 :])
+        batch.letters[row, : len(letters)] = torch.tensor(letters) + 1
+    return batch
+
+
+def train_step(
+    forward: Callable[[Batch], Tensor],
+    backward: Callable[[Tensor], None],
+    batches: Sequence[Batch],
+    counts: Tensor,
+    ctc_weight: float,
+) -> Tensor:
+    """Forward and backward over this worker's micro-batches of one step.
+
+    `counts` (2,) are the targets of the whole step, over all workers. Returns this worker's
+    summed losses (2,), detached.
+    """
+    total = torch.zeros(2)
+    for batch in batches:
+        sums = forward(batch)
+        backward(combine(sums, counts, (1.0, ctc_weight)))
+        total += sums.detach().cpu()
+    return total
+
+
+def learning_rate(step: int, settings: Train) -> float:
+    """Linear warm-up, then a cosine to a tenth of the peak."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    left = max(1, settings.steps - settings.warmup_steps)
+    progress = min(1.0, (step - settings.warmup_steps) / left)
+    return settings.learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def adamw(module: torch.nn.Module, settings: Train) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices alone."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    # Under ZeRO-3 a parameter is an empty stub here and keeps its shape in `ds_shape`.
+    matrices = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) > 1]
+    vectors = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
+
+
+def precision(wanted: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products; `auto` is bf16 where the hardware has it, else float32.
+
+    A processor without bf16 instructions emulates them, tens of times slower than float32.
+    """
+    if wanted == "auto":
+        capable = torch.cpu.get_capabilities()
+        fast = device.type == "cuda" or capable.get("amx_bf16") or capable.get("avx512_bf16")
+        wanted = "bf16" if fast else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[wanted]
+
+
+def train(
+    objective: Objective,
+    data: Sequence[Example],
+    vocabulary: Vocabulary,
+    settings: Train,
+    seed: int,
+    log: Callable[[StepLog], None] = lambda _: None,
+    contexts: Show | None = None,
+) -> None:
+    """Train `objective` in this process, on the device where its weights are.
+
+    `contexts` says what an adapter is shown.
+    """
+    device = objective.lm.embedding.weight.device
+    dtype = precision(settings.precision, device)
+    curriculum = Curriculum(data, settings, seed)
+    optimizer = adamw(objective, settings)
+    objective.train()
+    for step in range(settings.steps):
+        phase, micro_batches = curriculum.step(step)
+        batches = [
+            collate(data, chosen, vocabulary, settings.unit_dropout, (seed, step, number), contexts)
+            for number, chosen in enumerate(micro_batches)
+        ]
+        counts = torch.stack([batch.counts() for batch in batches]).sum(0)
+        rate = learning_rate(step, settings)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            sums = train_step(
+                lambda batch: objective(batch.to(device)),
+                lambda loss: loss.backward(),
+                batches,
+                counts,
+                settings.ctc_weight,
+            )
+        norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), settings.clip)
+        optimizer.step()
+        tokens = sum(batch.ids.numel() for batch in batches)
+        log(step_log(step, phase, sums, counts, float(norm), rate, tokens))
+
+
+def step_log(
+    step: int,
+    phase: Phase,
+    sums: Tensor,
+    counts: Tensor,
+    norm: float,
+    rate: float,
+    tokens: int,
+) -> StepLog:
+    """Sums over counts as a record."""
+    loss, ctc_loss = (sums / counts.clamp(min=1)).tolist()
+    return StepLog(step, phase.name, loss, ctc_loss, norm, rate, tokens)

@@ -1,0 +1,149 @@
+"""What an adapter is shown while it learns to read: the right words, the wrong ones, or none.
+
+Lists of phrases with the truth among distractors, or without it; windows that a search brought,
+from a datastore that knows and from one that does not. An adapter that had always been told the
+truth would believe anything.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mmrag.config import Contexts
+from mmrag.model.cross_attention import Windows
+from mmrag.retrieval.datastore import Datastore
+from mmrag.retrieval.phrases import Phrases
+
+FOREVER = 2**31
+NeighbourEntries = Mapping[str, np.ndarray]
+"""Utterance -> the entries near each of its tokens (T, K), -1 for none."""
+
+
+def write_neighbours(path: Path, found: NeighbourEntries) -> None:
+    """One part; `path` appears only once it is whole."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.npz")
+    names = np.array(list(found), str)
+    counts = np.array([len(rows) for rows in found.values()])
+    entries = np.concatenate(list(found.values()))
+    np.savez(aside, utterances=names, counts=counts, entries=entries)
+    aside.replace(path)
+
+
+def read_neighbours(directory: Path) -> NeighbourEntries:
+    """All parts in `directory`; ValueError if there is none."""
+    parts = sorted(directory.glob("part-*.npz"))
+    if not parts:
+        raise ValueError(f"no neighbours in {directory} (made by: python -m jobs.retrieve)")
+    found = {}
+    for part in parts:
+        with np.load(part, allow_pickle=False) as stored:
+            edges = np.cumsum(stored["counts"])[:-1]
+            rows = np.split(stored["entries"], edges)
+            found |= dict(zip(stored["utterances"].tolist(), rows, strict=True))
+    return found
+
+
+class TrainingContexts:
+    """The contexts of a training run: called with examples and a random generator."""
+
+    def __init__(
+        self,
+        settings: Contexts,
+        names: Sequence[str],
+        entities: Sequence[Sequence[str]],
+        phrases: Phrases,
+        retrieved: tuple[Datastore, NeighbourEntries],
+        wrong: tuple[Datastore, NeighbourEntries],
+    ) -> None:
+        """`names` and `entities` are those of the examples, by their index."""
+        self._settings = settings
+        self._names = names
+        self._entities = entities
+        self._phrases = phrases
+        self._near = {"retrieved": retrieved, "wrong": wrong}
+
+    def __call__(self, chosen: Sequence[int], draw: np.random.Generator) -> Windows:
+        """The windows of one micro-batch, all of it in one kind of context."""
+        kinds = list(self._settings.mixture)
+        weights = np.array(list(self._settings.mixture.values()))
+        kind = kinds[draw.choice(len(kinds), p=weights / weights.sum())]
+        match kind:
+            case "empty":
+                return self._windows(self._phrases.datastore, [[] for _ in chosen])
+            case "phrases":
+                return self._windows(self._phrases.datastore, self._lists(chosen, draw))
+            case _:
+                datastore, found = self._near[kind]
+                rows = [self._searched(found[self._names[one]], draw) for one in chosen]
+                return self._windows(datastore, rows)
+
+    def _lists(
+        self, chosen: Sequence[int], draw: np.random.Generator
+    ) -> list[list[tuple[int, int, int]]]:
+        """A list of phrases for each example; distractors are shared, which spares encoding."""
+        shortest, longest = map(math.log, self._settings.list_length)
+        length = round(math.exp(draw.uniform(shortest, longest)))
+        own = [
+            [self._mention(name, draw) for name in self._entities[one]]
+            if draw.random() < self._settings.own
+            else []
+            for one in chosen
+        ]
+        others = draw.choice(len(self._phrases.names), min(length, len(self._phrases.names)), False)
+        pool = {self._phrases.names[other]: None for other in others}
+        pool |= {name: None for one in chosen for name in self._entities[one]}
+        spoken = {name: self._mention(name, draw) for name in pool}
+        rows = []
+        for one, mine in zip(chosen, own, strict=True):
+            distractors = [spoken[name] for name in pool if name not in self._entities[one]]
+            draw.shuffle(distractors)
+            listed = [entry for entry in (*mine, *distractors) if entry is not None][:length]
+            rows.append([(entry, 0, FOREVER) for entry in listed])
+        return rows
+
+    def _mention(self, phrase: str, draw: np.random.Generator) -> int | None:
+        mentions = self._phrases.mentions(phrase)
+        return mentions[draw.integers(len(mentions))] if mentions else None
+
+    def _searched(self, near: np.ndarray, draw: np.random.Generator) -> list[tuple[int, int, int]]:
+        """What searches every few tokens of an utterance bring, each until the next."""
+        stride = int(draw.choice(self._settings.strides))
+        times = [0, *range(int(draw.integers(stride)) or stride, len(near), stride)]
+        return [
+            (int(entry), since, until)
+            for since, until in zip(times, [*times[1:], FOREVER], strict=True)
+            for entry in near[since, : self._settings.k]
+            if entry >= 0
+        ]
+
+    def _windows(
+        self, datastore: Datastore, rows: Sequence[Sequence[tuple[int, int, int]]]
+    ) -> Windows:
+        """Rows of (entry, since, until) as tensors; an entry that stands twice is there once."""
+        entries = np.unique([entry for row in rows for entry, _, _ in row]).astype(np.int64)
+        entries = entries if len(entries) else np.zeros(1, np.int64)
+        found = datastore.passages(entries)
+        width = int(found.present.sum(1).max())
+        most = max(1, *map(len, rows))
+        table = np.full((3, len(rows), most), -1, np.int64)
+        for number, row in enumerate(rows):
+            if row:
+                table[:, number, : len(row)] = np.array(row).T
+                table[0, number, : len(row)] = np.searchsorted(
+                    entries, table[0, number, : len(row)]
+                )
+        index, since, until = torch.from_numpy(table)
+        return Windows(
+            tokens=torch.from_numpy(found.tokens[:, :width]).long(),
+            present=torch.from_numpy(found.present[:, :width]),
+            keys=torch.from_numpy(found.keys[:, :width]).float(),
+            index=index,
+            since=since,
+            until=until,
+        )

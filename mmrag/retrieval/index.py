@@ -1,0 +1,312 @@
+"""Nearest neighbours among one datastore's keys, by FAISS.
+
+An `IndexShard` covers a contiguous range of entries. FAISS proposes candidates, with the rounding
+of its own fast arithmetic; their distances are then computed again, in float32 from the stored
+keys. Flat goes on proposing until no key that was not proposed could be among the k nearest, so
+its answer is exact and the same however the entries are sharded; IVF-PQ (arXiv 1702.08734) re-ranks
+what its lists and codes let through. Which machine a shard lives on is not known here.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from uuid import uuid4
+
+import faiss
+import numpy as np
+
+from mmrag.artifact import write_json
+from mmrag.config import Index, as_dict
+from mmrag.records import NO_ENTRY, Neighbours
+from mmrag.retrieval.datastore import Datastore
+from mmrag.retrieval.segment import DatastoreError, distances, prepare
+
+BLOCK = 16_384
+"""Keys in memory at once where all of them are walked through."""
+CODE_CENTROIDS = 256
+"""Centroids of one byte of a product-quantized key."""
+
+
+class IndexShard:
+    """The searchable entries [start, stop) of a datastore."""
+
+    def __init__(
+        self, datastore: Datastore, start: int, settings: Index, index: faiss.Index
+    ) -> None:
+        """`index` holds the first `index.ntotal` entries from `start`."""
+        _tune()
+        self.datastore = datastore
+        self.start = start
+        self.stop = start + index.ntotal
+        self.settings = settings
+        self._index = index
+        self._longest = 0.0
+        """Norm of the longest key: bounds FAISS's rounding errors (flat)."""
+        self._deleted = np.zeros(index.ntotal, bool)
+        self.delete(datastore.deleted)
+
+    @classmethod
+    def build(
+        cls, datastore: Datastore, start: int, stop: int, settings: Index, seed: int
+    ) -> IndexShard:
+        """Index the entries [start, stop).
+
+        Raises ValueError if an IVF-PQ index cannot be trained on that few keys or that width.
+        """
+        shard = cls(datastore, start, settings, _empty(datastore, settings, seed))
+        shard.add(start, stop)
+        return shard
+
+    @classmethod
+    def load(cls, directory: Path | str, datastore: Datastore) -> IndexShard:
+        """The shard saved in `directory`; DatastoreError if it is not one of `datastore`."""
+        directory = Path(directory)
+        try:
+            saved = json.loads((directory / "shard.json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError) as error:
+            raise DatastoreError(f"{directory} holds no index shard: {error}") from None
+        description = datastore.description
+        expected = (description.metric, description.width)
+        if (saved["metric"], saved["width"]) != expected or saved["stop"] > datastore.entries:
+            raise DatastoreError(
+                f"{directory} indexes entries up to {saved['stop']} of width {saved['width']} by "
+                f"{saved['metric']}; {datastore} has {datastore.entries} of width "
+                f"{description.width} by {description.metric}"
+            )
+        settings = Index.model_validate(saved["settings"])
+        if settings.kind == "flat":
+            return cls.build(datastore, saved["start"], saved["stop"], settings, seed=0)
+        try:
+            index = faiss.read_index(str(directory / "index.faiss"))
+        except RuntimeError as error:
+            raise DatastoreError(f"{directory / 'index.faiss'} is damaged: {error}") from None
+        if index.ntotal != saved["stop"] - saved["start"]:
+            raise DatastoreError(f"{directory / 'index.faiss'} holds {index.ntotal} entries")
+        return cls(datastore, saved["start"], settings, index)
+
+    def save(self, directory: Path | str) -> None:
+        """Write `shard.json`, and for IVF-PQ `index.faiss`; flat is the datastore's keys alone.
+
+        The directory is written aside and renamed: if it exists, it is whole.
+        """
+        directory = Path(directory)
+        aside = directory.with_name(f".{directory.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        if self.settings.kind == "ivfpq":
+            faiss.write_index(self._index, str(aside / "index.faiss"))
+        fields = {
+            "start": self.start,
+            "stop": self.stop,
+            "metric": self.datastore.description.metric,
+            "width": self.datastore.description.width,
+            "settings": as_dict(self.settings),
+        }
+        write_json(aside / "shard.json", fields)
+        shutil.rmtree(directory, ignore_errors=True)
+        aside.rename(directory)
+
+    def add(self, start: int, stop: int) -> None:
+        """Index the newly published entries [start, stop), which go on where this shard ends.
+
+        Refreshes the datastore if it does not know them yet.
+        """
+        if start != self.stop or stop < start:
+            raise ValueError(f"entries [{start}, {stop}) do not go on from {self.stop}")
+        if stop > self.datastore.entries:
+            self.datastore.refresh()
+        if stop > self.datastore.entries:
+            raise ValueError(f"entry {stop - 1} of a datastore of {self.datastore.entries}")
+        if stop > start and not self._index.is_trained:
+            self._train(start, stop)
+        for block in range(start, stop, BLOCK):
+            keys = self.datastore.keys(block, min(block + BLOCK, stop))
+            self._index.add(keys)
+            self._longest = max(self._longest, float(np.linalg.norm(keys, axis=1).max()))
+        self.stop = stop
+        self._deleted = np.pad(self._deleted, (0, stop - start))
+        self.delete(self.datastore.deleted)
+
+    def refresh(self, last: bool) -> None:
+        """Hide what the datastore says was deleted since; the `last` shard takes in what was
+        published since.
+
+        The datastore itself is refreshed beforehand, once for all of its shards.
+        """
+        if last:
+            self.add(self.stop, self.datastore.entries)
+        self.delete(self.datastore.deleted)
+
+    def delete(self, entries: Iterable[int]) -> None:
+        """Never return these again; ids outside the shard are ignored.
+
+        Lasts as long as this object: `datastore.delete` is what makes it permanent.
+        """
+        local = np.fromiter(entries, np.int64) - self.start
+        self._deleted[local[(local >= 0) & (local < len(self._deleted))]] = True
+
+    def search(
+        self, queries: np.ndarray, k: int, exclude_documents: Sequence[int] | None = None
+    ) -> Neighbours:
+        """The k nearest entries to each query, as `Retriever.search` says.
+
+        Distances are exact float32; ties go to the lower entry id. Raises ValueError for queries
+        of another width than the keys, or one exclusion too many or too few.
+        """
+        metric, width = self.datastore.description.metric, self.datastore.description.width
+        if queries.ndim != 2 or queries.shape[1] != width:
+            raise ValueError(f"queries of shape {queries.shape}: the keys have width {width}")
+        if k < 1:
+            raise ValueError(f"{k} neighbours asked for")
+        if exclude_documents is not None and len(exclude_documents) != len(queries):
+            raise ValueError(f"{len(exclude_documents)} exclusions for {len(queries)} queries")
+        found = np.full((len(queries), k), np.inf, np.float32)
+        entries = np.full((len(queries), k), NO_ENTRY, np.int64)
+        queries = np.ascontiguousarray(prepare(queries, metric))
+        excluded = None if exclude_documents is None else np.asarray(exclude_documents)
+        total, deleted = self.stop - self.start, int(self._deleted.sum())
+        pending = np.arange(len(queries) if deleted < total else 0)
+        fetch = k * (self.settings.rerank if self.settings.kind == "ivfpq" else 2)
+        fetch = -(-fetch * total // max(total - deleted, 1))  # as if deletions lay evenly
+        while len(pending):
+            fetch = min(fetch, total)
+            asked = queries[pending]
+            proposed, candidates = self._propose(asked, fetch)
+            hidden = self._hidden(candidates, None if excluded is None else excluded[pending])
+            exact = self._distances(asked, candidates, hidden)
+            order = np.lexsort((candidates, exact), axis=1)[:, :k]
+            nearest = np.take_along_axis(exact, order, axis=1)
+            local = np.take_along_axis(candidates, order, axis=1)
+            found[pending, : order.shape[1]] = nearest
+            entries[pending, : order.shape[1]] = np.where(
+                np.isfinite(nearest), local + self.start, NO_ENTRY
+            )
+            settled = (fetch == total) | (candidates[:, -1] < 0)
+            if fetch >= k:
+                settled |= nearest[:, -1] < proposed - self._rounding(asked)
+            pending = pending[~settled]
+            fetch *= 4
+        return self._neighbours(found, entries)
+
+    def _propose(self, queries: np.ndarray, fetch: int) -> tuple[np.ndarray, np.ndarray]:
+        """FAISS's nearest, ids from 0: its distance of the last (B,), candidates (B, fetch)."""
+        if self.settings.kind == "ivfpq":
+            probes = faiss.SearchParametersIVF(nprobe=self.settings.probes)
+            _, candidates = self._index.search(queries, fetch, params=probes)
+            return np.full(len(queries), np.inf, np.float32), candidates
+        proposed, candidates = self._index.search(queries, fetch)
+        last = proposed[:, -1]
+        return -last if self._index.metric_type == faiss.METRIC_INNER_PRODUCT else last, candidates
+
+    def _hidden(self, candidates: np.ndarray, excluded: np.ndarray | None) -> np.ndarray:
+        """Which candidates (B, fetch) may not be returned: none, deleted, or excluded."""
+        hidden = (candidates < 0) | self._deleted[candidates]
+        if excluded is None:
+            return hidden
+        documents = self.datastore.documents[self.start : self.stop][candidates]
+        return hidden | (documents == excluded[:, None])
+
+    def _distances(
+        self, queries: np.ndarray, candidates: np.ndarray, hidden: np.ndarray
+    ) -> np.ndarray:
+        """Exact distances (B, fetch) float32, +inf where hidden."""
+        exact = np.full(candidates.shape, np.inf, np.float32)
+        rows, columns = np.nonzero(~hidden)
+        for block in range(0, len(rows), BLOCK):
+            row, column = rows[block : block + BLOCK], columns[block : block + BLOCK]
+            keys = self.datastore.keys_of(candidates[row, column] + self.start)
+            exact[row, column] = distances(queries[row], keys, self.datastore.description.metric)
+        return exact
+
+    def _rounding(self, queries: np.ndarray) -> np.ndarray:
+        """How far FAISS's distances and the exact ones may be apart at most (B,)."""
+        reach = np.linalg.norm(queries, axis=1) + np.float32(self._longest)
+        return (queries.shape[1] + 4) * np.finfo(np.float32).eps * reach * reach
+
+    def _neighbours(self, found: np.ndarray, entries: np.ndarray) -> Neighbours:
+        missing = Neighbours.none(*entries.shape)
+        at = entries != NO_ENTRY
+        missing.tokens[at] = self.datastore.tokens[entries[at]]
+        missing.documents[at] = self.datastore.documents[entries[at]]
+        return Neighbours(found, missing.tokens, entries, missing.documents)
+
+    def _train(self, start: int, stop: int) -> None:
+        """Train IVF-PQ on evenly spaced keys, as many as k-means makes use of."""
+        needed, reason = max(
+            (self.settings.lists, f"index.lists {self.settings.lists}"),
+            (CODE_CENTROIDS, "index.kind ivfpq"),
+        )
+        if stop - start < needed:
+            raise ValueError(
+                f"{reason} needs at least {needed} keys to train on and this shard has "
+                f"{stop - start}: use fewer index.lists, fewer index.shards, or index.kind flat"
+            )
+        wanted = min(stop - start, needed * faiss.ClusteringParameters().max_points_per_centroid)
+        sample = np.linspace(start, stop - 1, wanted).astype(np.int64)
+        self._index.train(self.datastore.keys_of(sample))
+
+
+def shard_directory(datastore: Path, number: int) -> Path:
+    """Where a datastore keeps its shard `number`."""
+    return datastore / "index" / f"shard-{number:05d}"
+
+
+def saved_shards(datastore: Path) -> list[Path]:
+    """The directories of a datastore's shards, in order of their entries."""
+    return sorted((datastore / "index").glob("shard-*"))
+
+
+def save_index(directory: Path | str) -> None:
+    """Index what is published so far in one flat shard, unless shards are saved there already.
+
+    Makes a datastore that was just created, which may be empty, one that `LocalRetriever.load`
+    opens; what is published afterwards, its last shard takes in. Safe in many processes at once.
+    """
+    directory = Path(directory).absolute()
+    if saved_shards(directory):
+        return
+    datastore = Datastore.open(directory)
+    aside = directory / f".index.{uuid4().hex}"
+    shard = IndexShard.build(datastore, 0, datastore.entries, Index(kind="flat", shards=1), seed=0)
+    shard.save(shard_directory(aside, 0))
+    try:
+        (aside / "index").rename(directory / "index")
+    except OSError:  # another process was first
+        if not saved_shards(directory):
+            raise
+    finally:
+        shutil.rmtree(aside)
+
+
+def shard_ranges(entries: int, shards: int) -> list[tuple[int, int]]:
+    """[start, stop) of each of `shards` shards: contiguous, sizes differing by one at most."""
+    edges = [entries * shard // shards for shard in range(shards + 1)]
+    return list(pairwise(edges))
+
+
+def _empty(datastore: Datastore, settings: Index, seed: int) -> faiss.Index:
+    width = datastore.description.width
+    by_product = datastore.description.metric == "ip"
+    metric = faiss.METRIC_INNER_PRODUCT if by_product else faiss.METRIC_L2
+    if settings.kind == "flat":
+        return faiss.IndexFlat(width, metric)
+    if width % settings.code_bytes:
+        raise ValueError(f"index.code_bytes {settings.code_bytes} does not divide width {width}")
+    coarse = faiss.IndexFlat(width, metric)
+    index = faiss.IndexIVFPQ(coarse, width, settings.lists, settings.code_bytes, 8, metric)
+    index.cp.seed = index.pq.cp.seed = seed % 2**31
+    return index
+
+
+def _tune() -> None:
+    """Let FAISS multiply matrices where that is faster.
+
+    FAISS 1.15 raised its threshold (queries x width) for machines of many threads; on one thread
+    a flat search of 32 queries is five times slower for it. Another value than its own stays.
+    """
+    if faiss.cvar.distance_compute_blas_threshold == 128_000:
+        faiss.cvar.distance_compute_blas_threshold = 800 * faiss.omp_get_max_threads()

@@ -1,0 +1,96 @@
+"""What neighbours do to the next token: searched for, gated, and mixed in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmrag.config import KNN
+from mmrag.records import NO_ENTRY, Neighbours, Retriever
+from mmrag.retrieval.knn import gate, knn_logp, mix, unsure
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """A datastore to ask at every step, and how far to trust it."""
+
+    retriever: Retriever
+    settings: KNN
+
+
+def retrieve(
+    lm_logp: Tensor,
+    keys: Tensor,
+    retrieval: Retrieval | Sequence[Retrieval | None] | None,
+    exclude_documents: Sequence[int] | None = None,
+) -> tuple[Tensor, Neighbours]:
+    """The next-token log-probabilities (B, V) after retrieval with `keys` (B, D).
+
+    `retrieval` is one for all rows, or one a row: rows that share one are searched together.
+    Without retrieval, with weight 0, where the model is certain and behind a shut gate they are
+    `lm_logp` itself, and the neighbours are none: what was not heard is no evidence.
+    """
+    if isinstance(retrieval, Sequence):
+        return _retrieve_apart(lm_logp, keys, retrieval, exclude_documents)[:2]
+    if retrieval is None or retrieval.settings.weight == 0:
+        return lm_logp, Neighbours.none(len(lm_logp), 1)
+    knn = retrieval.settings
+    logp, neighbours = lm_logp, Neighbours.none(len(lm_logp), knn.k)
+    rows = unsure(lm_logp, knn.certain).nonzero()[:, 0]
+    if len(rows):
+        queries = keys[rows].float().cpu().numpy()
+        excluded = exclude_documents and [exclude_documents[row] for row in rows.tolist()]
+        found = retrieval.retriever.search(queries, knn.k, excluded)
+        logp = lm_logp.index_copy(0, rows, interpolate(lm_logp[rows], found, knn))
+        neighbours = _placed(neighbours, rows.tolist(), _gated(found, knn.gate))
+    return logp, neighbours
+
+
+def _retrieve_apart(
+    lm_logp: Tensor,
+    keys: Tensor,
+    retrievals: Sequence[Retrieval | None],
+    exclude_documents: Sequence[int] | None,
+) -> tuple[Tensor, Neighbours, list[int]]:
+    """`retrieve`, with each row's own retrieval; and how many of its shards did not answer."""
+    k = max((one.settings.k for one in retrievals if one is not None), default=1)
+    logp, neighbours = lm_logp.clone(), Neighbours.none(len(lm_logp), k)
+    missing = [0] * len(lm_logp)
+    for retrieval in {id(one): one for one in retrievals if one is not None}.values():
+        rows = [row for row, one in enumerate(retrievals) if one is retrieval]
+        excluded = exclude_documents and [exclude_documents[row] for row in rows]
+        logp[rows], found = retrieve(lm_logp[rows], keys[rows], retrieval, excluded)
+        neighbours = _placed(neighbours, rows, found)
+        for row in rows:
+            missing[row] = found.missing_shards
+    return logp, neighbours, missing
+
+
+def interpolate(lm_logp: Tensor, found: Neighbours, knn: KNN) -> Tensor:
+    """`lm_logp` (B, V) mixed with what the neighbours say."""
+    distances = torch.from_numpy(found.distances).to(lm_logp.device)
+    tokens = torch.from_numpy(found.tokens).to(lm_logp.device)
+    said = knn_logp(distances, tokens, knn.temperature, lm_logp.shape[1])
+    return mix(lm_logp, said, knn.weight * gate(distances, knn.gate))
+
+
+def _placed(neighbours: Neighbours, rows: Sequence[int], found: Neighbours) -> Neighbours:
+    """`neighbours` with what was `found` for some of its rows."""
+    for name in ("distances", "tokens", "entries", "documents"):
+        column = getattr(found, name)
+        getattr(neighbours, name)[rows, : column.shape[1]] = column
+    return replace(neighbours, missing_shards=max(neighbours.missing_shards, found.missing_shards))
+
+
+def _gated(found: Neighbours, largest: float | None) -> Neighbours:
+    """`found`, with nothing in the rows whose gate is shut."""
+    near = gate(torch.from_numpy(found.distances), largest).numpy()[:, None]
+    return replace(
+        found,
+        distances=np.where(near, found.distances, np.float32(np.inf)),
+        entries=np.where(near, found.entries, NO_ENTRY),
+    )

@@ -1,0 +1,139 @@
+"""A caller's phrases as a small datastore: each spoken in a few carrier sentences, its own tokens
+alone the entries.
+
+What surrounds a phrase teaches nothing about it, and as entries it would be mistaken for what is
+said next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+
+from mmrag.model.lm import LM
+from mmrag.model.vocabulary import Vocabulary
+from mmrag.records import Units, Utterance
+from mmrag.retrieval import datastore
+from mmrag.retrieval.datastore import Datastore
+from mmrag.retrieval.entries import read_entries
+from mmrag.retrieval.segment import Description, Segment
+from mmrag.speech.tokenized import Tokenized
+
+WINDOW = 20
+BATCH = 64
+"""Sentences read at once."""
+Say = Callable[[str], Units]
+"""A sentence -> the units of somebody saying it."""
+
+CARRIERS = ("please call {phrase} today", "about {phrase} next week", "{phrase}")
+"""Sentences in which a phrase is spoken; the first is the one that is read."""
+
+
+def utterances(phrases: Sequence[str], carriers: Sequence[str] = CARRIERS) -> Iterator[Utterance]:
+    """Sentences, to be spoken, about each phrase, which is their only entity and their document."""
+    for number, phrase in enumerate(dict.fromkeys(phrases)):
+        for way, carrier in enumerate(carriers):
+            yield Utterance(
+                id=f"phrase-{number:06d}-{way}",
+                text=carrier.format(phrase=phrase),
+                document=phrase,
+                entities=(phrase,),
+            )
+
+
+def description(lm: LM, identity: Mapping[str, str], say: Say | None) -> Description:
+    """What a datastore of phrases is: `identity` names the models; without `say`, text alone."""
+    audio = "none" if say is None else "spoken"
+    return Description(lm.config.width, WINDOW, "l2", audio, dict(identity))
+
+
+def speak(
+    phrases: Sequence[str], lm: LM, vocabulary: Vocabulary, say: Say | None
+) -> Iterator[Segment]:
+    """The phrases' entries, BATCH sentences a segment, each spoken when its segment is asked for.
+
+    Without `say` the phrases are read as text alone. Raises ValueError, at the call, for a phrase
+    without a letter or digit, or none at all.
+    """
+    empty = [phrase for phrase in phrases if not vocabulary.encode(phrase)]
+    if empty or not phrases:
+        raise ValueError(f"nothing to listen for: {empty or 'no phrases'}")
+    told = list(utterances(phrases))
+
+    def read(batch: Sequence[Utterance]) -> Segment:
+        spoken = [Tokenized(one, say and say(one.text)) for one in batch]
+        return read_entries(lm, vocabulary, spoken, WINDOW, "entities")
+
+    return (read(told[start : start + BATCH]) for start in range(0, len(told), BATCH))
+
+
+def remember(
+    cache: Path,
+    phrases: Sequence[str],
+    lm: LM,
+    vocabulary: Vocabulary,
+    identity: Mapping[str, str],
+    say: Say | None,
+) -> Datastore:
+    """The phrases' datastore below `cache`, made at the first call with just these.
+
+    Takes what `description` and `speak` take, and raises what `speak` raises.
+    """
+    described, segments = description(lm, identity, say), speak(phrases, lm, vocabulary, say)
+    content = json.dumps(
+        [list(dict.fromkeys(phrases)), CARRIERS, described.audio, dict(sorted(identity.items()))]
+    )
+    directory = cache / hashlib.sha256(content.encode()).hexdigest()[:16]
+    if not directory.exists():
+        aside = cache / f".{directory.name}.{uuid4().hex}"
+        datastore.create(aside, described)
+        names = []
+        for number, segment in enumerate(segments):
+            names.append(f"part-{number:05d}")
+            datastore.write_segment(aside, names[-1], segment)
+        datastore.publish(aside, names)
+        try:
+            aside.rename(directory)
+        except OSError:  # another process was first
+            if not directory.exists():
+                raise
+    return Datastore.open(directory)
+
+
+class Phrases:
+    """A datastore of entities, phrase by phrase: each time one was spoken is a window.
+
+    What is deleted from the datastore was not spoken.
+    """
+
+    def __init__(self, datastore: Datastore) -> None:
+        self.datastore = datastore
+        starts = np.flatnonzero(np.diff(datastore.utterances, prepend=-1))
+        stops = np.append(starts, datastore.entries)[1:]
+        # The window around the middle reaches as far to both sides as it can.
+        middles = np.setdiff1d((starts + stops) // 2, datastore.deleted)
+        self._mentions: dict[str, list[int]] = {}
+        for middle in middles.tolist():
+            name = datastore.document_name(datastore.documents[middle])
+            self._mentions.setdefault(name, []).append(middle)
+        self.names = list(self._mentions)
+
+    def mentions(self, phrase: str, most: int | None = None) -> list[int]:
+        """An entry for each time the phrase was spoken, at most so many; none for an unknown one.
+
+        The entry stands in the middle of the phrase, so that its window holds all of it.
+        """
+        return self._mentions.get(phrase, [])[:most]
+
+    def first_mentions(self, phrases: Iterable[str] | None = None, most: int = 1) -> np.ndarray:
+        """At most so many `mentions` of each phrase, one phrase after the other: (N,) int64.
+
+        Of all phrases without `phrases`.
+        """
+        named = self.names if phrases is None else phrases
+        return np.array([entry for name in named for entry in self.mentions(name, most)], np.int64)

@@ -1,0 +1,1 @@
+"""Sound to discrete units: audio files, voice activity, HuBERT, k-means, the tokenized corpus."""

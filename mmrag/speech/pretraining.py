@@ -1,0 +1,357 @@
+"""HuBERT pretraining (arXiv 2106.07447): masked prediction of a frame's class.
+
+Knows masks, targets and steps. What clusters features into targets is handed to it, and so is the
+audio; it has never seen a unit or a file of speech."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchaudio
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torchaudio.compliance import kaldi
+
+from mmrag.config import Hubert, Pretrain, PretrainRound
+from mmrag.records import Timed
+from mmrag.speech.audio import SAMPLE_RATE
+from mmrag.speech.hubert import CONVOLUTIONS, HubertEncoder, generator_at, seeded_at, window
+
+LOGIT_TEMPERATURE = 0.1
+WARMUP_SHARE = 0.08
+"""Share of a round's steps in which the learning rate rises."""
+CLIP = 1.0
+"""Largest gradient norm."""
+Cluster = Callable[[np.ndarray, int, int], np.ndarray]
+"""Features (N, D), number of clusters K, seed -> centroids (K, D)."""
+
+
+def mfcc(wave: Tensor) -> Tensor:
+    """MFCCs with first and second differences, (T,) -> (F, 39), one row a HuBERT frame.
+
+    Kaldi's recipe over just the samples that the frame sees. Raises ValueError if there is no
+    whole frame.
+    """
+    field, hop = window(CONVOLUTIONS)
+    if len(wave) < field:
+        raise ValueError(f"a clip is at least {field} samples long, not {len(wave)}")
+    coefficients = kaldi.mfcc(
+        wave.cpu()[None],
+        sample_frequency=SAMPLE_RATE,
+        frame_length=field / SAMPLE_RATE * 1000,
+        frame_shift=hop / SAMPLE_RATE * 1000,
+        use_energy=False,
+    ).T
+    deltas = torchaudio.functional.compute_deltas(coefficients)
+    accelerations = torchaudio.functional.compute_deltas(deltas)
+    return torch.cat([coefficients, deltas, accelerations]).T
+
+
+def mask_spans(
+    frames: Tensor, probability: float, length: int, generator: torch.Generator
+) -> Tensor:
+    """Frames to hide: bool (B, F) for clips of `frames` (B,), F being the longest.
+
+    Each frame starts a span of `length` with `probability`, one more starts somewhere in each
+    clip, spans may overlap, and a clip's end cuts them off.
+    """
+    clips, longest = len(frames), int(frames.max())
+    starts = torch.rand(clips, longest, generator=generator) < probability
+    sure = torch.rand(clips, generator=generator) * frames
+    starts[torch.arange(clips), sure.long()] = True
+    spans = F.pad(starts, (length - 1, 0)).unfold(1, length, 1).any(-1)
+    return spans & (torch.arange(longest) < frames[:, None])
+
+
+class MaskedPrediction(nn.Module):
+    """The encoder with a head that guesses the class of frames it was not shown."""
+
+    def __init__(self, encoder: HubertEncoder, classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.mask_embedding = nn.Parameter(torch.rand(encoder.width))
+        self.projection = nn.Linear(encoder.width, encoder.width)
+        self.class_embeddings = nn.Parameter(torch.randn(classes, encoder.width))
+
+    def forward(
+        self,
+        waves: Tensor,
+        lengths: Tensor,
+        targets: Tensor,
+        mask: Tensor,
+        seen_weight: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Summed loss, the count it is a sum over, and how many masked frames were guessed right.
+
+        `waves` (B, T) prepared and padded, `lengths` (B,) samples; `targets` (B, F) int64 and
+        `mask` (B, F) bool, false in the padding. A masked frame counts 1, any other `seen_weight`
+        (section 2.3). Logits are cosines over a temperature of 0.1.
+        """
+        frames = torch.tensor([self.encoder.frames(length) for length in lengths.tolist()])
+        inputs = self.encoder.project(waves, lengths)
+        hidden = self.encoder.contextualize(
+            torch.where(mask[..., None], self.mask_embedding, inputs), frames
+        )
+        inside = torch.arange(mask.shape[1], device=mask.device) < frames.to(mask.device)[:, None]
+        scored = inside if seen_weight else mask
+        guesses = F.normalize(self.projection(hidden[scored]), dim=-1)
+        logits = guesses @ F.normalize(self.class_embeddings, dim=-1).T / LOGIT_TEMPERATURE
+        weights = torch.where(mask[scored], 1.0, seen_weight)
+        losses = F.cross_entropy(logits.float(), targets[scored], reduction="none")
+        correct = (logits.argmax(-1) == targets[scored]) & mask[scored]
+        return (losses * weights).sum(), weights.sum(), correct.sum()
+
+
+class Phones:
+    """The class of each frame of each clip: the phone that is said at the frame's middle.
+
+    Supervision-guided targets (arXiv 2206.10125). Class 0 is silence, and whatever else the
+    alignment leaves open.
+    """
+
+    def __init__(self, aligned: Sequence[Sequence[Timed]]) -> None:
+        """`aligned` holds the phones of each clip, in order."""
+        self.names = sorted({phone.text for clip in aligned for phone in clip})
+        self.classes = len(self.names) + 1
+        self._aligned = aligned
+        self._number = {name: number for number, name in enumerate(self.names, start=1)}
+        self._field, self._hop = window(CONVOLUTIONS)
+
+    def __getitem__(self, clip: int) -> Tensor:
+        """Classes (F,) int64 of clip number `clip`, as far as its last phone."""
+        phones = self._aligned[clip]
+        count = max(0, round(phones[-1].end * SAMPLE_RATE) // self._hop + 1) if phones else 0
+        classes = torch.zeros(count, dtype=torch.long)
+        for phone in phones:
+            first, last = (self._frame(time) for time in (phone.start, phone.end))
+            classes[first:last] = self._number[phone.text]
+        return classes
+
+    def _frame(self, seconds: float) -> int:
+        """The first frame whose middle is not before a time."""
+        return max(0, math.ceil((seconds * SAMPLE_RATE - self._field / 2) / self._hop))
+
+
+class Batch(NamedTuple):
+    """Crops for one step: what `MaskedPrediction.forward` takes."""
+
+    waves: Tensor
+    lengths: Tensor
+    targets: Tensor
+    mask: Tensor
+
+
+class Targets:
+    """The class of each frame of each clip: the nearest centroid to its features.
+
+    A clip is labelled when it is first drawn, on its own, and remembered: labels do not depend
+    on the order of drawing, and clips that are never drawn cost nothing.
+    """
+
+    def __init__(
+        self, waves: Sequence[Tensor], describe: Callable[[Tensor], Tensor], centroids: Tensor
+    ) -> None:
+        self._waves = waves
+        self._describe = describe
+        self._centroids = centroids
+        self._labels: dict[int, Tensor] = {}
+
+    def __getitem__(self, clip: int) -> Tensor:
+        """Classes (F,) int64 of clip number `clip`."""
+        if clip not in self._labels:
+            features = self._describe(self._waves[clip])
+            centroids = self._centroids.to(features)
+            nearness = features @ centroids.T - centroids.square().sum(1) / 2
+            self._labels[clip] = nearness.argmax(1).to("cpu", torch.int32)
+        return self._labels[clip].long()
+
+
+def draw(
+    encoder: HubertEncoder,
+    waves: Sequence[Tensor],
+    targets: Targets | Phones,
+    settings: Pretrain,
+    generator: torch.Generator,
+) -> Batch:
+    """Random crops of random clips, `batch_seconds` in all, and a mask over their frames."""
+    longest = round(settings.crop_seconds * SAMPLE_RATE)
+    missing = settings.batch_seconds * SAMPLE_RATE
+    crops, labels = [], []
+    while missing > 0:
+        clip = _below(len(waves), generator)
+        wave = encoder.prepare(waves[clip])
+        spare = max(0, encoder.frames(len(wave)) - encoder.frames(longest))
+        first = _below(spare + 1, generator)
+        crop = wave[first * encoder.hop :][:longest]
+        crops.append(crop)
+        label = targets[clip][first:][: encoder.frames(len(crop))]
+        labels.append(F.pad(label, (0, encoder.frames(len(crop)) - len(label))))
+        missing -= len(crop)
+    frames = torch.tensor([len(label) for label in labels])
+    mask = mask_spans(frames, settings.mask_probability, settings.mask_length, generator)
+    return Batch(
+        waves=pad_sequence(crops, batch_first=True),
+        lengths=torch.tensor([len(crop) for crop in crops]),
+        targets=pad_sequence(labels, batch_first=True),
+        mask=mask,
+    )
+
+
+class Round:
+    """What one round of pretraining changes, and what it needs to be taken up again."""
+
+    def __init__(
+        self,
+        encoder: HubertEncoder,
+        plan: PretrainRound,
+        number: int,
+        seed: int,
+        seen_weight: float,
+        classes: int,
+    ) -> None:
+        """The encoder as the round before left it is this round's teacher and starting point."""
+        self.plan = plan
+        self.number = number
+        self.seed = seed
+        self.seen_weight = seen_weight
+        self.step = 0
+        self.centroids: Tensor | None = None
+        self.teacher = deepcopy(encoder) if plan.target == "hubert" else None
+        with seeded_at(seed, number):
+            self.model = MaskedPrediction(encoder, classes).to(encoder.device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01
+        )
+
+    def describe(self, wave: Tensor) -> Tensor:
+        """The features (F, D) of a clip that targets are clusters of."""
+        return self.teacher.features([wave])[0] if self.teacher else mfcc(wave)
+
+    def cluster(self, waves: Sequence[Tensor], seconds: float, cluster: Cluster) -> None:
+        """Make the centroids from `seconds` of audio, of clips in random order."""
+        order = torch.randperm(len(waves), generator=generator_at(self.seed, self.number))
+        features, missing = [], seconds * SAMPLE_RATE
+        for clip in order.tolist():
+            wave = waves[clip]
+            features.append(self.describe(wave).cpu().numpy())
+            missing -= len(wave)
+            if missing <= 0:
+                break
+        centroids = cluster(np.concatenate(features), self.plan.classes, self.seed)
+        self.centroids = torch.from_numpy(centroids)
+
+    def train_step(self, batch: Batch, learning_rate: float) -> dict[str, float]:
+        """One step: its mean loss, and its accuracy on the masked frames."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        device = self.model.encoder.device
+        targets, mask = batch.targets.to(device), batch.mask.to(device)
+        loss, count, correct = self.model(
+            batch.waves, batch.lengths, targets, mask, self.seen_weight
+        )
+        self.optimizer.zero_grad()
+        loss = loss / count
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.optimizer.step()
+        self.step += 1
+        return {"loss": loss.item(), "accuracy": correct.item() / int(mask.sum())}
+
+    def save(self, path: Path) -> None:
+        """Replace `path` by this state, whole or not at all."""
+        state = {
+            "number": self.number,
+            "step": self.step,
+            "centroids": self.centroids,
+            "teacher": self.teacher.state_dict() if self.teacher else None,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        aside = path.with_suffix(".aside")
+        torch.save(state, aside)
+        aside.replace(path)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up what `save` wrote for this round."""
+        self.step = state["step"]
+        self.centroids = state["centroids"]
+        if self.teacher:
+            self.teacher.load_state_dict(state["teacher"])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def pretrain(
+    config: Hubert,
+    settings: Pretrain,
+    waves: Sequence[Tensor],
+    seed: int,
+    directory: Path | str,
+    cluster: Cluster,
+    log: Callable[[int, dict[str, float]], None],
+    *,
+    phones: Phones | None = None,
+    device: torch.device | str = "cpu",
+    checkpoint_steps: int = 500,
+) -> HubertEncoder:
+    """An encoder of shape `config`, pretrained on `waves`: (T_i,) each, at 16 kHz.
+
+    Each round's targets are clusters of features (MFCCs, then the features of the encoder so far)
+    or `phones`; it goes on training the same encoder on them, under a new head. A step depends on
+    the weights and on (seed, round, step) alone, so a run that finds its own unfinished state in
+    `directory/.pretrain.pt` ends with the weights it would have had without the interruption.
+    `log(step, {round, loss, accuracy, learning_rate})` is called after each step; steps count
+    from 1 through all rounds. Raises ValueError if there is no audio, or a crop holds no frame.
+    """
+    if not len(waves):
+        raise ValueError("there is no audio to pretrain on")
+    encoder = HubertEncoder.create(config, seed).to(device)
+    if phones is None and any(plan.target == "phones" for plan in settings.rounds):
+        raise ValueError("a round's target is phones, and the corpus has no alignment")
+    if not encoder.frames(round(settings.crop_seconds * SAMPLE_RATE)):
+        raise ValueError(f"crop_seconds {settings.crop_seconds} is shorter than one frame")
+    path = Path(directory) / ".pretrain.pt"
+    saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+    past = 0
+    for number, plan in enumerate(settings.rounds):
+        if number >= saved.get("number", 0):
+            clustered = plan.target != "phones"
+            classes = plan.classes if clustered else phones.classes
+            current = Round(encoder, plan, number, seed, settings.seen_weight, classes)
+            if number == saved.get("number"):
+                current.restore(saved)
+            elif clustered:
+                current.cluster(waves, settings.sample_seconds, cluster)
+            targets = phones
+            if clustered:
+                targets = Targets(waves, current.describe, current.centroids)
+            while current.step < plan.steps:
+                generator = generator_at(seed, number, current.step)
+                batch = draw(encoder, waves, targets, settings, generator)
+                rate = settings.learning_rate * schedule(current.step, plan.steps)
+                metrics = current.train_step(batch, rate)
+                if current.step % checkpoint_steps == 0 or current.step == plan.steps:
+                    current.save(path)
+                log(
+                    past + current.step,
+                    {"round": number + 1, **metrics, "learning_rate": rate},
+                )
+        past += plan.steps
+    return encoder
+
+
+def schedule(step: int, steps: int) -> float:
+    """Share of the learning rate at `step` (0 = first): a linear rise, then a linear fall."""
+    warmup = math.ceil(steps * WARMUP_SHARE)
+    return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+
+
+def _below(bound: int, generator: torch.Generator) -> int:
+    return int(torch.randint(bound, (1,), generator=generator))

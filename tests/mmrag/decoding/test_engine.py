@@ -1,0 +1,608 @@
+"""Many callers, one language model: each gets what it would have got alone, whoever else comes,
+goes or fails."""
+
+import threading
+import time
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mmrag.config import KNN, CrossAttention, Decode, LanguageModel, RetrievedAttention
+from mmrag.decoding.decode import Clip, decode
+from mmrag.decoding.engine import Engine, EngineClosed, Statistics
+from mmrag.model.cross_attention import Adapter
+from mmrag.model.lm import LM
+from mmrag.model.vocabulary import EOS, Vocabulary
+from mmrag.records import Neighbours, Passages
+from mmrag.retrieval.interpolation import Retrieval
+from mmrag.retrieval.memory import AttentionSource, WindowCache
+
+SHAPE = LanguageModel(width=16, layers=2, heads=4, kv_heads=2, feed_forward=24, tied=False)
+PATIENCE = 60
+"""Seconds after which something that a test waits for is not going to happen."""
+FOREVER = 3000
+"""Tokens of a transcript that nobody waits for."""
+
+
+class Pieces:
+    """Pieces whose text plays no part."""
+
+    size = 9
+
+
+VOCABULARY = Vocabulary(Pieces(), units=6)
+FIRST, LAST = VOCABULARY.first_piece, VOCABULARY.first_unit - 1
+
+
+class Watched(LM):
+    """Remembers the rows of each of its passes, and calls `seen` before it."""
+
+    def __init__(self):
+        super().__init__(SHAPE, VOCABULARY.size)
+        self.rows = []
+        self.seen = lambda rows: None
+
+    def forward(self, ids, *more, **named):
+        self.rows.append(len(ids))
+        self.seen(len(ids))
+        return super().forward(ids, *more, **named)
+
+
+def random_lm(scale=0.3):
+    """A model of strong opinions: weights large enough for every one of them to matter."""
+    torch.manual_seed(0)
+    lm = Watched()
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.add_(torch.randn_like(parameter) * scale)
+    return lm.eval().requires_grad_(False)
+
+
+class Store:
+    """Entries with random keys, searched by brute force."""
+
+    def __init__(self, entries=40, seed=0):
+        random = np.random.default_rng(seed)
+        self.keys = random.standard_normal((entries, 16)).astype(np.float32)
+        self.tokens = random.integers(FIRST, LAST + 1, entries).astype(np.int32)
+
+    def search(self, queries, k, exclude_documents=None):
+        distances = ((queries[:, None] - self.keys) ** 2).sum(-1)
+        entries = np.argsort(distances, axis=1, kind="stable")[:, :k]
+        return Neighbours(
+            distances=np.take_along_axis(distances, entries, 1),
+            tokens=self.tokens[entries],
+            entries=entries,
+            documents=np.zeros_like(entries),
+        )
+
+    def passages(self, entries):
+        """Each entry is a window of its own."""
+        tokens, keys = self.tokens[entries][:, None], self.keys[entries][:, None]
+        return Passages(tokens, keys.astype(np.float16), np.ones((len(entries), 1), bool))
+
+
+class Insistent:
+    """Finds one token for every query; a weight of 1 makes the transcript as long as its limit."""
+
+    def __init__(self, token=FIRST):
+        self.token = token
+
+    def search(self, queries, k, exclude_documents=None):
+        found = Neighbours.none(len(queries), k)
+        found.distances[:, 0], found.tokens[:, 0], found.entries[:, 0] = 1.0, self.token, 77
+        return found
+
+
+class Silent:
+    """All of its shards are missing."""
+
+    def search(self, queries, k, exclude_documents=None):
+        return Neighbours.none(len(queries), k, missing_shards=3)
+
+
+class Broken(RuntimeError):
+    """What a retriever says that has broken."""
+
+
+class Breaking(Insistent):
+    """Answers so many searches, and then no more."""
+
+    def __init__(self, answers):
+        super().__init__()
+        self.answers = answers
+
+    def search(self, queries, k, exclude_documents=None):
+        self.answers -= 1
+        if self.answers < 0:
+            raise Broken("the shards are gone")
+        return super().search(queries, k)
+
+
+def knn(**changes):
+    return KNN(**{"k": 2, "weight": 0.5, "temperature": 1.0, **changes})
+
+
+def asking(retriever, **changes):
+    return Retrieval(retriever, knn(**changes))
+
+
+def clips(count, beams=1, limit=12, seed=0):
+    """Every third asks a datastore with speech, every third with text."""
+    random = np.random.default_rng(seed)
+    retrievals = [None, asking(Store()), asking(Store(seed=1), query="text")]
+    return [
+        Clip(
+            random.integers(VOCABULARY.first_unit, VOCABULARY.size, length).tolist(),
+            limit - index % 5,
+            beams=beams,
+            length_penalty=0.6,
+            retrieval=retrievals[index % 3],
+        )
+        for index, length in enumerate(random.integers(1, 9, count))
+    ]
+
+
+def lasting(limit, retriever=None):
+    """A clip of exactly so many steps."""
+    retrieval = asking(retriever or Insistent(), weight=1.0)
+    return Clip([VOCABULARY.first_unit] * 3, limit, retrieval=retrieval)
+
+
+def alone(lm, clip):
+    """What `decode` makes of it."""
+    settings = Decode(
+        beams=clip.beams,
+        length_penalty=clip.length_penalty,
+        tokens_per_second=10,
+        max_seconds=10,
+    )
+    attention_sources = None if clip.attention is None else [clip.attention]
+    [heard] = decode(
+        lm,
+        VOCABULARY,
+        [clip.speech],
+        [clip.limit],
+        settings,
+        clip.retrieval,
+        attention_sources=attention_sources,
+    )
+    return heard
+
+
+def agree(one, other):
+    """The same tokens for the same reasons, up to rounding."""
+    for name in ("token", "lm_token", "entry"):
+        mine, theirs = ([getattr(c, name) for c in h.choices] for h in (one, other))
+        assert mine == theirs
+    assert [c.logp for c in one.choices] == pytest.approx([c.logp for c in other.choices], abs=1e-4)
+    assert one.stopped == other.stopped
+
+
+@contextmanager
+def running(lm=None, rows=4):
+    engine = Engine(lm or random_lm(), VOCABULARY, rows)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+@contextmanager
+def held(engine):
+    """Nothing is let in, and no step is made, until the end of the block."""
+    entered, go_on = threading.Event(), threading.Event()
+    engine.call(lambda: (entered.set(), go_on.wait(PATIENCE)))
+    assert entered.wait(PATIENCE)
+    try:
+        yield
+    finally:
+        go_on.set()
+
+
+def result(job):
+    return job.future.result(PATIENCE)
+
+
+class Ear:
+    """Remembers what it is told; `reached` once it has heard `until` tokens."""
+
+    def __init__(self, until=1):
+        self.told = []
+        self.until = until
+        self.reached = threading.Event()
+
+    def __call__(self, tokens):
+        self.told.append(tokens)
+        if len(tokens) >= self.until:
+            self.reached.set()
+
+    def check(self, heard):
+        """It was told of every prefix, once, and of nothing else."""
+        assert self.told == [heard.tokens[: n + 1] for n in range(len(heard.tokens))]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("rows", [1, 4, 64])
+def test_a_clip_gets_what_decode_would_have_made_of_it(beams, rows):
+    asked, lm = clips(9, beams), random_lm()
+    with running(lm, rows) as engine:
+        jobs = [engine.submit(clip) for clip in asked]
+        for clip, job in zip(asked, jobs, strict=True):
+            decoded = result(job)
+            agree(decoded.hypothesis, alone(random_lm(), clip))
+            assert (decoded.missing_shards, decoded.alone) == (0, False)
+
+
+def test_many_threads_hand_in_clips_at_once():
+    asked, ears = clips(32), [Ear() for _ in range(32)]
+    together = threading.Barrier(8)
+    with running(rows=5) as engine, ThreadPoolExecutor(9) as callers:
+
+        def hand_in(first):
+            together.wait(PATIENCE)
+            jobs = [engine.submit(asked[n], hear=ears[n]) for n in range(first, 32, 8)]
+            return [result(job).hypothesis for job in jobs]
+
+        handed_in = [callers.submit(hand_in, first) for first in range(8)]
+        while not all(future.done() for future in handed_in):
+            now = engine.statistics
+            assert 0 <= now.decoding <= 5 and 0 <= now.waiting <= 32
+            time.sleep(0.001)  # a loop that never waits would keep the lock from the engine
+        for first, future in enumerate(handed_in):
+            for n, heard in zip(range(first, 32, 8), future.result(PATIENCE), strict=True):
+                agree(heard, alone(random_lm(), asked[n]))
+                ears[n].check(heard)
+
+
+def test_those_that_wait_join_in_the_order_in_which_they_came():
+    done = []
+    with running(rows=2) as engine:
+        with held(engine):
+            jobs = [engine.submit(lasting(limit)) for limit in (9, 3, 5, 3, 1, 1)]
+            for number, job in enumerate(jobs):
+                job.future.add_done_callback(lambda _, number=number: done.append(number))
+        for job in jobs:
+            result(job)
+    assert done == [1, 2, 0, 4, 3, 5], "by their steps: 1-9, 1-3, 4-8, 9-11, 10, 11"
+
+
+def test_no_step_extends_more_hypotheses_than_there_is_room_for():
+    """A beam wider than that is decoded when nothing else is."""
+    lm, passes = random_lm(scale=0.2), []
+    asked = [
+        replace(clip, beams=beams, retrieval=None)
+        for clip, beams in zip(clips(8), [1, 2, 5, 1, 3, 4, 2, 1], strict=True)
+    ]
+    with running(lm, rows=3) as engine:
+        lm.seen = lambda rows: passes.append((rows, engine.statistics.decoding))
+        with held(engine):
+            jobs = [engine.submit(clip) for clip in asked]
+        heard = [result(job).hypothesis for job in jobs]
+    assert all(rows <= 3 or decoding == 1 for rows, decoding in passes)
+    assert max(rows for rows, _ in passes) == 5
+    assert max(decoding for _, decoding in passes) > 1
+    for clip, one in zip(asked, heard, strict=True):
+        agree(one, alone(random_lm(scale=0.2), clip))
+
+
+def test_a_clip_that_is_cancelled_while_it_waits_is_never_read():
+    lm = random_lm()
+    with running(lm, rows=1) as engine:
+        with held(engine):
+            jobs = [engine.submit(lasting(limit)) for limit in (2, FOREVER, FOREVER, 3)]
+            jobs[1].cancel()
+            jobs[2].future.cancel()  # as a wrapped future is by whoever awaits it
+            assert engine.statistics.waiting == 2
+        assert len(result(jobs[0]).hypothesis.tokens) == 2
+        assert len(result(jobs[3]).hypothesis.tokens) == 3
+        with pytest.raises(CancelledError):
+            result(jobs[1])
+    assert len(lm.rows) == 5
+
+
+@pytest.mark.parametrize("how", ["the job", "its future"])
+def test_a_clip_that_is_cancelled_makes_room_and_the_others_go_on(how):
+    asked, ear = clips(4), Ear(until=3)
+    with running(rows=2) as engine:
+        with held(engine):
+            endless = engine.submit(lasting(FOREVER), hear=ear)
+            jobs = [engine.submit(clip) for clip in asked]
+        assert ear.reached.wait(PATIENCE)
+        endless.cancel() if how == "the job" else endless.future.cancel()
+        for clip, job in zip(asked, jobs, strict=True):
+            agree(result(job).hypothesis, alone(random_lm(), clip))
+        engine.call(lambda: None).result(PATIENCE)
+        assert engine.statistics.decoding == 0
+        assert engine.statistics.clips == 4
+    assert endless.future.cancelled() and len(ear.told) < FOREVER
+
+
+def test_to_cancel_what_is_done_changes_nothing():
+    with running() as engine:
+        job = engine.submit(lasting(2))
+        decoded = result(job)
+        job.cancel()
+        assert not job.cancelled and result(job) is decoded
+
+
+def test_whoever_listens_hears_every_prefix_and_at_last_the_transcript():
+    asked = [*clips(6), lasting(1), lasting(4)]
+    ears = [Ear() for _ in asked]
+    with running() as engine:
+        jobs = [engine.submit(clip, hear=ear) for clip, ear in zip(asked, ears, strict=True)]
+        heard = [result(job).hypothesis for job in jobs]
+    assert {one.stopped for one in heard} == {True, False}, "some have an end, some a limit"
+    for ear, one in zip(ears, heard, strict=True):
+        ear.check(one)
+
+
+def test_the_beams_of_a_clip_are_not_heard():
+    ear = Ear()
+    with running() as engine:
+        result(engine.submit(clips(1, beams=2)[0], hear=ear))
+    assert not ear.told
+
+
+class Reads:
+    """A reading of a datastore's first windows."""
+
+    def __init__(self):
+        shape = CrossAttention(
+            every=1,
+            heads=2,
+            head_width=8,
+            window=1,
+            encoder_layers=1,
+            encoder_heads=2,
+            encoder_feed_forward=24,
+        )
+        torch.manual_seed(1)
+        adapter = Adapter(shape, SHAPE).eval().requires_grad_(False)
+        for block in adapter.blocks:
+            block.gate.weight.fill_(0.15)
+        self.adapter = adapter
+
+    def of(self, lm):
+        store = Store()
+        bank = WindowCache(self.adapter, lm, store)
+        return AttentionSource(
+            bank, RetrievedAttention(k=2, stride=1, whole=4), store, np.arange(3)
+        )
+
+
+@pytest.mark.parametrize("help_", ["retrieval", "reading"])
+def test_an_incredible_transcript_is_made_again_without_retrieval(help_):
+    lm, [clip, *_], ear = random_lm(), clips(1, limit=3), Ear()
+    given = {"retrieval": asking(Insistent(EOS), weight=0.99)}  # there is nothing to hear
+    if help_ == "attention":
+        given = {"attention": Reads().of(lm)}
+    helped = replace(clip, **given)
+    with running(lm) as engine:
+        others = [engine.submit(lasting(20)) for _ in range(3)]
+        believed = result(engine.submit(helped, agreement=-50.0))
+        again = result(engine.submit(helped, agreement=-1e-9, hear=ear))
+        plain = result(engine.submit(clip, agreement=-1e-9))
+        for job in others:
+            result(job)
+        assert engine.statistics.clips == 6
+    agree(believed.hypothesis, alone(random_lm(), helped))
+    agree(again.hypothesis, alone(random_lm(), clip))
+    agree(plain.hypothesis, alone(random_lm(), clip))
+    assert (believed.alone, again.alone, plain.alone) == (False, True, False)
+    assert believed.hypothesis.tokens != again.hypothesis.tokens, "otherwise this shows nothing"
+    first = [believed.hypothesis.tokens[: n + 1] for n in range(len(ear.told))]
+    assert ear.told == first, "of the first transcript alone"
+
+
+def test_shards_missed_by_the_first_transcript_are_remembered_by_the_second():
+    with running() as engine:
+        jobs = [
+            engine.submit(replace(clips(1)[0], retrieval=asking(Silent())), agreement)
+            for agreement in (-50.0, -1e-9)
+        ]
+        decoded = [result(job) for job in jobs]
+    assert [(one.alone, one.missing_shards) for one in decoded] == [(False, 3), (True, 3)]
+
+
+@pytest.mark.parametrize("answers", [0, 3], ids=["at once", "later"])
+@pytest.mark.parametrize("broken", [1, 2])
+def test_a_retriever_that_breaks_fails_its_own_clips_alone(answers, broken):
+    asked, ears = [*clips(5), lasting(9)], [Ear() for _ in range(6)]
+    with running(rows=20) as engine:
+        with held(engine):
+            jobs = [engine.submit(clip, hear=ear) for clip, ear in zip(asked, ears, strict=True)]
+            failing = [engine.submit(lasting(9, Breaking(answers))) for _ in range(broken)]
+        for job in failing:
+            with pytest.raises(Broken, match="gone"):
+                result(job)
+        for clip, job, ear in zip(asked, jobs, ears, strict=True):
+            heard = result(job).hypothesis
+            agree(heard, alone(random_lm(), clip))
+            ear.check(heard)
+        agree(result(engine.submit(asked[1])).hypothesis, alone(random_lm(), asked[1]))
+        assert engine.statistics.clips == 7
+
+
+def test_a_clip_that_cannot_even_be_read_disturbs_nobody():
+    """Those in the batch go on where they are, rather than from their start."""
+    lm, ear = random_lm(), Ear(until=3)
+    with running(lm, rows=3) as engine:
+        steady = engine.submit(lasting(40), hear=ear)
+        assert ear.reached.wait(PATIENCE)
+        with held(engine):
+            bad = [engine.submit(Clip([VOCABULARY.size + 1], 5)) for _ in range(2)]
+        for job in bad:
+            with pytest.raises(IndexError):
+                result(job)
+        heard = result(steady).hypothesis
+        assert engine.statistics.rows == 40
+    ear.check(heard)
+
+
+def test_clips_are_decoded_apart_while_the_engine_listens():
+    """After a failure nobody shares a batch with those it may have come from, but calls are
+    answered and clips can be given up."""
+    lm, ear = random_lm(), Ear(until=6)
+    done = []
+    with running(lm, rows=3) as engine:
+        with held(engine):
+            endless = engine.submit(lasting(FOREVER), hear=ear)
+            failing = engine.submit(lasting(9, Breaking(3)))
+            other = engine.submit(lasting(7))
+            later = engine.submit(lasting(2))
+            for job in (failing, other, later):
+                job.future.add_done_callback(done.append)
+        assert ear.reached.wait(PATIENCE)
+        now = engine.call(lambda: engine.statistics).result(PATIENCE)
+        assert (now.waiting, now.decoding) == (3, 1)
+        endless.cancel()
+        with pytest.raises(Broken):
+            result(failing)
+        assert len(result(other).hypothesis.tokens) == 7
+        assert len(result(later).hypothesis.tokens) == 2
+    assert done == [job.future for job in (failing, other, later)], "as they had come"
+
+
+def test_a_listener_that_raises_fails_its_own_clip_alone():
+    asked, ears = clips(4), [Ear() for _ in range(4)]
+
+    def at(length):
+        def hear(tokens):
+            if len(tokens) == length:
+                raise Broken("nobody listens")
+
+        return hear
+
+    with running(rows=9) as engine:
+        with held(engine):
+            jobs = [engine.submit(clip, hear=ear) for clip, ear in zip(asked, ears, strict=True)]
+            deaf = [engine.submit(lasting(5), hear=at(length)) for length in (1, 3, 5)]
+        for job in deaf:
+            with pytest.raises(Broken, match="listens"):
+                result(job)
+        for clip, job, ear in zip(asked, jobs, ears, strict=True):
+            heard = result(job).hypothesis
+            agree(heard, alone(random_lm(), clip))
+            ear.check(heard)
+        assert engine.statistics.rows == sum(len(result(j).hypothesis.choices) for j in jobs) + 9
+
+
+def test_a_call_is_answered_between_two_steps():
+    ear = Ear()
+    with running(rows=1) as engine:
+        endless = engine.submit(lasting(FOREVER), hear=ear)
+        assert ear.reached.wait(PATIENCE)
+        name = engine.call(lambda: threading.current_thread().name)
+        assert name.result(PATIENCE) == "engine"
+        assert not endless.future.done()
+
+        def fail():
+            raise Broken("of its own")
+
+        with pytest.raises(Broken, match="own"):
+            engine.call(fail).result(PATIENCE)
+        with pytest.raises(SystemExit):
+            engine.call(lambda: exec("raise SystemExit")).result(PATIENCE)
+        with held(engine):
+            given_up = engine.call(fail)
+            assert given_up.cancel()
+        assert engine.call(lambda: 5).result(PATIENCE) == 5, "the engine goes on"
+
+
+def test_what_is_unfinished_when_the_engine_closes_gets_an_error():
+    ear, entered, go_on = Ear(), threading.Event(), threading.Event()
+    with running(rows=1) as engine:
+        decoding = engine.submit(lasting(FOREVER), hear=ear)
+        assert ear.reached.wait(PATIENCE)
+        # While this runs, everything else is queued behind it.
+        running_call = engine.call(lambda: (entered.set(), go_on.wait(PATIENCE)))
+        assert entered.wait(PATIENCE)
+        waiting = engine.submit(lasting(2))
+        given_up = engine.submit(lasting(2))
+        given_up.future.cancel()
+        called = engine.call(lambda: None)
+        closing = threading.Thread(target=engine.close)
+        closing.start()
+        while not refuses(engine):
+            time.sleep(0.001)
+        go_on.set()
+        closing.join(PATIENCE)
+        assert not closing.is_alive()
+        assert running_call.done()
+        for future in (decoding.future, waiting.future, called):
+            with pytest.raises(EngineClosed):
+                future.result(PATIENCE)
+        assert given_up.cancelled
+        for hand_in in (lambda: engine.submit(lasting(1)), lambda: engine.call(lambda: None)):
+            with pytest.raises(EngineClosed):
+                hand_in()
+        assert (engine.statistics.waiting, engine.statistics.decoding) == (0, 0)
+        engine.close()
+
+
+def refuses(engine):
+    try:
+        engine.call(lambda: None)
+    except EngineClosed:
+        return True
+    return False
+
+
+def test_the_engine_closes_while_clips_are_decoded_apart():
+    ear = Ear(until=6)
+    with running() as engine:
+        with held(engine):
+            jobs = [engine.submit(lasting(FOREVER), hear=ear)]
+            jobs.append(engine.submit(lasting(FOREVER, Breaking(3))))
+        assert ear.reached.wait(PATIENCE)
+        engine.close()
+        for job in jobs:
+            with pytest.raises(EngineClosed):
+                result(job)
+
+
+def test_statistics_add_up():
+    lm, ear = random_lm(), Ear(until=2)
+    asked = [*clips(4), lasting(6)]
+    asked = [replace(clip, retrieval=clip.retrieval and asking(Store())) for clip in asked]
+    with running(lm, rows=3) as engine:
+        assert engine.statistics == Statistics()
+        with held(engine):
+            jobs = [engine.submit(clip) for clip in asked]
+            assert (engine.statistics.waiting, engine.statistics.decoding) == (5, 0)
+        heard = [result(job).hypothesis for job in jobs]
+        done = engine.statistics
+        assert done.tokens == sum(len(one.choices) for one in heard)
+        assert done.rows == sum(lm.rows) == done.tokens, "a greedy clip is a row a token"
+        assert done.clips == 5
+        assert max(len(one.choices) for one in heard) <= done.steps < done.tokens
+        assert done.steps <= len(lm.rows)
+        assert done.retrieval_seconds > 0
+
+        endless = [engine.submit(lasting(FOREVER), hear=ear) for _ in range(4)]
+        assert ear.reached.wait(PATIENCE)
+        with held(engine):
+            assert (engine.statistics.waiting, engine.statistics.decoding) == (1, 3)
+        for job in endless:
+            job.cancel()
+
+
+def test_a_failure_takes_no_time_back():
+    with running() as engine:
+        result(engine.submit(lasting(30)))
+        before = engine.statistics
+        with held(engine):
+            failing = engine.submit(lasting(9, Breaking(2)))
+            other = engine.submit(lasting(3))
+        with pytest.raises(Broken):
+            result(failing)
+        result(other)
+        after = engine.statistics
+    assert after.retrieval_seconds > before.retrieval_seconds
+    assert after.steps > before.steps
+    assert (before.clips, after.clips) == (1, 2)

@@ -1,0 +1,473 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmrag.config import Index
+from mmrag.records import Neighbours
+from mmrag.retrieval.datastore import Datastore, create, delete, publish, write_segment
+from mmrag.retrieval.index import (
+    IndexShard,
+    save_index,
+    saved_shards,
+    shard_directory,
+    shard_ranges,
+)
+from mmrag.retrieval.retrievers import LocalRetriever, SubsetRetriever
+from mmrag.retrieval.segment import DatastoreError, Description, Segment, distances, prepare
+
+FLAT = Index(kind="flat", shards=1)
+IVFPQ = Index(kind="ivfpq", shards=1, lists=8, code_bytes=4, probes=8, rerank=8)
+METRICS = ["l2", "ip", "cosine"]
+
+
+def append(directory, name, keys, documents):
+    write_segment(
+        directory,
+        name,
+        Segment(
+            keys=keys,
+            tokens=100 + np.arange(len(keys)),
+            windows=np.arange(2 * len(keys)).reshape(-1, 2),
+            positions=np.zeros(len(keys)),
+            utterances=np.arange(len(keys)),
+            names=[(f"{name}-{row}", f"d{document}") for row, document in enumerate(documents)],
+        ),
+    )
+    publish(directory, [name])
+
+
+def make(directory, keys, metric="l2", documents=None):
+    identity = {"lm": "f00d"}
+    create(directory, Description(keys.shape[1], 2, metric, "none", identity))
+    documents = np.arange(len(keys)) % 5 if documents is None else documents
+    half = len(keys) // 2
+    append(directory, "one", keys[:half], documents[:half])
+    append(directory, "two", keys[half:], documents[half:])
+    return Datastore.open(directory)
+
+
+def random_keys(rows, width=8, seed=0):
+    return np.random.default_rng(seed).standard_normal((rows, width)).astype(np.float32)
+
+
+def brute_force(datastore, queries, k, exclude_documents=None, among=None):
+    """The slow twin: every distance, every entry (or those `among`), sorted in plain Python."""
+    metric = datastore.description.metric
+    found = Neighbours.none(len(queries), k)
+    keys = datastore.keys(0, datastore.entries)
+    for row, query in enumerate(prepare(queries, metric)):
+        far = distances(np.broadcast_to(query, keys.shape), keys, metric)
+        excluded = -1 if exclude_documents is None else exclude_documents[row]
+        allowed = [
+            (far[entry], entry)
+            for entry in (range(datastore.entries) if among is None else set(among.tolist()))
+            if entry not in datastore.deleted and datastore.documents[entry] != excluded
+        ]
+        for column, (distance, entry) in enumerate(sorted(allowed)[:k]):
+            found.distances[row, column] = distance
+            found.entries[row, column] = entry
+            found.tokens[row, column] = datastore.tokens[entry]
+            found.documents[row, column] = datastore.documents[entry]
+    return found
+
+
+def assert_same(got, expected):
+    np.testing.assert_array_equal(got.entries, expected.entries)
+    np.testing.assert_array_equal(got.distances, expected.distances)
+    np.testing.assert_array_equal(got.tokens, expected.tokens)
+    np.testing.assert_array_equal(got.documents, expected.documents)
+    assert got.distances.dtype == np.float32
+    assert got.entries.dtype == np.int64
+
+
+def flat(datastore, shards=1):
+    return LocalRetriever.build(datastore, Index(kind="flat", shards=shards), seed=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    entries=st.integers(0, 60),
+    distinct=st.integers(1, 60),
+    shards=st.integers(1, 6),
+    k=st.integers(1, 12),
+    metric=st.sampled_from(METRICS),
+    gone=st.sampled_from([0.0, 0.2, 0.9, 1.0]),
+    exclude=st.booleans(),
+)
+def test_sharded_search_equals_one_flat_index_and_brute_force(
+    tmp_path_factory, seed, entries, distinct, shards, k, metric, gone, exclude
+):
+    rng = np.random.default_rng(seed)
+    keys = rng.standard_normal((distinct, 8))[rng.integers(distinct, size=entries)]
+    datastore = make(
+        tmp_path_factory.mktemp("datastore"), keys, metric, rng.integers(3, size=entries)
+    )
+    delete(datastore.directory, np.flatnonzero(rng.random(entries) < gone))
+    datastore.refresh()
+    queries = rng.standard_normal((4, 8)).astype(np.float32)
+    if entries:
+        queries[0] = keys[0]
+    excluded = rng.integers(-1, 3, size=4) if exclude else None
+    expected = brute_force(datastore, queries, k, excluded)
+    assert_same(flat(datastore).search(queries, k, excluded), expected)
+    assert_same(flat(datastore, shards).search(queries, k, excluded), expected)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_rounding_far_from_the_origin_changes_no_neighbour(tmp_path, metric):
+    """Norms of 800 and distances below 1: FAISS's own float32 order is noise here."""
+    keys = 100 + 0.2 * random_keys(400, 64)
+    datastore = make(tmp_path, keys, metric)
+    queries = np.repeat(100 + 0.2 * random_keys(10, 64, seed=1), 4, axis=0)
+    expected = brute_force(datastore, queries, 5)
+    assert_same(flat(datastore).search(queries, 5), expected)
+    assert_same(flat(datastore, 3).search(queries, 5), expected)
+
+
+def test_more_equal_keys_than_were_fetched_come_in_the_order_of_their_ids(tmp_path):
+    datastore = make(tmp_path, np.tile(random_keys(1), (500, 1)))
+    for shards in (1, 3):
+        found = flat(datastore, shards).search(random_keys(3, seed=1), 4)
+        np.testing.assert_array_equal(found.entries, [[0, 1, 2, 3]] * 3)
+
+
+@pytest.mark.parametrize("index", [FLAT, IVFPQ], ids=["flat", "ivfpq"])
+def test_an_excluded_document_is_passed_over_however_much_of_it_is_near(tmp_path, index):
+    keys = random_keys(600)
+    keys[:300] *= 0.01
+    documents = [0] * 300 + [1] * 300
+    shard = IndexShard.build(make(tmp_path, keys, documents=documents), 0, 600, index, seed=0)
+    found = shard.search(np.zeros((3, 8), np.float32), 5, [0, 1, -1])
+    assert (found.documents[0] == 1).all()
+    assert (found.documents[1:] == 0).all()
+    np.testing.assert_array_equal(found.entries[1], found.entries[2])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_ivfpq_that_visits_and_reranks_everything_is_exact(tmp_path, metric):
+    datastore = make(tmp_path, random_keys(300), metric)
+    index = IVFPQ.model_copy(update={"rerank": 300})
+    queries = random_keys(6, seed=1)
+    shard = IndexShard.build(datastore, 0, 300, index, seed=0)
+    assert_same(shard.search(queries, 7), brute_force(datastore, queries, 7))
+
+
+def test_ivfpq_gives_exact_distances_and_finds_most_neighbours(tmp_path):
+    datastore = make(tmp_path, random_keys(600))
+    queries = random_keys(20, seed=1)
+    found = IndexShard.build(datastore, 0, 600, IVFPQ, seed=0).search(queries, 5)
+    expected = brute_force(datastore, queries, 5)
+    recall = np.mean(
+        [len(set(a) & set(b)) / 5 for a, b in zip(found.entries, expected.entries, strict=True)]
+    )
+    assert recall > 0.9
+    pairs = np.repeat(queries, 5, axis=0), datastore.keys_of(found.entries.ravel())
+    np.testing.assert_array_equal(found.distances.ravel(), distances(*pairs, "l2"))
+    assert (np.diff(found.distances) >= 0).all()
+
+
+@pytest.mark.parametrize("index", [FLAT, IVFPQ], ids=["flat", "ivfpq"])
+def test_a_saved_shard_answers_as_before(tmp_path, index):
+    datastore = make(tmp_path / "datastore", random_keys(600))
+    shard = IndexShard.build(datastore, 100, 600, index, seed=0)
+    shard.save(tmp_path / "shard")
+    again = IndexShard.load(tmp_path / "shard", Datastore.open(datastore.directory))
+    queries = random_keys(4, seed=1)
+    assert (again.start, again.stop) == (100, 600)
+    assert_same(again.search(queries, 6), shard.search(queries, 6))
+    assert shard.search(queries, 6).entries.min() >= 100
+
+
+def test_saved_shards_are_found_in_order_and_saving_again_replaces_them(tmp_path):
+    datastore = make(tmp_path, random_keys(36))
+    assert saved_shards(tmp_path) == []
+    built = flat(datastore, shards=12)
+    for number in reversed(range(12)):
+        built.shards[number].save(shard_directory(tmp_path, number))
+    built.shards[0].save(shard_directory(tmp_path, 0))
+    again = LocalRetriever.load(saved_shards(tmp_path), datastore)
+    assert [shard.start for shard in again.shards] == list(range(0, 36, 3))
+    assert_same(again.search(random_keys(2, seed=1), 4), built.search(random_keys(2, seed=1), 4))
+
+
+def test_a_shard_whose_saving_was_cut_short_does_not_count_as_saved(tmp_path, monkeypatch):
+    shard = IndexShard.build(make(tmp_path, random_keys(6)), 0, 6, FLAT, seed=0)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mmrag.retrieval.index.write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            shard.save(shard_directory(tmp_path, 0))
+    assert saved_shards(tmp_path) == []
+    shard.save(shard_directory(tmp_path, 0))
+    assert [path.name for path in (tmp_path / "index").iterdir()] == ["shard-00000"]
+
+
+@pytest.mark.parametrize("index", [FLAT, IVFPQ], ids=["flat", "ivfpq"])
+def test_an_added_entry_is_found_and_a_deleted_one_never_again(tmp_path, index):
+    datastore = make(tmp_path / "datastore", random_keys(300))
+    retriever = LocalRetriever(datastore, [IndexShard.build(datastore, 0, 300, index, seed=0)])
+    shard = retriever.shards[0]
+    shard.save(tmp_path / "shard")
+    newcomer = random_keys(1, seed=9)
+    append(datastore.directory, "three", newcomer, [0])
+    shard.add(300, 301)
+    assert retriever.search(newcomer, 1).entries.tolist() == [[300]]
+    np.testing.assert_array_equal(retriever.windows(np.array([300, -1])), [[0, 1], [0, 0]])
+    reloaded = LocalRetriever.load([tmp_path / "shard"], Datastore.open(datastore.directory))
+    assert reloaded.search(newcomer, 1).entries.tolist() == [[300]]
+    shard.delete([300, 5000])
+    assert 300 not in retriever.search(newcomer, 301).entries
+    delete(datastore.directory, [300])
+    reloaded = LocalRetriever.load([tmp_path / "shard"], Datastore.open(datastore.directory))
+    assert 300 not in reloaded.search(newcomer, 301).entries
+
+
+@pytest.mark.parametrize("entries", [0, 3])
+def test_an_empty_batch_and_too_few_entries_give_missing_neighbours(tmp_path, entries):
+    retriever = flat(make(tmp_path, random_keys(entries)), shards=2)
+    assert retriever.search(np.zeros((0, 8), np.float32), 4).entries.shape == (0, 4)
+    found = retriever.search(random_keys(2), 4)
+    assert (found.entries[:, entries:] == -1).all()
+    assert (found.distances[:, entries:] == np.inf).all()
+    assert (found.documents[:, entries:] == -1).all()
+    assert (found.entries[:, :entries] >= 0).all()
+
+
+def test_an_empty_ivfpq_shard_finds_nothing_until_it_is_given_entries(tmp_path):
+    datastore = make(tmp_path, random_keys(300))
+    shard = IndexShard.build(datastore, 0, 0, IVFPQ, seed=0)
+    assert (shard.search(random_keys(2), 3).entries == -1).all()
+    shard.add(0, 300)
+    assert (shard.search(random_keys(2), 3).entries >= 0).all()
+
+
+def test_too_few_keys_to_train_on_names_the_setting(tmp_path):
+    datastore = make(tmp_path, random_keys(300))
+    many = IVFPQ.model_copy(update={"lists": 301})
+    with pytest.raises(ValueError, match=r"index\.lists 301 needs at least 301 keys .* has 300"):
+        IndexShard.build(datastore, 0, 300, many, seed=0)
+    with pytest.raises(ValueError, match=r"needs at least 256 keys .* has 100"):
+        IndexShard.build(datastore, 0, 100, IVFPQ, seed=0)
+    odd = IVFPQ.model_copy(update={"code_bytes": 3})
+    with pytest.raises(ValueError, match=r"index\.code_bytes 3 does not divide width 8"):
+        IndexShard.build(datastore, 0, 300, odd, seed=0)
+
+
+def test_a_search_that_cannot_be_meant_is_refused(tmp_path):
+    retriever = flat(make(tmp_path, random_keys(10)))
+    with pytest.raises(ValueError, match=r"\(2, 9\): the keys have width 8"):
+        retriever.search(random_keys(2, 9), 3)
+    with pytest.raises(ValueError, match="1 exclusions for 2 queries"):
+        retriever.search(random_keys(2), 3, [0])
+    with pytest.raises(ValueError, match="0 neighbours"):
+        retriever.search(random_keys(2), 0)
+
+
+def test_a_shard_of_another_datastore_is_refused(tmp_path):
+    shard = IndexShard.build(make(tmp_path / "a", random_keys(20)), 0, 20, FLAT, seed=0)
+    shard.save(tmp_path / "shard")
+    for other in [
+        make(tmp_path / "other-width", random_keys(20, 4)),
+        make(tmp_path / "other-metric", random_keys(20), "ip"),
+        make(tmp_path / "fewer-entries", random_keys(10)),
+    ]:
+        with pytest.raises(DatastoreError, match=str(other.directory)):
+            IndexShard.load(tmp_path / "shard", other)
+    with pytest.raises(DatastoreError, match="no index shard"):
+        IndexShard.load(tmp_path / "nowhere", shard.datastore)
+
+
+def test_adding_out_of_order_and_shards_with_gaps_are_refused(tmp_path):
+    datastore = make(tmp_path, random_keys(20))
+    shard = IndexShard.build(datastore, 0, 10, FLAT, seed=0)
+    with pytest.raises(ValueError, match="do not go on from 10"):
+        shard.add(12, 20)
+    with pytest.raises(ValueError, match="datastore of 20"):
+        shard.add(10, 21)
+    with pytest.raises(ValueError, match="leave entries out"):
+        LocalRetriever(datastore, [shard, IndexShard.build(datastore, 12, 20, FLAT, seed=0)])
+
+
+@given(st.integers(0, 1000), st.integers(1, 40))
+def test_shard_ranges_cover_every_entry_once_and_evenly(entries, shards):
+    ranges = shard_ranges(entries, shards)
+    assert len(ranges) == shards
+    assert [entry for start, stop in ranges for entry in range(start, stop)] == list(range(entries))
+    sizes = [stop - start for start, stop in ranges]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    entries=st.integers(0, 80),
+    chosen=st.sampled_from([0.0, 0.3, 1.0]),
+    twins=st.integers(1, 8),
+    k=st.integers(1, 12),
+    metric=st.sampled_from(METRICS),
+    gone=st.sampled_from([0.0, 0.3, 1.0]),
+    exclude=st.booleans(),
+)
+def test_a_subset_is_searched_as_by_brute_force(
+    tmp_path_factory, seed, entries, chosen, twins, k, metric, gone, exclude
+):
+    rng = np.random.default_rng(seed)
+    keys = rng.standard_normal((entries, 8)).repeat(twins, axis=0)[:entries]
+    datastore = make(
+        tmp_path_factory.mktemp("datastore"), keys, metric, rng.integers(3, size=entries)
+    )
+    delete(datastore.directory, np.flatnonzero(rng.random(entries) < gone))
+    datastore.refresh()
+    queries = rng.standard_normal((4, 8)).astype(np.float32)
+    if entries:
+        queries[0] = keys[0]
+    excluded = rng.integers(-1, 3, size=4) if exclude else None
+    subset = rng.permutation(np.flatnonzero(rng.random(entries) < chosen))
+    retriever = SubsetRetriever(datastore, subset)
+    expected = brute_force(datastore, queries, k, excluded, among=subset)
+    assert_same(retriever.search(queries, k, excluded), expected)
+    doubled = SubsetRetriever(datastore, np.concatenate([subset, subset]))
+    assert_same(doubled.search(queries, k, excluded), expected)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_subset_of_everything_is_the_whole_datastore(tmp_path, metric):
+    datastore = make(tmp_path, random_keys(400), metric)
+    whole, queries = SubsetRetriever(datastore, np.arange(400)), random_keys(9, seed=1)
+    assert_same(whole.search(queries, 7), flat(datastore, 3).search(queries, 7))
+    excluded = [0, 1, 2, 3, 4, -1, 0, 1, 2]
+    expected = flat(datastore).search(queries, 7, excluded)
+    assert_same(whole.search(queries, 7, excluded), expected)
+    np.testing.assert_array_equal(whole.windows(np.array([3, -1])), [[6, 7], [0, 0]])
+
+
+def test_a_subset_with_many_equal_keys_gives_as_many_and_their_exact_distance(tmp_path):
+    """Which of more than SPARE equal ones come is left open."""
+    datastore = make(tmp_path, np.tile(random_keys(1), (300, 1)))
+    found = SubsetRetriever(datastore, np.arange(100, 300)).search(random_keys(3, seed=1), 4)
+    expected = brute_force(datastore, random_keys(3, seed=1), 4)
+    np.testing.assert_array_equal(found.distances, expected.distances)
+    assert all(len(set(row)) == 4 and min(row) >= 100 for row in found.entries.tolist())
+    np.testing.assert_array_equal(found.tokens, datastore.tokens[found.entries])
+
+
+def test_a_subset_leaves_out_a_whole_document_however_near_it_is(tmp_path):
+    keys = random_keys(300)
+    keys[:200] *= 0.01
+    datastore = make(tmp_path, keys, documents=[0] * 200 + [1] * 100)
+    retriever = SubsetRetriever(datastore, np.arange(100, 220))
+    found = retriever.search(np.zeros((3, 8), np.float32), 30, [0, 1, -1])
+    assert sorted(found.entries[0].tolist()) == [-1] * 10 + list(range(200, 220))
+    assert np.isinf(found.distances[0, 20:]).all() and (found.documents[0, 20:] == -1).all()
+    assert (found.documents[1:] == 0).all()
+
+
+@pytest.mark.parametrize("entries", [0, 30])
+def test_a_datastore_that_was_just_created_can_be_indexed_searched_and_added_to(tmp_path, entries):
+    datastore = make(tmp_path, random_keys(entries))
+    save_index(tmp_path)
+    save_index(tmp_path)
+    assert saved_shards(tmp_path) == [shard_directory(tmp_path, 0)]
+    assert not list(tmp_path.glob(".index*"))
+    retriever = LocalRetriever.load(saved_shards(tmp_path), datastore)
+    queries = random_keys(3, seed=1)
+    assert_same(retriever.search(queries, 4), brute_force(datastore, queries, 4))
+    assert retriever.entries == entries
+    append(tmp_path, "three", random_keys(2, seed=2), [0, 1])
+    delete(tmp_path, [entries])
+    assert_same(retriever.search(queries, 4), brute_force(datastore, queries, 4))
+    retriever.refresh()
+    assert retriever.entries == entries + 2
+    now = Datastore.open(tmp_path)
+    assert_same(retriever.search(queries, 4), brute_force(now, queries, 4))
+    save_index(tmp_path)
+    reloaded = LocalRetriever.load(saved_shards(tmp_path), now)
+    assert_same(reloaded.search(queries, 4), brute_force(now, queries, 4))
+
+
+def test_a_datastore_whose_shards_are_saved_keeps_them(tmp_path):
+    for number, shard in enumerate(flat(make(tmp_path, random_keys(30)), shards=3).shards):
+        shard.save(shard_directory(tmp_path, number))
+    save_index(tmp_path)
+    assert len(saved_shards(tmp_path)) == 3
+
+
+def test_whoever_indexes_second_keeps_the_first_ones_shard(tmp_path, monkeypatch):
+    make(tmp_path, random_keys(30))
+    build = IndexShard.build
+
+    def build_late(*arguments, **settings):
+        monkeypatch.setattr(IndexShard, "build", build)
+        save_index(tmp_path)  # another process, meanwhile
+        append(tmp_path, "three", random_keys(2, seed=2), [0, 1])
+        return build(*arguments, **settings)
+
+    monkeypatch.setattr(IndexShard, "build", build_late)
+    save_index(tmp_path)
+    [shard] = saved_shards(tmp_path)
+    assert IndexShard.load(shard, Datastore.open(tmp_path)).stop == 30
+    assert not list(tmp_path.glob(".index*"))
+
+
+def test_every_shard_hides_what_was_deleted_since_and_the_last_one_grows(tmp_path):
+    retriever = flat(make(tmp_path, random_keys(30)), shards=3)
+    append(tmp_path, "three", random_keys(5, seed=2), [0, 1, 2, 3, 4])
+    delete(tmp_path, [0, 15, 29, 32])
+    retriever.refresh()
+    assert [(one.start, one.stop) for one in retriever.shards] == [(0, 10), (10, 20), (20, 35)]
+    queries = random_keys(3, seed=1)
+    expected = brute_force(Datastore.open(tmp_path), queries, 35)
+    assert_same(retriever.search(queries, 35), expected)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_datastore_in_memory_is_searched_like_the_one_on_disk(tmp_path, metric):
+    keys = random_keys(40)
+    written = make(tmp_path, keys, metric)
+    segment = Segment(
+        keys=keys,
+        tokens=written.tokens,
+        windows=written.windows(np.arange(40)),
+        positions=written.positions,
+        utterances=np.arange(40),
+        names=[origin[::-1] for origin in written.origins(np.arange(40))],
+    )
+    held, queries = Datastore.of(written.description, [segment]), random_keys(5, seed=1)
+    assert_same(flat(held, 3).search(queries, 6), flat(written).search(queries, 6))
+    subset = np.array([30, 2, 17])
+    found, expected = (SubsetRetriever(d, subset).search(queries, 6) for d in (held, written))
+    assert_same(found, expected)
+
+
+def test_nothing_of_nothing_is_searched(tmp_path):
+    identity = {"lm": "f00d"}
+    nothing = Datastore.of(Description(8, 2, "l2", "none", identity), [])
+    for retriever in (SubsetRetriever(nothing, np.arange(0)), flat(nothing)):
+        assert (retriever.search(random_keys(2), 3).entries == -1).all()
+        none = np.empty(0, np.int64)
+        assert retriever.passages(none).keys.shape == (0, 2, 8)
+        assert retriever.windows(none).shape == (0, 2)
+        assert retriever.origins(none) == []
+
+
+def test_retrievers_name_the_origins_of_their_datastores_entries(tmp_path):
+    datastore = make(tmp_path, random_keys(20))
+    asked = np.array([19, 0])
+    assert datastore.origins(asked) == [("d4", "two-9"), ("d0", "one-0")]
+    for retriever in (flat(datastore, 3), SubsetRetriever(datastore, np.arange(5))):
+        assert retriever.origins(asked) == datastore.origins(asked)
+
+
+def test_retrievers_hand_out_the_passages_of_their_datastore(tmp_path):
+    datastore = make(tmp_path, random_keys(60))
+    asked = np.array([59, 0, 7, 7])
+    expected = datastore.passages(asked)
+    for retriever in (flat(datastore, 3), SubsetRetriever(datastore, np.arange(5))):
+        found = retriever.passages(asked)
+        for field in ("tokens", "keys", "present"):
+            np.testing.assert_array_equal(getattr(found, field), getattr(expected, field))

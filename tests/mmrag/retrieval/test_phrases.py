@@ -1,0 +1,252 @@
+"""Phrases are spoken in a few sentences; each time one was is a window that holds all of it."""
+
+import numpy as np
+import pytest
+import torch
+
+from mmrag.config import LanguageModel
+from mmrag.model.lm import LM
+from mmrag.model.vocabulary import SentencePieces, Vocabulary
+from mmrag.records import Units
+from mmrag.retrieval import datastore
+from mmrag.retrieval.datastore import Datastore
+from mmrag.retrieval.entries import read_entries
+from mmrag.retrieval.phrases import (
+    BATCH,
+    CARRIERS,
+    WINDOW,
+    Phrases,
+    description,
+    remember,
+    speak,
+    utterances,
+)
+from mmrag.retrieval.segment import Description, Segment, windows_of
+from mmrag.speech.tokenized import Tokenized
+
+NAMES = ["maria lopez", "rome", "the old lighthouse"]
+
+
+def store_of(directory, parts, window=6):
+    """A datastore of spoken phrases: each part lists (utterance, phrase, first token, length)."""
+    datastore.create(directory, Description(4, window, "l2", "none", {}))
+    for number, part in enumerate(parts):
+        said = [np.arange(first, first + length) for *_, first, length in part]
+        tokens = np.concatenate([np.empty(0, int), *said])
+        segment = Segment(
+            keys=np.zeros((len(tokens), 4)),
+            tokens=tokens,
+            windows=np.concatenate([np.empty((0, window)), *(windows_of(s, window) for s in said)]),
+            positions=np.concatenate([np.empty(0, int), *(np.arange(len(s)) + 2 for s in said)]),
+            utterances=np.repeat(np.arange(len(said)), [len(s) for s in said]),
+            names=[(utterance, phrase) for utterance, phrase, *_ in part],
+        )
+        datastore.write_segment(directory, f"part-{number}", segment)
+    datastore.publish(directory, [f"part-{number}" for number in range(len(parts))])
+    return Datastore.open(directory)
+
+
+SPOKEN = [
+    [("u0", "maria", 10, 3), ("u1", "rome", 20, 1), ("u2", "maria", 10, 3)],
+    [("u3", "peter", 30, 6), ("u4", "maria", 10, 3), ("u4", "rome", 20, 1)],
+]
+
+
+def test_every_phrase_is_spoken_in_every_carrier():
+    said = list(utterances(NAMES))
+    assert len(said) == len(NAMES) * len(CARRIERS)
+    assert len({one.id for one in said}) == len(said)
+    for number, name in enumerate(NAMES):
+        own = said[number * len(CARRIERS) : (number + 1) * len(CARRIERS)]
+        assert [one.text for one in own] == [c.format(phrase=name) for c in CARRIERS]
+        assert {one.document for one in own} == {name}
+        assert {one.entities for one in own} == {(name,)}
+        assert all(name in one.text for one in own)
+
+
+def test_a_phrase_that_is_named_twice_is_spoken_once():
+    assert list(utterances([*NAMES, *NAMES[::-1]])) == list(utterances(NAMES))
+    assert list(utterances([])) == []
+
+
+def test_carriers_may_be_others():
+    said = list(utterances(["rome", "oslo"], ["to {phrase}"]))
+    assert [one.text for one in said] == ["to rome", "to oslo"]
+
+
+def test_each_time_a_phrase_was_spoken_is_a_window_of_its_own_tokens(tmp_path):
+    store = store_of(tmp_path, SPOKEN)
+    known = Phrases(store)
+    assert known.names == ["maria", "rome", "peter"]
+    assert [len(known.mentions(name)) for name in known.names] == [3, 2, 1]
+    for name, tokens in {"maria": [10, 11, 12], "rome": [20], "peter": [*range(30, 36)]}.items():
+        found = store.passages(np.array(known.mentions(name)))
+        for row, present in zip(found.tokens, found.present, strict=True):
+            assert row[present].tolist() == tokens
+    said = [[store.utterance_name(e) for e in known.mentions(name)] for name in known.names]
+    assert said == [["u0", "u2", "u4"], ["u1", "u4"], ["u3"]]
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 6, 7])
+@pytest.mark.parametrize("length", range(1, 9))
+def test_the_window_holds_all_of_a_phrase_or_as_much_as_it_can(tmp_path, window, length):
+    parts = [[("a", "before", 1, 3), ("b", "phrase", 50, length), ("c", "behind", 9, 3)]]
+    store = store_of(tmp_path, parts, window)
+    found = store.passages(np.array(Phrases(store).mentions("phrase")))
+    read = found.tokens[0][found.present[0]].tolist()
+    assert len(read) == min(length, window)
+    assert set(read) <= set(range(50, 50 + length))
+
+
+def test_mentions_can_be_limited_and_an_unknown_phrase_has_none(tmp_path):
+    known = Phrases(store_of(tmp_path, SPOKEN))
+    everything = known.mentions("maria")
+    assert known.mentions("maria", 2) == everything[:2]
+    assert known.mentions("maria", 9) == everything
+    assert known.mentions("oslo") == known.mentions("oslo", 2) == []
+
+
+def test_first_mentions_are_those_of_each_phrase_in_the_order_asked_for(tmp_path):
+    known = Phrases(store_of(tmp_path, SPOKEN))
+    maria, rome, peter = (known.mentions(name) for name in ("maria", "rome", "peter"))
+    assert known.first_mentions().tolist() == [maria[0], rome[0], peter[0]]
+    assert known.first_mentions(["peter", "oslo", "maria"]).tolist() == [peter[0], maria[0]]
+    assert known.first_mentions(most=2).tolist() == [*maria[:2], *rome, *peter]
+    none = known.first_mentions(["oslo"])
+    assert (none.dtype, none.shape) == (np.int64, (0,))
+
+
+def test_a_deleted_phrase_was_not_spoken_and_may_be_spoken_again(tmp_path):
+    parts = [*SPOKEN, [("u5", "rome", 20, 2)]]
+    store = store_of(tmp_path, parts)
+    before = Phrases(store)
+    datastore.delete(tmp_path, store.entries_of(["maria"]))
+    datastore.delete(tmp_path, before.mentions("rome")[:1])
+    store.refresh()
+    known = Phrases(store)
+    assert known.names == ["peter", "rome"]
+    assert known.mentions("maria") == []
+    assert known.mentions("rome") == before.mentions("rome")[1:]
+    assert known.mentions("peter") == before.mentions("peter")
+
+
+def test_utterances_without_entries_are_passed_over(tmp_path):
+    parts = [[("u0", "nothing", 0, 0), ("u1", "rome", 20, 2), ("u2", "nothing", 0, 0)], []]
+    known = Phrases(store_of(tmp_path, parts))
+    assert known.names == ["rome"]
+    assert known.mentions("rome") == [1]
+
+
+def test_a_datastore_without_entries_knows_no_phrase(tmp_path):
+    known = Phrases(store_of(tmp_path, [[]]))
+    assert known.names == []
+    assert known.mentions("rome") == []
+
+
+SHAPE = LanguageModel(width=8, layers=1, heads=2, kv_heads=2, feed_forward=8, tied=True)
+VOCABULARY = Vocabulary(SentencePieces.train([one.text for one in utterances(NAMES)], 60), units=6)
+IDENTITY = {"lm": "aaaa", "codebook": "bbbb"}
+
+
+class Speaker:
+    """Says everything in units that depend on the text; remembers what it said."""
+
+    def __init__(self):
+        self.said = []
+
+    def __call__(self, text):
+        self.said.append(text)
+        drawn = np.random.default_rng(len(text)).integers(0, 6, 5)
+        return Units(drawn.astype(np.int32), np.ones(5, np.int32))
+
+
+@pytest.fixture(scope="module")
+def lm():
+    torch.manual_seed(0)
+    return LM(SHAPE, VOCABULARY.size).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("speaks", [False, True])
+def test_phrases_are_remembered_as_entries_of_their_own_tokens(lm, tmp_path, speaks):
+    say = Speaker() if speaks else None
+    store = remember(tmp_path, NAMES, lm, VOCABULARY, IDENTITY, say)
+    assert store.description == Description(
+        SHAPE.width, WINDOW, "l2", "spoken" if speaks else "none", IDENTITY
+    )
+    batch = [Tokenized(one, say and say(one.text)) for one in utterances(NAMES)]
+    expected = read_entries(lm, VOCABULARY, batch, WINDOW, "entities")
+    np.testing.assert_array_equal(store.tokens, expected.tokens)
+    stored = store.keys(0, store.entries)
+    np.testing.assert_allclose(stored, expected.keys, atol=1e-3, rtol=1e-2)
+    known = Phrases(store)
+    assert known.names == NAMES
+    for name in NAMES:
+        found = store.passages(np.array(known.mentions(name)))
+        assert len(found.tokens) == len(CARRIERS)
+        for tokens, present in zip(found.tokens, found.present, strict=True):
+            assert VOCABULARY.decode(tokens[present]) == name
+
+
+def test_the_same_phrases_are_spoken_once(lm, tmp_path):
+    say = Speaker()
+    first = remember(tmp_path, NAMES, lm, VOCABULARY, IDENTITY, say)
+    assert len(say.said) == len(NAMES) * len(CARRIERS)
+    again = remember(tmp_path, [*NAMES, NAMES[0]], lm, VOCABULARY, IDENTITY, say)
+    assert again.directory == first.directory
+    assert len(say.said) == len(NAMES) * len(CARRIERS)
+    assert [path.name for path in tmp_path.iterdir()] == [first.directory.name]
+
+
+def test_other_phrases_other_models_and_other_speech_are_remembered_apart(lm, tmp_path):
+    asked = [
+        (NAMES, IDENTITY, None),
+        (NAMES[:2], IDENTITY, None),
+        (NAMES, {**IDENTITY, "lm": "cccc"}, None),
+        (NAMES, IDENTITY, Speaker()),
+    ]
+    stores = [remember(tmp_path, names, lm, VOCABULARY, who, say) for names, who, say in asked]
+    assert len({store.directory for store in stores}) == len(asked)
+
+
+def test_many_phrases_are_remembered_batch_by_batch(lm, tmp_path):
+    names = [f"{first} {second}" for first in "abcdefgh" for second in "klmnop"]
+    assert len(names) * len(CARRIERS) > 2 * BATCH
+    store = remember(tmp_path, names, lm, VOCABULARY, IDENTITY, None)
+    assert len(store.segments) == 3
+    assert Phrases(store).names == names
+
+
+def test_phrases_are_spoken_batch_by_batch_as_they_are_asked_for(lm):
+    say, names = Speaker(), [f"{one} {other}" for one in "abcdef" for other in "klmnop"]
+    segments = speak(names, lm, VOCABULARY, say)
+    assert say.said == []
+    first = next(segments)
+    assert say.said == [one.text for one in utterances(names)][:BATCH]
+    assert len(first.names) == BATCH
+    rest = list(segments)
+    assert len(say.said) == len(names) * len(CARRIERS)
+    assert [document for part in (first, *rest) for _, document in part.names] == [
+        name for name in names for _ in CARRIERS
+    ]
+
+
+@pytest.mark.parametrize("speaks", [False, True])
+def test_spoken_phrases_in_memory_are_the_remembered_ones(lm, tmp_path, speaks):
+    say = Speaker() if speaks else None
+    remembered = remember(tmp_path, NAMES, lm, VOCABULARY, IDENTITY, say)
+    described = description(lm, IDENTITY, say)
+    held = Datastore.of(described, list(speak(NAMES, lm, VOCABULARY, say)))
+    everything = np.arange(remembered.entries)
+    assert held.description == remembered.description
+    np.testing.assert_array_equal(held.keys_of(everything), remembered.keys_of(everything))
+    np.testing.assert_array_equal(held.windows(everything), remembered.windows(everything))
+    assert held.origins(everything) == remembered.origins(everything)
+
+
+@pytest.mark.parametrize("phrases", [[], ["rome", "!?"], [""]])
+def test_nothing_to_listen_for_is_an_error(lm, tmp_path, phrases):
+    with pytest.raises(ValueError, match="nothing to listen for"):
+        speak(phrases, lm, VOCABULARY, None)
+    with pytest.raises(ValueError, match="nothing to listen for"):
+        remember(tmp_path, phrases, lm, VOCABULARY, IDENTITY, None)
+    assert list(tmp_path.iterdir()) == []

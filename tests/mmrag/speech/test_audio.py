@@ -1,0 +1,246 @@
+"""Audio in any common format becomes mono 16 kHz, whole or in segments, or a clear error."""
+
+import io
+import resource
+import struct
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchaudio.transforms import Resample
+
+from mmrag.speech import audio
+from mmrag.speech.audio import SAMPLE_RATE, AudioError
+
+
+def tone(seconds: float, rate: int = SAMPLE_RATE, channels: int = 1) -> np.ndarray:
+    """(T, channels) float32: a sine an octave higher, and softer, in each further channel."""
+    times = np.arange(round(seconds * rate)) / rate
+    waves = [0.4 / (c + 1) * np.sin(2 * np.pi * 220 * 2**c * times) for c in range(channels)]
+    return np.stack(waves, axis=1).astype(np.float32)
+
+
+def encoded(samples: np.ndarray, rate: int = SAMPLE_RATE, **how: str) -> bytes:
+    stream = io.BytesIO()
+    soundfile.write(stream, samples, rate, **{"format": "WAV", **how})
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"format": "WAV"},
+        {"format": "WAV", "subtype": "FLOAT"},
+        {"format": "FLAC"},
+        {"format": "OGG", "subtype": "VORBIS"},
+        {"format": "OGG", "subtype": "OPUS"},
+        {"format": "MP3"},
+    ],
+)
+def test_every_common_format_gives_the_same_wave(how):
+    wave = audio.read(encoded(tone(1.0), **how))
+    assert wave.shape == (SAMPLE_RATE,) and wave.dtype == torch.float32
+    middle = slice(2_000, 14_000)  # lossy codecs fade in and out
+    assert torch.allclose(wave[middle], torch.from_numpy(tone(1.0)[middle, 0]), atol=0.05)
+
+
+def test_path_text_and_bytes_are_the_same_source(tmp_path):
+    path = tmp_path / "a clip.flac"
+    path.write_bytes(encoded(tone(0.5), format="FLAC"))
+    wave = audio.read(path)
+    assert torch.equal(wave, audio.read(str(path)))
+    assert torch.equal(wave, audio.read(path.read_bytes()))
+
+
+def test_channels_are_averaged():
+    samples = tone(0.3, channels=3)
+    wave = audio.read(encoded(samples, subtype="FLOAT"))
+    assert torch.allclose(wave, torch.from_numpy(samples.mean(axis=1)), atol=1e-6)
+
+
+def test_eight_kilohertz_stereo_mp3_keeps_its_length_and_pitch():
+    source = encoded(tone(2.0, 8_000, channels=2), 8_000, format="MP3")
+    wave = audio.read(source)
+    assert len(wave) == 2 * SAMPLE_RATE and audio.duration(source) == 2.0
+    spectrum = torch.fft.rfft(wave).abs()
+    assert int(spectrum.argmax()) / 2.0 == pytest.approx(220, abs=1)
+
+
+def test_a_fiftieth_of_a_second_is_audio():
+    source = encoded(tone(0.02))
+    assert audio.read(source).shape == (320,)
+    with pytest.raises(AudioError, match=r"0.020 s, shorter than 0.1 s"):
+        list(audio.segments(source, 30.0))
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 22_050, 44_100, 48_000])
+@pytest.mark.parametrize("seconds", [0.31, 8.0, 16.999, 17.3])
+def test_streamed_resampling_equals_resampling_the_whole(rate, seconds):
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, (round(seconds * rate), 1))
+    source = encoded(samples.astype(np.float32), rate, subtype="FLOAT")
+    whole = Resample(rate, SAMPLE_RATE)(torch.from_numpy(samples[:, 0].astype(np.float32)))
+    torch.testing.assert_close(audio.read(source), whole, atol=1e-6, rtol=0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    samples=st.integers(8_000, 30_000),
+    max_seconds=st.floats(0.2, 1.0),
+    share=st.floats(0.0, 0.5),
+    rate=st.sampled_from([SAMPLE_RATE, 8_000, 11_025]),
+    seed=st.integers(0, 99),
+)
+def test_segments_lose_nothing_and_keep_their_limits(samples, max_seconds, share, rate, seed):
+    noise = np.random.default_rng(seed).uniform(-0.5, 0.5, samples).astype(np.float32)
+    source = encoded(noise, rate, subtype="FLOAT")
+    min_seconds = share * max_seconds * 0.99
+    parts = list(audio.segments(source, max_seconds, min_seconds))
+    assert torch.equal(torch.cat([part.wave for part in parts]), audio.read(source))
+    assert parts[0].start == 0.0
+    for part, following in zip(parts, [*parts[1:], None], strict=True):
+        length = part.end - part.start
+        assert length == pytest.approx(len(part.wave) / SAMPLE_RATE)
+        assert min_seconds - 1e-9 <= length <= max_seconds + 1e-9
+        assert following is None or following.start == part.end
+
+
+def test_short_audio_is_one_segment():
+    [segment] = audio.segments(encoded(tone(3.0)), max_seconds=3.0)
+    assert (segment.start, segment.end) == (0.0, 3.0)
+    assert torch.equal(segment.wave, audio.read(encoded(tone(3.0))))
+
+
+def test_the_cut_falls_in_the_pause():
+    samples = tone(10.0)
+    samples[int(3.9 * SAMPLE_RATE) : int(4.2 * SAMPLE_RATE)] = 0.0
+    samples[int(7.6 * SAMPLE_RATE) : int(7.9 * SAMPLE_RATE)] *= 0.01
+    parts = list(audio.segments(encoded(samples), max_seconds=5.0))
+    assert len(parts) == 3
+    assert 3.9 < parts[0].end < 4.2 and 7.6 < parts[1].end < 7.9
+
+
+def test_two_hours_are_split_in_bounded_memory(tmp_path):
+    path, rate, minutes = tmp_path / "long.flac", 8_000, 120
+    minute = np.tile(np.concatenate([tone(4.5, rate), np.zeros((4_000, 1), np.float32)]), (12, 1))
+    with soundfile.SoundFile(path, "w", rate, 1, compression_level=0) as file:
+        for _ in range(minutes):
+            file.write(minute)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    end, samples = 0.0, 0
+    for segment in audio.segments(path, max_seconds=28.0):
+        assert segment.start == end and segment.end - segment.start <= 28.0
+        assert segment.end == 7200.0 or segment.end % 5 > 4.5, "cut inside a tone"
+        end, samples = segment.end, samples + len(segment.wave)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert end == audio.duration(path) == 7200.0 and samples == 7200 * SAMPLE_RATE
+    assert grown < 150 * 1024, "KiB; the whole recording would take 450 MiB"
+
+
+def test_impossible_segment_lengths_are_refused():
+    with pytest.raises(ValueError, match="twice the shortest"):
+        list(audio.segments(encoded(tone(1.0)), max_seconds=1.0, min_seconds=0.6))
+
+
+def broken_flac() -> bytes:
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 40_000)
+    whole = encoded(noise, format="FLAC")
+    return whole[: len(whole) // 2]
+
+
+def unmeasured_flac() -> bytes:
+    """What an encoder writes into a pipe: the header's count of samples is zero."""
+    whole = bytearray(encoded(tone(0.5), format="FLAC"))
+    whole[21] &= 0xF0
+    whole[22:26] = bytes(4)
+    return bytes(whole)
+
+
+def with_rate(rate: int) -> bytes:
+    whole = bytearray(encoded(tone(0.5)))
+    whole[24:28] = struct.pack("<I", rate)
+    return bytes(whole)
+
+
+def with_sample(value: float) -> bytes:
+    samples = tone(0.5, channels=2)
+    samples[100, 1] = value
+    return encoded(samples, subtype="FLOAT")
+
+
+BAD = {
+    "empty": (b"", "empty"),
+    "text": (b"this is not audio " * 50, "cannot be read as audio"),
+    "no samples": (encoded(np.zeros((0, 1), np.float32)), "holds no samples"),
+    "truncated flac": (broken_flac(), "truncated or broken"),
+    "truncated mp3": (
+        encoded(tone(10.0), format="MP3", bitrate_mode="VARIABLE")[:-4000],
+        "truncated or broken",
+    ),
+    "flac of unknown length": (unmeasured_flac(), "does not say how long"),
+    "NaN": (with_sample(float("nan")), "NaN or infinite samples"),
+    "infinity": (with_sample(float("inf")), "NaN or infinite samples"),
+    "rate too low": (with_rate(1), "sample rate of 1 Hz"),
+    "rate too high": (with_rate(2**31 - 1), "sample rate of 2147483647 Hz"),
+    "rate without common factor": (with_rate(15_999), "sample rate of 15999 Hz"),
+    "too many channels": (encoded(np.zeros((10, 40), np.float32)), "40 channels"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_audio_is_refused_with_its_name_and_the_reason(case, tmp_path):
+    content, reason = BAD[case]
+    path = tmp_path / "bad.wav"
+    path.write_bytes(content)
+    for source, name in [(content, "uploaded audio"), (path, str(path))]:
+        with pytest.raises(AudioError, match=reason) as raised:
+            audio.read(source)
+        assert str(raised.value).startswith(f"{name}: ")
+        with pytest.raises(AudioError, match=reason):
+            list(audio.segments(source, 30.0))
+
+
+def test_paths_that_are_no_audio_file_are_refused(tmp_path):
+    (tmp_path / "headerless.raw").write_bytes(bytes(1000))
+    for name, reason in [
+        ("missing.wav", "no such file"),
+        ("", "is not a file"),
+        ("headerless.raw", "sample rate"),
+    ]:
+        with pytest.raises(AudioError, match=reason) as raised:
+            audio.read(tmp_path / name)
+        assert str(tmp_path / name) in str(raised.value)
+
+
+def test_audio_is_held_to_its_limits():
+    source = encoded(tone(1.0))
+    assert len(audio.read(source, min_seconds=1.0, max_seconds=1.0)) == SAMPLE_RATE
+    with pytest.raises(AudioError, match=r"uploaded audio: 1.000 s, shorter than 1.5 s"):
+        audio.read(source, min_seconds=1.5)
+    with pytest.raises(AudioError, match=r"uploaded audio: 1.0 s, longer than 0.5 s"):
+        audio.read(source, max_seconds=0.5)
+
+
+def test_too_long_audio_is_refused_before_it_is_decoded():
+    silence = encoded(np.zeros(600 * SAMPLE_RATE, np.float32), format="FLAC")
+    beheaded = silence[: len(silence) // 2]  # decoding would find it truncated
+    with pytest.raises(AudioError, match="longer than 60"):
+        audio.read(beheaded, max_seconds=60)
+
+
+def test_find_lists_audio_of_all_folders_in_order(tmp_path):
+    for name in ["b.wav", "a/z.FLAC", "a/notes.txt", "c/d/e.mp3", "a/._z.flac"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.wav").mkdir()
+    found = [path.relative_to(tmp_path).as_posix() for path in audio.find(tmp_path)]
+    assert found == ["a/z.FLAC", "b.wav", "c/d/e.mp3"]
+
+
+def test_find_refuses_a_directory_that_is_missing_or_silent(tmp_path):
+    with pytest.raises(AudioError, match="nowhere: no such directory"):
+        audio.find(tmp_path / "nowhere")
+    with pytest.raises(AudioError, match="holds no audio file"):
+        audio.find(tmp_path)

@@ -1,0 +1,553 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchaudio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import HubertConfig, HubertModel
+
+from mmrag.config import Hubert, Pretrain
+from mmrag.records import Timed
+from mmrag.speech.hubert import HubertEncoder
+from mmrag.speech.pretraining import (
+    MaskedPrediction,
+    Phones,
+    Targets,
+    draw,
+    mask_spans,
+    mfcc,
+    pretrain,
+    schedule,
+)
+from mmrag.speech.units import kmeans
+
+NORMS = ("layer_norm", "group_norm")
+LENGTHS = (4000, 400, 9137)
+
+
+def shape(norm="layer_norm", **changes):
+    fields = {
+        "conv_channels": 8,
+        "norm": norm,
+        "width": 16,
+        "layers": 3,
+        "heads": 2,
+        "feed_forward": 24,
+        "layer": 2,
+    }
+    return Hubert(**{**fields, **changes})
+
+
+def plan(**changes):
+    fields = {
+        "rounds": [
+            {"target": "mfcc", "classes": 5, "steps": 3},
+            {"target": "hubert", "classes": 7, "steps": 3},
+        ],
+        "batch_seconds": 0.6,
+        "crop_seconds": 0.3,
+        "learning_rate": 1e-3,
+        "mask_probability": 0.1,
+        "mask_length": 3,
+        "sample_seconds": 2,
+        "num_cpus": 1,
+    }
+    return Pretrain(**{**fields, **changes})
+
+
+def noise(lengths=LENGTHS, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(length, generator=generator) * 0.1 for length in lengths]
+
+
+@pytest.fixture(params=[*NORMS, "mel"])
+def encoder(request):
+    if request.param == "mel":
+        return HubertEncoder.create(shape(front="mel"), seed=0)
+    return HubertEncoder.create(shape(request.param), seed=0)
+
+
+@pytest.fixture(params=["group", "layer"])
+def published(request, tmp_path):
+    """A small transformers HuBERT with random weights, and its directory."""
+    torch.manual_seed(0)
+    large = request.param == "layer"
+    model = HubertModel(
+        HubertConfig(
+            hidden_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=24,
+            conv_dim=(8,) * 7,
+            feat_extract_norm=request.param,
+            conv_bias=large,
+            do_stable_layer_norm=large,
+            num_conv_pos_embeddings=6,
+            num_conv_pos_embedding_groups=4,
+        )
+    ).eval()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"do_normalize": large}))
+    return model, tmp_path
+
+
+def test_frame_rate_follows_from_the_strides(encoder):
+    assert encoder.hop == 5 * 2**6
+    assert encoder.frame_seconds == 0.02
+
+
+@given(samples=st.integers(400, 4000))
+@settings(max_examples=25, deadline=None)
+def test_frames_are_as_many_as_the_convolutions_the_bands_and_the_mfccs_make(samples):
+    wave = noise([samples])[0]
+    for front in ("waveform", "mel"):
+        encoder = HubertEncoder.create(shape(front=front, layers=1, layer=1), seed=0)
+        assert len(encoder.features([wave])[0]) == encoder.frames(samples)
+    assert mfcc(wave).shape == (encoder.frames(samples), 39)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_our_forward_pass_is_torchaudios(norm):
+    encoder = HubertEncoder.create(shape(norm), seed=0)
+    wave = encoder.prepare(noise()[0])
+    theirs, _ = encoder.model.extract_features(wave[None], num_layers=2)
+    ours = encoder.features([wave])[0]
+    torch.testing.assert_close(ours, theirs[-1][0], atol=1e-4, rtol=0)
+
+
+def test_batched_features_equal_one_by_one(encoder):
+    waves = noise()
+    batched = encoder.features(waves)
+    for wave, features in zip(waves, batched, strict=True):
+        assert features.shape == (encoder.frames(len(wave)), encoder.width)
+        torch.testing.assert_close(features, encoder.features([wave])[0], atol=1e-4, rtol=0)
+
+
+def test_layers_past_the_wanted_one_are_not_computed(encoder):
+    waves = noise()
+    expected = encoder.features(waves)
+    encoder.model.encoder.transformer.layers[2] = torch.nn.Identity()  # takes no mask: would raise
+    torch.testing.assert_close(encoder.features(waves), expected)
+    with pytest.raises(TypeError):
+        encoder.features(waves, layer=3)
+
+
+@pytest.mark.parametrize("front", ["waveform", "mel"])
+def test_loudness_does_not_matter_where_waveforms_are_normalised(front):
+    encoder = HubertEncoder.create(shape("layer_norm", front=front), seed=0)
+    wave = noise()[0]
+    quiet, loud = encoder.features([wave * 0.1 + 0.01, wave])
+    torch.testing.assert_close(quiet, loud, atol=1e-2, rtol=0)
+
+
+def test_a_clip_shorter_than_a_frame_is_refused(encoder):
+    with pytest.raises(ValueError, match="at least 400 samples, not \\[399\\]"):
+        encoder.features([*noise(), torch.zeros(399)])
+    with pytest.raises(ValueError, match="at least 400 samples long, not 399"):
+        mfcc(torch.zeros(399))
+    assert encoder.frames(399) == 0
+
+
+def test_no_clips_have_no_features(encoder):
+    assert encoder.features([]) == []
+
+
+def test_a_saved_encoder_comes_back_the_same(tmp_path, encoder):
+    encoder.save(tmp_path / "hubert")
+    loaded = HubertEncoder.load(tmp_path / "hubert")
+    torch.testing.assert_close(loaded.features(noise()), encoder.features(noise()), atol=0, rtol=0)
+    assert (loaded.layer, loaded.normalize) == (encoder.layer, encoder.normalize)
+
+
+def test_the_seed_decides_the_weights_and_leaves_torchs_own_state_alone():
+    state = torch.get_rng_state()
+    one, same, other = (HubertEncoder.create(shape(), seed).features(noise()) for seed in (1, 1, 2))
+    torch.testing.assert_close(one, same, atol=0, rtol=0)
+    assert not torch.allclose(one[0], other[0])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_published_weights_give_transformers_hidden_states(published):
+    model, directory = published
+    wave = noise()[0]
+    encoder = HubertEncoder.from_published(str(directory), layer=2)
+    with torch.inference_mode():
+        theirs = model(encoder.prepare(wave)[None], output_hidden_states=True).hidden_states
+    for layer in (1, 2):
+        ours = encoder.features([wave], layer)[0]
+        torch.testing.assert_close(ours, theirs[layer][0], atol=1e-4, rtol=0)
+
+
+def test_published_weights_say_whether_waveforms_are_normalised(published):
+    model, directory = published
+    large = model.config.feat_extract_norm == "layer"
+    encoder = HubertEncoder.from_published(str(directory))
+    assert encoder.normalize is large
+    assert encoder.layer == 3
+    wave = noise()[0] * 0.2 + 0.3
+    scaled = (wave - wave.mean()) / wave.std(correction=0)
+    expected = scaled if large else wave
+    torch.testing.assert_close(encoder.prepare(wave), expected, atol=1e-3, rtol=0)
+
+
+def test_published_weights_survive_save_and_load(tmp_path, published):
+    encoder = HubertEncoder.from_published(str(published[1]), layer=2)
+    encoder.save(tmp_path / "ours")
+    loaded = HubertEncoder.load(tmp_path / "ours")
+    torch.testing.assert_close(loaded.features(noise()), encoder.features(noise()), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_torchaudio_bundle_gives_its_own_features(monkeypatch, normalize):
+    source = HubertEncoder.create(shape(), seed=3)
+    bundle = torchaudio.pipelines.Wav2Vec2Bundle(
+        _path="",
+        _params=source.architecture,
+        _sample_rate=16_000,
+        _normalize_waveform=normalize,
+        _model_type="Wav2Vec2",
+    )
+    monkeypatch.setattr(bundle, "_get_state_dict", lambda _: source.model.state_dict())
+    monkeypatch.setattr(torchaudio.pipelines, "HUBERT_BASE", bundle)
+    encoder = HubertEncoder.from_published("torchaudio:HUBERT_BASE", layer=2)
+    wave = noise()[0] * 30
+    theirs, _ = bundle.get_model().extract_features(wave[None], num_layers=2)
+    torch.testing.assert_close(encoder.features([wave])[0], theirs[-1][0], atol=1e-4, rtol=0)
+
+
+def test_weights_that_are_not_hubert_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="nowhere"):
+        HubertEncoder.from_published("nowhere")
+    for bundle in ("HUBERT_TINY", "WAV2VEC2_BASE", "__file__"):
+        with pytest.raises(ValueError, match=bundle):
+            HubertEncoder.from_published(f"torchaudio:{bundle}")
+    (tmp_path / "config.json").write_text('{"model_type": "wav2vec2"}')
+    with pytest.raises(ValueError, match="wav2vec2"):
+        HubertEncoder.from_published(str(tmp_path))
+
+
+def test_published_weights_with_a_hole_are_refused(published):
+    model, directory = published
+    state = model.state_dict()
+    del state["encoder.layers.1.attention.q_proj.bias"]
+    model.save_pretrained(directory, state_dict=state)
+    with pytest.raises(ValueError, match=r"lacks weights: encoder\.layers\.1\.attention\.q_proj"):
+        HubertEncoder.from_published(str(directory))
+
+
+def test_a_layer_that_the_encoder_lacks_is_refused(published):
+    with pytest.raises(ValueError, match="layer 4 of an encoder with 3 layers"):
+        HubertEncoder.from_published(str(published[1]), layer=4)
+
+
+@given(
+    frames=st.lists(st.integers(1, 60), min_size=1, max_size=5),
+    probability=st.floats(0, 1),
+    length=st.integers(1, 12),
+    seed=st.integers(0, 99),
+)
+def test_masks_are_whole_spans_inside_the_clip(frames, probability, length, seed):
+    counts = torch.tensor(frames)
+    mask = mask_spans(counts, probability, length, torch.Generator().manual_seed(seed))
+    assert mask.shape == (len(frames), max(frames))
+    for row, count in zip(mask.tolist(), frames, strict=True):
+        assert any(row)
+        assert not any(row[count:])
+        runs = "".join("x" if hidden else " " for hidden in row[:count])
+        assert all(len(run) >= length for run in runs.split()[:-1])
+        assert len(runs.split()[-1]) >= length or runs.endswith("x")
+
+
+def test_masks_hide_the_expected_share():
+    mask = mask_spans(torch.tensor([20_000]), 0.08, 10, torch.Generator().manual_seed(0))
+    assert mask.float().mean().item() == pytest.approx(1 - 0.92**10, abs=0.03)
+
+
+def masked_batch(encoder):
+    lengths = torch.tensor(LENGTHS)
+    waves = torch.nn.utils.rnn.pad_sequence(
+        [encoder.prepare(wave) for wave in noise()], batch_first=True
+    )
+    frames = torch.tensor([encoder.frames(length) for length in LENGTHS])
+    generator = torch.Generator().manual_seed(1)
+    targets = torch.randint(5, (len(frames), int(frames.max())), generator=generator)
+    return waves, lengths, targets, mask_spans(frames, 0.1, 3, generator)
+
+
+def test_the_loss_is_cross_entropy_of_cosines_over_a_tenth(encoder):
+    model = MaskedPrediction(encoder, classes=5)
+    waves, lengths, targets, mask = masked_batch(encoder)
+    with torch.no_grad():
+        loss, count, correct = model(waves, lengths, targets, mask)
+        inputs = encoder.project(waves, lengths)
+        inputs[mask] = model.mask_embedding
+        frames = torch.tensor([encoder.frames(length) for length in LENGTHS])
+        hidden = model.projection(encoder.contextualize(inputs, frames))
+        logits = torch.cosine_similarity(hidden[..., None, :], model.class_embeddings, dim=-1) / 0.1
+        with_seen, seen_count, same = model(waves, lengths, targets, mask, seen_weight=0.5)
+    terms = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    inside = torch.arange(mask.shape[1]) < frames[:, None]
+    assert count == mask.sum()
+    torch.testing.assert_close(loss, terms[mask].sum(), atol=1e-3, rtol=0)
+    assert correct == same == (logits.argmax(-1) == targets)[mask].sum()
+    assert seen_count == mask.sum() + (inside & ~mask).sum() / 2
+    expected = terms[mask].sum() + terms[inside & ~mask].sum() / 2
+    torch.testing.assert_close(with_seen, expected, atol=1e-3, rtol=0)
+
+
+def test_the_loss_of_a_batch_is_the_sum_over_its_clips(encoder):
+    model = MaskedPrediction(encoder, classes=5)
+    waves, lengths, targets, mask = masked_batch(encoder)
+    with torch.no_grad():
+        together, _, _ = model(waves, lengths, targets, mask)
+        apart = 0.0
+        for row, length in enumerate(LENGTHS):
+            frames = encoder.frames(length)
+            loss, _, _ = model(
+                waves[row : row + 1, :length],
+                lengths[row : row + 1],
+                targets[row : row + 1, :frames],
+                mask[row : row + 1, :frames],
+            )
+            apart += loss
+    torch.testing.assert_close(together, apart, atol=1e-3, rtol=0)
+
+
+def test_hidden_frames_are_not_seen():
+    """With every frame masked, the audio makes no difference."""
+    encoder = HubertEncoder.create(shape(), seed=0)
+    model = MaskedPrediction(encoder, classes=5)
+    waves, lengths, targets, mask = masked_batch(encoder)
+    frames = torch.tensor([encoder.frames(length) for length in LENGTHS])
+    every = torch.arange(mask.shape[1]) < frames[:, None]
+    with torch.no_grad():
+        heard = model(waves, lengths, targets, every)[0]
+        torch.testing.assert_close(heard, model(-3 * waves, lengths, targets, every)[0])
+        shown = model(waves, lengths, targets, mask)[0]
+        assert not torch.isclose(shown, model(-3 * waves, lengths, targets, mask)[0])
+
+
+def test_targets_are_the_nearest_centroids():
+    waves = noise()
+    centroids = torch.from_numpy(kmeans(torch.cat([mfcc(w) for w in waves]).numpy(), 5, seed=0))
+    targets = Targets(waves, mfcc, centroids)
+    for clip, wave in enumerate(waves):
+        expected = torch.cdist(mfcc(wave), centroids).argmin(1)
+        assert targets[clip].tolist() == expected.tolist()
+
+
+def test_a_crop_has_the_targets_of_its_place_in_the_clip():
+    """Silence turns to noise in mid-clip; so do the drawn crops, and their targets with them."""
+    encoder = HubertEncoder.create(shape("group_norm"), seed=0)
+    wave = torch.cat([torch.zeros(8000), torch.ones(8000)])
+    centroids = torch.tensor([[0.0], [1.0]])
+    seen = Targets([wave], lambda wave: wave.unfold(0, 400, 320)[:, -1:], centroids)
+    batch = draw(encoder, [wave], seen, plan(batch_seconds=3), torch.Generator().manual_seed(0))
+    ends = batch.waves.unfold(1, 400, 320)[:, :, -1]
+    assert batch.waves.shape == (10, 4800)
+    assert ends.unique().tolist() == [0, 1]
+    assert torch.equal(batch.targets, ends.long())
+
+
+def test_the_schedule_rises_then_falls_to_the_end():
+    rates = [schedule(step, 100) for step in range(100)]
+    assert max(rates) == 1
+    assert rates[:8] == sorted(rates[:8]) and rates[8:] == sorted(rates[8:], reverse=True)
+    assert 0 < rates[-1] < 0.02
+    assert 0 < schedule(0, 1) <= 1
+
+
+class Stopped(Exception):
+    pass
+
+
+def run(directory: Path, stop_at: int | None = None, seed: int = 0, norm: str = "layer_norm"):
+    log = []
+
+    def record(step, metrics):
+        log.append((step, metrics))
+        if step == stop_at:
+            raise Stopped
+
+    waves = noise((9000, 4000, 7000, 12_000))
+    encoder = pretrain(
+        shape(norm), plan(), waves, seed, directory, kmeans, record, checkpoint_steps=2
+    )
+    return encoder, log
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 5])
+def test_resumed_pretraining_equals_uninterrupted(tmp_path, uninterrupted, stop_at):
+    with pytest.raises(Stopped):
+        run(tmp_path, stop_at)
+    resumed, log = run(tmp_path)
+    whole, whole_log = uninterrupted
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), atol=0, rtol=0)
+    assert log == whole_log[-len(log) :]
+    assert log[0][0] <= stop_at + 1
+
+
+def test_pretraining_logs_every_step_of_every_round(uninterrupted):
+    _, log = uninterrupted
+    assert [step for step, _ in log] == [1, 2, 3, 4, 5, 6]
+    assert [metrics["round"] for _, metrics in log] == [1, 1, 1, 2, 2, 2]
+
+
+def test_finished_pretraining_is_not_repeated(tmp_path, uninterrupted):
+    run(tmp_path)
+    encoder, log = run(tmp_path)
+    assert log == []
+    torch.testing.assert_close(encoder.state_dict(), uninterrupted[0].state_dict(), atol=0, rtol=0)
+
+
+def test_another_seed_pretrains_another_encoder(tmp_path, uninterrupted):
+    other, _ = run(tmp_path, seed=1)
+    assert not np.allclose(other.features(noise())[0], uninterrupted[0].features(noise())[0])
+
+
+def test_pretraining_learns_what_can_be_told_from_context(tmp_path):
+    """Clips of one steady tone each: what is hidden is what is heard around it."""
+    time = torch.arange(6400) / 16_000
+    tones = [torch.sin(2 * torch.pi * pitch * time) for pitch in (200, 500, 1200, 2600)]
+    rounds = [{"target": "mfcc", "classes": 4, "steps": 40}]
+    settings = plan(rounds=rounds, learning_rate=2e-2, batch_seconds=2.4)
+    accuracy = []
+    pretrain(
+        shape(), settings, tones, 0, tmp_path, kmeans, lambda _, m: accuracy.append(m["accuracy"])
+    )
+    assert np.mean(accuracy[:3]) < 0.6
+    assert np.mean(accuracy[-10:]) > 0.85
+
+
+def test_pretraining_needs_audio_and_crops_with_a_frame(tmp_path):
+    with pytest.raises(ValueError, match="no audio"):
+        pretrain(shape(), plan(), [], 0, tmp_path, kmeans, print)
+    with pytest.raises(ValueError, match=r"crop_seconds 0\.01"):
+        pretrain(shape(), plan(crop_seconds=0.01), noise(), 0, tmp_path, kmeans, print)
+
+
+MIDDLE, HOP, RATE = 200, 320, 16_000
+"""Frame f's middle is sample `MIDDLE + f * HOP`."""
+
+
+def aligned(*stretches):
+    """Phones (name, first sample, last sample) of a clip."""
+    return [Timed(name, start / RATE, end / RATE) for name, start, end in stretches]
+
+
+def test_a_frames_class_is_the_phone_said_at_its_middle():
+    clip = aligned(("b", 150, 830), ("a", 830, 850), ("c", 1161, 1500))
+    phones = Phones([clip, [], aligned(("d", 0, 100))])
+    assert phones.names == ["a", "b", "c", "d"] and phones.classes == 5
+    # Middles lie at 200, 520, 840, 1160, 1480.
+    assert phones[0].tolist()[:5] == [2, 2, 1, 0, 3]
+    assert set(phones[0].tolist()[5:]) <= {0}
+    assert phones[0].dtype == torch.int64
+    assert phones[1].tolist() == []
+    assert set(phones[2].tolist()) <= {0}, "over before the first middle"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abc_"), st.integers(1, 900)), max_size=8))
+def test_phones_are_as_looked_up_frame_by_frame(stretches):
+    """Edges lie between two samples, so that no rounding decides. `_` is a pause."""
+    edges = np.cumsum([0, *(length for _, length in stretches)]) + 0.5
+    clip = [
+        Timed(name, start / RATE, end / RATE)
+        for (name, _), start, end in zip(stretches, edges[:-1], edges[1:], strict=True)
+        if name != "_"
+    ]
+    other = aligned(("a", 0, 400), ("b", 400, 800), ("c", 800, 1200))
+    labels = Phones([other, clip])[1].tolist()
+    for frame in range(len(labels) + 20):
+        middle = (MIDDLE + frame * HOP) / RATE
+        said = [one.text for one in clip if one.start <= middle < one.end]
+        expected = 1 + "abc".index(said[0]) if said else 0
+        assert (labels[frame] if frame < len(labels) else 0) == expected
+
+
+def test_a_crop_has_the_phones_of_its_place_and_silence_behind_the_last():
+    """Each stretch of the clip has a level of its own; the alignment ends before the clip does."""
+    encoder = HubertEncoder.create(shape("group_norm"), seed=0)
+    edges = [0, 3000, 7100, 12_000, 16_000]
+    clip = aligned(*zip("abc", edges, edges[1:], strict=False))
+    levels = torch.tensor([1.0, 2.0, 3.0, 0.0])
+    wave = levels.repeat_interleave(torch.tensor(edges).diff())
+    batch = draw(
+        encoder,
+        [wave],
+        Phones([clip]),
+        plan(batch_seconds=6),
+        torch.Generator().manual_seed(0),
+    )
+    middles = batch.waves.unfold(1, 400, 320)[:, :, MIDDLE]
+    assert middles.unique().tolist() == [0, 1, 2, 3]
+    assert torch.equal(batch.targets, middles.long())
+
+
+def steady_phones():
+    """Clips of one steady tone each, and an alignment in which each tone is a phone."""
+    time = torch.arange(6400) / RATE
+    tones = [torch.sin(2 * torch.pi * hertz * time) for hertz in (200, 500, 1200, 2600)]
+    return tones, Phones([aligned((name, 0, 6400)) for name in "abcd"])
+
+
+PHONES = {"target": "phones", "steps": 3}
+CLUSTERS = {"target": "mfcc", "classes": 5, "steps": 3}
+
+
+def train_on_phones(directory, rounds, stop_at=None, **changes):
+    log = []
+
+    def record(step, metrics):
+        log.append((step, metrics))
+        if step == stop_at:
+            raise Stopped
+
+    waves, phones = steady_phones()
+    settings = plan(rounds=rounds, **changes)
+    encoder = pretrain(
+        shape(), settings, waves, 0, directory, kmeans, record, phones=phones, checkpoint_steps=2
+    )
+    return encoder, log
+
+
+@pytest.mark.parametrize("rounds", [[PHONES], [CLUSTERS, PHONES], [PHONES, CLUSTERS]])
+def test_resumed_pretraining_on_phones_equals_uninterrupted(tmp_path, rounds):
+    whole, whole_log = train_on_phones(tmp_path, rounds)
+    for stop_at in {1, 3 * len(rounds) - 1}:
+        directory = tmp_path / f"{stop_at}"
+        directory.mkdir()
+        with pytest.raises(Stopped):
+            train_on_phones(directory, rounds, stop_at)
+        resumed, log = train_on_phones(directory, rounds)
+        torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), atol=0, rtol=0)
+        assert log == whole_log[len(whole_log) - len(log) :]
+    assert [metrics["round"] for _, metrics in whole_log] == [
+        number for number in range(1, len(rounds) + 1) for _ in range(3)
+    ]
+
+
+def test_pretraining_on_phones_learns_them(tmp_path):
+    _, log = train_on_phones(
+        tmp_path,
+        [{"target": "phones", "steps": 40}],
+        learning_rate=2e-2,
+        batch_seconds=2.4,
+    )
+    accuracy = [metrics["accuracy"] for _, metrics in log]
+    assert np.mean(accuracy[:3]) < 0.6
+    assert np.mean(accuracy[-10:]) > 0.85
+
+
+def test_phones_as_targets_need_an_alignment(tmp_path):
+    with pytest.raises(ValueError, match="target is phones, and the corpus has no alignment"):
+        pretrain(shape(), plan(rounds=[PHONES]), noise(), 0, tmp_path, kmeans, print)

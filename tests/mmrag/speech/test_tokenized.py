@@ -1,0 +1,93 @@
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmrag.records import Timed, Units, Utterance
+from mmrag.speech.tokenized import Tokenized, TokensError, read, read_part, write_part
+
+NAMES = st.text(max_size=6)
+UNITS = st.lists(st.tuples(st.integers(0, 1999), st.integers(1, 90)), max_size=5).map(
+    lambda runs: Units(*np.array(runs, np.int32).reshape(-1, 2).T)
+)
+WORDS = st.builds(Timed, NAMES, st.floats(0, 30), st.floats(0, 30))
+UTTERANCES = st.builds(
+    Utterance,
+    id=NAMES,
+    text=NAMES | st.none(),
+    duration=st.floats(0, 1e4) | st.none(),
+    speaker=NAMES,
+    document=st.text(min_size=1, max_size=6),
+    domain=NAMES,
+    entities=st.lists(NAMES, max_size=2).map(tuple),
+    words=st.lists(WORDS, max_size=2).map(tuple),
+)
+
+
+def said(name, units=(3, 1)):
+    ids = np.array(units, np.int32)
+    return Tokenized(Utterance(id=name), Units(ids, np.ones_like(ids)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.builds(Tokenized, UTTERANCES, UNITS | st.none()), max_size=3))
+def test_what_is_written_is_read_back(tmp_path_factory, tokenized):
+    path = tmp_path_factory.mktemp("tokens") / "part-00000.parquet"
+    write_part(path, tokenized)
+    read_back = list(read_part(path))
+    assert [one.utterance for one in read_back] == [one.utterance for one in tokenized]
+    for one, other in zip(read_back, tokenized, strict=True):
+        assert (one.units is None) == (other.units is None)
+        if one.units is not None:
+            assert one.units.ids.dtype == one.units.durations.dtype == np.int32
+            np.testing.assert_array_equal(one.units.ids, other.units.ids)
+            np.testing.assert_array_equal(one.units.durations, other.units.durations)
+
+
+def test_an_utterance_is_its_own_document_unless_it_names_one(tmp_path):
+    path = tmp_path / "part-00000.parquet"
+    write_part(path, [said("u1"), Tokenized(Utterance(id="u2", document="call"), None)])
+    assert [one.utterance.document for one in read_part(path)] == ["u1", "call"]
+
+
+def test_parts_are_read_in_the_order_of_their_names_and_scratch_files_are_not(tmp_path):
+    write_part(tmp_path / "part-00001.parquet", [said("later")])
+    write_part(tmp_path / "part-00000.parquet", [said("first"), said("second")])
+    (tmp_path / ".part-00002.parquet.77").write_bytes(b"a killed writer's half")
+    assert [one.utterance.id for one in read(tmp_path)] == ["first", "second", "later"]
+
+
+def test_a_part_that_could_not_be_written_leaves_the_old_one(tmp_path):
+    path = tmp_path / "part-00000.parquet"
+    write_part(path, [said("old")])
+    with pytest.raises(pa.ArrowInvalid):
+        write_part(path, [said("new"), Tokenized(Utterance(id="bad", duration="long"), None)])
+    assert [one.utterance.id for one in read(tmp_path)] == ["old"]
+
+
+def test_a_directory_without_parts_is_named(tmp_path):
+    with pytest.raises(TokensError, match=f"no tokenized parts in {tmp_path}"):
+        list(read(tmp_path))
+
+
+def other_columns(path):
+    pq.write_table(pa.table({"utterance": ["u"], "text": ["hello"]}), path)
+
+
+def other_types(path):
+    pq.write_table(pa.table({"utterance": [["u"]]}), path)
+
+
+def torn(path):
+    write_part(path, [said("u")])
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+@pytest.mark.parametrize("damage", [other_columns, other_types, torn, lambda path: None])
+def test_a_file_that_is_no_part_is_named(tmp_path, damage):
+    path = tmp_path / "part-00000.parquet"
+    damage(path)
+    with pytest.raises(TokensError, match=f"{path} is not a tokenized part"):
+        list(read_part(path))

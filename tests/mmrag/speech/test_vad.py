@@ -1,0 +1,62 @@
+"""Speech is heard in speech, and in nothing else."""
+
+import io
+
+import pytest
+import soundfile
+import torch
+
+from mmrag.corpora.augment import unspoken
+from mmrag.corpora.synthetic import VOICES
+from mmrag.corpora.voices.espeak import Synthesizer
+from mmrag.speech import vad
+
+THRESHOLD = 0.75
+
+
+def clips(count, seed):
+    for clip in unspoken(count, seed):
+        yield torch.from_numpy(soundfile.read(io.BytesIO(clip), dtype="float32")[0])
+
+
+def test_silence_noise_and_tones_are_not_speech():
+    heard = [vad.spoken(wave, THRESHOLD) for wave in clips(30, seed=5)]
+    assert sum(heard) == 0
+    assert len(heard) == 30
+
+
+@pytest.mark.parametrize("voice", VOICES["test"], ids=lambda voice: voice.id)
+def test_a_sentence_is_speech_in_every_voice(voice):
+    wave = torch.from_numpy(Synthesizer().speak("please call maria lopez", voice).wave)
+    assert vad.spoken(wave, THRESHOLD)
+    assert vad.spoken(torch.cat((torch.zeros(32_000), wave[:8000])), THRESHOLD)
+
+
+def test_a_threshold_of_nothing_asks_nothing():
+    assert vad.spoken(torch.zeros(100), 0)
+    assert not vad.spoken(torch.zeros(100), THRESHOLD)
+
+
+def test_listening_leaves_the_threads_of_the_process_alone():
+    before = torch.get_num_threads()
+    vad.spoken(torch.zeros(2000), THRESHOLD)
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("hiss", [0.0, 1e-3])
+@pytest.mark.parametrize("before", [0.0, 0.5, 2.0])
+def test_the_quiet_around_a_sentence_is_cut_off(before, hiss):
+    said = torch.from_numpy(Synthesizer().speak("please call maria lopez", VOICES["test"][0]).wave)
+    quiet = torch.zeros(round(before * 16_000))
+    wave = torch.cat((quiet, said, torch.zeros(8_000)))
+    wave += hiss * torch.randn(wave.shape, generator=torch.Generator().manual_seed(0))
+    kept, start = vad.trim(wave)
+    assert torch.equal(kept, wave[start : start + len(kept)])
+    assert len(quiet) - vad.MARGIN - vad.HOP <= start <= len(quiet) + 1_600
+    assert len(said) - 4_000 <= len(kept) <= len(said) + 2 * (vad.MARGIN + vad.HOP)
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, 16_000])
+def test_a_wave_without_anything_in_it_is_left_as_it_is(length):
+    kept, start = vad.trim(torch.zeros(length))
+    assert (len(kept), start) == (length, 0)

@@ -1,0 +1,59 @@
+"""Models with random weights, small enough for a test and large enough to tell each other apart."""
+
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from mmrag import artifact
+from mmrag.config import Hubert, LanguageModel
+from mmrag.model import pretrained
+from mmrag.model.lm import LM
+from mmrag.model.vocabulary import EOS, Vocabulary
+from mmrag.speech.hubert import HubertEncoder
+from mmrag.speech.units import Codebook
+
+ENCODER = Hubert(
+    conv_channels=8,
+    norm="layer_norm",
+    width=16,
+    layers=1,
+    heads=2,
+    feed_forward=16,
+    layer=1,
+)
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def perturb(model: Model) -> Model:
+    """The model with every weight moved by about a third, so that each of them matters."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) / 3)
+    return model
+
+
+def write_models(
+    directory: Path, shape: LanguageModel, vocabulary: Vocabulary, talkative: bool = False
+) -> None:
+    """hubert, codebook and lm artifacts, each made from the one before.
+
+    A `talkative` language model does not say the end token at once.
+    """
+    torch.manual_seed(0)
+    with artifact.create(directory / "hubert", "hubert", {}, {}) as draft:
+        HubertEncoder.create(ENCODER, seed=0).save(draft.path)
+    hubert = artifact.load(directory / "hubert", "hubert")
+    with artifact.create(directory / "codebook", "codebook", {}, {"hubert": hubert}) as draft:
+        centroids = np.random.default_rng(0).standard_normal((vocabulary.units, ENCODER.width))
+        Codebook(centroids, frame_seconds=0.02).save(draft.path)
+    codebook = artifact.load(directory / "codebook", "codebook")
+    with artifact.create(directory / "lm", "lm", {}, {"codebook": codebook}) as draft:
+        lm = LM(shape, vocabulary.size)
+        if talkative:
+            with torch.no_grad():
+                lm.head.weight[EOS] = -lm.head.weight.sum(0)
+        perturb(lm)
+        pretrained.save(draft.path, shape, vocabulary, list(lm.state_dict().items()))
