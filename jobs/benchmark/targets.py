@@ -21,9 +21,9 @@ class Target:
     """What a measurement should show: in words, and of its result whether it does."""
 
     title: str
-    target: str
+    wanted: str
     met: Callable[[Any], bool]
-    told: Callable[[Any], str]
+    shown: Callable[[Any], str]
 
 
 TARGETS = {
@@ -82,7 +82,7 @@ def rounded(value: Any) -> Any:
 
 
 def verdict(key: str, result: Any) -> str:
-    """Whether a result is what was aimed at, in words."""
+    """Whether a result meets its target, in words."""
     return "not measured" if result is None else "met" if TARGETS[key].met(result) else "missed"
 
 
@@ -114,11 +114,11 @@ def show(results: Mapping[str, Any]) -> None:
     if "transcripts_compared" in results:
         told = results["transcripts_that_differ"], results["transcripts_compared"]
         console.print("{} of {} transcripts differ from the plain process's\n".format(*told))
-    aims = _table("What was aimed at", "", "measured", "target", "")
-    for key, aim in TARGETS.items():
-        told = "–" if results[key] is None else aim.told(results[key])
-        aims.add_row(escape(aim.title), told, aim.target, verdict(key, results[key]))
-    console.print(aims)
+    table = _table("Targets", "", "measured", "target", "")
+    for key, target in TARGETS.items():
+        shown = "–" if results[key] is None else target.shown(results[key])
+        table.add_row(escape(target.title), shown, target.wanted, verdict(key, results[key]))
+    console.print(table)
 
 
 def _table(title: str, *columns: str) -> Table:

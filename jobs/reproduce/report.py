@@ -1,4 +1,4 @@
-"""The results page: tables, plots and a comparison with what was aimed at."""
+"""The results page: tables, plots and a comparison with the targets."""
 
 from __future__ import annotations
 
@@ -110,9 +110,9 @@ def write(
         "",
         *summary(rows),
         "",
-        "## What was aimed at",
+        "## Targets",
         "",
-        *markdown([("aim", "wanted", "measured", "reached"), *_aims(rows, heard)]),
+        *markdown([("target", "wanted", "measured", "reached"), *_targets(rows, heard)]),
         "",
     ]
     for task, note in notes.items():
@@ -196,8 +196,8 @@ def hallucinations(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     ]
 
 
-def _aims(rows: Sequence[Row], heard: Transcripts) -> list[tuple[str, str, str, str]]:
-    """What the model was to reach, what it reached, and whether that is enough."""
+def _targets(rows: Sequence[Row], heard: Transcripts) -> list[tuple[str, str, str, str]]:
+    """Each target with what was measured, and whether it is reached."""
 
     def wer(task: str, mode: str, datastore: str | None = None, phrases: int | None = None):  # noqa: ANN202
         wanted = (task, mode, datastore, phrases)
@@ -249,12 +249,12 @@ def _aims(rows: Sequence[Row], heard: Transcripts) -> list[tuple[str, str, str, 
             f"{wrong / right - 1:+.1%}" if right else f"{right:.1%} → {wrong:.1%}",
             _reached(wrong <= 1.02 * right),
         ),
-        *(_reading_aims(rows) if any(r["mode"] == "cross_attention" for r in rows) else ()),
+        *(_attention_targets(rows) if any(r["mode"] == "cross_attention" for r in rows) else ()),
     ]
 
 
-def _reading_aims(rows: Sequence[Row]) -> list[tuple[str, str, str, str]]:
-    """What cross-attention was to reach."""
+def _attention_targets(rows: Sequence[Row]) -> list[tuple[str, str, str, str]]:
+    """The targets of cross-attention."""
     by = {(r["task"], r["mode"], r["datastore"], r["phrases"]): r for r in rows}
     lists = {r["phrases"]: r for r in rows if r["mode"] == "cross_attention" and r["phrases"]}
     lists = {n: by["dynamic_context", "cross_attention", "spoken", n] for n in sorted(lists)}
@@ -270,7 +270,7 @@ def _reading_aims(rows: Sequence[Row]) -> list[tuple[str, str, str, str]]:
     told = {m: by["wrong_datastore", m, "wrong", None]["wer"] for m in ("cross_attention", "both")}
     time = [r["decode_seconds"] / r["seconds_of_audio"] for r in (hundred, plain)]
     silent = [r for r in rows if r["task"] == "no_speech" and r["setting"] == DETECTED]
-    aims = [
+    targets = [
         (
             "100 phrases: cross-attention against none",
             "≥ 50 % lower",
@@ -315,7 +315,7 @@ def _reading_aims(rows: Sequence[Row]) -> list[tuple[str, str, str, str]]:
         ),
     ]
     if silent:
-        aims.append(
+        targets.append(
             (
                 "clips in which nobody speaks, without a word",
                 "≥ 98 %",
@@ -323,7 +323,7 @@ def _reading_aims(rows: Sequence[Row]) -> list[tuple[str, str, str, str]]:
                 _reached(all(r["empty"] >= 0.98 for r in silent)),
             )
         )
-    return aims
+    return targets
 
 
 def _difference(rows: Sequence[Row], heard: Transcripts, a: str, b: str):  # noqa: ANN202

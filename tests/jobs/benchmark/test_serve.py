@@ -222,7 +222,7 @@ def test_the_process_ends_early_when_it_is_told_to(clips):
 def test_a_process_that_fails_is_an_error_and_one_that_is_left_is_gone(clips, capfd):
     with (
         Process(LOAD, Plan("http://127.0.0.1:9/", clips, 1)) as process,
-        pytest.raises(EndpointError, match=r"jobs\.load failed"),
+        pytest.raises(EndpointError, match=r"jobs\.benchmark\.load failed"),
     ):
         process.result()
     assert "either a concurrency or a rate" in capfd.readouterr().err
@@ -312,7 +312,7 @@ def test_every_aim_has_a_row_whatever_was_left_out(capsys):
     targets.show(results)
     printed = capsys.readouterr().out
     assert printed.count("not measured") == len(TARGETS) - 1 and " met" in printed
-    assert all(aim.title.split(":")[0].split(",")[0] in printed for aim in TARGETS.values())
+    assert all(target.title.split(":")[0].split(",")[0] in printed for target in TARGETS.values())
 
 
 def test_numbers_are_rounded_at_any_depth():

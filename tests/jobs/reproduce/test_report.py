@@ -37,7 +37,7 @@ def row(task: str, mode: str, datastore: str | None = None, **changes) -> dict:
 
 
 def results(**rates: float) -> list[dict]:
-    """What the aims look at. `rates` names some of their word error rates; no aim is missed."""
+    """What the targets look at. `rates` names some of their word error rates; no target is missed."""
     wer = {
         "everyday": 0.05,
         "plain": 0.4,
@@ -67,7 +67,7 @@ def results(**rates: float) -> list[dict]:
 
 
 def reading_results(**rates: float) -> list[dict]:
-    """Rows of cross-attention and both beside `results()`; no aim is missed."""
+    """Rows of cross-attention and both beside `results()`; no target is missed."""
     wer = {"read": 0.09, "both": 0.08, "list": 0.09, "most": 0.095, "told": 0.25} | rates
     recalled = rates.get("recalled", 0.95)
     cross, spoken = "cross_attention", "spoken"
@@ -86,7 +86,7 @@ def reading_results(**rates: float) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    ("aim", "rates", "answer"),
+    ("target", "rates", "answer"),
     [
         (0, {"list": 0.125}, "yes"),
         (0, {"list": 0.1251}, "no"),
@@ -104,10 +104,10 @@ def reading_results(**rates: float) -> list[dict]:
         (7, {"empty": 0.97}, "no"),
     ],
 )
-def test_an_aim_of_cross_attention_is_reached_up_to_its_border(aim, rates, answer):
+def test_a_target_of_cross_attention_is_reached_up_to_its_border(target, rates, answer):
     answers = reached([*results(), *reading_results(**rates)])
     assert len(answers) == 6 + 8
-    assert answers[6 + aim] == answer
+    assert answers[6 + target] == answer
 
 
 def test_what_nobody_said_is_counted_where_something_was_told():
@@ -133,7 +133,7 @@ def transcripts(**wrong: int) -> dict:
 
 
 def reached(rows: list[dict], heard: dict | None = None) -> list[str]:
-    return [aim[-1] for aim in report._aims(rows, heard or transcripts())]
+    return [target[-1] for target in report._targets(rows, heard or transcripts())]
 
 
 @pytest.fixture
@@ -194,12 +194,12 @@ def test_a_cell_shows_what_was_measured_even_if_it_is_zero(key, value, title, sh
     assert len(header) == len(cells) == 6
 
 
-def test_every_aim_is_reached_by_a_model_that_reaches_them():
+def test_every_target_is_reached_by_a_model_that_reaches_them():
     assert reached(results()) == ["yes"] * 6
 
 
 @pytest.mark.parametrize(
-    ("aim", "rates", "answer"),
+    ("target", "rates", "answer"),
     [
         (0, {"everyday": 0.1}, "yes"),
         (0, {"everyday": 0.1001}, "no"),
@@ -219,11 +219,11 @@ def test_every_aim_is_reached_by_a_model_that_reaches_them():
         (5, {"right": 0.5, "wrong": 0.3}, "yes"),
     ],
 )
-def test_an_aim_is_reached_up_to_its_border_and_not_beyond(aim, rates, answer):
-    assert reached(results(**rates))[aim] == answer
+def test_a_target_is_reached_up_to_its_border_and_not_beyond(target, rates, answer):
+    assert reached(results(**rates))[target] == answer
 
 
-def test_two_percent_worse_is_within_the_aim():
+def test_two_percent_worse_is_within_the_target():
     assert reached(results(right=0.5, wrong=0.51))[5] == "yes"
 
 
@@ -258,10 +258,10 @@ def test_the_difference_pairs_the_domains_utterances_and_no_others():
     assert report._difference([], backwards, "multimodal", "text") == found
 
 
-def test_an_aim_says_what_was_measured():
-    aims = report._aims(results(), transcripts(multimodal=3, text=6))
-    assert [len(aim) for aim in aims] == [4] * 6
-    measured = [aim[2] for aim in aims]
+def test_a_target_says_what_was_measured():
+    targets = report._targets(results(), transcripts(multimodal=3, text=6))
+    assert [len(target) for target in targets] == [4] * 6
+    measured = [target[2] for target in targets]
     assert measured[0] == "5.0%"
     assert measured[1] == "75% lower (40.0% → 10.0%)"
     assert measured[2].startswith("-6.2 points (-")
@@ -273,7 +273,7 @@ def test_an_aim_says_what_was_measured():
 def test_a_row_that_is_missing_is_named():
     rows = [one for one in results() if one["mode"] != "prompt"]
     with pytest.raises(ValueError, match=r"the results lack .*'dynamic_context', 'prompt'.* 100"):
-        report._aims(rows, transcripts())
+        report._targets(rows, transcripts())
 
 
 NOTES = {
@@ -303,16 +303,16 @@ def sections(page: str) -> dict[str, list[str]]:
     return {title: lines for title, *lines in (part.splitlines() for part in parts)}
 
 
-def test_the_page_has_the_aims_and_every_task_that_was_measured(own):
+def test_the_page_has_the_targets_and_every_task_that_was_measured(own):
     report.write(own, everything(), transcripts(), NOTES)
     docs = own.reproduce.docs
     found = sections((docs / "results.md").read_text())
     assert list(found) == [
-        "What was aimed at",
+        "Targets",
         *("Everyday sentences", "Domain adaptation", "Dynamic context", "The wrong datastore"),
         *("Size of the datastore", "Other recordings"),
     ]
-    assert sum(line.endswith("| yes |") for line in found["What was aimed at"]) == 6
+    assert sum(line.endswith("| yes |") for line in found["Targets"]) == 6
     assert found["Domain adaptation"][1] == "Requests."
     assert found["Domain adaptation"][3:] == [
         *report.markdown(report._table([one for one in everything() if one["task"] == "domain"])),
