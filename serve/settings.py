@@ -70,7 +70,7 @@ class Decoding(Replicas):
     """Hypotheses extended in one step; further requests of the replica wait."""
 
 
-class KNNRetrieval(Replicas):
+class RetrieverReplicas(Replicas):
     """Datastores and their index shards."""
 
     shard_cpus: float = Field(gt=0)
@@ -136,7 +136,7 @@ class Settings(Section):
     limits: Limits
     ingress: Replicas
     encoder: Encoding
-    retriever: KNNRetrieval
+    retriever: RetrieverReplicas
     decoder: Decoding
 
     @field_validator("datastores", "cache")

@@ -37,7 +37,7 @@ def row(task: str, mode: str, datastore: str | None = None, **changes) -> dict:
 
 
 def results(**rates: float) -> list[dict]:
-    """What the targets look at. `rates` names some of their word error rates; no target is missed."""
+    """What the targets look at: no target is missed. `rates` names some of the word error rates."""
     wer = {
         "everyday": 0.05,
         "plain": 0.4,
