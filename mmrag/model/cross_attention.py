@@ -109,10 +109,10 @@ class Block(nn.Module):
         super().__init__()
         self.heads = config.heads
         inner = config.heads * config.head_width
-        self.match = Eye(lm.width, inner, MATCH_SCALE)
-        self.value = Eye(lm.width, inner)
+        self.match = IdentityLinear(lm.width, inner, MATCH_SCALE)
+        self.value = IdentityLinear(lm.width, inner)
         self.null = Embedding(1, inner)
-        self.out = Eye(inner, lm.width)
+        self.out = IdentityLinear(inner, lm.width)
         self.gate = Gate()
 
     def project(self, keys: Tensor, values: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class Block(nn.Module):
         return x + self.gate(self.out(mixed)), attention.mean(1)
 
 
-class Eye(nn.Linear):
+class IdentityLinear(nn.Linear):
     """A linear map without bias that starts as `scale` times the identity."""
 
     def __init__(self, inputs: int, outputs: int, scale: float = 1.0) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmrag.config import CrossAttention, LanguageModel
-from mmrag.model.cross_attention import GATE_GAIN, Adapter, Eye, Memory, Windows
+from mmrag.model.cross_attention import GATE_GAIN, Adapter, IdentityLinear, Memory, Windows
 from mmrag.model.layers import Cache
 from mmrag.model.lm import LM
 from mmrag.records import Passages
@@ -372,8 +372,8 @@ def test_what_is_read_while_training_is_what_is_read_while_transcribing(every):
 
 
 def test_a_map_starts_as_a_multiple_of_the_identity():
-    torch.testing.assert_close(Eye(4, 6, 2.0).weight, 2 * torch.eye(6, 4))
-    assert Eye(4, 4).bias is None
+    torch.testing.assert_close(IdentityLinear(4, 6, 2.0).weight, 2 * torch.eye(6, 4))
+    assert IdentityLinear(4, 4).bias is None
     block = Adapter(settings(), shape()).blocks[0]
     key = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
     assert torch.equal(block.match(key), 2 * key), "one projection is for queries and keys"
