@@ -18,6 +18,7 @@ import torch
 
 from mmrag.config import KNN, RetrievedAttention
 from mmrag.decoding.boost import Boost
+from mmrag.recogniser import Recogniser
 from mmrag.records import Retriever
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.index import saved_shards
@@ -26,7 +27,6 @@ from mmrag.retrieval.memory import AttentionSource
 from mmrag.retrieval.phrases import Phrases
 from mmrag.retrieval.retrievers import LocalRetriever, SubsetRetriever
 from mmrag.speech.tokenized import Tokenized
-from mmrag.transcribe import Recogniser
 
 Biasing = Callable[[Sequence[Tokenized]], dict[str, Any]]
 """A batch of utterances -> keyword arguments of `recognise`."""

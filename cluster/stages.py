@@ -25,6 +25,7 @@ from mmrag.corpora import synthetic
 from mmrag.corpora.synthetic import Planned
 from mmrag.model import pretrained
 from mmrag.model.states import read_states
+from mmrag.recogniser import Recogniser
 from mmrag.records import Rejection, Units, Utterance
 from mmrag.retrieval.contexts import write_neighbours
 from mmrag.retrieval.datastore import write_segment
@@ -36,7 +37,7 @@ from mmrag.speech import audio
 from mmrag.speech.hubert import HubertEncoder
 from mmrag.speech.tokenized import Tokenized, write_part
 from mmrag.speech.units import Codebook
-from mmrag.transcribe import Recogniser, recognise, words
+from mmrag.transcribe import recognise, words
 
 
 def device() -> str:

@@ -28,8 +28,8 @@ from mmrag.records import Transcript
 
 if TYPE_CHECKING:
     from mmrag.config import KNN, RetrievedAttention
+    from mmrag.recogniser import Recogniser
     from mmrag.retrieval.datastore import Datastore
-    from mmrag.transcribe import Recogniser
 
 RETRIEVALS = ("none", "knn", "cross_attention", "both")
 IN_PROCESS = {
@@ -72,9 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _here(options: argparse.Namespace) -> bool:
     """Transcribe in this process; whether a file could not be."""
     from mmrag.config import Decode
+    from mmrag.recogniser import Recogniser
     from mmrag.retrieval.segment import DatastoreError
     from mmrag.speech.audio import AudioError
-    from mmrag.transcribe import Recogniser, transcribe
+    from mmrag.transcribe import transcribe
 
     try:
         options.models = shipped.find(options.models)

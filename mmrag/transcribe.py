@@ -1,133 +1,32 @@
 """Audio to transcript, from end to end. Start reading here.
 
-audio -> units -> ids -> decode (with retrieval) -> words with their evidence
+audio -> units (or Whisper's states) -> decode (with retrieval) -> words with their evidence
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from mmrag import artifact
 from mmrag.config import Decode
-from mmrag.corpora import synthetic
-from mmrag.corpora.voices.espeak import Synthesizer
 from mmrag.decoding.decode import Choice, Hypothesis, decode
 from mmrag.decoding.guard import credible
-from mmrag.model import pretrained
-from mmrag.model.cross_attention import Adapter
-from mmrag.model.lm import LM
-from mmrag.model.vocabulary import Vocabulary
-from mmrag.records import NO_ENTRY, Retriever, Source, Transcript, Units, Word
+from mmrag.model.contract import TextVocabulary
+from mmrag.recogniser import Recogniser, WhisperRecogniser
+from mmrag.records import NO_ENTRY, Retriever, Source, Transcript, Word
 from mmrag.retrieval.interpolation import Retrieval
-from mmrag.retrieval.memory import AttentionSource, WindowCache
+from mmrag.retrieval.memory import AttentionSource
 from mmrag.speech import audio, vad
-from mmrag.speech.hubert import HubertEncoder
-from mmrag.speech.units import Codebook
-
-
-@dataclass(frozen=True)
-class SpeechTokenizer:
-    """The models that turn sound into units, and where they came from."""
-
-    encoder: HubertEncoder
-    codebook: Codebook
-    identity: dict[str, str]
-    """Role (hubert, codebook, and lm where there is one) -> fingerprint of the artifact."""
-
-    @classmethod
-    def load(cls, directory: Path, device: str = "cpu") -> SpeechTokenizer:
-        """Read `hubert/` and `codebook/` below `directory`.
-
-        Raises ArtifactError if one is missing or was not made for the other.
-        """
-        made = {kind: artifact.load(directory / kind, kind) for kind in ("hubert", "codebook")}
-        made["codebook"].require("hubert", made["hubert"])
-        return cls(
-            encoder=HubertEncoder.load(made["hubert"].path).to(device).eval(),
-            codebook=Codebook.load(made["codebook"].path),
-            identity={role: one.fingerprint for role, one in made.items()},
-        )
-
-    def encode(self, waves: Sequence[Tensor]) -> list[Units]:
-        """Waves (T,) at 16 kHz to units."""
-        features = self.encoder.features(waves)
-        return [self.codebook.encode(one.cpu().numpy()) for one in features]
-
-    def synthesizer(self, seed: int = 0) -> Callable[[str], Units]:
-        """Says a sentence with a synthetic voice and listens to it; needs the `speech` extra.
-
-        The voice depends on `seed` and the sentence alone.
-        """
-        synthesizer = Synthesizer()
-
-        def say(text: str) -> Units:
-            [planned] = synthetic.assign_voices([text], seed)
-            return self.encode([torch.from_numpy(synthetic.render(planned, synthesizer).wave)])[0]
-
-        return say
-
-
-@dataclass(frozen=True)
-class SpeechLM:
-    """The models that turn units into text, and where they came from."""
-
-    lm: LM
-    vocabulary: Vocabulary
-    adapter: Adapter | None
-    """Reads what is retrieved; None where there is none."""
-    identity: dict[str, str]
-    """Role (codebook, lm) -> fingerprint of the artifact."""
-
-    @classmethod
-    def load(cls, directory: Path, device: str = "cpu") -> SpeechLM:
-        """Read `lm/` below `directory`, and `adapter/` if it is there.
-
-        Raises ArtifactError if `lm` or `codebook` is missing or they were not made for each other.
-        """
-        made = {kind: artifact.load(directory / kind, kind) for kind in ("codebook", "lm")}
-        made["lm"].require("codebook", made["codebook"])
-        lm, vocabulary = pretrained.load(made["lm"].path, device)
-        adapter = None
-        if (directory / "adapter").exists():
-            trained = artifact.load(directory / "adapter", "adapter")
-            trained.require("lm", made["lm"])
-            adapter = pretrained.load_adapter(trained.path, lm)
-        identity = {role: one.fingerprint for role, one in made.items()}
-        return cls(lm, vocabulary, adapter, identity)
-
-    def window_cache(self, source: Retriever) -> WindowCache:
-        """The windows of `source` as the adapter reads them; ValueError without."""
-        if self.adapter is None:
-            raise ValueError("these models have no cross-attention adapter")
-        return WindowCache(self.adapter, self.lm, source)
-
-
-@dataclass(frozen=True)
-class Recogniser(SpeechTokenizer, SpeechLM):
-    """Both: sound to text."""
-
-    @classmethod
-    def load(cls, directory: Path, device: str = "cpu") -> Recogniser:
-        """Read `hubert/`, `codebook/` and `lm/` below `directory`, and `adapter/` if it is there.
-
-        Raises ArtifactError if one is missing or was not made for the others.
-        """
-        tokenizer, lm = SpeechTokenizer.load(directory, device), SpeechLM.load(directory, device)
-        fields = vars(tokenizer) | vars(lm)
-        return cls(**fields | {"identity": tokenizer.identity | lm.identity})
 
 
 def transcribe(
     path: Path | bytes,
-    recogniser: Recogniser,
+    recogniser: Recogniser | WhisperRecogniser,
     settings: Decode,
     retrieval: Retrieval | None = None,
     source: Retriever | None = None,
@@ -138,7 +37,7 @@ def transcribe(
     `source` names where retrieved words come from; it is what `retrieval` and `attention` search.
     Raises AudioError if the file cannot be read or is too short to hold a word.
     """
-    for segment in audio.segments(path, settings.max_seconds):
+    for segment in audio.segments(path, min(settings.max_seconds, recogniser.window_seconds)):
         if not vad.spoken(segment.wave, settings.speech):
             yield Transcript("", start=segment.start, end=segment.end)
             continue
@@ -150,21 +49,20 @@ def transcribe(
 
 
 def recognise(
-    recogniser: Recogniser,
-    units: Sequence[Units],
+    recogniser: Recogniser | WhisperRecogniser,
+    units: Sequence[Any],
     settings: Decode,
     retrieval: Retrieval | Sequence[Retrieval | None] | None = None,
     **biasing: Any,
 ) -> list[Hypothesis]:
-    """Units of several clips to hypotheses, decoded together; `biasing` is handed to `decode`.
+    """Encoded clips to hypotheses, decoded together; `biasing` is handed to `decode`.
 
     With `settings.agreement`, a transcript made with retrieval that the language model finds too
     unlikely, or that goes round in circles, is made again without.
     """
     vocabulary = recogniser.vocabulary
-    ids = [vocabulary.encode_units(one) for one in units]
-    frame = recogniser.codebook.frame_seconds
-    limits = [longest(one, frame, settings) for one in units]
+    ids = [vocabulary.speech_input(one) for one in units]
+    limits = [recogniser.longest(recogniser.seconds(one), settings) for one in units]
     heard = decode(recogniser.lm, vocabulary, ids, limits, settings, retrieval, **biasing)
     given = retrieval if isinstance(retrieval, Sequence) else [retrieval]
     helped = any((*given, *(biasing.get("attention_sources") or ())))
@@ -183,14 +81,8 @@ def recognise(
     return heard
 
 
-def longest(units: Units, frame_seconds: float, settings: Decode) -> int:
-    """The longest transcript that units may have, tokens."""
-    seconds = float(units.durations.sum()) * frame_seconds
-    return max(16, round(seconds * settings.tokens_per_second))
-
-
 def words(
-    heard: Hypothesis, vocabulary: Vocabulary, source: Retriever | None = None
+    heard: Hypothesis, vocabulary: TextVocabulary, source: Retriever | None = None
 ) -> tuple[Word, ...]:
     """The hypothesis's words with probabilities, and the entry of `source` that spoke for each."""
     ends = vocabulary.word_ends(heard.tokens)
@@ -248,7 +140,7 @@ def _evidence(choices: Sequence[Choice]) -> _Evidence | None:
 
 
 def _sources(
-    evidence: Sequence[_Evidence], vocabulary: Vocabulary, source: Retriever | None
+    evidence: Sequence[_Evidence], vocabulary: TextVocabulary, source: Retriever | None
 ) -> Iterator[Source]:
     """All of them looked up together: `source` may be on another machine."""
     if source is None or not evidence:

@@ -19,6 +19,7 @@ from mmrag.config import RetrievalMode
 from mmrag.decoding.align import align
 from mmrag.decoding.decode import Clip, Hypothesis
 from mmrag.decoding.engine import Decoded, Engine, Statistics
+from mmrag.recogniser import SpeechLM, SpeechTokenizer, longest
 from mmrag.records import Retriever, Word
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.entries import read_entries
@@ -29,7 +30,7 @@ from mmrag.retrieval.retrievers import SECOND, JoinedRetriever, SubsetRetriever
 from mmrag.retrieval.segment import Description, Segment
 from mmrag.speech.tokenized import Tokenized
 from mmrag.speech.units import Codebook
-from mmrag.transcribe import SpeechLM, SpeechTokenizer, longest, words
+from mmrag.transcribe import words
 from serve import probe
 from serve.messages import (
     DecodeRequest,
@@ -144,7 +145,9 @@ class Decoder:
         reads = sources is not None and request.mode in ("cross_attention", "both")
         return Clip(
             speech=self._speech_lm.vocabulary.encode_units(request.units),
-            limit=longest(request.units, self._codebook.frame_seconds, decode),
+            limit=longest(
+                float(request.units.durations.sum()) * self._codebook.frame_seconds, decode
+            ),
             beams=1 if request.output.temperature > 0 else decode.beams,
             length_penalty=decode.length_penalty,
             temperature=request.output.temperature,

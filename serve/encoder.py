@@ -12,10 +12,10 @@ from ray import serve
 from ray.serve.metrics import Counter, Histogram
 
 from mmrag.decoding.align import audible
+from mmrag.recogniser import SpeechTokenizer
 from mmrag.records import Units
 from mmrag.speech import vad
 from mmrag.speech.audio import SAMPLE_RATE
-from mmrag.transcribe import SpeechTokenizer
 from serve import probe
 from serve.messages import EncodedSegment
 from serve.model import device, locate

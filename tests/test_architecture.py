@@ -26,14 +26,15 @@ WINGS = {
         "voices.espeak", "voices.flite", "augment", "manifest", "grammar", "synthetic", "spanish",
     ],
     "model": [
-        "vocabulary", "layers", "cross_attention", "lm", "states", "pretrained", "loss", "train",
+        "vocabulary", "layers", "cross_attention", "lm", "contract", "states", "pretrained",
+        "loss", "train", "whisper", "whisper_training",
     ],
     "retrieval": [
         "segment", "datastore", "index", "retrievers", "knn", "interpolation", "memory", "entries",
         "phrases", "contexts",
     ],
     "decoding": ["boost", "decode", "guard", "align", "engine", "tune"],
-    "front door": ["transcribe", "client", "cli"],
+    "front door": ["recogniser", "transcribe", "client", "cli"],
 }  # fmt: skip
 """The wings of mmrag from the ground up, and the modules of each in reading order."""
 BELOW = {
@@ -73,11 +74,12 @@ HOMES = {
     ],  # read by the one, written by the other
     "torchaudio": ["mmrag.speech", "mmrag.corpora.voices.espeak"],
     "silero_vad": ["mmrag.speech.vad"],
-    "transformers": ["mmrag.speech.hubert"],
+    "transformers": ["mmrag.speech.hubert", "mmrag.model.whisper", "mmrag.model.whisper_training"],
+    "huggingface_hub": ["mmrag.model.whisper"],
     "safetensors": ["mmrag.speech.hubert", "mmrag.model.pretrained"],
     "faiss": ["mmrag.speech.units", "mmrag.retrieval.index"],
     "sentencepiece": ["mmrag.model.vocabulary"],
-    "tokenizers": ["mmrag.model.vocabulary"],
+    "tokenizers": ["mmrag.model.vocabulary", "mmrag.model.whisper_training"],
     "espeakng_loader": ["mmrag.corpora.voices.espeak"],
     "faker": ["mmrag.corpora.synthetic"],
     "scipy": ["mmrag.corpora.augment"],
@@ -100,7 +102,7 @@ HOMES = {
 }
 """Library -> the modules, or whole rooms, that may import it."""
 
-LAZY = {"transformers", "matplotlib", "espeakng_loader", "faker", "silero_vad"}
+LAZY = {"transformers", "huggingface_hub", "matplotlib", "espeakng_loader", "faker", "silero_vad"}
 """Imported where they are needed: slow to load, or an optional extra."""
 
 

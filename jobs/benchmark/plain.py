@@ -27,10 +27,10 @@ from jobs.benchmark.load import Answer
 from mmrag.config import Decode
 from mmrag.decoding.decode import Clip
 from mmrag.decoding.engine import Engine
+from mmrag.recogniser import Recogniser
 from mmrag.records import Units
 from mmrag.speech import audio, vad
 from mmrag.speech.audio import SAMPLE_RATE
-from mmrag.transcribe import Recogniser, longest
 
 Listen = Callable[[Tensor], Units]
 EACH, TOGETHER = "every caller listens", "one thread listens, what has come meanwhile at once"
@@ -92,7 +92,7 @@ class Baseline:
             units = listen(vad.trim(segment.wave)[0])
             clip = Clip(
                 speech=recogniser.vocabulary.encode_units(units),
-                limit=longest(units, recogniser.codebook.frame_seconds, self._decode),
+                limit=recogniser.longest(recogniser.seconds(units), self._decode),
                 beams=self._decode.beams,
                 length_penalty=self._decode.length_penalty,
             )

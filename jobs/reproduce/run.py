@@ -27,10 +27,11 @@ from mmrag.artifact import Artifact, Draft, write_json
 from mmrag.config import Experiment, as_dict
 from mmrag.corpora.augment import unspoken
 from mmrag.decoding.guard import loops
+from mmrag.recogniser import Recogniser
 from mmrag.retrieval.memory import AttentionSource
 from mmrag.score import align, entity_recall, word_error_rate
 from mmrag.speech import audio
-from mmrag.transcribe import Recogniser, transcribe
+from mmrag.transcribe import transcribe
 
 ROWS, TRANSCRIPTS = "rows.json", "transcripts.jsonl"
 CLIPS = 100

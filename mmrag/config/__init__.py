@@ -11,6 +11,8 @@ from mmrag.config.model import (
     Phase,
     Train,
     Vocabulary,
+    WhisperShape,
+    WhisperTraining,
 )
 from mmrag.config.retrieval import KNN, Datastore, Index, RetrievalMode, RetrievedAttention
 from mmrag.config.section import SLUG, ConfigError, Section, Workers, as_dict, explain
@@ -45,6 +47,8 @@ __all__ = [
     "Train",
     "Tune",
     "Vocabulary",
+    "WhisperShape",
+    "WhisperTraining",
     "Workers",
     "as_dict",
     "explain",

@@ -159,3 +159,43 @@ class Train(Section):
     def steps(self) -> int:
         """Optimizer steps over all phases."""
         return sum(phase.steps for phase in self.phases)
+
+
+class WhisperShape(Section):
+    """A small Whisper to train from nothing."""
+
+    width: PositiveInt
+    heads: PositiveInt
+    encoder_layers: PositiveInt
+    decoder_layers: PositiveInt
+    feed_forward: PositiveInt
+    mel_bands: PositiveInt = 80
+    window_seconds: PositiveInt
+    """Length of the window that its encoder hears; a published Whisper's is 30."""
+    tokens: PositiveInt
+    """Most tokens of prompt and transcript together."""
+    pieces: PositiveInt = Field(ge=256)
+    """Byte-level word pieces."""
+    dropout: float = Fraction
+
+    @model_validator(mode="after")
+    def _divides(self) -> WhisperShape:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
+class WhisperTraining(Section):
+    """How a small Whisper is trained, and on what."""
+
+    shape: WhisperShape
+    split: str = "lm"
+    """The corpus's split that is learned."""
+    steps: PositiveInt
+    batch: PositiveInt
+    """Clips a step."""
+    learning_rate: PositiveFloat
+    checkpoint_steps: PositiveInt
+    num_cpus: float = Field(gt=0)
+    """CPUs that the one training process reserves."""
+    num_gpus: float = Field(default=0, ge=0)

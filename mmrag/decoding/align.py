@@ -89,11 +89,8 @@ def attention(
     by how much more of their attention a token gives to one unit than other tokens do, to the
     power of PEAKED: most heads look at text, nowhere in particular, or always at the same place.
     """
-    prompt = vocabulary.prompt(speech)
-    first = len(prompt) - 1 - len(speech)
-    ids = torch.tensor([[*prompt, *tokens[:-1]]], device=lm.embedding.weight.device)
-    looks = lm.attention(ids, last=len(tokens))[:, 0, :, :, first : first + len(speech)]
-    looks = looks.flatten(0, 1)[..., torch.from_numpy(heard).to(looks.device)]
+    looks = lm.speech_attention(speech, vocabulary.prompt(speech), tokens)
+    looks = looks[..., torch.from_numpy(heard).to(looks.device)]
     weights = (looks - looks.mean(1, keepdim=True)).amax(-1).mean(-1) ** PEAKED
     shares = torch.einsum("h,hnk->nk", weights, looks).double().cpu().numpy() + 1e-30
     return shares / shares.sum(axis=1, keepdims=True)

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from mmrag.config import Decode
 from mmrag.decoding.boost import Boost
-from mmrag.model.layers import Cache
-from mmrag.model.lm import LM, LMOutput
+from mmrag.model.contract import Speech, SpeechDecoder, TextVocabulary
+from mmrag.model.lm import LMOutput
 from mmrag.model.states import pad_ids
-from mmrag.model.vocabulary import EOS, Vocabulary
 from mmrag.records import NO_ENTRY, Neighbours
 from mmrag.retrieval.interpolation import Retrieval, _retrieve_apart
 from mmrag.retrieval.knn import best_neighbour
@@ -56,11 +55,10 @@ class Hypothesis:
     @property
     def tokens(self) -> list[int]:
         """Its ids, without the end token."""
-        return [choice.token for choice in self.choices if choice.token != EOS]
+        return [choice.token for choice in self.choices[: -1 if self.stopped else None]]
 
-    def then(self, choice: Choice) -> Hypothesis:
-        """This hypothesis, one token on."""
-        stopped = choice.token == EOS
+    def then(self, choice: Choice, stopped: bool = False) -> Hypothesis:
+        """This hypothesis, one token on; `stopped` with the end token."""
         return Hypothesis((*self.choices, choice), self.logp + choice.logp, stopped)
 
     def score(self, length_penalty: float) -> float:
@@ -70,9 +68,9 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Clip:
-    """What there is to decode, and how. `speech` and `context` are ids of the vocabulary."""
+    """What there is to decode, and how; `context` are ids of the vocabulary."""
 
-    speech: Sequence[int]
+    speech: Speech
     limit: int
     """Longest transcript, tokens."""
     beams: int = 1
@@ -101,6 +99,8 @@ class BeamSearch:
     """One clip's beam."""
 
     clip: Clip
+    eos: int
+    """The token that ends a transcript."""
     live: list[Hypothesis] = field(default_factory=lambda: [Hypothesis()])
     finished: list[Hypothesis] = field(default_factory=list)
     missing_shards: int = 0
@@ -117,9 +117,9 @@ class BeamSearch:
         ranked = sorted(candidates, key=lambda c: c[0].logp + c[1].logp, reverse=True)
         self.live, rows = [], []
         for rank, (hypothesis, choice, row) in enumerate(ranked):
-            if choice.token == EOS:
+            if choice.token == self.eos:
                 if rank < beams:
-                    self.finished.append(hypothesis.then(choice))
+                    self.finished.append(hypothesis.then(choice, stopped=True))
             elif len(self.live) < beams:
                 self.live.append(hypothesis.then(choice))
                 rows.append(row)
@@ -141,9 +141,9 @@ class BeamSearch:
 
 
 def decode(
-    lm: LM,
-    vocabulary: Vocabulary,
-    speech: Sequence[Sequence[int]],
+    lm: SpeechDecoder,
+    vocabulary: TextVocabulary,
+    speech: Sequence[Speech],
     limits: Sequence[int],
     settings: Decode,
     retrieval: Retrieval | Sequence[Retrieval | None] | None = None,
@@ -186,13 +186,13 @@ def decode(
 class Batch:
     """Clips that are decoded together, a token a step."""
 
-    def __init__(self, lm: LM, vocabulary: Vocabulary) -> None:
+    def __init__(self, lm: SpeechDecoder, vocabulary: TextVocabulary) -> None:
         self.retrieval_seconds = 0.0
         """Spent looking things up, so far."""
         self._lm = lm
         self._vocabulary = vocabulary
-        device = lm.embedding.weight.device
-        self._allowed = torch.from_numpy(vocabulary.transcript_ids()).to(device)
+        self._allowed = torch.from_numpy(vocabulary.transcript_ids()).to(lm.device)
+        self._allowed_first = torch.from_numpy(vocabulary.first_ids()).to(lm.device)
         self._rows: _Rows | None = None
 
     @property
@@ -240,7 +240,7 @@ class Batch:
         places = torch.arange(batch.ids.shape[1], device=device)
         at = places == (batch.lengths - 1)[:, None]
         output = self._lm(batch.ids, batch.cache, batch.lengths, at)
-        lm_logp = self._logp(output.logits)
+        lm_logp = self._logp(output.logits, owners)
         exclude = [owner.clip.exclude_document for owner in owners]
         exclude = exclude if max(exclude) >= 0 else None
 
@@ -278,8 +278,14 @@ class Batch:
             kept += owner.advance(candidates)
         batch.select(kept)
 
-    def _logp(self, logits: Tensor) -> Tensor:
-        return logits.masked_fill(~self._allowed, -torch.inf).log_softmax(-1)
+    def _logp(self, logits: Tensor, owners: Sequence[BeamSearch]) -> Tensor:
+        """Next-token log-probabilities (B, V) over what may stand there."""
+        allowed = self._allowed
+        if any(not owner.live[0].choices for owner in owners):
+            first = [not owner.live[0].choices for owner in owners]
+            first = torch.tensor(first, device=logits.device)[:, None]
+            allowed = torch.where(first, self._allowed_first, self._allowed)
+        return logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)
 
     def _attend(
         self,
@@ -298,7 +304,7 @@ class Batch:
             logits, shares = batch.memory.read(
                 batch.ids, batch.lengths, at, output, lm_logp, exclude
             )
-            return self._logp(logits), shares
+            return self._logp(logits, batch.owners), shares
         seen = replace(output, keys=output.keys[rows], states=output.states[rows])
         excluded = exclude and [exclude[row] for row in rows.tolist()]
         logits, own = batch.memory.read(
@@ -307,22 +313,23 @@ class Batch:
         shares: list[Sequence[AttendedWindow]] = [()] * len(batch.owners)
         for row, share in zip(rows.tolist(), own, strict=True):
             shares[row] = share
-        return lm_logp.index_copy(0, rows, self._logp(logits)), shares
+        reading = [batch.owners[row] for row in rows.tolist()]
+        return lm_logp.index_copy(0, rows, self._logp(logits, reading)), shares
 
 
 class _Rows:
     """The hypotheses of a batch, row by row: whose they are, what was read, what comes next."""
 
-    def __init__(self, lm: LM, vocabulary: Vocabulary, clips: Sequence[Clip]) -> None:
-        device = lm.embedding.weight.device
+    def __init__(
+        self, lm: SpeechDecoder, vocabulary: TextVocabulary, clips: Sequence[Clip]
+    ) -> None:
         prompts = [vocabulary.prompt(clip.speech, clip.context) for clip in clips]
-        self.owners = [BeamSearch(clip) for clip in clips]
-        self.ids, self.lengths = pad_ids(prompts, device)
+        self.owners = [BeamSearch(clip, vocabulary.eos) for clip in clips]
+        self.ids, self.lengths = pad_ids(prompts, lm.device)
         """The tokens to read next (B, T) and how many of them there are (B,)."""
         longest = max(clip.limit for clip in clips)
-        like = lm.embedding.weight
         capacity = self.ids.shape[1] + longest
-        self.cache = Cache(lm.config, len(clips), capacity, like=like)
+        self.cache = lm.cache([clip.speech for clip in clips], capacity)
         self.memory: RetrievedMemory | None = None
         self.text_states: _TextOnlyStates | None = None
         sources = [clip.attention for clip in clips if clip.attention is not None]
@@ -405,11 +412,12 @@ def _boosted(logp: Tensor, owners: Sequence[BeamSearch], live: Sequence[Hypothes
 class _TextOnlyStates:
     """Reads the transcripts so far as if nobody had spoken: queries for keys of text alone."""
 
-    def __init__(self, lm: LM, vocabulary: Vocabulary, rows: int, limit: int) -> None:
+    def __init__(
+        self, lm: SpeechDecoder, vocabulary: TextVocabulary, rows: int, limit: int
+    ) -> None:
         self._lm = lm
         self._prompt = vocabulary.prompt(None)
-        like = lm.embedding.weight
-        self._cache = Cache(lm.config, rows, len(self._prompt) + limit, like=like)
+        self._cache = lm.cache([None] * rows, len(self._prompt) + limit)
 
     def read(self, ids: Tensor) -> Tensor:
         """The state (B, D) after the newest tokens `ids` (B, 1); first of all, after the prompt."""

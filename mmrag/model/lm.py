@@ -7,7 +7,9 @@ knows ids and positions; it knows neither text nor units nor datastores.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +83,24 @@ class LM(nn.Module):
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = None if config.tied else Linear(config.width, vocabulary)
 
+    @property
+    def width(self) -> int:
+        """D of a key."""
+        return self.config.width
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.weight.device
+
+    def cache(self, speech: Sequence[Any], capacity: int) -> Cache:
+        """An empty cache of a row a clip; this model reads the speech in its prompt."""
+        return Cache(self.config, len(speech), capacity, like=self.embedding.weight)
+
+    def read(self, ids: Tensor, speech: Sequence[Any], at: Tensor) -> LMOutput:
+        """Whole sequences, the speech in them, as in `forward`."""
+        return self(ids, at=at)
+
     def forward(
         self,
         ids: Tensor,
@@ -139,6 +159,15 @@ class LM(nn.Module):
             if layer < len(self.blocks):
                 x, _ = block(x, angles, positions, None, None)
         return torch.stack(weights)
+
+    def speech_attention(
+        self, speech: Sequence[int], prompt: Sequence[int], tokens: Sequence[int]
+    ) -> Tensor:
+        """Where each choice of `tokens` (N) looks among the units `speech` (T): (L H, N, T)."""
+        first = len(prompt) - 1 - len(speech)
+        ids = torch.tensor([[*prompt, *tokens[:-1]]], device=self.device)
+        weights = self.attention(ids, last=len(tokens))
+        return weights[:, 0, :, :, first : first + len(speech)].flatten(0, 1)
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         width = self.config.head_width or self.config.width // self.config.heads

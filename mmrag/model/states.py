@@ -11,16 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmrag.model.lm import LM
-from mmrag.model.vocabulary import EOS, PAD, Vocabulary
+from mmrag.model.contract import Speech, SpeechDecoder, TextVocabulary
+
+PADDING = 0
+"""An id that every vocabulary has; what it says is never looked at."""
 
 
 @torch.inference_mode()
 def read_states(
-    lm: LM,
-    vocabulary: Vocabulary,
+    lm: SpeechDecoder,
+    vocabulary: TextVocabulary,
     texts: Sequence[Sequence[int]],
-    speech: Sequence[Sequence[int] | None],
+    speech: Sequence[Speech | None],
     *,
     logits: bool,
 ) -> tuple[Tensor, np.ndarray, list[slice], Tensor]:
@@ -29,7 +31,7 @@ def read_states(
     Returns the keys (N, D) float32, the tokens that follow them (N,), each clip's slice of the N,
     and the next-token log-probabilities (N, V) over transcript ids, (0, V) unless asked for.
     """
-    device = lm.embedding.weight.device
+    device = lm.device
     prompts = [vocabulary.prompt(units) for units in speech]
     ids, _ = pad_ids([[*p, *text] for p, text in zip(prompts, texts, strict=True)], device)
     at = torch.zeros_like(ids, dtype=torch.bool)
@@ -37,17 +39,17 @@ def read_states(
     for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         at[row, len(prompt) - 1 : len(prompt) + len(text)] = True
         slices.append(slice(start, start := start + len(text) + 1))
-    output = lm(ids, at=at if logits else torch.zeros_like(at))
+    output = lm.read(ids, speech, at if logits else torch.zeros_like(at))
     allowed = torch.from_numpy(vocabulary.transcript_ids()).to(device)
     logp = output.logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)
-    tokens = np.array([token for text in texts for token in (*text, EOS)], np.int32)
+    tokens = np.array([token for text in texts for token in (*text, vocabulary.eos)], np.int32)
     return output.keys[at].float(), tokens, slices, logp
 
 
 def pad_ids(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows of ids padded on the right (B, T), and their lengths (B,)."""
     lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.full((len(rows), int(lengths.max())), PAD)
+    ids = torch.full((len(rows), int(lengths.max())), PADDING)
     for index, row in enumerate(rows):
         ids[index, : len(row)] = torch.tensor(row)
     return ids.to(device), lengths.to(device)

@@ -113,6 +113,9 @@ class Vocabulary:
         self.first_unit = self.first_piece + pieces.size
         self.size = self.first_unit + units
 
+    eos = EOS
+    """The id that ends a transcript."""
+
     @property
     def units(self) -> int:
         """Size of the codebook."""
@@ -188,6 +191,10 @@ class Vocabulary:
             raise ValueError(f"unit ids must be in 0..{self.units - 1}, got {found}")
         return (units.ids + self.first_unit).tolist()
 
+    def speech_input(self, units: Units) -> list[int]:
+        """A clip as the language model takes it: its units' ids."""
+        return self.encode_units(units)
+
     def prompt(self, units: Sequence[int] | None, context: Sequence[int] = ()) -> list[int]:
         """What stands before a transcript: the speech (its ids), or nothing but the marker.
 
@@ -214,6 +221,10 @@ class Vocabulary:
         allowed[self.first_piece : self.first_unit] = True
         allowed[EOS] = True
         return allowed
+
+    def first_ids(self) -> np.ndarray:
+        """Ids that may begin a transcript: (V,) bool."""
+        return self.transcript_ids()
 
     def save(self, directory: Path) -> None:
         """Write `vocabulary.json` and the pieces beside it."""

@@ -24,13 +24,13 @@ from mmrag.config import KNN, CrossAttention, Index, LanguageModel, RetrievedAtt
 from mmrag.model.cross_attention import Adapter
 from mmrag.model.lm import LM
 from mmrag.model.vocabulary import SentencePieces, Vocabulary
+from mmrag.recogniser import Recogniser
 from mmrag.records import Units, Utterance
 from mmrag.retrieval import datastore
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.index import IndexShard, shard_directory
 from mmrag.retrieval.segment import Description, Segment
 from mmrag.speech.tokenized import Tokenized
-from mmrag.transcribe import Recogniser
 
 KNN_SETTINGS = KNN(k=3, weight=0.5, temperature=1)
 READ_SETTINGS = RetrievedAttention(k=3, stride=2, whole=4)

@@ -12,10 +12,11 @@ from mmrag import artifact
 from mmrag.artifact import ArtifactError
 from mmrag.config import Experiment
 from mmrag.decoding.tune import ATTENTION, BOTH, SETTINGS, chosen, chosen_attention
+from mmrag.recogniser import Recogniser
 from mmrag.retrieval.interpolation import Retrieval
 from mmrag.retrieval.memory import AttentionSource
 from mmrag.text import normalise
-from mmrag.transcribe import Recogniser, recognise
+from mmrag.transcribe import recognise
 
 pytestmark = pytest.mark.ray
 

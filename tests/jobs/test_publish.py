@@ -8,7 +8,7 @@ from mmrag import artifact, shipped
 from mmrag.artifact import ArtifactError
 from mmrag.config import ConfigError
 from mmrag.model import pretrained
-from mmrag.transcribe import Recogniser
+from mmrag.recogniser import Recogniser
 
 pytestmark = pytest.mark.ray
 

@@ -10,7 +10,7 @@ from jobs import register, stage
 from mmrag import artifact, shipped
 from mmrag.artifact import ArtifactError
 from mmrag.config import Tracking, read
-from mmrag.transcribe import Recogniser
+from mmrag.recogniser import Recogniser
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from mmrag import artifact
 from mmrag.artifact import ArtifactError
 from mmrag.config import ConfigError, Experiment, Phase
 from mmrag.model import pretrained
-from mmrag.transcribe import Recogniser
+from mmrag.recogniser import Recogniser
 
 INPUTS = {
     "lm": ("lm", "lm"),

@@ -26,6 +26,7 @@ from mmrag.model.cross_attention import Adapter
 from mmrag.model.lm import LM
 from mmrag.model.states import read_states
 from mmrag.model.vocabulary import EOS, SentencePieces, Vocabulary
+from mmrag.recogniser import Recogniser
 from mmrag.records import Neighbours, Units
 from mmrag.retrieval import datastore
 from mmrag.retrieval.datastore import Datastore
@@ -37,7 +38,7 @@ from mmrag.speech import audio
 from mmrag.speech.audio import SAMPLE_RATE, AudioError
 from mmrag.speech.hubert import HubertEncoder
 from mmrag.speech.units import Codebook
-from mmrag.transcribe import Recogniser, recognise, transcribe, words
+from mmrag.transcribe import recognise, transcribe, words
 
 SHAPE = LanguageModel(width=16, layers=1, heads=2, kv_heads=2, feed_forward=24, tied=True)
 TEXTS = ["turn on the light", "call maria now", "the red door"]

@@ -25,9 +25,10 @@ from openai import OpenAI
 
 from cluster.ports import free_ports
 from mmrag import shipped
+from mmrag.recogniser import Recogniser
 from mmrag.speech import audio
 from mmrag.speech.audio import SAMPLE_RATE
-from mmrag.transcribe import Recogniser, transcribe
+from mmrag.transcribe import transcribe
 from serve.settings import Settings, read
 
 PARTS = ("ingress", "encoder", "retriever", "decoder")

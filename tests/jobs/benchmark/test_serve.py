@@ -29,7 +29,8 @@ from jobs.benchmark.serve import level, percentiles, statuses
 from jobs.benchmark.targets import TARGETS, rounded, verdict
 from mmrag import shipped
 from mmrag.config import Decode
-from mmrag.transcribe import Recogniser, transcribe
+from mmrag.recogniser import Recogniser
+from mmrag.transcribe import transcribe
 
 Handler = Callable[[web.Request], object]
 

@@ -15,8 +15,8 @@ from mmrag.corpora.voices.espeak import Synthesizer
 from mmrag.decoding.align import PACE, PAUSE_FRAMES, align, attention, audible, divide
 from mmrag.model.lm import LM
 from mmrag.model.vocabulary import SentencePieces, Vocabulary
+from mmrag.recogniser import Recogniser
 from mmrag.speech.audio import SAMPLE_RATE
-from mmrag.transcribe import Recogniser
 
 SHAPE = LanguageModel(width=16, layers=2, heads=4, kv_heads=2, feed_forward=24, tied=True)
 

@@ -1,0 +1,100 @@
+"""What decoding and retrieval ask of a model that writes text about speech, whatever its family.
+
+mmrag's own language model reads speech as ids in its prompt (`lm`, `vocabulary`); Whisper attends
+to what its encoder made of it (`whisper`). The engine, the batch, the datastore and everything
+that scores them see these protocols alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmrag.model.lm import LMOutput
+
+Speech = Any
+"""A clip as `TextVocabulary.speech_input` gives it: only the model looks inside."""
+
+
+class DecoderCache(Protocol):
+    """What a model keeps of B rows between two steps."""
+
+    lengths: Tensor
+    """(B,) tokens read."""
+
+    def select(self, rows: Tensor) -> DecoderCache:
+        """The cache of `rows` (R,), which may repeat."""
+        ...
+
+    def join(self, other: DecoderCache) -> DecoderCache:
+        """The rows of both."""
+        ...
+
+
+class SpeechDecoder(Protocol):
+    """Ids to hidden states and next-token logits, a step at a time or a transcript at once."""
+
+    width: int
+    """D of a key."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def cache(self, speech: Sequence[Speech | None], capacity: int) -> DecoderCache:
+        """An empty cache of a row a clip, with room for `capacity` tokens; None for no speech."""
+        ...
+
+    def __call__(
+        self,
+        ids: Tensor,
+        cache: DecoderCache | None = None,
+        lengths: Tensor | None = None,
+        at: Tensor | None = None,
+    ) -> LMOutput:
+        """Read `ids` (B, T) where each row stands, as `LM.forward` says."""
+        ...
+
+    def read(self, ids: Tensor, speech: Sequence[Speech | None], at: Tensor) -> LMOutput:
+        """Read whole transcripts, prompt included: `ids` (B, T), logits at `at` (B, T)."""
+        ...
+
+    def speech_attention(
+        self, speech: Speech, prompt: Sequence[int], tokens: Sequence[int]
+    ) -> Tensor:
+        """Where the positions that choose `tokens` (N) look: (heads, N, T) over the clip's T."""
+        ...
+
+
+class TextVocabulary(Protocol):
+    """Text to ids and back."""
+
+    size: int
+    eos: int
+    """The id that ends a transcript."""
+
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def spellings(self, phrase: str) -> list[list[int]]: ...
+    def find(self, phrase: str, text: Sequence[int]) -> slice | None: ...
+    def word_starts(self) -> np.ndarray: ...
+    def word_ends(self, ids: Sequence[int]) -> list[tuple[str, int]]: ...
+
+    def transcript_ids(self) -> np.ndarray:
+        """Ids that may stand in a transcript, the end among them: (V,) bool."""
+        ...
+
+    def first_ids(self) -> np.ndarray:
+        """Those that may begin one: (V,) bool."""
+        ...
+
+    def speech_input(self, encoded: Any) -> Speech:
+        """An encoded clip as the model takes it."""
+        ...
+
+    def prompt(self, speech: Speech | None, context: Sequence[int] = ()) -> list[int]:
+        """The ids before a transcript; None for text that nobody spoke."""
+        ...

@@ -1,0 +1,463 @@
+"""Whisper (arXiv 2212.04356) behind the decoding contract: transformers' weights, our own cache.
+
+transformers reads the checkpoint and runs the encoder. The decoder's pass is written here, so that
+rows of different length share a batch which they join and leave between two steps; the key of a
+position is the decoder's final state, from which the next token is chosen (arXiv 2410.18850). It
+knows waves and ids; neither files nor datastores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mmrag.config import LanguageModel
+from mmrag.model.layers import Cache
+from mmrag.model.lm import LMOutput
+from mmrag.model.vocabulary import Vocabulary
+from mmrag.speech.audio import SAMPLE_RATE
+
+PREFIX = "whisper:"
+"""Begins the name of a model that is a Whisper checkpoint."""
+NEEDED = {
+    "its shape": ("config.json",),
+    "weights in safetensors": ("model.safetensors", "model.safetensors.index.json"),
+    "a tokenizer": ("tokenizer.json", "vocab.json"),
+    "a feature extractor": ("preprocessor_config.json", "processor_config.json"),
+}
+"""What a checkpoint's directory holds -> the files of which one has to be there."""
+SAMPLES, SAMPLE_BYTES = 64, 1 << 16
+"""Evenly spaced blocks of a file that enter its fingerprint."""
+
+
+class WhisperError(ValueError):
+    """A checkpoint is missing, incomplete or of another family; the message names what."""
+
+
+def locate(name: str) -> Path:
+    """The directory of `whisper:DIRECTORY` or `whisper:HUB_ID`; a hub's is fetched.
+
+    Raises WhisperError, in one line, if there is none or it lacks something.
+    """
+    given = name.removeprefix(PREFIX)
+    directory = Path(given).expanduser()
+    if not directory.is_dir():
+        directory = _download(given)
+    for what, files in NEEDED.items():
+        if not any((directory / file).is_file() for file in files):
+            raise WhisperError(f"{directory} lacks {what} ({' or '.join(files)})")
+    try:
+        kind = json.loads((directory / "config.json").read_text()).get("model_type")
+    except ValueError as error:
+        raise WhisperError(f"{directory / 'config.json'} is not JSON: {error}") from None
+    if kind != "whisper":
+        raise WhisperError(f"{directory} holds a {kind} model, not a whisper")
+    return directory
+
+
+def fingerprint(directory: Path) -> str:
+    """16 hex digits over a checkpoint's files, of large ones over evenly spaced blocks.
+
+    A fine-tuned checkpoint differs from its base in every weight, and so in every block.
+    """
+    digest = hashlib.sha256()
+    kept = ("*.json", "*.safetensors", "merges.txt")
+    for file in sorted(file for pattern in kept for file in directory.glob(pattern)):
+        size = file.stat().st_size
+        digest.update(f"\0{file.name}\0{size}\0".encode())
+        with file.open("rb") as stream:
+            for place in np.linspace(0, max(0, size - SAMPLE_BYTES), SAMPLES, dtype=np.int64):
+                stream.seek(int(place))
+                digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedAudio:
+    """A clip as Whisper's encoder hears it: `states` (F, D) of the whole window."""
+
+    states: Tensor
+    seconds: float
+    """Length of the clip; the window's rest is silence."""
+    frame_seconds: float
+    language: str | None = None
+    """What is spoken, by ISO 639-1; None where the checkpoint knows one language alone."""
+
+    @property
+    def frames(self) -> int:
+        """Frames of the clip itself."""
+        return max(1, min(len(self.states), round(self.seconds / self.frame_seconds)))
+
+    def __len__(self) -> int:
+        """What word times are made of: the clip's frames."""
+        return self.frames
+
+
+class WhisperVocabulary:
+    """A checkpoint's own ids. Text keeps its case and its punctuation."""
+
+    def __init__(self, tokenizer, generation: dict, size: int, language: str | None) -> None:  # noqa: ANN001
+        """`tokenizer` is transformers' WhisperTokenizer, `generation` its generation config.
+
+        Raises WhisperError for a language that the checkpoint does not know.
+        """
+        self._tokenizer = tokenizer
+        self.size = size
+        self.eos: int = tokenizer.eos_token_id
+        self._suppressed = generation.get("suppress_tokens") or []
+        self._suppressed_first = generation.get("begin_suppress_tokens") or []
+        marks = ("<|startoftranscript|>", "<|startofprev|>", "<|transcribe|>", "<|notimestamps|>")
+        known = tokenizer.get_vocab()
+        if missing := [mark for mark in marks if mark not in known]:
+            raise WhisperError(f"the tokenizer lacks {', '.join(missing)}")
+        self._start, self._before, self._task, self._untimed = (known[mark] for mark in marks)
+        self.languages = {
+            token[2:-2]: number
+            for token, number in known.items()
+            if token[:2] == "<|" and token[-2:] == "|>" and 2 <= len(token[2:-2]) <= 3
+        }
+        self.multilingual = bool(generation.get("is_multilingual", self.languages))
+        if language and (not self.multilingual and language != "en"):
+            raise WhisperError(f"language {language!r}: this checkpoint knows English alone")
+        if language and self.multilingual and language not in self.languages:
+            raise WhisperError(
+                f"language {language!r}: this checkpoint knows {', '.join(sorted(self.languages))}"
+            )
+        self.language = language if self.multilingual else None
+
+    def encode(self, text: str) -> list[int]:
+        """Text to ids, as it stands behind the prompt: with a blank before it."""
+        text = " ".join(text.split())
+        return self._tokenizer.encode(f" {text}", add_special_tokens=False) if text else []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids to text; special tokens among them are passed over."""
+        kept = [int(i) for i in ids if i < self.eos]
+        return self._tokenizer.decode(kept, clean_up_tokenization_spaces=False).strip()
+
+    def spellings(self, phrase: str) -> list[list[int]]:
+        """A phrase as ids: as it is written, and with capitals where it has none."""
+        ways = [self.encode(phrase)]
+        if phrase == phrase.lower():
+            ways.append(self.encode(phrase.title()))
+        return [way for n, way in enumerate(ways) if way and way not in ways[:n]]
+
+    find = Vocabulary.find
+    _stands_alone = Vocabulary._stands_alone
+    word_ends = Vocabulary.word_ends
+
+    def word_starts(self) -> np.ndarray:
+        """Ids after which an earlier word has ended: (V,) bool, the end token among them."""
+        starts = np.zeros(self.size, bool)
+        starts[self.eos] = True
+        for token, number in self._tokenizer.get_vocab().items():
+            if number < self.eos and token.startswith("Ġ"):
+                starts[number] = True
+        return starts
+
+    def transcript_ids(self) -> np.ndarray:
+        """Text that the checkpoint does not suppress, and the end: (V,) bool."""
+        allowed = np.zeros(self.size, bool)
+        allowed[: self.eos + 1] = True
+        allowed[[one for one in self._suppressed if one < self.size and one != self.eos]] = False
+        return allowed
+
+    def first_ids(self) -> np.ndarray:
+        """Ids that may begin a transcript: (V,) bool."""
+        allowed = self.transcript_ids()
+        allowed[[one for one in self._suppressed_first if one < self.size]] = False
+        return allowed
+
+    def speech_input(self, encoded: EncodedAudio) -> EncodedAudio:
+        """A clip as the decoder takes it: as it is."""
+        return encoded
+
+    def prompt(self, speech: EncodedAudio | None, context: Sequence[int] = ()) -> list[int]:
+        """Start of transcript, language, task, no timestamps; `context` as the text before."""
+        before = [self._before, *context] if context else []
+        if not self.multilingual:
+            return [*before, self._start, self._untimed]
+        language = self.language or (speech.language if speech is not None else None) or "en"
+        return [*before, self._start, self.languages[language], self._task, self._untimed]
+
+    @property
+    def start(self) -> int:
+        """The token after which the language is named."""
+        return self._start
+
+
+class WhisperCache:
+    """Keys and values of the tokens and of the speech, for B rows."""
+
+    def __init__(self, own: Cache, keys: Tensor, values: Tensor, heard: Tensor) -> None:
+        """`keys`, `values` (L, B, H, F, width) of the encoder's states; `heard` (B, F) bool."""
+        self.own = own
+        self.keys, self.values, self.heard = keys, values, heard
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) tokens read."""
+        return self.own.lengths
+
+    @lengths.setter
+    def lengths(self, lengths: Tensor) -> None:
+        self.own.lengths = lengths
+
+    def select(self, rows: Tensor) -> WhisperCache:
+        """The cache of `rows` (R,), which may repeat."""
+        chosen = self.own.select(rows)
+        return WhisperCache(chosen, self.keys[:, rows], self.values[:, rows], self.heard[rows])
+
+    def join(self, other: WhisperCache) -> WhisperCache:
+        """The rows of both; speech of different length is padded."""
+        frames = max(self.heard.shape[1], other.heard.shape[1])
+
+        def padded(cache: WhisperCache) -> tuple[Tensor, Tensor, Tensor]:
+            missing = frames - cache.heard.shape[1]
+            keys, values = (
+                functional.pad(one, (0, 0, 0, missing)) for one in (cache.keys, cache.values)
+            )
+            return keys, values, functional.pad(cache.heard, (0, missing))
+
+        keys, values, heard = zip(padded(self), padded(other), strict=True)
+        own = self.own.join(other.own)
+        return WhisperCache(own, torch.cat(keys, 1), torch.cat(values, 1), torch.cat(heard))
+
+
+class Whisper(nn.Module):
+    """A checkpoint: waves to encoder states, and the decoder as `SpeechDecoder` wants it."""
+
+    def __init__(self, model, extractor, vocabulary: WhisperVocabulary) -> None:  # noqa: ANN001
+        """`model` is transformers' WhisperForConditionalGeneration, `extractor` its features'."""
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.vocabulary = vocabulary
+        self._extractor = extractor
+        self._encoder, self._decoder = model.model.encoder, model.model.decoder
+        shape = model.config
+        self.width: int = shape.d_model
+        self.heads: int = shape.decoder_attention_heads
+        self.window_seconds: float = extractor.n_samples / SAMPLE_RATE
+        """Longest clip that is heard at once."""
+        self.frame_seconds = self.window_seconds / shape.max_source_positions
+        self.longest: int = shape.max_target_positions
+        """Tokens of prompt and transcript together."""
+        self._shape = LanguageModel(
+            width=self.width,
+            layers=shape.decoder_layers,
+            heads=self.heads,
+            kv_heads=self.heads,
+            feed_forward=shape.decoder_ffn_dim,
+            tied=True,
+        )
+
+    @classmethod
+    def load(cls, directory: Path, language: str | None = None, device: str = "cpu") -> Whisper:
+        """Read a checkpoint's directory; WhisperError if it is damaged or lacks something."""
+        from transformers import (
+            GenerationConfig,
+            WhisperFeatureExtractor,
+            WhisperForConditionalGeneration,
+            WhisperTokenizer,
+        )
+
+        directory = locate(str(directory))
+        try:
+            model = WhisperForConditionalGeneration.from_pretrained(
+                directory, local_files_only=True, use_safetensors=True
+            )
+            tokenizer = WhisperTokenizer.from_pretrained(directory, local_files_only=True)
+            extractor = WhisperFeatureExtractor.from_pretrained(directory, local_files_only=True)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            message = " ".join(str(error).split())
+            raise WhisperError(f"{directory} cannot be read as a Whisper: {message}") from None
+        generation = model.generation_config or GenerationConfig()
+        vocabulary = WhisperVocabulary(
+            tokenizer, generation.to_dict(), model.config.vocab_size, language
+        )
+        return cls(model.to(device), extractor, vocabulary)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._decoder.embed_tokens.weight.device
+
+    @torch.inference_mode()
+    def encode(self, waves: Sequence[Tensor]) -> list[EncodedAudio]:
+        """Waves (T,) at 16 kHz of at most `window_seconds` to encoder states.
+
+        Raises ValueError for a longer one.
+        """
+        if not waves:
+            return []
+        lengths = [len(wave) / SAMPLE_RATE for wave in waves]
+        if max(lengths) > self.window_seconds + 1e-6:
+            raise ValueError(
+                f"{max(lengths):.1f} s of audio in one window of {self.window_seconds:g} s"
+            )
+        features = self._extractor(
+            [wave.cpu().numpy() for wave in waves], sampling_rate=SAMPLE_RATE, return_tensors="pt"
+        ).input_features
+        weight = self._encoder.conv1.weight
+        states = self._encoder(features.to(weight)).last_hidden_state
+        languages = self._languages(states)
+        return [
+            EncodedAudio(own, seconds, self.frame_seconds, language)
+            for own, seconds, language in zip(states, lengths, languages, strict=True)
+        ]
+
+    def cache(self, speech: Sequence[EncodedAudio | None], capacity: int) -> WhisperCache:
+        """An empty cache of a row a clip, its speech projected once; None for no speech."""
+        weight = self._decoder.embed_tokens.weight
+        frames = max((len(one.states) for one in speech if one is not None), default=0)
+        states = weight.new_zeros(len(speech), frames, self.width)
+        heard = torch.zeros(len(speech), frames, dtype=torch.bool, device=weight.device)
+        for row, one in enumerate(speech):
+            if one is not None:
+                states[row, : len(one.states)] = one.states.to(weight)
+                heard[row, : len(one.states)] = True
+        projected = [
+            tuple(
+                self._split(project(states))
+                for project in (layer.encoder_attn.k_proj, layer.encoder_attn.v_proj)
+            )
+            for layer in self._decoder.layers
+        ]
+        keys, values = (torch.stack(one) for one in zip(*projected, strict=True))
+        own = Cache(self._shape, len(speech), capacity, like=weight)
+        return WhisperCache(own, keys, values, heard)
+
+    def forward(
+        self,
+        ids: Tensor,
+        cache: WhisperCache,
+        lengths: Tensor | None = None,
+        at: Tensor | None = None,
+    ) -> LMOutput:
+        """Read `ids` (B, T) where each row stands, padded on the right as `lengths` (B,) says."""
+        x = self._run(ids, cache)
+        hidden = self._decoder.layer_norm(x)
+        cache.lengths = cache.lengths + (ids.shape[1] if lengths is None else lengths)
+        wanted = hidden.flatten(0, 1) if at is None else hidden[at]
+        logits = self.model.proj_out(wanted).float()
+        return LMOutput(logits, hidden, x, hidden)
+
+    def _run(self, ids: Tensor, cache: WhisperCache, looked: list[Tensor] | None = None) -> Tensor:
+        """The last layer's output (B, T, D); `looked` gets each layer's attention to speech."""
+        time, start = ids.shape[1], cache.lengths
+        positions = start[:, None] + torch.arange(time, device=ids.device)
+        if int(start.max()) + time > cache.own.capacity:
+            raise ValueError(f"{int(start.max()) + time} tokens in a cache of {cache.own.capacity}")
+        known = self._decoder.embed_positions.weight
+        # Padding may reach beyond the last position; nobody looks at what is read there.
+        x = self._decoder.embed_tokens(ids) * self._decoder.embed_scale
+        x = x + known[positions.clamp(max=len(known) - 1)]
+        seen = torch.arange(int(positions.max()) + 1, device=ids.device)
+        mask = seen[None, None, None, :] <= positions[:, None, :, None]
+        for number, layer in enumerate(self._decoder.layers):
+            read = layer.self_attn_layer_norm(x)
+            x = x + self._attend(layer, number, read, positions, cache, mask)
+            asking = layer.encoder_attn_layer_norm(x)
+            if looked is not None:
+                looked.append(self._weights(layer, asking, cache.keys[number]))
+            x = x + self._listen(layer, number, asking, cache)
+            inner = layer.activation_fn(layer.fc1(layer.final_layer_norm(x)))
+            x = x + layer.fc2(inner)
+        return x
+
+    def read(self, ids: Tensor, speech: Sequence[EncodedAudio | None], at: Tensor) -> LMOutput:
+        """Whole transcripts, prompt included, each beside its speech."""
+        return self(ids, self.cache(speech, ids.shape[1]), at=at)
+
+    @torch.inference_mode()
+    def speech_attention(
+        self, speech: EncodedAudio, prompt: Sequence[int], tokens: Sequence[int]
+    ) -> Tensor:
+        """Where each choice of `tokens` (N) looks among the clip's frames (L H, N, T)."""
+        ids = torch.tensor([[*prompt, *tokens[:-1]]], device=self.device)
+        cache = self.cache([speech], ids.shape[1])
+        looked: list[Tensor] = []
+        self._run(ids, cache, looked)
+        weights = torch.cat(looked, 1)[0, :, -len(tokens) :, : speech.frames]
+        return weights / weights.sum(-1, keepdim=True)
+
+    def _weights(self, layer: nn.Module, x: Tensor, keys: Tensor) -> Tensor:
+        """Cross-attention weights (B, H, T, F) float32 of the normalised input x (B, T, D)."""
+        queries = self._split(layer.encoder_attn.q_proj(x))
+        scores = queries @ keys.transpose(2, 3) / queries.shape[-1] ** 0.5
+        return scores.float().softmax(-1)
+
+    def _attend(
+        self,
+        layer: nn.Module,
+        number: int,
+        x: Tensor,
+        positions: Tensor,
+        cache: WhisperCache,
+        mask: Tensor,
+    ) -> Tensor:
+        """Self-attention over what each row has read."""
+        attention = layer.self_attn
+        queries, keys, values = (
+            self._split(project(x))
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        keys, values = cache.own.write(number, positions, keys, values)
+        mixed = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        return attention.out_proj(mixed.transpose(1, 2).flatten(2))
+
+    def _listen(self, layer: nn.Module, number: int, x: Tensor, cache: WhisperCache) -> Tensor:
+        """Attention to the speech; a row without any gets nothing from it."""
+        attention = layer.encoder_attn
+        if not cache.heard.shape[1]:
+            return attention.out_proj(torch.zeros_like(x))
+        queries = self._split(attention.q_proj(x))
+        keys, values = cache.keys[number], cache.values[number]
+        spoken = cache.heard.any(1)
+        mask = None
+        if not cache.heard.all():
+            mask = (cache.heard | ~spoken[:, None])[:, None, None, :]
+        mixed = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        mixed = mixed.transpose(1, 2).flatten(2) * spoken[:, None, None]
+        return attention.out_proj(mixed)
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, H, T, width)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def _languages(self, states: Tensor) -> list[str | None]:
+        """What is spoken in each clip: the likeliest language token after the start."""
+        vocabulary = self.vocabulary
+        if not vocabulary.multilingual or vocabulary.language:
+            return [vocabulary.language] * len(states)
+        clips = [EncodedAudio(own, 0.0, self.frame_seconds) for own in states]
+        ids = torch.full((len(clips), 1), vocabulary.start, device=self.device)
+        logits = self(ids, self.cache(clips, 1)).logits
+        names, numbers = zip(*sorted(vocabulary.languages.items()), strict=True)
+        return [names[best] for best in logits[:, list(numbers)].argmax(1).tolist()]
+
+
+def _download(name: str) -> Path:
+    """A hub's checkpoint on this machine; WhisperError where it cannot be had."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "merges.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except HFValidationError:
+        raise WhisperError(f"no such directory: {name}") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise WhisperError(
+            f"{name} is no directory here, and the hub does not give it ({reason}). "
+            f"Fetch it where there is a network and name its directory: {PREFIX}DIRECTORY"
+        ) from None

@@ -1,0 +1,267 @@
+"""Which models transcribe: mmrag's own over HuBERT units, or a Whisper checkpoint.
+
+Both encode waves, and both have a decoder and a vocabulary behind the contract of
+`mmrag.model.contract`: whoever transcribes, retrieves or serves does not know which one it has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmrag import artifact, shipped
+from mmrag.config import Decode
+from mmrag.corpora import synthetic
+from mmrag.corpora.voices.espeak import Synthesizer
+from mmrag.model import pretrained, whisper
+from mmrag.model.contract import SpeechDecoder, TextVocabulary
+from mmrag.model.cross_attention import Adapter
+from mmrag.model.lm import LM
+from mmrag.model.vocabulary import Vocabulary
+from mmrag.model.whisper import EncodedAudio, Whisper, WhisperVocabulary
+from mmrag.records import Retriever, Units
+from mmrag.retrieval.memory import WindowCache
+from mmrag.speech.hubert import HubertEncoder
+from mmrag.speech.units import Codebook
+
+
+class Encoder(Protocol):
+    """Waves to what a decoder reads."""
+
+    identity: dict[str, str]
+    """Role -> fingerprint of the model."""
+
+    @property
+    def window_seconds(self) -> float:
+        """Longest clip that is encoded at once."""
+        ...
+
+    def encode(self, waves: Sequence[Tensor]) -> list[Any]:
+        """Waves (T,) at 16 kHz, encoded."""
+        ...
+
+    def seconds(self, encoded: Any) -> float:
+        """Length of a clip."""
+        ...
+
+    def times(self, encoded: Any) -> np.ndarray:
+        """Start and end (T, 2), seconds, of each part that a decoder attends to."""
+        ...
+
+
+class Decoder(Protocol):
+    """What is encoded to text."""
+
+    lm: SpeechDecoder
+    vocabulary: TextVocabulary
+    adapter: Adapter | None
+    identity: dict[str, str]
+
+    def window_cache(self, source: Retriever) -> WindowCache:
+        """The windows of `source` as the adapter reads them; ValueError without one."""
+        ...
+
+    def longest(self, seconds: float, settings: Decode) -> int:
+        """The longest transcript of a clip, tokens."""
+        ...
+
+
+def text_to_speech(encoder: Encoder, seed: int = 0) -> Callable[[str], Any]:
+    """Says a sentence with a synthetic voice and encodes it; needs the `speech` extra.
+
+    The voice depends on `seed` and the sentence alone.
+    """
+    synthesizer = Synthesizer()
+
+    def say(text: str) -> Any:
+        [planned] = synthetic.assign_voices([text], seed)
+        wave = torch.from_numpy(synthetic.render(planned, synthesizer).wave)
+        return encoder.encode([wave])[0]
+
+    return say
+
+
+@dataclass(frozen=True)
+class SpeechTokenizer:
+    """The models that turn sound into units, and where they came from."""
+
+    encoder: HubertEncoder
+    codebook: Codebook
+    identity: dict[str, str]
+    """Role (hubert, codebook, and lm where there is one) -> fingerprint of the artifact."""
+
+    @classmethod
+    def load(cls, directory: Path, device: str = "cpu") -> SpeechTokenizer:
+        """Read `hubert/` and `codebook/` below `directory`.
+
+        Raises ArtifactError if one is missing or was not made for the other.
+        """
+        made = {kind: artifact.load(directory / kind, kind) for kind in ("hubert", "codebook")}
+        made["codebook"].require("hubert", made["hubert"])
+        return cls(
+            encoder=HubertEncoder.load(made["hubert"].path).to(device).eval(),
+            codebook=Codebook.load(made["codebook"].path),
+            identity={role: one.fingerprint for role, one in made.items()},
+        )
+
+    def encode(self, waves: Sequence[Tensor]) -> list[Units]:
+        """Waves (T,) at 16 kHz to units."""
+        features = self.encoder.features(waves)
+        return [self.codebook.encode(one.cpu().numpy()) for one in features]
+
+    @property
+    def window_seconds(self) -> float:
+        """Longest clip that is encoded at once: any."""
+        return math.inf
+
+    def seconds(self, units: Units) -> float:
+        """Length of a clip."""
+        return float(units.durations.sum()) * self.codebook.frame_seconds
+
+    def times(self, units: Units) -> np.ndarray:
+        """When each unit is said (T, 2), seconds from the clip's start."""
+        return self.codebook.seconds(units)
+
+    def synthesizer(self, seed: int = 0) -> Callable[[str], Units]:
+        """Says a sentence with a synthetic voice and encodes it, as `text_to_speech` does."""
+        return text_to_speech(self, seed)
+
+
+@dataclass(frozen=True)
+class SpeechLM:
+    """The models that turn units into text, and where they came from."""
+
+    lm: LM
+    vocabulary: Vocabulary
+    adapter: Adapter | None
+    """Reads what is retrieved; None where there is none."""
+    identity: dict[str, str]
+    """Role (codebook, lm) -> fingerprint of the artifact."""
+
+    @classmethod
+    def load(cls, directory: Path, device: str = "cpu") -> SpeechLM:
+        """Read `lm/` below `directory`, and `adapter/` if it is there.
+
+        Raises ArtifactError if `lm` or `codebook` is missing or they were not made for each other.
+        """
+        made = {kind: artifact.load(directory / kind, kind) for kind in ("codebook", "lm")}
+        made["lm"].require("codebook", made["codebook"])
+        lm, vocabulary = pretrained.load(made["lm"].path, device)
+        adapter = None
+        if (directory / "adapter").exists():
+            trained = artifact.load(directory / "adapter", "adapter")
+            trained.require("lm", made["lm"])
+            adapter = pretrained.load_adapter(trained.path, lm)
+        identity = {role: one.fingerprint for role, one in made.items()}
+        return cls(lm, vocabulary, adapter, identity)
+
+    def window_cache(self, source: Retriever) -> WindowCache:
+        """The windows of `source` as the adapter reads them; ValueError without."""
+        if self.adapter is None:
+            raise ValueError("these models have no cross-attention adapter")
+        return WindowCache(self.adapter, self.lm, source)
+
+    def longest(self, seconds: float, settings: Decode) -> int:
+        """The longest transcript of a clip, tokens."""
+        return longest(seconds, settings)
+
+
+@dataclass(frozen=True)
+class Recogniser(SpeechTokenizer, SpeechLM):
+    """Both: sound to text."""
+
+    @classmethod
+    def load(cls, directory: Path, device: str = "cpu") -> Recogniser:
+        """Read `hubert/`, `codebook/` and `lm/` below `directory`, and `adapter/` if it is there.
+
+        Raises ArtifactError if one is missing or was not made for the others.
+        """
+        tokenizer, lm = SpeechTokenizer.load(directory, device), SpeechLM.load(directory, device)
+        fields = vars(tokenizer) | vars(lm)
+        return cls(**fields | {"identity": tokenizer.identity | lm.identity})
+
+
+@dataclass(frozen=True)
+class WhisperRecogniser:
+    """A Whisper checkpoint: encoder, decoder and vocabulary in one."""
+
+    lm: Whisper
+    vocabulary: WhisperVocabulary
+    identity: dict[str, str]
+    """Role `whisper` -> fingerprint of the checkpoint's files."""
+    adapter: None = None
+
+    @classmethod
+    def load(cls, name: str, device: str = "cpu", language: str | None = None) -> WhisperRecogniser:
+        """Read `whisper:DIRECTORY` or `whisper:HUB_ID`.
+
+        Raises WhisperError, which says in a line what is missing or wrong.
+        """
+        directory = whisper.locate(name)
+        model = Whisper.load(directory, language, device)
+        return cls(model, model.vocabulary, {"whisper": whisper.fingerprint(directory)})
+
+    def encode(self, waves: Sequence[Tensor]) -> list[EncodedAudio]:
+        """Waves (T,) at 16 kHz, of a window at most, to encoder states."""
+        return self.lm.encode(waves)
+
+    @property
+    def window_seconds(self) -> float:
+        """Longest clip that is encoded at once."""
+        return self.lm.window_seconds
+
+    def seconds(self, encoded: EncodedAudio) -> float:
+        """Length of a clip."""
+        return encoded.seconds
+
+    def times(self, encoded: EncodedAudio) -> np.ndarray:
+        """When each of the clip's frames is (T, 2), seconds from its start."""
+        edges = np.arange(encoded.frames + 1) * encoded.frame_seconds
+        return np.stack([edges[:-1], edges[1:]], axis=1)
+
+    def synthesizer(self, seed: int = 0) -> Callable[[str], EncodedAudio]:
+        """Says a sentence with a synthetic voice and encodes it, as `text_to_speech` does."""
+        return text_to_speech(self, seed)
+
+    def window_cache(self, source: Retriever) -> WindowCache:
+        """ValueError: an adapter reads the states of mmrag's own language model."""
+        raise ValueError(
+            "cross-attention needs an adapter, and adapters belong to mmrag's own language model: "
+            "with a Whisper use retrieval knn, or boosted phrases"
+        )
+
+    def longest(self, seconds: float, settings: Decode) -> int:
+        """The longest transcript of a clip, tokens; beside its prompt it fits the checkpoint."""
+        return min(longest(seconds, settings), self.lm.longest - len(self.vocabulary.prompt(None)))
+
+
+def longest(seconds: float, settings: Decode) -> int:
+    """The longest transcript of a clip that long, tokens."""
+    return max(16, round(seconds * settings.tokens_per_second))
+
+
+def is_whisper(models: str | Path) -> bool:
+    """Whether a model's name means a Whisper checkpoint."""
+    return str(models).startswith(whisper.PREFIX)
+
+
+def load(
+    models: str | Path, device: str = "cpu", language: str | None = None
+) -> Recogniser | WhisperRecogniser:
+    """A directory, a model of this package (`mmrag:tiny`) or a Whisper (`whisper:DIRECTORY`).
+
+    `language` is for a multilingual Whisper; ValueError for it with other models. Raises what the
+    families' own `load` raises.
+    """
+    if is_whisper(models):
+        return WhisperRecogniser.load(str(models), device, language)
+    if language:
+        raise ValueError(f"language {language!r}: only a multilingual Whisper is told its language")
+    return Recogniser.load(shipped.find(str(models)), device)
