@@ -51,7 +51,7 @@ AGREEMENT = -2.5
 CACHE = Path(os.environ.get("MMRAG_CACHE") or Path.home() / ".cache" / "mmrag") / "phrases"
 KEY = "MMRAG_API_KEY"
 """Environment variable: a command line is everybody's to read."""
-ATTRIBUTED_WINDOWS = 400
+TAIL_LETTERS = 400
 """Letters of a growing transcript that are shown: its end, which has to fit on a small terminal."""
 console = Console(highlight=False, soft_wrap=True)
 
@@ -137,7 +137,7 @@ def _followed(parts: Iterator[str | Answer], visibly: bool) -> Answer:
             if visibly:
                 # Wrapped, against what the console says: what is taken back has to be counted.
                 end = Text(
-                    _visible(told[-ATTRIBUTED_WINDOWS:]), "dim", no_wrap=False, overflow="fold"
+                    _visible(told[-TAIL_LETTERS:]), "dim", no_wrap=False, overflow="fold"
                 )
                 showing.update(end, refresh=True)
     return part
