@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 
 from cluster import modes
+from cluster.modes import PhraseLists
 from cluster.shards import serve_shards
 from cluster.stages import TranscribedUtterance, transcribe_modes
 from cluster.tracking import Run
@@ -207,8 +208,15 @@ def _mode(experiment: Experiment, way: EvaluationMode, serving: ExitStack) -> mo
 
 
 def _score(
-    way: EvaluationMode, heard: list[TranscribedUtterance], resamples: int, seed: int
+    way: EvaluationMode,
+    heard: list[TranscribedUtterance],
+    resamples: int,
+    seed: int,
+    lists: PhraseLists | None = None,
 ) -> Result:
+    """`lists`, where each utterance comes with its own phrases: what may be heard in vain."""
+    candidates = None if lists is None else [lists[one.utterance] for one in heard]
+    own = [one.entities for one in heard]
     references, texts = [one.reference for one in heard], [one.text for one in heard]
     score = {"resamples": resamples, "seed": seed}
     return Result(
@@ -216,7 +224,7 @@ def _score(
         heard=heard,
         words=word_error_rate(references, texts, **score),
         characters=character_error_rate(references, texts, **score),
-        entities=score_entities(references, texts, [one.entities for one in heard], **score),
+        entities=score_entities(references, texts, own, candidates, **score),
         recall=Recall(sum(one.recalled for one in heard), sum(one.queries for one in heard)),
     )
 
@@ -365,9 +373,10 @@ def _entities_in_markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
         return []
     return [
         f"{rows[0]['entities']} entities. One is hypothesised where its words stand in a "
-        "transcript one after the other; candidates are the entities of all utterances here. Their "
-        "words and the others add up to the word error rate above; an inserted word is an entity's "
-        "if it is a word of one of the utterance's own.",
+        "transcript one after the other; candidates are the utterance's own entities and its list "
+        "of phrases, or without lists the entities of all utterances here. Their words and the "
+        "others add up to the word error rate above; an inserted word is an entity's if it is a "
+        "word of one of the utterance's own.",
         "",
         *_markdown([ENTITY_HEADER, *map(entity_cells, rows)]),
         "",
