@@ -1,13 +1,15 @@
 """Rows of the results from transcripts made by hand; no model, no cluster."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 
 from cluster.modes import NoRetrieval
 from cluster.stages import TranscribedUtterance
+from jobs.reproduce import run
 from jobs.reproduce.lab import Point
-from jobs.reproduce.run import ROW, _row
+from jobs.reproduce.run import ROW, ROWS, _row
 
 
 @pytest.fixture
@@ -64,3 +66,32 @@ def test_every_row_has_the_same_keys_with_entities_or_without(lab):
         row = _row(lab, "everyday", point, heard(*TEXTS, entities=own), set())
         assert row.keys() == set(ROW) - told
         assert (row["other_wer"] is None) == (not own)
+
+
+def test_entities_of_utterances_that_are_not_transcribed_may_be_heard_too(
+    lab, tmp_path, monkeypatch
+):
+    """A task of two utterances, of a split with three: the third one's entity is a candidate."""
+    split = [
+        SimpleNamespace(utterance=SimpleNamespace(entities=entities))
+        for entities in (("anna smith",), ("anna smith",), ("bob",))
+    ]
+    draft = SimpleNamespace(path=tmp_path, summary={})
+    tracked = SimpleNamespace(log=lambda values: None, file=lambda path: None)
+    monkeypatch.setattr(run.stage, "make", lambda *about, **more: about[5](draft, tracked))
+    monkeypatch.setattr(run, "as_dict", lambda settings: {})
+    for name in ("datastore", "decode", "tune", "attention"):
+        setattr(lab.experiment, name, None)
+    lab.settings = lab.lm = lab.adapter = lab.tokens = lab.force = None
+    lab.spoken = lambda name, domain, limit, made: split[:limit]
+    asked = []
+
+    def transcribe(how, spoken):
+        asked.extend(spoken)
+        return {name: heard("call bob now", "call anna smith now") for name in how}
+
+    lab.transcribe = transcribe
+    run._measure(lab, "domain", lambda lab: ("assistant", 2, [Point("none", NoRetrieval())]))
+    [row] = json.loads((tmp_path / ROWS).read_text())
+    assert asked == split[:2]
+    assert (row["entity_false_alarms"], row["entity_precision"]) == (1, 1 / 2)
