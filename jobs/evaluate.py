@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 
 from cluster import modes
+from cluster.modes import PhraseLists
 from cluster.shards import serve_shards
 from cluster.stages import TranscribedUtterance, transcribe_modes
 from cluster.tracking import Run
@@ -23,7 +24,16 @@ from mmrag.config import KNN, ConfigError, Experiment, RetrievalMode, RetrievedA
 from mmrag.decoding import tune
 from mmrag.records import Retriever
 from mmrag.retrieval.datastore import Datastore
-from mmrag.score import ErrorRate, Recall, character_error_rate, entity_recall, word_error_rate
+from mmrag.score import (
+    Comparison,
+    EntityScore,
+    ErrorRate,
+    Recall,
+    character_error_rate,
+    compare,
+    score_entities,
+    word_error_rate,
+)
 from mmrag.speech.tokenized import Tokenized
 
 
@@ -56,7 +66,7 @@ class Result:
     heard: list[TranscribedUtterance]
     words: ErrorRate
     characters: ErrorRate
-    entities: Recall
+    entities: EntityScore
     recall: Recall
 
     @property
@@ -77,7 +87,7 @@ class Result:
             "insertions": self.words.insertions,
             "words": self.words.reference,
             "cer": self.characters.rate,
-            "entity_recall": self.entities.rate,
+            **self.entities.row,
             "recall_at_k": self.recall.rate,
             "seconds_of_audio": sum(one.seconds for one in self.heard),
             "decode_seconds": sum(one.decode_seconds for one in self.heard),
@@ -105,7 +115,8 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     def work(draft: Draft, tracked: Run) -> None:
         spoken = select(made, settings.split, settings.domain)
         results = _transcribe(experiment, ways, spoken)
-        write(draft.path, results, settings.split, settings.domain)
+        compared = _compare(results, settings.resamples, experiment.seed)
+        write(draft.path, results, compared, settings.split, settings.domain)
         for result in results:
             way = result.way
             name = f"{way.name}.{way.datastore}" if way.datastore else way.name
@@ -123,7 +134,10 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     return evaluated
 
 
-_METRICS = ("wer", "wer_low", "wer_high", "cer", "entity_recall", "recall_at_k", "decode_seconds")
+_METRICS = (
+    *("wer", "wer_low", "wer_high", "cer", "entity_recall", "entity_precision", "entity_f1"),
+    *("entity_wer", "other_wer", "recall_at_k", "decode_seconds"),
+)
 
 
 def _ways(experiment: Experiment, lm: Artifact) -> list[EvaluationMode]:
@@ -194,8 +208,15 @@ def _mode(experiment: Experiment, way: EvaluationMode, serving: ExitStack) -> mo
 
 
 def _score(
-    way: EvaluationMode, heard: list[TranscribedUtterance], resamples: int, seed: int
+    way: EvaluationMode,
+    heard: list[TranscribedUtterance],
+    resamples: int,
+    seed: int,
+    lists: PhraseLists | None = None,
 ) -> Result:
+    """`lists`, where each utterance comes with its own phrases: what may be heard in vain."""
+    candidates = None if lists is None else [lists[one.utterance] for one in heard]
+    own = [one.entities for one in heard]
     references, texts = [one.reference for one in heard], [one.text for one in heard]
     score = {"resamples": resamples, "seed": seed}
     return Result(
@@ -203,18 +224,36 @@ def _score(
         heard=heard,
         words=word_error_rate(references, texts, **score),
         characters=character_error_rate(references, texts, **score),
-        entities=entity_recall([one.entities for one in heard], texts),
+        entities=score_entities(references, texts, own, candidates, **score),
         recall=Recall(sum(one.recalled for one in heard), sum(one.queries for one in heard)),
     )
 
 
-def write(directory: Path, results: Sequence[Result], split: str, domain: str | None) -> None:
+def _compare(results: Sequence[Result], resamples: int, seed: int) -> list[Comparison]:
+    """Every pair of ways; each has heard the same utterances in the same order."""
+    systems = {result.way.title: [one.text for one in result.heard] for result in results}
+    return compare([one.reference for one in results[0].heard], systems, resamples, seed)
+
+
+def write(
+    directory: Path,
+    results: Sequence[Result],
+    comparisons: Sequence[Comparison],
+    split: str,
+    domain: str | None,
+) -> None:
     """`results.json`, `results.md`, `wer.png`, and `transcripts.jsonl` with all of them."""
     rows = [result.row for result in results]
     speakers = [_by_speaker(result) for result in results]
     write_json(
         directory / "results.json",
-        {"split": split, "domain": domain, "rows": rows, "speakers": speakers},
+        {
+            "split": split,
+            "domain": domain,
+            "rows": rows,
+            "speakers": speakers,
+            "comparisons": [asdict(one) for one in comparisons],
+        },
     )
     lines = [
         f"# {split} split{f', {domain} domain' if domain else ''}: "
@@ -222,6 +261,8 @@ def write(directory: Path, results: Sequence[Result], split: str, domain: str | 
         "",
         *_markdown([HEADER, *map(cells, rows)]),
         "",
+        *_entities_in_markdown(rows),
+        *_comparisons_in_markdown(comparisons),
         "Word error rate by voice:",
         "",
         *_markdown(
@@ -259,40 +300,128 @@ HEADER = [
 ]
 
 
+ENTITY_HEADER = [
+    "entities",
+    "recall",
+    "precision",
+    "F1",
+    "WER, their words",
+    "95 % interval",
+    "sub / del / ins",
+    "WER, other words",
+    "95 % interval",
+    "sub / del / ins",
+]
+COMPARISON_HEADER = ["a", "b", "WER of a − b, points", "95 % interval", "p", "p, Holm"]
+
+
 def cells(row: dict[str, Any]) -> list[str]:
     """A row of `results.json` under `HEADER`."""
-
-    def share(value: float | None) -> str:
-        return "–" if value is None else f"{value:.1%}"
-
     return [
-        "no retrieval"
-        if row["datastore"] is None
-        else f"{row['mode'].replace('_', ' ')}: {row['datastore']}",
-        share(row["wer"]),
-        f"{100 * row['wer_low']:.1f}–{row['wer_high']:.1%}",
-        f"{row['substitutions']} / {row['deletions']} / {row['insertions']}",
-        share(row["cer"]),
-        share(row["entity_recall"]),
-        share(row["recall_at_k"]),
+        _title(row),
+        *_rate(row),
+        _share(row["cer"]),
+        _share(row["entity_recall"]),
+        _share(row["recall_at_k"]),
         f"{row['decode_seconds'] / row['seconds_of_audio']:.3f}",
     ]
 
 
+def entity_cells(row: dict[str, Any]) -> list[str]:
+    """A row of `results.json` under `ENTITY_HEADER`; – for what an older one does not say."""
+    detected = (row.get(f"entity_{name}") for name in ("recall", "precision", "f1"))
+    return [_title(row), *map(_share, detected), *_rate(row, "entity_"), *_rate(row, "other_")]
+
+
+def comparison_cells(comparison: dict[str, Any]) -> list[str]:
+    """An element of `comparisons` under `COMPARISON_HEADER`."""
+    difference = {name: 100 * value for name, value in comparison["difference"].items()}
+    return [
+        comparison["a"],
+        comparison["b"],
+        f"{difference['delta']:+.1f}",
+        f"{difference['low']:+.1f} to {difference['high']:+.1f}",
+        *(f"{comparison[name]:.4f}" for name in ("p", "p_holm")),
+    ]
+
+
+def _title(row: dict[str, Any]) -> str:
+    if row["datastore"] is None:
+        return "no retrieval"
+    return f"{row['mode'].replace('_', ' ')}: {row['datastore']}"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def _rate(row: dict[str, Any], of: str = "") -> list[str]:
+    """A word error rate, its interval, and its counts."""
+    if row.get(f"{of}wer") is None:
+        return ["–"] * 3
+    counts = (row[f"{of}{kind}"] for kind in ("substitutions", "deletions", "insertions"))
+    return [
+        _share(row[f"{of}wer"]),
+        f"{100 * row[f'{of}wer_low']:.1f}–{row[f'{of}wer_high']:.1%}",
+        " / ".join(map(str, counts)),
+    ]
+
+
+def _entities_in_markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What the modes do to entities; nothing where there are none."""
+    if not rows[0]["entities"]:
+        return []
+    return [
+        f"{rows[0]['entities']} entities. One is hypothesised where its words stand in a "
+        "transcript one after the other; candidates are the utterance's own entities and its list "
+        "of phrases, or without lists the entities of all utterances here. Their words and the "
+        "others add up to the word error rate above; an inserted word is an entity's if it is a "
+        "word of one of the utterance's own.",
+        "",
+        *_markdown([ENTITY_HEADER, *map(entity_cells, rows)]),
+        "",
+    ]
+
+
+def _comparisons_in_markdown(comparisons: Sequence[Comparison]) -> list[str]:
+    """Every pair of modes; nothing where there is one mode."""
+    if not comparisons:
+        return []
+    return [
+        "Differences in word error rate on the same utterances; below zero a is better. Intervals "
+        "are paired bootstraps of each pair alone, uncorrected; p is a paired permutation test "
+        f"over utterances, and p, Holm corrects it for the {len(comparisons)} pairs of this table.",
+        "",
+        *_markdown([COMPARISON_HEADER, *(comparison_cells(asdict(one)) for one in comparisons)]),
+        "",
+    ]
+
+
 def show(evaluation: Artifact) -> None:
-    """Print the table of a finished evaluation."""
+    """Print the tables of a finished evaluation."""
     results = json.loads((evaluation.path / "results.json").read_text())
-    table = Table(
-        title=f"{results['split']} split, {results['domain'] or 'every'} domain: "
-        f"{results['rows'][0]['utterances']} utterances",
-        title_justify="left",
-        box=box.SIMPLE,
-        pad_edge=False,
+    rows, comparisons = results["rows"], results.get("comparisons", ())  # an older one has none
+    title = (
+        f"{results['split']} split, {results['domain'] or 'every'} domain: "
+        f"{rows[0]['utterances']} utterances"
     )
-    for number, name in enumerate(HEADER):
-        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
-    for row in results["rows"]:
-        table.add_row(*cells(row))
+    _print(title, HEADER, [cells(row) for row in rows])
+    if any(row.get("entity_precision") is not None for row in rows):
+        kept = [n for n, name in enumerate(ENTITY_HEADER) if name != "sub / del / ins"]
+        shown = [[entity_cells(row)[n] for n in kept] for row in rows]
+        _print("Entities", [ENTITY_HEADER[n] for n in kept], shown)
+    if comparisons:
+        title = "Differences (intervals uncorrected; p of a paired permutation test)"
+        _print(title, COMPARISON_HEADER, [comparison_cells(one) for one in comparisons])
+
+
+def _print(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    for name in header:
+        words = name in (header[0], "b")
+        table.add_column(name, justify="left" if words else "right", no_wrap=words)
+    for line in lines:
+        table.add_row(*line)
     stage.console.print(table)
 
 

@@ -19,7 +19,9 @@ MAY_IMPORT = {
 WINGS = {
     "ground": [
         "config.section", "config.speech", "config.model", "config.retrieval", "config.decoding",
-        "config.experiment", "config", "text", "records", "artifact", "shipped", "score",
+        "config.experiment", "config", "text", "records", "artifact", "shipped",
+        "score.rates", "score.recall", "score.significance", "score.entities", "score.biasing",
+        "score",
     ],
     "speech": ["audio", "vad", "hubert", "pretraining", "units", "tokenized"],
     "corpora": [
@@ -84,7 +86,7 @@ HOMES = {
     "faker": ["mmrag.corpora.synthetic"],
     "scipy": ["mmrag.corpora.augment"],
     "pyarrow": ["mmrag.speech.tokenized"],
-    "jiwer": ["mmrag.score"],
+    "jiwer": ["mmrag.score.rates"],
     "ray": ["cluster", "jobs", "serve"],
     "fastapi": ["serve"],
     "fastapi_offline": ["serve.api"],

@@ -94,11 +94,11 @@ def dynamic_context(lab: Lab) -> tuple[str, int, list[Point]]:
         read = _phrase_attention(lab, store, lists)
         together = modes.Both((DocumentKNN(store.path, both, lists), read))
         points += [
-            Point("knn", DocumentKNN(store.path, knn, lists), "spoken", count),
-            Point("cross_attention", read, "spoken", count),
-            Point("both", together, "spoken", count),
-            Point("boost", modes.PhraseBoosting(weight, lists), None, count),
-            Point("prompt", modes.PhrasePrompting(lists), None, count),
+            Point("knn", DocumentKNN(store.path, knn, lists), "spoken", count, lists=lists),
+            Point("cross_attention", read, "spoken", count, lists=lists),
+            Point("both", together, "spoken", count, lists=lists),
+            Point("boost", modes.PhraseBoosting(weight, lists), None, count, lists=lists),
+            Point("prompt", modes.PhrasePrompting(lists), None, count, lists=lists),
         ]
     return ASSISTANT, limit, points
 
@@ -116,7 +116,8 @@ def wrong_datastore(lab: Lab) -> tuple[str, int, list[Point]]:
     middle = sorted(lab.settings.phrases)[len(lab.settings.phrases) // 2]
     lists = _lists(test, everyone, middle, lab.experiment.seed, own=False)
     read = _phrase_attention(lab, _phrase_datastore(lab, everyone), lists)
-    points.append(Point("cross_attention", read, "spoken", middle, setting="none of them said"))
+    setting = "none of them said"
+    points.append(Point("cross_attention", read, "spoken", middle, setting=setting, lists=lists))
     return ASSISTANT, limit, points
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cluster.modes import Mode
+from cluster.modes import Mode, PhraseLists
 from cluster.stages import (
     TranscribedUtterance,
     transcribe_modes,
@@ -37,6 +37,8 @@ class Point:
     """What a sweep varies, in words."""
     tokens: str | None = None
     """The recordings, where they are not the test split's own."""
+    lists: PhraseLists | None = None
+    """The phrases that come with each utterance: what may be heard in vain."""
 
     @property
     def name(self) -> str:

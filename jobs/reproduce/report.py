@@ -41,6 +41,10 @@ HEADER = (
     "WER",
     "95 % interval",
     "entity recall",
+    "entity precision",
+    "entity F1",
+    "WER, entity words",
+    "WER, other words",
     "recall@k",
     "× real time",
     "keys, MB",
@@ -50,8 +54,10 @@ HEADER = (
 
 TOLD = ("domain", "dynamic_context", "wrong_datastore")
 """Tasks in which the decoder is told something, right or wrong."""
-ONLY_WRITTEN = ("utterances", "keys, MB")
-SUMMARY_COLUMNS = ("utterances", "WER", "95 % interval", "entity recall", "recall@k")
+DETECTION = ("entity precision", "entity F1", "WER, entity words", "WER, other words")
+"""Columns that the rows of older versions do not fill."""
+ONLY_WRITTEN = ("utterances", "keys, MB", *DETECTION)
+SUMMARY_COLUMNS = ("utterances", "WER", "95 % interval", "entity recall", *DETECTION, "recall@k")
 SUMMARY = {
     "everyday sentences, no retrieval": ("everyday", "none", None, None),
     "unseen names, no retrieval": ("domain", "none", None, None),
@@ -73,6 +79,11 @@ SUMMARY = {
 """The rows that tell the story: title -> (task, mode, datastore, phrases)."""
 
 
+ENTITY_NOTE = (
+    "An entity is hypothesised where its words stand in a transcript one after the other; it may",
+    "be one of the utterance or of its list of phrases, or without a list of the test split. An",
+    "inserted word is an entity's if it is a word of one of the utterance's own.",
+)
 TOLD_NOTE = (
     "Inserted words, and words that retrieval put there and nobody said, for each word of the",
     "references; transcripts in which a run of words stands four times in a row.",
@@ -82,12 +93,12 @@ TOLD_NOTE = (
 def summary(rows: Sequence[Row]) -> list[str]:
     """The rows of SUMMARY that were measured, as a Markdown table."""
     measured = {(r["task"], r["mode"], r["datastore"], r["phrases"]): r for r in rows}
-    cells = [
-        (title, *(_cells(measured[about])[HEADER.index(name)] for name in SUMMARY_COLUMNS))
-        for title, about in SUMMARY.items()
-        if about in measured
-    ]
-    return markdown([("", *SUMMARY_COLUMNS), *cells])
+    found = {title: measured[about] for title, about in SUMMARY.items() if about in measured}
+    without = [name for name in HEADER if name not in SUMMARY_COLUMNS]
+    header, *cells = _table([*found.values()], without)
+    return markdown(
+        [("", *header), *((title, *row) for title, row in zip(found, cells, strict=True))]
+    )
 
 
 def write(
@@ -107,6 +118,7 @@ def write(
         "what they showed (a rule for certain models, entries of phrases, a decoy for tuning) went",
         "into this one: these figures are not a first look. Time is decoding alone, on one core",
         "of a machine that may have had other work; keys are what a flat index holds in memory.",
+        *(ENTITY_NOTE if any(row.get("entity_f1") is not None for row in rows) else ()),
         "",
         *summary(rows),
         "",
@@ -162,6 +174,12 @@ def _cells(row: Row) -> tuple[str, ...]:
     def told(value: object) -> str:
         return "–" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
+    def with_interval(kind: str) -> str:
+        if row.get(f"{kind}_wer") is None:
+            return "–"
+        low, high = row[f"{kind}_wer_low"], row[f"{kind}_wer_high"]
+        return f"{row[f'{kind}_wer']:.1%} ({100 * low:.1f}–{high:.1%})"
+
     return (
         row["mode"],
         told(row["datastore"]),
@@ -172,6 +190,8 @@ def _cells(row: Row) -> tuple[str, ...]:
         share(row["wer"]),
         "–" if row["wer"] is None else f"{100 * row['wer_low']:.1f}–{row['wer_high']:.1%}",
         share(row["entity_recall"]),
+        *(share(row.get(name)) for name in ("entity_precision", "entity_f1")),
+        *(with_interval(kind) for kind in ("entity", "other")),
         share(row["recall_at_k"]),
         f"{row['decode_seconds'] / row['seconds_of_audio']:.3f}",
         "–" if row["keys_mb"] is None else f"{row['keys_mb']:.1f}",

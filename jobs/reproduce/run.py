@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,16 +29,23 @@ from mmrag.corpora.augment import unspoken
 from mmrag.decoding.guard import loops
 from mmrag.recogniser import Recogniser
 from mmrag.retrieval.memory import AttentionSource
-from mmrag.score import align, entity_recall, word_error_rate
+from mmrag.score import align, score_entities, word_error_rate
 from mmrag.speech import audio
 from mmrag.transcribe import transcribe
 
 ROWS, TRANSCRIPTS = "rows.json", "transcripts.jsonl"
+EVERY = 10**9
+"""More utterances than a split has."""
 CLIPS = 100
 """Recordings in which nobody speaks."""
 ROW = (
     *("task", "mode", "datastore", "phrases", "entries", "setting", "utterances", "wer"),
-    *("wer_low", "wer_high", "entity_recall", "recall_at_k", "seconds_of_audio", "decode_seconds"),
+    *("wer_low", "wer_high", "entities", "entity_recall", "entity_precision", "entity_f1"),
+    *("entity_false_alarms", "entity_wer", "entity_wer_low", "entity_wer_high"),
+    *("entity_substitutions", "entity_deletions", "entity_insertions", "entity_words"),
+    *("other_wer", "other_wer_low", "other_wer_high"),
+    *("other_substitutions", "other_deletions", "other_insertions", "other_words"),
+    *("recall_at_k", "seconds_of_audio", "decode_seconds"),
     *("keys_mb", "empty", "inserted", "copied", "looped"),
 )
 """Keys of a line of `results.json`."""
@@ -158,11 +165,13 @@ def _measure(lab: Lab, name: str, task: Task) -> Artifact:
         rows, lines = [], []
         for tokens in dict.fromkeys(point.tokens for point in points):
             made = lab.tokens if tokens is None else _made(lab, tokens)
-            spoken = lab.spoken("test", domain, limit, made)
+            everyone = lab.spoken("test", domain, EVERY, made)
+            spoken = everyone[:limit]
+            known = {entity for one in everyone for entity in one.utterance.entities}
             chosen = {point.name: point for point in points if point.tokens == tokens}
             heard = lab.transcribe({key: point.how for key, point in chosen.items()}, spoken)
             for key, point in chosen.items():
-                rows.append(_row(lab, name, point, heard[key]))
+                rows.append(_row(lab, name, point, heard[key], known))
                 about = {"task": name, "point": key}
                 lines += [json.dumps({**about, **asdict(one)}) + "\n" for one in heard[key]]
                 tracked.log({f"wer.{_slug(key)}": rows[-1]["wer"]})
@@ -177,12 +186,22 @@ def _measure(lab: Lab, name: str, task: Task) -> Artifact:
 
 
 def _row(
-    lab: Lab, task: str, point: Point, heard: Sequence[TranscribedUtterance]
+    lab: Lab,
+    task: str,
+    point: Point,
+    heard: Sequence[TranscribedUtterance],
+    known: Collection[str],
 ) -> dict[str, Any]:
-    """A line of `results.json`; what does not apply is None."""
+    """A line of `results.json`; what does not apply is None.
+
+    `known`, the entities of the split, may be heard in vain where no list of phrases was given.
+    """
     references, texts = [one.reference for one in heard], [one.text for one in heard]
-    resamples = lab.experiment.evaluate.resamples
-    words = word_error_rate(references, texts, resamples, lab.experiment.seed)
+    sampling = {"resamples": lab.experiment.evaluate.resamples, "seed": lab.experiment.seed}
+    words = word_error_rate(references, texts, **sampling)
+    candidates = [known if point.lists is None else point.lists[one.utterance] for one in heard]
+    own = [one.entities for one in heard]
+    entities = score_entities(references, texts, own, candidates, **sampling)
     queries = sum(one.queries for one in heard)
     return {
         "task": task,
@@ -195,7 +214,7 @@ def _row(
         "wer": words.rate,
         "wer_low": words.low,
         "wer_high": words.high,
-        "entity_recall": entity_recall([one.entities for one in heard], texts).rate,
+        **entities.row,
         "recall_at_k": sum(one.recalled for one in heard) / queries if queries else None,
         "seconds_of_audio": sum(one.seconds for one in heard),
         "decode_seconds": sum(one.decode_seconds for one in heard),

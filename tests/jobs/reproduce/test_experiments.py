@@ -20,6 +20,15 @@ KEYS = {
     *("wer", "wer_low", "wer_high", "entity_recall", "recall_at_k"),
     *("seconds_of_audio", "decode_seconds", "keys_mb", "empty"),
     *("inserted", "copied", "looped"),
+    *("entities", "entity_precision", "entity_f1", "entity_false_alarms"),
+    *(
+        f"{words}_{name}"
+        for words in ("entity", "other")
+        for name in (
+            *("wer", "wer_low", "wer_high", "words"),
+            *("substitutions", "deletions", "insertions"),
+        )
+    ),
 }
 CONDITIONS = ("noise-10", "spanish", *(("flite-slt",) if flite.installed() else ()))
 SETTINGS = {

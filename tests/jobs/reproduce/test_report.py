@@ -183,6 +183,8 @@ def test_columns_in_which_nothing_stands_are_left_out():
         ("phrases", 1000, "phrases", "1,000"),
         ("setting", "flite-slt", "setting", "flite-slt"),
         ("entity_recall", 0.0, "entity recall", "0.0%"),
+        ("entity_precision", 0.0, "entity precision", "0.0%"),
+        ("entity_f1", 0.836, "entity F1", "83.6%"),
         ("recall_at_k", 1.0, "recall@k", "100.0%"),
         ("keys_mb", 0.04, "keys, MB", "0.0"),
         ("keys_mb", 12.345, "keys, MB", "12.3"),
@@ -192,6 +194,44 @@ def test_a_cell_shows_what_was_measured_even_if_it_is_zero(key, value, title, sh
     header, cells = report._table([row("size", "knn", **{key: value})])
     assert cells[header.index(title)] == shown
     assert len(header) == len(cells) == 6
+
+
+DETECTED = {
+    "entity_recall": 0.8,
+    "entity_precision": 0.9,
+    "entity_f1": 0.847,
+    **{
+        f"entity_{name}": rate for name, rate in (("wer", 0.2), ("wer_low", 0.1), ("wer_high", 0.3))
+    },
+    **{f"other_{name}": rate for name, rate in (("wer", 0), ("wer_low", 0), ("wer_high", 0.015))},
+}
+
+
+def test_words_of_entities_and_other_words_have_their_own_error_rates():
+    header, older, newer = report._table([row("domain", "none"), row("domain", "knn", **DETECTED)])
+    cells = dict(zip(header, newer, strict=True))
+    assert cells["WER, entity words"] == "20.0% (10.0–30.0%)"
+    assert cells["WER, other words"] == "0.0% (0.0–1.5%)"
+    assert [dict(zip(header, older, strict=True))[name] for name in report.DETECTION] == ["–"] * 4
+
+
+def test_rows_of_an_older_version_have_a_page_without_the_new_columns(own):
+    report.write(own, everything(), transcripts(), NOTES)
+    page = (own.reproduce.docs / "results.md").read_text()
+    assert not any(name in page for name in report.DETECTION)
+    assert report.ENTITY_NOTE[0] not in page
+    rows = [one | (DETECTED if one["task"] == "domain" else {}) for one in everything()]
+    report.write(own, rows, transcripts(), NOTES)
+    page = (own.reproduce.docs / "results.md").read_text()
+    assert all(name in page for name in (*report.DETECTION, *report.ENTITY_NOTE))
+
+
+def test_the_summary_has_a_column_once_a_row_fills_it():
+    rows = results()
+    assert report.summary(rows)[0] == "|  | utterances | WER | 95 % interval |"
+    rows[1] |= DETECTED
+    header = [name.strip() for name in report.summary(rows)[0].split("|")[1:-1]]
+    assert header == ["", *(n for n in report.SUMMARY_COLUMNS if n != "recall@k")]
 
 
 def test_every_target_is_reached_by_a_model_that_reaches_them():

@@ -1,0 +1,42 @@
+"""How good a transcript is: error rates with intervals, their differences, entities, recall.
+
+Everything is a sum of counts divided once. Knows texts and token ids alone.
+"""
+
+from mmrag.score.biasing import BiasingScore, biasing_error_rates, weighted_alignment
+from mmrag.score.entities import (
+    Detection,
+    EntityScore,
+    detect_entities,
+    entity_error_rates,
+    entity_recall,
+    score_entities,
+)
+from mmrag.score.rates import Edit, ErrorRate, align, character_error_rate, word_error_rate
+from mmrag.score.recall import Recall, recall_at_k
+from mmrag.score.significance import Comparison, Difference, compare, paired_difference
+from mmrag.text import normalise
+
+__all__ = [
+    "BiasingScore",
+    "Comparison",
+    "Detection",
+    "Difference",
+    "Edit",
+    "EntityScore",
+    "ErrorRate",
+    "Recall",
+    "align",
+    "biasing_error_rates",
+    "character_error_rate",
+    "compare",
+    "detect_entities",
+    "entity_error_rates",
+    "entity_recall",
+    "normalise",
+    "paired_difference",
+    "recall_at_k",
+    "score_entities",
+    "weighted_alignment",
+    "word_error_rate",
+]

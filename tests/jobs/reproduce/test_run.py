@@ -1,0 +1,97 @@
+"""Rows of the results from transcripts made by hand; no model, no cluster."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from cluster.modes import NoRetrieval
+from cluster.stages import TranscribedUtterance
+from jobs.reproduce import run
+from jobs.reproduce.lab import Point
+from jobs.reproduce.run import ROW, ROWS, _row
+
+
+@pytest.fixture
+def lab() -> SimpleNamespace:
+    evaluate, lm = SimpleNamespace(resamples=10), SimpleNamespace(width=4)
+    return SimpleNamespace(experiment=SimpleNamespace(evaluate=evaluate, seed=0, lm=lm))
+
+
+def heard(*texts: str, entities: tuple[str, ...] = ("anna smith",)) -> list[TranscribedUtterance]:
+    return [
+        TranscribedUtterance(
+            utterance=f"u{number}",
+            speaker="voice",
+            seconds=2.0,
+            reference="call anna smith now",
+            text=text,
+            entities=list(entities),
+            changed=[],
+            decode_seconds=0.1,
+            recalled=0,
+            queries=0,
+        )
+        for number, text in enumerate(texts)
+    ]
+
+
+TEXTS = ("call bob now", "call anna smith now", "call joe and anna smith now")
+
+
+def test_without_a_list_the_entities_of_the_split_may_be_heard_in_vain(lab):
+    row = _row(lab, "domain", Point("none", NoRetrieval()), heard(*TEXTS), {"bob", "anna smith"})
+    assert (row["entities"], row["entity_false_alarms"]) == (3, 1)
+    assert (row["entity_recall"], row["entity_precision"]) == (2 / 3, 2 / 3)
+
+
+def test_with_lists_the_phrases_of_each_utterance_may_be_heard_in_vain(lab):
+    lists = {"u0": ["joe"], "u1": ["bob"], "u2": ["joe", "anna smith"]}
+    point = Point("boost", NoRetrieval(), phrases=2, lists=lists)
+    row = _row(lab, "dynamic_context", point, heard(*TEXTS), {"bob"})
+    assert row["entity_false_alarms"] == 1 and row["entity_precision"] == 2 / 3
+
+
+def test_words_of_entities_and_the_others_make_up_the_error_rate(lab):
+    row = _row(lab, "domain", Point("none", NoRetrieval()), heard(*TEXTS), set())
+    assert (row["entity_words"], row["other_words"]) == (6, 6)
+    wrong = row["entity_wer"] * 6 + row["other_wer"] * 6
+    assert wrong == pytest.approx(row["wer"] * 12)
+
+
+def test_every_row_has_the_same_keys_with_entities_or_without(lab):
+    point = Point("none", NoRetrieval())
+    told = {"inserted", "copied", "looped"}  # which follow from the transcripts
+    for own in (("anna smith",), ()):
+        row = _row(lab, "everyday", point, heard(*TEXTS, entities=own), set())
+        assert row.keys() == set(ROW) - told
+        assert (row["other_wer"] is None) == (not own)
+
+
+def test_entities_of_utterances_that_are_not_transcribed_may_be_heard_too(
+    lab, tmp_path, monkeypatch
+):
+    """A task of two utterances, of a split with three: the third one's entity is a candidate."""
+    split = [
+        SimpleNamespace(utterance=SimpleNamespace(entities=entities))
+        for entities in (("anna smith",), ("anna smith",), ("bob",))
+    ]
+    draft = SimpleNamespace(path=tmp_path, summary={})
+    tracked = SimpleNamespace(log=lambda values: None, file=lambda path: None)
+    monkeypatch.setattr(run.stage, "make", lambda *about, **more: about[5](draft, tracked))
+    monkeypatch.setattr(run, "as_dict", lambda settings: {})
+    for name in ("datastore", "decode", "tune", "attention"):
+        setattr(lab.experiment, name, None)
+    lab.settings = lab.lm = lab.adapter = lab.tokens = lab.force = None
+    lab.spoken = lambda name, domain, limit, made: split[:limit]
+    asked = []
+
+    def transcribe(how, spoken):
+        asked.extend(spoken)
+        return {name: heard("call bob now", "call anna smith now") for name in how}
+
+    lab.transcribe = transcribe
+    run._measure(lab, "domain", lambda lab: ("assistant", 2, [Point("none", NoRetrieval())]))
+    [row] = json.loads((tmp_path / ROWS).read_text())
+    assert asked == split[:2]
+    assert (row["entity_false_alarms"], row["entity_precision"]) == (1, 1 / 2)
