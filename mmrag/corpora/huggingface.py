@@ -108,10 +108,9 @@ def _open(directory: Path) -> dict[str, Any]:
         named: dict[str, list[str]] = {}
         for file in files:
             named.setdefault(_split(file, directory), []).append(str(file))
-        # Each under a name of ours: `datasets` does not take every file's name for a split's.
-        numbered = {f"part{number}": paths for number, paths in enumerate(named.values())}
-        opened = datasets.load_dataset("parquet", data_files=numbered, streaming=True)
-        return dict(zip(named, (opened[number] for number in numbered), strict=True))
+        # Not `load_dataset`, which tells Hugging Face that it was called.
+        parquet = datasets.Dataset.from_parquet
+        return {name: parquet(paths, streaming=True) for name, paths in named.items()}
     except Exception as error:  # whatever a damaged table brings about in it
         raise CorpusError(f"{directory}: not a dataset that can be read: {error}") from None
 
@@ -138,7 +137,7 @@ def _rows(dataset: Any, directory: Path, name: str, into: Path) -> Iterator[Row]
     if audio is not None and not _plain(dataset.features[audio]):
         dataset = dataset.cast_column(audio, Audio(decode=False))
     seen: set[str] = set()
-    for number, row in enumerate(dataset):
+    for number, row in _numbered(dataset, directory, name):
         where = f"{directory}: {name} row {number}"
         own = str(row[id]) if id and row[id] is not None else f"{name}-{number:08d}"
         if own in seen:  # FLEURS counts sentences, of which there are several recordings
@@ -155,6 +154,15 @@ def _rows(dataset: Any, directory: Path, name: str, into: Path) -> Iterator[Row]
             )
         except ValueError as error:
             yield Rejection(where, str(error))
+
+
+def _numbered(dataset: Any, directory: Path, name: str) -> Iterator[tuple[int, Any]]:
+    try:
+        yield from enumerate(dataset)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno:  # ours, of writing
+            raise
+        raise CorpusError(f"{directory}: split {name} cannot be read on: {error}") from None
 
 
 def _first(columns: list[str], names: tuple[str, ...]) -> str | None:

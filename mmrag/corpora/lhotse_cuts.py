@@ -224,9 +224,9 @@ def _utterances(cut: Any, where: str, root: Path, domain: str) -> Iterator[Row]:
 
 def _recording(cut: Any) -> Any:
     """The recording that a cut is a stretch of; ValueError for what is more than a stretch."""
-    from lhotse.cut import DataCut
+    from lhotse.cut import MonoCut, MultiCut
 
-    if not isinstance(cut, DataCut):
+    if not isinstance(cut, MonoCut | MultiCut):
         raise ValueError(
             f"a {type(cut).__name__} is no stretch of one recording; write it out with lhotse's "
             "CutSet.save_audios"

@@ -1,11 +1,11 @@
 """LibriSpeech with biasing lists (Le et al., Interspeech 2021; fbai-speech, is21_deep_bias).
 
 A table is `{test-clean,test-other}.biasing_N.tsv`, four tab-separated columns without a header:
-utterance, reference, JSON list of the rare words in it, JSON list of N biasing words, the rare ones
-among them. The audio is a LibriSpeech tree: `speaker/chapter/utterance.flac`, in the directory that
-is named or in the part's own folder below it (`test-clean/`). Rare words are entities, and each
-utterance's list goes to the dynamic-context task. A chapter is a document, the part the domain.
-Audio is not opened here.
+utterance, reference, JSON list of the rare words in it, JSON list of biasing words: N others and
+the rare ones. The audio is a LibriSpeech tree: `speaker/chapter/utterance.flac`, in the directory
+that is named or in the part's own folder below it (`test-clean/`). Rare words are entities, and
+each utterance's list goes to the dynamic-context task. A chapter is a document, the part the
+domain. Audio is not opened here.
 """
 
 from __future__ import annotations

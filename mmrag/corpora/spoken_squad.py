@@ -64,8 +64,8 @@ def _folder(directory: Path, name: str, ambiguous: bool) -> Path:
             return directory / folder
     if ambiguous:
         raise CorpusError(
-            f"{directory}: no folder {' or '.join(FOLDERS[name])}; with both files there have to be "
-            "two, since their sentences have the same numbers"
+            f"{directory}: no folder {' or '.join(FOLDERS[name])}; with both files there have to "
+            "be two, since their sentences have the same numbers"
         )
     return directory
 
