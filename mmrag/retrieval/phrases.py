@@ -51,7 +51,12 @@ def utterances(phrases: Sequence[str], carriers: Sequence[str] = CARRIERS) -> It
 
 
 def read_lists(path: Path) -> dict[str, list[str]]:
-    """Utterance id -> its phrases, from a file LISTS. Raises ValueError for a line that is none."""
+    """Utterance id -> its phrases, from a file LISTS.
+
+    Raises ValueError where there is none, or a line that is no list.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path.parent} has no {path.name}: its corpus has no list of phrases")
     lists = {}
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):

@@ -177,5 +177,4 @@ def test_librispeech_biasing_runs_from_its_files_to_a_table(ray_cluster, corpora
     ways = ("knn", "cross_attention", "both")
     assert set(results) == {("none", None), *((mode, "phrases") for mode in ways)}
     assert all(row["utterances"] == 6 for row in results.values())
-    # What is not on its list is found for no utterance, though the datastore holds it.
     assert 0 < results["knn", "phrases"]["recall_at_k"] < 1
