@@ -163,6 +163,23 @@ def retrieval_mode(
     return ways[0] if len(ways) == 1 else Both(tuple(ways))
 
 
+def phrase_mode(
+    datastore: Path,
+    knn: KNN | None,
+    read: RetrievedAttention | None,
+    phrases: PhraseLists,
+    mentions: int = 1,
+) -> Mode:
+    """Like `retrieval_mode`, among each utterance's own phrases alone, which are documents of a
+    datastore of entities."""
+    ways: list[Mode] = []
+    if knn is not None:
+        ways.append(DocumentKNN(datastore, knn, phrases))
+    if read is not None:
+        ways.append(PhraseCrossAttention(datastore, read, phrases, mentions))
+    return ways[0] if len(ways) == 1 else Both(tuple(ways))
+
+
 @dataclass(frozen=True)
 class PhraseBoosting:
     """Each utterance's phrases favoured by `weight` nats a piece."""

@@ -23,6 +23,7 @@ from mmrag.artifact import Artifact, Draft, load, write_json
 from mmrag.config import KNN, ConfigError, Experiment, RetrievalMode, RetrievedAttention, as_dict
 from mmrag.decoding import tune
 from mmrag.records import Retriever
+from mmrag.retrieval import phrases
 from mmrag.retrieval.datastore import Datastore
 from mmrag.score import (
     Comparison,
@@ -200,6 +201,10 @@ def _mode(experiment: Experiment, way: EvaluationMode, serving: ExitStack) -> mo
     settings = experiment.evaluate
     if way.artifact is None:
         return modes.NoRetrieval()
+    if settings.lists:
+        tokens = experiment.workspace / experiment.tokenize.name
+        lists = phrases.read_lists(tokens / phrases.LISTS)
+        return modes.phrase_mode(way.artifact.path, way.knn, way.attention, lists)
     source: Retriever | Path = way.artifact.path
     if settings.retriever == "sharded":
         source = serve_shards(way.artifact.path, settings.replicas, settings.shard_cpus)

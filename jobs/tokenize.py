@@ -16,8 +16,9 @@ from jobs import stage
 from mmrag import artifact, shipped
 from mmrag.artifact import Artifact, Draft
 from mmrag.config import Experiment, as_dict
-from mmrag.corpora import manifest
+from mmrag.corpora import librispeech_biasing, manifest, sources
 from mmrag.records import Rejection, Utterance
+from mmrag.retrieval import phrases
 from mmrag.speech import audio, tokenized
 from mmrag.speech.audio import AudioError
 from mmrag.speech.hubert import HubertEncoder
@@ -32,9 +33,13 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     """Make `codebook/` (unless one is named) and `tokens/<split>/part-*.parquet`."""
     settings = experiment.tokenize
     hubert = stage.load(experiment, "hubert", "hubert", "pretrain_hubert")
+    lists: dict[str, list[str]] = {}
     if settings.source is None:
         source = stage.load(experiment, "corpus", "corpus", "synthesize")
         splits = {name: _read(source.path / f"{name}.jsonl") for name in CORPUS_SPLITS}
+    elif sources.named(settings.source):
+        corpus = sources.read(settings.source, experiment.workspace / "sources")
+        source, splits, lists = corpus.artifact, corpus.splits, corpus.phrases
     else:
         source = artifact.outside(settings.source)
         splits = _splits(source.path)
@@ -62,6 +67,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         for piece in sorted(draft.path.glob("*/.*.rejected.jsonl")):
             rejected += [Rejection(**json.loads(line)) for line in piece.open()]
         write_rejections(draft.path / "rejected.jsonl", rejected)
+        _write_lists(draft.path, lists)
         _count(draft, len(rejected))
         tracked.file(draft.path / "rejected.jsonl")
 
@@ -124,6 +130,16 @@ def _read(path: Path) -> tuple[list[Utterance], list[Rejection]]:
     lines = list(manifest.read(path))
     utterances = [line for line in lines if isinstance(line, Utterance)]
     return utterances, [line for line in lines if isinstance(line, Rejection)]
+
+
+def _write_lists(directory: Path, lists: dict[str, list[str]]) -> None:
+    """The phrases that come with each utterance, and sentences about each to build a datastore of:
+    what dynamic context needs. Nothing where the corpus has none."""
+    if lists:
+        written = librispeech_biasing.written(lists)
+        (directory / phrases.LISTS).write_text("".join(written), encoding="utf-8")
+        everyone = sorted(set(chain.from_iterable(lists.values())))
+        manifest.write(directory / phrases.SENTENCES, phrases.utterances(everyone))
 
 
 def _seconds(utterance: Utterance) -> float:

@@ -26,6 +26,8 @@ WINGS = {
     "speech": ["audio", "vad", "hubert", "pretraining", "units", "tokenized"],
     "corpora": [
         "voices.espeak", "voices.flite", "augment", "manifest", "grammar", "synthetic", "spanish",
+        "splits", "slue_voxpopuli", "spoken_squad", "librispeech_biasing", "kaldi", "lhotse_cuts",
+        "huggingface", "sources",
     ],
     "model": [
         "vocabulary", "layers", "cross_attention", "lm", "contract", "states", "pretrained",
@@ -84,6 +86,8 @@ HOMES = {
     "tokenizers": ["mmrag.model.vocabulary", "mmrag.model.whisper_training"],
     "espeakng_loader": ["mmrag.corpora.voices.espeak"],
     "faker": ["mmrag.corpora.synthetic"],
+    "lhotse": ["mmrag.corpora.lhotse_cuts", "mmrag.corpora.kaldi"],
+    "datasets": ["mmrag.corpora.huggingface"],
     "scipy": ["mmrag.corpora.augment"],
     "pyarrow": ["mmrag.speech.tokenized"],
     "jiwer": ["mmrag.score.rates"],
@@ -104,7 +108,10 @@ HOMES = {
 }
 """Library -> the modules, or whole rooms, that may import it."""
 
-LAZY = {"transformers", "huggingface_hub", "matplotlib", "espeakng_loader", "faker", "silero_vad"}
+LAZY = {
+    *("transformers", "huggingface_hub", "matplotlib", "espeakng_loader", "faker", "silero_vad"),
+    *("lhotse", "datasets"),
+}
 """Imported where they are needed: slow to load, or an optional extra."""
 
 

@@ -86,6 +86,7 @@ def test_the_lock_satisfies_every_range_of_the_project(lock, project):
         *project["project"]["dependencies"],
         *extras["cpu"],
         *extras["speech"],
+        *extras["corpora"],
         *extras["dev"],
     ]
     for requirement in map(Requirement, wanted):

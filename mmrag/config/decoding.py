@@ -84,6 +84,9 @@ class Evaluate(Section):
     datastores: tuple[str, ...]
     """Datastores to compare in the modes that retrieve; those keyed without speech in mode knn
     alone."""
+    lists: bool = False
+    """Dynamic context: each utterance searches and reads its own list of phrases alone, where the
+    corpus has lists; the datastores are then of entities, each phrase a document."""
     retriever: Literal["local", "sharded"]
     replicas: PositiveInt
     """Copies of each shard's actor."""

@@ -111,8 +111,8 @@ class Tokenize(Section):
     name: str = Field(default="tokens", pattern=SLUG)
     """The output's directory in the workspace."""
     source: str | None = None
-    """A manifest, a directory of audio or of manifests `<split>.jsonl`; None for the workspace's
-    corpus."""
+    """A manifest, a directory of audio or of manifests `<split>.jsonl`, or `reader:path` for a
+    reader of `mmrag.corpora.sources` (`lhotse:cuts.jsonl.gz`); None for the workspace's corpus."""
     codebook: str | None = None
     """A fitted codebook's directory, or a model of this package (`mmrag:tiny`); None to fit one on
     `source`."""

@@ -30,6 +30,10 @@ BATCH = 64
 Say = Callable[[str], Units]
 """A sentence -> the units of somebody saying it."""
 
+LISTS, SENTENCES = "phrases.jsonl", "phrase_sentences.jsonl"
+"""Files of a tokens directory whose corpus has a list for each utterance: the lists, and sentences
+about all of their phrases to build a datastore of."""
+
 CARRIERS = ("please call {phrase} today", "about {phrase} next week", "{phrase}")
 """Sentences in which a phrase is spoken; the first is the one that is read."""
 
@@ -44,6 +48,26 @@ def utterances(phrases: Sequence[str], carriers: Sequence[str] = CARRIERS) -> It
                 document=phrase,
                 entities=(phrase,),
             )
+
+
+def read_lists(path: Path) -> dict[str, list[str]]:
+    """Utterance id -> its phrases, from a file LISTS.
+
+    Raises ValueError where there is none, or a line that is no list.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path.parent} has no {path.name}: its corpus has no list of phrases")
+    lists = {}
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                fields = json.loads(line)
+                lists[fields["utterance"]] = [str(phrase) for phrase in fields["phrases"]]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(
+                    f"{path}:{number}: not a JSON object of utterance and phrases"
+                ) from None
+    return lists
 
 
 def description(lm: LM, identity: Mapping[str, str], say: Say | None) -> Description:

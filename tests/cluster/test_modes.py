@@ -18,6 +18,7 @@ from cluster.modes import (
     PhrasePrompting,
     SubsetKNN,
     open_locally,
+    phrase_mode,
     retrieval_mode,
 )
 from mmrag.config import KNN, CrossAttention, Index, LanguageModel, RetrievedAttention
@@ -284,6 +285,16 @@ def test_what_is_given_says_whether_neighbours_vote_or_are_read_or_both(director
     assert retrieval_mode(directory, KNN_SETTINGS, None) == votes
     assert retrieval_mode(directory, None, READ_SETTINGS) == reads
     assert retrieval_mode(directory, KNN_SETTINGS, READ_SETTINGS) == Both((votes, reads))
+
+
+def test_a_list_may_be_searched_or_read_or_both_by_the_utterance_it_comes_with(directory):
+    lists = {"u": ["maria"]}
+    votes = DocumentKNN(directory, KNN_SETTINGS, lists)
+    read = PhraseCrossAttention(directory, READ_SETTINGS, lists, MENTIONS)
+    assert phrase_mode(directory, KNN_SETTINGS, None, lists, MENTIONS) == votes
+    assert phrase_mode(directory, None, READ_SETTINGS, lists, MENTIONS) == read
+    both = phrase_mode(directory, KNN_SETTINGS, READ_SETTINGS, lists, MENTIONS)
+    assert both == Both((votes, read))
 
 
 def test_neighbours_that_vote_and_are_read_come_from_one_datastore(directory, reader):

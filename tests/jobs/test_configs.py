@@ -1,11 +1,13 @@
 """Each experiment file in jobs/configs is complete, legal, and of the size it says."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import torchaudio
+import yaml
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from cluster import train
@@ -13,12 +15,15 @@ from cluster.train import deepspeed_config
 from jobs import tokenize
 from mmrag import config, shipped
 from mmrag.config import Experiment
+from mmrag.corpora import sources
 from mmrag.model.cross_attention import Adapter
 from mmrag.model.lm import parameter_count
 from mmrag.model.vocabulary import SPECIALS
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
+PAPER = sorted((ROOT / "jobs" / "configs" / "paper").glob("*.yaml"))
+"""Experiments on the corpora of the paper and its field."""
 DEEPSPEED = sorted((ROOT / "cluster" / "deepspeed").glob("*.json"))
 READING = ["adapter", "tiny"]
 """Experiments that train an adapter."""
@@ -45,6 +50,34 @@ def parameters(experiment: Experiment) -> int:
 def test_there_is_an_experiment_of_each_size():
     names = ["330m", "6.8b", "adapter", "reproduce", "tiny", "train_tiny"]
     assert [file.stem for file in CONFIGS] == names
+    assert [file.stem for file in PAPER] == [
+        "librispeech_biasing",
+        "slue_voxpopuli",
+        "spoken_squad",
+    ]
+
+
+@pytest.mark.parametrize("file", PAPER, ids=lambda file: file.stem)
+def test_an_experiment_of_a_published_corpus_is_one_of_the_330m_model(file):
+    read, model = config.read(file), experiment("330m")
+    assert (read.lm, read.hubert) == (model.lm, model.hubert)
+    assert read.tokenize.units == model.tokenize.units
+    assert read.tokenize.source.startswith(f"{file.stem}:/mnt/mmrag/corpora/")
+    assert sources.named(read.tokenize.source)
+    assert read.train.ctc_weight == 0 and read.evaluate.split == "test"
+    deepspeed_config(read, torch.bfloat16)
+    told = re.findall(
+        r"^#   python -m (jobs\.\w+) --config (\S+)(.*)$", file.read_text(), re.MULTILINE
+    )
+    assert [command for command, *_ in told][-1] == "jobs.evaluate"
+    for command, path, overrides in told:
+        assert (ROOT / f"{command.replace('.', '/')}.py").is_file() and ROOT / path == file
+        config.read(file, overrides.split())
+
+
+@pytest.mark.parametrize("file", PAPER, ids=lambda file: file.stem)
+def test_an_experiment_of_a_published_corpus_writes_every_section_out(file):
+    assert yaml.safe_load(file.read_text()).keys() == Experiment.model_fields.keys() - {"reproduce"}
 
 
 def test_experiments_that_train_an_adapter_do_so_for_the_tiny_model_as_it_is():
@@ -81,7 +114,7 @@ def test_an_adapter_follows_one_of_the_language_models_layers(name):
     assert adapter.layers
 
 
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", CONFIGS + PAPER, ids=lambda file: file.stem)
 def test_every_experiment_parses_and_has_a_workspace_of_its_own(file):
     assert config.read(file).workspace.name == file.stem.replace("_", "-")
 
@@ -104,7 +137,7 @@ def test_the_large_model_has_6_75_billion_parameters():
     assert parameters(experiment("6.8b")) == pytest.approx(6.75e9, rel=0.01)
 
 
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", CONFIGS + PAPER, ids=lambda file: file.stem)
 def test_an_index_of_codes_cuts_the_key_into_equal_parts(file):
     read = config.read(file)
     if read.datastore.index.kind == "ivfpq":

@@ -17,6 +17,7 @@ from mmrag.retrieval.phrases import (
     WINDOW,
     Phrases,
     description,
+    read_lists,
     remember,
     speak,
     utterances,
@@ -250,3 +251,14 @@ def test_nothing_to_listen_for_is_an_error(lm, tmp_path, phrases):
     with pytest.raises(ValueError, match="nothing to listen for"):
         remember(tmp_path, phrases, lm, VOCABULARY, IDENTITY, None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_lists_are_read_by_utterance_and_a_line_that_is_none_is_named(tmp_path):
+    path = tmp_path / "phrases.jsonl"
+    path.write_text('{"utterance": "a", "phrases": ["rome"]}\n{"utterance": "b", "phrases": []}\n')
+    assert read_lists(path) == {"a": ["rome"], "b": []}
+    path.write_text('{"utterance": "a"}\n')
+    with pytest.raises(ValueError, match=r"phrases\.jsonl:1: not a JSON object of utterance"):
+        read_lists(path)
+    with pytest.raises(ValueError, match=r"has no gone\.jsonl: its corpus has no list of phrases"):
+        read_lists(tmp_path / "gone.jsonl")

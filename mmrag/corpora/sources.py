@@ -1,0 +1,102 @@
+"""Corpora of others by name, `reader:path`: which reader, and what it found, split by split."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mmrag import artifact
+from mmrag.artifact import Artifact, ArtifactError
+from mmrag.corpora import (
+    huggingface,
+    lhotse_cuts,
+    librispeech_biasing,
+    slue_voxpopuli,
+    spoken_squad,
+)
+from mmrag.corpora.splits import Corpus, CorpusError
+from mmrag.records import Rejection, Utterance
+
+Split = tuple[list[Utterance], list[Rejection]]
+
+READERS: dict[str, Callable[..., Corpus]] = {
+    "lhotse": lhotse_cuts.read,
+    "huggingface": huggingface.read,
+    "slue_voxpopuli": slue_voxpopuli.read,
+    "spoken_squad": spoken_squad.read,
+    "librispeech_biasing": librispeech_biasing.read,
+}
+AUDIO_APART = ("spoken_squad", "librispeech_biasing")
+"""Readers that take a second path, of the audio: `reader:path:audio`."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A corpus that was read: what it is, and the rows of its splits in our order."""
+
+    artifact: Artifact
+    """Its fingerprint, of the files that were named."""
+    splits: dict[str, Split]
+    phrases: dict[str, list[str]] = field(default_factory=dict)
+    """Utterance id -> the phrases that come with it."""
+
+
+def named(source: str) -> bool:
+    """Whether `source` is for a reader of this module.
+
+    Raises CorpusError for the name of a reader that there is not.
+    """
+    reader, colon, _ = source.partition(":")
+    if colon and reader in READERS:
+        return True
+    if colon and re.fullmatch(r"[a-z_]+", reader) and not Path(source).exists():
+        raise CorpusError(f"{source}: no reader {reader!r}, there are {', '.join(READERS)}")
+    return False
+
+
+def read(source: str, unpacked: Path) -> Source:
+    """Read `reader:path`; what has to be unpacked goes below `unpacked`.
+
+    Raises CorpusError or ArtifactError, which name the path, and ImportError, which names the extra
+    that is not installed.
+    """
+    reader, _, path = source.partition(":")
+    paths = _paths(reader, path)
+    if reader == "huggingface":
+        corpus = huggingface.read(paths[0], unpacked)
+    else:
+        corpus = READERS[reader](*paths)
+    splits = {}
+    for name, rows in corpus.splits.items():
+        told = list(rows)
+        splits[name] = (
+            [row for row in told if isinstance(row, Utterance)],
+            [row for row in told if isinstance(row, Rejection)],
+        )
+    return Source(_fingerprinted(reader, paths), splits, corpus.phrases)
+
+
+def _paths(reader: str, told: str) -> list[Path]:
+    """The paths after the reader's name, absolute; two where the audio is apart."""
+    path, colon, audio = told.rpartition(":")
+    apart = reader in AUDIO_APART and colon and not Path(told).exists()
+    named = [path, audio] if apart else [told]
+    if not all(named):
+        raise CorpusError(f"{reader}:{told}: names no path")
+    paths = [Path(each).expanduser() for each in named]
+    if apart and not paths[1].is_dir():
+        raise CorpusError(f"{reader}:{told}: no directory of audio {paths[1]}")
+    if reader != "librispeech_biasing" and not paths[0].exists():
+        raise ArtifactError(f"no such file or directory: {paths[0].absolute()}")
+    return [each.absolute() for each in paths]
+
+
+def _fingerprinted(reader: str, paths: list[Path]) -> Artifact:
+    """The files that were named, as one input."""
+    files = librispeech_biasing.tables(paths[0]) if reader == "librispeech_biasing" else paths[:1]
+    each = [artifact.outside(path).fingerprint for path in [*files, *paths[1:]]]
+    digest = each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()[:16]
+    return Artifact(paths[0], "outside", digest, config={}, inputs={})
