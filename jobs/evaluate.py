@@ -234,8 +234,8 @@ def write(directory: Path, results: Sequence[Result], split: str, domain: str | 
             ]
         ),
     ]
-    (directory / "results.md").write_text("\n".join(lines) + "\n")
-    with (directory / "transcripts.jsonl").open("w") as stream:
+    (directory / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with (directory / "transcripts.jsonl").open("w", encoding="utf-8") as stream:
         for result in results:
             for one in result.heard:
                 fields = {

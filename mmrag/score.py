@@ -15,7 +15,7 @@ import jiwer
 import numpy as np
 
 from mmrag.records import NO_ENTRY
-from mmrag.text import normalise
+from mmrag.text import spoken
 
 Kind = Literal["equal", "substitute", "delete", "insert"]
 
@@ -71,7 +71,7 @@ class Edit:
 def word_error_rate(
     references: Sequence[str], hypotheses: Sequence[str], resamples: int = 1000, seed: int = 0
 ) -> ErrorRate:
-    """WER over all utterances, after `normalise`.
+    """WER over all utterances, both sides as they are `spoken`: "2" and "two" are one word.
 
     An utterance with an empty reference counts its hypothesis as insertions. Raises ValueError
     if the lists differ in length or no reference holds a word.
@@ -108,15 +108,15 @@ def paired_difference(
 def entity_recall(entities: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> Recall:
     """How many of each utterance's entities its hypothesis holds.
 
-    An entity is found where its normalised words stand in the hypothesis one after the other;
+    An entity is found where its spoken words stand in the hypothesis one after the other;
     one that is listed twice has to be there twice. Raises ValueError if the lists differ in
     length or an entity has no letter or digit.
     """
     _check_paired("lists of entities", entities, hypotheses)
     found = total = 0
     for names, hypothesis in zip(entities, hypotheses, strict=True):
-        heard = _bounded(normalise(hypothesis))
-        for words, times in Counter(map(normalise, names)).items():
+        heard = _bounded(spoken(hypothesis))
+        for words, times in Counter(map(spoken, names)).items():
             if not words:
                 raise ValueError(f"an entity without a letter or digit among {list(names)}")
             total += times
@@ -140,8 +140,8 @@ def recall_at_k(tokens: np.ndarray, targets: np.ndarray, entries: np.ndarray) ->
 
 
 def align(reference: str, hypothesis: str) -> list[Edit]:
-    """The edits that turn `reference` into `hypothesis`, both normalised, in order."""
-    aligned = jiwer.process_words(normalise(reference), normalise(hypothesis))
+    """The edits that turn `reference` into `hypothesis`, both as they are spoken, in order."""
+    aligned = jiwer.process_words(spoken(reference), spoken(hypothesis))
     said, heard = aligned.references[0], aligned.hypotheses[0]
     return [
         Edit(
@@ -162,7 +162,7 @@ def _normalised(
     references: Sequence[str], hypotheses: Sequence[str]
 ) -> tuple[list[str], list[str]]:
     _check_paired("references", references, hypotheses)
-    return [normalise(text) for text in references], [normalise(text) for text in hypotheses]
+    return [spoken(text) for text in references], [spoken(text) for text in hypotheses]
 
 
 def _check_paired(what: str, expected: Sequence, hypotheses: Sequence[str]) -> None:

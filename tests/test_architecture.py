@@ -19,7 +19,8 @@ MAY_IMPORT = {
 WINGS = {
     "ground": [
         "config.section", "config.speech", "config.model", "config.retrieval", "config.decoding",
-        "config.experiment", "config", "text", "records", "artifact", "shipped", "score",
+        "config.experiment", "config", "text", "terminal", "records", "artifact", "shipped",
+        "score",
     ],
     "speech": ["audio", "vad", "hubert", "pretraining", "units", "tokenized"],
     "corpora": [
@@ -83,6 +84,7 @@ HOMES = {
     "scipy": ["mmrag.corpora.augment"],
     "pyarrow": ["mmrag.speech.tokenized"],
     "jiwer": ["mmrag.score"],
+    "num2words": ["mmrag.text"],
     "ray": ["cluster", "jobs", "serve"],
     "fastapi": ["serve"],
     "fastapi_offline": ["serve.api"],
@@ -100,7 +102,7 @@ HOMES = {
 }
 """Library -> the modules, or whole rooms, that may import it."""
 
-LAZY = {"transformers", "matplotlib", "espeakng_loader", "faker", "silero_vad"}
+LAZY = {"transformers", "matplotlib", "espeakng_loader", "faker", "silero_vad", "num2words"}
 """Imported where they are needed: slow to load, or an optional extra."""
 
 
