@@ -281,7 +281,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def show(evaluation: Artifact) -> None:
     """Print the table of a finished evaluation."""
-    results = json.loads((evaluation.path / "results.json").read_text())
+    results = json.loads((evaluation.path / "results.json").read_text(encoding="utf-8"))
     table = Table(
         title=f"{results['split']} split, {results['domain'] or 'every'} domain: "
         f"{results['rows'][0]['utterances']} utterances",

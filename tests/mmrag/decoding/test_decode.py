@@ -25,6 +25,8 @@ SHAPE = LanguageModel(width=16, layers=2, heads=4, kv_heads=2, feed_forward=24, 
 class Pieces:
     """Pieces whose text plays no part."""
 
+    unknown = None
+
     def __init__(self, size):
         self.size = size
 
