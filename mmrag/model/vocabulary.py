@@ -129,7 +129,8 @@ class BasePieces:
         is no letter goes."""
         if self.unknown is not None and self.unknown not in self.encode(text):
             return text
-        kept = (c if self.knows(c) or is_letter(c) or c.isspace() else " " for c in text)
+        blank = "" if self.unknown in self.encode(" ") else " "
+        kept = (c if self.knows(c) or is_letter(c) or c.isspace() else blank for c in text)
         return fold("".join(kept), lambda letter: not is_letter(letter) or self.knows(letter))
 
     def encode(self, text: str) -> list[int]:
@@ -171,10 +172,15 @@ class Vocabulary:
         return self.pieces.spoken(text)
 
     def unspeakable(self, text: str) -> list[str]:
-        """The letters of a text, or else its words, that no piece writes, each once."""
+        """The letters of a text, or else its words, that no piece writes, each once.
+
+        Where words are known but not beside each other, that is the whole of it.
+        """
         said, pieces = self.pieces.spoken(text), self.pieces
         lost = [letter for letter in said if is_letter(letter) and not pieces.knows(letter)]
         lost = lost or [word for word in said.split() if pieces.unknown in pieces.encode(word)]
+        if not lost and pieces.unknown in pieces.encode(said):
+            return [said]
         return list(dict.fromkeys(lost))
 
     def refusal(self, text: str) -> str | None:

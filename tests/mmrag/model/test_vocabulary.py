@@ -145,6 +145,7 @@ def test_word_ends_of_byte_level_pieces(tokenizer, text):
 
 def test_word_ends_never_fall_where_one_token_holds_several_words():
     class Phrases:
+        unknown = None
         size = 3
         words = (" of course", " we", " can")
 
@@ -229,6 +230,7 @@ def test_the_alphabet_numbers_every_character_that_pieces_write(vocabulary):
 
 def test_an_alphabet_has_a_blank_though_no_piece_writes_one():
     class Syllables:
+        unknown = None
         size = 2
         words = ("ba", "ca")
 
@@ -375,14 +377,10 @@ def test_a_text_without_a_word_is_refused(vocabulary, text):
     assert vocabulary.refusal(text).startswith("nothing to listen for in ")
 
 
-def test_a_phrase_is_found_as_it_is_spoken():
+@pytest.mark.parametrize(("phrase", "said"), [("Renée Dubois", "renee dubois"), ("A1C", "a one c")])
+def test_a_phrase_is_found_as_it_is_spoken(phrase, said):
     ids = VOCABULARY.encode("call Renée Dubois about the A1C")
-    for phrase, said in {
-        "Renée Dubois": "renee dubois",
-        "A1C": "a one c",
-        "a1c": "a one c",
-    }.items():
-        assert VOCABULARY.decode(ids[VOCABULARY.find(phrase, ids)]) == said
+    assert VOCABULARY.decode(ids[VOCABULARY.find(phrase, ids)]) == said
 
 
 def test_the_unknown_piece_is_passed_over_in_text():
