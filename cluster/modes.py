@@ -209,8 +209,9 @@ class PhrasePrompting:
         vocabulary = recogniser.vocabulary
 
         def guide(batch: Sequence[Tokenized]) -> dict[str, Any]:
-            listed = [map(vocabulary.encode, self.phrases[one.utterance.id]) for one in batch]
-            return {"contexts": [list(chain.from_iterable(own)) for own in listed]}
+            listed = [self.phrases[one.utterance.id] for one in batch]
+            first = [[way for p in own for way in vocabulary.spellings(p)[:1]] for own in listed]
+            return {"contexts": [list(chain.from_iterable(own)) for own in first]}
 
         return guide
 

@@ -39,6 +39,9 @@ from mmrag.speech.tokenized import Tokenized, write_part
 from mmrag.speech.units import Codebook
 from mmrag.transcribe import recognise, words
 
+REJECTED = "rejected.jsonl"
+"""The file of a stage's output that names what could not be used, and why."""
+
 
 def device() -> str:
     """Where this worker computes."""
@@ -238,6 +241,7 @@ class TranscribedUtterance:
     speaker: str
     seconds: float
     reference: str
+    """As the vocabulary can write it, the entities too."""
     text: str
     entities: list[str]
     changed: list[str]
@@ -286,9 +290,9 @@ class Transcribe:
                 utterance=one.utterance.id,
                 speaker=one.utterance.speaker,
                 seconds=seconds(one),
-                reference=one.utterance.text,
+                reference=vocabulary.spoken(one.utterance.text),
                 text=vocabulary.decode(hypothesis.tokens),
-                entities=list(one.utterance.entities),
+                entities=list(map(vocabulary.spoken, one.utterance.entities)),
                 changed=[w.text for w in words(hypothesis, vocabulary) if w.changed],
                 decode_seconds=elapsed * seconds(one) / audio_seconds,
                 recalled=found,
@@ -304,7 +308,8 @@ class Transcribe:
             return [(0, 0)] * len(batch)
         own = retrieval if isinstance(retrieval, Sequence) else [retrieval] * len(batch)
         vocabulary, heard = self._recogniser.vocabulary, own[0].settings.query == "speech"
-        texts = [vocabulary.encode(one.utterance.text) for one in batch]
+        told = [one.utterance.text for one in batch]
+        texts = [[] if vocabulary.unspeakable(text) else vocabulary.encode(text) for text in told]
         speech = [vocabulary.encode_units(one.units) if heard else None for one in batch]
         keys, tokens, slices, _ = read_states(
             self._recogniser.lm, vocabulary, texts, speech, logits=False
@@ -343,7 +348,7 @@ def transcribe_modes(
 def write_rejections(path: Path, rejected: Iterable[Rejection]) -> None:
     """One JSON object a line: the source and the reason."""
     lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in rejected]
-    path.write_text("".join(lines))
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def seconds(one: Tokenized) -> float:

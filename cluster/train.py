@@ -44,6 +44,7 @@ from mmrag.model.train import (
     examples,
     learning_rate,
     precision,
+    speakable,
     step_log,
     train_step,
 )
@@ -143,7 +144,8 @@ def _worker(config: dict[str, Any]) -> None:
     deepspeed.init_distributed(dist_init_required=False)
 
     vocabulary = Vocabulary.load(Path(config["lm"] or directory))
-    corpus = [one for split in config["splits"] for one in read(Path(split))]
+    told = (one for split in config["splits"] for one in read(Path(split)))
+    corpus = list(speakable(told, vocabulary))
     data = examples(corpus, vocabulary)
     contexts = shown(experiment, corpus) if experiment.adapter else None
     curriculum = Curriculum(data, settings, seed)

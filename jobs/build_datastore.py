@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -10,7 +11,7 @@ from random import Random
 import ray
 
 from cluster.parts import parts, work_off
-from cluster.stages import SpeakUnits, WriteEntries
+from cluster.stages import REJECTED, SpeakUnits, WriteEntries, write_rejections
 from cluster.tracking import Run
 from jobs import stage
 from mmrag import artifact
@@ -18,6 +19,7 @@ from mmrag.artifact import Artifact, Draft
 from mmrag.config import ConfigError, Experiment, Index, as_dict
 from mmrag.config import Datastore as DatastoreConfig
 from mmrag.corpora import manifest
+from mmrag.model.vocabulary import Vocabulary
 from mmrag.records import Rejection, Utterance
 from mmrag.retrieval import datastore
 from mmrag.retrieval.datastore import Datastore
@@ -25,6 +27,7 @@ from mmrag.retrieval.index import IndexShard, saved_shards, shard_directory, sha
 from mmrag.retrieval.segment import Description
 from mmrag.speech import tokenized
 from mmrag.speech.tokenized import Tokenized
+from mmrag.text import read_lines
 
 
 def run(experiment: Experiment, force: bool = False) -> Artifact:
@@ -47,8 +50,14 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
             identity={"lm": lm.fingerprint, "codebook": codebook.fingerprint},
         )
         datastore.create(draft.path, description)
-        source = _read(inputs["source"], settings, experiment.seed)
+        read = _read(inputs["source"], settings, experiment.seed)
+        rejected: list[Rejection] = []
+        source = _speakable(read, Vocabulary.load(lm.path), rejected)
         utterances = list(islice(source, settings.utterances))
+        write_rejections(draft.path / REJECTED, rejected)
+        if rejected and not utterances:
+            first = rejected[0]
+            raise ValueError(f"nothing of it can be used: {first.source}: {first.reason}")
         shares = parts(utterances, lambda _: 1, settings.part_utterances)
         segments = draft.path / "segments"
         todo = [part for part in shares if not (segments / part.name).exists()]
@@ -66,6 +75,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         draft.summary |= {
             "entries": entries,
             "utterances": len(utterances),
+            "rejected": len(rejected),
             "shards": len(saved_shards(draft.path)),
         }
 
@@ -100,10 +110,9 @@ def _read(source: Artifact, settings: DatastoreConfig, seed: int) -> Iterator[To
             yield Tokenized(line, None)
         return
     if source.kind == "outside":
-        for number, line in enumerate(source.path.read_text().splitlines(), start=1):
-            if line.strip():
-                name = f"{source.path.name}:{number}"
-                yield Tokenized(Utterance(id=name, text=line.strip(), document=name), None)
+        for number, line in read_lines(source.path):
+            name = f"{source.path.name}:{number}"
+            yield Tokenized(Utterance(id=name, text=line, document=name), None)
         return
     splits = [source.path / split for split in settings.splits]
     for split in [each for each in splits if each.exists()] or [source.path / "all"]:
@@ -116,6 +125,18 @@ def _read(source: Artifact, settings: DatastoreConfig, seed: int) -> Iterator[To
                 yield Tokenized(one.utterance, None)
             elif one.units is not None:
                 yield one
+
+
+def _speakable(
+    read: Iterable[Tokenized], vocabulary: Vocabulary, rejected: list[Rejection]
+) -> Iterator[Tokenized]:
+    """What the model can listen for, as it is spoken; the others join those `rejected`."""
+    for one in read:
+        text = one.utterance.text or ""
+        if reason := vocabulary.refusal(text):
+            rejected.append(Rejection(one.utterance.id, reason))
+        else:
+            yield replace(one, utterance=replace(one.utterance, text=vocabulary.spoken(text)))
 
 
 def _index(directory: Path, settings: Index, seed: int, num_cpus: float) -> int:

@@ -37,7 +37,8 @@ from jobs import (
 )
 from mmrag.artifact import Artifact
 from mmrag.config import Experiment
-from mmrag.score import align, normalise
+from mmrag.score import align
+from mmrag.text import spoken
 
 TEXT, MULTIMODAL = "text", "multimodal"
 EXAMPLES = 5
@@ -100,7 +101,7 @@ def _with_datastore(experiment: Experiment, name: str, audio: str, **changes: An
 
 def _examples(evaluation: Path) -> None:
     """A few transcripts with what retrieval changed: mended words green, spoilt ones red."""
-    lines = [json.loads(line) for line in (evaluation / "transcripts.jsonl").open()]
+    lines = [json.loads(line) for line in (evaluation / "transcripts.jsonl").open(encoding="utf-8")]
     plain = {one["utterance"]: one for one in lines if one["datastore"] is None}
     [*_, mode] = dict.fromkeys(one["mode"] for one in lines if one["datastore"] == MULTIMODAL)
     shown_as = (MULTIMODAL, mode)
@@ -129,7 +130,7 @@ def _marked(reference: str, without: str, heard: str) -> str:
     same = [edit.kind == "equal" for edit in align(without, heard) for _ in edit.hypothesis_words]
     words = [
         escape(word) if kept else f"[{'green' if good else 'red'}]*{escape(word)}*[/]"
-        for word, good, kept in zip(normalise(heard).split(), right, same, strict=True)
+        for word, good, kept in zip(spoken(heard).split(), right, same, strict=True)
     ]
     return " ".join(words)
 

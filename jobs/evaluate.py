@@ -280,8 +280,8 @@ def write(
             ]
         ),
     ]
-    (directory / "results.md").write_text("\n".join(lines) + "\n")
-    with (directory / "transcripts.jsonl").open("w") as stream:
+    (directory / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with (directory / "transcripts.jsonl").open("w", encoding="utf-8") as stream:
         for result in results:
             for one in result.heard:
                 fields = {
@@ -404,7 +404,7 @@ def _comparisons_in_markdown(comparisons: Sequence[Comparison]) -> list[str]:
 
 def show(evaluation: Artifact) -> None:
     """Print the tables of a finished evaluation."""
-    results = json.loads((evaluation.path / "results.json").read_text())
+    results = json.loads((evaluation.path / "results.json").read_text(encoding="utf-8"))
     rows, comparisons = results["rows"], results.get("comparisons", ())  # an older one has none
     title = (
         f"{results['split']} split, {results['domain'] or 'every'} domain: "

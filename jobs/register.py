@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cluster import tracking
 from jobs import publish, stage
-from mmrag import artifact, shipped
+from mmrag import artifact, shipped, terminal
 from mmrag.artifact import Artifact
 from mmrag.config import Experiment, read
 
@@ -78,12 +78,15 @@ def main() -> None:
         "--alias", default=tracking.ALIAS, help="name of the new version (default: %(default)s)"
     )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    arguments = parser.parse_args()
-    try:
-        experiment = read(arguments.config, arguments.overrides)
-        run(experiment, arguments.name, arguments.models, arguments.alias)
-    except stage.EXPLAINED as error:
-        sys.exit(f"error: {error}")
+    with terminal.command("error"):
+        arguments = parser.parse_args()
+        try:
+            experiment = read(arguments.config, arguments.overrides)
+            run(experiment, arguments.name, arguments.models, arguments.alias)
+        except BrokenPipeError:  # nobody reads: the command ends quietly
+            raise
+        except stage.EXPLAINED as error:
+            sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

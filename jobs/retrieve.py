@@ -9,6 +9,8 @@ from jobs import stage
 from jobs.tune import heard_by, select
 from mmrag.artifact import Artifact, Draft
 from mmrag.config import ConfigError, Experiment
+from mmrag.model.train import speakable
+from mmrag.model.vocabulary import Vocabulary
 
 PART_UTTERANCES = 100
 
@@ -24,7 +26,8 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     made = heard_by(experiment, lm)
 
     def work(draft: Draft, tracked: Run) -> None:
-        spoken = select(made, contexts.split, None)
+        vocabulary = Vocabulary.load(lm.path)
+        spoken = list(speakable(select(made, contexts.split, None), vocabulary))
         shares = parts(spoken, lambda _: 1, PART_UTTERANCES)
         todo = [part for part in shares if not (draft.path / f"{part.name}.npz").exists()]
         search = {

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from cluster import tracking
 from cluster.connection import connection
-from mmrag import artifact, shipped
+from mmrag import artifact, shipped, terminal
 from mmrag.artifact import Artifact, ArtifactError, Draft
 from mmrag.config import Experiment, read
 from mmrag.retrieval.segment import DatastoreError
@@ -46,11 +46,18 @@ def main(
     )
     parser.add_argument("--force", action="store_true", help="make it again though it is finished")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    arguments = parser.parse_args()
+    with terminal.command("error"):
+        _run(stage, parser.parse_args())
+
+
+def _run(stage: Callable[[Experiment, bool], Any], arguments: argparse.Namespace) -> None:
+    """Run the stage; exit with one line where an error explains itself."""
     try:
         experiment = read(arguments.config, arguments.overrides)
         with connection():
             stage(experiment, arguments.force)
+    except BrokenPipeError:  # nobody reads: the command ends quietly
+        raise
     except Exception as error:
         cause = error.cause if isinstance(error, RayTaskError) else error
         if not isinstance(cause, EXPLAINED) or isinstance(cause, ValidationError):

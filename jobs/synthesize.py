@@ -35,8 +35,9 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
             pass
         for split, shares in splits.items():
             manifest = draft.path / f"{split}.jsonl"
-            rows = [(draft.path / f".{part.name}.jsonl").read_text() for part in shares]
-            manifest.write_text("".join(rows))
+            rows = [draft.path / f".{part.name}.jsonl" for part in shares]
+            lines = "".join(row.read_text(encoding="utf-8") for row in rows)
+            manifest.write_text(lines, encoding="utf-8")
             draft.summary[f"{split}_utterances"] = sum(len(part.work) for part in shares)
             tracked.file(manifest)
 

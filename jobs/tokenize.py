@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from cluster.parts import parts, work_off
-from cluster.stages import EncodeFeatures, EncodeUnits, write_rejections
+from cluster.stages import REJECTED, EncodeFeatures, EncodeUnits, write_rejections
 from cluster.tracking import Run
 from jobs import stage
 from mmrag import artifact, shipped
@@ -65,11 +65,11 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
             pass
         rejected = list(chain.from_iterable(unread for _, unread in splits.values()))
         for piece in sorted(draft.path.glob("*/.*.rejected.jsonl")):
-            rejected += [Rejection(**json.loads(line)) for line in piece.open()]
-        write_rejections(draft.path / "rejected.jsonl", rejected)
+            rejected += [Rejection(**json.loads(line)) for line in piece.open(encoding="utf-8")]
+        write_rejections(draft.path / REJECTED, rejected)
         _write_lists(draft.path, lists)
         _count(draft, len(rejected))
-        tracked.file(draft.path / "rejected.jsonl")
+        tracked.file(draft.path / REJECTED)
 
     inputs = {"hubert": hubert, "codebook": codebook, "source": source}
     return stage.make(experiment, settings.name, "tokens", config, inputs, work, force=force)

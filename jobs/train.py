@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from cluster.progress import METRICS, last_record
+from cluster.stages import REJECTED, write_rejections
 from cluster.tracking import Run
 from cluster.train import fit
 from jobs import stage
@@ -19,6 +20,7 @@ from mmrag.config import ConfigError, Experiment, Train, as_dict
 from mmrag.model import pretrained
 from mmrag.model.cross_attention import Adapter
 from mmrag.model.lm import parameter_count
+from mmrag.model.train import unspeakable
 from mmrag.model.vocabulary import BasePieces, SentencePieces, Vocabulary
 from mmrag.retrieval.datastore import Datastore
 from mmrag.speech import tokenized
@@ -59,6 +61,7 @@ def _lm(experiment: Experiment, force: bool) -> Artifact:
             f"ZeRO-{settings.zero_stage}"
         )
 
+        _report_unspeakable(draft, splits, vocabulary)
         fit(experiment, splits, draft.path, _log(settings, tracked))
         draft.summary |= {
             "parameters": parameters,
@@ -109,6 +112,7 @@ def _adapter(experiment: Experiment, force: bool) -> Artifact:
             f"workers, ZeRO-{settings.zero_stage}"
         )
         splits = [made.path / contexts.split]
+        _report_unspeakable(draft, splits, Vocabulary.load(lm.path))
         fit(experiment, splits, draft.path, _log(settings, tracked), lm.path)
         draft.summary |= {
             "parameters": parameters,
@@ -119,6 +123,18 @@ def _adapter(experiment: Experiment, force: bool) -> Artifact:
     return stage.make(
         experiment, "adapter", "adapter", config, inputs, work, logs=(METRICS,), force=force
     )
+
+
+def _report_unspeakable(draft: Draft, splits: list[Path], vocabulary: Vocabulary) -> None:
+    """Say which utterances are not trained on, because the vocabulary cannot write their text."""
+    told = (one for split in splits for one in tokenized.read(split))
+    rejected = list(unspeakable(told, vocabulary))
+    if rejected:
+        write_rejections(draft.path / REJECTED, rejected)
+        stage.console.print(
+            f"  {len(rejected)} utterances left out, whose text this model cannot write: {REJECTED}"
+        )
+        draft.summary["rejected"] = len(rejected)
 
 
 def _log(settings: Train, tracked: Run) -> Callable[[dict[str, Any]], None]:

@@ -66,7 +66,7 @@ def load(path: Path | str, kind: str) -> Artifact:
         with suppress(ArtifactError), _lock(path):  # whoever is writing now recovers by itself
             _recover(path)
     try:
-        fields = json.loads((path / FILE).read_text())
+        fields = json.loads((path / FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         hint = "it holds no artifact.json" if path.is_dir() else "no such directory"
         raise ArtifactError(f"{path} is not a finished {kind}: {hint}") from None
@@ -217,7 +217,7 @@ def fingerprint(
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that `path` holds the old text or the new one, never half."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w") as stream:
+    with aside.open("w", encoding="utf-8") as stream:
         json.dump(value, stream, indent=2, ensure_ascii=False)
         stream.write("\n")
         stream.flush()
@@ -239,7 +239,7 @@ def _open_draft(path: Path, wanted: Mapping[str, Any], force: bool) -> Draft:
     draft, plan = _aside(path, "partial"), ".plan.json"
     if draft.exists():
         try:
-            resumed = not force and json.loads((draft / plan).read_text()) == wanted
+            resumed = not force and json.loads((draft / plan).read_text(encoding="utf-8")) == wanted
         except (FileNotFoundError, json.JSONDecodeError):
             resumed = False
         if resumed:

@@ -21,10 +21,11 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
-from mmrag import shipped
+from mmrag import shipped, terminal
 from mmrag.artifact import ArtifactError
 from mmrag.client import Answer, Service, ServiceError
 from mmrag.records import Transcript
+from mmrag.text import read_lines
 
 if TYPE_CHECKING:
     from mmrag.config import KNN, RetrievedAttention
@@ -48,7 +49,8 @@ WHOLE = {"k": 8, "stride": 1, "whole": 300}
 """How it is read."""
 AGREEMENT = -2.5
 """As in `Decode`."""
-CACHE = Path(os.environ.get("MMRAG_CACHE") or Path.home() / ".cache" / "mmrag") / "phrases"
+CACHE = "MMRAG_CACHE"
+"""Environment variable: where spoken phrases are kept, by default in ~/.cache/mmrag."""
 KEY = "MMRAG_API_KEY"
 """Environment variable: a command line is everybody's to read."""
 TAIL_LETTERS = 400
@@ -57,7 +59,14 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; exit status 1 if a file could not be transcribed, 2 for wrong usage."""
+    """Run the command; exit status 1 if a file could not be transcribed, 2 for wrong usage, 130 if
+    it was interrupted."""
+    with terminal.command("mmrag"):
+        sys.exit(1 if _run(arguments) else 0)
+
+
+def _run(arguments: Sequence[str] | None) -> bool:
+    """Whether a file could not be transcribed."""
     parser = _parser()
     options = parser.parse_args(arguments)
     given = [name for name in IN_PROCESS if getattr(options, name) is not None]
@@ -65,8 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--url goes without {', '.join(map(_flag, given))}: it is the endpoint's own")
     for name in IN_PROCESS.keys() - given:
         setattr(options, name, IN_PROCESS[name])
-    failed = _here(options) if options.url is None else _there(options)
-    sys.exit(1 if failed else 0)
+    return _here(options) if options.url is None else _there(options)
 
 
 def _here(options: argparse.Namespace) -> bool:
@@ -292,7 +300,7 @@ def _phrases(options: argparse.Namespace, recogniser: Recogniser) -> dict[str, A
     listed = _listed(options.phrases)
     identity = {role: recogniser.identity[role] for role in ("lm", "codebook")}
     datastore = remember(
-        CACHE, listed, recogniser.lm, recogniser.vocabulary, identity, recogniser.synthesizer()
+        _cache(), listed, recogniser.lm, recogniser.vocabulary, identity, recogniser.synthesizer()
     )
     retriever = SubsetRetriever(datastore, np.arange(datastore.entries))
     found: dict[str, Any] = {"source": retriever}
@@ -307,13 +315,25 @@ def _phrases(options: argparse.Namespace, recogniser: Recogniser) -> dict[str, A
     return found
 
 
+def _cache() -> Path:
+    """The directory of spoken phrases; ValueError where there is no place for one."""
+    try:
+        return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "mmrag") / "phrases"
+    except RuntimeError:
+        raise ValueError(
+            f"there is no home directory to keep spoken phrases in: set {CACHE} to a directory"
+        ) from None
+
+
 def _listed(file: Path) -> list[str]:
-    return [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    return [line for _, line in read_lines(file)]
 
 
 def _print(file: Path, transcript: Transcript, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"file": str(file), **asdict(transcript)}, ensure_ascii=False))
+        fields = {"file": str(file), **asdict(transcript)}
+        told = json.dumps(fields, ensure_ascii=False)
+        print(told if terminal.shows(told) else json.dumps(fields))
         return
     marked = " ".join(
         f"[bold green]{_shown(word.text)}[/]" if word.changed else _shown(word.text)

@@ -24,6 +24,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.concurrency import run_in_threadpool
 
 from mmrag.artifact import load as load_artifact
+from mmrag.model.vocabulary import Vocabulary
 from serve import errors, middleware, schema
 from serve.datastores import Datastores
 from serve.model import locate
@@ -74,8 +75,9 @@ class Api:
         app.get("/metrics", response_class=PlainTextResponse)(self.metrics)
         guarded = APIRouter(dependencies=[Depends(HTTPBearer(auto_error=False))])
         guarded.get("/v1/models")(self.models)
+        vocabulary = Vocabulary.load(self._model / "lm")
         for part in (Transcriptions, Datastores):
-            guarded.include_router(part(self._settings, self._pipeline).router())
+            guarded.include_router(part(self._settings, self._pipeline, vocabulary).router())
         app.include_router(guarded)
         return app
 

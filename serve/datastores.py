@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
 from mmrag.config import SLUG
+from mmrag.model.vocabulary import Vocabulary
 from serve import middleware, schema
 from serve.errors import ApiError
 from serve.messages import DatastoreSummary
@@ -22,9 +23,10 @@ ONE, ENTRIES = f"{ALL}/{{name}}", f"{ALL}/{{name}}/entries"
 class Datastores:
     """The routes."""
 
-    def __init__(self, settings: Settings, pipeline: Pipeline) -> None:
+    def __init__(self, settings: Settings, pipeline: Pipeline, vocabulary: Vocabulary) -> None:
         self._settings = settings
         self._pipeline = pipeline
+        self._vocabulary = vocabulary
 
     def router(self) -> APIRouter:
         """All of them."""
@@ -111,7 +113,7 @@ class Datastores:
             param = ".".join(map(str, problem["loc"])) or None
             message = f"{param or 'body'}: {problem['msg']}"
             raise ApiError(422, message, problem["type"], param) from None
-        texts = schema.bounded_texts(asked.texts, limits.texts, "texts", limits)
+        texts = schema.bounded_texts(asked.texts, limits.texts, "texts", limits, self._vocabulary)
         asked = asked.model_copy(update={"texts": texts})
         if not data:
             return asked, None

@@ -29,6 +29,7 @@ from mmrag.artifact import ArtifactError
 from mmrag.artifact import load as load_artifact
 from mmrag.config import SLUG
 from mmrag.decoding.tune import tuned
+from mmrag.model.vocabulary import Vocabulary
 from mmrag.records import Units, Utterance
 from mmrag.retrieval import datastore as stored
 from mmrag.retrieval.datastore import Datastore
@@ -78,6 +79,7 @@ class Retriever:
         self._encoder = encoder
         self._decoder = decoder
         self._model = locate(settings)
+        self._vocabulary = Vocabulary.load(self._model / "lm")
         self._app = serve.get_replica_context().app_name
         self._root = settings.datastores
         self._root.mkdir(parents=True, exist_ok=True)
@@ -180,12 +182,12 @@ class Retriever:
     async def phrase_list(self, phrases: Sequence[str]) -> PhraseList:
         """Phrases for one request, each spoken and read the first time it is met.
 
-        Raises Refused for one without a letter or digit.
+        Raises InvalidRequest for one that cannot be spoken.
         """
         phrases = list(dict.fromkeys(phrases))
         new = [phrase for phrase in phrases if phrase not in self._phrases]
         if new:
-            told = list(utterances(new))
+            told = list(utterances(new, spoken=self._vocabulary.spoken))
             segments = await self._read(told, await self._said(told), "entities")
             self._phrases |= _by_document(join(segments))
         segments = [self._phrases[phrase] for phrase in phrases]
@@ -311,8 +313,11 @@ class Retriever:
         texts = list(dict.fromkeys(" ".join(text.split()) for text in texts))
         phrases = [text for text in texts if len(text.split()) <= PHRASE_WORDS]
         longer = [text for text in texts if len(text.split()) > PHRASE_WORDS]
-        sentences = [Utterance(id=uuid4().hex, text=text, document=text) for text in longer]
-        told = list(utterances(phrases))
+        sentences = [
+            Utterance(id=uuid4().hex, text=self._vocabulary.spoken(text), document=text)
+            for text in longer
+        ]
+        told = list(utterances(phrases, spoken=self._vocabulary.spoken))
         return [
             *await self._read(told, await self._said(told), "entities"),
             *await self._read(sentences, await self._said(sentences), "all"),
@@ -339,10 +344,10 @@ class Retriever:
     async def _read(
         self, told: Sequence[Utterance], units: Sequence[Units], kind: str
     ) -> list[Segment]:
-        """The segments of utterances, SPOKEN in each; Refused for a text without words."""
+        """The segments of utterances, SPOKEN in each; InvalidRequest for what cannot be spoken."""
         for one in told:
-            if not any(letter.isalnum() for letter in one.text):
-                raise InvalidRequest(f"nothing to listen for in {one.text!r}")
+            if refusal := self._vocabulary.refusal(one.document):
+                raise InvalidRequest(refusal)
         spoken = [Tokenized(one, heard) for one, heard in zip(told, units, strict=True)]
         parts = [spoken[start : start + SPOKEN] for start in range(0, len(spoken), SPOKEN)]
         return [await self._decoder.entries.remote(part, kind) for part in parts]

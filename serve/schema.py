@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from mmrag.config import SLUG
+from mmrag.model.vocabulary import Vocabulary
 from serve.errors import ApiError
 from serve.settings import Limits
 
@@ -220,19 +221,27 @@ class Status(BaseModel):
     status: Literal["ok", "starting"]
 
 
-def bounded_texts(texts: Sequence[str], most: int, param: str, limits: Limits) -> list[str]:
-    """The texts, blanks and control characters evened out and empty ones dropped.
-
-    Raises ApiError (400) if there are more than `most`, or one is too long or has nothing to say.
-    """
+def evened(texts: Iterable[str]) -> list[str]:
+    """The texts, blanks and control characters evened out and empty ones dropped."""
     found = [" ".join(_CONTROL.sub(" ", text).split()) for text in texts]
-    found = [text for text in found if text]
+    return [text for text in found if text]
+
+
+def bounded_texts(
+    texts: Sequence[str], most: int, param: str, limits: Limits, vocabulary: Vocabulary
+) -> list[str]:
+    """The texts, `evened`.
+
+    Raises ApiError (400) if there are more than `most`, or one is too long, or nothing that can be
+    spoken with this vocabulary.
+    """
+    found = evened(texts)
     if len(found) > most:
         raise ApiError(400, f"{param}: {len(found)} are too many, at most {most}", None, param)
     for text in found:
         if len(text) > limits.text_length:
             message = f"{param}: {text[:20]!r}… has {len(text)} characters"
             raise ApiError(400, f"{message}, at most {limits.text_length}", None, param)
-        if not any(letter.isalnum() for letter in text):
-            raise ApiError(400, f"{param}: nothing to listen for in {text!r}", None, param)
+        if refusal := vocabulary.refusal(text):
+            raise ApiError(400, f"{param}: {refusal}", None, param)
     return found

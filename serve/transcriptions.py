@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from ray.serve.metrics import Counter, Histogram
 
 from mmrag.config import SLUG, RetrievalMode
+from mmrag.model.vocabulary import Vocabulary
 from mmrag.records import Word
 from serve import captions, errors, middleware, schema
 from serve.errors import ApiError
@@ -32,9 +33,10 @@ PROMPT_WORDS = 6
 class Transcriptions:
     """The route, and what it counts."""
 
-    def __init__(self, settings: Settings, pipeline: Pipeline) -> None:
+    def __init__(self, settings: Settings, pipeline: Pipeline, vocabulary: Vocabulary) -> None:
         self._settings = settings
         self._pipeline = pipeline
+        self._vocabulary = vocabulary
         self._audio = Counter("mmrag_audio_seconds_total", "Audio transcribed, seconds.")
         self._factor = Histogram(
             "mmrag_real_time_factor",
@@ -123,11 +125,21 @@ class Transcriptions:
             raise ApiError(400, message, "unsupported_language", "language")
 
     def _phrases(self, context: Sequence[str], prompt: str | None) -> list[str]:
-        """What a request listens for: its context, and the names that its prompt lists."""
-        named = [part.strip() for part in re.split(r"[,;\n]", prompt or "")]
-        named = [part for part in named if 0 < len(part.split()) <= PROMPT_WORDS]
-        limits = self._settings.limits
-        return schema.bounded_texts([*context, *named], limits.phrases, "context[]", limits)
+        """What a request listens for: its context, and the names that its prompt lists.
+
+        A prompt is free text: what of it cannot be listened for is passed over.
+        """
+        limits, known = self._settings.limits, self._vocabulary
+        listed = schema.bounded_texts(context, limits.phrases, "context[]", limits, known)
+        named = [
+            part
+            for part in schema.evened(re.split(r"[,;\n]", prompt or ""))
+            if len(part.split()) <= PROMPT_WORDS
+            and len(part) <= limits.text_length
+            and known.refusal(part) is None
+        ]
+        most = limits.phrases - len(listed)
+        return [*listed, *schema.bounded_texts(named, most, "prompt", limits, known)]
 
     async def _events(
         self, data: bytes, build: RequestBuilder, seconds: float, evidence: bool

@@ -19,7 +19,7 @@ MAY_IMPORT = {
 WINGS = {
     "ground": [
         "config.section", "config.speech", "config.model", "config.retrieval", "config.decoding",
-        "config.experiment", "config", "text", "records", "artifact", "shipped",
+        "config.experiment", "config", "text", "terminal", "records", "artifact", "shipped",
         "score.rates", "score.recall", "score.significance", "score.entities", "score.biasing",
         "score",
     ],
@@ -91,6 +91,7 @@ HOMES = {
     "scipy": ["mmrag.corpora.augment"],
     "pyarrow": ["mmrag.speech.tokenized"],
     "jiwer": ["mmrag.score.rates"],
+    "num2words": ["mmrag.text"],
     "ray": ["cluster", "jobs", "serve"],
     "fastapi": ["serve"],
     "fastapi_offline": ["serve.api"],
@@ -110,7 +111,7 @@ HOMES = {
 
 LAZY = {
     *("transformers", "huggingface_hub", "matplotlib", "espeakng_loader", "faker", "silero_vad"),
-    *("lhotse", "datasets"),
+    *("lhotse", "datasets", "num2words"),
 }
 """Imported where they are needed: slow to load, or an optional extra."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from jobs.benchmark.endpoint import EndpointError
 from jobs.benchmark.serve import FULL, QUICK, Serving, speak
 from jobs.benchmark.targets import rounded, show
+from mmrag import terminal
 
 
 def main() -> None:
@@ -32,8 +33,6 @@ def main() -> None:
             results = measure.there(options.url) if options.url else measure.here()
     except (EndpointError, ImportError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
     if options.json:
         print(json.dumps(rounded(results), indent=1))
     else:
@@ -41,4 +40,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with terminal.command("error"):
+        main()

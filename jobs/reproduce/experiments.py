@@ -382,7 +382,9 @@ def _tokenized(
             todo = [part for part, row in zip(shares, rows, strict=True) if not row.exists()]
             for _ in work_off([record], todo, experiment.synthesize.workers, f"{name} {split}"):
                 pass
-            (draft.path / f"{split}.jsonl").write_text("".join(row.read_text() for row in rows))
+            (draft.path / f"{split}.jsonl").write_text(
+                "".join(row.read_text(encoding="utf-8") for row in rows), encoding="utf-8"
+            )
             draft.summary[f"{split}_utterances"] = len(planned)
 
     directory, inputs = f"conditions/{name}", {"corpus": lab.corpus}

@@ -137,7 +137,7 @@ def write(
             lines += [f"![{TITLES[task]}]({task}.png)", ""]
     if len(told := hallucinations(rows)) > 1:
         lines += ["## What nobody said", "", *TOLD_NOTE, "", *markdown(told), ""]
-    (docs / "results.md").write_text("\n".join(lines))
+    (docs / "results.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def show(rows: Sequence[Row]) -> None:

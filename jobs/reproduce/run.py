@@ -61,7 +61,7 @@ def run(experiment: Experiment, force: bool = False) -> None:
     rows: list[dict[str, Any]] = []
     heard = {}
     for made in done:
-        lines = [json.loads(line) for line in (made.path / TRANSCRIPTS).open()]
+        lines = [json.loads(line) for line in (made.path / TRANSCRIPTS).open(encoding="utf-8")]
         points = dict.fromkeys(line["point"] for line in lines)
         for row, point in zip(json.loads((made.path / ROWS).read_text()), points, strict=True):
             rows.append(row | _told([line for line in lines if line["point"] == point]))
@@ -176,7 +176,7 @@ def _measure(lab: Lab, name: str, task: Task) -> Artifact:
                 lines += [json.dumps({**about, **asdict(one)}) + "\n" for one in heard[key]]
                 tracked.log({f"wer.{_slug(key)}": rows[-1]["wer"]})
         write_json(draft.path / ROWS, rows)
-        (draft.path / TRANSCRIPTS).write_text("".join(lines))
+        (draft.path / TRANSCRIPTS).write_text("".join(lines), encoding="utf-8")
         tracked.file(draft.path / ROWS)
         draft.summary["rows"] = len(rows)
 

@@ -8,6 +8,7 @@ are ignored. Audio is not opened here: a line may name a file that does not exis
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -77,7 +78,7 @@ def _read(path: Path) -> Iterator[Utterance | Rejection]:
     seen: dict[str, int] = {}
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
-            if not line.strip():
+            if not line.removeprefix(codecs.BOM_UTF8).strip():
                 continue
             try:
                 utterance = _parse(line, number, path.parent)

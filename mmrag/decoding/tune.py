@@ -23,7 +23,7 @@ from mmrag.model.lm import LM
 from mmrag.model.states import read_states
 from mmrag.model.vocabulary import Vocabulary
 from mmrag.records import Neighbours, Retriever
-from mmrag.retrieval.interpolation import interpolate
+from mmrag.retrieval.interpolation import interpolate, sayable
 from mmrag.retrieval.knn import unsure
 from mmrag.speech.tokenized import Tokenized
 
@@ -112,11 +112,14 @@ def score_grid(
     """Every setting of the grid, lowest loss first.
 
     Temperatures are the grid's multiples of the median distance to the nearest entry, so that one
-    grid serves every metric and model. ValueError if there is no token to score, or nothing is
-    found for any of them.
+    grid serves every metric and model. What the vocabulary cannot write is not scored. ValueError
+    if there is no token to score, or nothing is found for any of them.
     """
     read: dict[str, list[Answers]] = {query: [] for query in grid.query}
     for batch in batches:
+        batch = [one for one in batch if not vocabulary.unspeakable(one.utterance.text)]
+        if not batch:
+            continue
         texts = [vocabulary.encode(one.utterance.text) for one in batch]
         speech = [vocabulary.encode_units(one.units) for one in batch]
         heard, tokens, _, logp = read_states(lm, vocabulary, texts, speech, logits=True)
@@ -124,7 +127,7 @@ def score_grid(
             keys = heard
             if query == "text":
                 keys, *_ = read_states(lm, vocabulary, texts, [None] * len(batch), logits=False)
-            neighbours = retriever.search(keys.cpu().numpy(), max(grid.k))
+            neighbours = sayable(retriever.search(keys.cpu().numpy(), max(grid.k)), logp)
             found.append((*_two_tokens(logp, tokens, neighbours), logp.amax(1).cpu()))
     scored = [each for query, found in read.items() for each in _score(found, grid, query)]
     return sorted(scored, key=lambda one: one.loss)

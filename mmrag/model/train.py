@@ -7,7 +7,7 @@ The loop here is one process without Ray or DeepSpeed. The distributed loop call
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from mmrag.config import Format, Phase, Train
 from mmrag.model.cross_attention import Windows
 from mmrag.model.loss import IGNORE, Batch, Objective, combine
 from mmrag.model.vocabulary import PAD, Vocabulary
+from mmrag.records import Rejection
 from mmrag.speech.tokenized import Tokenized
 
 
@@ -52,6 +53,21 @@ class StepLog:
     learning_rate: float
     tokens: int
     """Read in this step by all workers, padding included."""
+
+
+def speakable(tokenized: Iterable[Tokenized], vocabulary: Vocabulary) -> Iterator[Tokenized]:
+    """The utterances without text, and those whose text the vocabulary can write."""
+    for one in tokenized:
+        if not one.utterance.text or not vocabulary.unspeakable(one.utterance.text):
+            yield one
+
+
+def unspeakable(tokenized: Iterable[Tokenized], vocabulary: Vocabulary) -> Iterator[Rejection]:
+    """The others, and why."""
+    for one in tokenized:
+        text = one.utterance.text
+        if text and vocabulary.unspeakable(text):
+            yield Rejection(one.utterance.id, vocabulary.refusal(text))
 
 
 def examples(tokenized: Sequence[Tokenized], vocabulary: Vocabulary) -> list[Example]:

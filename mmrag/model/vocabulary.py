@@ -1,7 +1,8 @@
 """One id space for text and speech: specials, then word pieces, then units.
 
 Sequences are built as ids, never as strings, so no text a person writes can turn into a control
-token or a unit. Nothing here knows the model.
+token or a unit. What a person writes becomes what is spoken here, as far as the pieces go: what
+none of them writes is refused by name. Nothing here knows the model.
 """
 
 from __future__ import annotations
@@ -9,28 +10,36 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import sentencepiece
 from tokenizers import Tokenizer
+from tokenizers.models import Unigram
 
 from mmrag.config import Format
 from mmrag.records import Units
-from mmrag.text import normalise
+from mmrag.text import composed, fold, is_letter, normalise, spell, spoken
 
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<speech>", "<text>")
 PAD, BOS, EOS, SPEECH, TEXT = range(len(SPECIALS))
 ALPHABET = "abcdefghijklmnopqrstuvwxyz'"
+DIGITS = "0123456789"
+QUOTED_LETTERS = 40
+"""How much of a text an error shows."""
 
 
 class Pieces(Protocol):
     """Word pieces with ids from 0 to size - 1."""
 
     size: int
+    unknown: int | None
+    """The piece that stands for what no piece writes, where there is one: it says nothing."""
 
+    def knows(self, letter: str) -> bool: ...
+    def spoken(self, text: str) -> str: ...
     def encode(self, text: str) -> list[int]: ...
     def decode(self, pieces: Sequence[int]) -> str: ...
     def save(self, directory: Path) -> None: ...
@@ -45,13 +54,17 @@ class SentencePieces:
         self._model = model
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.size = self._processor.vocab_size()
+        self.unknown = self._processor.unk_id()
+        written = map(self._processor.id_to_piece, set(range(self.size)) - {self.unknown})
+        self._letters = frozenset("".join(written)) - {"\N{LOWER ONE EIGHTH BLOCK}"}
+        self._spells = not self._letters.issuperset(DIGITS)
 
     @classmethod
     def train(cls, texts: Iterable[str], size: int) -> SentencePieces:
-        """At most `size` BPE pieces; the Latin alphabet is always among them."""
+        """At most `size` BPE pieces; the Latin alphabet is always among them, digits never."""
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(normalise(text) for text in texts),
+            sentence_iterator=(spoken(text) for text in texts),
             model_writer=model,
             model_type="bpe",
             vocab_size=size,
@@ -65,6 +78,18 @@ class SentencePieces:
             minloglevel=2,
         )
         return cls(model.getvalue())
+
+    def knows(self, letter: str) -> bool:
+        """Whether a piece writes this letter, small or large."""
+        return self._letters.issuperset(letter.lower())
+
+    def spoken(self, text: str) -> str:
+        """`text` with numbers spelt out, and letters that no piece writes without their accents.
+
+        Pieces that were trained on digits keep them.
+        """
+        text = spell(text) if self._spells else composed(text)
+        return fold(text, lambda letter: not is_letter(letter) or self.knows(letter))
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(normalise(text))
@@ -91,6 +116,22 @@ class BasePieces:
             raise ValueError(f"{path} is not a tokenizer: {error}") from None
         # Ids may have gaps, so their number can be less than the largest of them.
         self.size = 1 + max(self._tokenizer.get_vocab().values())
+        self.unknown = _unknown(self._tokenizer)
+        self.knows = lru_cache(maxsize=None)(self._knows)
+
+    def _knows(self, letter: str) -> bool:
+        """Whether pieces write this letter."""
+        pieces = self.encode(letter)
+        return bool(pieces) and self.unknown not in pieces
+
+    def spoken(self, text: str) -> str:
+        """`text` as it stands, but for what no piece writes: letters lose their accents, and what
+        is no letter goes."""
+        if self.unknown is not None and self.unknown not in self.encode(text):
+            return text
+        blank = "" if self.unknown in self.encode(" ") else " "
+        kept = (c if self.knows(c) or is_letter(c) or c.isspace() else blank for c in text)
+        return fold("".join(kept), lambda letter: not is_letter(letter) or self.knows(letter))
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -100,6 +141,14 @@ class BasePieces:
 
     def save(self, directory: Path) -> None:
         self._tokenizer.save(str(directory / self.FILE))
+
+
+def _unknown(tokenizer: Tokenizer) -> int | None:
+    """The id of a tokenizer's unknown token, where it has one."""
+    model = tokenizer.model
+    if isinstance(model, Unigram):  # the one model that does not tell
+        return json.loads(tokenizer.to_str())["model"]["unk_id"]
+    return None if model.unk_token is None else tokenizer.token_to_id(model.unk_token)
 
 
 class Vocabulary:
@@ -121,12 +170,47 @@ class Vocabulary:
         """Size of the codebook."""
         return self.size - self.first_unit
 
+    def spoken(self, text: str) -> str:
+        """Written text as the pieces can write it, in which nothing else is changed."""
+        return self.pieces.spoken(text)
+
+    def unspeakable(self, text: str) -> list[str]:
+        """The letters of a text, or else its words, that no piece writes, each once.
+
+        Where words are known but not beside each other, that is the whole of it.
+        """
+        said, pieces = self.pieces.spoken(text), self.pieces
+        lost = [letter for letter in said if is_letter(letter) and not pieces.knows(letter)]
+        lost = lost or [word for word in said.split() if pieces.unknown in pieces.encode(word)]
+        if not lost and pieces.unknown in pieces.encode(said):
+            return [said]
+        return list(dict.fromkeys(lost))
+
+    def refusal(self, text: str) -> str | None:
+        """Why a text cannot be listened for; None if it can."""
+        quoted = repr(text[:QUOTED_LETTERS]) + "…" * (len(text) > QUOTED_LETTERS)
+        if lost := self.unspeakable(text):
+            named = ", ".join(map(repr, lost[:QUOTED_LETTERS]))
+            return f"{quoted} cannot be spoken: this model has no letters for {named}"
+        if not any(map(str.isalnum, text)) or not self.encode(text):
+            return f"nothing to listen for in {quoted}"
+        return None
+
     def encode(self, text: str) -> list[int]:
-        """Text to ids."""
-        return [self.first_piece + piece for piece in self.pieces.encode(text)]
+        """Written text to ids, of what is `spoken`; ValueError for what no piece writes."""
+        pieces = self.pieces.encode(self.pieces.spoken(text))
+        lossy = self.pieces.unknown is None  # a tokenizer that would drop it without a word
+        if self.pieces.unknown in pieces or (lossy and self.unspeakable(text)):
+            raise ValueError(self.refusal(text))
+        return [self.first_piece + piece for piece in pieces]
 
     def spellings(self, phrase: str) -> list[list[int]]:
-        """A phrase as ids, at a text's start and behind a blank where that makes a difference."""
+        """A phrase as ids, at a text's start and behind a blank where that makes a difference.
+
+        None for a phrase that no pieces write.
+        """
+        if self.unspeakable(phrase):
+            return []
         ways = [self.encode(blank + phrase) for blank in ("", " ")]
         return ways[: 1 if ways[0] == ways[1] else 2]
 
@@ -147,9 +231,9 @@ class Vocabulary:
         return not goes_on and not after[len(whole) :][:1].isalnum()
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Ids to text; specials and units among them are passed over."""
+        """Ids to text; specials, units and the unknown piece among them are passed over."""
         kept = [i - self.first_piece for i in ids if self.first_piece <= i < self.first_unit]
-        return self.pieces.decode(kept)
+        return self.pieces.decode([piece for piece in kept if piece != self.pieces.unknown])
 
     @cached_property
     def alphabet(self) -> dict[str, int]:
@@ -216,9 +300,14 @@ class Vocabulary:
                 return [BOS, TEXT, *text, SPEECH, *units, EOS]
 
     def transcript_ids(self) -> np.ndarray:
-        """Ids that may stand in a transcript, the end among them: (V,) bool."""
+        """Ids that may stand in a transcript, the end among them: (V,) bool.
+
+        The unknown piece may not: nobody says it.
+        """
         allowed = np.zeros(self.size, bool)
         allowed[self.first_piece : self.first_unit] = True
+        if self.pieces.unknown is not None:
+            allowed[self.first_piece + self.pieces.unknown] = False
         allowed[EOS] = True
         return allowed
 

@@ -415,7 +415,7 @@ def _list(directory: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DatastoreError(f"{path} is missing") from None
     except ValueError as error:

@@ -44,7 +44,7 @@ def retrieve(
     if len(rows):
         queries = keys[rows].float().cpu().numpy()
         excluded = exclude_documents and [exclude_documents[row] for row in rows.tolist()]
-        found = retrieval.retriever.search(queries, knn.k, excluded)
+        found = sayable(retrieval.retriever.search(queries, knn.k, excluded), lm_logp[rows])
         logp = lm_logp.index_copy(0, rows, interpolate(lm_logp[rows], found, knn))
         neighbours = _placed(neighbours, rows.tolist(), _gated(found, knn.gate))
     return logp, neighbours
@@ -68,6 +68,20 @@ def _retrieve_apart(
         for row in rows:
             missing[row] = found.missing_shards
     return logp, neighbours, missing
+
+
+def sayable(found: Neighbours, lm_logp: Tensor) -> Neighbours:
+    """`found` without the neighbours whose token no transcript may hold (`lm_logp` (B, V) is -inf).
+
+    They have no vote: a datastore may hold the unknown piece, or tokens of another use.
+    """
+    tokens = torch.from_numpy(found.tokens).long().to(lm_logp.device)
+    allowed = lm_logp.gather(1, tokens).isfinite().cpu().numpy()
+    return replace(
+        found,
+        distances=np.where(allowed, found.distances, np.float32(np.inf)),
+        entries=np.where(allowed, found.entries, NO_ENTRY),
+    )
 
 
 def interpolate(lm_logp: Tensor, found: Neighbours, knn: KNN) -> Tensor:

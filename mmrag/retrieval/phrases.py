@@ -38,13 +38,21 @@ CARRIERS = ("please call {phrase} today", "about {phrase} next week", "{phrase}"
 """Sentences in which a phrase is spoken; the first is the one that is read."""
 
 
-def utterances(phrases: Sequence[str], carriers: Sequence[str] = CARRIERS) -> Iterator[Utterance]:
-    """Sentences, to be spoken, about each phrase, which is their only entity and their document."""
+def utterances(
+    phrases: Sequence[str],
+    carriers: Sequence[str] = CARRIERS,
+    spoken: Callable[[str], str] = str,
+) -> Iterator[Utterance]:
+    """Sentences, to be spoken, about each phrase, which is their only entity and their document.
+
+    The phrase stands in them as it is `spoken` (`Vocabulary.spoken`); the entity and the document
+    are as it is written.
+    """
     for number, phrase in enumerate(dict.fromkeys(phrases)):
         for way, carrier in enumerate(carriers):
             yield Utterance(
                 id=f"phrase-{number:06d}-{way}",
-                text=carrier.format(phrase=phrase),
+                text=carrier.format(phrase=spoken(phrase)),
                 document=phrase,
                 entities=(phrase,),
             )
@@ -82,12 +90,12 @@ def speak(
     """The phrases' entries, BATCH sentences a segment, each spoken when its segment is asked for.
 
     Without `say` the phrases are read as text alone. Raises ValueError, at the call, for a phrase
-    without a letter or digit, or none at all.
+    that the vocabulary refuses, or none at all.
     """
-    empty = [phrase for phrase in phrases if not vocabulary.encode(phrase)]
-    if empty or not phrases:
-        raise ValueError(f"nothing to listen for: {empty or 'no phrases'}")
-    told = list(utterances(phrases))
+    refused = next(filter(None, map(vocabulary.refusal, phrases)), None)
+    if refused or not phrases:
+        raise ValueError(refused or "nothing to listen for: no phrases")
+    told = list(utterances(phrases, spoken=vocabulary.spoken))
 
     def read(batch: Sequence[Utterance]) -> Segment:
         spoken = [Tokenized(one, say and say(one.text)) for one in batch]
@@ -110,7 +118,12 @@ def remember(
     """
     described, segments = description(lm, identity, say), speak(phrases, lm, vocabulary, say)
     content = json.dumps(
-        [list(dict.fromkeys(phrases)), CARRIERS, described.audio, dict(sorted(identity.items()))]
+        [
+            {phrase: vocabulary.spoken(phrase) for phrase in phrases},
+            CARRIERS,
+            described.audio,
+            dict(sorted(identity.items())),
+        ]
     )
     directory = cache / hashlib.sha256(content.encode()).hexdigest()[:16]
     if not directory.exists():

@@ -1,6 +1,6 @@
 """Entities in transcripts: how many are found, how many are made up, and what their words cost.
 
-Knows texts alone. Everything is compared after `normalise`.
+Knows texts alone. Everything is compared as they are `spoken`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from mmrag.score.rates import Edit, ErrorRate, alignments, check_paired, partial_error_rate
 from mmrag.score.recall import Recall
-from mmrag.text import normalise
+from mmrag.text import spoken
 
 ENTITY, OTHER = 0, 1
 """Places of the two kinds of words in counts (N, 2, 4)."""
@@ -99,14 +99,14 @@ def score_entities(
 def entity_recall(entities: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> Recall:
     """How many of each utterance's entities its hypothesis holds.
 
-    An entity is found where its normalised words stand in the hypothesis one after the other;
+    An entity is found where its spoken words stand in the hypothesis one after the other;
     one that is listed twice has to be there twice. Raises ValueError if the lists differ in
     length or an entity has no letter or digit.
     """
     check_paired("lists of entities", entities, hypotheses)
     found = total = 0
     for names, hypothesis in zip(entities, hypotheses, strict=True):
-        heard = _bounded(normalise(hypothesis))
+        heard = _bounded(spoken(hypothesis))
         for words, times in Counter(_spelt(name, names) for name in names).items():
             total += times
             found += min(times, heard.count(_bounded(words)))
@@ -140,7 +140,7 @@ def detect_entities(
         references, hypotheses, entities, known, strict=True
     ):
         listed = Counter(map(_normalise, names))
-        said, heard = _bounded(normalise(reference)), normalise(hypothesis)
+        said, heard = _bounded(spoken(reference)), spoken(hypothesis)
         spans = _spans(heard.split(), {len(one.split()) for one in (*listed, *others)})
         for words in spans & (others | listed.keys()):
             true = max(listed[words], said.count(_bounded(words)))
@@ -215,7 +215,7 @@ def _bounded(words: str) -> str:
 
 @lru_cache(maxsize=100_000)  # the same phrases come with hundreds of utterances
 def _normalise(name: str) -> str:
-    return normalise(name)
+    return spoken(name)
 
 
 def _spelt(name: str, among: Collection[str]) -> str:

@@ -13,7 +13,7 @@ from typing import Literal
 import jiwer
 import numpy as np
 
-from mmrag.text import normalise
+from mmrag.text import spoken
 
 Kind = Literal["equal", "substitute", "delete", "insert"]
 
@@ -56,7 +56,7 @@ class Edit:
 def word_error_rate(
     references: Sequence[str], hypotheses: Sequence[str], resamples: int = 1000, seed: int = 0
 ) -> ErrorRate:
-    """WER over all utterances, after `normalise`.
+    """WER over all utterances, as they are `spoken`.
 
     An utterance with an empty reference counts its hypothesis as insertions. Raises ValueError
     if the lists differ in length or no reference holds a word.
@@ -74,7 +74,7 @@ def character_error_rate(
 
 
 def align(reference: str, hypothesis: str) -> list[Edit]:
-    """The edits that turn `reference` into `hypothesis`, both normalised, in order."""
+    """The edits that turn `reference` into `hypothesis`, both as they are spoken, in order."""
     [edits] = alignments([reference], [hypothesis])
     return edits
 
@@ -146,7 +146,7 @@ def _normalised(
     references: Sequence[str], hypotheses: Sequence[str]
 ) -> tuple[list[str], list[str]]:
     check_paired("references", references, hypotheses)
-    return [normalise(text) for text in references], [normalise(text) for text in hypotheses]
+    return [spoken(text) for text in references], [spoken(text) for text in hypotheses]
 
 
 def _counts(aligned: jiwer.WordOutput | jiwer.CharacterOutput) -> np.ndarray:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -164,7 +165,7 @@ def _open(source: Path | str | bytes) -> Iterator[soundfile.SoundFile]:
     if isinstance(source, bytes):
         if not source:
             raise AudioError(f"{name}: empty")
-        handle: io.BytesIO | str = io.BytesIO(source)
+        handle: io.BytesIO | bytes = io.BytesIO(source)
     else:
         path = Path(source)
         if not path.exists():
@@ -173,7 +174,7 @@ def _open(source: Path | str | bytes) -> Iterator[soundfile.SoundFile]:
             raise AudioError(f"{name}: is not a file")
         if path.stat().st_size == 0:
             raise AudioError(f"{name}: the file is empty")
-        handle = str(path)
+        handle = os.fsencode(path)  # soundfile would encode a name more strictly than we got it
     try:
         file = soundfile.SoundFile(handle)
     except soundfile.LibsndfileError as error:

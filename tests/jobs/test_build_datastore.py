@@ -196,6 +196,51 @@ def test_of_a_manifest_without_the_setting_every_token_is_an_entry(borrow, tmp_p
     assert {store.document_name(document) for document in store.documents} == {PHRASES[0]}
 
 
+def test_lines_that_cannot_be_spoken_are_reported_and_the_others_read(borrow, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_bytes("\ufeffRenée Dubois\r\n日本語\r\n---\r\nA1C\r\n".encode())
+    experiment = with_datastore(
+        borrow("codebook", "lm"), name="names", source=str(names), audio="none"
+    )
+    made = build_datastore.run(experiment)
+    assert (made.summary["utterances"], made.summary["rejected"]) == (2, 2)
+    store = Datastore.open(made.path)
+    _, vocabulary = pretrained.load(experiment.workspace / "lm")
+    texts = [vocabulary.encode(line) for line in ("Renée Dubois", "A1C")]
+    assert store.tokens.tolist() == [*texts[0], EOS, *texts[1], EOS]
+    assert [vocabulary.decode(text) for text in texts] == ["renee dubois", "a one c"]
+    lines = (made.path / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    told = [json.loads(line) for line in lines]
+    assert [one["source"] for one in told] == ["names.txt:2", "names.txt:3"]
+    assert "no letters for '日', '本', '語'" in told[0]["reason"]
+    assert "nothing to listen for" in told[1]["reason"]
+
+
+def test_a_source_of_which_nothing_can_be_spoken_is_refused(borrow, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("日本語\n", encoding="utf-8")
+    experiment = with_datastore(
+        borrow("codebook", "lm"), name="names", source=str(names), audio="none"
+    )
+    with pytest.raises(ValueError, match=r"names\.txt:1: '日本語' cannot be spoken"):
+        build_datastore.run(experiment)
+
+
+def test_entities_are_found_as_they_are_spoken_and_named_as_written(borrow, tmp_path):
+    said = Utterance(id="one", text="Renée Dubois took 2 tests", entities=("Renée Dubois", "2"))
+    manifest.write(tmp_path / "phrases.jsonl", [said])
+    experiment = with_datastore(
+        borrow("codebook", "lm"),
+        source=str(tmp_path / "phrases.jsonl"),
+        audio="none",
+        entries="entities",
+    )
+    store = Datastore.open(build_datastore.run(experiment).path)
+    _, vocabulary = pretrained.load(experiment.workspace / "lm")
+    assert Phrases(store).names == ["Renée Dubois", "2"]
+    assert vocabulary.decode(store.tokens) == "renee dubois two"
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [

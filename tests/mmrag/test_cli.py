@@ -230,6 +230,26 @@ def test_what_cannot_be_used_is_named_before_anything_is_transcribed(mmrag, clip
     assert named in err
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (
+            "rome\n東京 tower\n".encode(),
+            "'東京 tower' cannot be spoken: this model has no letters for",
+        ),
+        (b"rome\n---\n", "nothing to listen for in '---'"),
+        ("rome".encode("utf-16"), "names.txt is not UTF-8 text"),
+    ],
+)
+def test_a_phrase_that_cannot_be_listened_for_is_named(mmrag, clip, tmp_path, content, told):
+    names = tmp_path / "names.txt"
+    names.write_bytes(content)
+    status, out, err = mmrag("--phrases", names, "--retrieval", "knn", clip)
+    assert (status, out) == (1, "")
+    [line] = err.splitlines()
+    assert line.startswith("mmrag: ") and told in line
+
+
 def test_a_directory_that_holds_no_models_is_named(mmrag, clip, tmp_path):
     missing = tmp_path / "nowhere"
     status, _, err = mmrag(clip, models=missing)

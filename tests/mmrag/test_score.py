@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from mmrag import score
 from mmrag.score import Difference, Edit, ErrorRate, Recall
+from mmrag.text import normalise
 
 WORDS = st.lists(st.sampled_from(["a", "b", "cd", "it's", "niño"]), max_size=6).map(" ".join)
 PAIRS = st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=12).filter(
@@ -33,13 +34,31 @@ PAIRS = st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=12).filter(
     ],
 )
 def test_normalised_text(text, expected):
-    assert score.normalise(text) == expected
+    assert normalise(text) == expected
 
 
 @given(st.text(max_size=40))
 def test_normalising_twice_changes_nothing(text):
-    once = score.normalise(text)
-    assert score.normalise(once) == once
+    once = normalise(text)
+    assert normalise(once) == once
+
+
+@pytest.mark.parametrize(
+    ("reference", "heard"),
+    [
+        ("2 lamps", "two lamps"),
+        ("two lamps", "2 Lamps!"),
+        ("$5 & 10%", "five dollars and ten percent"),
+    ],
+)
+def test_numbers_count_as_the_words_they_are_spoken_as(reference, heard):
+    assert score.word_error_rate([reference], [heard], resamples=1).rate == 0
+    assert score.entity_recall([[reference]], [heard]) == Recall(1, 1)
+    assert {edit.kind for edit in score.align(reference, heard)} == {"equal"}
+
+
+def test_an_accent_is_a_difference():
+    assert score.word_error_rate(["el año"], ["el ano"], resamples=1).substitutions == 1
 
 
 @given(PAIRS)

@@ -241,6 +241,16 @@ def test_texts_have_their_limits(service, datastore, refused):
     assert service.request("GET", entries(name)).status_code == 200
 
 
+def test_a_text_is_spoken_as_it_is_read_and_listed_as_it_was_written(service, datastore, refused):
+    written = ["Renée Dubois", "A1C", "the 2nd of 3 tests on this & that"]
+    name = datastore(*written)
+    listed = service.request("GET", entries(name)).json()["data"]
+    assert [one["document"] for one in listed] == written
+    added = service.request("POST", entries(name), json={"texts": ["rome", "日本語"]})
+    assert "'日本語' cannot be spoken" in refused(added, 400, None, "texts")
+    assert service.request("GET", entries(name)).json()["data"] == listed
+
+
 def test_a_datastore_of_another_model_is_refused_and_the_others_work(
     service, file, datastore, refused
 ):

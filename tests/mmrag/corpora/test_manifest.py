@@ -133,6 +133,16 @@ def test_a_bad_line_is_rejected_with_its_number_and_reading_goes_on(tmp_path, li
     assert utterance.text == "call mary"
 
 
+def test_a_byte_order_mark_and_carriage_returns_are_no_part_of_a_line(tmp_path):
+    path = tmp_path / "manifest.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n\r\n")
+    [utterance] = read(path)
+    assert utterance.text == "call mary"
+    path.write_bytes(b"\xef\xbb\xbf\r\n" + json.dumps(GOOD).encode())
+    [utterance] = read(path)
+    assert utterance.text == "call mary"
+
+
 def test_the_second_utterance_of_an_id_is_rejected(tmp_path):
     path = lines(tmp_path / "manifest.jsonl", GOOD, {"text": "other"}, GOOD)
     assert reasons(path) == ["", "", "utterance 'clips/a' is also on line 1"]

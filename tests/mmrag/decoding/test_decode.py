@@ -25,6 +25,8 @@ SHAPE = LanguageModel(width=16, layers=2, heads=4, kv_heads=2, feed_forward=24, 
 class Pieces:
     """Pieces whose text plays no part."""
 
+    unknown = None
+
     def __init__(self, size):
         self.size = size
 
@@ -351,6 +353,51 @@ def test_neighbours_alone_never_lead_to_an_impossible_token(beams):
             assert heard.tokens == said
             assert heard.stopped == (token == EOS)
             assert heard.logp == pytest.approx(0.0, abs=1e-6)
+
+
+class Lossy(Pieces):
+    """Pieces of which one stands for what none of them writes."""
+
+    unknown = 3
+
+
+LOSSY = Vocabulary(Lossy(9), units=6)
+UNKNOWN = LOSSY.first_piece + LOSSY.pieces.unknown
+
+
+@pytest.mark.parametrize("beams", [1, 2, 20])
+@pytest.mark.parametrize("weight", [0.5, 1.0])
+def test_a_datastore_of_the_unknown_piece_is_no_datastore(beams, weight):
+    lm, speech = random_lm(), clips(3)
+    asked = Retrieval(Insistent(UNKNOWN, distance=0.1), knn(weight=weight))
+    alone = decode(lm, LOSSY, speech, [6] * 3, options(beams))
+    assert decode(lm, LOSSY, speech, [6] * 3, options(beams), asked) == alone
+    assert all(choice.entry == NO_ENTRY for heard in alone for choice in heard.choices)
+
+
+def test_entries_of_the_unknown_piece_have_no_vote_beside_others():
+    lm, speech, store = random_lm(), clips(4), Store()
+    without, damaged = Store(), Store()
+    kept = store.tokens != UNKNOWN
+    assert not kept.all()
+    without.keys, without.tokens = store.keys[kept], store.tokens[kept]
+    without.documents = store.documents[kept]
+    heard = [
+        decode(lm, LOSSY, speech, [6] * 4, options(), Retrieval(one, knn(k=40, weight=0.9)))
+        for one in (damaged, without)
+    ]
+    assert [one.tokens for one in heard[0]] == [one.tokens for one in heard[1]]
+    for one, other in zip(*heard, strict=True):
+        assert UNKNOWN not in one.tokens
+        assert one.logp == pytest.approx(other.logp, abs=1e-4)
+
+
+def test_a_model_that_wants_to_say_the_unknown_piece_says_another():
+    lm = random_lm()
+    with torch.no_grad():
+        lm.head.weight[UNKNOWN] += 5 * lm(torch.tensor([[1]])).hidden[0, 0]
+    for heard in decode(lm, LOSSY, clips(4), [6] * 4, options(3)):
+        assert UNKNOWN not in heard.tokens
 
 
 @pytest.mark.parametrize("beams", [1, 3, 30])

@@ -31,6 +31,7 @@ FOREVER = 3000
 class Pieces:
     """Pieces whose text plays no part."""
 
+    unknown = None
     size = 9
 
 

@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -72,7 +73,8 @@ class Store:
         distances = np.sort(self.sign * random.uniform(1, 9, k)).astype(np.float32)
         if random.random() < self.missing:
             distances[random.integers(k) :] = np.inf
-        tokens = random.integers(VOCABULARY.first_piece, VOCABULARY.first_unit, k)
+        first = VOCABULARY.first_piece + VOCABULARY.pieces.unknown + 1
+        tokens = random.integers(first, VOCABULARY.first_unit, k)
         return distances, tokens
 
 
@@ -133,6 +135,29 @@ def test_weight_zero_is_the_loss_of_the_language_model(lm):
     ]
     assert len(losses) == 4
     assert losses == pytest.approx([alone.item()] * 4, rel=1e-5)
+
+
+def test_what_the_vocabulary_cannot_write_is_not_scored_and_has_no_vote(lm):
+    class Damaged(Store):
+        """Behind each row's entries, one of the unknown piece that is nearer than all."""
+
+        def search(self, queries, k, exclude_documents=None):
+            found, more = super().search(queries, k - 1), Neighbours.none(len(queries), 1)
+            more.tokens[:] = VOCABULARY.first_piece + VOCABULARY.pieces.unknown
+            more.distances[:], more.entries[:] = 0.5, 7
+            columns = ("distances", "tokens", "entries", "documents")
+            return Neighbours(
+                *(np.concatenate((getattr(found, c), getattr(more, c)), 1) for c in columns)
+            )
+
+    spoken = development()
+    grid = GRID.model_copy(update={"k": (max(GRID.k) + 1,)})
+    one = GRID.model_copy(update={"k": (max(GRID.k),)})
+    plain = score_grid(lm, VOCABULARY, [spoken], Store(), one)
+    foreign = replace(spoken[0].utterance, id="foreign", text="日本語")
+    told = [[Tokenized(foreign, spoken[0].units)], [*spoken, Tokenized(foreign, spoken[0].units)]]
+    damaged = score_grid(lm, VOCABULARY, told, Damaged(), grid)
+    assert [one.loss for one in damaged] == pytest.approx([one.loss for one in plain], rel=1e-5)
 
 
 def test_the_batches_make_no_difference(lm):

@@ -22,6 +22,7 @@ SHAPE = LanguageModel(width=16, layers=1, heads=2, kv_heads=1, feed_forward=24, 
 class Pieces:
     """Eight pieces, a letter each."""
 
+    unknown = None
     size = 8
 
     def decode(self, pieces):

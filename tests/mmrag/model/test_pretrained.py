@@ -60,6 +60,8 @@ def close(got, expected):
 class Pieces:
     """As many pieces as the base model's vocabulary; their text plays no part."""
 
+    unknown = None
+
     def __init__(self, size):
         self.size = size
 

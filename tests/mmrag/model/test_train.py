@@ -20,8 +20,10 @@ from mmrag.model.train import (
     examples,
     learning_rate,
     precision,
+    speakable,
     train,
     train_step,
+    unspeakable,
 )
 from mmrag.model.vocabulary import SentencePieces, Vocabulary
 from mmrag.records import Units, Utterance
@@ -105,6 +107,19 @@ TWO_PHASES = recipe(phases=[phase({"text": 1}, 3, "text"), phase(MIXED, 9, "mixe
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 3), st.lists(st.integers(0, 11), min_size=1, max_size=5))
+def test_text_that_the_vocabulary_cannot_write_is_not_trained_on():
+    told = [
+        Tokenized(Utterance(id=text or "none", text=text), None)
+        for text in ("red light", "日本 light", None, "", "Renée 2")
+    ]
+    kept = list(speakable(told, VOCABULARY))
+    assert [one.utterance.text for one in kept] == ["red light", None, "", "Renée 2"]
+    assert len(examples(kept, VOCABULARY)) == 4
+    [rejected] = unspeakable(told, VOCABULARY)
+    assert rejected.source == "日本 light"
+    assert "no letters for '日', '本'" in rejected.reason
+
+
 def test_what_a_step_reads_follows_from_seed_and_step_alone(seed, order):
     walked = walk(TWO_PHASES, seed)
     curriculum = Curriculum(DATA, TWO_PHASES, seed)

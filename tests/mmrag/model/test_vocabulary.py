@@ -19,12 +19,13 @@ from mmrag.model.vocabulary import (
     Vocabulary,
 )
 from mmrag.records import Units
-from mmrag.text import normalise
+from mmrag.text import normalise, spoken
 
 SENTENCES = ["turn on the light", "Play Zoë's song 7!", "don't turn it off", "light the light"]
 UNITS = 11
 PIECES = SentencePieces.train(SENTENCES, 60)
 VOCABULARY = Vocabulary(PIECES, UNITS)
+UNKNOWN = VOCABULARY.first_piece + PIECES.unknown
 ANY_TEXT = st.text(ALPHABET + " .A7", max_size=25) | st.sampled_from(["", *SENTENCES])
 
 
@@ -71,8 +72,13 @@ def test_text_that_spells_a_control_token_stays_text(vocabulary, spelled):
 
 @settings(deadline=None)
 @given(st.text(max_size=20))
-def test_no_text_at_all_becomes_a_control_token_or_a_unit(text):
+def test_no_text_at_all_becomes_a_control_token_a_unit_or_unknown(text):
+    if VOCABULARY.unspeakable(text):
+        with pytest.raises(ValueError, match="cannot be spoken"):
+            VOCABULARY.encode(text)
+        return
     ids = VOCABULARY.encode(text)
+    assert UNKNOWN not in ids
     assert all(VOCABULARY.first_piece <= i < VOCABULARY.first_unit for i in ids)
 
 
@@ -139,6 +145,7 @@ def test_word_ends_of_byte_level_pieces(tokenizer, text):
 
 def test_word_ends_never_fall_where_one_token_holds_several_words():
     class Phrases:
+        unknown = None
         size = 3
         words = (" of course", " we", " can")
 
@@ -179,7 +186,8 @@ def test_a_transcript_is_prompted_just_as_it_was_trained():
 
 def test_a_transcript_may_hold_every_piece_and_the_end_and_nothing_else(vocabulary):
     allowed = np.flatnonzero(vocabulary.transcript_ids()).tolist()
-    assert allowed == [EOS, *range(vocabulary.first_piece, vocabulary.first_unit)]
+    pieces = set(range(vocabulary.pieces.size)) - {vocabulary.pieces.unknown}
+    assert allowed == [EOS, *(vocabulary.first_piece + piece for piece in sorted(pieces))]
 
 
 def test_saved_and_loaded_it_encodes_the_same(vocabulary, tmp_path):
@@ -214,7 +222,7 @@ def test_the_alphabet_numbers_every_character_that_pieces_write(vocabulary):
     letters = list(vocabulary.alphabet)
     assert letters == sorted(letters)
     assert list(vocabulary.alphabet.values()) == list(range(len(letters)))
-    assert {*ALPHABET, " ", "ë", "7"} <= set(letters)
+    assert {*ALPHABET, " ", "ë"} <= set(letters)
     assert all(len(letter) == 1 for letter in letters)
     for piece in range(vocabulary.pieces.size):
         assert set(vocabulary.decode([vocabulary.first_piece + piece])) <= set(letters)
@@ -222,6 +230,7 @@ def test_the_alphabet_numbers_every_character_that_pieces_write(vocabulary):
 
 def test_an_alphabet_has_a_blank_though_no_piece_writes_one():
     class Syllables:
+        unknown = None
         size = 2
         words = ("ba", "ca")
 
@@ -235,7 +244,7 @@ def test_an_alphabet_has_a_blank_though_no_piece_writes_one():
 @given(ANY_TEXT)
 def test_a_spelling_is_the_letters_of_the_text(text):
     letters, ids = list(VOCABULARY.alphabet), VOCABULARY.encode(text)
-    assert "".join(letters[number] for number in VOCABULARY.spelling(ids)) == normalise(text)
+    assert "".join(letters[number] for number in VOCABULARY.spelling(ids)) == spoken(text)
 
 
 def test_a_spelling_passes_over_specials_and_units(vocabulary):
@@ -334,3 +343,87 @@ def test_a_phrase_does_not_stand_in_the_beginning_of_a_longer_word(vocabulary, p
     both = vocabulary.encode(f"{text} {phrase}")
     found = vocabulary.find(phrase, both)
     assert found.stop == len(both)
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("Renée Dubois", "renee dubois"),
+        ("ZOË", "zoë"),  # the corpus has this letter
+        ("A1C", "a one c"),
+        ("Łódź & Straße 2", "lodz and strasse two"),
+    ],
+)
+def test_what_is_written_is_encoded_as_it_is_spoken(written, said):
+    assert VOCABULARY.refusal(written) is None
+    assert VOCABULARY.decode(VOCABULARY.encode(written)) == said
+    assert normalise(VOCABULARY.spoken(written)) == said
+
+
+@pytest.mark.parametrize("text", ["日本語", "mag日本語 nan", "日本語" * 200])
+def test_letters_that_no_piece_writes_are_named(text):
+    assert VOCABULARY.unspeakable(text) == ["日", "本", "語"]
+    refusal = VOCABULARY.refusal(text)
+    assert repr(text[:9])[1:-1] in refusal and "no letters for '日', '本', '語'" in refusal
+    assert len(refusal) < 150
+    with pytest.raises(ValueError, match="no letters for '日'"):
+        VOCABULARY.encode(text)
+    assert VOCABULARY.spellings(text) == []
+    assert VOCABULARY.find(text, VOCABULARY.encode("turn it off")) is None
+
+
+@pytest.mark.parametrize("text", ["", "---", "😀", "?& +"])
+def test_a_text_without_a_word_is_refused(vocabulary, text):
+    assert vocabulary.refusal(text).startswith("nothing to listen for in ")
+
+
+@pytest.mark.parametrize(("phrase", "said"), [("Renée Dubois", "renee dubois"), ("A1C", "a one c")])
+def test_a_phrase_is_found_as_it_is_spoken(phrase, said):
+    ids = VOCABULARY.encode("call Renée Dubois about the A1C")
+    assert VOCABULARY.decode(ids[VOCABULARY.find(phrase, ids)]) == said
+
+
+def test_the_unknown_piece_is_passed_over_in_text():
+    call, now = VOCABULARY.encode("turn"), VOCABULARY.encode("off")
+    assert VOCABULARY.decode([*call, UNKNOWN, *now]) == "turn off"
+
+
+def test_pieces_that_were_trained_on_digits_keep_them():
+    class Digits(SentencePieces):
+        def __init__(self):
+            super().__init__(PIECES._model)
+            self._letters |= set("0123456789")
+            self._spells = False
+
+    assert Vocabulary(Digits(), UNITS).spoken("song 7 & Renée") == "song 7 & Renee"
+
+
+def test_a_new_vocabulary_is_trained_on_what_is_spoken():
+    vocabulary = Vocabulary(SentencePieces.train(["song 7 & ñ"], 60), UNITS)
+    assert not set("7&") & set(vocabulary.alphabet)
+    assert vocabulary.decode(vocabulary.encode("año 7")) == "año seven"
+
+
+def base_vocabulary(directory, model):
+    Tokenizer(model).save(str(directory / "tokenizer.json"))
+    return Vocabulary(BasePieces(directory / "tokenizer.json"), UNITS)
+
+
+LETTERS = {letter: number for number, letter in enumerate("?abcd")}
+LOSSY = {
+    "names the unknown": models.BPE(LETTERS, [], unk_token="?"),
+    "numbers the unknown": models.Unigram([(one, -1.0) for one in LETTERS], unk_id=0),
+    "drops what it lacks": models.BPE(LETTERS, []),
+}
+
+
+@pytest.mark.parametrize("model", LOSSY.values(), ids=LOSSY)
+def test_a_base_tokenizer_that_lacks_letters_refuses_them_and_folds_accents(tmp_path, model):
+    vocabulary = base_vocabulary(tmp_path, model)
+    assert vocabulary.decode(vocabulary.encode("bád☃")).replace(" ", "") == "bad"
+    assert vocabulary.unspeakable("bax") == ["x"]
+    with pytest.raises(ValueError, match="no letters for 'x'"):
+        vocabulary.encode("bax")
+    unknown = vocabulary.pieces.unknown
+    if unknown is not None:
+        assert not vocabulary.transcript_ids()[vocabulary.first_piece + unknown]

@@ -31,6 +31,7 @@ EVERY = {"last layer": 2, "every layer": 1}
 class Pieces:
     """Pieces whose text plays no part."""
 
+    unknown = None
     size = 9
 
 

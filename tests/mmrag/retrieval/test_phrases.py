@@ -244,6 +244,25 @@ def test_spoken_phrases_in_memory_are_the_remembered_ones(lm, tmp_path, speaks):
     assert held.origins(everything) == remembered.origins(everything)
 
 
+def test_a_phrase_is_spoken_as_it_is_read_and_keeps_the_name_it_was_given(lm, tmp_path):
+    say, written = Speaker(), ["Renée A1C", "Łódź"]
+    store = remember(tmp_path, written, lm, VOCABULARY, IDENTITY, say)
+    assert say.said == [c.format(phrase=p) for p in ("Renee A one C", "Lodz") for c in CARRIERS]
+    known = Phrases(store)
+    assert known.names == written
+    for phrase, said in zip(written, ("renee a one c", "lodz"), strict=True):
+        found = store.passages(np.array(known.mentions(phrase)))
+        assert len(found.tokens) == len(CARRIERS)
+        for tokens, present in zip(found.tokens, found.present, strict=True):
+            assert VOCABULARY.decode(tokens[present]) == said
+
+
+def test_a_phrase_that_cannot_be_spoken_is_named(lm, tmp_path):
+    with pytest.raises(ValueError, match=r"'東京 tower' cannot be spoken: .* '東', '京'"):
+        remember(tmp_path, ["rome", "東京 tower"], lm, VOCABULARY, IDENTITY, None)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("phrases", [[], ["rome", "!?"], [""]])
 def test_nothing_to_listen_for_is_an_error(lm, tmp_path, phrases):
     with pytest.raises(ValueError, match="nothing to listen for"):

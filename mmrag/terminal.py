@@ -1,0 +1,73 @@
+"""What a command owes whoever started it: an end without a traceback, whatever their terminal.
+
+Knows nothing of what the command does.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+INTERRUPTED, NOBODY_READS = 130, 141
+"""Exit statuses as a shell gives them: 128 and the number of the signal."""
+
+
+@contextmanager
+def command(name: str) -> Iterator[None]:
+    """A command's whole run: interrupted, it says so in one line and exits with 130; where nobody
+    reads on (`| head`), it ends without a word; what the terminal cannot show, it escapes."""
+    escape_unprintable()
+    try:
+        yield
+        _flush()
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        _leave(INTERRUPTED)
+    except BrokenPipeError:
+        _leave(NOBODY_READS)
+    except SystemExit as leaving:
+        try:
+            _flush()
+        except BrokenPipeError:
+            _leave(leaving.code if isinstance(leaving.code, int) and leaving.code else NOBODY_READS)
+        raise
+
+
+def escape_unprintable() -> None:
+    r"""Write \u escapes for what the encoding of standard output lacks, in place of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        narrow = codecs.lookup(stream.encoding).name != "utf-8"
+        if stream.errors == "strict" or (stream.errors == "surrogateescape" and narrow):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def shows(text: str) -> bool:
+    """Whether standard output can say `text` as it stands."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _flush() -> None:
+    """Let a closed pipe show now, while it can be answered."""
+    if sys.stdout is not None:  # whoever started us may have closed it
+        sys.stdout.flush()
+
+
+def _leave(status: int) -> None:
+    """Exit; what is still to be written goes nowhere, or Python would fail once more at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(nowhere, stream.fileno())
+    raise SystemExit(status) from None
