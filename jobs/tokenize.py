@@ -15,7 +15,7 @@ from cluster.tracking import Run
 from jobs import stage
 from mmrag import artifact, shipped
 from mmrag.artifact import Artifact, Draft
-from mmrag.config import Experiment, as_dict
+from mmrag.config import Experiment, recipe
 from mmrag.corpora import manifest
 from mmrag.records import Rejection, Utterance
 from mmrag.speech import audio, tokenized
@@ -39,9 +39,6 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         source = artifact.outside(settings.source)
         splits = _splits(source.path)
     codebook = _codebook(experiment, hubert, source, splits, force)
-    config = as_dict(settings)
-    for name in ("workers", "name", "codebook", "source"):
-        del config[name]
 
     def work(draft: Draft, tracked: Run) -> None:
         shares = []
@@ -66,7 +63,17 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         tracked.file(draft.path / "rejected.jsonl")
 
     inputs = {"hubert": hubert, "codebook": codebook, "source": source}
-    return stage.make(experiment, settings.name, "tokens", config, inputs, work, force=force)
+    held = artifact.parts("*/part-*.parquet")
+    return stage.make(
+        experiment,
+        settings.name,
+        "tokens",
+        recipe(settings),
+        inputs,
+        work,
+        holds=held,
+        force=force,
+    )
 
 
 def _codebook(
@@ -105,7 +112,16 @@ def _codebook(
         draft.summary |= {"units": len(book), "frames_seen": len(features)}
 
     inputs = {"hubert": hubert, "source": source}
-    return stage.make(experiment, "codebook", "codebook", config, inputs, work, force=force)
+    return stage.make(
+        experiment,
+        "codebook",
+        "codebook",
+        config,
+        inputs,
+        work,
+        holds=artifact.nothing,
+        force=force,
+    )
 
 
 def _splits(path: Path) -> dict[str, tuple[list[Utterance], list[Rejection]]]:

@@ -19,7 +19,8 @@ MAY_IMPORT = {
 WINGS = {
     "ground": [
         "config.section", "config.speech", "config.model", "config.retrieval", "config.decoding",
-        "config.experiment", "config", "text", "records", "artifact", "shipped", "score",
+        "config.experiment", "config", "text", "records", "artifact", "finite",
+        "shipped", "score",
     ],
     "speech": ["audio", "vad", "hubert", "pretraining", "units", "tokenized"],
     "corpora": [

@@ -13,7 +13,20 @@ from mmrag.config.model import (
     Vocabulary,
 )
 from mmrag.config.retrieval import KNN, Datastore, Index, RetrievalMode, RetrievedAttention
-from mmrag.config.section import SLUG, ConfigError, Section, Workers, as_dict, explain
+from mmrag.config.section import (
+    SLUG,
+    ConfigError,
+    Recipe,
+    Role,
+    Section,
+    Workers,
+    as_dict,
+    explain,
+    identity,
+    operation,
+    recipe,
+    roles,
+)
 from mmrag.config.speech import Hubert, Pretrain, PretrainRound, Synthesize, Tokenize
 
 __all__ = [
@@ -35,9 +48,11 @@ __all__ = [
     "Phase",
     "Pretrain",
     "PretrainRound",
+    "Recipe",
     "Reproduce",
     "RetrievalMode",
     "RetrievedAttention",
+    "Role",
     "Section",
     "Synthesize",
     "Tokenize",
@@ -48,6 +63,10 @@ __all__ = [
     "Workers",
     "as_dict",
     "explain",
+    "identity",
+    "operation",
     "parse",
     "read",
+    "recipe",
+    "roles",
 ]
