@@ -7,6 +7,7 @@ stage reads it for the terminal and MLflow. Parts worked off move a bar.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
@@ -29,7 +30,10 @@ class MetricsWriter:
     def __init__(self, directory: Path, first_step: int) -> None:
         self._path = directory / METRICS
         kept = [record for record in records(directory) if record["step"] < first_step]
-        self._path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        # Another file, by which a reader sees that it has to begin anew.
+        aside = self._path.with_name(f".{METRICS}.{os.getpid()}")
+        aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        aside.replace(self._path)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record."""
@@ -37,25 +41,50 @@ class MetricsWriter:
             stream.write(json.dumps(record) + "\n")
 
 
-def records(directory: Path) -> Iterator[dict[str, Any]]:
+class MetricsReader:
+    """Reads `metrics.jsonl` as it grows, every line once.
+
+    A file that was cut back, to go on from an earlier step, is read from its beginning.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / METRICS
+        self._file: int | None = None
+        self._offset = 0
+
+    def new(self) -> list[dict[str, Any]]:
+        """The records since the last call; a line that is still being written is left for later."""
+        try:
+            stream = self._path.open("rb")
+        except FileNotFoundError:
+            return []
+        with stream:
+            known = os.fstat(stream.fileno())
+            if known.st_ino != self._file or known.st_size < self._offset:
+                self._file, self._offset = known.st_ino, 0
+            stream.seek(self._offset)
+            whole = stream.read().rpartition(b"\n")[0]
+        if not whole:
+            return []
+        self._offset += len(whole) + 1
+        return [json.loads(line) for line in whole.split(b"\n")]
+
+
+def records(directory: Path) -> list[dict[str, Any]]:
     """What `metrics.jsonl` holds so far; a line that is still being written is left out."""
-    path = directory / METRICS
-    if path.exists():
-        for line in path.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):
-                yield json.loads(line)
+    return MetricsReader(directory).new()
 
 
 def last_record(directory: Path) -> dict[str, Any]:
     """The newest record of `metrics.jsonl`."""
-    *_, last = records(directory)
-    return last
+    return records(directory)[-1]
 
 
 @contextmanager
 def following(directory: Path, log: Callable[[dict[str, Any]], None]) -> Iterator[None]:
     """Call `log` with each record that is written while the block runs, from another thread."""
-    seen = max((record["step"] for record in records(directory)), default=-1)
+    reader = MetricsReader(directory)
+    seen = max((record["step"] for record in reader.new()), default=-1)
     done = threading.Event()
 
     def watch() -> None:
@@ -63,7 +92,7 @@ def following(directory: Path, log: Callable[[dict[str, Any]], None]) -> Iterato
         finished = False
         while not finished:
             finished = done.wait(POLL_SECONDS)
-            for record in records(directory):
+            for record in reader.new():
                 if record["step"] > seen:
                     seen = record["step"]
                     log(record)

@@ -31,24 +31,31 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 
 from cluster.progress import MetricsWriter, following
-from mmrag import shipped
+from mmrag import artifact, shipped
+from mmrag.artifact import Held, counted
 from mmrag.config import Experiment, parse
+from mmrag.finite import NonFiniteLoss
 from mmrag.model import pretrained
 from mmrag.model.cross_attention import Adapter
 from mmrag.model.lm import LM
 from mmrag.model.loss import Objective
 from mmrag.model.train import (
     Curriculum,
+    Example,
+    TrainingError,
     adamw,
     collate,
     examples,
     learning_rate,
+    lost,
     precision,
     speakable,
     step_log,
     train_step,
+    unspeakable,
 )
 from mmrag.model.vocabulary import Vocabulary
+from mmrag.records import Rejection
 from mmrag.retrieval.contexts import TrainingContexts, read_neighbours
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.phrases import Phrases
@@ -56,6 +63,20 @@ from mmrag.speech.tokenized import Tokenized, read
 
 CHECKPOINTS = ".checkpoints"
 STATE = "state"
+STEP = "step.json"
+"""In a checkpoint: the steps that went into it, to be read without loading it."""
+REJECTED = "rejected.jsonl"
+"""Utterances that no micro-batch can hold; there is no such file if all fit."""
+STOPPED = ".stopped.json"
+"""Why the workers gave up, all of them together."""
+CAUSES = {cause.__name__: cause for cause in (TrainingError, NonFiniteLoss)}
+LEARNED = {
+    *("optimizer", "scheduler", "fp16", "amp", "torch_autocast", "data_types"),
+    *("train_batch_size", "prescale_gradients", "gradient_predivide_factor", "sparse_gradients"),
+    *("communication_data_type", "curriculum_learning", "data_efficiency"),
+    *("progressive_layer_drop", "compression_training", "managed_gradient_accumulation"),
+}
+"""DeepSpeed's settings that change what is learned: they are no matter of operation."""
 
 
 def fit(
@@ -70,8 +91,13 @@ def fit(
     `directory` holds the vocabulary already. With `experiment.adapter`, what is trained and left
     there is an adapter for the language model in `lm`. A run that was killed there goes on from
     its last checkpoint. `log` is called, in this process, with each record of `metrics.jsonl`.
+
+    Utterances longer than a micro-batch are passed over and listed in `rejected.jsonl`. Raises
+    NonFiniteLoss, which names what was read, before a step is taken on a loss that is no number,
+    and TrainingError for a run that cannot be made; neither is tried again.
     """
     settings = experiment.train
+    (directory / STOPPED).unlink(missing_ok=True)
     gpus = settings.workers.num_gpus
     deepspeed_config(experiment, torch.float32)  # a bad file is refused here, not by every worker
     trainer = TorchTrainer(
@@ -98,6 +124,23 @@ def fit(
     )
     with following(directory, log):
         trainer.fit()
+    if (directory / STOPPED).exists():
+        stopped = json.loads((directory / STOPPED).read_text())
+        raise CAUSES[stopped["cause"]](stopped["message"])
+
+
+def held(draft: Path) -> Held | None:
+    """What an unfinished training would lose: its checkpoints, or a vocabulary at the least.
+
+    DeepSpeed's checkpoints go on with as many workers and the ZeRO stage that they were made with.
+    """
+    if checkpoints := list(draft.glob(f"{CHECKPOINTS}/*/checkpoint_*")):
+        files = [file for one in checkpoints if (file := one / STEP).exists()]
+        steps = [json.loads(file.read_text())["step"] for file in files]
+        return Held(
+            counted(len(checkpoints), "checkpoint") + (f" up to step {max(steps)}" if steps else "")
+        )
+    return Held("a vocabulary", laid_out=False) if (draft / Vocabulary.FILE).exists() else None
 
 
 def _with_absolute_paths(experiment: Experiment) -> dict[str, Any]:
@@ -113,7 +156,7 @@ def _with_absolute_paths(experiment: Experiment) -> dict[str, Any]:
 def deepspeed_config(experiment: Experiment, dtype: torch.dtype) -> dict[str, Any]:
     """DeepSpeed's configuration: the experiment's settings and what `train.deepspeed` adds.
 
-    ValueError if that file sets something the experiment decides.
+    ValueError if that file sets something the experiment decides, or that changes what is learned.
     """
     settings = experiment.train
     decided = {
@@ -128,12 +171,31 @@ def deepspeed_config(experiment: Experiment, dtype: torch.dtype) -> dict[str, An
         clash.append("zero_optimization.stage")
     if clash:
         raise ValueError(f"{settings.deepspeed} sets what the experiment decides: {clash}")
+    if learned := sorted(LEARNED & extra.keys()):
+        raise ValueError(
+            f"{settings.deepspeed} sets {learned}, which changes what is learned: such a file says "
+            "how training is run (offload, buckets, overlap), so that it may change on the way"
+        )
     zero = {**extra.pop("zero_optimization", {}), "stage": settings.zero_stage}
     return {**extra, **decided, "zero_optimization": zero}
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
+    """What each Ray Train worker runs.
+
+    What every worker gives up for at the same point is told by a file: raised, it would be tried
+    again and end the same.
+    """
+    try:
+        _train(config)
+    except (TrainingError, NonFiniteLoss) as error:
+        if ray.train.get_context().get_world_rank() == 0:
+            fields = {"cause": type(error).__name__, "message": str(error)}
+            artifact.write_json(Path(config["directory"]) / STOPPED, fields)
+        torch.distributed.barrier()  # nobody is taken for finished before that is written
+
+
+def _train(config: dict[str, Any]) -> None:
     experiment = parse(config["experiment"], "the driver's experiment")
     settings, directory = experiment.train, Path(config["directory"])
     seed = experiment.seed
@@ -144,11 +206,13 @@ def _worker(config: dict[str, Any]) -> None:
     deepspeed.init_distributed(dist_init_required=False)
 
     vocabulary = Vocabulary.load(Path(config["lm"] or directory))
-    told = (one for split in config["splits"] for one in read(Path(split)))
+    told = [one for split in config["splits"] for one in read(Path(split))]
     corpus = list(speakable(told, vocabulary))
     data = examples(corpus, vocabulary)
     contexts = shown(experiment, corpus) if experiment.adapter else None
     curriculum = Curriculum(data, settings, seed)
+    if rank == 0:
+        _write_rejected(directory / REJECTED, unspeakable(told, vocabulary), curriculum, data)
     dtype = precision(settings.precision, device)
     ds_config = deepspeed_config(experiment, dtype)
     objective = _build(experiment, vocabulary, ds_config, config["lm"])
@@ -156,13 +220,14 @@ def _worker(config: dict[str, Any]) -> None:
     engine, *_ = deepspeed.initialize(
         model=objective, optimizer=optimizer, config=ds_config, dist_init_required=False
     )
-    first = _restore(engine)
+    first = _restore(engine, dtype)
     metrics = MetricsWriter(directory, first) if rank == 0 else None
 
     def backward(loss: Tensor) -> None:
         # DeepSpeed averages over ranks; the loss is already divided by everyone's count.
         engine.backward(loss * world, scale_wrt_gas=False)
-        engine.step()
+        if not engine.is_gradient_accumulation_boundary():
+            engine.step()  # counts the micro-batch; the real one waits for all losses
 
     for step in range(first, settings.steps):
         started = time.monotonic()
@@ -179,18 +244,26 @@ def _worker(config: dict[str, Any]) -> None:
         rate = learning_rate(step, settings)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
-        sums = train_step(
+        losses = train_step(
             lambda batch: engine(batch.to(device)), backward, batches, counts, settings.ctc_weight
         )
-        sums = _all_sum(sums, device)
+        sums = _all_sum(losses.sum(0), device)
+        if not sums.isfinite().all():  # the same sums everywhere: every worker stops here
+            losses = _of_all(losses, device)
+            raise lost(step, "the loss is not finite", micro_batches, data, losses)
+        engine.step()
+        norm = float(engine.get_global_grad_norm() or 0.0)
+        if not _all_sum(torch.tensor([norm]), device).isfinite():
+            raise lost(step, "the gradient is not finite", micro_batches, data)
         if metrics:
-            norm = float(engine.get_global_grad_norm() or 0.0)
             record = step_log(step, phase, sums, counts, norm, rate, int(tokens))
             speed = record.tokens / (time.monotonic() - started)
             metrics.write({**asdict(record), "tokens_per_second": speed})
         done = step + 1
         if done % settings.checkpoint_steps == 0 or done == settings.steps:
-            _checkpoint(engine, done)
+            if not _finite(engine, device):  # without ZeRO DeepSpeed tells no norm
+                raise lost(step, "a weight is not finite", micro_batches, data)
+            _checkpoint(engine, done, dtype, rank)
     _export(engine.module, directory, vocabulary, rank)
 
 
@@ -249,22 +322,53 @@ def _filling(
                 yield parameters[name], name, tensor
 
 
-def _restore(engine: deepspeed.DeepSpeedEngine) -> int:
+def _write_rejected(
+    path: Path, unwritable: Iterable[Rejection], curriculum: Curriculum, data: Sequence[Example]
+) -> None:
+    """A line for each utterance whose text cannot be written, or that is too long, in tokens."""
+    path.unlink(missing_ok=True)
+    lines: list[dict[str, Any]] = [{"id": one.source, "reason": one.reason} for one in unwritable]
+    lines += [
+        {
+            "id": data[one.index].name,
+            "length": one.length,
+            "budget": curriculum.settings.micro_batch_tokens,
+            "formats": one.forms,
+        }
+        for one in curriculum.too_long()
+    ]
+    if lines:
+        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _restore(engine: deepspeed.DeepSpeedEngine, dtype: torch.dtype) -> int:
     """Load the last checkpoint, if there is one; return the step to go on with."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return 0
     with checkpoint.as_directory() as directory:
+        made = json.loads(file.read_text()) if (file := Path(directory) / STEP).exists() else {}
+        if made and made["precision"] != str(dtype):
+            raise TrainingError(
+                f"the checkpoints were made with {made['precision']}, and this hardware would go "
+                f"on with {dtype}: train.precision auto is what the hardware multiplies fast, so "
+                "go on where the run was begun"
+            )
         loaded, state = engine.load_checkpoint(directory, tag=STATE)
     if loaded is None:
         raise RuntimeError(f"DeepSpeed could not load the checkpoint in {checkpoint.path}")
     return state["step"]
 
 
-def _checkpoint(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
+def _checkpoint(
+    engine: deepspeed.DeepSpeedEngine, step: int, dtype: torch.dtype, rank: int
+) -> None:
     """Report a checkpoint; each rank adds its own files to it."""
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / STATE).mkdir()
+        if rank == 0:
+            fields = {"step": step, "precision": str(dtype)}
+            artifact.write_json(Path(directory) / STEP, fields)
         engine.save_checkpoint(directory, tag=STATE, client_state={"step": step})
         ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(directory))
 
@@ -286,6 +390,21 @@ def _whole(module: torch.nn.Module, rank: int) -> Iterator[tuple[str, Tensor]]:
         with deepspeed.zero.GatheredParameters([parameter]):
             if rank == 0:
                 yield name, parameter.detach().cpu().clone()
+
+
+def _finite(engine: deepspeed.DeepSpeedEngine, device: torch.device) -> bool:
+    """Whether all weights are numbers, on every rank."""
+    own = [getattr(p, "ds_tensor", p) for p in engine.module.parameters()]
+    wrong = sum(not bool(weight.isfinite().all()) for weight in own)
+    return not _all_sum(torch.tensor([float(wrong)]), device).item()
+
+
+def _of_all(losses: Tensor, device: torch.device) -> Tensor:
+    """Every rank's losses (M, 2) -> those of all micro-batches of the step, in order."""
+    own = losses.to(device)
+    everyone = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(everyone, own)
+    return torch.stack(everyone, dim=1).flatten(0, 1).cpu()
 
 
 def _all_sum(values: Tensor, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ from cluster.tracking import Run
 from jobs import stage
 from mmrag import artifact
 from mmrag.artifact import Artifact, Draft
-from mmrag.config import ConfigError, Experiment, Index, as_dict
+from mmrag.config import ConfigError, Experiment, Index, recipe
 from mmrag.config import Datastore as DatastoreConfig
 from mmrag.corpora import manifest
 from mmrag.model.vocabulary import Vocabulary
@@ -37,9 +37,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     codebook = stage.load(experiment, "codebook", "codebook", "tokenize")
     lm.require("codebook", codebook)
     inputs = {"lm": lm, "codebook": codebook, "source": _source(experiment, codebook)}
-    config = {"seed": experiment.seed, **as_dict(settings)}
-    for name in ("workers", "source", "name"):
-        del config[name]
+    config = recipe({"seed": experiment.seed}, settings)
 
     def work(draft: Draft, tracked: Run) -> None:
         description = Description(
@@ -80,7 +78,10 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         }
 
     directory = f"datastores/{settings.name}"
-    return stage.make(experiment, directory, "datastore", config, inputs, work, force=force)
+    held = artifact.parts("segments/*")
+    return stage.make(
+        experiment, directory, "datastore", config, inputs, work, holds=held, force=force
+    )
 
 
 def _source(experiment: Experiment, codebook: Artifact) -> Artifact:

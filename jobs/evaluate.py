@@ -19,8 +19,16 @@ from cluster.stages import TranscribedUtterance, transcribe_modes
 from cluster.tracking import Run
 from jobs import stage
 from jobs.tune import heard_by, select
-from mmrag.artifact import Artifact, Draft, load, write_json
-from mmrag.config import KNN, ConfigError, Experiment, RetrievalMode, RetrievedAttention, as_dict
+from mmrag.artifact import Artifact, Draft, load, nothing, write_json
+from mmrag.config import (
+    KNN,
+    ConfigError,
+    Experiment,
+    RetrievalMode,
+    RetrievedAttention,
+    as_dict,
+    recipe,
+)
 from mmrag.decoding import tune
 from mmrag.records import Retriever
 from mmrag.retrieval import phrases
@@ -106,12 +114,14 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     if any(way.attention for way in ways):
         inputs["adapter"] = stage.load(experiment, "adapter", "adapter", "train")
         inputs["adapter"].require("lm", lm)
-    config = {
-        "evaluate": as_dict(settings),
-        "decode": as_dict(experiment.decode),
-        "knn": {way.title: as_dict(way.knn) for way in ways if way.knn},
-        "attention": {way.title: as_dict(way.attention) for way in ways if way.attention},
-    }
+    config = recipe(
+        {
+            "evaluate": settings,
+            "decode": experiment.decode,
+            "knn": {way.title: as_dict(way.knn) for way in ways if way.knn},
+            "attention": {way.title: as_dict(way.attention) for way in ways if way.attention},
+        }
+    )
 
     def work(draft: Draft, tracked: Run) -> None:
         spoken = select(made, settings.split, settings.domain)
@@ -129,7 +139,14 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         draft.summary["utterances"] = len(spoken)
 
     evaluated = stage.make(
-        experiment, "evaluation", "evaluation", config, inputs, work, force=force
+        experiment,
+        "evaluation",
+        "evaluation",
+        config,
+        inputs,
+        work,
+        holds=nothing,
+        force=force,
     )
     show(evaluated)
     return evaluated

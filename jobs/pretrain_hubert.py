@@ -9,18 +9,18 @@ from typing import Any
 import ray
 import torch
 
-from cluster.progress import METRICS, MetricsWriter, following, last_record
+from cluster.progress import METRICS, MetricsWriter, following, last_record, records
 from cluster.stages import device
 from cluster.tracking import Run
 from jobs import stage
 from mmrag import shipped
-from mmrag.artifact import Artifact, Draft
-from mmrag.config import Experiment, as_dict
+from mmrag.artifact import Artifact, Draft, Held, nothing
+from mmrag.config import Experiment, recipe
 from mmrag.corpora import manifest
 from mmrag.records import Utterance
 from mmrag.speech import audio
 from mmrag.speech.hubert import HubertEncoder
-from mmrag.speech.pretraining import Phones, pretrain
+from mmrag.speech.pretraining import STATE, Phones, pretrain
 from mmrag.speech.units import kmeans
 
 
@@ -45,11 +45,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     if settings.weights:
         return _publish(experiment, force)
     corpus = stage.load(experiment, "corpus", "corpus", "synthesize")
-    config = {
-        "seed": experiment.seed,
-        "hubert": as_dict(settings),
-        "pretrain": as_dict(experiment.pretrain),
-    }
+    config = recipe({"seed": experiment.seed, "hubert": settings, "pretrain": experiment.pretrain})
 
     def work(draft: Draft, tracked: Run) -> None:
         steps = sum(each.steps for each in experiment.pretrain.rounds)
@@ -78,8 +74,17 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         {"corpus": corpus},
         work,
         logs=(METRICS,),
+        holds=_held,
         force=force,
     )
+
+
+def _held(draft: Path) -> Held | None:
+    """What an unfinished pretraining would lose: the state that it last saved."""
+    if not (draft / STATE).exists():
+        return None
+    logged = records(draft)
+    return Held("the training" + (f" up to about step {logged[-1]['step']}" if logged else ""))
 
 
 @ray.remote
@@ -104,6 +109,7 @@ def _pretrain(experiment: Experiment, corpus: Path, directory: Path) -> None:
         log,
         phones=Phones(aligned) if all(aligned) else None,
         device=device(),
+        names=[one.id for one in spoken],
     )
     encoder.save(directory)
 
@@ -117,7 +123,7 @@ def _publish(experiment: Experiment, force: bool) -> Artifact:
         draft.summary["parameters"] = sum(p.numel() for p in encoder.parameters())
 
     config = {"weights": weights, "layer": layer}
-    return stage.make(experiment, "hubert", "hubert", config, {}, work, force=force)
+    return stage.make(experiment, "hubert", "hubert", config, {}, work, holds=nothing, force=force)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from cluster.stages import FindNeighbours
 from cluster.tracking import Run
 from jobs import stage
 from jobs.tune import heard_by, select
+from mmrag import artifact
 from mmrag.artifact import Artifact, Draft
 from mmrag.config import ConfigError, Experiment
 from mmrag.model.train import speakable
@@ -43,7 +44,14 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     config = {"split": contexts.split, "k": experiment.attention.k}
     inputs = {"lm": lm, "datastore": store, "tokens": made}
     return stage.make(
-        experiment, f"neighbours/{name}", "neighbours", config, inputs, work, force=force
+        experiment,
+        f"neighbours/{name}",
+        "neighbours",
+        config,
+        inputs,
+        work,
+        holds=artifact.parts("part-*.npz"),
+        force=force,
     )
 
 

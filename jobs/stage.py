@@ -16,7 +16,7 @@ from cluster import tracking
 from cluster.connection import connection
 from mmrag import artifact, shipped, terminal
 from mmrag.artifact import Artifact, ArtifactError, Draft
-from mmrag.config import Experiment, read
+from mmrag.config import Experiment, Recipe, read
 from mmrag.retrieval.segment import DatastoreError
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -69,25 +69,35 @@ def make(
     experiment: Experiment,
     directory: str,
     kind: str,
-    config: Mapping[str, Any],
+    config: Recipe | Mapping[str, Any],
     inputs: Mapping[str, Artifact],
     work: Work,
     *,
     bulk: tuple[str, ...] = (),
     logs: tuple[str, ...] = (),
+    holds: artifact.Contents = artifact.files,
     force: bool = False,
 ) -> Artifact:
-    """The finished artifact `directory` of the workspace: found as it is, or made by `work`."""
-    path = experiment.workspace / directory
-    if not force and (done := artifact.finished(path, kind, config, inputs)):
-        console.print(f"[dim]{directory}: nothing to do, {path} is finished[/dim]")
-        return done
-    params = {"stage": directory, "workspace": experiment.workspace, **config}
-    creating = artifact.create(path, kind, config, inputs, bulk=bulk, logs=logs, force=force)
+    """The finished artifact `directory` of the workspace: found as it is, or made by `work`.
+
+    `config`, `bulk`, `logs` and `holds` are as in `artifact.create`.
+    """
+    path, made_by = experiment.workspace / directory, Recipe.of(config)
+    if not force:
+        if done := artifact.finished(path, kind, made_by, inputs):
+            console.print(f"[dim]{directory}: nothing to do, {path} is finished[/dim]")
+            return done
+        artifact.resumable(path, kind, made_by, inputs, holds)  # refused before a run is recorded
+    params = {"stage": directory, "workspace": experiment.workspace, **made_by.settings}
+    creating = artifact.create(
+        path, kind, made_by, inputs, bulk=bulk, logs=logs, holds=holds, force=force
+    )
     with tracking.run(experiment.tracking, directory, params) as run:
         with creating as draft:
             if draft.resumed:
                 console.print(f"{directory}: going on where a stopped run left off")
+            if draft.discarded:
+                console.print(f"{directory}: --force threw away {draft.discarded} of {path}")
             work(draft, run)
         made = artifact.load(path, kind)
         run.log({k: v for k, v in made.summary.items() if isinstance(v, int | float)})

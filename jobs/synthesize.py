@@ -6,8 +6,9 @@ from cluster.parts import parts, work_off
 from cluster.recording import RenderSpeech
 from cluster.tracking import Run
 from jobs import stage
+from mmrag import artifact
 from mmrag.artifact import Artifact, Draft
-from mmrag.config import Experiment, as_dict
+from mmrag.config import Experiment, recipe
 from mmrag.corpora.synthetic import plan
 
 PART_UTTERANCES = 64
@@ -16,8 +17,7 @@ PART_UTTERANCES = 64
 def run(experiment: Experiment, force: bool = False) -> Artifact:
     """Make `corpus/`: a manifest `<split>.jsonl` for each split, and `audio/`."""
     settings = experiment.synthesize
-    config = {"seed": experiment.seed, **as_dict(settings)}
-    del config["workers"]
+    config = recipe({"seed": experiment.seed}, settings)
 
     def work(draft: Draft, tracked: Run) -> None:
         splits = {
@@ -42,7 +42,15 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
             tracked.file(manifest)
 
     return stage.make(
-        experiment, "corpus", "corpus", config, {}, work, bulk=("audio/",), force=force
+        experiment,
+        "corpus",
+        "corpus",
+        config,
+        {},
+        work,
+        bulk=("audio/",),
+        holds=artifact.parts(".*.jsonl"),
+        force=force,
     )
 
 

@@ -15,7 +15,7 @@ from cluster.tracking import Run
 from jobs import stage
 from mmrag import artifact, shipped
 from mmrag.artifact import Artifact, Draft
-from mmrag.config import Experiment, as_dict
+from mmrag.config import Experiment, recipe
 from mmrag.corpora import librispeech_biasing, manifest, sources
 from mmrag.records import Rejection, Utterance
 from mmrag.retrieval import phrases
@@ -44,9 +44,6 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         source = artifact.outside(settings.source)
         splits = _splits(source.path)
     codebook = _codebook(experiment, hubert, source, splits, force)
-    config = as_dict(settings)
-    for name in ("workers", "name", "codebook", "source"):
-        del config[name]
 
     def work(draft: Draft, tracked: Run) -> None:
         shares = []
@@ -72,7 +69,17 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         tracked.file(draft.path / REJECTED)
 
     inputs = {"hubert": hubert, "codebook": codebook, "source": source}
-    return stage.make(experiment, settings.name, "tokens", config, inputs, work, force=force)
+    held = artifact.parts("*/part-*.parquet")
+    return stage.make(
+        experiment,
+        settings.name,
+        "tokens",
+        recipe(settings),
+        inputs,
+        work,
+        holds=held,
+        force=force,
+    )
 
 
 def _codebook(
@@ -111,7 +118,16 @@ def _codebook(
         draft.summary |= {"units": len(book), "frames_seen": len(features)}
 
     inputs = {"hubert": hubert, "source": source}
-    return stage.make(experiment, "codebook", "codebook", config, inputs, work, force=force)
+    return stage.make(
+        experiment,
+        "codebook",
+        "codebook",
+        config,
+        inputs,
+        work,
+        holds=artifact.nothing,
+        force=force,
+    )
 
 
 def _splits(path: Path) -> dict[str, tuple[list[Utterance], list[Rejection]]]:

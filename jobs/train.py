@@ -9,14 +9,13 @@ from typing import Any
 import torch
 
 from cluster.progress import METRICS, last_record
-from cluster.stages import REJECTED, write_rejections
 from cluster.tracking import Run
-from cluster.train import fit
+from cluster.train import REJECTED, fit, held
 from jobs import stage
 from jobs.tune import heard_by
 from mmrag import artifact, shipped
 from mmrag.artifact import Artifact, Draft
-from mmrag.config import ConfigError, Experiment, Train, as_dict
+from mmrag.config import ConfigError, Experiment, Train, as_dict, recipe
 from mmrag.model import pretrained
 from mmrag.model.cross_attention import Adapter
 from mmrag.model.lm import parameter_count
@@ -43,12 +42,14 @@ def _lm(experiment: Experiment, force: bool) -> Artifact:
     if settings.base:
         _check_base(experiment, codebook)
     splits = [made.path / split for split in SPLITS if (made.path / split).exists()]
-    config = {
-        "seed": experiment.seed,
-        "lm": as_dict(experiment.lm),
-        "vocabulary": as_dict(experiment.vocabulary),
-        "train": as_dict(settings),
-    }
+    config = recipe(
+        {
+            "seed": experiment.seed,
+            "lm": experiment.lm,
+            "vocabulary": experiment.vocabulary,
+            "train": settings,
+        }
+    )
 
     def work(draft: Draft, tracked: Run) -> None:
         if not (draft.path / Vocabulary.FILE).exists():
@@ -61,16 +62,14 @@ def _lm(experiment: Experiment, force: bool) -> Artifact:
             f"ZeRO-{settings.zero_stage}"
         )
 
-        _report_unspeakable(draft, splits, vocabulary)
+        _report_unspeakable(splits, vocabulary)
         fit(experiment, splits, draft.path, _log(settings, tracked))
-        draft.summary |= {
-            "parameters": parameters,
-            "steps": settings.steps,
-            "final_loss": round(last_record(draft.path)["loss"], 4),
-        }
+        draft.summary |= _counts(draft.path, parameters, settings)
 
     inputs = {"tokens": made, "codebook": codebook}
-    return stage.make(experiment, "lm", "lm", config, inputs, work, logs=(METRICS,), force=force)
+    return stage.make(
+        experiment, "lm", "lm", config, inputs, work, logs=(METRICS,), holds=held, force=force
+    )
 
 
 def _adapter(experiment: Experiment, force: bool) -> Artifact:
@@ -97,11 +96,7 @@ def _adapter(experiment: Experiment, force: bool) -> Artifact:
         near = stage.load(experiment, f"neighbours/{name}", "neighbours", "retrieve")
         near.require("datastore", inputs[f"datastore {name}"])
         inputs[f"neighbours {name}"] = near
-    config = {
-        "seed": experiment.seed,
-        "adapter": as_dict(experiment.adapter),
-        "train": as_dict(settings),
-    }
+    config = recipe({"seed": experiment.seed, "adapter": experiment.adapter, "train": settings})
 
     def work(draft: Draft, tracked: Run) -> None:
         with torch.device("meta"):
@@ -112,29 +107,41 @@ def _adapter(experiment: Experiment, force: bool) -> Artifact:
             f"workers, ZeRO-{settings.zero_stage}"
         )
         splits = [made.path / contexts.split]
-        _report_unspeakable(draft, splits, Vocabulary.load(lm.path))
+        _report_unspeakable(splits, Vocabulary.load(lm.path))
         fit(experiment, splits, draft.path, _log(settings, tracked), lm.path)
-        draft.summary |= {
-            "parameters": parameters,
-            "steps": settings.steps,
-            "final_loss": round(last_record(draft.path)["loss"], 4),
-        }
+        draft.summary |= _counts(draft.path, parameters, settings)
 
     return stage.make(
-        experiment, "adapter", "adapter", config, inputs, work, logs=(METRICS,), force=force
+        experiment,
+        "adapter",
+        "adapter",
+        config,
+        inputs,
+        work,
+        logs=(METRICS,),
+        holds=held,
+        force=force,
     )
 
 
-def _report_unspeakable(draft: Draft, splits: list[Path], vocabulary: Vocabulary) -> None:
-    """Say which utterances are not trained on, because the vocabulary cannot write their text."""
+def _report_unspeakable(splits: list[Path], vocabulary: Vocabulary) -> None:
+    """Say that utterances are not trained on, because the vocabulary cannot write their text."""
     told = (one for split in splits for one in tokenized.read(split))
-    rejected = list(unspeakable(told, vocabulary))
-    if rejected:
-        write_rejections(draft.path / REJECTED, rejected)
+    if rejected := len(list(unspeakable(told, vocabulary))):
         stage.console.print(
-            f"  {len(rejected)} utterances left out, whose text this model cannot write: {REJECTED}"
+            f"  {rejected} utterances left out, whose text this model cannot write: {REJECTED}"
         )
-        draft.summary["rejected"] = len(rejected)
+
+
+def _counts(directory: Path, parameters: int, settings: Train) -> dict[str, Any]:
+    """What a finished training is summed up by."""
+    rejected = directory / REJECTED
+    return {
+        "parameters": parameters,
+        "steps": settings.steps,
+        "final_loss": round(last_record(directory)["loss"], 4),
+        "rejected": len(rejected.read_text().splitlines()) if rejected.exists() else 0,
+    }
 
 
 def _log(settings: Train, tracked: Run) -> Callable[[dict[str, Any]], None]:

@@ -22,7 +22,7 @@ from cluster.tracking import Run
 from jobs import stage
 from mmrag import artifact
 from mmrag.artifact import Artifact, ArtifactError, Draft
-from mmrag.config import KNN, Experiment, RetrievedAttention, Tune, as_dict
+from mmrag.config import KNN, Experiment, RetrievedAttention, Tune, as_dict, recipe
 from mmrag.decoding.tune import (
     ATTENTION,
     BOTH,
@@ -51,8 +51,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     store.require("lm", lm)
     made = heard_by(experiment, lm)
     domain = experiment.evaluate.domain
-    config = {"tune": as_dict(experiment.tune), "decode": as_dict(experiment.decode)}
-    config["domain"] = domain
+    config = recipe({"tune": experiment.tune, "decode": experiment.decode, "domain": domain})
     inputs = {"datastore": store, "lm": lm, "tokens": made}
     decoy = None
     if (named := experiment.tune.decoy) is not None:
@@ -101,7 +100,16 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
             if (draft.path / file).exists():
                 tracked.file(draft.path / file)
 
-    return stage.make(experiment, f"tuned/{name}", "tuned", config, inputs, work, force=force)
+    return stage.make(
+        experiment,
+        f"tuned/{name}",
+        "tuned",
+        config,
+        inputs,
+        work,
+        holds=artifact.nothing,
+        force=force,
+    )
 
 
 def _scaled(read: RetrievedAttention, distance_scale: float) -> RetrievedAttention:

@@ -2,23 +2,29 @@
 
 `artifact.json` says what a directory holds (`kind`, `schema`), from which configuration and which
 inputs it was made, and its `fingerprint`: a digest of its contents that later stages record.
-Nothing here knows what the stages do.
+What is unfinished is never deleted but by force, and what counts has reached the disk. Nothing
+here knows what the stages do.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmrag.config.section import Recipe
+
 FILE = "artifact.json"
+PLAN = ".plan.json"
 SCHEMA = 1
 
 
@@ -38,6 +44,8 @@ class Artifact:
     """Name of each input -> its fingerprint."""
     summary: dict[str, Any] = field(default_factory=dict)
     """What the stage counted or measured."""
+    operation: dict[str, Any] = field(default_factory=dict)
+    """How it was made: settings that are no part of what it is."""
     schema: int = SCHEMA
 
     def require(self, role: str, other: Artifact) -> None:
@@ -53,10 +61,52 @@ class Artifact:
 class Draft:
     """The directory being written. A killed stage finds its draft again on the next run."""
 
-    def __init__(self, path: Path, resumed: bool) -> None:
+    def __init__(self, path: Path, resumed: bool, discarded: str | None = None) -> None:
         self.path = path
         self.resumed = resumed
+        self.discarded = discarded
+        """What force threw away to make room for it."""
         self.summary: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a draft holds that would be lost with it."""
+
+    what: str
+    """For a person to read: `3 parts`."""
+    laid_out: bool = True
+    """Whether it can only go on with the layout that it was begun with."""
+
+
+Contents = Callable[[Path], Held | None]
+"""A draft's directory -> what it holds; None for nothing that a run would miss."""
+
+
+def files(draft: Path) -> Held | None:
+    """Every file counts, scratch included."""
+    count = sum(p.is_file() and not p.name.startswith(PLAN) for p in draft.rglob("*"))
+    return Held(counted(count, "file")) if count else None
+
+
+def nothing(draft: Path) -> Held | None:
+    """Of a stage that always starts from the beginning."""
+    return None
+
+
+def parts(pattern: str) -> Contents:
+    """The finished parts, which are what `pattern` matches below the draft."""
+
+    def held(draft: Path) -> Held | None:
+        count = sum(1 for _ in draft.glob(pattern))
+        return Held(counted(count, "part")) if count else None
+
+    return held
+
+
+def counted(count: int, what: str) -> str:
+    """`1 part`, `2 parts`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def load(path: Path | str, kind: str) -> Artifact:
@@ -87,73 +137,103 @@ def load(path: Path | str, kind: str) -> Artifact:
 
 
 def finished(
-    path: Path | str, kind: str, config: Mapping[str, Any], inputs: Mapping[str, Artifact]
+    path: Path | str,
+    kind: str,
+    config: Recipe | Mapping[str, Any],
+    inputs: Mapping[str, Artifact],
 ) -> Artifact | None:
-    """The artifact if it was made from just this; None if there is none yet.
+    """The artifact if it was made from just this, however it was made; None if there is none yet.
 
     Raises ArtifactError, naming what differs, if it was made from something else.
     """
     path = Path(path).absolute()
     if not path.exists() and not _aside(path, "old").exists():
         return None
-    made, config = load(path, kind), _plain(config)
-    differences = [
-        f"{name} was {made.config.get(name)!r} and is now {config.get(name)!r}"
-        for name in sorted({*made.config, *config})
-        if made.config.get(name) != config.get(name)
-    ]
-    for name in sorted({*made.inputs, *inputs}):
-        now = inputs[name].fingerprint if name in inputs else None
-        if made.inputs.get(name) != now:
-            differences.append(f"input {name} was {made.inputs.get(name)} and is now {now}")
-    if differences:
+    made, recipe = load(path, kind), Recipe.of(config)
+    before = {"config": made.config, "inputs": made.inputs}
+    if differing := _differing(before, recipe, _fingerprints(inputs)):
         raise ArtifactError(
-            f"{path} was made from something else: {'; '.join(differences)}. "
-            "Use --force to make it again, or another workspace to keep both."
+            f"{path} was made from something else: {'; '.join(differing)}. Use --force to make it "
+            f"again, which throws this {kind} away, or another workspace to keep both."
         )
     return made
+
+
+def resumable(
+    path: Path | str,
+    kind: str,
+    config: Recipe | Mapping[str, Any],
+    inputs: Mapping[str, Artifact],
+    holds: Contents = files,
+) -> bool:
+    """Whether a killed stage left a draft of `path` that goes on with this.
+
+    Raises ArtifactError, naming what differs and what is at stake, if what it holds does not.
+    """
+    draft, recipe = _aside(Path(path).absolute(), "partial"), Recipe.of(config)
+    held = holds(draft) if draft.exists() else None
+    try:
+        plan = json.loads((draft / PLAN).read_text())
+        differing = _differing(plan, recipe, _fingerprints(inputs), draft=held or Held("", False))
+        if plan["schema"] != SCHEMA:
+            differing.append(f"schema was {plan['schema']} and is now {SCHEMA}")
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
+        differing = [f"{PLAN}, which says from what, cannot be read"]
+    if held is not None and differing:
+        raise ArtifactError(
+            f"{draft} is an unfinished {kind} made from something else: {'; '.join(differing)}. "
+            "Put that back to go on with it, or choose another workspace to keep both; --force "
+            f"throws away {held.what} in {draft}."
+        )
+    return not differing
 
 
 @contextmanager
 def create(
     path: Path | str,
     kind: str,
-    config: Mapping[str, Any],
+    config: Recipe | Mapping[str, Any],
     inputs: Mapping[str, Artifact],
     *,
     bulk: tuple[str, ...] = (),
     logs: tuple[str, ...] = (),
+    holds: Contents = files,
     force: bool = False,
 ) -> Iterator[Draft]:
     """Write an artifact: yields a draft directory beside `path`, renamed into place at the end.
 
-    A draft left by a killed run with the same configuration and inputs is handed back
-    (`draft.resumed`); any other draft, and with `force` every draft, is deleted first. Names
-    starting with one of `bulk` enter the fingerprint by size alone, those starting with one of
-    `logs` not at all, and those starting with a dot, at any depth, are scratch: they are removed
-    before the rename. If the body raises, the draft stays and the old artifact with it; an
-    OSError that names no file (a full disk does not) then names the draft.
+    A mapping for `config` is a recipe of identity alone. A draft left by a killed run of the same
+    identity and inputs is handed back (`draft.resumed`), whatever its operation was. Any other
+    draft is refused as in `resumable` if it holds work; with `force` it is deleted first, and
+    `draft.discarded` says what it held. Names starting with one of `bulk` enter the fingerprint by
+    size alone, those starting with one of `logs` not at all, and those starting with a dot, at any
+    depth, are scratch: they are removed before the rename. Everything is on the disk before the
+    rename. If the body raises, the draft stays and the old artifact with it; an OSError that names
+    no file (a full disk does not) then names the draft.
     """
-    path = Path(path).absolute()
+    path, recipe = Path(path).absolute(), Recipe.of(config)
     path.parent.mkdir(parents=True, exist_ok=True)
-    wanted = {
+    identity = {
         "schema": SCHEMA,
         "kind": kind,
-        "config": _plain(config),
-        "inputs": {name: made.fingerprint for name, made in inputs.items()},
+        "config": _plain(recipe.identity),
+        "inputs": _fingerprints(inputs),
     }
+    wanted = {**identity, "operation": _plain(recipe.operation)}
     with _lock(path), _naming(path):
         _recover(path)
-        draft = _open_draft(path, wanted, force)
+        resumed = not force and resumable(path, kind, recipe, inputs, holds)
+        draft = _open_draft(path, wanted, resumed, holds)
         yield draft
         for scratch in list(draft.path.rglob(".*")):
             if scratch.is_dir():
                 shutil.rmtree(scratch)
             else:
                 scratch.unlink(missing_ok=True)  # gone with its directory
-        digest = fingerprint(draft.path, wanted, bulk, logs)
+        digest = fingerprint(draft.path, identity, bulk, logs)
         fields = {**wanted, "fingerprint": digest, "summary": draft.summary}
         write_json(draft.path / FILE, fields)
+        sync_tree(draft.path)
         _replace(draft.path, path)
 
 
@@ -170,7 +250,9 @@ def adopt(source: Path | str, path: Path | str, kind: str) -> Artifact:
             aside = _aside(path, "partial")
             shutil.rmtree(aside, ignore_errors=True)
             shutil.copytree(original.path, aside)
+            sync_tree(aside)
             aside.rename(path)
+            sync(path.parent)
     found = load(path, kind)
     if found.fingerprint != original.fingerprint:
         raise ArtifactError(
@@ -215,7 +297,7 @@ def fingerprint(
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that `path` holds the old text or the new one, never half."""
+    """Write JSON so that `path` holds the old text or the new one, never half; both on the disk."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     with aside.open("w", encoding="utf-8") as stream:
         json.dump(value, stream, indent=2, ensure_ascii=False)
@@ -223,6 +305,29 @@ def write_json(path: Path, value: Any) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     aside.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's contents, or a directory's entries, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some network filesystems have nothing to flush for a directory.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
+
+
+def sync_tree(root: Path) -> None:
+    """Wait until everything below a directory is on the disk, files before what names them."""
+    below = [path for path in root.rglob("*") if not path.is_symlink()]
+    with ThreadPoolExecutor() as pool:  # a disk takes many at once in the time of one
+        list(pool.map(sync, (path for path in below if path.is_file())))
+        list(pool.map(sync, (path for path in below if path.is_dir())))
+    sync(root)
 
 
 def as_json(artifact: Artifact) -> dict[str, Any]:
@@ -235,19 +340,71 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(dict(config)))
 
 
-def _open_draft(path: Path, wanted: Mapping[str, Any], force: bool) -> Draft:
-    draft, plan = _aside(path, "partial"), ".plan.json"
-    if draft.exists():
-        try:
-            resumed = not force and json.loads((draft / plan).read_text(encoding="utf-8")) == wanted
-        except (FileNotFoundError, json.JSONDecodeError):
-            resumed = False
-        if resumed:
-            return Draft(draft, resumed=True)
-        shutil.rmtree(draft)
-    draft.mkdir()
-    write_json(draft / plan, wanted)
-    return Draft(draft, resumed=False)
+def _fingerprints(inputs: Mapping[str, Artifact]) -> dict[str, str]:
+    return {name: made.fingerprint for name, made in inputs.items()}
+
+
+def _differing(
+    before: Mapping[str, Any],
+    recipe: Recipe,
+    inputs: Mapping[str, str],
+    draft: Held | None = None,
+) -> list[str]:
+    """What was recorded before and is not so now, a sentence for each key and each input.
+
+    A key that is operation now may have been recorded as any other, and does not differ. Of a
+    `draft`, corrections do not differ, and the layout does if what is held was laid out by it.
+    """
+    recorded = dict(_flat(before["config"]))
+    now, operation = dict(_flat(_plain(recipe.identity))), dict(_flat(_plain(recipe.operation)))
+    passed = recipe.corrections if draft else frozenset()
+    names = ({*recorded, *now} - operation.keys()) - passed
+    if draft is not None and draft.laid_out:
+        recorded |= dict(_flat(before.get("operation", {})))
+        now |= operation
+        names |= recipe.layout & recorded.keys()
+    differing = [
+        f"{name} was {recorded.get(name)!r} and is now {now.get(name)!r}"
+        for name in sorted(names)
+        if _given(recorded.get(name)) != _given(now.get(name))
+    ]
+    used = before["inputs"]
+    differing += [
+        f"input {name} was {used.get(name)} and is now {inputs.get(name)}"
+        for name in sorted({*used, *inputs})
+        if used.get(name) != inputs.get(name)
+    ]
+    return differing
+
+
+def _given(value: Any) -> Any:
+    """A key that was not known yet is as one of which nothing is said."""
+    return None if value in ([], {}) else value
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested values by dotted name; what is empty stays as it is."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _open_draft(path: Path, wanted: Mapping[str, Any], resumed: bool, holds: Contents) -> Draft:
+    draft, discarded = _aside(path, "partial"), None
+    if not resumed:
+        if draft.exists():
+            held = holds(draft)
+            discarded = held and held.what
+            # Renamed first: one that was killed half-way through must not be gone on with.
+            gone = _aside(path, "discarded")
+            shutil.rmtree(gone, ignore_errors=True)
+            draft.rename(gone)
+            shutil.rmtree(gone)
+        draft.mkdir()
+    write_json(draft / PLAN, wanted)
+    return Draft(draft, resumed, discarded)
 
 
 def _replace(draft: Path, path: Path) -> None:
@@ -256,11 +413,13 @@ def _replace(draft: Path, path: Path) -> None:
     if path.exists():
         path.rename(old)
     draft.rename(path)
+    sync(path.parent)
     if old.exists():
         shutil.rmtree(old)
 
 
 def _recover(path: Path) -> None:
+    shutil.rmtree(_aside(path, "discarded"), ignore_errors=True)
     old = _aside(path, "old")
     if old.exists() and not path.exists():
         old.rename(path)

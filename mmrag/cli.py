@@ -144,9 +144,7 @@ def _followed(parts: Iterator[str | Answer], visibly: bool) -> Answer:
             told += part
             if visibly:
                 # Wrapped, against what the console says: what is taken back has to be counted.
-                end = Text(
-                    _visible(told[-TAIL_LETTERS:]), "dim", no_wrap=False, overflow="fold"
-                )
+                end = Text(_visible(told[-TAIL_LETTERS:]), "dim", no_wrap=False, overflow="fold")
                 showing.update(end, refresh=True)
     return part
 

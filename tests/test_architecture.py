@@ -19,7 +19,8 @@ MAY_IMPORT = {
 WINGS = {
     "ground": [
         "config.section", "config.speech", "config.model", "config.retrieval", "config.decoding",
-        "config.experiment", "config", "text", "terminal", "records", "artifact", "shipped",
+        "config.experiment", "config", "text", "terminal", "records", "artifact", "finite",
+        "shipped",
         "score.rates", "score.recall", "score.significance", "score.entities", "score.biasing",
         "score",
     ],

@@ -23,6 +23,7 @@ from cluster.stages import Embed
 from cluster.tracking import Run
 from jobs import build_datastore, stage, tokenize, tune
 from jobs.reproduce.lab import ASSISTANT, EVERYDAY, Lab, Point, TunedDatastore, tuned_datastore
+from mmrag import artifact
 from mmrag.artifact import Artifact, Draft
 from mmrag.config import KNN, RetrievedAttention
 from mmrag.corpora import manifest, spanish
@@ -389,7 +390,15 @@ def _tokenized(
 
     directory, inputs = f"conditions/{name}", {"corpus": lab.corpus}
     made = stage.make(
-        experiment, directory, "corpus", config, inputs, work, bulk=("audio/",), force=lab.force
+        experiment,
+        directory,
+        "corpus",
+        config,
+        inputs,
+        work,
+        bulk=("audio/",),
+        holds=artifact.parts(".*.jsonl"),
+        force=lab.force,
     )
     codebook = str(experiment.workspace / "codebook")
     changes = {"source": str(made.path), "name": f"tokens-{name}", "codebook": codebook}

@@ -24,7 +24,7 @@ from jobs.reproduce.experiments import TASKS, Task
 from jobs.reproduce.lab import Lab, Point
 from mmrag import artifact
 from mmrag.artifact import Artifact, Draft, write_json
-from mmrag.config import Experiment, as_dict
+from mmrag.config import Experiment, recipe
 from mmrag.corpora.augment import unspoken
 from mmrag.decoding.guard import loops
 from mmrag.recogniser import Recogniser
@@ -87,7 +87,7 @@ def no_speech(lab: Lab) -> Artifact:
     model and without.
     """
     store, settings = lab.multimodal, lab.experiment.decode
-    config = {"clips": CLIPS, "decode": as_dict(settings), "attention": as_dict(store.attention)}
+    config = recipe({"clips": CLIPS, "decode": settings, "attention": store.attention})
 
     def work(draft: Draft, tracked: Run) -> None:
         recogniser = Recogniser.load(lab.experiment.workspace)
@@ -125,7 +125,14 @@ def no_speech(lab: Lab) -> Artifact:
 
     inputs = {"lm": lab.lm, "adapter": lab.adapter, "datastore": store.artifact}
     return stage.make(
-        lab.experiment, "results/no_speech", "results", config, inputs, work, force=lab.force
+        lab.experiment,
+        "results/no_speech",
+        "results",
+        config,
+        inputs,
+        work,
+        holds=artifact.nothing,
+        force=lab.force,
     )
 
 
@@ -150,15 +157,18 @@ def _title(task: Callable[..., Any]) -> str:
 def _measure(lab: Lab, name: str, task: Task) -> Artifact:
     """A task's rows and transcripts, as an artifact of its own."""
     experiment = lab.experiment
-    config = {
-        "task": name,
-        "reproduce": {k: v for k, v in as_dict(lab.settings).items() if k != "docs"},
-        "datastore": as_dict(experiment.datastore),
-        "decode": as_dict(experiment.decode),
-        "tune": as_dict(experiment.tune),
-        "attention": as_dict(experiment.attention),
-        "seed": experiment.seed,
-    }
+    config = recipe(
+        {
+            "task": name,
+            "reproduce": lab.settings,
+            "datastore": experiment.datastore,
+            "source": experiment.datastore.source,  # which is no input here
+            "decode": experiment.decode,
+            "tune": experiment.tune,
+            "attention": experiment.attention,
+            "seed": experiment.seed,
+        }
+    )
 
     def work(draft: Draft, tracked: Run) -> None:
         domain, limit, points = task(lab)
@@ -182,7 +192,16 @@ def _measure(lab: Lab, name: str, task: Task) -> Artifact:
 
     inputs = {"lm": lab.lm, "adapter": lab.adapter, "tokens": lab.tokens}
     directory = f"results/{name}"
-    return stage.make(experiment, directory, "results", config, inputs, work, force=lab.force)
+    return stage.make(
+        experiment,
+        directory,
+        "results",
+        config,
+        inputs,
+        work,
+        holds=artifact.nothing,
+        force=lab.force,
+    )
 
 
 def _row(

@@ -15,7 +15,20 @@ from mmrag.config.model import (
     WhisperTraining,
 )
 from mmrag.config.retrieval import KNN, Datastore, Index, RetrievalMode, RetrievedAttention
-from mmrag.config.section import SLUG, ConfigError, Section, Workers, as_dict, explain
+from mmrag.config.section import (
+    SLUG,
+    ConfigError,
+    Recipe,
+    Role,
+    Section,
+    Workers,
+    as_dict,
+    explain,
+    identity,
+    operation,
+    recipe,
+    roles,
+)
 from mmrag.config.speech import Hubert, Pretrain, PretrainRound, Synthesize, Tokenize
 
 __all__ = [
@@ -37,9 +50,11 @@ __all__ = [
     "Phase",
     "Pretrain",
     "PretrainRound",
+    "Recipe",
     "Reproduce",
     "RetrievalMode",
     "RetrievedAttention",
+    "Role",
     "Section",
     "Synthesize",
     "Tokenize",
@@ -52,6 +67,10 @@ __all__ = [
     "Workers",
     "as_dict",
     "explain",
+    "identity",
+    "operation",
     "parse",
     "read",
+    "recipe",
+    "roles",
 ]

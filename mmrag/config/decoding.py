@@ -12,7 +12,7 @@ from pydantic import (
 )
 
 from mmrag.config.retrieval import RetrievalMode, RetrievedAttention
-from mmrag.config.section import SLUG, Fraction, Section, Workers
+from mmrag.config.section import SLUG, Fraction, Operation, Section, Workers
 
 CONDITION = r"^(noise-[0-9]+|telephone|flite-[a-z]+|spanish)$"
 
@@ -40,7 +40,7 @@ class Decode(Section):
 class BatchDecode(Decode):
     """From units to text, many utterances at once."""
 
-    batch_seconds: PositiveFloat
+    batch_seconds: Operation[PositiveFloat]
     """Audio transcribed at once, seconds."""
 
 
@@ -87,10 +87,10 @@ class Evaluate(Section):
     lists: bool = False
     """Dynamic context: each utterance searches and reads its own list of phrases alone, where the
     corpus has lists; the datastores are then of entities, each phrase a document."""
-    retriever: Literal["local", "sharded"]
-    replicas: PositiveInt
+    retriever: Operation[Literal["local", "sharded"]]
+    replicas: Operation[PositiveInt]
     """Copies of each shard's actor."""
-    shard_cpus: float = Field(gt=0)
+    shard_cpus: Operation[float] = Field(gt=0)
     """CPUs a shard's actor reserves."""
     resamples: PositiveInt
     """Bootstrap resamples behind each confidence interval."""
@@ -100,7 +100,7 @@ class Evaluate(Section):
 class Reproduce(Section):
     """The paper's experiments, on the dev and test splits of the workspace's corpus."""
 
-    docs: Path
+    docs: Operation[Path]
     """Where `results.md`, `results.json` and the plots go; relative to the working directory."""
     utterances: PositiveInt
     """At most so many test utterances a task."""

@@ -22,22 +22,22 @@ from yaml import YAMLError
 from mmrag.config.decoding import BatchDecode, Evaluate, Reproduce, Tune
 from mmrag.config.model import AdapterTraining, LanguageModel, Train, Vocabulary
 from mmrag.config.retrieval import KNN, Datastore, RetrievedAttention
-from mmrag.config.section import ConfigError, Section, explain
+from mmrag.config.section import ConfigError, Operation, Section, explain
 from mmrag.config.speech import Hubert, Pretrain, Synthesize, Tokenize
 
 
 class Tracking(Section):
     """Where runs are recorded."""
 
-    uri: str
+    uri: Operation[str]
     """MLflow tracking URI; MLFLOW_TRACKING_URI in the environment wins."""
-    experiment: str
+    experiment: Operation[str]
 
 
 class Experiment(Section):
     """Everything that a run needs to know. Every section is written out in the YAML file."""
 
-    workspace: Path
+    workspace: Operation[Path]
     """Directory of the artifacts; absolute once parsed."""
     seed: int
     tracking: Tracking

@@ -11,7 +11,15 @@ from pydantic import (
     model_validator,
 )
 
-from mmrag.config.section import SLUG, Fraction, Section, Workers
+from mmrag.config.section import (
+    SLUG,
+    Correction,
+    Fraction,
+    Layout,
+    Operation,
+    Section,
+    Workers,
+)
 
 Format = Literal["text", "speech", "speech_first", "text_first"]
 
@@ -115,6 +123,12 @@ class Phase(Section):
     """Format -> weight: the chance that an utterance is shown in that format."""
 
 
+class TrainWorkers(Workers):
+    """The processes that train together. A checkpoint goes on with as many as it was made with."""
+
+    count: Layout[PositiveInt]
+
+
 class Train(Section):
     """Training of the language model."""
 
@@ -122,8 +136,11 @@ class Train(Section):
     base: str | None = None
     """What to start from: a Hugging Face Llama, Mistral or Qwen directory, or a model of this
     package (`mmrag:tiny`); None for random weights."""
+    leave_out: Correction[tuple[str, ...]] = ()
+    """Utterances, by id, that are passed over; may be added to while a run is unfinished."""
     micro_batch_tokens: PositiveInt
-    """Tokens (padding included) in one forward pass of one worker."""
+    """Tokens (padding included) in one forward pass of one worker, at most; an utterance that is
+    longer by itself is left out."""
     micro_batches: PositiveInt
     """Micro-batches in one optimizer step, over all workers."""
     learning_rate: PositiveFloat
@@ -137,14 +154,15 @@ class Train(Section):
     """Share of units dropped from a speech-first sequence."""
     precision: Literal["auto", "fp32", "bf16"]
     """auto: bf16 where the hardware multiplies it fast, else fp32."""
-    zero_stage: Literal[0, 1, 2, 3]
-    deepspeed: str | None = None
-    """JSON file with more DeepSpeed settings (offload, buckets); None for DeepSpeed's own."""
-    checkpoint_steps: PositiveInt
-    log_steps: PositiveInt
-    max_failures: int = Field(ge=0)
+    zero_stage: Layout[Literal[0, 1, 2, 3]]
+    deepspeed: Operation[str | None] = None
+    """JSON file with more DeepSpeed settings (offload, buckets), none of which changes what is
+    learned; None for DeepSpeed's own."""
+    checkpoint_steps: Operation[PositiveInt]
+    log_steps: Operation[PositiveInt]
+    max_failures: Operation[int] = Field(ge=0)
     """Worker failures after which the run is given up."""
-    workers: Workers
+    workers: TrainWorkers
 
     @model_validator(mode="after")
     def _divides(self) -> Train:

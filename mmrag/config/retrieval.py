@@ -10,7 +10,7 @@ from pydantic import (
     PositiveInt,
 )
 
-from mmrag.config.section import SLUG, Fraction, Section, Workers
+from mmrag.config.section import SLUG, Fraction, Layout, Operation, Section, Workers
 
 RetrievalMode = Literal["none", "knn", "cross_attention", "both"]
 
@@ -33,10 +33,10 @@ class Index(Section):
 class Datastore(Section):
     """Entries: one a text token, keyed by the language model's own state."""
 
-    name: str = Field(pattern=SLUG)
-    source: str | None = None
+    name: Operation[str] = Field(pattern=SLUG)
+    source: Operation[str | None] = None
     """A tokens directory, a file of text lines, or a manifest (`.jsonl`) of texts and entities;
-    None for the workspace's datastore split."""
+    None for the workspace's datastore split. What it holds counts, and not where it lies."""
     splits: tuple[str, ...] = ("datastore",)
     """The splits of a tokens directory that are read; `all` where it has no splits."""
     domain: str | None = None
@@ -54,8 +54,8 @@ class Datastore(Section):
     then a document of its own, whatever sentence spoke of it."""
     window: PositiveInt
     """Tokens around an entry that make up its value."""
-    batch_tokens: PositiveInt
-    part_utterances: PositiveInt
+    batch_tokens: Operation[PositiveInt]
+    part_utterances: Layout[PositiveInt]
     """Utterances in one segment."""
     index: Index
     workers: Workers

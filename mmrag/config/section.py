@@ -1,8 +1,17 @@
-"""What every section has in common: frozen, complete, and an unknown key is an error."""
+"""What every section has in common: frozen, complete, and an unknown key is an error.
+
+Every key is identity, which what is made depends on, or operation, which says how it is made. A
+key is identity unless its type is marked: who forgets the mark is refused once too often, and
+never handed what was made from something else.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -11,9 +20,29 @@ from pydantic import (
     PositiveInt,
     ValidationError,
 )
+from pydantic.fields import FieldInfo
 
 Fraction = Field(ge=0.0, le=1.0)
 SLUG = r"^[a-z0-9][a-z0-9_-]{0,62}$"
+
+
+class Role(StrEnum):
+    """What becomes of an output, finished or half made, when a key is changed."""
+
+    IDENTITY = "identity"
+    """Another output: both are refused."""
+    OPERATION = "operation"
+    """The same output: a finished one is found, a half-made one goes on."""
+    LAYOUT = "layout"
+    """The same output once it is finished; what is half made is cut by it, and is refused."""
+    CORRECTION = "correction"
+    """Another output, which a half-made one may still become: a finished one is refused."""
+
+
+Value = TypeVar("Value")
+Operation = Annotated[Value, Role.OPERATION]
+Layout = Annotated[Value, Role.LAYOUT]
+Correction = Annotated[Value, Role.CORRECTION]
 
 
 class ConfigError(ValueError):
@@ -31,15 +60,124 @@ class Section(BaseModel):
 class Workers(Section):
     """How many processes do a stage's work, and what each of them takes from the cluster."""
 
-    count: PositiveInt
-    num_cpus: float = Field(gt=0)
+    count: Operation[PositiveInt]
+    num_cpus: Operation[float] = Field(gt=0)
     """CPUs a worker reserves; may be a fraction."""
-    num_gpus: float = Field(default=0, ge=0)
+    num_gpus: Operation[float] = Field(default=0, ge=0)
 
 
 def as_dict(section: Section) -> dict[str, Any]:
     """A section as plain JSON values."""
     return section.model_dump(mode="json")
+
+
+def roles(section: type[Section]) -> dict[str, Role]:
+    """The role of each key of a section, and of the sections in it by dotted name."""
+    found: dict[str, Role] = {}
+    for name, about in section.model_fields.items():
+        inner, marked = _section(about.annotation), _marked(about)
+        if inner is None or marked:
+            found[name] = marked or Role.IDENTITY
+        else:
+            found |= {f"{name}.{key}": role for key, role in roles(inner).items()}
+    return found
+
+
+def identity(section: Section) -> dict[str, Any]:
+    """The keys of a section that what is made depends on, as plain JSON values."""
+    return _chosen(section, {Role.IDENTITY, Role.CORRECTION})
+
+
+def operation(section: Section) -> dict[str, Any]:
+    """The keys of a section that only say how it is made, as plain JSON values."""
+    return _chosen(section, {Role.OPERATION, Role.LAYOUT})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an output is made by: the keys that it depends on, and those that only say how."""
+
+    identity: dict[str, Any]
+    operation: dict[str, Any] = field(default_factory=dict)
+    layout: frozenset[str] = frozenset()
+    """Dotted names in `operation` that a half-made output is cut by."""
+    corrections: frozenset[str] = frozenset()
+    """Dotted names in `identity` that may still change while the output is half made."""
+
+    @classmethod
+    def of(cls, config: Recipe | Mapping[str, Any]) -> Recipe:
+        """A mapping is a recipe of identity alone."""
+        return config if isinstance(config, Recipe) else cls(dict(config))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Identity and operation together, each section whole again."""
+        return _merged(self.identity, self.operation)
+
+
+def recipe(*parts: Section | Mapping[str, Any]) -> Recipe:
+    """The recipe of an output that `parts` say all about.
+
+    A section stands for its keys; a mapping's values are plain, or sections under that name.
+    """
+    made = Recipe({}, {})
+    layout, corrections = set(), set()
+    for prefix, part in _named(parts):
+        if not isinstance(part, Section):
+            made.identity[prefix] = part
+            continue
+        _into(made.identity, prefix).update(identity(part))
+        _into(made.operation, prefix).update(operation(part))
+        for name, role in roles(type(part)).items():
+            dotted = f"{prefix}.{name}" if prefix else name
+            if role == Role.LAYOUT:
+                layout.add(dotted)
+            elif role == Role.CORRECTION:
+                corrections.add(dotted)
+    return Recipe(made.identity, made.operation, frozenset(layout), frozenset(corrections))
+
+
+def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(one)
+    for name, value in other.items():
+        inner = merged.get(name)
+        both = isinstance(inner, Mapping) and isinstance(value, Mapping)
+        merged[name] = _merged(inner, value) if both else value
+    return merged
+
+
+def _named(parts: tuple[Section | Mapping[str, Any], ...]) -> Iterator[tuple[str, Any]]:
+    for part in parts:
+        yield from [("", part)] if isinstance(part, Section) else part.items()
+
+
+def _into(values: dict[str, Any], name: str) -> dict[str, Any]:
+    return values.setdefault(name, {}) if name else values
+
+
+def _section(annotation: Any) -> type[Section] | None:
+    """The section that a key holds, or may hold; None for a plain value or a list."""
+    if get_origin(annotation) in (Union, UnionType):
+        inner = [each for each in map(_section, get_args(annotation)) if each is not None]
+        return inner[0] if inner else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def _chosen(section: Section, wanted: set[Role]) -> dict[str, Any]:
+    """The values whose role is wanted, nested as the section is."""
+    chosen, plain = {}, as_dict(section)
+    for name, about in type(section).model_fields.items():
+        value, marked = getattr(section, name), _marked(about)
+        if isinstance(value, Section) and marked is None:
+            if inner := _chosen(value, wanted):
+                chosen[name] = inner
+        elif (marked or Role.IDENTITY) in wanted:
+            chosen[name] = plain[name]
+    return chosen
+
+
+def _marked(about: FieldInfo) -> Role | None:
+    return next((mark for mark in about.metadata if isinstance(mark, Role)), None)
 
 
 def explain(error: ValidationError, source: str) -> str:

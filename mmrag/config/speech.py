@@ -11,7 +11,15 @@ from pydantic import (
     model_validator,
 )
 
-from mmrag.config.section import SLUG, Fraction, Section, Workers
+from mmrag.config.section import (
+    SLUG,
+    Correction,
+    Fraction,
+    Layout,
+    Operation,
+    Section,
+    Workers,
+)
 
 
 class Synthesize(Section):
@@ -94,9 +102,13 @@ class Pretrain(Section):
     """Weight in the loss of a frame that is not masked; a masked one weighs 1."""
     sample_seconds: PositiveFloat
     """Audio whose features k-means sees."""
-    num_cpus: float = Field(gt=0)
+    leave_out: Correction[tuple[str, ...]] = ()
+    """Utterances, by id, that are passed over; may be added to while a run is unfinished."""
+    checkpoint_steps: Operation[PositiveInt] = 500
+    """Steps after which a killed run finds its state again."""
+    num_cpus: Operation[float] = Field(gt=0)
     """CPUs that the one training process reserves."""
-    num_gpus: float = Field(default=0, ge=0)
+    num_gpus: Operation[float] = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _first_round(self) -> Pretrain:
@@ -108,12 +120,13 @@ class Pretrain(Section):
 class Tokenize(Section):
     """Audio to units."""
 
-    name: str = Field(default="tokens", pattern=SLUG)
+    name: Operation[str] = Field(default="tokens", pattern=SLUG)
     """The output's directory in the workspace."""
-    source: str | None = None
+    source: Operation[str | None] = None
     """A manifest, a directory of audio or of manifests `<split>.jsonl`, or `reader:path` for a
-    reader of `mmrag.corpora.sources` (`lhotse:cuts.jsonl.gz`); None for the workspace's corpus."""
-    codebook: str | None = None
+    reader of `mmrag.corpora.sources` (`lhotse:cuts.jsonl.gz`); None for the workspace's corpus.
+    What it holds counts, and not where it lies."""
+    codebook: Operation[str | None] = None
     """A fitted codebook's directory, or a model of this package (`mmrag:tiny`); None to fit one on
     `source`."""
     units: PositiveInt
@@ -123,9 +136,9 @@ class Tokenize(Section):
     min_seconds: PositiveFloat
     max_seconds: PositiveFloat
     """Longer clips are rejected if they have a transcript, else split at silence."""
-    batch_seconds: PositiveFloat
+    batch_seconds: Operation[PositiveFloat]
     """Audio encoded at once, seconds."""
-    part_seconds: PositiveFloat
+    part_seconds: Layout[PositiveFloat]
     """Audio in one output file: what a killed job may have to redo, a worker."""
     require_text: bool
     """Reject clips without a transcript."""

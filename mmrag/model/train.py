@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mmrag.config import Format, Phase, Train
+from mmrag.finite import NonFiniteLoss, non_finite
 from mmrag.model.cross_attention import Windows
 from mmrag.model.loss import IGNORE, Batch, Objective, combine
 from mmrag.model.vocabulary import PAD, Vocabulary
@@ -23,11 +24,16 @@ from mmrag.records import Rejection
 from mmrag.speech.tokenized import Tokenized
 
 
+class TrainingError(ValueError):
+    """What a run is asked for cannot be done; each of its workers finds that out alike."""
+
+
 class Example(NamedTuple):
-    """An utterance as ids: `text` pieces, and `units` or None."""
+    """An utterance as ids: `text` pieces, and `units` or None; `name` is the utterance's id."""
 
     text: list[int]
     units: list[int] | None
+    name: str = ""
 
 
 class Chosen(NamedTuple):
@@ -35,6 +41,14 @@ class Chosen(NamedTuple):
 
     index: int
     form: Format
+
+
+class TooLong(NamedTuple):
+    """An example that no micro-batch can hold in these formats; `length` is of the longest."""
+
+    index: int
+    length: int
+    forms: list[Format]
 
 
 Show = Callable[[Sequence[int], np.random.Generator], Windows]
@@ -76,6 +90,7 @@ def examples(tokenized: Sequence[Tokenized], vocabulary: Vocabulary) -> list[Exa
         Example(
             text=vocabulary.encode(one.utterance.text or ""),
             units=None if one.units is None else vocabulary.encode_units(one.units),
+            name=one.utterance.id,
         )
         for one in tokenized
     ]
@@ -85,25 +100,32 @@ class Curriculum:
     """Which examples each step reads, as a function of (seed, step) alone.
 
     A phase passes over the data in epochs. An epoch draws a format for every example, sorts by
-    length, cuts micro-batches of `micro_batch_tokens` (padding included) and shuffles them. A
-    step takes the next `micro_batches` of them, whatever the number of workers; a resumed run
-    asks for its step and reads on where it stopped.
+    length, cuts micro-batches of `micro_batch_tokens` (padding included) and shuffles them. An
+    example that is longer by itself is passed over (`too_long`), and so is one that is to be left
+    out; neither changes which others are read together. A step takes the next `micro_batches` of
+    them, whatever the number of workers; a resumed run asks for its step and reads on where it
+    stopped.
     """
 
     def __init__(self, data: Sequence[Example], settings: Train, seed: int) -> None:
+        """TrainingError if there is nothing to read, or no such utterance to leave out."""
         if not data:
-            raise ValueError("no examples to train on")
+            raise TrainingError("no examples to train on")
+        passed = set(settings.leave_out)
+        if unknown := sorted(passed - {example.name for example in data}):
+            raise TrainingError(f"train.leave_out: no utterance {', '.join(unknown)} to train on")
         self.settings = settings
         self.seed = seed
         self._text = np.array([len(example.text) for example in data])
         self._units = np.array([len(example.units or ()) for example in data])
+        self._wanted = np.array([example.name not in passed for example in data])
         self._next = 0
         self._stream = self._batches()
 
     def step(self, step: int) -> tuple[Phase, list[list[Chosen]]]:
         """The phase and the micro-batches of optimizer step `step`, counted from 0.
 
-        Raises ValueError past the last step, or if no example fits a phase's mixture.
+        Raises ValueError past the last step, TrainingError if no example fits a phase's mixture.
         """
         if not 0 <= step < self.settings.steps:
             raise ValueError(f"step {step} of {self.settings.steps}")
@@ -116,8 +138,42 @@ class Curriculum:
         phase = self.settings.phases[int(np.searchsorted(ends, step, side="right"))]
         return phase, [next(self._stream) for _ in range(self.settings.micro_batches)]
 
+    def too_long(self) -> list[TooLong]:
+        """The examples that are passed over in some format of the phases, for their length."""
+        longest: dict[int, TooLong] = {}
+        for form in dict.fromkeys(form for phase in self.settings.phases for form in phase.mixture):
+            usable, lengths = self._shown_as(np.full(len(self._text), form))
+            over = usable & self._wanted & (lengths > self.settings.micro_batch_tokens)
+            for index in np.flatnonzero(over).tolist():
+                _, length, forms = longest.get(index, TooLong(index, 0, []))
+                length = max(length, int(lengths[index]))
+                longest[index] = TooLong(index, length, [*forms, form])
+        return [longest[index] for index in sorted(longest)]
+
+    def _shown_as(self, forms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For each example in its format (N,): whether it has the data, and its length."""
+        usable = np.where(forms == "speech", True, self._text > 0)
+        usable &= np.where(forms == "text", True, self._units > 0)
+        lengths = 4 + np.where(forms == "speech", 0, self._text)
+        return usable, lengths + np.where(forms == "text", 0, self._units)
+
+    def _check(self, phase: Phase) -> None:
+        """TrainingError if no epoch of a phase would hold anything."""
+        budget, shortest = self.settings.micro_batch_tokens, []
+        for form in phase.mixture:
+            usable, lengths = self._shown_as(np.full(len(self._text), form))
+            shortest += lengths[usable & self._wanted].tolist()
+        if not shortest:
+            raise TrainingError(f"phase {phase.name}: no example fits its mixture {phase.mixture}")
+        if min(shortest) > budget:
+            raise TrainingError(
+                f"phase {phase.name}: no example fits in train.micro_batch_tokens {budget}, the "
+                f"shortest has {min(shortest)}"
+            )
+
     def _batches(self) -> Iterator[list[Chosen]]:
         for number, phase in enumerate(self.settings.phases):
+            self._check(phase)
             left = phase.steps * self.settings.micro_batches
             epoch = 0
             while left:
@@ -131,10 +187,7 @@ class Curriculum:
         forms = np.array(list(phase.mixture))
         weights = np.array(list(phase.mixture.values()))
         drawn = random.choice(forms, size=len(self._text), p=weights / weights.sum())
-        lengths = 4 + np.where(drawn == "speech", 0, self._text)
-        lengths += np.where(drawn == "text", 0, self._units)
-        usable = np.where(drawn == "speech", True, self._text > 0)
-        usable &= np.where(drawn == "text", True, self._units > 0)
+        usable, lengths = self._shown_as(drawn)
         # Jitter, so that an example does not meet the same companions in every epoch.
         order = np.argsort(lengths * random.uniform(0.95, 1.05, len(lengths)), kind="stable")
         batches: list[list[Chosen]] = []
@@ -145,9 +198,10 @@ class Curriculum:
                 batches.append([])
                 longest = int(lengths[index])
             batches[-1].append(Chosen(index, str(drawn[index])))
-        if not batches:
-            raise ValueError(f"phase {phase.name}: no example fits its mixture {phase.mixture}")
-        return [batches[i] for i in random.permutation(len(batches))]
+        read = self._wanted & (lengths <= self.settings.micro_batch_tokens)
+        shuffled = [batches[i] for i in random.permutation(len(batches))]
+        kept = [[one for one in batch if read[one.index]] for batch in shuffled]
+        return [batch for batch in kept if batch]
 
 
 def collate(
@@ -166,8 +220,7 @@ def collate(
     random = np.random.default_rng(list(seed))
     rows: list[tuple[list[int], int, range, list[int]]] = []
     for index, form in chosen:
-        text, units = data[index]
-        units = units or []
+        text, units = data[index].text, data[index].units or []
         if form == "speech_first":
             kept = random.random(len(units)) >= unit_dropout
             units = [unit for unit, keep in zip(units, kept, strict=True) if keep]
@@ -203,15 +256,36 @@ def train_step(
 ) -> Tensor:
     """Forward and backward over this worker's micro-batches of one step.
 
-    `counts` (2,) are the targets of the whole step, over all workers. Returns this worker's
-    summed losses (2,), detached.
+    `counts` (2,) are the targets of the whole step, over all workers. Returns the summed losses of
+    each micro-batch (M, 2), detached.
     """
-    total = torch.zeros(2)
+    losses = []
     for batch in batches:
         sums = forward(batch)
         backward(combine(sums, counts, (1.0, ctc_weight)))
-        total += sums.detach().cpu()
-    return total
+        losses.append(sums.detach().cpu())
+    return torch.stack(losses)
+
+
+def lost(
+    step: int,
+    what: str,
+    micro_batches: Sequence[Sequence[Chosen]],
+    data: Sequence[Example],
+    losses: Tensor | None = None,
+) -> NonFiniteLoss:
+    """The error of a step (counted from 0) whose `what` is not finite.
+
+    It names the utterances of the micro-batches whose `losses` (M, 2) are not; without them, or
+    where all of them are, those of the whole step.
+    """
+    numbers = list(range(len(micro_batches)))
+    if losses is not None:
+        numbers = [n for n in numbers if not losses[n].isfinite().all()] or numbers
+    read = [data[one.index].name or f"#{one.index}" for n in numbers for one in micro_batches[n]]
+    which = ", ".join(str(n + 1) for n in numbers)
+    where = f"step {step + 1}, micro-batch {which} of {len(micro_batches)}"
+    return non_finite(what, where, list(dict.fromkeys(read)), "train.leave_out")
 
 
 def learning_rate(step: int, settings: Train) -> float:
@@ -259,7 +333,8 @@ def train(
 ) -> None:
     """Train `objective` in this process, on the device where its weights are.
 
-    `contexts` says what an adapter is shown.
+    `contexts` says what an adapter is shown. Raises NonFiniteLoss before a step is taken on a loss
+    or a gradient that is no number.
     """
     device = objective.lm.embedding.weight.device
     dtype = precision(settings.precision, device)
@@ -278,17 +353,21 @@ def train(
             group["lr"] = rate
         optimizer.zero_grad()
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            sums = train_step(
+            losses = train_step(
                 lambda batch: objective(batch.to(device)),
                 lambda loss: loss.backward(),
                 batches,
                 counts,
                 settings.ctc_weight,
             )
+        if not losses.isfinite().all():
+            raise lost(step, "the loss is not finite", micro_batches, data, losses)
         norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), settings.clip)
+        if not norm.isfinite():
+            raise lost(step, "the gradient is not finite", micro_batches, data)
         optimizer.step()
         tokens = sum(batch.ids.numel() for batch in batches)
-        log(step_log(step, phase, sums, counts, float(norm), rate, tokens))
+        log(step_log(step, phase, losses.sum(0), counts, float(norm), rate, tokens))
 
 
 def step_log(

@@ -6,7 +6,7 @@ audio; it has never seen a unit or a file of speech."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +19,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torchaudio.compliance import kaldi
 
+from mmrag.artifact import sync
 from mmrag.config import Hubert, Pretrain, PretrainRound
+from mmrag.finite import non_finite
 from mmrag.records import Timed
 from mmrag.speech.audio import SAMPLE_RATE
 from mmrag.speech.hubert import CONVOLUTIONS, HubertEncoder, generator_at, seeded_at, window
 
+STATE = ".pretrain.pt"
+"""What an unfinished pretraining goes on from."""
 LOGIT_TEMPERATURE = 0.1
 WARMUP_SHARE = 0.08
 """Share of a round's steps in which the learning rate rises."""
@@ -140,12 +144,13 @@ class Phones:
 
 
 class Batch(NamedTuple):
-    """Crops for one step: what `MaskedPrediction.forward` takes."""
+    """Crops for one step: what `MaskedPrediction.forward` takes, and the clips they are from."""
 
     waves: Tensor
     lengths: Tensor
     targets: Tensor
     mask: Tensor
+    clips: list[int]
 
 
 class Targets:
@@ -179,13 +184,20 @@ def draw(
     targets: Targets | Phones,
     settings: Pretrain,
     generator: torch.Generator,
+    left_out: Collection[int] = (),
 ) -> Batch:
-    """Random crops of random clips, `batch_seconds` in all, and a mask over their frames."""
+    """Random crops of random clips, `batch_seconds` in all, and a mask over their frames.
+
+    A clip that is left out is passed over where it is drawn.
+    """
     longest = round(settings.crop_seconds * SAMPLE_RATE)
     missing = settings.batch_seconds * SAMPLE_RATE
-    crops, labels = [], []
+    crops, labels, clips = [], [], []
     while missing > 0:
         clip = _below(len(waves), generator)
+        if clip in left_out:
+            continue
+        clips.append(clip)
         wave = encoder.prepare(waves[clip])
         spare = max(0, encoder.frames(len(wave)) - encoder.frames(longest))
         first = _below(spare + 1, generator)
@@ -201,6 +213,7 @@ def draw(
         lengths=torch.tensor([len(crop) for crop in crops]),
         targets=pad_sequence(labels, batch_first=True),
         mask=mask,
+        clips=clips,
     )
 
 
@@ -234,11 +247,19 @@ class Round:
         """The features (F, D) of a clip that targets are clusters of."""
         return self.teacher.features([wave])[0] if self.teacher else mfcc(wave)
 
-    def cluster(self, waves: Sequence[Tensor], seconds: float, cluster: Cluster) -> None:
+    def cluster(
+        self,
+        waves: Sequence[Tensor],
+        seconds: float,
+        cluster: Cluster,
+        left_out: Collection[int] = (),
+    ) -> None:
         """Make the centroids from `seconds` of audio, of clips in random order."""
         order = torch.randperm(len(waves), generator=generator_at(self.seed, self.number))
         features, missing = [], seconds * SAMPLE_RATE
         for clip in order.tolist():
+            if clip in left_out:
+                continue
             wave = waves[clip]
             features.append(self.describe(wave).cpu().numpy())
             missing -= len(wave)
@@ -247,8 +268,14 @@ class Round:
         centroids = cluster(np.concatenate(features), self.plan.classes, self.seed)
         self.centroids = torch.from_numpy(centroids)
 
-    def train_step(self, batch: Batch, learning_rate: float) -> dict[str, float]:
-        """One step: its mean loss, and its accuracy on the masked frames."""
+    def train_step(
+        self, batch: Batch, learning_rate: float, named: Callable[[int], str] = str
+    ) -> dict[str, float]:
+        """One step: its mean loss, and its accuracy on the masked frames.
+
+        Raises NonFiniteLoss, with the clips `named`, before it is taken on a loss or a gradient
+        that is no number.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         device = self.model.encoder.device
@@ -259,7 +286,12 @@ class Round:
         self.optimizer.zero_grad()
         loss = loss / count
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        for what, value in (("loss", loss), ("gradient", norm)):
+            if not value.isfinite():
+                where = f"round {self.number + 1}, step {self.step + 1}"
+                read = [named(clip) for clip in dict.fromkeys(batch.clips)]
+                raise non_finite(f"the {what} is not finite", where, read, "pretrain.leave_out")
         self.optimizer.step()
         self.step += 1
         return {"loss": loss.item(), "accuracy": correct.item() / int(mask.sum())}
@@ -276,7 +308,9 @@ class Round:
         }
         aside = path.with_suffix(".aside")
         torch.save(state, aside)
+        sync(aside)
         aside.replace(path)
+        sync(path.parent)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take up what `save` wrote for this round."""
@@ -299,7 +333,7 @@ def pretrain(
     *,
     phones: Phones | None = None,
     device: torch.device | str = "cpu",
-    checkpoint_steps: int = 500,
+    names: Sequence[str] | None = None,
 ) -> HubertEncoder:
     """An encoder of shape `config`, pretrained on `waves`: (T_i,) each, at 16 kHz.
 
@@ -308,16 +342,23 @@ def pretrain(
     the weights and on (seed, round, step) alone, so a run that finds its own unfinished state in
     `directory/.pretrain.pt` ends with the weights it would have had without the interruption.
     `log(step, {round, loss, accuracy, learning_rate})` is called after each step; steps count
-    from 1 through all rounds. Raises ValueError if there is no audio, or a crop holds no frame.
+    from 1 through all rounds. `names` are the clips' ids. Raises ValueError if there is no audio,
+    or a crop holds no frame, NonFiniteLoss before a step is taken on a loss that is no number.
     """
     if not len(waves):
         raise ValueError("there is no audio to pretrain on")
+    names = names or [str(number) for number in range(len(waves))]
+    if unknown := sorted(set(settings.leave_out) - set(names)):
+        raise ValueError(f"pretrain.leave_out: no utterance {', '.join(unknown)} to pretrain on")
+    left_out = {number for number, name in enumerate(names) if name in settings.leave_out}
+    if len(left_out) == len(waves):
+        raise ValueError("pretrain.leave_out leaves no audio to pretrain on")
     encoder = HubertEncoder.create(config, seed).to(device)
     if phones is None and any(plan.target == "phones" for plan in settings.rounds):
         raise ValueError("a round's target is phones, and the corpus has no alignment")
     if not encoder.frames(round(settings.crop_seconds * SAMPLE_RATE)):
         raise ValueError(f"crop_seconds {settings.crop_seconds} is shorter than one frame")
-    path = Path(directory) / ".pretrain.pt"
+    path = Path(directory) / STATE
     saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
     past = 0
     for number, plan in enumerate(settings.rounds):
@@ -328,16 +369,16 @@ def pretrain(
             if number == saved.get("number"):
                 current.restore(saved)
             elif clustered:
-                current.cluster(waves, settings.sample_seconds, cluster)
+                current.cluster(waves, settings.sample_seconds, cluster, left_out)
             targets = phones
             if clustered:
                 targets = Targets(waves, current.describe, current.centroids)
             while current.step < plan.steps:
                 generator = generator_at(seed, number, current.step)
-                batch = draw(encoder, waves, targets, settings, generator)
+                batch = draw(encoder, waves, targets, settings, generator, left_out)
                 rate = settings.learning_rate * schedule(current.step, plan.steps)
-                metrics = current.train_step(batch, rate)
-                if current.step % checkpoint_steps == 0 or current.step == plan.steps:
+                metrics = current.train_step(batch, rate, names.__getitem__)
+                if current.step % settings.checkpoint_steps == 0 or current.step == plan.steps:
                     current.save(path)
                 log(
                     past + current.step,

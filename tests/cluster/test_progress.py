@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from cluster import progress
-from cluster.progress import METRICS, MetricsWriter, bar, following, last_record, records
+from cluster.progress import (
+    METRICS,
+    MetricsReader,
+    MetricsWriter,
+    bar,
+    following,
+    last_record,
+    records,
+)
 
 
 def write(directory: Path, steps: range, **fields) -> None:
@@ -97,3 +105,87 @@ def test_without_a_terminal_progress_is_told_in_lines(monkeypatch, capsys):
         "  speaking: 1/2 parts",
         "  speaking: 2/2 parts",
     ]
+
+
+def test_a_growing_file_is_read_once_and_a_half_written_line_waits_for_its_end(
+    tmp_path, monkeypatch
+):
+    read, opened = [], Path.open
+
+    class Counting:
+        def __init__(self, stream) -> None:
+            self._stream = stream
+
+        def read(self, *size: int) -> bytes:
+            read.append(self._stream.read(*size))
+            return read[-1]
+
+        def __getattr__(self, name: str):
+            return getattr(self._stream, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_) -> None:
+            self._stream.close()
+
+    def counting(path, mode="r", *how, **hows):
+        stream = opened(path, mode, *how, **hows)
+        return Counting(stream) if mode == "rb" else stream
+
+    writer, reader = MetricsWriter(tmp_path, 0), MetricsReader(tmp_path)
+    monkeypatch.setattr(Path, "open", counting)
+    found = []
+    for step in range(200):
+        writer.write({"step": step})
+        found += reader.new()
+    assert [record["step"] for record in found] == list(range(200))
+    size = (tmp_path / METRICS).stat().st_size
+    assert sum(map(len, read)) == size
+    assert reader.new() == [] and sum(map(len, read)) == size
+
+    with opened(tmp_path / METRICS, "a") as stream:
+        stream.write('{"step": 2')
+        stream.flush()
+        assert reader.new() == []
+        stream.write("00}\n")
+    assert reader.new() == [{"step": 200}]
+    assert sum(map(len, read)) <= size + 2 * len('{"step": 200}\n')
+
+
+def test_a_file_that_was_cut_back_is_read_from_its_beginning(tmp_path):
+    reader = MetricsReader(tmp_path)
+    assert reader.new() == []
+    write(tmp_path, range(9), run="killed")
+    assert len(reader.new()) == 9
+    write(tmp_path, range(4, 40), run="resumed, and by now longer than before")
+    assert [record["step"] for record in reader.new()] == list(range(40))
+
+
+def test_following_says_nothing_twice_where_a_worker_failed_and_went_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "POLL_SECONDS", 0.01)
+    seen, arrived = [], threading.Event()
+
+    def log(record: dict) -> None:
+        seen.append(record["step"])
+        if len(seen) == 5:
+            arrived.set()
+
+    with following(tmp_path, log):
+        write(tmp_path, range(5))
+        assert arrived.wait(10)
+        write(tmp_path, range(2, 8))
+    assert seen == list(range(8))
+
+
+def test_metrics_that_are_cut_back_are_never_gone_in_between(tmp_path, monkeypatch):
+    write(tmp_path, range(5))
+
+    def killed(*_) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            MetricsWriter(tmp_path, 3)
+    assert steps(tmp_path) == list(range(5))

@@ -12,16 +12,22 @@ import torch
 from safetensors.torch import load_file
 
 from cluster.progress import records
-from cluster.train import CHECKPOINTS, deepspeed_config, fit, shown
+from cluster.train import CHECKPOINTS, REJECTED, deepspeed_config, fit, held, shown
+from jobs import stage
+from jobs import train as stage_train
 from mmrag import artifact
+from mmrag.artifact import ArtifactError
 from mmrag.config import Experiment, Phase
+from mmrag.finite import NonFiniteLoss
 from mmrag.model import pretrained
 from mmrag.model.cross_attention import Adapter
 from mmrag.model.lm import LM
 from mmrag.model.loss import Objective
-from mmrag.model.train import StepLog, examples, train
+from mmrag.model.train import Curriculum, StepLog, TrainingError, examples, train
 from mmrag.model.vocabulary import Vocabulary
+from mmrag.records import Utterance
 from mmrag.speech import tokenized
+from mmrag.speech.tokenized import Tokenized
 
 WAIT_SECONDS = 200
 
@@ -63,6 +69,13 @@ def test_a_deepspeed_file_adds_to_the_experiment(experiment, tmp_path):
 )
 def test_a_deepspeed_file_may_not_overrule_the_experiment(experiment, tmp_path, extra, named):
     with pytest.raises(ValueError, match=rf"deepspeed\.json sets what .*{named}"):
+        deepspeed_config(with_deepspeed(experiment, tmp_path, extra), torch.float32)
+
+
+@pytest.mark.parametrize("extra", [{"fp16": {"enabled": True}}, {"optimizer": {"type": "Lion"}}])
+def test_a_deepspeed_file_changes_nothing_that_is_learned(experiment, tmp_path, extra):
+    """Its contents may change while a run is unfinished, as its path may."""
+    with pytest.raises(ValueError, match=rf"deepspeed\.json sets \['{next(iter(extra))}'\]"):
         deepspeed_config(with_deepspeed(experiment, tmp_path, extra), torch.float32)
 
 
@@ -143,13 +156,10 @@ def checkpoints(draft: Path) -> list[str]:
     return [one["checkpoint_dir_name"] for one in state["checkpoint_results"]]
 
 
-def assert_goes_on_where_it_was_killed(
-    experiment: Experiment, address: str, directory: Path, kind: str
-) -> Path:
-    """Train, kill the job at its first checkpoint, run it again; what was made in the end."""
+def interrupted(experiment: Experiment, draft: Path, address: str, directory: Path) -> Path:
+    """Train, and kill the job at its first checkpoint; the configuration's file."""
     config = directory / "experiment.yaml"
     config.write_text(experiment.model_dump_json())  # JSON is YAML
-    draft, finished = experiment.workspace / f".{kind}.partial", experiment.workspace / kind
     job = train_job(config, address, directory)
     try:
         deadline = time.monotonic() + WAIT_SECONDS
@@ -160,7 +170,16 @@ def assert_goes_on_where_it_was_killed(
     finally:
         job.kill()
         job.wait()
-    assert not finished.exists(), "the run was over before it could be killed"
+    assert draft.exists(), "the run was over before it could be killed"
+    return config
+
+
+def assert_goes_on_where_it_was_killed(
+    experiment: Experiment, address: str, directory: Path, kind: str
+) -> Path:
+    """Train, kill the job at its first checkpoint, run it again; what was made in the end."""
+    draft, finished = experiment.workspace / f".{kind}.partial", experiment.workspace / kind
+    config = interrupted(experiment, draft, address, directory)
     every = experiment.train.checkpoint_steps
     before = [one for one in records(draft) if one["step"] < every]
     assert len(before) == every
@@ -200,6 +219,130 @@ def test_a_killed_training_of_an_adapter_goes_on_to_the_very_same_weights(
     copied = borrow("codebook", "tokens", "lm", "datastores", "neighbours", of=adapted)
     made = assert_goes_on_where_it_was_killed(copied, ray_cluster, tmp_path, "adapter")
     assert_same_artifact(made, adapted.path / "adapter", "adapter", pretrained.ADAPTER_WEIGHTS)
+
+
+def files(directory: Path) -> set[str]:
+    return {path.relative_to(directory).as_posix() for path in directory.rglob("*")}
+
+
+@pytest.mark.ray
+def test_a_changed_log_interval_resumes(workspace, borrow, ray_cluster, tmp_path):
+    """… and so does every other operation; what cannot go on is refused, and nothing is lost."""
+    experiment = borrow("codebook", "tokens")
+    draft = experiment.workspace / ".lm.partial"
+    interrupted(experiment, draft, ray_cluster, tmp_path)
+    before, kept = list(records(draft)), files(draft)
+    for changes, named in [
+        (
+            {"workers": experiment.train.workers.model_copy(update={"count": 1})},
+            "workers.count was 2",
+        ),
+        ({"zero_stage": 2}, "zero_stage was 1 and is now 2"),
+        ({"learning_rate": 0.5}, "learning_rate was .* and is now 0.5"),
+    ]:
+        lost = r"--force throws away [123] checkpoints? up to step \d+ in .*\.lm\.partial"
+        with pytest.raises(ArtifactError, match=rf"train\.{named}.*{lost}"):
+            stage_train.run(with_train(experiment, **changes))
+        assert files(draft) == kept
+
+    operation = {"log_steps": 7, "max_failures": 3, "checkpoint_steps": 9}
+    changed = with_deepspeed(with_train(experiment, **operation), tmp_path, {"steps_per_print": 5})
+    workers = experiment.train.workers.model_copy(update={"num_cpus": 0.9})
+    with stage.console.capture() as said:
+        made = stage_train.run(with_train(changed, workers=workers))
+    assert "lm: going on where a stopped run left off" in said.get()
+    after = list(records(made.path))
+    every = experiment.train.checkpoint_steps
+    assert after[:every] == before[:every], "the first steps were not made again"
+    assert_same_artifact(made.path, workspace.path / "lm", "lm", pretrained.WEIGHTS)
+
+
+def spoiling(ids: list[int]):
+    """A worker whose loss is no number where it reads these ids; pickled whole, for the cluster."""
+    culprit = str(ids)[1:-1]
+
+    def worker(config: dict) -> None:
+        from cluster import train
+        from mmrag.model.loss import Objective
+
+        forward = Objective.forward
+
+        def spoilt(self, batch):
+            sums = forward(self, batch)
+            return (
+                sums * float("nan") if any(culprit in str(r.tolist()) for r in batch.ids) else sums
+            )
+
+        Objective.forward = spoilt
+        try:
+            train._worker(config)
+        finally:
+            Objective.forward = forward
+
+    return worker
+
+
+@pytest.mark.ray
+def test_a_loss_that_is_no_number_stops_every_worker_and_names_what_was_read(
+    workspace, borrow, monkeypatch
+):
+    """… before the step is taken; without that utterance the run goes on where it stopped."""
+    from cluster import train as distributed
+
+    phases = (Phase(name="speech", steps=6, mixture={"speech_first": 1.0}),)
+    experiment = with_train(borrow("codebook", "tokens"), phases=phases, checkpoint_steps=1)
+    vocabulary = Vocabulary.load(workspace.path / "lm")
+    splits = [workspace.path / "tokens" / split for split in ("lm", "text")]
+    data = examples([one for split in splits for one in tokenized.read(split)], vocabulary)
+    curriculum = Curriculum(data, experiment.train, experiment.seed)
+    read = [[one.index for batch in curriculum.step(step)[1] for one in batch] for step in range(6)]
+    step, index = next(
+        (step, index)
+        for step in range(2, 6)
+        for index in read[step]
+        if sum(data[other].text == data[index].text for other in range(len(data))) == 1
+        and not any(index in earlier for earlier in read[:step])
+    )
+    monkeypatch.setattr(distributed, "_worker", spoiling(data[index].text))
+    with pytest.raises(NonFiniteLoss, match=rf"step {step + 1}, .*{data[index].name}") as raised:
+        stage_train.run(experiment)
+    assert "train.leave_out=[ID]" in str(raised.value)
+    draft = experiment.workspace / ".lm.partial"
+    assert [one["step"] for one in records(draft)] == list(range(step))
+    assert held(draft).what.endswith(f"up to step {step}")
+
+    out = (data[index].name,)
+    made = stage_train.run(with_train(experiment, leave_out=out))
+    assert [one["step"] for one in records(made.path)] == list(range(6))
+    assert made.config["train"]["leave_out"] == list(out)
+    assert all(
+        weight.isfinite().all() for weight in load_file(made.path / pretrained.WEIGHTS).values()
+    )
+
+
+@pytest.mark.ray
+def test_utterances_too_long_for_a_micro_batch_are_listed_beside_the_model(workspace, borrow):
+    experiment = borrow("codebook", "tokens")
+    part = next((experiment.workspace / "tokens" / "text").glob("part-*.parquet"))
+    known = list(tokenized.read_part(part))
+    long = Tokenized(Utterance(id="endless", text="light " * 900, document="x"), None)
+    tokenized.write_part(part, [*known, long])
+    phases = (Phase(name="text", steps=2, mixture={"text": 1.0}),)
+    with stage.console.capture() as said:
+        made = stage_train.run(with_train(experiment, phases=phases))
+    [line] = [json.loads(line) for line in (made.path / REJECTED).open()]
+    assert line["id"] == "endless" and line["length"] > line["budget"] == 400
+    assert line["formats"] == ["text"]
+    assert made.summary["rejected"] == 1 and "1 rejected" in said.get()
+    assert all(one["tokens"] <= 2 * 400 for one in records(made.path))
+
+
+@pytest.mark.ray
+def test_an_utterance_to_leave_out_that_there_is_not_is_named_without_another_try(
+    workspace, tmp_path
+):
+    with pytest.raises(TrainingError, match=r"train\.leave_out: no utterance nobody to train on"):
+        fit_again(workspace, tmp_path / "lm", leave_out=("nobody",), max_failures=3)
 
 
 def fit_again(workspace, directory: Path, **changes) -> dict[str, torch.Tensor]:

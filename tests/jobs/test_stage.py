@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 
 from cluster.tracking import tracking_uri
 from jobs import evaluate, stage, tokenize, train
-from mmrag import artifact
+from mmrag import artifact, config
 from mmrag.artifact import ArtifactError
 from mmrag.config import Experiment, Tracking
 
@@ -118,6 +118,30 @@ def test_another_configuration_is_refused_until_forced(own):
     with pytest.raises(ArtifactError, match=r"width was 1 and is now 2.*--force"):
         make(own, refuse, width=2)
     assert make(own, write("x"), width=2, force=True).config == {"width": 2}
+
+
+def test_force_says_what_it_throws_away(own):
+    def stop(draft, run) -> None:
+        (draft.path / "part-0").write_text("done")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(own, stop)
+    with pytest.raises(ArtifactError, match=r"width was 1 and is now 2.*throws away 1 file in"):
+        make(own, refuse, width=2)
+    assert len(runs(own)) == 1, "nothing was run, and no run is recorded"
+    with stage.console.capture() as said:
+        make(own, write("abc"), width=2, force=True)
+    assert "lm: --force threw away 1 file of" in said.get()
+
+
+def test_a_run_records_how_it_was_done_beside_what_is_made(own):
+    recipe = config.recipe({"train": own.train})
+    made = stage.make(own, "lm", "lm", recipe, {}, write("abc"))
+    [run] = runs(own)
+    assert run.data.params["train.workers.count"] == str(own.train.workers.count)
+    assert run.data.params["train.clip"] == str(own.train.clip)
+    assert "workers" not in made.config["train"]
 
 
 def test_a_run_records_what_its_stage_counted_and_made(own):

@@ -11,6 +11,7 @@ import pytest
 
 from mmrag import artifact
 from mmrag.artifact import Artifact, ArtifactError
+from mmrag.config import Recipe
 
 CONFIG = {"units": 100, "rounds": [1, 2]}
 
@@ -92,21 +93,181 @@ def test_a_killed_stage_finds_its_draft_again(tmp_path):
     assert resumed.fingerprint == at_once.fingerprint
 
 
-@pytest.mark.parametrize("how", [{"config": {"units": 7}}, {"force": True}])
-def test_a_draft_of_something_else_is_started_again(tmp_path, how):
+def test_only_force_throws_a_draft_away_and_says_what_it_held(tmp_path):
     kill_while_writing(tmp_path / "made")
-    with artifact.create(
-        tmp_path / "made", "thing", **{"config": CONFIG, "inputs": {}, **how}
-    ) as draft:
+    with artifact.create(tmp_path / "made", "thing", CONFIG, {}, force=True) as draft:
         assert not draft.resumed and not (draft.path / "part.txt").exists()
+        assert draft.discarded == "1 file"
+    assert set(os.listdir(tmp_path)) == {"made", ".made.lock"}
 
 
-def test_a_draft_without_a_plan_is_started_again(tmp_path):
+def test_a_draft_of_something_else_is_refused_and_kept(tmp_path):
+    source = make(tmp_path / "source")
     kill_while_writing(tmp_path / "made")
-    [plan] = tmp_path.glob(".made.partial/.plan.json")
-    plan.write_text("{")
-    assert make(tmp_path / "made").summary == {"letters": 8}
+    with (
+        pytest.raises(ArtifactError) as raised,
+        artifact.create(tmp_path / "made", "thing", {**CONFIG, "units": 7}, {"source": source}),
+    ):
+        pass
+    for part in [
+        str(tmp_path / ".made.partial"),
+        "units was 100 and is now 7",
+        f"input source was None and is now {source.fingerprint}",
+        "--force throws away 1 file in",
+    ]:
+        assert part in str(raised.value)
+    assert "rounds" not in str(raised.value)
+    with artifact.create(tmp_path / "made", "thing", CONFIG, {}) as draft:
+        assert draft.resumed and (draft.path / "part.txt").read_text() == "half"
+
+
+@pytest.mark.parametrize("plan", ["{", "[]", "{}", '{"config": 3}', None])
+def test_a_draft_that_does_not_say_what_it_is_of_is_refused_and_kept(tmp_path, plan):
+    kill_while_writing(tmp_path / "made")
+    [known] = tmp_path.glob(".made.partial/.plan.json")
+    known.unlink() if plan is None else known.write_text(plan)
+    with pytest.raises(ArtifactError, match=r"cannot be read.*--force throws away 1 file"):
+        make(tmp_path / "made")
+    assert (tmp_path / ".made.partial" / "part.txt").exists()
+    assert make(tmp_path / "made", force=True).summary == {"letters": 8}
     assert not (tmp_path / "made" / "part.txt").exists()
+
+
+def test_a_draft_that_holds_nothing_is_started_again(tmp_path):
+    with suppress(Killed), artifact.create(tmp_path / "made", "thing", CONFIG, {}):
+        raise Killed
+    assert make(tmp_path / "made", config={"units": 7}).config == {"units": 7}
+    kill_while_writing(tmp_path / "other")  # of a stage that always starts from the beginning
+    made = make(tmp_path / "other", config={"units": 7}, holds=artifact.nothing)
+    assert made.config == {"units": 7} and not (made.path / "part.txt").exists()
+
+
+def test_a_draft_that_is_being_thrown_away_is_never_gone_on_with(tmp_path, monkeypatch):
+    kill_while_writing(tmp_path / "made")
+
+    def half(path, **_):
+        if not Path(path).exists():
+            return
+        (Path(path) / "part.txt").unlink()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", half)
+        with pytest.raises(Killed):
+            make(tmp_path / "made", force=True)
+    with artifact.create(tmp_path / "made", "thing", CONFIG, {}) as draft:
+        assert not draft.resumed
+
+
+DIVIDED = Recipe(
+    {"units": 100, "left_out": []},
+    {"workers": 2, "cut": 10},
+    layout=frozenset({"cut"}),
+    corrections=frozenset({"left_out"}),
+)
+
+
+def with_recipe(identity=None, **operation) -> Recipe:
+    return replace(
+        DIVIDED,
+        identity={**DIVIDED.identity, **(identity or {})},
+        operation={**DIVIDED.operation, **operation},
+    )
+
+
+def test_how_it_is_made_changes_neither_what_is_found_nor_its_fingerprint(tmp_path):
+    made = make(tmp_path / "made", config=DIVIDED)
+    assert made.config == DIVIDED.identity and made.operation == DIVIDED.operation
+    assert make(tmp_path / "other", config=with_recipe(workers=9)).fingerprint == made.fingerprint
+    for how in ({"workers": 9}, {"cut": 7}):
+        assert artifact.finished(tmp_path / "made", "thing", with_recipe(**how), {}) == made
+    with pytest.raises(ArtifactError, match=r"left_out was \[\] and is now \['a'\].*--force"):
+        artifact.finished(tmp_path / "made", "thing", with_recipe({"left_out": ["a"]}), {})
+
+
+def test_a_draft_goes_on_with_another_operation_and_a_correction_but_no_other_layout(tmp_path):
+    kill_while_writing(tmp_path / "made", config=DIVIDED)
+    corrected = with_recipe({"left_out": ["a"]}, workers=9)
+    kill_while_writing(tmp_path / "made", config=corrected)
+    with pytest.raises(ArtifactError, match=r"cut was 10 and is now 7"):
+        make(tmp_path / "made", config=with_recipe({"left_out": ["a"]}, cut=7))
+    with artifact.create(tmp_path / "made", "thing", corrected, {}) as draft:
+        assert draft.resumed and (draft.path / "part.txt").exists()
+    made = artifact.load(tmp_path / "made", "thing")
+    assert made.config["left_out"] == ["a"] and made.operation["workers"] == 9
+
+
+def test_a_layout_matters_only_to_what_was_laid_out_by_it(tmp_path):
+    kill_while_writing(tmp_path / "made", config=DIVIDED)
+    other = with_recipe(cut=7)
+    free = artifact.Held("a vocabulary", laid_out=False)
+    assert artifact.resumable(tmp_path / "made", "thing", other, {}, lambda _: free)
+    make(tmp_path / "made", config=other, holds=lambda _: free)
+    assert artifact.load(tmp_path / "made", "thing").operation["cut"] == 7
+
+
+class Recorded:
+    """What happened to the files below a directory, in order."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root, self.events = root, []
+        fsync, rename, replace_ = os.fsync, Path.rename, Path.replace
+
+        def synced(handle: int) -> None:
+            self._add("sync", Path(os.readlink(f"/proc/self/fd/{handle}")))
+            fsync(handle)
+
+        def renamed(source: Path, target: Path) -> Path:
+            self._add("rename", Path(target))
+            return rename(source, target)
+
+        def replaced(source: Path, target: Path) -> Path:
+            self._add("rename", Path(target))
+            return replace_(source, target)
+
+        monkeypatch.setattr(os, "fsync", synced)
+        monkeypatch.setattr(Path, "rename", renamed)
+        monkeypatch.setattr(Path, "replace", replaced)
+
+    def _add(self, what: str, path: Path) -> None:
+        self.events.append((what, path.relative_to(self.root).as_posix()))
+
+    def index(self, what: str, name: str) -> int:
+        """The last time that it happened."""
+        return max(n for n, event in enumerate(self.events) if event == (what, name))
+
+
+def test_an_artifact_is_on_the_disk_before_the_rename_that_makes_it_count(tmp_path, monkeypatch):
+    make(tmp_path / "made", "old")
+    recorded = Recorded(tmp_path, monkeypatch)
+    with artifact.create(tmp_path / "made", "thing", CONFIG, {}) as draft:
+        (draft.path / "deep" / "er").mkdir(parents=True)
+        (draft.path / "deep" / "er" / "data.txt").write_text("new")
+        (draft.path / ".scratch").write_text("x")
+    counts = recorded.index("rename", "made")
+    contents = recorded.index("sync", ".made.partial/deep/er/data.txt")
+    for directory in ("deep/er", "deep", "."):
+        entry = recorded.index("sync", (Path(".made.partial") / directory).as_posix())
+        assert contents < entry < counts, directory
+    assert recorded.index("sync", ".made.partial/artifact.json") < counts
+    assert counts < recorded.index("sync", "."), "and then the entry that the rename made"
+    assert not any("scratch" in name for _, name in recorded.events)
+
+
+def test_an_adopted_artifact_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
+    original = make(tmp_path / "original")
+    recorded = Recorded(tmp_path, monkeypatch)
+    artifact.adopt(original.path, tmp_path / "own", "thing")
+    counts = recorded.index("rename", "own")
+    assert recorded.index("sync", ".own.partial/data.txt") < counts
+    assert recorded.index("sync", ".own.partial") < counts < recorded.index("sync", ".")
+
+
+def test_json_is_on_the_disk_before_and_after_it_takes_the_old_ones_place(tmp_path, monkeypatch):
+    recorded = Recorded(tmp_path, monkeypatch)
+    artifact.write_json(tmp_path / "value.json", 3)
+    aside = f".value.json.{os.getpid()}"
+    assert recorded.events == [("sync", aside), ("rename", "value.json"), ("sync", ".")]
 
 
 def test_scratch_files_do_not_reach_the_artifact(tmp_path):

@@ -183,3 +183,76 @@ def test_an_experiment_cannot_be_changed(file):
 def test_training_steps_are_those_of_all_phases(file):
     phases = "[{name: a, steps: 3, mixture: {text: 1}}, {name: b, steps: 4, mixture: {speech: 1}}]"
     assert config.read(file, [f"train.phases={phases}"]).train.steps == 7
+
+
+ROLES = {
+    "": "workspace:o seed",
+    "tracking": "uri:o experiment:o",
+    "synthesize": "lm adapter mentions dev test text everyday_share workers.count:o "
+    "workers.num_cpus:o workers.num_gpus:o",
+    "hubert": "weights front conv_channels norm width layers heads feed_forward layer",
+    "pretrain": "rounds batch_seconds crop_seconds learning_rate mask_probability mask_length "
+    "seen_weight sample_seconds leave_out:c checkpoint_steps:o num_cpus:o num_gpus:o",
+    "tokenize": "name:o source:o codebook:o units sample_seconds min_seconds max_seconds "
+    "batch_seconds:o part_seconds:l require_text workers.count:o workers.num_cpus:o "
+    "workers.num_gpus:o",
+    "vocabulary": "pieces tokenizer",
+    "lm": "width layers heads kv_heads feed_forward tied rope_theta norm_eps qkv_bias head_width",
+    "train": "phases base leave_out:c micro_batch_tokens micro_batches learning_rate warmup_steps "
+    "weight_decay clip ctc_weight unit_dropout precision zero_stage:l deepspeed:o "
+    "checkpoint_steps:o log_steps:o max_failures:o workers.count:l workers.num_cpus:o "
+    "workers.num_gpus:o",
+    "datastore": "name:o source:o splits domain utterances audio paired_share metric entries "
+    "window batch_tokens:o part_utterances:l index.kind index.shards index.lists "
+    "index.code_bytes index.probes index.rerank workers.count:o workers.num_cpus:o "
+    "workers.num_gpus:o",
+    "knn": "k weight temperature gate certain query",
+    "attention": "k stride whole gate certain",
+    "decode": "beams length_penalty tokens_per_second max_seconds speech agreement batch_seconds:o",
+    "tune": "k weight temperature gate certain query finalists utterances attention both_weight "
+    "decoy harm",
+    "evaluate": "split domain modes datastores retriever:o replicas:o shard_cpus:o resamples "
+    "workers.count:o workers.num_cpus:o workers.num_gpus:o",
+    "adapter": "base shape.every shape.heads shape.head_width shape.window shape.encoder_layers "
+    "shape.encoder_heads shape.encoder_feed_forward contexts.split contexts.phrases "
+    "contexts.retrieved contexts.wrong contexts.mixture contexts.list_length contexts.own "
+    "contexts.k contexts.strides",
+    "reproduce": "docs:o utterances sweep_utterances phrases carriers mentions boost shares sizes "
+    "strides documents conditions",
+}
+"""Every key and what it was decided to be: identity unless marked o(peration), l(ayout) or
+c(orrection). A new key has to be decided about here too."""
+
+
+def test_every_key_was_decided_to_be_identity_or_operation():
+    letters = {"": "identity", "o": "operation", "l": "layout", "c": "correction"}
+    decided = {}
+    for section, keys in ROLES.items():
+        for each in keys.split():
+            key, _, letter = each.partition(":")
+            decided[f"{section}.{key}".removeprefix(".")] = letters[letter]
+    found = {key: str(role) for key, role in config.roles(Experiment).items()}
+    assert sorted(found) == sorted(decided), "a key is not decided about, or is gone"
+    assert found == decided
+
+
+def test_identity_and_operation_of_a_section_are_all_of_it_and_share_nothing(file):
+    experiment = config.read(file)
+    for name in Experiment.model_fields:
+        section = getattr(experiment, name)
+        if isinstance(section, config.Section):
+            divided = config.recipe({name: section})
+            assert divided.settings == {name: config.as_dict(section)}, name
+            assert divided.identity.get(name, {}) == config.identity(section)
+            assert divided.operation.get(name, {}) == config.operation(section)
+    assert "workers" not in config.identity(experiment.train)
+    assert config.operation(experiment.train)["workers"] == config.as_dict(experiment.train.workers)
+
+
+def test_a_recipe_of_a_section_alone_has_its_keys_at_the_top(file):
+    made = config.recipe({"seed": 3}, config.read(file).tokenize)
+    assert made.identity["seed"] == 3 and made.identity["units"] == 1
+    assert made.layout == {"part_seconds"} and "part_seconds" in made.operation
+    named = config.recipe({"train": config.read(file).train})
+    assert named.layout == {"train.workers.count", "train.zero_stage"}
+    assert named.corrections == {"train.leave_out"}

@@ -1,3 +1,4 @@
+import hashlib
 from collections import Counter
 
 import numpy as np
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmrag.config import CrossAttention, LanguageModel, Train
+from mmrag.finite import NonFiniteLoss
 from mmrag.model.cross_attention import Adapter, Windows
 from mmrag.model.lm import LM
 from mmrag.model.loss import IGNORE, Objective
@@ -15,6 +17,7 @@ from mmrag.model.train import (
     Chosen,
     Curriculum,
     Example,
+    TrainingError,
     adamw,
     collate,
     examples,
@@ -88,8 +91,8 @@ def objective_of(ctc_weight=0.5, shape=SHAPE):
     return Objective(LM(shape, VOCABULARY.size), len(VOCABULARY.alphabet), ctc_weight)
 
 
-def collated(chosen, dropout=0.0, seed=(0,)):
-    return collate(DATA, chosen, VOCABULARY, dropout, seed)
+def collated(chosen, dropout=0.0, seed=(0,), data=DATA):
+    return collate(data, chosen, VOCABULARY, dropout, seed)
 
 
 def walk(recipe, seed=0, data=DATA):
@@ -149,15 +152,112 @@ def test_every_usable_example_is_seen_once_an_epoch(mixture, usable):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(8, 300), st.integers(0, 5))
-def test_a_micro_batch_keeps_to_its_tokens_unless_one_example_alone_is_longer(limit, seed):
+@given(st.integers(20, 300), st.integers(0, 5))
+def test_a_micro_batch_never_exceeds_its_tokens(limit, seed):
     settings = recipe(micro_batch_tokens=limit, phases=[phase(MIXED, steps=12)])
     sizes = []
     for _, batches in walk(settings, seed):
         for chosen in batches:
             sizes.append(len(chosen))
-            assert len(chosen) == 1 or collated(chosen).ids.numel() <= limit
+            assert collated(chosen).ids.numel() <= limit
     assert max(sizes) > 1 or limit < 50, "nothing was batched"
+
+
+LENGTHS = st.tuples(st.integers(0, 90), st.integers(0, 90)).filter(any)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(LENGTHS, min_size=1, max_size=25), st.integers(5, 120), st.integers(0, 9))
+def test_what_is_too_long_for_every_micro_batch_is_listed_and_the_rest_is_read_as_before(
+    lengths, limit, seed
+):
+    data = [
+        Example([10] * text, [70] * units or None, f"{number}")
+        for number, (text, units) in enumerate(lengths)
+    ]
+    settings = recipe(micro_batch_tokens=limit, phases=[phase(MIXED, steps=4)])
+    curriculum = Curriculum(data, settings, seed)
+    listed = {one.index: one for one in curriculum.too_long()}
+    if all(4 + min(text or units, units or text) > limit for text, units in lengths):
+        with pytest.raises(TrainingError, match="no example fits"):
+            curriculum.step(0)
+        return
+    read = [batch for step in range(4) for batch in curriculum.step(step)[1]]
+    assert all(collated(batch, data=data).ids.numel() <= limit for batch in read)
+    for index, (text, units) in enumerate(lengths):
+        sizes = {"text": text and 4 + text, "speech": units and 4 + units}
+        both = text and units and 4 + text + units
+        sizes |= {"speech_first": both, "text_first": both}
+        over = [form for form in MIXED if sizes[form] > limit]
+        assert (listed[index].forms if index in listed else []) == over
+        if over:
+            assert listed[index].length == max(sizes[form] for form in over)
+    shown = {(one.index, one.form) for batch in read for one in batch}
+    assert not {(one.index, form) for one in listed.values() for form in one.forms} & shown
+
+
+def test_one_endless_text_makes_no_micro_batch_of_its_own():
+    endless = Example([10] * 60_000, None, "endless")
+    settings = recipe(micro_batch_tokens=120, phases=[phase(MIXED, 30)])
+    batches = [batch for _, step in walk(settings, data=[*DATA, endless]) for batch in step]
+    assert max(collated(batch).ids.numel() for batch in batches) <= 120
+    [listed] = Curriculum([*DATA, endless], settings, seed=0).too_long()
+    assert listed == (len(DATA), 60_004, ["text"])
+    with pytest.raises(TrainingError, match=r"micro_batch_tokens 120, the shortest has 60004"):
+        Curriculum([endless], recipe(phases=[phase({"text": 1})]), seed=0).step(0)
+
+
+def test_corpora_without_too_long_examples_are_read_as_they_always_were():
+    """Digests of the micro-batches of earlier versions."""
+    read = [
+        [(phase.name, [[tuple(one) for one in batch] for batch in batches])]
+        for phase, batches in walk(TWO_PHASES)
+    ]
+    assert hashlib.sha256(repr(read).encode()).hexdigest()[:16] == "1994a04fbffa69e9"
+
+
+def test_an_utterance_that_is_left_out_leaves_everything_else_in_its_place():
+    data = [one._replace(name=f"u{number}") for number, one in enumerate(DATA)]
+    settings = recipe(phases=[phase({"speech_first": 1}, 40)])
+    before = stream(settings, data)
+    passed = settings.model_copy(update={"leave_out": ("u3", "u7")})
+    after = stream(passed, data)
+    assert {3, 7} <= {one.index for one in before}
+    kept = [one for one in before if one.index not in (3, 7)]
+    assert len(after) >= len(kept) and after[: len(kept)] == kept
+    with pytest.raises(TrainingError, match=r"train\.leave_out: no utterance u99 to train on"):
+        Curriculum(data, settings.model_copy(update={"leave_out": ("u99",)}), seed=0)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_training_stops_before_a_step_on_what_is_no_number_and_names_the_utterances(what):
+    """… and the weights are those of the step before."""
+    data = [one._replace(name=f"u{number}") for number, one in enumerate(toy_corpus())]
+    settings, objective, logs = recipe(phases=[phase({"speech_first": 1}, 9)]), objective_of(), []
+    _, micro_batches = Curriculum(data, settings, seed=1).step(5)
+    culprits = {one.index for one in micro_batches[1]} - {one.index for one in micro_batches[0]}
+    forward, seen = objective.forward, []
+
+    def spoilt(batch):
+        seen.append(batch)
+        sums = forward(batch)
+        if len(seen) != 5 * 2 + 2:
+            return sums
+        # A square root at zero has a value, and no slope.
+        return sums + (torch.nan if what == "loss" else (sums - sums.detach()).abs().sqrt())
+
+    objective.forward = spoilt
+    with pytest.raises(NonFiniteLoss, match=rf"step 6, .*the {what} is not finite") as raised:
+        train(objective, data, VOCABULARY, settings, seed=1, log=logs.append)
+    assert [log.step for log in logs] == list(range(5))
+    assert all(weight.isfinite().all() for weight in objective.parameters())
+    assert all(f"u{index}" in str(raised.value) for index in culprits)
+    assert "train.leave_out" in str(raised.value)
+    if what == "loss":
+        assert "micro-batch 2 of 2" in str(raised.value)
+        innocent = {one.index for one in micro_batches[0]} - {one.index for one in micro_batches[1]}
+        named = str(raised.value).split("after reading ")[1].split(". ")[0].split(", ")
+        assert not {f"u{index}" for index in innocent} & set(named)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 6])
@@ -170,8 +270,8 @@ def test_workers_share_a_step_without_gap_or_overlap_and_make_the_same_gradient(
 
     def gradients(share):
         objective.zero_grad()
-        sums = train_step(objective, lambda loss: loss.backward(), share, counts, 0.5)
-        return sums, [p.grad.clone() for p in objective.parameters()]
+        losses = train_step(objective, lambda loss: loss.backward(), share, counts, 0.5)
+        return losses.sum(0), [p.grad.clone() for p in objective.parameters()]
 
     whole_sums, whole = gradients(batches)
     shares = [gradients(batches[rank::world]) for rank in range(world)]
@@ -188,7 +288,7 @@ def test_micro_batches_accumulate_to_one_large_batch():
         objective = objective_of()
         batches = [collated(one) for one in cuts]
         counts = torch.stack([batch.counts() for batch in batches]).sum(0)
-        sums = train_step(objective, lambda loss: loss.backward(), batches, counts, 0.5)
+        sums = train_step(objective, lambda loss: loss.backward(), batches, counts, 0.5).sum(0)
         results.append((sums, [p.grad for p in objective.parameters()]))
     (sums, gradient), (accumulated_sums, accumulated) = results
     torch.testing.assert_close(accumulated_sums, sums)
@@ -218,7 +318,7 @@ def test_a_mixture_is_kept_to_in_its_proportions():
 
 def test_an_example_is_never_shown_in_a_format_that_it_lacks_the_data_for():
     for index, form in stream(recipe(phases=[phase(MIXED, 100)])):
-        text, units = DATA[index]
+        text, units, _ = DATA[index]
         assert text or form == "speech"
         assert units or form == "text"
 
@@ -246,9 +346,9 @@ def test_utterances_become_examples():
     ]
     heard = [VOCABULARY.first_unit + 3, VOCABULARY.first_unit + 19]
     assert examples(tokenized, VOCABULARY) == [
-        Example(VOCABULARY.encode("red light"), heard),
-        Example(VOCABULARY.encode("lamp off"), None),
-        Example([], heard),
+        Example(VOCABULARY.encode("red light"), heard, "both"),
+        Example(VOCABULARY.encode("lamp off"), None, "written"),
+        Example([], heard, "heard"),
     ]
 
 
@@ -257,7 +357,7 @@ def test_unit_dropout_drops_its_share_of_a_transcriptions_units_and_no_text():
     whole, dropped = collated(everything), collated(everything, dropout=0.3)
     kept, total = 0, 0
     for row, (index, form) in enumerate(everything):
-        text, units = DATA[index]
+        text, units, _ = DATA[index]
         start, end = dropped.speech[row].tolist()
         if form == "text_first":
             assert dropped.ids[row].tolist()[: len(text)] == whole.ids[row].tolist()[: len(text)]
@@ -451,7 +551,7 @@ class Told:
 
     def __init__(self, data, right=True):
         self.data, self.right, self.asked = data, right, []
-        texts, speech = zip(*data, strict=True)
+        texts, speech, _ = zip(*data, strict=True)
         keys, _, slices, _ = read_states(frozen_lm(), VOCABULARY, texts, speech, logits=False)
         self.keys = [keys[own][:-1].clone() for own in slices]
 

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from transformers import HubertConfig, HubertModel
 
 from mmrag.config import Hubert, Pretrain
+from mmrag.finite import NonFiniteLoss
 from mmrag.records import Timed
 from mmrag.speech.hubert import HubertEncoder
 from mmrag.speech.pretraining import (
+    STATE,
     MaskedPrediction,
     Phones,
     Targets,
@@ -373,9 +375,8 @@ def run(directory: Path, stop_at: int | None = None, seed: int = 0, norm: str = 
             raise Stopped
 
     waves = noise((9000, 4000, 7000, 12_000))
-    encoder = pretrain(
-        shape(norm), plan(), waves, seed, directory, kmeans, record, checkpoint_steps=2
-    )
+    settings = plan(checkpoint_steps=2)
+    encoder = pretrain(shape(norm), settings, waves, seed, directory, kmeans, record)
     return encoder, log
 
 
@@ -425,6 +426,54 @@ def test_pretraining_learns_what_can_be_told_from_context(tmp_path):
     )
     assert np.mean(accuracy[:3]) < 0.6
     assert np.mean(accuracy[-10:]) > 0.85
+
+
+def spoilt(directory: Path, **changes) -> list[int]:
+    """Pretrain on phones where one of the clips is no sound at all; the steps that were logged."""
+    waves, phones = steady_phones()
+    broken = [waves[0], torch.full_like(waves[0], torch.nan), *waves[1:]]
+    aligned = Phones([phones._aligned[0], phones._aligned[0], *phones._aligned[1:]])
+    settings = plan(
+        rounds=[{"target": "phones", "steps": 60}],
+        batch_seconds=0.4,
+        crop_seconds=0.4,
+        checkpoint_steps=1,
+        **changes,
+    )
+    steps = []
+    pretrain(
+        shape(),
+        settings,
+        broken,
+        0,
+        directory,
+        kmeans,
+        lambda step, _: steps.append(step),
+        phones=aligned,
+        names=[f"clip-{number}" for number in range(len(broken))],
+    )
+    return steps
+
+
+def test_pretraining_stops_before_a_step_on_a_loss_that_is_no_number_and_names_the_clip(tmp_path):
+    with pytest.raises(NonFiniteLoss, match=r"round 1, step \d+: the loss .*clip-1") as raised:
+        spoilt(tmp_path)
+    step = int(str(raised.value).split("step ")[1].split(":")[0])
+    assert step > 1, "the first clips were sound"
+    saved = torch.load(tmp_path / STATE, weights_only=True)
+    assert saved["step"] == step - 1
+    assert all(weight.isfinite().all() for weight in saved["model"].values())
+
+    steps = spoilt(tmp_path, leave_out=["clip-1"])
+    assert steps == list(range(step, 61)), "it goes on where it stopped"
+
+
+def test_a_clip_to_leave_out_that_there_is_not_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"pretrain\.leave_out: no utterance clip-9"):
+        spoilt(tmp_path, leave_out=["clip-9"])
+    everything = [f"clip-{number}" for number in range(5)]
+    with pytest.raises(ValueError, match="leaves no audio"):
+        spoilt(tmp_path, leave_out=everything[: len(steady_phones()[0]) + 1])
 
 
 def test_pretraining_needs_audio_and_crops_with_a_frame(tmp_path):
@@ -513,10 +562,8 @@ def train_on_phones(directory, rounds, stop_at=None, **changes):
             raise Stopped
 
     waves, phones = steady_phones()
-    settings = plan(rounds=rounds, **changes)
-    encoder = pretrain(
-        shape(), settings, waves, 0, directory, kmeans, record, phones=phones, checkpoint_steps=2
-    )
+    settings = plan(rounds=rounds, checkpoint_steps=2, **changes)
+    encoder = pretrain(shape(), settings, waves, 0, directory, kmeans, record, phones=phones)
     return encoder, log
 
 
