@@ -19,7 +19,7 @@ MAY_IMPORT = {
 WINGS = {
     "ground": [
         "config.section", "config.speech", "config.model", "config.retrieval", "config.decoding",
-        "config.experiment", "config", "text", "records", "artifact", "shipped", "score",
+        "config.experiment", "config", "text", "records", "durable", "artifact", "shipped", "score",
     ],
     "speech": ["audio", "vad", "hubert", "pretraining", "units", "tokenized"],
     "corpora": [
@@ -29,8 +29,8 @@ WINGS = {
         "vocabulary", "layers", "cross_attention", "lm", "states", "pretrained", "loss", "train",
     ],
     "retrieval": [
-        "segment", "datastore", "index", "retrievers", "knn", "interpolation", "memory", "entries",
-        "phrases", "contexts",
+        "segment", "mapped", "datastore", "index", "retrievers", "knn", "interpolation", "memory",
+        "entries", "phrases", "contexts",
     ],
     "decoding": ["boost", "decode", "guard", "align", "engine", "tune"],
     "front door": ["transcribe", "client", "cli"],

@@ -15,6 +15,7 @@ from uuid import uuid4
 
 import numpy as np
 
+from mmrag import durable
 from mmrag.model.lm import LM
 from mmrag.model.vocabulary import Vocabulary
 from mmrag.records import Units, Utterance
@@ -98,7 +99,7 @@ def remember(
             datastore.write_segment(aside, names[-1], segment)
         datastore.publish(aside, names)
         try:
-            aside.rename(directory)
+            durable.rename(aside, directory)
         except OSError:  # another process was first
             if not directory.exists():
                 raise
