@@ -32,6 +32,10 @@ from mmrag.speech import audio, vad
 from mmrag.speech.hubert import HubertEncoder
 from mmrag.speech.units import Codebook
 
+SPOKEN = 32
+"""Sentences that a synthesizer says before they are heard, as one batch: HuBERT hears short ones
+many times faster together, and a phrase's units do not depend on the others."""
+
 
 @dataclass(frozen=True)
 class SpeechTokenizer:
@@ -61,16 +65,20 @@ class SpeechTokenizer:
         features = self.encoder.features(waves)
         return [self.codebook.encode(one.cpu().numpy()) for one in features]
 
-    def synthesizer(self, seed: int = 0) -> Callable[[str], Units]:
-        """Says a sentence with a synthetic voice and listens to it; needs the `speech` extra.
+    def synthesizer(self, seed: int = 0) -> Callable[[Sequence[str]], Iterator[Units]]:
+        """Says sentences with synthetic voices and listens to them; needs the `speech` extra.
 
-        The voice depends on `seed` and the sentence alone.
+        The voice depends on `seed` and the sentence alone. SPOKEN sentences are heard at once, and
+        given when they are.
         """
         synthesizer = Synthesizer()
 
-        def say(text: str) -> Units:
-            [planned] = synthetic.assign_voices([text], seed)
-            return self.encode([torch.from_numpy(synthetic.render(planned, synthesizer).wave)])[0]
+        def say(texts: Sequence[str]) -> Iterator[Units]:
+            planned = synthetic.assign_voices(texts, seed)
+            for start in range(0, len(planned), SPOKEN):
+                batch = planned[start : start + SPOKEN]
+                spoken = [synthetic.render(one, synthesizer).wave for one in batch]
+                yield from self.encode([torch.from_numpy(wave) for wave in spoken])
 
         return say
 

@@ -28,8 +28,10 @@ from mmrag.speech.tokenized import Tokenized
 WINDOW = 20
 BATCH = 64
 """Sentences read at once."""
-Say = Callable[[str], Units]
-"""A sentence -> the units of somebody saying it."""
+Say = Callable[[Sequence[str]], Iterable[Units]]
+"""Sentences -> the units of somebody saying each, in their order; they may come bit by bit."""
+Progress = Callable[[int, int], None]
+"""Told the sentences that were spoken so far, and all that there are."""
 
 CARRIERS = ("please call {phrase} today", "about {phrase} next week", "{phrase}")
 """Sentences in which a phrase is spoken; the first is the one that is read."""
@@ -54,7 +56,11 @@ def description(lm: LM, identity: Mapping[str, str], say: Say | None) -> Descrip
 
 
 def speak(
-    phrases: Sequence[str], lm: LM, vocabulary: Vocabulary, say: Say | None
+    phrases: Sequence[str],
+    lm: LM,
+    vocabulary: Vocabulary,
+    say: Say | None,
+    progress: Progress | None = None,
 ) -> Iterator[Segment]:
     """The phrases' entries, BATCH sentences a segment, each spoken when its segment is asked for.
 
@@ -66,11 +72,17 @@ def speak(
         raise ValueError(f"nothing to listen for: {empty or 'no phrases'}")
     told = list(utterances(phrases))
 
-    def read(batch: Sequence[Utterance]) -> Segment:
-        spoken = [Tokenized(one, say and say(one.text)) for one in batch]
+    def read(start: int) -> Segment:
+        batch = told[start : start + BATCH]
+        heard = [None] * len(batch) if say is None else say([one.text for one in batch])
+        spoken = []
+        for one, units in zip(batch, heard, strict=True):
+            spoken.append(Tokenized(one, units))
+            if progress is not None:
+                progress(start + len(spoken), len(told))
         return read_entries(lm, vocabulary, spoken, WINDOW, "entities")
 
-    return (read(told[start : start + BATCH]) for start in range(0, len(told), BATCH))
+    return map(read, range(0, len(told), BATCH))
 
 
 def remember(
@@ -80,12 +92,15 @@ def remember(
     vocabulary: Vocabulary,
     identity: Mapping[str, str],
     say: Say | None,
+    progress: Progress | None = None,
 ) -> Datastore:
     """The phrases' datastore below `cache`, made at the first call with just these.
 
-    Takes what `description` and `speak` take, and raises what `speak` raises.
+    Takes what `description` and `speak` take, and raises what `speak` raises. `progress` is told
+    while it is made; one that is remembered is there at once.
     """
-    described, segments = description(lm, identity, say), speak(phrases, lm, vocabulary, say)
+    described = description(lm, identity, say)
+    segments = speak(phrases, lm, vocabulary, say, progress)
     content = json.dumps(
         [list(dict.fromkeys(phrases)), CARRIERS, described.audio, dict(sorted(identity.items()))]
     )

@@ -154,10 +154,11 @@ class Speaker:
     def __init__(self):
         self.said = []
 
-    def __call__(self, text):
-        self.said.append(text)
-        drawn = np.random.default_rng(len(text)).integers(0, 6, 5)
-        return Units(drawn.astype(np.int32), np.ones(5, np.int32))
+    def __call__(self, texts):
+        for text in texts:
+            self.said.append(text)
+            drawn = np.random.default_rng(len(text)).integers(0, 6, 5)
+            yield Units(drawn.astype(np.int32), np.ones(5, np.int32))
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +174,7 @@ def test_phrases_are_remembered_as_entries_of_their_own_tokens(lm, tmp_path, spe
     assert store.description == Description(
         SHAPE.width, WINDOW, "l2", "spoken" if speaks else "none", IDENTITY
     )
-    batch = [Tokenized(one, say and say(one.text)) for one in utterances(NAMES)]
+    batch = [Tokenized(one, say and next(say([one.text]))) for one in utterances(NAMES)]
     expected = read_entries(lm, VOCABULARY, batch, WINDOW, "entities")
     np.testing.assert_array_equal(store.tokens, expected.tokens)
     stored = store.keys(0, store.entries)
@@ -250,3 +251,14 @@ def test_nothing_to_listen_for_is_an_error(lm, tmp_path, phrases):
     with pytest.raises(ValueError, match="nothing to listen for"):
         remember(tmp_path, phrases, lm, VOCABULARY, IDENTITY, None)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("speaks", [False, True])
+def test_whoever_waits_for_phrases_is_told_of_every_sentence(lm, tmp_path, speaks):
+    names = [f"{one} {other}" for one in "abcdef" for other in "klmnop"]
+    total, told = len(names) * len(CARRIERS), []
+    arguments = (tmp_path, names, lm, VOCABULARY, IDENTITY, Speaker() if speaks else None)
+    remember(*arguments, progress=lambda *counts: told.append(counts))
+    assert told == [(done, total) for done in range(1, total + 1)]
+    remember(*arguments, progress=lambda *counts: told.append(counts))
+    assert len(told) == total, "what is remembered is there at once"
