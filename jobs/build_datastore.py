@@ -1,8 +1,13 @@
-"""A datastore: the language model reads a corpus, each token is an entry; shards are built."""
+"""A datastore: the language model reads a corpus, each token is an entry; shards are built.
+
+Texts that cannot be read or spoken are left out, and named in `rejected.jsonl`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import codecs
+import json
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -10,14 +15,14 @@ from random import Random
 import ray
 
 from cluster.parts import parts, work_off
-from cluster.stages import SpeakUnits, WriteEntries
+from cluster.stages import SpeakUnits, WriteEntries, write_rejections
 from cluster.tracking import Run
 from jobs import stage
 from mmrag import artifact
 from mmrag.artifact import Artifact, Draft
 from mmrag.config import ConfigError, Experiment, Index, as_dict
 from mmrag.config import Datastore as DatastoreConfig
-from mmrag.corpora import manifest
+from mmrag.corpora import lines, manifest
 from mmrag.records import Rejection, Utterance
 from mmrag.retrieval import datastore
 from mmrag.retrieval.datastore import Datastore
@@ -25,6 +30,11 @@ from mmrag.retrieval.index import IndexShard, saved_shards, shard_directory, sha
 from mmrag.retrieval.segment import Description
 from mmrag.speech import tokenized
 from mmrag.speech.tokenized import Tokenized
+from mmrag.text import normalise
+
+REJECTED = "rejected.jsonl"
+NAMED = 5
+"""Texts left out that are named on the terminal; all of them are in REJECTED."""
 
 
 def run(experiment: Experiment, force: bool = False) -> Artifact:
@@ -48,7 +58,9 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         )
         datastore.create(draft.path, description)
         source = _read(inputs["source"], settings, experiment.seed)
-        utterances = list(islice(source, settings.utterances))
+        read = list(islice(source, settings.utterances))
+        utterances = [one for one in read if isinstance(one, Tokenized)]
+        rejected = [one for one in read if isinstance(one, Rejection)]
         shares = parts(utterances, lambda _: 1, settings.part_utterances)
         segments = draft.path / "segments"
         todo = [part for part in shares if not (segments / part.name).exists()]
@@ -57,16 +69,22 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
             hubert = stage.load(experiment, "hubert", "hubert", "pretrain_hubert")
             codebook.require("hubert", hubert)
             speak = {"hubert": hubert.path, "codebook": codebook.path, "seed": experiment.seed}
-            stages.insert(0, (SpeakUnits, speak))
+            stages.insert(0, (SpeakUnits, {**speak, "directory": draft.path}))
         for _ in work_off(stages, todo, settings.workers, "reading"):
             pass
+        for piece in sorted(draft.path.glob(".*.rejected.jsonl")):
+            rejected += [Rejection(**json.loads(line)) for line in piece.open()]
+        write_rejections(draft.path / REJECTED, rejected)
+        tracked.file(draft.path / REJECTED)
+        _report(inputs["source"], len(read), rejected)
         known = Datastore.open(draft.path).segments
         datastore.publish(draft.path, [p.name for p in shares if p.name not in known])
         entries = _index(draft.path, settings.index, experiment.seed, settings.workers.num_cpus)
         draft.summary |= {
             "entries": entries,
-            "utterances": len(utterances),
+            "utterances": len(read) - len(rejected),
             "shards": len(saved_shards(draft.path)),
+            "rejected": len(rejected),
         }
 
     directory = f"datastores/{settings.name}"
@@ -91,19 +109,21 @@ def _source(experiment: Experiment, codebook: Artifact) -> Artifact:
     return made
 
 
-def _read(source: Artifact, settings: DatastoreConfig, seed: int) -> Iterator[Tokenized]:
-    """The source's utterances that have what their keys are made of."""
-    if source.path.suffix == ".jsonl":
-        for line in manifest.read(source.path):
-            if isinstance(line, Rejection):
-                raise ValueError(f"{line.source}: {line.reason}")
-            yield Tokenized(line, None)
-        return
+def _read(
+    source: Artifact, settings: DatastoreConfig, seed: int
+) -> Iterator[Tokenized | Rejection]:
+    """The source's utterances that have what their keys are made of; texts without a word."""
+    for one in _given(source, settings, seed):
+        said = one.utterance
+        if normalise(said.text or ""):
+            yield one
+        else:
+            yield Rejection(said.id, f"no letter or digit in {said.text!r}")
+
+
+def _given(source: Artifact, settings: DatastoreConfig, seed: int) -> Iterator[Tokenized]:
     if source.kind == "outside":
-        for number, line in enumerate(source.path.read_text().splitlines(), start=1):
-            if line.strip():
-                name = f"{source.path.name}:{number}"
-                yield Tokenized(Utterance(id=name, text=line.strip(), document=name), None)
+        yield from (Tokenized(said, None) for said in _outside(source.path))
         return
     splits = [source.path / split for split in settings.splits]
     for split in [each for each in splits if each.exists()] or [source.path / "all"]:
@@ -116,6 +136,39 @@ def _read(source: Artifact, settings: DatastoreConfig, seed: int) -> Iterator[To
                 yield Tokenized(one.utterance, None)
             elif one.units is not None:
                 yield one
+
+
+def _outside(path: Path) -> Iterator[Utterance]:
+    """A file's utterances: a manifest's, which starts with a brace, or a text's lines."""
+    with path.open("rb") as stream:
+        start = next((line for line in stream if line.strip()), b"")
+    start = start.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+    if path.suffix == ".json" and start == b"[":
+        raise ConfigError(
+            f"datastore.source {path} is one JSON array: it takes lines of text, or a manifest of "
+            "one JSON object a line"
+        )
+    if path.suffix != ".jsonl" and start != b"{":
+        for number, line in lines.read(path):
+            name = f"{path.name}:{number}"
+            yield Utterance(id=name, text=line, document=name)
+        return
+    for line in manifest.read(path):
+        if isinstance(line, Rejection):
+            raise ValueError(f"{line.source}: {line.reason}")
+        yield line
+
+
+def _report(source: Artifact, read: int, rejected: Sequence[Rejection]) -> None:
+    """Name what was left out; ValueError if that is everything."""
+    named = [f"{one.source}: {one.reason}" for one in rejected[:NAMED]]
+    if more := len(rejected) - len(named):
+        named.append(f"and {more} more")
+    if read == len(rejected):
+        reasons = "; ".join(named) or "there is no text"
+        raise ValueError(f"nothing of {source.path} can be used: {reasons}")
+    for line in named:
+        stage.console.print(f"  left out: {line}", markup=False)
 
 
 def _index(directory: Path, settings: Index, seed: int, num_cpus: float) -> int:

@@ -336,7 +336,9 @@ def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _listed(file: Path) -> list[str]:
-    return [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    from mmrag.corpora import lines
+
+    return [line for _, line in lines.read(file)]
 
 
 def _print(file: Path, transcript: Transcript, as_json: bool) -> None:

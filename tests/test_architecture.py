@@ -23,7 +23,8 @@ WINGS = {
     ],
     "speech": ["audio", "vad", "hubert", "pretraining", "units", "tokenized"],
     "corpora": [
-        "voices.espeak", "voices.flite", "augment", "manifest", "grammar", "synthetic", "spanish",
+        "voices.espeak", "voices.flite", "augment", "lines", "manifest", "grammar", "synthetic",
+        "spanish",
     ],
     "model": [
         "vocabulary", "layers", "cross_attention", "lm", "states", "pretrained", "loss", "train",
