@@ -335,6 +335,7 @@ def transcribe_modes(
     modes: Mapping[str, Mode],
     spoken: Sequence[Tokenized],
     workers: Workers,
+    key: str = "evaluate.workers",
 ) -> dict[str, list[TranscribedUtterance]]:
     """Every utterance transcribed in every mode, in the order of the utterances' names."""
     asked = [
@@ -348,7 +349,7 @@ def transcribe_modes(
     ]
     heard: dict[str, list[TranscribedUtterance]] = {mode: [] for mode in modes}
     transcribe = (Transcribe, {"models": models, "settings": settings, "modes": modes})
-    for mode, transcripts in work_off([transcribe], asked, workers, "transcribing"):
+    for mode, transcripts in work_off([transcribe], asked, workers, "transcribing", key):
         heard[mode] += transcripts
     return {mode: sorted(all, key=lambda one: one.utterance) for mode, all in heard.items()}
 

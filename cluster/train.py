@@ -30,6 +30,7 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 
+from cluster.placement import Demand, placing
 from cluster.progress import MetricsWriter, following
 from mmrag import shipped
 from mmrag.config import Experiment, parse
@@ -95,8 +96,14 @@ def fit(
             worker_runtime_env={"env_vars": {"DS_ACCELERATOR": "cuda" if gpus else "cpu"}},
         ),
     )
-    with following(directory, log):
-        trainer.fit()
+    with placing(Demand.of("train.workers", settings.workers)) as answered:
+
+        def heard(record: dict[str, Any]) -> None:
+            answered()
+            log(record)
+
+        with following(directory, heard):
+            trainer.fit()
 
 
 def _with_absolute_paths(experiment: Experiment) -> dict[str, Any]:

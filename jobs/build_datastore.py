@@ -15,6 +15,7 @@ from random import Random
 import ray
 
 from cluster.parts import parts, work_off
+from cluster.placement import Demand, placing
 from cluster.stages import SpeakUnits, WriteEntries, write_rejections
 from cluster.tracking import Run
 from jobs import stage
@@ -32,6 +33,7 @@ from mmrag.speech import tokenized
 from mmrag.speech.tokenized import Tokenized
 from mmrag.text import normalise
 
+WORKERS = "datastore.workers"
 REJECTED = "rejected.jsonl"
 NAMED = 5
 """Texts left out that are named on the terminal; all of them are in REJECTED."""
@@ -70,7 +72,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
             codebook.require("hubert", hubert)
             speak = {"hubert": hubert.path, "codebook": codebook.path, "seed": experiment.seed}
             stages.insert(0, (SpeakUnits, {**speak, "directory": draft.path}))
-        for _ in work_off(stages, todo, settings.workers, "reading"):
+        for _ in work_off(stages, todo, settings.workers, "reading", WORKERS):
             pass
         for piece in sorted(draft.path.glob(".*.rejected.jsonl")):
             rejected += [Rejection(**json.loads(line)) for line in piece.open()]
@@ -174,12 +176,13 @@ def _report(source: Artifact, read: int, rejected: Sequence[Rejection]) -> None:
 def _index(directory: Path, settings: Index, seed: int, num_cpus: float) -> int:
     """Build the shards that are not there yet, in parallel; return the number of entries."""
     entries = Datastore.open(directory).entries
-    building = [
-        _build_shard.options(num_cpus=num_cpus).remote(directory, number, span, settings, seed)
-        for number, span in enumerate(shard_ranges(entries, settings.shards))
-        if not shard_directory(directory, number).exists()
-    ]
-    ray.get(building)
+    with placing(Demand(WORKERS, 1, num_cpus)):
+        building = [
+            _build_shard.options(num_cpus=num_cpus).remote(directory, number, span, settings, seed)
+            for number, span in enumerate(shard_ranges(entries, settings.shards))
+            if not shard_directory(directory, number).exists()
+        ]
+        ray.get(building)
     return entries
 
 
