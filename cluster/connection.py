@@ -17,6 +17,8 @@ os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 import ray
 import ray.data
 
+from cluster import address
+
 LOCAL_OBJECT_STORE_BYTES = 1 << 30
 LOG_LEVEL_LINE = b"Set ray log level from environment variable"
 """What Ray's C++ core prints because the level is set, whatever the level."""
@@ -27,15 +29,17 @@ def connection(num_cpus: int | None = None) -> Iterator[None]:
     """Be connected to a cluster inside the block; a connection that exists is used and kept.
 
     `num_cpus` is what a cluster started here offers; by default all that the machine has. The
-    workers' output stays in Ray's logs: stages show their own progress.
+    workers' output stays in Ray's logs: stages show their own progress. Raises ConnectionError or
+    ValueError, within seconds, for a RAY_ADDRESS where no cluster answers.
     """
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if ray.is_initialized():
         yield
         return
+    address.check()
     options = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if not os.environ.get("RAY_ADDRESS"):
+    if os.environ.get(address.VARIABLE, "") in ("", "local"):
         options |= {
             "address": "local",  # or Ray would join whatever `ray start` left on this machine
             "num_cpus": num_cpus,

@@ -15,6 +15,7 @@ import ray.data
 import torch
 from ray.data import ActorPoolStrategy
 
+from cluster.placement import Demand, placing
 from cluster.progress import bar
 from mmrag.config import Workers
 
@@ -49,11 +50,14 @@ def work_off(
     todo: Sequence[Part],
     workers: Workers,
     title: str,
+    key: str,
 ) -> Iterator[Any]:
     """Send parts through `stages`, (actor class, its arguments) each; yield every answer.
 
     A stage's `__call__` takes a part and returns what the next one takes. What it raises, or its
-    `__init__`, is raised here as it was, with the worker's traceback as a note.
+    `__init__`, is raised here as it was, with the worker's traceback as a note. Fewer workers than
+    asked for do where they find no more room; PlacementError, naming `key`, the settings that
+    `workers` are, where not one can be placed.
     """
     if not todo:
         return
@@ -69,8 +73,13 @@ def work_off(
             num_gpus=workers.num_gpus,
         )
     # Closing the rows stops the workers, also where a failure or the caller ends the loop.
-    with bar(len(todo), title) as count, closing(iter(dataset.iter_rows())) as rows:
+    with (
+        placing(Demand.of(key, workers, count=1)) as answered,
+        bar(len(todo), title) as count,
+        closing(iter(dataset.iter_rows())) as rows,
+    ):
         for row in rows:
+            answered()
             answer = pickle.loads(row["value"])
             if isinstance(answer, _Failure):
                 raise answer.error

@@ -20,6 +20,7 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 
+from cluster.placement import Demand, placing
 from mmrag.records import Neighbours, Passages, merge
 from mmrag.retrieval.datastore import Datastore, describe
 from mmrag.retrieval.index import IndexShard, saved_shards
@@ -32,6 +33,8 @@ REST_SECONDS = 3.0
 an actor is being started again, and a decoder searches at every token."""
 RETRY_SECONDS = 0.1
 """Between attempts to start an actor whose namesake is just ending."""
+SHARD_CPUS = "evaluate.shard_cpus"
+"""The setting of what a shard's actor reserves, where a job serves a datastore."""
 NAMESPACE = "mmrag"
 """Where in a cluster the actors that processes share have their names."""
 
@@ -278,13 +281,15 @@ def serve_shards(
     owner: str | None = None,
     answer_seconds: float = ANSWER_SECONDS,
     idle_seconds: float | None = None,
+    key: str = SHARD_CPUS,
 ) -> ShardedRetriever:
     """Start `replicas` actors for each index shard of the datastore and wait until all answer.
 
     Actors with an `owner` are named `<owner>-<shard>-<replica>`: whoever asks for the same owner
     shares them, whatever its `datastore`, and they outlive this process. With `idle_seconds` they
     end once nobody has asked them anything for that long. Raises DatastoreError if no index is
-    saved, RayActorError if an actor cannot load its shard.
+    saved, PlacementError, naming the setting `key` of `num_cpus`, if the cluster cannot hold the
+    actors, RayActorError if one cannot load its shard.
     """
     datastore = Path(datastore).absolute()
     shards = saved_shards(datastore)
@@ -303,13 +308,14 @@ def serve_shards(
         return IndexShardActor.options(**options).remote(datastore, shards[shard], idle_seconds)
 
     places = [(shard, replica) for shard in range(len(shards)) for replica in range(replicas)]
-    actors = {place: start(*place) for place in places}  # all of them load at once
-    try:
-        ready = {place: _ready(actor, partial(start, *place)) for place, actor in actors.items()}
-    except RayActorError:
-        for actor in actors.values():  # or those with an owner would live on, and nobody ask them
-            ray.kill(actor)
-        raise
+    with placing(Demand(key, len(places), num_cpus, lower=key)):
+        actors = {place: start(*place) for place in places}  # all of them load at once
+        try:
+            ready = {at: _ready(actor, partial(start, *at)) for at, actor in actors.items()}
+        except RayActorError:
+            for actor in actors.values():  # or those with an owner would live on, asked by nobody
+                ray.kill(actor)
+            raise
     by_shard = [[ready[shard, n] for n in range(replicas)] for shard in range(len(shards))]
     return ShardedRetriever(
         [[actor for actor, _ in shard] for shard in by_shard],

@@ -22,10 +22,9 @@ from cluster.parts import Part, Work, parts, work_off
 from mmrag.config import BatchDecode, Tokenize, Workers
 from mmrag.config import Datastore as DatastoreConfig
 from mmrag.corpora import synthetic
-from mmrag.corpora.synthetic import Planned
 from mmrag.model import pretrained
 from mmrag.model.states import read_states
-from mmrag.recogniser import Recogniser
+from mmrag.recogniser import SPOKEN, Recogniser
 from mmrag.records import Rejection, Units, Utterance
 from mmrag.retrieval.contexts import write_neighbours
 from mmrag.retrieval.datastore import write_segment
@@ -154,28 +153,42 @@ class EncodeUnits:
 
 
 class SpeakUnits:
-    """Text utterances -> the same with units of synthetic speech."""
+    """Text utterances -> the same with units of synthetic speech.
 
-    def __init__(self, hubert: Path, codebook: Path, seed: int) -> None:
+    Those that cannot be spoken are left out: they go to `.<part>.rejected.jsonl` in `directory`.
+    """
+
+    def __init__(self, hubert: Path, codebook: Path, seed: int, directory: Path) -> None:
         from mmrag.corpora.voices.espeak import Synthesizer
 
         self._synthesizer = Synthesizer()
         self._encoder = HubertEncoder.load(hubert).to(device()).eval()
         self._codebook = Codebook.load(codebook)
         self._seed = seed
+        self._directory = directory
 
     def __call__(self, part: Part[Tokenized]) -> Part[Tokenized]:
-        texts = [one.utterance.text for one in part.work]
-        voiced = synthetic.assign_voices(texts, self._seed)
-        spoken = [
-            Tokenized(one.utterance, self._units(planned))
-            for one, planned in zip(part.work, voiced, strict=True)
-        ]
-        return Part(part.name, spoken)
+        from mmrag.corpora.voices.espeak import UnspeakableError
 
-    def _units(self, planned: Planned) -> Units:
-        wave = torch.from_numpy(synthetic.render(planned, self._synthesizer).wave)
-        return self._codebook.encode(self._encoder.features([wave])[0].cpu().numpy())
+        voiced = synthetic.assign_voices([one.utterance.text for one in part.work], self._seed)
+        said: list[tuple[Utterance, torch.Tensor]] = []
+        rejected: list[Rejection] = []
+        for one, planned in zip(part.work, voiced, strict=True):
+            try:
+                wave = synthetic.render(planned, self._synthesizer).wave
+            except UnspeakableError as error:
+                rejected.append(Rejection(one.utterance.id, str(error)))
+            else:
+                said.append((one.utterance, torch.from_numpy(wave)))
+        write_rejections(self._directory / f".{part.name}.rejected.jsonl", rejected)
+        return Part(part.name, list(self._heard(said)))
+
+    def _heard(self, said: Sequence[tuple[Utterance, torch.Tensor]]) -> Iterator[Tokenized]:
+        for start in range(0, len(said), SPOKEN):
+            batch = said[start : start + SPOKEN]
+            features = self._encoder.features([wave for _, wave in batch])
+            for (utterance, _), one in zip(batch, features, strict=True):
+                yield Tokenized(utterance, self._codebook.encode(one.cpu().numpy()))
 
 
 class WriteEntries:
@@ -190,7 +203,8 @@ class WriteEntries:
 
     def __call__(self, part: Part[Tokenized]) -> str:
         batches = _batches(part.work, _token_count, self._settings.batch_tokens)
-        segment = join([self._read(batch) for batch in batches])
+        nothing = Segment.empty(self._lm.config.width, self._settings.window)
+        segment = join([nothing, *map(self._read, batches)])
         write_segment(self._directory, part.name, segment)
         return part.name
 
@@ -327,6 +341,7 @@ def transcribe_modes(
     modes: Mapping[str, Mode],
     spoken: Sequence[Tokenized],
     workers: Workers,
+    key: str = "evaluate.workers",
 ) -> dict[str, list[TranscribedUtterance]]:
     """Every utterance transcribed in every mode, in the order of the utterances' names."""
     asked = [
@@ -340,7 +355,7 @@ def transcribe_modes(
     ]
     heard: dict[str, list[TranscribedUtterance]] = {mode: [] for mode in modes}
     transcribe = (Transcribe, {"models": models, "settings": settings, "modes": modes})
-    for mode, transcripts in work_off([transcribe], asked, workers, "transcribing"):
+    for mode, transcripts in work_off([transcribe], asked, workers, "transcribing", key):
         heard[mode] += transcripts
     return {mode: sorted(all, key=lambda one: one.utterance) for mode, all in heard.items()}
 

@@ -13,11 +13,16 @@ import logging
 import os
 import re
 import shutil
+import socket
+import sqlite3
+import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
@@ -27,6 +32,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
+from cluster.address import PROBE_SECONDS
+from cluster.delivery import Delivery
 from cluster.progress import METRICS
 from mmrag import artifact
 from mmrag.artifact import Artifact, ArtifactError
@@ -48,45 +55,61 @@ FINGERPRINT = "fingerprint."
 """Begins a version's tags: `fingerprint.lm` is the fingerprint of its `lm/`."""
 MODEL = "model"
 """The directory of a run's files that holds the model."""
-HURRY = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-"""MLflow's own patience with a server that is down is minutes."""
+HURRY = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "6"}
+"""MLflow's own patience with a server that is down is minutes. What the shell exports stays."""
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
+URI_SETTING = "tracking.uri"
+DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+PASSING = (None, "INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
+"""MLflow's codes of errors that may be over at another try; None is another library's."""
 
 
 class Run:
-    """An MLflow run being written."""
+    """An MLflow run being written. A store that goes away meanwhile does not stop the work."""
 
-    def __init__(self, client: MlflowClient, run_id: str) -> None:
+    def __init__(self, client: MlflowClient, run_id: str, store: str) -> None:
         self._client = client
+        self._delivery = Delivery(_shown(store), _may_pass)
         self.id = run_id
 
     def log(self, metrics: Mapping[str, float | None], step: int = 0) -> None:
         """Log metrics; those that are None are left out."""
         now = round(time.time() * 1000)
         entries = [Metric(k, float(v), now, step) for k, v in metrics.items() if v is not None]
-        self._client.log_batch(self.id, metrics=entries)
+        self._send(self._client.log_batch, self.id, metrics=entries)
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Log a nested mapping as `section.key` parameters."""
         flat = [Param(k, str(v)[:PARAM_LENGTH]) for k, v in _flatten(values)]
         for start in range(0, len(flat), PARAM_BATCH):
-            self._client.log_batch(self.id, params=flat[start : start + PARAM_BATCH])
+            self._send(self._client.log_batch, self.id, params=flat[start : start + PARAM_BATCH])
 
     def tag(self, name: str, value: str) -> None:
         """Set a tag."""
-        self._client.set_tag(self.id, name, value)
+        self._send(self._client.set_tag, self.id, name, value)
 
     def file(self, path: Path) -> None:
         """Attach a file."""
-        self._client.log_artifact(self.id, str(path))
+        self._send(self._client.log_artifact, self.id, str(path))
 
     def directory(self, path: Path, place: str) -> None:
-        """Attach the files of a directory, below `place`."""
+        """Attach the files of a directory, below `place`; raises if they cannot be."""
         self._client.log_artifacts(self.id, str(path), place)
+
+    def end(self, status: str) -> None:
+        """Close the run as FINISHED or FAILED."""
+        self._send(self._client.set_terminated, self.id, status)
+        with _hurry():
+            self._delivery.finish()
+
+    def _send(self, call: Callable[..., object], *arguments: Any, **named: Any) -> None:
+        with _hurry():
+            self._delivery.send(partial(call, *arguments, **named))
 
 
 def tracking_uri(tracking: Tracking) -> str:
     """The store's URI: MLFLOW_TRACKING_URI or the configured one; SQLite paths made absolute."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or tracking.uri
+    uri = os.environ.get(URI_VARIABLE) or tracking.uri
     if uri.startswith(SQLITE):
         path = Path(uri.removeprefix(SQLITE)).expanduser().absolute()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,20 +119,32 @@ def tracking_uri(tracking: Tracking) -> str:
 
 @contextmanager
 def run(tracking: Tracking, stage: str, params: Mapping[str, Any]) -> Iterator[Run]:
-    """A run named `stage`; it ends as FINISHED, or as FAILED if the block raises."""
+    """A run named `stage`; it ends as FINISHED, or as FAILED if the block raises.
+
+    Raises ConnectionError, within seconds, if the store does not answer, ValueError if its
+    experiment was deleted. Once the block runs, a store that goes away does not end it.
+    """
     uri = tracking_uri(tracking)
-    client = _client(uri)
-    started = client.create_run(_experiment(client, uri, tracking.experiment), run_name=stage)
-    run = Run(client, started.info.run_id)
+    try:
+        with _hurry():
+            _probe(uri)
+            client = _client(uri)
+            experiment = _experiment(client, uri, tracking.experiment)
+            started = client.create_run(experiment, run_name=stage)
+    except ValueError:
+        raise
+    except Exception as error:  # MLflow hands on whatever its store's own library raises
+        raise _unanswered(uri, error) from error
+    run = Run(client, started.info.run_id, uri)
     run.tag("stage", stage)
     run.params(params)
     try:
         yield run
     except BaseException as error:
         run.tag("error", f"{type(error).__name__}: {error}"[:500])
-        client.set_terminated(run.id, "FAILED")
+        run.end("FAILED")
         raise
-    client.set_terminated(run.id, "FINISHED")
+    run.end("FINISHED")
 
 
 def register(
@@ -152,7 +187,7 @@ def register(
     return str(version)
 
 
-def fetch(uri: str, tracking: Tracking, cache: Path) -> Path:
+def fetch(uri: str, tracking: Tracking, cache: Path, setting: str = URI_SETTING) -> Path:
     """The directory of a registered model, `hubert/`, `codebook/` and `lm/` below it.
 
     `uri` is `models:/NAME@ALIAS` or `models:/NAME/VERSION`. The model is downloaded to a directory
@@ -169,7 +204,7 @@ def fetch(uri: str, tracking: Tracking, cache: Path) -> Path:
     store = tracking_uri(tracking)
     if store.startswith(SQLITE) and not Path(store.removeprefix(SQLITE)).exists():
         raise ConnectionError(f"there is no MLflow store at {store}")  # MLflow would make one
-    client, known = _ask(store, parts["name"])
+    client, known = _ask(store, parts["name"], setting)
     if known is None:
         raise ValueError(f"no model {parts['name']!r} is registered in {_shown(store)}")
     version = _version(client, store, known, parts["alias"], parts["version"])
@@ -197,28 +232,85 @@ def fetch(uri: str, tracking: Tracking, cache: Path) -> Path:
 def _client(uri: str) -> MlflowClient:
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # what does not answer is told once
     return MlflowClient(tracking_uri=uri)
 
 
-def _ask(store: str, name: str) -> tuple[MlflowClient, RegisteredModel | None]:
+@contextmanager
+def _hurry() -> Iterator[None]:
+    """MLflow's calls of the block, in any thread, are as patient as HURRY says."""
+    global _hurrying
+    with _HURRYING:
+        if not _hurrying:
+            _HURRIED.update({key: one for key, one in HURRY.items() if key not in os.environ})
+            os.environ.update(_HURRIED)
+        _hurrying += 1
+    try:
+        yield
+    finally:
+        with _HURRYING:
+            _hurrying -= 1
+            if not _hurrying:
+                for key in _HURRIED:
+                    os.environ.pop(key, None)
+                _HURRIED.clear()
+
+
+_HURRYING, _HURRIED, _hurrying = threading.Lock(), {}, 0
+"""What `_hurry` put into the environment, which all threads share, and how many blocks need it."""
+
+
+def _ask(
+    store: str, name: str, setting: str = URI_SETTING
+) -> tuple[MlflowClient, RegisteredModel | None]:
     """A client and the registered model, None if there is none.
 
     ConnectionError, within seconds, if the store does not answer.
     """
-    hurry = {key: value for key, value in HURRY.items() if key not in os.environ}
-    os.environ.update(hurry)
     try:
-        client = _client(store)
-        return client, client.get_registered_model(name)
+        with _hurry():
+            _probe(store)
+            client = _client(store)
+            return client, client.get_registered_model(name)
     except Exception as error:  # MLflow hands on whatever its store's own library raises
         if _code(error) == "RESOURCE_DOES_NOT_EXIST":
             return client, None
-        raise ConnectionError(
-            f"the MLflow store {_shown(store)} does not answer: {_shown(error)}"
-        ) from error
-    finally:
-        for key in hurry:
-            os.environ.pop(key, None)
+        raise _unanswered(store, error, setting) from error
+
+
+def _unanswered(store: str, error: Exception, setting: str = URI_SETTING) -> ConnectionError:
+    """What to tell whose store does not answer."""
+    decided = URI_VARIABLE if os.environ.get(URI_VARIABLE) else setting
+    return ConnectionError(
+        f"the MLflow store {_shown(store)} does not answer: {_reason(error)}. Start it, or name "
+        f"another in {decided}; {SQLITE}FILE needs no server."
+    )
+
+
+def _reason(error: Exception) -> str:
+    """What the operating system said, if it did, else the first line of what MLflow says."""
+    said = re.search(r"\[Errno -?\d+\] ([^'\")]+)|\b((?:\w+ )?timed out)\b", str(error))
+    return (said[1] or said[2]) if said else _shown(error)
+
+
+def _probe(store: str) -> None:
+    """A database that cannot be reached raises here: MLflow tries for most of an hour.
+
+    Servers are asked over HTTP, whose patience is `_hurry`'s.
+    """
+    if store.startswith(SQLITE):
+        with closing(sqlite3.connect(store.removeprefix(SQLITE))) as database:
+            database.execute("PRAGMA schema_version")
+        return
+    parts = urlsplit(store)
+    port = parts.port or DATABASE_PORTS.get(parts.scheme.partition("+")[0])
+    if not parts.scheme.startswith("http") and parts.hostname and port:
+        socket.create_connection((parts.hostname, port), PROBE_SECONDS).close()
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a call that failed is worth another try; a file that is gone is not."""
+    return _code(error) in PASSING and not isinstance(error, FileNotFoundError)
 
 
 def _version(
@@ -306,6 +398,12 @@ def _shown(message: object) -> str:
 def _experiment(client: MlflowClient, uri: str, name: str) -> str:
     known = client.get_experiment_by_name(name)
     if known is not None:
+        if known.lifecycle_stage == "deleted":
+            raise ValueError(
+                f"the MLflow experiment {name!r} in {_shown(uri)} is deleted. Bring it back with "
+                f"`{URI_VARIABLE}={_shown(uri)} mlflow experiments restore --experiment-id "
+                f"{known.experiment_id}`, or name another in tracking.experiment."
+            )
         return known.experiment_id
     location = None
     if uri.startswith(SQLITE):

@@ -30,6 +30,7 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 
+from cluster.placement import Demand, placing
 from cluster.progress import MetricsWriter, following
 from mmrag import artifact, shipped
 from mmrag.artifact import Held, counted
@@ -122,8 +123,14 @@ def fit(
             worker_runtime_env={"env_vars": {"DS_ACCELERATOR": "cuda" if gpus else "cpu"}},
         ),
     )
-    with following(directory, log):
-        trainer.fit()
+    with placing(Demand.of("train.workers", settings.workers)) as answered:
+
+        def heard(record: dict[str, Any]) -> None:
+            answered()
+            log(record)
+
+        with following(directory, heard):
+            trainer.fit()
     if (directory / STOPPED).exists():
         stopped = json.loads((directory / STOPPED).read_text())
         raise CAUSES[stopped["cause"]](stopped["message"])

@@ -1,8 +1,13 @@
-"""A datastore: the language model reads a corpus, each token is an entry; shards are built."""
+"""A datastore: the language model reads a corpus, each token is an entry; shards are built.
+
+Texts that cannot be read or spoken are left out, and named in `rejected.jsonl`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import codecs
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -11,6 +16,7 @@ from random import Random
 import ray
 
 from cluster.parts import parts, work_off
+from cluster.placement import Demand, placing
 from cluster.stages import REJECTED, SpeakUnits, WriteEntries, write_rejections
 from cluster.tracking import Run
 from jobs import stage
@@ -28,6 +34,10 @@ from mmrag.retrieval.segment import Description
 from mmrag.speech import tokenized
 from mmrag.speech.tokenized import Tokenized
 from mmrag.text import read_lines
+
+WORKERS = "datastore.workers"
+NAMED = 5
+"""Texts left out that are named on the terminal; all of them are in REJECTED."""
 
 
 def run(experiment: Experiment, force: bool = False) -> Artifact:
@@ -48,14 +58,10 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
             identity={"lm": lm.fingerprint, "codebook": codebook.fingerprint},
         )
         datastore.create(draft.path, description)
-        read = _read(inputs["source"], settings, experiment.seed)
-        rejected: list[Rejection] = []
-        source = _speakable(read, Vocabulary.load(lm.path), rejected)
-        utterances = list(islice(source, settings.utterances))
-        write_rejections(draft.path / REJECTED, rejected)
-        if rejected and not utterances:
-            first = rejected[0]
-            raise ValueError(f"nothing of it can be used: {first.source}: {first.reason}")
+        source = _read(inputs["source"], settings, experiment.seed, Vocabulary.load(lm.path))
+        read = list(islice(source, settings.utterances))
+        utterances = [one for one in read if isinstance(one, Tokenized)]
+        rejected = [one for one in read if isinstance(one, Rejection)]
         shares = parts(utterances, lambda _: 1, settings.part_utterances)
         segments = draft.path / "segments"
         todo = [part for part in shares if not (segments / part.name).exists()]
@@ -64,17 +70,22 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
             hubert = stage.load(experiment, "hubert", "hubert", "pretrain_hubert")
             codebook.require("hubert", hubert)
             speak = {"hubert": hubert.path, "codebook": codebook.path, "seed": experiment.seed}
-            stages.insert(0, (SpeakUnits, speak))
-        for _ in work_off(stages, todo, settings.workers, "reading"):
+            stages.insert(0, (SpeakUnits, {**speak, "directory": draft.path}))
+        for _ in work_off(stages, todo, settings.workers, "reading", WORKERS):
             pass
+        for piece in sorted(draft.path.glob(".*.rejected.jsonl")):
+            rejected += [Rejection(**json.loads(line)) for line in piece.open()]
+        write_rejections(draft.path / REJECTED, rejected)
+        tracked.file(draft.path / REJECTED)
+        _report(inputs["source"], len(read), rejected)
         known = Datastore.open(draft.path).segments
         datastore.publish(draft.path, [p.name for p in shares if p.name not in known])
         entries = _index(draft.path, settings.index, experiment.seed, settings.workers.num_cpus)
         draft.summary |= {
             "entries": entries,
-            "utterances": len(utterances),
-            "rejected": len(rejected),
+            "utterances": len(read) - len(rejected),
             "shards": len(saved_shards(draft.path)),
+            "rejected": len(rejected),
         }
 
     directory = f"datastores/{settings.name}"
@@ -102,18 +113,21 @@ def _source(experiment: Experiment, codebook: Artifact) -> Artifact:
     return made
 
 
-def _read(source: Artifact, settings: DatastoreConfig, seed: int) -> Iterator[Tokenized]:
-    """The source's utterances that have what their keys are made of."""
-    if source.path.suffix == ".jsonl":
-        for line in manifest.read(source.path):
-            if isinstance(line, Rejection):
-                raise ValueError(f"{line.source}: {line.reason}")
-            yield Tokenized(line, None)
-        return
+def _read(
+    source: Artifact, settings: DatastoreConfig, seed: int, vocabulary: Vocabulary
+) -> Iterator[Tokenized | Rejection]:
+    """The source's utterances as they are spoken, and what the model cannot listen for."""
+    for one in _given(source, settings, seed):
+        text = one.utterance.text or ""
+        if reason := vocabulary.refusal(text):
+            yield Rejection(one.utterance.id, reason)
+        else:
+            yield replace(one, utterance=replace(one.utterance, text=vocabulary.spoken(text)))
+
+
+def _given(source: Artifact, settings: DatastoreConfig, seed: int) -> Iterator[Tokenized]:
     if source.kind == "outside":
-        for number, line in read_lines(source.path):
-            name = f"{source.path.name}:{number}"
-            yield Tokenized(Utterance(id=name, text=line, document=name), None)
+        yield from (Tokenized(said, None) for said in _outside(source.path))
         return
     splits = [source.path / split for split in settings.splits]
     for split in [each for each in splits if each.exists()] or [source.path / "all"]:
@@ -128,27 +142,49 @@ def _read(source: Artifact, settings: DatastoreConfig, seed: int) -> Iterator[To
                 yield one
 
 
-def _speakable(
-    read: Iterable[Tokenized], vocabulary: Vocabulary, rejected: list[Rejection]
-) -> Iterator[Tokenized]:
-    """What the model can listen for, as it is spoken; the others join those `rejected`."""
-    for one in read:
-        text = one.utterance.text or ""
-        if reason := vocabulary.refusal(text):
-            rejected.append(Rejection(one.utterance.id, reason))
-        else:
-            yield replace(one, utterance=replace(one.utterance, text=vocabulary.spoken(text)))
+def _outside(path: Path) -> Iterator[Utterance]:
+    """A file's utterances: a manifest's, which starts with a brace, or a text's lines."""
+    with path.open("rb") as stream:
+        start = next((line for line in stream if line.strip()), b"")
+    start = start.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+    if path.suffix == ".json" and start == b"[":
+        raise ConfigError(
+            f"datastore.source {path} is one JSON array: it takes lines of text, or a manifest of "
+            "one JSON object a line"
+        )
+    if path.suffix != ".jsonl" and start != b"{":
+        for number, line in read_lines(path):
+            name = f"{path.name}:{number}"
+            yield Utterance(id=name, text=line, document=name)
+        return
+    for line in manifest.read(path):
+        if isinstance(line, Rejection):
+            raise ValueError(f"{line.source}: {line.reason}")
+        yield line
+
+
+def _report(source: Artifact, read: int, rejected: Sequence[Rejection]) -> None:
+    """Name what was left out; ValueError if that is everything."""
+    named = [f"{one.source}: {one.reason}" for one in rejected[:NAMED]]
+    if more := len(rejected) - len(named):
+        named.append(f"and {more} more")
+    if read == len(rejected):
+        reasons = "; ".join(named) or "there is no text"
+        raise ValueError(f"nothing of {source.path} can be used: {reasons}")
+    for line in named:
+        stage.console.print(f"  left out: {line}", markup=False)
 
 
 def _index(directory: Path, settings: Index, seed: int, num_cpus: float) -> int:
     """Build the shards that are not there yet, in parallel; return the number of entries."""
     entries = Datastore.open(directory).entries
-    building = [
-        _build_shard.options(num_cpus=num_cpus).remote(directory, number, span, settings, seed)
-        for number, span in enumerate(shard_ranges(entries, settings.shards))
-        if not shard_directory(directory, number).exists()
-    ]
-    ray.get(building)
+    with placing(Demand(WORKERS, 1, num_cpus)):
+        building = [
+            _build_shard.options(num_cpus=num_cpus).remote(directory, number, span, settings, seed)
+            for number, span in enumerate(shard_ranges(entries, settings.shards))
+            if not shard_directory(directory, number).exists()
+        ]
+        ray.get(building)
     return entries
 
 

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from cluster import modes
 from cluster.modes import PhraseLists
-from cluster.shards import serve_shards
+from cluster.placement import Demand, require
+from cluster.shards import SHARD_CPUS, serve_shards
 from cluster.stages import TranscribedUtterance, transcribe_modes
 from cluster.tracking import Run
 from jobs import stage
@@ -33,6 +34,7 @@ from mmrag.decoding import tune
 from mmrag.records import Retriever
 from mmrag.retrieval import phrases
 from mmrag.retrieval.datastore import Datastore
+from mmrag.retrieval.index import saved_shards
 from mmrag.score import (
     Comparison,
     EntityScore,
@@ -202,6 +204,7 @@ def _transcribe(
     experiment: Experiment, ways: Sequence[EvaluationMode], spoken: Sequence[Tokenized]
 ) -> list[Result]:
     settings = experiment.evaluate
+    require(Demand.of("evaluate.workers", settings.workers, count=1), *_shards(experiment, ways))
     with ExitStack() as serving:
         heard = transcribe_modes(
             experiment.workspace,
@@ -211,6 +214,18 @@ def _transcribe(
             settings.workers,
         )
     return [_score(way, heard[way.title], settings.resamples, experiment.seed) for way in ways]
+
+
+def _shards(experiment: Experiment, ways: Sequence[EvaluationMode]) -> list[Demand]:
+    """The shard actors that stand beside the workers."""
+    settings = experiment.evaluate
+    count = sum(len(saved_shards(way.artifact.path)) for way in ways if way.artifact is not None)
+    if settings.retriever != "sharded" or not count:
+        return []
+    actors = count * settings.replicas
+    return [
+        Demand(SHARD_CPUS, actors, settings.shard_cpus, lower=f"{SHARD_CPUS} or evaluate.replicas")
+    ]
 
 
 def _mode(experiment: Experiment, way: EvaluationMode, serving: ExitStack) -> modes.Mode:

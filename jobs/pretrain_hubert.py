@@ -9,6 +9,7 @@ from typing import Any
 import ray
 import torch
 
+from cluster.placement import Demand, placing
 from cluster.progress import METRICS, MetricsWriter, following, last_record, records
 from cluster.stages import device
 from cluster.tracking import Run
@@ -58,11 +59,10 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
                     f"loss {record['loss']:.2f}  masked frames guessed {record['accuracy']:.0%}"
                 )
 
-        training = _pretrain.options(
-            num_cpus=experiment.pretrain.num_cpus, num_gpus=experiment.pretrain.num_gpus
-        ).remote(experiment, corpus.path / "lm.jsonl", draft.path)
-        with following(draft.path, log):
-            ray.get(training)
+        takes = {"num_cpus": experiment.pretrain.num_cpus, "num_gpus": experiment.pretrain.num_gpus}
+        with placing(Demand("pretrain", 1, **takes)), following(draft.path, log):
+            training = _pretrain.options(**takes)
+            ray.get(training.remote(experiment, corpus.path / "lm.jsonl", draft.path))
         accuracy = last_record(draft.path)["accuracy"]
         draft.summary |= {"steps": steps, "masked_accuracy": round(accuracy, 3)}
 

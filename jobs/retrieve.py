@@ -37,7 +37,8 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
             "k": experiment.attention.k,
             "directory": draft.path,
         }
-        for _ in work_off([(FindNeighbours, search)], todo, experiment.evaluate.workers, "search"):
+        workers, key = experiment.evaluate.workers, "evaluate.workers"
+        for _ in work_off([(FindNeighbours, search)], todo, workers, "search", key):
             pass
         draft.summary["utterances"] = len(spoken)
 

@@ -31,7 +31,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
             if not (draft.path / f".{part.name}.jsonl").exists()
         ]
         speak = (RenderSpeech, {"directory": draft.path})
-        for _ in work_off([speak], todo, settings.workers, "speaking"):
+        for _ in work_off([speak], todo, settings.workers, "speaking", "synthesize.workers"):
             pass
         for split, shares in splits.items():
             manifest = draft.path / f"{split}.jsonl"

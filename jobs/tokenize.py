@@ -25,6 +25,7 @@ from mmrag.speech.hubert import HubertEncoder
 from mmrag.speech.units import Codebook
 
 CORPUS_SPLITS = ("lm", "text", "adapter", "datastore", "dev", "test")
+WORKERS = "tokenize.workers"
 UNKNOWN_SECONDS = 10.0
 """What a clip whose length nobody stated counts for when parts are cut."""
 
@@ -58,7 +59,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
             "settings": settings,
             "directory": draft.path,
         }
-        for _ in work_off([(EncodeUnits, encode)], todo, settings.workers, "units"):
+        for _ in work_off([(EncodeUnits, encode)], todo, settings.workers, "units", WORKERS):
             pass
         rejected = list(chain.from_iterable(unread for _, unread in splits.values()))
         for piece in sorted(draft.path.glob("*/.*.rejected.jsonl")):
@@ -108,7 +109,11 @@ def _codebook(
         sample = _sample(utterances, settings.sample_seconds, experiment.seed)
         shares = parts(sample, _seconds, settings.batch_seconds)
         encode = (EncodeFeatures, {"hubert": hubert.path, "settings": settings})
-        read = [one for one in work_off([encode], shares, settings.workers, "codebook") if len(one)]
+        read = [
+            one
+            for one in work_off([encode], shares, settings.workers, "codebook", WORKERS)
+            if len(one)
+        ]
         if not read:
             raise AudioError(f"{source.path}: no audio that could be read, to fit a codebook on")
         features = np.concatenate(read)

@@ -17,6 +17,7 @@ from cluster.modes import (
     retrieval_mode,
 )
 from cluster.parts import parts
+from cluster.placement import Demand, placing
 from cluster.stages import device, seconds, transcribe_modes
 from cluster.tracking import Run
 from jobs import stage
@@ -68,7 +69,8 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         spoken = select(made, SPLIT, domain)
         workers = experiment.evaluate.workers
         scoring = _score.options(num_cpus=workers.num_cpus, num_gpus=workers.num_gpus)
-        scored = ray.get(scoring.remote(experiment, lm.path, store.path, spoken))
+        with placing(Demand.of("evaluate.workers", workers, count=1)):
+            scored = ray.get(scoring.remote(experiment, lm.path, store.path, spoken))
         bench = _Bench(experiment, store, decoy, spoken[: experiment.tune.utterances])
 
         last = finalists(scored, experiment.tune.finalists)

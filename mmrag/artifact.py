@@ -8,20 +8,19 @@ here knows what the stages do.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mmrag.config.section import Recipe
+from mmrag.durable import sync, sync_tree
 
 FILE = "artifact.json"
 PLAN = ".plan.json"
@@ -306,28 +305,6 @@ def write_json(path: Path, value: Any) -> None:
         os.fsync(stream.fileno())
     aside.replace(path)
     sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's contents, or a directory's entries, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        # Some network filesystems have nothing to flush for a directory.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
-            raise
-    finally:
-        os.close(handle)
-
-
-def sync_tree(root: Path) -> None:
-    """Wait until everything below a directory is on the disk, files before what names them."""
-    below = [path for path in root.rglob("*") if not path.is_symlink()]
-    with ThreadPoolExecutor() as pool:  # a disk takes many at once in the time of one
-        list(pool.map(sync, (path for path in below if path.is_file())))
-        list(pool.map(sync, (path for path in below if path.is_dir())))
-    sync(root)
 
 
 def as_json(artifact: Artifact) -> dict[str, Any]:

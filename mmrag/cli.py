@@ -10,8 +10,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from mmrag import shipped, terminal
@@ -55,6 +57,8 @@ KEY = "MMRAG_API_KEY"
 """Environment variable: a command line is everybody's to read."""
 TAIL_LETTERS = 400
 """Letters of a growing transcript that are shown: its end, which has to fit on a small terminal."""
+LINE_SECONDS = 10.0
+"""Where standard error is no terminal to draw a bar on, a line is printed this often."""
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -297,9 +301,11 @@ def _phrases(options: argparse.Namespace, recogniser: Recogniser) -> dict[str, A
         return {}
     listed = _listed(options.phrases)
     identity = {role: recogniser.identity[role] for role in ("lm", "codebook")}
-    datastore = remember(
-        _cache(), listed, recogniser.lm, recogniser.vocabulary, identity, recogniser.synthesizer()
-    )
+    say = recogniser.synthesizer()
+    with _progress("speaking the phrases") as progress:
+        datastore = remember(
+            _cache(), listed, recogniser.lm, recogniser.vocabulary, identity, say, progress
+        )
     retriever = SubsetRetriever(datastore, np.arange(datastore.entries))
     found: dict[str, Any] = {"source": retriever}
     if mode in ("knn", "both"):
@@ -321,6 +327,29 @@ def _cache() -> Path:
         raise ValueError(
             f"there is no home directory to keep spoken phrases in: set {CACHE} to a directory"
         ) from None
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows on standard error how far something is that calls what is yielded with (done, all)."""
+    shown = Console(stderr=True)
+    if shown.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Progress(*columns, TimeRemainingColumn(), console=shown, transient=True) as bar:
+            task = bar.add_task(title, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    started = spoke = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal spoke
+        now = time.monotonic()
+        last = done == total and now - started >= LINE_SECONDS
+        if last or now - spoke >= LINE_SECONDS:
+            spoke = now
+            print(f"mmrag: {title}: {done}/{total} sentences", file=sys.stderr, flush=True)
+
+    yield tell
 
 
 def _listed(file: Path) -> list[str]:

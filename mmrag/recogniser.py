@@ -7,7 +7,7 @@ Both encode waves, and both have a decoder and a vocabulary behind the contract 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +30,9 @@ from mmrag.records import Retriever, Units
 from mmrag.retrieval.memory import WindowCache
 from mmrag.speech.hubert import HubertEncoder
 from mmrag.speech.units import Codebook
+
+Say = Callable[[Sequence[str]], Iterator[Any]]
+"""Sentences -> what somebody saying each of them is encoded to."""
 
 
 class Encoder(Protocol):
@@ -73,17 +76,25 @@ class Decoder(Protocol):
         ...
 
 
-def text_to_speech(encoder: Encoder, seed: int = 0) -> Callable[[str], Any]:
-    """Says a sentence with a synthetic voice and encodes it; needs the `speech` extra.
+SPOKEN = 32
+"""Sentences that a synthesizer says before they are encoded, as one batch: HuBERT encodes short
+ones many times faster together, and a phrase's units do not depend on the others."""
 
-    The voice depends on `seed` and the sentence alone.
+
+def text_to_speech(encoder: Encoder, seed: int = 0) -> Say:
+    """Says sentences with synthetic voices and encodes them; needs the `speech` extra.
+
+    The voice depends on `seed` and the sentence alone. SPOKEN sentences are encoded at once, and
+    given when they are.
     """
     synthesizer = Synthesizer()
 
-    def say(text: str) -> Any:
-        [planned] = synthetic.assign_voices([text], seed)
-        wave = torch.from_numpy(synthetic.render(planned, synthesizer).wave)
-        return encoder.encode([wave])[0]
+    def say(texts: Sequence[str]) -> Iterator[Any]:
+        planned = synthetic.assign_voices(texts, seed)
+        for start in range(0, len(planned), SPOKEN):
+            batch = planned[start : start + SPOKEN]
+            waves = [synthetic.render(one, synthesizer).wave for one in batch]
+            yield from encoder.encode([torch.from_numpy(wave) for wave in waves])
 
     return say
 
@@ -129,7 +140,7 @@ class SpeechTokenizer:
         """When each unit is said (T, 2), seconds from the clip's start."""
         return self.codebook.seconds(units)
 
-    def synthesizer(self, seed: int = 0) -> Callable[[str], Units]:
+    def synthesizer(self, seed: int = 0) -> Say:
         """Says a sentence with a synthetic voice and encodes it, as `text_to_speech` does."""
         return text_to_speech(self, seed)
 
@@ -226,7 +237,7 @@ class WhisperRecogniser:
         edges = np.arange(encoded.frames + 1) * encoded.frame_seconds
         return np.stack([edges[:-1], edges[1:]], axis=1)
 
-    def synthesizer(self, seed: int = 0) -> Callable[[str], EncodedAudio]:
+    def synthesizer(self, seed: int = 0) -> Say:
         """Says a sentence with a synthetic voice and encodes it, as `text_to_speech` does."""
         return text_to_speech(self, seed)
 

@@ -118,16 +118,20 @@ def fold(text: str, known: Callable[[str], bool] = str.isascii) -> str:
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
-    """The lines of a text file that are not blank, stripped, each with its number from 1.
+    """The lines of a UTF-8 file that are not blank, stripped, with their numbers from 1.
 
-    UTF-8, with or without a byte-order mark. Raises OSError if the file cannot be read, ValueError
-    if it holds something else.
+    A byte-order mark is not part of the first line. Raises ValueError that names the line for a
+    file that is not UTF-8, OSError for one that cannot be read.
     """
+    content = path.read_bytes()
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at {error.start}") from None
-    return [(n, line.strip()) for n, line in enumerate(lines, start=1) if line.strip()]
+        number = content[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}:{number}: not UTF-8 text: {error.reason}") from None
+    # Not splitlines: it also splits at characters that no editor counts as a new line.
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def is_letter(character: str) -> bool:

@@ -11,6 +11,7 @@ import sys
 from threading import Event
 from typing import TYPE_CHECKING
 
+from cluster import address
 from serve.environment import prepare
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="as in serve/config.yaml")
     options = parser.parse_args()
     prepare()
+    try:
+        address.check()
+    except (ConnectionError, ValueError) as error:
+        sys.exit(f"error: {error}")
 
     import ray
     from ray import serve

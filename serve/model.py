@@ -22,7 +22,7 @@ def locate(settings: Settings) -> Path:
         from cluster import tracking  # MLflow takes seconds to import
 
         registry = Tracking(uri=settings.registry, experiment="mmrag")
-        return tracking.fetch(settings.model, registry, settings.cache)
+        return tracking.fetch(settings.model, registry, settings.cache, setting="registry")
     return shipped.find(settings.model)
 
 

@@ -242,6 +242,7 @@ class Retriever:
             owner=f"mmrag-shard-{uid}",
             answer_seconds=settings.answer_seconds,
             idle_seconds=settings.idle_seconds,
+            key="retriever.shard_cpus",
         )
 
     async def _refreshed(self, one: OpenDatastore, name: str) -> None:

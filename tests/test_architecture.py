@@ -19,8 +19,8 @@ MAY_IMPORT = {
 WINGS = {
     "ground": [
         "config.section", "config.speech", "config.model", "config.retrieval", "config.decoding",
-        "config.experiment", "config", "text", "terminal", "records", "artifact", "finite",
-        "shipped",
+        "config.experiment", "config", "text", "terminal", "records", "finite", "durable",
+        "artifact", "shipped",
         "score.rates", "score.recall", "score.significance", "score.entities", "score.biasing",
         "score",
     ],
@@ -35,8 +35,8 @@ WINGS = {
         "loss", "train", "whisper", "whisper_training",
     ],
     "retrieval": [
-        "segment", "datastore", "index", "retrievers", "knn", "interpolation", "memory", "entries",
-        "phrases", "contexts",
+        "segment", "mapped", "datastore", "index", "retrievers", "knn", "interpolation", "memory",
+        "entries", "phrases", "contexts",
     ],
     "decoding": ["boost", "decode", "guard", "align", "engine", "tune"],
     "front door": ["recogniser", "transcribe", "client", "cli"],

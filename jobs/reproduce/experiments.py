@@ -322,7 +322,8 @@ def _ranked_documents(lab: Lab, test: Sequence[Tokenized], encoder: str) -> dict
     shares = parts(work, lambda _: 1, 200)
     embed = (Embed, {"models": lab.experiment.workspace, "encoder": encoder})
     vectors: dict[str, np.ndarray] = {}
-    for answer in work_off([embed], shares, lab.experiment.evaluate.workers, "embedding"):
+    workers, key = lab.experiment.evaluate.workers, "evaluate.workers"
+    for answer in work_off([embed], shares, workers, "embedding", key):
         vectors |= answer
 
     def rows(spoken: Sequence[Tokenized]) -> np.ndarray:
@@ -381,7 +382,8 @@ def _tokenized(
             shares = parts(planned, lambda _: 1, PART_UTTERANCES, name=split)
             rows = [draft.path / f".{part.name}.jsonl" for part in shares]
             todo = [part for part, row in zip(shares, rows, strict=True) if not row.exists()]
-            for _ in work_off([record], todo, experiment.synthesize.workers, f"{name} {split}"):
+            workers, key = experiment.synthesize.workers, "synthesize.workers"
+            for _ in work_off([record], todo, workers, f"{name} {split}", key):
                 pass
             (draft.path / f"{split}.jsonl").write_text(
                 "".join(row.read_text(encoding="utf-8") for row in rows), encoding="utf-8"

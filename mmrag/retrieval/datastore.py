@@ -12,8 +12,9 @@ write at once; `segments.json` names the ones that count, in order, and is repla
                     utterances.npy (N,) int32, index into names.json
 
 An entry's id is its place in the segments laid end to end. Segments are only ever appended and
-deletion only hides, so ids never change. `Datastore.of` holds segments in memory instead. Nothing
-here searches, and nothing here knows a model.
+deletion only hides, so ids never change. What a function here wrote is flushed when it returns, and
+the list names nothing that is not: a power cut leaves the old list or the new one. `Datastore.of`
+holds segments in memory instead. Nothing here searches, and nothing here knows a model.
 """
 
 from __future__ import annotations
@@ -25,15 +26,16 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
 
+from mmrag import durable
 from mmrag.artifact import write_json
 from mmrag.records import NO_ENTRY, Passages
+from mmrag.retrieval.mapped import open_array
 from mmrag.retrieval.segment import DatastoreError, Description, Segment, prepare
 
 ARRAYS = {
@@ -43,21 +45,19 @@ ARRAYS = {
     "positions": np.int32,
     "utterances": np.int32,
 }
-OPEN_FILES = 256
-"""Memory-mapped files kept open, each of which holds a file descriptor."""
 
 
 def create(directory: Path | str, description: Description) -> None:
     """Make an empty datastore. Finding one of the same description there changes nothing."""
     directory = Path(directory).absolute()
-    directory.mkdir(parents=True, exist_ok=True)
+    durable.make_directory(directory)
     if (directory / "datastore.json").exists():
         if describe(directory) != description:
             raise DatastoreError(f"{directory} already holds a datastore of another description")
         return
-    (directory / "segments").mkdir(exist_ok=True)
-    write_json(directory / "segments.json", {"segments": [], "deleted": None})
-    write_json(directory / "datastore.json", asdict(description))
+    durable.make_directory(directory / "segments")
+    _write(directory / "segments.json", {"segments": [], "deleted": None})
+    _write(directory / "datastore.json", asdict(description))
 
 
 def describe(directory: Path | str) -> Description:
@@ -89,7 +89,7 @@ def write_segment(directory: Path | str, name: str, segment: Segment) -> None:
     final = directory / "segments" / name
     if final.exists():
         shutil.rmtree(final)
-    aside.rename(final)
+    durable.rename(aside, final)
 
 
 def publish(directory: Path | str, names: Sequence[str]) -> None:
@@ -110,7 +110,7 @@ def publish(directory: Path | str, names: Sequence[str]) -> None:
             taken.add(name)
             entries = _stored(directory, name, description).entries
             listed["segments"].append({"name": name, "entries": entries})
-        write_json(directory / "segments.json", listed)
+        _write(directory / "segments.json", listed)
 
 
 def delete(directory: Path | str, entries: Iterable[int]) -> None:
@@ -127,8 +127,8 @@ def delete(directory: Path | str, entries: Iterable[int]) -> None:
         listed["deleted"] = f"deleted-{number}.npy"
         aside = directory / f".{listed['deleted']}"
         np.save(aside, np.union1d(_deleted(directory, before), gone), allow_pickle=False)
-        aside.rename(directory / listed["deleted"])
-        write_json(directory / "segments.json", listed)
+        durable.rename(aside, directory / listed["deleted"])
+        _write(directory / "segments.json", listed)
 
 
 class Datastore:
@@ -207,7 +207,6 @@ class Datastore:
         """(N,) int32, each entry's document."""
         self.deleted = deleted
         """(M,) int64, deleted entries, ascending."""
-        self._map = lru_cache(maxsize=OPEN_FILES)(_map)
 
     def __str__(self) -> str:
         return "a datastore in memory" if self.directory is None else str(self.directory)
@@ -302,12 +301,10 @@ class Datastore:
         columns = {"keys": self.description.width, "windows": self.description.window}[field]
         rows = np.empty((len(entries), columns), ARRAYS[field])
         segments = np.searchsorted(self._starts, entries, side="right") - 1
-        for number in np.unique(segments):
-            here, segment = segments == number, self._segments[number]
-            if segment.path is None:
-                stored = segment.arrays[field]
-            else:
-                stored = self._map(segment.path / f"{field}.npy")
+        order = np.argsort(segments, kind="stable")
+        numbers, firsts = np.unique(segments[order], return_index=True)
+        for number, here in zip(numbers, np.split(order, firsts)[1:], strict=True):
+            stored = self._segments[number].arrays[field]
             rows[here] = stored[entries[here] - self._starts[number]]
         return rows
 
@@ -321,15 +318,11 @@ class Datastore:
 
 @dataclass(frozen=True)
 class _Held:
-    """One segment of a snapshot.
-
-    `arrays` by field: all of them, or where there is a `path` the small ones alone.
-    """
+    """One segment of a snapshot; its arrays by field."""
 
     name: str
     names: list[tuple[str, str]]
     arrays: dict[str, np.ndarray]
-    path: Path | None = None
 
     @property
     def entries(self) -> int:
@@ -339,7 +332,7 @@ class _Held:
 def _stored(
     directory: Path, name: str, description: Description, entries: int | None = None
 ) -> _Held:
-    """A segment read back: its small arrays in memory, the headers of its large ones checked."""
+    """A segment read back: its small arrays in memory, its large ones checked and mapped."""
     path = directory / "segments" / name
     if not path.is_dir():
         raise DatastoreError(f"segment {name} of {directory} is missing")
@@ -356,7 +349,7 @@ def _stored(
     names = [tuple(pair) for pair in _read_json(path / "names.json")]
     if not _indexes(small["utterances"], len(names)):
         raise DatastoreError(f"{path} is damaged: an entry's utterance has no name")
-    return _Held(name, names, small, path)
+    return _Held(name, names, arrays | small)
 
 
 def _arrays(name: str, segment: Segment, description: Description) -> dict[str, np.ndarray]:
@@ -398,15 +391,21 @@ def _concatenate(arrays: list[np.ndarray]) -> np.ndarray:
 
 def _map(path: Path) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        return open_array(path)
     except FileNotFoundError:
         raise DatastoreError(f"{path} is missing") from None
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError) as error:
         raise DatastoreError(f"{path} is damaged: {error}") from None
 
 
 def _deleted(directory: Path, name: str | None) -> np.ndarray:
     return np.array(_map(directory / name)) if name else np.zeros(0, np.int64)
+
+
+def _write(path: Path, value: Any) -> None:
+    """Replace a JSON file, for good when this returns."""
+    write_json(path, value)
+    durable.sync(path.parent)
 
 
 def _list(directory: Path) -> dict[str, Any]:

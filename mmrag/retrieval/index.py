@@ -19,6 +19,7 @@ from uuid import uuid4
 import faiss
 import numpy as np
 
+from mmrag import durable
 from mmrag.artifact import write_json
 from mmrag.config import Index, as_dict
 from mmrag.records import NO_ENTRY, Neighbours
@@ -47,6 +48,7 @@ class IndexShard:
         self._longest = 0.0
         """Norm of the longest key: bounds FAISS's rounding errors (flat)."""
         self._deleted = np.zeros(index.ntotal, bool)
+        self._deletions = 0
         self.delete(datastore.deleted)
 
     @classmethod
@@ -91,12 +93,13 @@ class IndexShard:
     def save(self, directory: Path | str) -> None:
         """Write `shard.json`, and for IVF-PQ `index.faiss`; flat is the datastore's keys alone.
 
-        The directory is written aside and renamed: if it exists, it is whole.
+        The directory is written aside, flushed and renamed: if it exists, it is whole.
         """
         directory = Path(directory)
         aside = directory.with_name(f".{directory.name}")
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        durable.make_directory(directory.parent)
+        aside.mkdir()
         if self.settings.kind == "ivfpq":
             faiss.write_index(self._index, str(aside / "index.faiss"))
         fields = {
@@ -108,7 +111,7 @@ class IndexShard:
         }
         write_json(aside / "shard.json", fields)
         shutil.rmtree(directory, ignore_errors=True)
-        aside.rename(directory)
+        durable.rename(aside, directory)
 
     def add(self, start: int, stop: int) -> None:
         """Index the newly published entries [start, stop), which go on where this shard ends.
@@ -146,8 +149,16 @@ class IndexShard:
 
         Lasts as long as this object: `datastore.delete` is what makes it permanent.
         """
-        local = np.fromiter(entries, np.int64) - self.start
-        self._deleted[local[(local >= 0) & (local < len(self._deleted))]] = True
+        given = entries if isinstance(entries, np.ndarray) else np.fromiter(entries, np.int64)
+        local = given.astype(np.int64) - self.start
+        local = np.unique(local[(local >= 0) & (local < len(self._deleted))])
+        self._deletions += int(np.count_nonzero(~self._deleted[local]))
+        self._deleted[local] = True
+
+    @property
+    def deletions(self) -> int:
+        """How many of its entries are deleted; counted as they are, and not at every search."""
+        return self._deletions
 
     def search(
         self, queries: np.ndarray, k: int, exclude_documents: Sequence[int] | None = None
@@ -168,7 +179,7 @@ class IndexShard:
         entries = np.full((len(queries), k), NO_ENTRY, np.int64)
         queries = np.ascontiguousarray(prepare(queries, metric))
         excluded = None if exclude_documents is None else np.asarray(exclude_documents)
-        total, deleted = self.stop - self.start, int(self._deleted.sum())
+        total, deleted = self.stop - self.start, self._deletions
         pending = np.arange(len(queries) if deleted < total else 0)
         fetch = k * (self.settings.rerank if self.settings.kind == "ivfpq" else 2)
         fetch = -(-fetch * total // max(total - deleted, 1))  # as if deletions lay evenly
@@ -274,7 +285,7 @@ def save_index(directory: Path | str) -> None:
     shard = IndexShard.build(datastore, 0, datastore.entries, Index(kind="flat", shards=1), seed=0)
     shard.save(shard_directory(aside, 0))
     try:
-        (aside / "index").rename(directory / "index")
+        durable.rename(aside / "index", directory / "index")
     except OSError:  # another process was first
         if not saved_shards(directory):
             raise

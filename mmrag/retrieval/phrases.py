@@ -15,6 +15,7 @@ from uuid import uuid4
 
 import numpy as np
 
+from mmrag import durable
 from mmrag.model.lm import LM
 from mmrag.model.vocabulary import Vocabulary
 from mmrag.records import Units, Utterance
@@ -27,8 +28,10 @@ from mmrag.speech.tokenized import Tokenized
 WINDOW = 20
 BATCH = 64
 """Sentences read at once."""
-Say = Callable[[str], Units]
-"""A sentence -> the units of somebody saying it."""
+Say = Callable[[Sequence[str]], Iterable[Units]]
+"""Sentences -> the units of somebody saying each, in their order; they may come bit by bit."""
+Progress = Callable[[int, int], None]
+"""Told the sentences that were spoken so far, and all that there are."""
 
 LISTS, SENTENCES = "phrases.jsonl", "phrase_sentences.jsonl"
 """Files of a tokens directory whose corpus has a list for each utterance: the lists, and sentences
@@ -85,7 +88,11 @@ def description(lm: LM, identity: Mapping[str, str], say: Say | None) -> Descrip
 
 
 def speak(
-    phrases: Sequence[str], lm: LM, vocabulary: Vocabulary, say: Say | None
+    phrases: Sequence[str],
+    lm: LM,
+    vocabulary: Vocabulary,
+    say: Say | None,
+    progress: Progress | None = None,
 ) -> Iterator[Segment]:
     """The phrases' entries, BATCH sentences a segment, each spoken when its segment is asked for.
 
@@ -97,11 +104,17 @@ def speak(
         raise ValueError(refused or "nothing to listen for: no phrases")
     told = list(utterances(phrases, spoken=vocabulary.spoken))
 
-    def read(batch: Sequence[Utterance]) -> Segment:
-        spoken = [Tokenized(one, say and say(one.text)) for one in batch]
+    def read(start: int) -> Segment:
+        batch = told[start : start + BATCH]
+        heard = [None] * len(batch) if say is None else say([one.text for one in batch])
+        spoken = []
+        for one, units in zip(batch, heard, strict=True):
+            spoken.append(Tokenized(one, units))
+            if progress is not None:
+                progress(start + len(spoken), len(told))
         return read_entries(lm, vocabulary, spoken, WINDOW, "entities")
 
-    return (read(told[start : start + BATCH]) for start in range(0, len(told), BATCH))
+    return map(read, range(0, len(told), BATCH))
 
 
 def remember(
@@ -111,12 +124,15 @@ def remember(
     vocabulary: Vocabulary,
     identity: Mapping[str, str],
     say: Say | None,
+    progress: Progress | None = None,
 ) -> Datastore:
     """The phrases' datastore below `cache`, made at the first call with just these.
 
-    Takes what `description` and `speak` take, and raises what `speak` raises.
+    Takes what `description` and `speak` take, and raises what `speak` raises. `progress` is told
+    while it is made; one that is remembered is there at once.
     """
-    described, segments = description(lm, identity, say), speak(phrases, lm, vocabulary, say)
+    described = description(lm, identity, say)
+    segments = speak(phrases, lm, vocabulary, say, progress)
     content = json.dumps(
         [
             {phrase: vocabulary.spoken(phrase) for phrase in phrases},
@@ -135,7 +151,7 @@ def remember(
             datastore.write_segment(aside, names[-1], segment)
         datastore.publish(aside, names)
         try:
-            aside.rename(directory)
+            durable.rename(aside, directory)
         except OSError:  # another process was first
             if not directory.exists():
                 raise

@@ -45,6 +45,13 @@ class Segment:
     utterances: np.ndarray
     names: Sequence[tuple[str, str]]
 
+    @classmethod
+    def empty(cls, width: int, window: int) -> Segment:
+        """A segment without entries."""
+        none = np.empty(0, np.int32)
+        keys, windows = np.empty((0, width), np.float32), np.empty((0, window), np.int32)
+        return cls(keys, none, windows, none, none, ())
+
 
 def join(segments: Sequence[Segment]) -> Segment:
     """Several segments as one, in order."""

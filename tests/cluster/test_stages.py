@@ -95,7 +95,7 @@ def test_a_failure_passes_through_the_stages_that_follow():
 def test_a_full_disk_in_a_worker_is_an_os_error_here_and_leaves_no_worker_behind(ray_cluster):
     todo = [Part("a", [0]), Part("b", [0]), Part("c", [600])]
     with pytest.raises(OSError) as raised:
-        list(work_off([(FillDiskFirst, {})], todo, WORKERS, "writing"))
+        list(work_off([(FillDiskFirst, {})], todo, WORKERS, "writing", "test.workers"))
     assert raised.value.errno == errno.ENOSPC
     for _ in range(200):  # the exception, still held, must not keep the workers
         if ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]:
@@ -105,4 +105,4 @@ def test_a_full_disk_in_a_worker_is_an_os_error_here_and_leaves_no_worker_behind
 
 
 def test_nothing_to_do_needs_no_cluster():
-    assert list(work_off([(Double, {})], [], WORKERS, "nothing")) == []
+    assert list(work_off([(Double, {})], [], WORKERS, "nothing", "test.workers")) == []

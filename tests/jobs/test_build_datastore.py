@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jobs import build_datastore
+from jobs import build_datastore, stage
 from mmrag import artifact
 from mmrag.artifact import ArtifactError
 from mmrag.config import ConfigError, Experiment
@@ -275,3 +275,81 @@ def test_a_source_that_is_not_there_is_named(borrow, tmp_path):
         missing = with_datastore(experiment, source=str(tmp_path / "no.txt"), audio=audio)
         with pytest.raises(ArtifactError, match=r"no such file or directory: .*no\.txt"):
             build_datastore.run(missing)
+
+
+def rejected(directory) -> list[dict]:
+    return [json.loads(line) for line in (directory / "rejected.jsonl").open()]
+
+
+@pytest.mark.parametrize("audio", ["none", "spoken"])
+def test_a_line_that_cannot_be_used_is_named_and_the_others_are_used(borrow, tmp_path, audio):
+    names = tmp_path / "names.txt"
+    # The Arabic digits are read, and espeak-ng's English voices make no sound of them.
+    names.write_bytes(b"\xef\xbb\xbfcall bhavika ruto\r\n----\r\n" + "\n١٢\n123 !!\n".encode())
+    experiment = with_datastore(
+        borrow("hubert", "codebook", "lm"),
+        name="names",
+        source=str(names),
+        audio=audio,
+        part_utterances=1,
+    )
+    with stage.console.capture() as said:
+        made = build_datastore.run(experiment)
+    left_out = {
+        "names.txt:2": "no letter or digit in '----'",
+        "names.txt:4": "nothing that can be spoken in '١٢'",
+    }
+    if audio == "none":
+        del left_out["names.txt:4"]
+    assert {one["source"]: one["reason"] for one in rejected(made.path)} == left_out
+    for source, reason in left_out.items():
+        assert f"left out: {source}: {reason}" in said.get()
+    assert made.summary["rejected"] == len(left_out)
+    assert made.summary["utterances"] == 4 - len(left_out)
+    store = Datastore.open(made.path)
+    kept = [f"names.txt:{number}" for number in (1, 4, 5) if f"names.txt:{number}" not in left_out]
+    assert list(dict.fromkeys(map(store.utterance_name, range(store.entries)))) == kept
+    _, vocabulary = pretrained.load(experiment.workspace / "lm")
+    first = vocabulary.encode("call bhavika ruto")
+    assert store.tokens[: len(first)].tolist() == first, "a byte-order mark is no part of a line"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            "----\n١٢\n",
+            "names.txt:1: no letter or digit in '----'; names.txt:2: nothing that",
+        ),
+        ("\n \n", "there is no text"),
+    ],
+)
+def test_a_source_of_which_nothing_can_be_used_fails_and_says_why(borrow, tmp_path, content, said):
+    names = tmp_path / "names.txt"
+    names.write_text(content)
+    experiment = with_datastore(
+        borrow("hubert", "codebook", "lm"), name="names", source=str(names), audio="spoken"
+    )
+    with pytest.raises(ValueError, match=f"nothing of {names} can be used: .*{said}"):
+        build_datastore.run(experiment)
+    assert not (experiment.workspace / "datastores" / "names").exists()
+
+
+@pytest.mark.parametrize("name", ["phrases.json", "phrases.txt", "phrases.jsonl"])
+def test_a_manifest_is_known_by_what_it_holds(borrow, tmp_path, name):
+    said = list(utterances(PHRASES[:1]))
+    manifest.write(tmp_path / name, said)
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf\n" + (tmp_path / name).read_bytes())
+    experiment = with_datastore(
+        borrow("codebook", "lm"), source=str(tmp_path / name), audio="none", entries="entities"
+    )
+    store = Datastore.open(build_datastore.run(experiment).path)
+    assert {store.document_name(document) for document in store.documents} == {PHRASES[0]}
+
+
+def test_a_json_array_is_no_text(borrow, tmp_path):
+    names = tmp_path / "names.json"
+    names.write_text('["call bhavika ruto"]')
+    experiment = with_datastore(borrow("codebook", "lm"), source=str(names), audio="none")
+    with pytest.raises(ConfigError, match=r"names\.json is one JSON array: it takes lines of text"):
+        build_datastore.run(experiment)

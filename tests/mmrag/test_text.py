@@ -115,5 +115,18 @@ def test_lines_of_a_file_have_no_byte_order_mark_and_no_carriage_return(tmp_path
 def test_a_file_that_is_no_text_is_named(tmp_path):
     file = tmp_path / "names.txt"
     file.write_bytes("rome".encode("utf-16"))
-    with pytest.raises(ValueError, match=f"{file} is not UTF-8 text"):
+    with pytest.raises(ValueError, match=rf"{file}:1: not UTF-8 text"):
         read_lines(file)
+
+
+def test_lines_keep_the_numbers_an_editor_shows(tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_bytes("\ufeffzanab kuri\r\n\r\n  port\u2028darnby \rruto\n".encode())
+    assert read_lines(path) == [(1, "zanab kuri"), (3, "port\u2028darnby"), (4, "ruto")]
+
+
+def test_a_file_in_another_encoding_is_named_with_the_line(tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_bytes("zanab\njosé\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"names\.txt:2: not UTF-8 text: invalid continuation"):
+        read_lines(path)

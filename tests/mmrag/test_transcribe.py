@@ -9,7 +9,7 @@ import soundfile
 import torch
 from random_models import ENCODER, write_models
 
-from mmrag import artifact
+from mmrag import artifact, shipped
 from mmrag.artifact import ArtifactError
 from mmrag.config import (
     KNN,
@@ -519,3 +519,33 @@ def test_what_retrieval_made_incredible_is_made_again_without(recogniser):
     strict = OPTIONS.model_copy(update={"agreement": -1e-9})
     for nothing in (None, free):
         assert recognise(recogniser, units, strict, nothing) == alone
+
+
+def test_sentences_heard_together_have_the_units_each_has_alone():
+    recogniser = Recogniser.load(shipped.find(shipped.TINY))
+    texts = [f"please call {name} today" for name in ("ann", "zanab kuri", "bartholomew")]
+    texts += ["kuri", "about port darnby next week"]
+    say = recogniser.synthesizer()
+    together = list(say(texts))
+    assert len(together) == len(texts)
+    for text, heard in zip(texts, together, strict=True):
+        [alone] = say([text])
+        np.testing.assert_array_equal(heard.ids, alone.ids)
+        np.testing.assert_array_equal(heard.durations, alone.durations)
+
+
+def test_a_synthesizers_sentences_are_heard_in_batches_and_given_as_they_are(monkeypatch):
+    recogniser = Recogniser.load(shipped.find(shipped.TINY))
+    monkeypatch.setattr("mmrag.transcribe.SPOKEN", 2)
+    batches, features = [], recogniser.encoder.features
+
+    def counted(waves, *arguments):
+        batches.append(len(waves))
+        return features(waves, *arguments)
+
+    monkeypatch.setattr(recogniser.encoder, "features", counted)
+    said = recogniser.synthesizer()(["one", "two", "three"])
+    next(said)
+    assert batches == [2]
+    assert len(list(said)) == 2
+    assert batches == [2, 1]

@@ -28,6 +28,8 @@ from mmrag.records import Timed
 from mmrag.speech.audio import SAMPLE_RATE
 
 _NATIVE_RATE = 22_050
+SHORTEST_SECONDS = 0.05
+"""Of anything that is said: what espeak-ng makes of dashes or unknown digits is a few silent ms."""
 
 # Constants of espeak-ng's speak_lib.h.
 _SYNCHRONOUS, _PHONE_EVENTS, _DO_NOT_EXIT = 2, 0x0001, 0x8000
@@ -39,6 +41,10 @@ _STRESS = "',%="
 
 _ONE_AT_A_TIME = threading.Lock()
 """The library's state is global to the process."""
+
+
+class UnspeakableError(ValueError):
+    """A text of which a synthesizer makes no speech; the message names it."""
 
 
 class _Event(ctypes.Structure):
@@ -112,17 +118,18 @@ class Synthesizer:
     def speak(self, text: str, voice: Voice) -> Speech:
         """Say `text`. The same text and voice give identical samples.
 
-        Raises ValueError for a voice that espeak-ng does not have, and for text without a word.
+        Raises ValueError for a voice that espeak-ng does not have, UnspeakableError for text of
+        which it makes no speech.
         """
         if not text.split() or "\0" in text:
-            raise ValueError(f"nothing that can be spoken in {text!r}")
+            raise UnspeakableError(f"nothing that can be spoken in {text!r}")
         _, plus, variant = voice.name.partition("+")
         if plus and variant not in self._variants:  # espeak-ng would silently ignore it
             raise ValueError(f"espeak-ng has no variant {variant!r} of voice {voice.name!r}")
         with _ONE_AT_A_TIME:
             samples, events, phones = self._synthesize(text, voice)
-        if not len(samples):
-            raise RuntimeError(f"espeak-ng made no sound of {text!r}")
+        if len(samples) < SHORTEST_SECONDS * _NATIVE_RATE:
+            raise UnspeakableError(f"nothing that can be spoken in {text!r}")
         # Played so many samples a second; whole thousands keep the resampler's kernels small.
         rate = round(_NATIVE_RATE * voice.speed / 1000) * 1000 if voice.speed != 1 else _NATIVE_RATE
         # Zeros up to whole seconds: torch keeps memory for every length that it has convolved.

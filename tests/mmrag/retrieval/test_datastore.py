@@ -1,6 +1,11 @@
+import builtins
+import gc
+import io
 import json
+import os
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -446,3 +451,55 @@ def test_a_refresh_that_fails_changes_nothing(directory):
 def test_no_passages_have_the_shape_of_some(directory):
     found = Datastore.open(directory).passages(np.empty(0, np.int64))
     assert (found.tokens.shape, found.keys.shape) == ((0, 3), (0, 3, 4))
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_thousand_segments_are_mapped_once_and_keep_no_file_open(tmp_path, monkeypatch):
+    create(tmp_path, DESCRIPTION)
+    names = [f"part-{number}" for number in range(1000)]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)  # a thousand flushes take their time
+        for number, name in enumerate(names):
+            write_segment(tmp_path, name, segment(2 * number, [(f"u{number}", "d")], seed=number))
+        publish(tmp_path, names)
+    before = descriptors()
+    datastore = Datastore.open(tmp_path)
+    assert descriptors() == before
+    entries = np.random.default_rng(0).permutation(datastore.entries)
+    keys = datastore.keys_of(entries)
+    windows = datastore.windows(entries)
+    opened, really = [], io.open
+
+    def counted(file, *arguments, **options):
+        opened.append(file)
+        return really(file, *arguments, **options)
+
+    monkeypatch.setattr(io, "open", counted)
+    monkeypatch.setattr(builtins, "open", counted)
+    np.testing.assert_array_equal(datastore.keys_of(entries), keys)
+    np.testing.assert_array_equal(datastore.windows(entries), windows)
+    assert opened == []
+    assert descriptors() == before
+    Path(tmp_path / "segments.json").read_text()
+    assert opened, "an opened file is counted"
+    expected = np.concatenate(
+        [np.random.default_rng(n).standard_normal((2, 4)) for n in range(1000)]
+    )
+    np.testing.assert_array_equal(keys, expected.astype(np.float16).astype(np.float32)[entries])
+
+
+def maps(directory) -> int:
+    return Path("/proc/self/maps").read_text().count(str(directory / "segments"))
+
+
+def test_a_datastore_that_nobody_holds_is_unmapped_and_what_is_held_stays(directory):
+    datastore = Datastore.open(directory)
+    assert maps(directory) == 4  # keys and windows of two segments
+    held = datastore.windows(np.arange(8))
+    del datastore
+    gc.collect()
+    assert maps(directory) == 0
+    assert held[0].tolist() == [0, 10, 11]

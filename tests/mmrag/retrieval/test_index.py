@@ -471,3 +471,30 @@ def test_retrievers_hand_out_the_passages_of_their_datastore(tmp_path):
         found = retriever.passages(asked)
         for field in ("tokens", "keys", "present"):
             np.testing.assert_array_equal(getattr(found, field), getattr(expected, field))
+
+
+class Unsummed(np.ndarray):
+    """Flags that nobody may walk through."""
+
+    def sum(self, *arguments, **options):
+        raise AssertionError("a search walks over every entry")
+
+
+def test_deletions_are_counted_when_they_are_made_and_not_at_a_search(tmp_path):
+    datastore = make(tmp_path, random_keys(60))
+    shard = IndexShard.build(datastore, 10, 60, FLAT, seed=0)
+    rng, gone = np.random.default_rng(1), set()
+    for number in range(12):
+        asked = rng.integers(0, 70, size=rng.integers(0, 9))
+        shard.delete(asked if number % 2 else asked.tolist())
+        gone |= set(asked.tolist()) & set(range(10, 60))
+        assert shard.deletions == len(gone)
+    append(tmp_path, "three", random_keys(5, seed=2), range(5))
+    delete(tmp_path, [12, 61])
+    datastore.refresh()
+    shard.refresh(last=True)
+    gone |= {12, 61}
+    assert shard.deletions == len(gone) == np.count_nonzero(shard._deleted)
+    shard._deleted = shard._deleted.view(Unsummed)
+    found = shard.search(random_keys(3, seed=5), 60)
+    assert set(found.entries[0].tolist()) - {-1} == set(range(10, 65)) - gone

@@ -155,10 +155,11 @@ class Speaker:
     def __init__(self):
         self.said = []
 
-    def __call__(self, text):
-        self.said.append(text)
-        drawn = np.random.default_rng(len(text)).integers(0, 6, 5)
-        return Units(drawn.astype(np.int32), np.ones(5, np.int32))
+    def __call__(self, texts):
+        for text in texts:
+            self.said.append(text)
+            drawn = np.random.default_rng(len(text)).integers(0, 6, 5)
+            yield Units(drawn.astype(np.int32), np.ones(5, np.int32))
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +175,7 @@ def test_phrases_are_remembered_as_entries_of_their_own_tokens(lm, tmp_path, spe
     assert store.description == Description(
         SHAPE.width, WINDOW, "l2", "spoken" if speaks else "none", IDENTITY
     )
-    batch = [Tokenized(one, say and say(one.text)) for one in utterances(NAMES)]
+    batch = [Tokenized(one, say and next(say([one.text]))) for one in utterances(NAMES)]
     expected = read_entries(lm, VOCABULARY, batch, WINDOW, "entities")
     np.testing.assert_array_equal(store.tokens, expected.tokens)
     stored = store.keys(0, store.entries)
@@ -281,3 +282,14 @@ def test_lists_are_read_by_utterance_and_a_line_that_is_none_is_named(tmp_path):
         read_lists(path)
     with pytest.raises(ValueError, match=r"has no gone\.jsonl: its corpus has no list of phrases"):
         read_lists(tmp_path / "gone.jsonl")
+
+
+@pytest.mark.parametrize("speaks", [False, True])
+def test_whoever_waits_for_phrases_is_told_of_every_sentence(lm, tmp_path, speaks):
+    names = [f"{one} {other}" for one in "abcdef" for other in "klmnop"]
+    total, told = len(names) * len(CARRIERS), []
+    arguments = (tmp_path, names, lm, VOCABULARY, IDENTITY, Speaker() if speaks else None)
+    remember(*arguments, progress=lambda *counts: told.append(counts))
+    assert told == [(done, total) for done in range(1, total + 1)]
+    remember(*arguments, progress=lambda *counts: told.append(counts))
+    assert len(told) == total, "what is remembered is there at once"

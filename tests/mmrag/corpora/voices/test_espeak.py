@@ -229,7 +229,7 @@ def test_a_voice_beyond_the_ranges_is_an_error(setting, value):
         Voice("x", "en", **{setting: value})
 
 
-@pytest.mark.parametrize("text", ["", " \n", "a\0b"])
+@pytest.mark.parametrize("text", ["", " \n", "a\0b", "----", "...", "١٢"])
 def test_text_that_cannot_be_spoken_is_an_error(synthesizer, text):
     with pytest.raises(ValueError, match="nothing that can be spoken"):
         synthesizer.speak(text, WOMAN)

@@ -1,0 +1,183 @@
+"""What an acknowledged write leaves on disk when the power goes at any moment."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmrag.config import Index
+from mmrag.retrieval.datastore import Datastore, create, delete, publish, write_segment
+from mmrag.retrieval.index import IndexShard, save_index, saved_shards, shard_directory
+from mmrag.retrieval.segment import Description, Segment, windows_of
+
+DESCRIPTION = Description(width=4, window=3, metric="l2", audio="none", identity={"lm": "aaaa"})
+LIST = "segments.json"
+
+
+class PowerCutError(BaseException):
+    """Nothing tidies up after it."""
+
+
+class Disk:
+    """Watches what is flushed and what is renamed, and cuts the power before step `cut`."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, cut: int | None = None) -> None:
+        self.steps: list[tuple[str, Path]] = []
+        self.flushed: dict[int, int] = {}
+        """Inode -> modification time of the contents, or entries, that are safe."""
+        self.lost: list[str] = []
+        """What a list named before it was safe."""
+        self._cut = cut
+        fsync, rename, replace = os.fsync, os.rename, os.replace
+
+        def watched_fsync(descriptor: int) -> None:
+            self._step("flush", Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+            fsync(descriptor)
+            status = os.fstat(descriptor)
+            self.flushed[status.st_ino] = status.st_mtime_ns
+
+        def watched(real):
+            def move(source, target, **options) -> None:
+                self._step("rename", Path(target))
+                self.check(Path(source), Path(target))
+                real(source, target, **options)
+
+            return move
+
+        patch.setattr(os, "fsync", watched_fsync)
+        patch.setattr(os, "rename", watched(rename))
+        patch.setattr(os, "replace", watched(replace))
+
+    def _step(self, kind: str, path: Path) -> None:
+        if self._cut is not None and len(self.steps) >= self._cut:
+            raise PowerCutError
+        self.steps.append((kind, path))
+
+    def safe(self, path: Path) -> bool:
+        """Whether contents or entries are flushed as they are now."""
+        status = path.stat()
+        return self.flushed.get(status.st_ino) == status.st_mtime_ns
+
+    def check(self, source: Path, target: Path) -> None:
+        """What moves into place is flushed; what a list names is too, with all that leads there."""
+        moved = [source, *source.rglob("*")] if source.is_dir() else [source]
+        named = list(target.parent.glob("segments/*")) if target.name == LIST else []
+        files = [file for one in named for file in (one, *one.iterdir())]
+        leading = [target.parent / "segments"] if named else []
+        self.lost += [str(one) for one in (*moved, *files, *leading) if not self.safe(one)]
+
+
+def segment(first: int) -> Segment:
+    tokens = first + np.arange(4)
+    return Segment(
+        keys=np.random.default_rng(first).standard_normal((4, 4)),
+        tokens=tokens,
+        windows=windows_of(tokens, 3),
+        positions=np.arange(4),
+        utterances=np.zeros(4, int),
+        names=[(f"u{first}", f"d{first}")],
+    )
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    create(tmp_path / "store", DESCRIPTION)
+    write_segment(tmp_path / "store", "first", segment(10))
+    publish(tmp_path / "store", ["first"])
+    return tmp_path / "store"
+
+
+def add(directory: Path) -> None:
+    write_segment(directory, "second", segment(20))
+    publish(directory, ["second"])
+
+
+def test_every_file_is_flushed_before_the_list_names_it(tmp_path, monkeypatch):
+    disk = Disk(monkeypatch)
+    directory = tmp_path / "deep" / "store"
+    create(directory, DESCRIPTION)
+    add(directory)
+    delete(directory, [1, 2])
+    assert disk.lost == []
+    flushed = {path for kind, path in disk.steps if kind == "flush"}
+    names = {path.name for path in flushed}
+    assert {f"{field}.npy" for field in ("keys", "tokens", "windows")} <= names
+    for place in (tmp_path, tmp_path / "deep", directory, directory / "segments"):
+        assert place in flushed and disk.safe(place), place
+    assert disk.steps[-1] == ("flush", directory)
+    assert all(disk.safe(file) for file in directory.rglob("*") if file.name != ".lock")
+
+
+def test_an_unflushed_file_would_be_noticed(directory, monkeypatch):
+    disk = Disk(monkeypatch)
+    monkeypatch.setattr("mmrag.durable.sync", lambda path: None)
+    add(directory)
+    assert any(lost.endswith("keys.npy") for lost in disk.lost)
+
+
+@pytest.mark.parametrize(
+    ("change", "before", "after"),
+    [
+        (add, [10, 11, 12, 13], [10, 11, 12, 13, 20, 21, 22, 23]),
+        (lambda directory: delete(directory, [1]), [10, 11, 12, 13], [10, 12, 13]),
+    ],
+)
+def test_power_lost_at_any_step_leaves_the_old_list_or_the_new_one(
+    directory, monkeypatch, change, before, after
+):
+    def living() -> list[int]:
+        store = Datastore.open(directory)
+        return np.delete(store.tokens, store.deleted).tolist()
+
+    for cut in range(100):
+        with monkeypatch.context() as patch:
+            disk = Disk(patch, cut)
+            try:
+                change(directory)
+            except PowerCutError:
+                listed = ("rename", directory / LIST) in disk.steps
+                assert living() == (after if listed else before), disk.steps
+                if not listed:
+                    continue
+            break
+    assert cut > 3
+    assert living() == after
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivfpq"])
+def test_an_index_shard_is_flushed_before_it_has_its_name(tmp_path, monkeypatch, kind):
+    create(tmp_path, DESCRIPTION)
+    random = np.random.default_rng(0)
+    large = Segment(
+        keys=random.standard_normal((300, 4)),
+        tokens=np.arange(300),
+        windows=np.zeros((300, 3)),
+        positions=np.arange(300),
+        utterances=np.zeros(300, int),
+        names=[("u", "d")],
+    )
+    write_segment(tmp_path, "only", large)
+    publish(tmp_path, ["only"])
+    store = Datastore.open(tmp_path)
+    shard = IndexShard.build(
+        store, 0, 300, Index(kind=kind, shards=1, lists=2, code_bytes=2, probes=2), seed=1
+    )
+    disk = Disk(monkeypatch)
+    shard.save(shard_directory(tmp_path, 0))
+    assert disk.lost == []
+    [saved] = saved_shards(tmp_path)
+    assert all(disk.safe(one) for one in (tmp_path, tmp_path / "index", saved, *saved.iterdir()))
+    before = len(disk.steps)
+    again = IndexShard.load(saved, store)
+    again.save(saved)
+    assert disk.lost == [] and len(disk.steps) > before and disk.safe(tmp_path / "index")
+
+
+def test_the_index_of_an_open_datastore_is_flushed_too(directory, monkeypatch):
+    disk = Disk(monkeypatch)
+    save_index(directory)
+    [saved] = saved_shards(directory)
+    assert disk.lost == []
+    assert all(disk.safe(one) for one in (directory / "index", saved, *saved.iterdir()))
+    assert ("flush", directory) in disk.steps
