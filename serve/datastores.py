@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
 from mmrag.config import SLUG
-from serve import middleware, schema
+from serve import forms, middleware, schema
 from serve.errors import ApiError
 from serve.messages import DatastoreSummary
 from serve.pipeline import Pipeline
@@ -99,9 +99,13 @@ class Datastores:
         limits, data = self._settings.limits, []
         if request.headers["content-type"].lower().startswith(middleware.FORM):
             form = await request.form(max_files=limits.texts, max_fields=limits.texts + 1)
-            data = [one for one in form.getlist("file") if isinstance(one, UploadFile)]
-            fields = {name: form[name] for name in kind.model_fields if name in form}
-            given: Any = {**fields, "texts": form.getlist("text")}
+            single = kind.model_fields.keys() - {"texts"}
+            forms.check_fields(form, single, ("file", "text"))
+            data = form.getlist("file")
+            if not all(isinstance(one, UploadFile) for one in data):
+                raise ApiError(422, "file: send a file", "value_error", "file")
+            given: Any = {name: form[name] for name in single if name in form}
+            given["texts"] = form.getlist("text")
         else:
             given = await request.body()
         try:
@@ -114,6 +118,7 @@ class Datastores:
         texts = schema.bounded_texts(asked.texts, limits.texts, "texts", limits)
         asked = asked.model_copy(update={"texts": texts})
         if not data:
+            schema.check_length(texts, "texts", limits)
             return asked, None
         if len(data) != len(asked.texts):
             message = f"{len(data)} recordings and {len(asked.texts)} texts: one text each"

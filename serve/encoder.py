@@ -81,5 +81,5 @@ class Encoder:
 
     def _speak(self, texts: list[str]) -> list[Units]:
         if self._synthesize is None:
-            self._synthesize = self._tokenizer.speaker()
+            self._synthesize = self._tokenizer.synthesizer()
         return [self._synthesize(text) for text in texts]
