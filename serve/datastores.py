@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -48,12 +50,10 @@ class Datastores:
     async def create(self, request: Request) -> schema.Datastore:
         """Make a datastore, of texts or of recordings with what is said in them."""
         asked, recordings = await self._additions(request, schema.NewDatastore)
-        call, retriever = self._pipeline.call, self._pipeline.retriever
+        retriever, given = self._pipeline.retriever, [asked.name, asked.texts]
         if recordings is None:
-            made = await call(retriever.create, asked.name, asked.texts)
-        else:
-            made = await call(retriever.create_paired, asked.name, asked.texts, recordings)
-        return _datastore(made)
+            return _datastore(await self._change(retriever.create, *given))
+        return _datastore(await self._change(retriever.create_paired, *given, recordings))
 
     async def datastore(self, name: str) -> schema.Datastore:
         """A datastore."""
@@ -79,11 +79,11 @@ class Datastores:
     async def add(self, name: str, request: Request) -> schema.AddedEntries:
         """Add texts or recordings; the next request finds them."""
         asked, recordings = await self._additions(request, schema.NewEntries)
-        call, retriever = self._pipeline.call, self._pipeline.retriever
+        retriever, given = self._pipeline.retriever, [name, asked.texts]
         if recordings is None:
-            added, entries = await call(retriever.add, name, asked.texts)
+            added, entries = await self._change(retriever.add, *given)
         else:
-            added, entries = await call(retriever.add_paired, name, asked.texts, recordings)
+            added, entries = await self._change(retriever.add_paired, *given, recordings)
         return schema.AddedEntries(datastore=name, added=added, entries=entries)
 
     async def remove(self, name: str, document: Annotated[str, Query()]) -> schema.DeletedEntries:
@@ -91,6 +91,12 @@ class Datastores:
         retriever = self._pipeline.retriever
         deleted, entries = await self._pipeline.call(retriever.remove, name, document)
         return schema.DeletedEntries(datastore=name, deleted=deleted, entries=entries)
+
+    async def _change(self, method: Callable[..., Any], *arguments: object) -> Any:
+        """What a method of the retriever makes of texts or recordings; TimeoutError if it does not
+        end in time, and then nothing was changed, or all of it."""
+        async with asyncio.timeout(self._settings.limits.timeout_seconds):
+            return await self._pipeline.call(method, *arguments)
 
     async def _additions(
         self, request: Request, kind: type[schema.NewEntries]

@@ -44,7 +44,7 @@ class Handle:
         return SimpleNamespace(remote=self._methods[name])
 
 
-async def listen(wave):
+async def encode(wave):
     return HEARD
 
 
@@ -75,7 +75,7 @@ def made(decoder=None, retriever=None, encoder=None, **limits):
     settings = read({"limits": {"upload_mb": 0.1, **limits}})
     api = Api.__wrapped__(
         settings,
-        encoder or Handle(listen=listen),
+        encoder or Handle(encode=encode),
         retriever or Handle(stored=stored),
         decoder or Handle(transcribe=transcribe, stream=stream),
     )
