@@ -220,7 +220,8 @@ class Decoder:
     ) -> tuple[Word, ...]:
         """Words with their start and end, seconds from the segment's start."""
         lm, vocabulary = self._speech_lm.lm, self._speech_lm.vocabulary
-        speech, times = (
+        times = self._codebook.seconds(request.units)
+        speech = vocabulary.encode_units(request.units)
             vocabulary.encode_units(request.units),
             self._codebook.seconds(request.units),
         )
