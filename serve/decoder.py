@@ -222,9 +222,6 @@ class Decoder:
         lm, vocabulary = self._speech_lm.lm, self._speech_lm.vocabulary
         times = self._codebook.seconds(request.units)
         speech = vocabulary.encode_units(request.units)
-            vocabulary.encode_units(request.units),
-            self._codebook.seconds(request.units),
-        )
         tokens, audible = hypothesis.tokens, request.audible
         spans = await asyncio.wrap_future(
             self._engine.call(lambda: align(lm, vocabulary, speech, times, tokens, audible))
