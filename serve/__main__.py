@@ -59,22 +59,34 @@ def main() -> None:
     options = parser.parse_args()
     prepare()
 
-    from mmrag.artifact import ArtifactError
-    from mmrag.config import ConfigError
-    from serve.app import build
-    from serve.settings import http_options, read
-    from serve.startup import StartupError, require_port
+    from serve.listening import ListenError, require_port
+    from serve.settings import http_options
 
     given = dict(pair.partition("=")[::2] for pair in options.settings)
     http = http_options()
     http |= {name: value for name in ("host", "port") if (value := getattr(options, name))}
-    try:
-        if not os.environ.get("RAY_ADDRESS"):
+    if not os.environ.get("RAY_ADDRESS"):
+        try:
             require_port(http["host"], http["port"])
             require_port("127.0.0.1", options.dashboard_port, "--dashboard-port")
+        except ListenError as error:
+            sys.exit(f"error: {error}")
+    _serve(given, http, options.dashboard_port, stop)
+
+
+def _serve(given: dict[str, str], http: dict[str, Any], dashboard_port: int, stop: Stop) -> None:
+    """Serve with the settings that are given."""
+    from mmrag.artifact import ArtifactError
+    from mmrag.config import ConfigError
+    from serve.app import build
+    from serve.listening import ListenError
+    from serve.settings import read
+    from serve.startup import StartupError
+
+    try:
         settings, application = read(given), build(given)
-        _run(settings, application, http, options.dashboard_port, stop)
-    except (ConfigError, ArtifactError, StartupError, ValueError, OSError) as error:
+        _run(settings, application, http, dashboard_port, stop)
+    except (ConfigError, ArtifactError, ListenError, StartupError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -86,6 +98,7 @@ def _run(
     from ray import serve
 
     from serve import startup
+    from serve.listening import require_port
 
     stop.cluster = True
     address = os.environ.get("RAY_ADDRESS")
@@ -100,7 +113,7 @@ def _run(
     try:
         runs = startup.serve_runs(http, context.dashboard_url)
         if address and not runs:
-            startup.require_port(http["host"], http["port"])
+            require_port(http["host"], http["port"])
         startup.require_room(settings)
         if stop.asked.is_set():
             return

@@ -1,11 +1,9 @@
-"""What `python -m serve` makes sure of before it deploys: a free port, a cluster without another
-service, room for every deployment. Each check raises StartupError with one sentence.
+"""What `python -m serve` makes sure of before it deploys: a cluster without another service, and
+room for every deployment. Each check raises StartupError with one sentence.
 """
 
 from __future__ import annotations
 
-import errno
-import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,33 +20,11 @@ CONTROLLER = {"name": "SERVE_CONTROLLER_ACTOR", "namespace": "serve"}
 """Ray Serve's own actor, which knows where a running Serve listens."""
 POLL_SECONDS = 0.2
 REMINDER_SECONDS = 15.0
-"""After which a start that waits says what it waits for."""
+"""After which a start says what it waits for; twice as long before each further time."""
 
 
 class StartupError(RuntimeError):
     """The service cannot start here; the message says why, and what to change."""
-
-
-def require_port(host: str, port: int, option: str = "--port") -> None:
-    """Raises StartupError if nobody can listen there."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            probe.listen(1)
-    except socket.gaierror:
-        raise StartupError(f"--host {host}: no such address") from None
-    except OSError as error:
-        reasons = {
-            errno.EADDRINUSE: f"another program listens there; choose another with {option}",
-            errno.EACCES: f"this user may not listen below 1024; choose another with {option}",
-            errno.EADDRNOTAVAIL: "this machine has no such address; choose another with --host",
-        }
-        reason = reasons.get(error.errno, error.strerror)
-        raise StartupError(f"{host}:{port}: {reason}") from None
 
 
 def serve_runs(http: dict[str, Any], dashboard: str | None) -> bool:
@@ -94,10 +70,11 @@ def require_room(settings: Settings) -> None:
 def wait_until_running(stopped: Callable[[], bool], say: Callable[[str], None]) -> bool:
     """Return once the application runs: True; or once `stopped`: False.
 
-    `say` gets a line every REMINDER_SECONDS about what is being waited for. Raises StartupError if
-    the application cannot start.
+    `say` gets a line about what is being waited for, now and then. Raises StartupError if the
+    application cannot start.
     """
-    remind = time.monotonic() + REMINDER_SECONDS
+    pause = REMINDER_SECONDS
+    remind = time.monotonic() + pause
     while not stopped():
         found = serve.status().applications.get(APPLICATION)
         if found is not None and found.status == ApplicationStatus.RUNNING:
@@ -105,7 +82,8 @@ def wait_until_running(stopped: Callable[[], bool], say: Callable[[str], None]) 
         if found is not None and found.status == ApplicationStatus.DEPLOY_FAILED:
             raise StartupError(_summary(found))
         if found is not None and time.monotonic() > remind:
-            remind = time.monotonic() + REMINDER_SECONDS
+            pause *= 2
+            remind = time.monotonic() + pause
             waiting = [
                 name for name, one in found.deployments.items() if one.status.value != "HEALTHY"
             ]
