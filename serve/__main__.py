@@ -38,7 +38,7 @@ class Stop:
 
     def _ask(self, *_: Any) -> None:
         if not self.cluster:
-            _write("stopped before anything was started")
+            _write("stopped")
             os._exit(INTERRUPTED)
         if self.asked.is_set():
             self.hurry.set()
@@ -86,6 +86,7 @@ def _serve(given: dict[str, str], http: dict[str, Any], dashboard_port: int, sto
     try:
         settings, application = read(given), build(given)
         _run(settings, application, http, dashboard_port, stop)
+        _write("stopped")
     except (ConfigError, ArtifactError, ListenError, StartupError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
@@ -116,7 +117,7 @@ def _run(
             require_port(http["host"], http["port"])
         startup.require_room(settings)
         if stop.asked.is_set():
-            return
+            return  # the cluster is left below
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         began = True
         service = _deploy(application, http)
@@ -128,7 +129,7 @@ def _run(
             _write("stopping: what is being transcribed is finished first (Ctrl-C: at once)")
             asyncio.run(_drain(service, stop))
         else:
-            _write("stopping")
+            _write("stopping before it is ready")
     finally:
         # The loop ends before Ray expects it, and what is deployed ends before it is ready.
         logging.getLogger("ray").setLevel(logging.CRITICAL)

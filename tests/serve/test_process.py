@@ -1,14 +1,9 @@
 """`python -m serve`: the service as people start it, with HAProxy in front, and as they stop it."""
 
-import os
 import signal
 import socket
 import subprocess
-import sys
 import time
-from contextlib import suppress
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import openai
@@ -16,10 +11,10 @@ import psutil
 import pytest
 import requests
 from openai import OpenAI
+from service_process import serving, start
 
 from cluster.ports import free_ports
 
-ROOT = Path(__file__).parents[2]
 SENTENCE = "please call priya raghavan tomorrow"
 NAME = "priya raghavan"
 KEY = "a-key"
@@ -28,43 +23,12 @@ SECONDS = 60
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-def start(port, directory, *settings, **variables):
-    """A process that serves there, and prints what it says into `directory`/log."""
-    command = [
-        sys.executable,
-        "-m",
-        "serve",
-        "--port",
-        str(port),
-        "--dashboard-port",
-        str(port + 1),
-    ]
-    command += [f"datastores={directory / 'datastores'}", "limits.upload_mb=2", *settings]
-    command += [f"{part}.max=1" for part in ("ingress", "encoder", "retriever", "decoder")]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    environment |= {"MMRAG_API_KEYS": KEY, "MMRAG_RUNS": str(directory)} | variables
-    with (directory / "log").open("wb") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-
-
 @pytest.fixture(scope="module")
 def process(tmp_path_factory):
     """The service in a process of its own, with a key; it is stopped by the last test."""
-    directory = tmp_path_factory.mktemp("process")
-    port = 21_000 + os.getpid() % 10_000
-    process = start(port, directory)
-    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
-    log = directory / "log"
-    while "ready: " not in log.read_text():
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.5)
-    yield SimpleNamespace(url=url, log=log, pid=process.pid, process=process, directory=directory)
-    if process.poll() is None:  # the last test failed
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(True)]
-        for one in family:
-            with suppress(psutil.NoSuchProcess):
-                one.kill()
-        psutil.wait_procs(family, timeout=20)
+    settings = ("limits.upload_mb=2", "limits.timeout_seconds=300")
+    with serving(tmp_path_factory.mktemp("process"), *settings, MMRAG_API_KEYS=KEY) as process:
+        yield process
 
 
 @pytest.fixture
@@ -170,7 +134,7 @@ def test_large_requests_reach_every_part(process, theirs, write, wave):
         files=[("file", ("a.flac", data))] * count,
         data={"name": "recorded", "text": [SENTENCE] * count},
         headers={"Authorization": f"Bearer {KEY}"},
-        timeout=2 * SECONDS,
+        timeout=5 * SECONDS,
     )
     assert answer.status_code == 201, answer.text
     letters = "abcdefghijklmnopqrst"
@@ -179,7 +143,7 @@ def test_large_requests_reach_every_part(process, theirs, write, wave):
         model="mmrag",
         file=("a.flac", data),
         extra_body={"context": phrases},
-        timeout=2 * SECONDS,
+        timeout=5 * SECONDS,
     )
     assert said.text == SENTENCE
 
