@@ -21,7 +21,8 @@ $(INSTALLED): requirements.lock pyproject.toml
 demo: setup
 	$(BIN)/python -m jobs.demo
 
-# Settings as in serve/config.yaml: make serve SETTINGS="decoder.rows=16 preload=[contacts]"
+# Options and settings as in serve/config.yaml: make serve SETTINGS="--port 8080 decoder.rows=16"
+# (--host, --port, --dashboard-port; all of them: make serve SETTINGS=--help)
 serve: setup
 	$(BIN)/python -m serve $(SETTINGS)
 

@@ -1,1 +1,1 @@
-"""The online door: the transcription service on Ray Serve. Nothing is served yet."""
+"""Transcription over HTTP: OpenAI's API and changing datastores, as Ray Serve deployments."""

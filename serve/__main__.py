@@ -8,8 +8,9 @@ import logging
 import os
 import signal
 import sys
+from contextlib import suppress
 from threading import Event
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cluster import address
 from serve.environment import prepare
@@ -17,13 +18,44 @@ from serve.environment import prepare
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
+    from serve.settings import Settings
+
+PORTS = range(1, 65_536)
+INTERRUPTED = 130
+
+
+class Stop:
+    """What Ctrl-C and SIGTERM ask for; a second one asks not to wait for what is under way."""
+
+    def __init__(self) -> None:
+        self.asked, self.hurry = Event(), Event()
+        self.cluster = False
+        """Whether there is a cluster to leave: before, the process ends at once."""
+
+    def listen(self) -> None:
+        """Take the signals; again after Ray has installed handlers of its own."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, *_: Any) -> None:
+        if not self.cluster:
+            _write("stopped")
+            os._exit(INTERRUPTED)
+        if self.asked.is_set():
+            self.hurry.set()
+        self.asked.set()
+
 
 def main() -> None:
-    """Start, say where, and wait; exit status 1 with one line if the settings are wrong."""
+    """Start, say where, and wait; exit status 1 with one line if it cannot start."""
+    stop = Stop()
+    stop.listen()
     parser = argparse.ArgumentParser(prog="python -m serve", description=__doc__)
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, help="port to listen on (default: 8000)")
-    parser.add_argument("--dashboard-port", type=int, default=8265, help="Ray's own dashboard")
+    parser.add_argument("--port", type=_port, help="port to listen on (default: 8000)")
+    parser.add_argument(
+        "--dashboard-port", type=_port, default=8265, help="Ray's own dashboard (default: 8265)"
+    )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="as in serve/config.yaml")
     options = parser.parse_args()
     prepare()
@@ -32,48 +64,126 @@ def main() -> None:
     except (ConnectionError, ValueError) as error:
         sys.exit(f"error: {error}")
 
-    import ray
-    from ray import serve
+    from serve.listening import ListenError, require_port
+    from serve.settings import http_options
 
+    given = dict(pair.partition("=")[::2] for pair in options.settings)
+    http = http_options()
+    http |= {name: value for name in ("host", "port") if (value := getattr(options, name))}
+    if not os.environ.get("RAY_ADDRESS"):
+        try:
+            require_port(http["host"], http["port"])
+            require_port("127.0.0.1", options.dashboard_port, "--dashboard-port")
+        except ListenError as error:
+            sys.exit(f"error: {error}")
+    _serve(given, http, options.dashboard_port, stop)
+
+
+def _serve(given: dict[str, str], http: dict[str, Any], dashboard_port: int, stop: Stop) -> None:
+    """Serve with the settings that are given."""
     from mmrag.artifact import ArtifactError
     from mmrag.config import ConfigError
     from serve.app import build
-    from serve.settings import http_options
+    from serve.listening import ListenError
+    from serve.settings import read
+    from serve.startup import StartupError
 
     try:
-        application = build(dict(pair.partition("=")[::2] for pair in options.settings))
-    except (ConfigError, ArtifactError, ValueError, OSError) as error:
+        settings, application = read(given), build(given)
+        _run(settings, application, http, dashboard_port, stop)
+        _write("stopped")
+    except (ConfigError, ArtifactError, ListenError, StartupError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    http = http_options()
-    http |= {name: value for name in ("host", "port") if (value := getattr(options, name))}
-    ray.init(
-        address=os.environ.get("RAY_ADDRESS") or "local",
-        dashboard_port=options.dashboard_port,
+
+
+def _run(
+    settings: Settings, application: Any, http: dict[str, Any], dashboard_port: int, stop: Stop
+) -> None:
+    """Serve the application in a cluster until it is stopped; raises StartupError."""
+    import ray
+    from ray import serve
+
+    from serve import startup
+    from serve.listening import require_port
+
+    stop.cluster = True
+    address = os.environ.get("RAY_ADDRESS")
+    context = ray.init(
+        address=address or "local",
+        dashboard_port=None if address else dashboard_port,
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    stop.listen()  # again: Ray has installed its own
+    began = False
+    try:
+        runs = startup.serve_runs(http, context.dashboard_url)
+        if address and not runs:
+            require_port(http["host"], http["port"])
+        startup.require_room(settings)
+        if stop.asked.is_set():
+            return  # the cluster is left below
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        began = True
+        service = _deploy(application, http)
+        if startup.wait_until_running(stop.asked.is_set, _write):
+            where = f"http://{http['host']}:{http['port']}"
+            _write(f"ready: {where} (the page), {where}/docs (the API)")
+            _write("logs: /tmp/ray/session_latest/logs/serve")
+            stop.asked.wait()
+            _write("stopping: what is being transcribed is finished first (Ctrl-C: at once)")
+            asyncio.run(_drain(service, stop))
+        else:
+            _write("stopping before it is ready")
+    finally:
+        # The loop ends before Ray expects it, and what is deployed ends before it is ready.
+        logging.getLogger("ray").setLevel(logging.CRITICAL)
+        logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
+        if began:
+            serve.delete(startup.APPLICATION) if runs else serve.shutdown()
+        ray.shutdown()
+
+
+def _deploy(application: Any, http: dict[str, Any]) -> DeploymentHandle:
+    """Begin to start the application; nobody waits for it here."""
+    from ray import serve
+    from ray.serve.api import RunTarget
+
+    from serve.startup import APPLICATION
+
     serve.start(http_options=http, logging_config={"log_level": "WARNING"})
-    print("starting: the models are being read", flush=True)
+    _write("starting: the models are being read")
     quiet = {"log_level": "WARNING", "enable_access_log": False}
-    service = serve.run(application, name="mmrag", logging_config=quiet)
-    where = f"http://{http['host']}:{http['port']}"
-    print(f"ready: {where} (the page), {where}/docs (the API)", flush=True)
-    print("logs: /tmp/ray/session_latest/logs/serve", flush=True)
-    stop = Event()
-    for number in (signal.SIGINT, signal.SIGTERM):  # now: Ray has installed its own
-        signal.signal(number, lambda *_: stop.set())
-    stop.wait()
-    print("stopping: what is being transcribed is finished first", flush=True)
-    logging.getLogger("ray.serve").setLevel(logging.CRITICAL)  # the loop ends before Ray expects it
-    asyncio.run(_drain(service))
-    serve.delete("mmrag")
-    ray.shutdown()
+    target = RunTarget(application, name=APPLICATION, logging_config=quiet)
+    [service] = serve.run_many(
+        [target],
+        wait_for_ingress_deployment_creation=False,
+        wait_for_applications_running=False,
+    )
+    return service
 
 
-async def _drain(service: DeploymentHandle) -> None:
-    """Let every replica of the ingress finish what it has begun."""
-    await service.broadcast("drain").results_async(return_exceptions=True)
+async def _drain(service: DeploymentHandle, stop: Stop) -> None:
+    """Let every replica of the ingress finish what it has begun, unless there is no time."""
+    drained = asyncio.ensure_future(
+        service.broadcast("drain").results_async(return_exceptions=True)
+    )
+    while not drained.done() and not stop.hurry.is_set():
+        await asyncio.wait([drained], timeout=0.2)
+    drained.cancel()
+    with suppress(asyncio.CancelledError):
+        await drained
+
+
+def _write(line: str) -> None:
+    """A line for whoever started the service, at once. Safe in a signal handler."""
+    os.write(sys.stdout.fileno(), f"{line}\n".encode())
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) not in PORTS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: {PORTS.start} to {PORTS.stop - 1}")
+    return int(text)
 
 
 if __name__ == "__main__":

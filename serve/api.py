@@ -25,8 +25,9 @@ from starlette.concurrency import run_in_threadpool
 
 from mmrag.artifact import load as load_artifact
 from mmrag.model.vocabulary import Vocabulary
-from serve import errors, middleware, schema
+from serve import errors, forms, middleware, schema
 from serve.datastores import Datastores
+from serve.errors import ApiError
 from serve.model import locate
 from serve.pipeline import Pipeline
 from serve.settings import Settings, api_keys
@@ -51,7 +52,7 @@ class Api:
         self._settings = settings
         self._pipeline = Pipeline(settings, encoder, retriever, decoder)
         self._access = middleware.AccessRules(settings.limits, api_keys())
-        self._model = locate(settings)
+        self._directory = locate(settings)
         self._started = int(time.time())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -73,8 +74,10 @@ class Api:
         app.get("/healthz")(self.healthz)
         app.get("/readyz", response_model=schema.Status)(self.readyz)
         app.get("/metrics", response_class=PlainTextResponse)(self.metrics)
-        guarded = APIRouter(dependencies=[Depends(HTTPBearer(auto_error=False))])
+        bearer = HTTPBearer(auto_error=False)
+        guarded = APIRouter(dependencies=[Depends(bearer), Depends(forms.query_parameters)])
         guarded.get("/v1/models")(self.models)
+        guarded.get("/v1/models/{model}")(self.model)
         vocabulary = Vocabulary.load(self._model / "lm")
         for part in (Transcriptions, Datastores):
             guarded.include_router(part(self._settings, self._pipeline, vocabulary).router())
@@ -117,18 +120,27 @@ class Api:
 
     async def models(self) -> schema.Models:
         """The model that is served."""
+        return schema.Models(data=[self._described()])
+
+    async def model(self, model: str) -> schema.Model:
+        """One model, by its id."""
+        if model != self._settings.name:
+            message = f"no model {model!r} here: this is {self._settings.name!r}"
+            raise ApiError(404, message, "model_not_found", "model")
+        return self._described()
+
+    def _described(self) -> schema.Model:
         every = ("hubert", "codebook", "lm", "adapter")
-        kinds = [kind for kind in every if (self._model / kind).exists()]
-        prints = {kind: load_artifact(self._model / kind, kind).fingerprint for kind in kinds}
+        kinds = [kind for kind in every if (self._directory / kind).exists()]
+        prints = {kind: load_artifact(self._directory / kind, kind).fingerprint for kind in kinds}
         reads = ["cross_attention", "both"] if "adapter" in kinds else []
-        model = schema.Model(
+        return schema.Model(
             id=self._settings.name,
             created=self._started,
             languages=list(self._settings.languages),
             retrieval=["none", "knn", *reads],
             fingerprints=prints,
         )
-        return schema.Models(data=[model])
 
 
 def _metrics() -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -10,7 +12,7 @@ from starlette.datastructures import UploadFile
 
 from mmrag.config import SLUG
 from mmrag.model.vocabulary import Vocabulary
-from serve import middleware, schema
+from serve import forms, middleware, schema
 from serve.errors import ApiError
 from serve.messages import DatastoreSummary
 from serve.pipeline import Pipeline
@@ -50,12 +52,10 @@ class Datastores:
     async def create(self, request: Request) -> schema.Datastore:
         """Make a datastore, of texts or of recordings with what is said in them."""
         asked, recordings = await self._additions(request, schema.NewDatastore)
-        call, retriever = self._pipeline.call, self._pipeline.retriever
+        retriever, given = self._pipeline.retriever, [asked.name, asked.texts]
         if recordings is None:
-            made = await call(retriever.create, asked.name, asked.texts)
-        else:
-            made = await call(retriever.create_paired, asked.name, asked.texts, recordings)
-        return _datastore(made)
+            return _datastore(await self._change(retriever.create, *given))
+        return _datastore(await self._change(retriever.create_paired, *given, recordings))
 
     async def datastore(self, name: str) -> schema.Datastore:
         """A datastore."""
@@ -81,11 +81,11 @@ class Datastores:
     async def add(self, name: str, request: Request) -> schema.AddedEntries:
         """Add texts or recordings; the next request finds them."""
         asked, recordings = await self._additions(request, schema.NewEntries)
-        call, retriever = self._pipeline.call, self._pipeline.retriever
+        retriever, given = self._pipeline.retriever, [name, asked.texts]
         if recordings is None:
-            added, entries = await call(retriever.add, name, asked.texts)
+            added, entries = await self._change(retriever.add, *given)
         else:
-            added, entries = await call(retriever.add_paired, name, asked.texts, recordings)
+            added, entries = await self._change(retriever.add_paired, *given, recordings)
         return schema.AddedEntries(datastore=name, added=added, entries=entries)
 
     async def remove(self, name: str, document: Annotated[str, Query()]) -> schema.DeletedEntries:
@@ -94,6 +94,12 @@ class Datastores:
         deleted, entries = await self._pipeline.call(retriever.remove, name, document)
         return schema.DeletedEntries(datastore=name, deleted=deleted, entries=entries)
 
+    async def _change(self, method: Callable[..., Any], *arguments: object) -> Any:
+        """What a method of the retriever makes of texts or recordings; TimeoutError if it does not
+        end in time, and then nothing was changed, or all of it."""
+        async with asyncio.timeout(self._settings.limits.timeout_seconds):
+            return await self._pipeline.call(method, *arguments)
+
     async def _additions(
         self, request: Request, kind: type[schema.NewEntries]
     ) -> tuple[schema.NewEntries, list[list[Any]] | None]:
@@ -101,9 +107,13 @@ class Datastores:
         limits, data = self._settings.limits, []
         if request.headers["content-type"].lower().startswith(middleware.FORM):
             form = await request.form(max_files=limits.texts, max_fields=limits.texts + 1)
-            data = [one for one in form.getlist("file") if isinstance(one, UploadFile)]
-            fields = {name: form[name] for name in kind.model_fields if name in form}
-            given: Any = {**fields, "texts": form.getlist("text")}
+            single = kind.model_fields.keys() - {"texts"}
+            forms.check_fields(form, single, ("file", "text"))
+            data = form.getlist("file")
+            if not all(isinstance(one, UploadFile) for one in data):
+                raise ApiError(422, "file: send a file", "value_error", "file")
+            given: Any = {name: form[name] for name in single if name in form}
+            given["texts"] = form.getlist("text")
         else:
             given = await request.body()
         try:
@@ -116,6 +126,7 @@ class Datastores:
         texts = schema.bounded_texts(asked.texts, limits.texts, "texts", limits, self._vocabulary)
         asked = asked.model_copy(update={"texts": texts})
         if not data:
+            schema.check_length(texts, "texts", limits)
             return asked, None
         if len(data) != len(asked.texts):
             message = f"{len(data)} recordings and {len(asked.texts)} texts: one text each"

@@ -1,7 +1,7 @@
 """The decoder: units to text with what is retrieved, several callers' clips in one batch.
 
-The language model runs in the engine's own thread and never on the replica's event loop. It asks
-index shards and not the retriever, so that no token pays for a hop through Serve.
+The language model runs in the engine's own thread and never on the replica's event loop. It
+searches the index shards itself, so that no token pays for a hop through Serve.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from serve.messages import (
     DecodeRequest,
     DecodeResult,
     InvalidRequest,
-    PhraseList,
     ResolvedDatastore,
 )
 from serve.model import device, locate
@@ -82,7 +81,7 @@ class Decoder:
 
     async def transcribe(self, request: DecodeRequest) -> DecodeResult:
         """The transcript of a segment. Given up when the caller is."""
-        sources = self._sources_of(request)
+        sources = await self._sources_of(request)
         job = self._engine.submit(self._clip(request, sources), self._settings.decode.agreement)
         try:
             decoded = await asyncio.shield(asyncio.wrap_future(job.future))
@@ -93,28 +92,28 @@ class Decoder:
 
     async def stream(self, request: DecodeRequest) -> AsyncIterator[str | DecodeResult]:
         """The transcript piece by piece as it is made, then the whole of it."""
-        sources = self._sources_of(request)
+        sources = await self._sources_of(request)
         loop, news = asyncio.get_running_loop(), asyncio.Queue()
 
-        def hear(tokens: list[int] | None) -> None:
+        def report(tokens: list[int] | None) -> None:
             loop.call_soon_threadsafe(news.put_nowait, tokens)
 
         clip = self._clip(request, sources)
-        job = self._engine.submit(clip, self._settings.decode.agreement, hear)
-        job.future.add_done_callback(lambda _: hear(None))
-        told = ""
+        job = self._engine.submit(clip, self._settings.decode.agreement, report)
+        job.future.add_done_callback(lambda _: report(None))
+        sent = ""
         try:
             while (tokens := await news.get()) is not None:
                 text = self._speech_lm.vocabulary.decode(tokens)
-                if text.startswith(told) and text != told:
-                    yield text[len(told) :]
-                    told = text
+                if text.startswith(sent) and text != sent:
+                    yield text[len(sent) :]
+                    sent = text
             result = await self._result(request, sources, job.future.result())
         finally:
             job.cancel()
             self._metrics.record(self._engine.statistics)
-        if result.text.startswith(told) and result.text != told:
-            yield result.text[len(told) :]
+        if result.text.startswith(sent) and result.text != sent:
+            yield result.text[len(sent) :]
         yield result
 
     async def entries(self, spoken: list[Tokenized], kind: str) -> Segment:
@@ -155,30 +154,28 @@ class Decoder:
             attention=sources.attention if reads else None,
         )
 
-    def _sources_of(self, request: DecodeRequest) -> RetrievalSources | None:
-        """What the order's datastore and phrases offer; the same object for the same ones, so that
-        clips share searches and encoded windows."""
+    async def _sources_of(self, request: DecodeRequest) -> RetrievalSources | None:
+        """What the request's datastore and phrases offer; the same object for the same ones, so
+        that clips share searches and encoded windows."""
         if request.mode == "none" or not (request.datastore or request.phrases):
             return None
         if request.mode in ("cross_attention", "both") and self._speech_lm.adapter is None:
             raise InvalidRequest(
                 f"retrieval {request.mode} needs an adapter, which this model has not"
             )
-        found, phrase_list = request.datastore, request.phrases
-        key = (found.key if found else "", phrase_list.key if phrase_list else "")
+        found, phrases = request.datastore, request.phrases
+        key = (found.key if found else "", phrases.key if phrases else "")
         if key not in self._sources:
-            self._sources[key] = self._made(found, phrase_list)
+            made = self._made(found, await phrases.segment if phrases else None)
+            self._sources.setdefault(key, made)
         return _freshen(self._sources, key)
 
-    def _made(
-        self, found: ResolvedDatastore | None, phrase_list: PhraseList | None
-    ) -> RetrievalSources:
+    def _made(self, found: ResolvedDatastore | None, listed: Segment | None) -> RetrievalSources:
         """What a datastore, a request's phrases, or both together offer."""
-        if phrase_list is None:
+        if listed is None:
             cache = self._speech_lm.adapter and self._cache_of(found)
             return _offer(found.retriever, found, cache, found.whole)
-        made = self._described()
-        phrases = Datastore.of(made, [phrase_list.segment])
+        phrases = Datastore.of(self._described(), [listed])
         source: Retriever = SubsetRetriever(phrases, np.arange(phrases.entries))
         whole = Phrases(phrases).first_mentions()
         if found is not None:
@@ -204,35 +201,33 @@ class Decoder:
     async def _result(
         self, request: DecodeRequest, sources: RetrievalSources | None, decoded: Decoded
     ) -> DecodeResult:
-        heard, vocabulary = decoded.hypothesis, self._speech_lm.vocabulary
+        hypothesis, vocabulary = decoded.hypothesis, self._speech_lm.vocabulary
         found: tuple[Word, ...] = ()
         if request.output.evidence or request.output.timed:
             source = sources.source if sources and request.output.evidence else None
-            found = await asyncio.to_thread(words, heard, vocabulary, source)
+            found = await asyncio.to_thread(words, hypothesis, vocabulary, source)
         if request.output.timed and found:
-            found = await self._timed(request, heard, found)
+            found = await self._timed(request, hypothesis, found)
         return DecodeResult(
-            text=vocabulary.decode(heard.tokens),
+            text=vocabulary.decode(hypothesis.tokens),
             words=found,
-            tokens=tuple(heard.tokens),
-            ends=tuple(end for _, end in vocabulary.word_ends(heard.tokens)) if found else (),
-            mean_logp=heard.logp / max(1, len(heard.choices)),
-            stopped=heard.stopped,
+            tokens=tuple(hypothesis.tokens),
+            ends=tuple(end for _, end in vocabulary.word_ends(hypothesis.tokens)) if found else (),
+            mean_logp=hypothesis.logp / max(1, len(hypothesis.choices)),
+            stopped=hypothesis.stopped,
             missing_shards=decoded.missing_shards,
         )
 
     async def _timed(
-        self, request: DecodeRequest, heard: Hypothesis, found: tuple[Word, ...]
+        self, request: DecodeRequest, hypothesis: Hypothesis, found: tuple[Word, ...]
     ) -> tuple[Word, ...]:
         """Words with their start and end, seconds from the segment's start."""
-        speech_lm, times = self._speech_lm, self._codebook.seconds(request.units)
-        speech = speech_lm.vocabulary.encode_units(request.units)
+        lm, vocabulary = self._speech_lm.lm, self._speech_lm.vocabulary
+        times = self._codebook.seconds(request.units)
+        speech = vocabulary.encode_units(request.units)
+        tokens, audible = hypothesis.tokens, request.audible
         spans = await asyncio.wrap_future(
-            self._engine.call(
-                lambda: align(
-                    speech_lm.lm, speech_lm.vocabulary, speech, times, heard.tokens, request.audible
-                )
-            )
+            self._engine.call(lambda: align(lm, vocabulary, speech, times, tokens, audible))
         )
         return tuple(
             replace(word, start=float(start), end=float(end))

@@ -56,12 +56,12 @@ class Encoder:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._speak, texts)
 
     async def check_health(self) -> None:
-        """Encode the probe; RuntimeError if it does not sound as it did at the start."""
-        heard = await asyncio.get_running_loop().run_in_executor(
+        """Encode the probe; RuntimeError if its units are not what they were at the start."""
+        [encoded] = await asyncio.get_running_loop().run_in_executor(
             self._thread, self._encode, [probe.wave()]
         )
-        if heard[0] is None or not np.array_equal(heard[0].units.ids, self._expected.units.ids):
-            raise RuntimeError("the encoder no longer hears the probe as it did")
+        if encoded is None or not np.array_equal(encoded.units.ids, self._expected.units.ids):
+            raise RuntimeError("the encoder no longer encodes the probe as it did")
 
     def _encode(self, waves: list[np.ndarray]) -> list[EncodedSegment | None]:
         started = time.perf_counter()
@@ -71,8 +71,8 @@ class Encoder:
         found: list[EncodedSegment | None] = [None] * len(clips)
         if spoken:
             trimmed = [vad.trim(clips[n]) for n in spoken]
-            heard = self._tokenizer.encode([clip for clip, _ in trimmed])
-            for n, (clip, start), one in zip(spoken, trimmed, heard, strict=True):
+            units = self._tokenizer.encode([clip for clip, _ in trimmed])
+            for n, (clip, start), one in zip(spoken, trimmed, units, strict=True):
                 times = self._tokenizer.codebook.seconds(one)
                 found[n] = EncodedSegment(one, audible(clip, times), start / SAMPLE_RATE)
         self._batch_seconds.observe(sum(map(len, waves)) / SAMPLE_RATE)

@@ -13,6 +13,7 @@ from cluster.ports import free_ports
 VARIABLES = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",  # for a header, and between two parts of a body
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
     "RAY_worker_niceness": "0",  # as HAProxy's, which would else be served first
     "RAY_USAGE_STATS_ENABLED": "0",

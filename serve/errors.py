@@ -1,13 +1,16 @@
-"""Every error of the API in OpenAI's shape; status codes are known here and in `door` alone."""
+"""Every error of the API in OpenAI's shape; only this module, the middleware and the routes know
+status codes.
+"""
 
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from starlette.exceptions import HTTPException
@@ -32,6 +35,14 @@ class ApiError(Exception):
         self.status, self.message, self.code, self.param = status, message, code, param
 
 
+class RefusedBody(HTTPException):
+    """An answer given while a body comes in: FastAPI lets an HTTPException through then."""
+
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error.status, error.message)
+        self.error = error
+
+
 def body(error: ApiError) -> dict[str, Any]:
     """The JSON of an error."""
     kind = TYPES.get(error.status, "server_error" if error.status >= 500 else None)
@@ -49,11 +60,13 @@ def headers(error: ApiError) -> dict[str, str]:
     """The HTTP headers that go with it."""
     if error.status == 401:
         return {"WWW-Authenticate": "Bearer"}
+    if error.status == 408:
+        return {"Connection": "close"}
     return {"Retry-After": str(RETRY_SECONDS)} if error.status in (429, 503) else {}
 
 
 def explained(error: Exception) -> ApiError:
-    """What a caller is told of an error. Of one that nobody foresaw, nothing; it is logged."""
+    """An error as callers see it. One that nobody foresaw is logged and not shown."""
     match error:
         case ApiError():
             return error
@@ -86,12 +99,15 @@ def explained(error: Exception) -> ApiError:
 
 def respond(error: Exception) -> JSONResponse:
     """The response to an error."""
-    told = explained(error)
-    return JSONResponse(body(told), told.status, headers(told))
+    shown = explained(error)
+    return JSONResponse(body(shown), shown.status, headers(shown))
 
 
 def install(app: FastAPI) -> None:
-    """Let `app` answer every error that is foreseen like that; the door answers the others."""
+    """Let `app` answer every foreseen error like that; the middleware answers the others.
+
+    OPTIONS is answered here too: it is the method that no route knows.
+    """
 
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         problem = error.errors()[0]
@@ -102,14 +118,15 @@ def install(app: FastAPI) -> None:
         message = f"{param}: {reason}" if param else reason
         return respond(ApiError(422, message, problem["type"], param))
 
-    async def refused(request: Request, error: HTTPException) -> JSONResponse:
-        code = "too_large" if error.status_code == 413 else None
-        answer = respond(ApiError(error.status_code, str(error.detail), code))
+    async def refused(request: Request, error: HTTPException) -> Response:
+        if isinstance(error, RefusedBody):
+            return respond(error.error)
+        answer = respond(ApiError(error.status_code, str(error.detail)))
         answer.headers.update(error.headers or {})
-        path = getattr(request.scope.get("route"), "path", None)
-        if error.status_code == 405 and path in (known := request.app.openapi()["paths"]):
-            # A route knows its own method alone; what else its path may be asked is described.
-            answer.headers["Allow"] = ", ".join(method.upper() for method in known[path])
+        if error.status_code == 405:
+            answer.headers["Allow"] = _allowed(request, answer.headers.get("Allow", "GET"))
+            if request.method == "OPTIONS":
+                return Response(status_code=204, headers={"Allow": answer.headers["Allow"]})
         return answer
 
     async def any_other(_: Request, error: Exception) -> JSONResponse:
@@ -127,3 +144,12 @@ def install(app: FastAPI) -> None:
     )
     for kind in (*foreseen, BackPressureError, Unavailable, RayError, DatastoreError):
         app.add_exception_handler(kind, any_other)
+
+
+def _allowed(request: Request, known: str) -> str:
+    """The methods of a path. Its first route knows its own alone: the description has them all."""
+    path = getattr(request.scope.get("route"), "path", None)
+    described = request.app.openapi()["paths"].get(path, {})
+    methods = [method.upper() for method in described] or re.split(r",\s*", known)
+    more = ["HEAD"] if "GET" in methods else []
+    return ", ".join(dict.fromkeys([*methods, *more, "OPTIONS"]))

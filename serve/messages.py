@@ -1,15 +1,18 @@
-"""What the deployments hand each other: typed values, no HTTP in them and no models."""
+"""What the deployments hand each other: typed values, no HTTP in them and no models.
+
+Whatever may be large goes by reference (`handles`).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 import numpy as np
+from ray import ObjectRef
 
 from cluster.shards import ShardedRetriever
 from mmrag.config import KNN, RetrievalMode, RetrievedAttention
 from mmrag.records import Units, Word
-from mmrag.retrieval.segment import Segment
 
 
 class Unavailable(RuntimeError):
@@ -30,7 +33,7 @@ class InvalidRequest(ValueError):
 
 @dataclass(frozen=True)
 class ResolvedDatastore:
-    """A datastore, resolved: whom to ask and how far to trust the answers."""
+    """A datastore, resolved: its shards, and how their answers are weighted."""
 
     key: str
     """Changes whenever the datastore does."""
@@ -46,10 +49,14 @@ class ResolvedDatastore:
 
 @dataclass(frozen=True)
 class PhraseList:
-    """Phrases that came with a request, spoken and read; `key` is a digest of them."""
+    """Phrases that came with a request, as entries; `key` is a digest of them.
+
+    The entries lie in the object store once, however many segments of an upload need them.
+    """
 
     key: str
-    segment: Segment
+    segment: ObjectRef
+    """Of a `Segment`."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,15 @@ class DecodeRequest:
     datastore: ResolvedDatastore | None = None
     phrases: PhraseList | None = None
     output: OutputOptions = field(default_factory=OutputOptions)
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of its arrays; None with phrases, whose reference is not sent by value."""
+        if self.phrases is not None:
+            return None
+        arrays = [self.units.ids, self.units.durations, self.audible]
+        arrays.append(self.datastore and self.datastore.whole)
+        return sum(array.nbytes for array in arrays if array is not None)
 
 
 @dataclass(frozen=True)

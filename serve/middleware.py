@@ -1,28 +1,35 @@
-"""The middleware around every route: API keys, admission, the size of a body.
+"""The middleware around every route: API keys, admission, the size and the pace of a body.
 
-Every answer gets security headers and is counted in the metrics.
+A request takes one of the places for work when its body is complete; while it comes in, it takes
+one of the places for uploads. So slow uploads shut nobody out. HEAD is answered like GET. Every
+answer gets security headers and is counted in the metrics.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.errors import ApiError, respond
+from serve.errors import ApiError, RefusedBody, respond
 from serve.settings import Limits
 
 GUARDED = "/v1/"
 """Paths below it need a key, where there are any."""
 TRANSCRIBE = "/v1/audio/transcriptions"
 FORM, JSON = "multipart/form-data", "application/json"
+GRACE_SECONDS = 10.0
+"""Time that every upload has before its pace counts."""
+JSON_BYTES = 4_000_000
+"""The largest body that is no upload: it is kept in memory while it comes in."""
 POLICY = (
     "default-src 'self'; media-src 'self' blob:; worker-src 'self' blob:; object-src 'none'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -37,11 +44,13 @@ DOCS_POLICY = POLICY.replace(
 
 @dataclass
 class AccessRules:
-    """Who may send requests, how many at a time, and how large."""
+    """Who may send requests, how many at a time, how large and how slowly."""
 
     limits: Limits
     keys: Sequence[str]
-    in_flight: int = 0
+    receiving: int = 0
+    """Requests whose body is still coming in."""
+    working: int = 0
     """Requests that are being worked on."""
     draining: bool = False
     """Whether the service is about to stop: new requests are refused."""
@@ -49,6 +58,18 @@ class AccessRules:
 
     def __post_init__(self) -> None:
         self.digests = [_digest(key) for key in self.keys]
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that have begun and have not been answered."""
+        return self.receiving + self.working
+
+    @property
+    def busy(self) -> ApiError | None:
+        """Why no further request is worked on just now."""
+        if self.working < self.limits.requests:
+            return None
+        return ApiError(429, "too many requests at a time: try again", "busy")
 
     def knows(self, authorization: str | None) -> bool:
         """Whether the header holds one of the keys; every key is compared, in constant time."""
@@ -71,6 +92,7 @@ class RequestMetrics:
             tag_keys=("path",),
         )
         self.in_flight = Gauge("mmrag_requests_in_flight", "Requests being worked on.")
+        self.receiving = Gauge("mmrag_requests_receiving", "Requests whose body is coming in.")
 
 
 class AdmissionMiddleware:
@@ -95,44 +117,111 @@ class AdmissionMiddleware:
                 _secure(message, scope["path"])
             await send(message)
 
-        works = scope["method"] == "POST" and scope["path"].startswith(GUARDED)
-        access.in_flight += works
+        if scope["method"] == "HEAD":  # the server sends no body, whatever it is given
+            scope = {**scope, "method": "GET"}
+        body = _Body(receive, access)
         try:
-            refusal = _refusal(scope, access, works)
+            refusal = _refusal(scope, access)
             if refusal:
                 await respond(refusal)(scope, receive, answer)
                 return
-            limited = _Limited(receive, access.limits)
-            await self._app(scope, limited, answer)
+            if _works(scope):
+                body.begin(_largest(scope, access.limits))
+            await self._app(scope, body, answer)
         except Exception as error:  # here, so that its answer is like the others
             if status is not None:
                 raise
             await respond(error)(scope, receive, answer)
         finally:
-            access.in_flight -= works
+            body.end()
             path = getattr(scope.get("route"), "path", "other")
             metrics.requests.inc(tags={"path": path, "status": str(status or 500)})
             metrics.seconds.observe(time.perf_counter() - started, tags={"path": path})
-            metrics.in_flight.set(access.in_flight)
+            metrics.in_flight.set(access.working)
+            metrics.receiving.set(access.receiving)
 
 
-class _Limited:
-    """The body of a request, up to the limit and not a byte further."""
+class _Body:
+    """The body of a request: so many bytes and no further, in time, and then a place for work.
 
-    def __init__(self, receive: Receive, limits: Limits) -> None:
+    Raises RefusedBody (413, 408, 429).
+    """
+
+    def __init__(self, receive: Receive, access: AccessRules) -> None:
         self._receive = receive
-        self._mb = limits.upload_mb
-        self._left = round(limits.upload_mb * 1e6)
+        self._access = access
+        self._largest = 0.0
+        self._received = 0
+        self._started = 0.0
+        self._state: Literal["free", "receiving", "working"] = "free"
+
+    def begin(self, largest: float) -> None:
+        """Take a place for uploads; `largest` is the most bytes that may come."""
+        self._largest, self._started = largest, time.monotonic()
+        self._access.receiving += 1
+        self._state = "receiving"
+
+    def end(self) -> None:
+        """Leave whatever place it has."""
+        self._access.receiving -= self._state == "receiving"
+        self._access.working -= self._state == "working"
+        self._state = "free"
 
     async def __call__(self) -> Message:
-        message = await self._receive()
-        self._left -= len(message.get("body", b""))
-        if self._left < 0:  # FastAPI lets an HTTPException through while it reads a form
-            raise HTTPException(413, f"the upload is larger than {self._mb:g} MB")
+        if self._state != "receiving":
+            return await self._receive()
+        message = await self._next()
+        self._received += len(message.get("body", b""))
+        if self._received > self._largest:
+            raise RefusedBody(_too_large(self._largest))
+        if message["type"] == "http.request" and not message.get("more_body"):
+            self._work()
         return message
 
+    async def _next(self) -> Message:
+        limits = self._access.limits
+        pace = GRACE_SECONDS + self._received / limits.receive_bytes_per_second
+        left = self._started + min(pace, limits.receive_seconds) - time.monotonic()
+        try:
+            async with asyncio.timeout(left):
+                return await self._receive()
+        except TimeoutError:
+            if pace < limits.receive_seconds:
+                slowest = limits.receive_bytes_per_second
+                message = f"the upload came in at less than {slowest:g} bytes a second"
+            else:
+                message = f"the upload took longer than {limits.receive_seconds:g} s"
+            raise RefusedBody(ApiError(408, message, "slow_upload")) from None
 
-def _refusal(scope: Scope, access: AccessRules, works: bool) -> ApiError | None:
+    def _work(self) -> None:
+        """Exchange the place for uploads for one for work."""
+        if busy := self._access.busy:
+            raise RefusedBody(busy)
+        self.end()
+        self._access.working += 1
+        self._state = "working"
+
+
+def _works(scope: Scope) -> bool:
+    """Whether a request has a body that is worked on."""
+    return scope["method"] == "POST" and scope["path"].startswith(GUARDED)
+
+
+def _kind(scope: Scope) -> str:
+    return Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
+
+
+def _largest(scope: Scope, limits: Limits) -> float:
+    """Bytes that a body may have."""
+    upload = limits.upload_mb * 1e6
+    return min(upload, JSON_BYTES) if _kind(scope) == JSON else upload
+
+
+def _too_large(largest: float) -> ApiError:
+    return ApiError(413, f"the upload is larger than {largest / 1e6:g} MB", "too_large")
+
+
+def _refusal(scope: Scope, access: AccessRules) -> ApiError | None:
     """Why a request is not let in."""
     headers = Headers(scope=scope)
     if not scope["path"].startswith(GUARDED):
@@ -140,17 +229,18 @@ def _refusal(scope: Scope, access: AccessRules, works: bool) -> ApiError | None:
     if not access.knows(headers.get("authorization")):
         message = "this needs a valid API key: Authorization: Bearer KEY"
         return ApiError(401, message, "invalid_api_key")
-    if not works:
+    if not _works(scope):
         return None
     if access.draining:
         return ApiError(503, "the service is stopping", "unavailable")
-    if access.in_flight > access.limits.requests:
-        return ApiError(429, "too many requests at a time: try again", "busy")
-    stated = headers.get("content-length", "0")
-    if stated.isdigit() and int(stated) > access.limits.upload_mb * 1e6:
-        message = f"the upload is larger than {access.limits.upload_mb:g} MB"
-        return ApiError(413, message, "too_large")
-    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if access.busy:
+        return access.busy
+    if access.receiving >= access.limits.receiving:
+        return ApiError(429, "too many uploads at a time: try again", "busy")
+    stated, largest = headers.get("content-length", "0"), _largest(scope, access.limits)
+    if stated.isdigit() and int(stated) > largest:
+        return _too_large(largest)
+    kind = _kind(scope)
     known = (FORM,) if scope["path"] == TRANSCRIBE else (JSON, FORM)
     if kind not in known:
         return ApiError(415, f"send {' or '.join(known)}, not {kind or 'nothing'}")

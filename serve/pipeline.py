@@ -1,4 +1,4 @@
-"""An upload through the deployments: cut, encoded, looked up, decoded; no HTTP here.
+"""An upload through the deployments: cut, encoded, decoded with retrieval; no HTTP here.
 
 A call whose replica dies under it is made again on another one: nothing that the deployments do for
 a transcript changes anything, so doing it twice does no harm.
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -19,6 +20,7 @@ from ray.serve.handle import DeploymentHandle
 from mmrag.config import RetrievalMode
 from mmrag.records import Word
 from mmrag.speech import audio
+from serve.handles import SizedHandle, by_reference
 from serve.messages import (
     DecodeRequest,
     DecodeResult,
@@ -66,7 +68,7 @@ RequestBuilder = Callable[[EncodedSegment], DecodeRequest]
 
 
 class Pipeline:
-    """Handles to the deployments, and how they are asked."""
+    """Handles to the deployments, and how they are called."""
 
     def __init__(
         self,
@@ -77,9 +79,11 @@ class Pipeline:
     ) -> None:
         self.settings = settings
         self.encoder = encoder
-        self.retriever = retriever
+        self.retriever = by_reference(retriever)
         self.decoder = decoder
-        self._stream = decoder.options(stream=True)
+        self._encoder = SizedHandle(encoder)
+        self._decoder = SizedHandle(decoder)
+        self._streaming_decoder = SizedHandle(decoder.options(stream=True))
         self._reads: bool | None = None
 
     async def seconds(self, data: bytes) -> float:
@@ -102,14 +106,14 @@ class Pipeline:
             if encoded is None:
                 yield TranscribedSegment(start, end, None)
                 continue
-            told, blank = "", "" if first else " "
+            begun, blank = False, "" if first else " "
             async for part in self._decoded(build(encoded)):
                 if isinstance(part, DecodeResult):
                     first = first and not part.text
                     yield TranscribedSegment(start, end, _later(part, start + encoded.start))
                 else:
-                    yield part if told else blank + part
-                    told += part
+                    yield part if begun else blank + part
+                    begun = begun or bool(part)
 
     async def complete(self, data: bytes, build: RequestBuilder) -> list[TranscribedSegment]:
         """The whole of an upload, segment by segment."""
@@ -117,7 +121,9 @@ class Pipeline:
         async for start, end, encoded in self._encoded(data):
             result = None
             if encoded is not None:
-                result = await self.call(self.decoder.transcribe, build(encoded))
+                request = build(encoded)
+                decoder = self._decoder.of(request.size)
+                result = await self.call(decoder.transcribe, request)
                 result = _later(result, start + encoded.start)
             found.append(TranscribedSegment(start, end, result))
         return found
@@ -151,7 +157,9 @@ class Pipeline:
         where: tuple[float, float] = (0.0, 0.0)
         try:
             async for segment in _each(self._segments(data)):
-                ahead = asyncio.create_task(self.call(self.encoder.encode, segment.wave.numpy()))
+                wave = segment.wave.numpy()
+                encoder = self._encoder.of(wave.nbytes)
+                ahead = asyncio.create_task(self.call(encoder.encode, wave))
                 done, encoding = encoding, ahead
                 if done is not None:
                     yield *where, await done
@@ -174,7 +182,7 @@ class Pipeline:
         if mode != "none" and options.datastore is not None:
             found = await self.call(self.retriever.resolve, options.datastore)
         if mode != "none" and options.phrases:
-            phrase_list = await self.call(self.retriever.phrase_list, list(options.phrases))
+            phrase_list = await self._phrase_list(options.phrases)
         if found is None and phrase_list is None:
             if options.retrieval not in (None, "none"):
                 raise InvalidRequest(f"retrieval {options.retrieval} needs a datastore or context")
@@ -190,6 +198,14 @@ class Pipeline:
             output=options.output,
         )
 
+    async def _phrase_list(self, phrases: Sequence[str]) -> PhraseList:
+        """Phrases as entries, put where every decoder finds them.
+
+        This process owns them: they last as long as the request that it works on.
+        """
+        key, segment = await self.call(self.retriever.phrases, list(phrases))
+        return PhraseList(key, await asyncio.to_thread(ray.put, segment))
+
     async def reads(self) -> bool:
         """Whether the model has an adapter to read with."""
         if self._reads is None:
@@ -199,20 +215,20 @@ class Pipeline:
     async def _decoded(self, request: DecodeRequest) -> AsyncIterator[str | DecodeResult]:
         """A segment's text piece by piece, then its result.
 
-        A stream that breaks is asked for again, and what was told already is passed over.
+        A stream that breaks is begun again, and what was sent already is passed over.
         """
-        told = ""
+        sent, decoder = "", self._streaming_decoder.of(request.size)
         for attempt in range(ATTEMPTS):
             again = ""
             try:
-                async for part in self._stream.stream.remote(request):
+                async for part in decoder.stream.remote(request):
                     if isinstance(part, DecodeResult):
                         yield part
                         return
                     again += part
-                    if len(again) > len(told) and again.startswith(told):
-                        yield again[len(told) :]
-                        told = again
+                    if len(again) > len(sent) and again.startswith(sent):
+                        yield again[len(sent) :]
+                        sent = again
             except RayTaskError as error:
                 raise error.cause from None
             except (RayActorError, DeploymentUnavailableError):

@@ -1,8 +1,8 @@
 """The retriever: datastores by name, their index shards, and the phrases that come with a request.
 
-It keeps the datastores' directory, starts the shards' actors and hands out whom to ask; the decoder
-then asks the shards itself. The directory is the truth: every replica sees what another has changed
-when it next resolves the name, and a restart finds everything.
+It keeps the datastores' directory, starts the shards' actors and hands out handles to them, which
+the decoder then searches itself. The directory is the truth: every replica sees what another has
+changed when it next resolves the name, and a restart finds everything.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import json
 import logging
 import re
 import shutil
-from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import TypeVar
 from uuid import uuid4
 
 import numpy as np
@@ -37,11 +39,11 @@ from mmrag.retrieval.index import save_index
 from mmrag.retrieval.phrases import Phrases, utterances
 from mmrag.retrieval.segment import DatastoreError, Segment, join
 from mmrag.speech.tokenized import Tokenized
+from serve.handles import by_reference
 from serve.messages import (
     DatastoreExists,
     DatastoreSummary,
     InvalidRequest,
-    PhraseList,
     ResolvedDatastore,
     Unavailable,
     UnknownDatastore,
@@ -51,10 +53,13 @@ from serve.settings import Settings
 
 PHRASE_WORDS = 5
 """Words of the longest text that is taken for a phrase; longer ones are sentences."""
-SPOKEN = 16
-"""Sentences that are spoken, encoded and read at once."""
+PART_SENTENCES, PART_CHARACTERS = 16, 800
+"""The most that is spoken, encoded and read at once: other callers' clips wait for it."""
+PARTS_AHEAD = 2
+"""Parts of a request that are on their way at a time: one is spoken while another is read."""
 REMEMBERED = 20_000
 """Phrases of requests that a replica keeps, spoken and read."""
+T = TypeVar("T")
 log = logging.getLogger("ray.serve")
 
 
@@ -76,8 +81,8 @@ class Retriever:
         self, settings: Settings, encoder: DeploymentHandle, decoder: DeploymentHandle
     ) -> None:
         self._settings = settings
-        self._encoder = encoder
-        self._decoder = decoder
+        self._encoder = by_reference(encoder)
+        self._decoder = by_reference(decoder)
         self._model = locate(settings)
         self._vocabulary = Vocabulary.load(self._model / "lm")
         self._app = serve.get_replica_context().app_name
@@ -89,7 +94,7 @@ class Retriever:
         self._preload = list(settings.preload)
 
     async def check_health(self) -> None:
-        """Start what is to be there from the start, and ask every open shard, which keeps it alive.
+        """Open what is preloaded, and call every open shard, which keeps it alive.
 
         RuntimeError if none of a datastore's shards answers.
         """
@@ -104,7 +109,7 @@ class Retriever:
                 self._open.pop(name, None)
 
     async def resolve(self, name: str) -> ResolvedDatastore:
-        """Whom to ask about a datastore.
+        """A datastore's shards and retrieval parameters.
 
         Raises UnknownDatastore, or DatastoreError if it is damaged or another model's.
         """
@@ -127,12 +132,14 @@ class Retriever:
 
     async def create(self, name: str, texts: Sequence[str]) -> DatastoreSummary:
         """Make a datastore of these texts; DatastoreExists if the name is taken."""
+        self._require_room(name)
         return await self._create(name, await self._spoken(texts))
 
     async def create_paired(
         self, name: str, texts: Sequence[str], waves: Sequence[Sequence[np.ndarray]]
     ) -> DatastoreSummary:
         """Make a datastore of recordings and what is said in them."""
+        self._require_room(name)
         return await self._create(name, await self._paired(texts, waves))
 
     async def add(self, name: str, texts: Sequence[str]) -> tuple[int, int]:
@@ -179,24 +186,32 @@ class Retriever:
                 await asyncio.to_thread(one.retriever.close)
             await asyncio.to_thread(shutil.rmtree, aside, True)
 
-    async def phrase_list(self, phrases: Sequence[str]) -> PhraseList:
-        """Phrases for one request, each spoken and read the first time it is met.
+    async def phrases(self, phrases: Sequence[str]) -> tuple[str, Segment]:
+        """Phrases for one request as entries, and a digest of them.
 
-        Raises InvalidRequest for one that cannot be spoken.
+        Each is spoken and read the first time that it is met, and kept: a request that was given up
+        goes on there when it is made again. Raises InvalidRequest for one that cannot be spoken.
         """
         phrases = list(dict.fromkeys(phrases))
-        new = [phrase for phrase in phrases if phrase not in self._phrases]
-        if new:
-            told = list(utterances(new, spoken=self._vocabulary.spoken))
-            segments = await self._read(told, await self._said(told), "entities")
-            self._phrases |= _by_document(join(segments))
-        segments = [self._phrases[phrase] for phrase in phrases]
+        found = {phrase: self._phrases[phrase] for phrase in phrases if phrase in self._phrases}
+        new = [phrase for phrase in phrases if phrase not in found]
+
+        def keep(segment: Segment) -> Segment:
+            made = _by_document(segment)
+            self._phrases |= made
+            found.update(made)
+            return segment
+
+        await self._read_spoken(self._carried(new), "entities", keep)
+        if missing := [phrase for phrase in phrases if phrase not in found]:
+            raise InvalidRequest(f"nothing to listen for in {missing[0]!r}")
         for phrase in phrases:
+            self._phrases[phrase] = found[phrase]
             self._phrases.move_to_end(phrase)
         while len(self._phrases) > REMEMBERED:
             self._phrases.popitem(last=False)
         key = hashlib.sha256(json.dumps(phrases).encode()).hexdigest()
-        return PhraseList(key, join(segments))
+        return key, await asyncio.to_thread(join, [found[phrase] for phrase in phrases])
 
     def _path(self, name: str) -> Path:
         """The directory of a datastore; UnknownDatastore if there is none."""
@@ -246,7 +261,7 @@ class Retriever:
         )
 
     async def _refreshed(self, one: OpenDatastore, name: str) -> None:
-        """Let shards and everybody who asks next see what has changed on disk."""
+        """Let the shards and every later request see what has changed on disk."""
 
         def refresh() -> None:
             version = _version(one.datastore.directory)
@@ -277,14 +292,20 @@ class Retriever:
         key = f"{uid}-{'-'.join(map(str, version))}"
         return ResolvedDatastore(key, uid, retriever, knn, both, read, whole)
 
+    def _require_room(self, name: str) -> None:
+        """Raises DatastoreExists, or InvalidRequest where there are as many as there may be."""
+        if (self._root / name).exists():
+            raise DatastoreExists(f"there is a datastore {name!r} already")
+        most = self._settings.limits.datastores
+        if len(list(self._root.iterdir())) >= most:
+            raise InvalidRequest(f"{most} datastores are there already")
+
     async def _create(self, name: str, segments: Sequence[Segment]) -> DatastoreSummary:
         async with self._locks[name]:
             described, _ = await self._decoder.describe.remote()
 
             def make() -> DatastoreSummary:
-                most = self._settings.limits.datastores
-                if len(list(self._root.iterdir())) >= most:
-                    raise InvalidRequest(f"{most} datastores are there already")
+                self._require_room(name)  # again: entries take their time
                 aside = self._root / f".new-{uuid4().hex}"
                 stored.create(aside, described)
                 _publish(aside, segments)
@@ -296,8 +317,6 @@ class Retriever:
                     raise DatastoreExists(f"there is a datastore {name!r} already") from None
                 return _stored(name, Datastore.open(self._root / name))
 
-            if (self._root / name).exists():
-                raise DatastoreExists(f"there is a datastore {name!r} already")
             return await asyncio.to_thread(make)
 
     async def _append(
@@ -314,44 +333,96 @@ class Retriever:
         texts = list(dict.fromkeys(" ".join(text.split()) for text in texts))
         phrases = [text for text in texts if len(text.split()) <= PHRASE_WORDS]
         longer = [text for text in texts if len(text.split()) > PHRASE_WORDS]
+        spoken = self._vocabulary.spoken
         sentences = [
-            Utterance(id=uuid4().hex, text=self._vocabulary.spoken(text), document=text)
-            for text in longer
+            [Utterance(id=uuid4().hex, text=spoken(text), document=text)] for text in longer
         ]
-        told = list(utterances(phrases, spoken=self._vocabulary.spoken))
         return [
-            *await self._read(told, await self._said(told), "entities"),
-            *await self._read(sentences, await self._said(sentences), "all"),
+            *await self._read_spoken(self._carried(phrases), "entities"),
+            *await self._read_spoken(sentences, "all"),
         ]
 
     async def _paired(
         self, texts: Sequence[str], waves: Sequence[Sequence[np.ndarray]]
     ) -> list[Segment]:
         """Recordings as entries, an entry a token of what is said in them."""
-        told, units = [], []
-        for text, [wave] in zip(texts, waves, strict=True):
-            heard = await self._encoder.encode.remote(wave)
-            if heard is None:
+        said = [[Utterance(id=uuid4().hex, text=text, document=text)] for text in texts]
+        encoding = (self._encoder.encode.remote(wave) for [wave] in waves)
+        encoded = await _in_order(encoding, PART_SENTENCES)
+        for text, one in zip(texts, encoded, strict=True):
+            if one is None:
                 raise InvalidRequest(f"nobody speaks in the recording of {text!r}")
-            told.append(Utterance(id=uuid4().hex, text=text, document=text))
-            units.append(heard.units)
-        return await self._read(told, units, "all")
+        units = iter([one.units for one in encoded])
+        parts = [[(one, next(units)) for one in part] for part in _parts(said)]
+        return await _in_order(self._read(*zip(*p, strict=True), "all") for p in parts)
 
-    async def _said(self, told: Sequence[Utterance]) -> list[Units]:
-        parts = [told[start : start + SPOKEN] for start in range(0, len(told), SPOKEN)]
-        said = [await self._encoder.synthesize.remote([one.text for one in part]) for part in parts]
-        return [units for part in said for units in part]
-
-    async def _read(
-        self, told: Sequence[Utterance], units: Sequence[Units], kind: str
+    async def _read_spoken(
+        self,
+        groups: Sequence[Sequence[Utterance]],
+        kind: str,
+        keep: Callable[[Segment], Segment] = lambda segment: segment,
     ) -> list[Segment]:
-        """The segments of utterances, SPOKEN in each; InvalidRequest for what cannot be spoken."""
-        for one in told:
+        """Groups of sentences, spoken by the encoder and read by the decoder, as entries.
+
+        A group stays together. `keep` is called with each segment as soon as it is there. Raises
+        InvalidRequest for a text that cannot be spoken, before anything is spoken.
+        """
+        for one in (one for group in groups for one in group):
             if refusal := self._vocabulary.refusal(one.document):
                 raise InvalidRequest(refusal)
-        spoken = [Tokenized(one, heard) for one, heard in zip(told, units, strict=True)]
-        parts = [spoken[start : start + SPOKEN] for start in range(0, len(spoken), SPOKEN)]
-        return [await self._decoder.entries.remote(part, kind) for part in parts]
+
+        async def read(part: Sequence[Utterance]) -> Segment:
+            units = await self._encoder.synthesize.remote([one.text for one in part])
+            return keep(await self._read(part, units, kind))
+
+        return await _in_order(read(part) for part in _parts(groups))
+
+    async def _read(self, said: Sequence[Utterance], units: Sequence[Units], kind: str) -> Segment:
+        """The entries of utterances, given their units."""
+        spoken = [Tokenized(one, own) for one, own in zip(said, units, strict=True)]
+        return await self._decoder.entries.remote(spoken, kind)
+
+    def _carried(self, phrases: Sequence[str]) -> list[list[Utterance]]:
+        """Each phrase's carrier sentences."""
+        said = utterances(phrases, spoken=self._vocabulary.spoken)
+        return [list(group) for _, group in groupby(said, lambda one: one.document)]
+
+
+def _parts(groups: Sequence[Sequence[Utterance]]) -> Iterator[list[Utterance]]:
+    """Groups put together, up to PART_SENTENCES and PART_CHARACTERS; one group is always a part."""
+    part: list[Utterance] = []
+    for group in groups:
+        more = [*part, *group]
+        characters = sum(len(one.text) for one in more)
+        if part and (len(more) > PART_SENTENCES or characters > PART_CHARACTERS):
+            yield part
+            more = list(group)
+        part = more
+    if part:
+        yield part
+
+
+async def _in_order(calls: Iterable[Awaitable[T]], at_once: int = PARTS_AHEAD) -> list[T]:
+    """What the calls return, so many of them under way at a time; all are given up if one fails."""
+    results: list[T] = []
+    waiting: deque[asyncio.Future[T]] = deque()
+    try:
+        for call in calls:
+            waiting.append(asyncio.ensure_future(_awaited(call)))
+            if len(waiting) >= at_once:
+                results.append(await waiting[0])
+                waiting.popleft()
+        while waiting:
+            results.append(await waiting[0])
+            waiting.popleft()
+    finally:
+        for one in waiting:
+            one.cancel()
+    return results
+
+
+async def _awaited(call: Awaitable[T]) -> T:
+    return await call
 
 
 def _publish(directory: Path, segments: Sequence[Segment]) -> None:

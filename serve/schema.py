@@ -245,3 +245,11 @@ def bounded_texts(
         if refusal := vocabulary.refusal(text):
             raise ApiError(400, f"{param}: {refusal}", None, param)
     return found
+
+
+def check_length(texts: Sequence[str], param: str, limits: Limits) -> None:
+    """Raises ApiError (400) if the texts together have more characters than may be spoken."""
+    length = sum(map(len, texts))
+    if length > limits.texts_length:
+        message = f"{param}: {length} characters in all, at most {limits.texts_length}"
+        raise ApiError(400, f"{message} in a request", None, param)

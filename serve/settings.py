@@ -1,4 +1,4 @@
-"""What the service is told: one complete YAML section, `args` of the application in `config.yaml`.
+"""The service's settings: one complete YAML section, `args` of the application in `config.yaml`.
 
 Whatever `build` is given besides is merged over it, and checked before anything starts.
 """
@@ -90,6 +90,12 @@ class Limits(Section):
     audio_seconds: PositiveFloat
     requests: PositiveInt
     """Requests that a replica of the ingress works on; beyond, they are refused (429)."""
+    receiving: PositiveInt
+    """Requests whose body a replica of the ingress is still receiving, besides; beyond, 429."""
+    receive_seconds: PositiveFloat
+    """The longest that a request's body may take to come in (408)."""
+    receive_bytes_per_second: PositiveFloat
+    """The slowest that it may come in, on average after the first ten seconds (408)."""
     timeout_seconds: PositiveFloat
     """The longest that a request may take (504)."""
     phrases: PositiveInt
@@ -98,11 +104,13 @@ class Limits(Section):
     """Texts that may be added to a datastore at once."""
     text_length: PositiveInt
     """Characters of a phrase or a text."""
+    texts_length: PositiveInt
+    """Characters of all phrases or texts of a request together: all of them are spoken."""
     datastores: PositiveInt
 
 
 class RetrievalDefaults(Section):
-    """How far neighbours are heard where nobody tuned it for a datastore (`jobs.tune`)."""
+    """Retrieval parameters of a datastore that nobody tuned any for (`jobs.tune`)."""
 
     knn: KNN
     """kNN-LM alone."""
@@ -173,7 +181,7 @@ def http_options(config: Path = CONFIG) -> dict[str, Any]:
 def api_keys() -> list[str]:
     """The keys that callers may use, from the environment or a file; none: nobody is asked.
 
-    Raises ConfigError if a file is named that has none: that must not open the door.
+    Raises ConfigError if a file is named that has none: that must not let everybody in.
     """
     keys = os.environ.get(KEYS, "").replace(",", "\n").splitlines()
     file = os.environ.get(KEYS_FILE)

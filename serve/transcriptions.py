@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import time
 import zlib
 from asyncio import timeout
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any
 
-from fastapi import APIRouter, File, Form, UploadFile
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi import APIRouter, Depends
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from ray.serve.metrics import Counter, Histogram
 
-from mmrag.config import SLUG, RetrievalMode
 from mmrag.model.vocabulary import Vocabulary
 from mmrag.records import Word
-from serve import captions, errors, middleware, schema
+from serve import captions, errors, forms, middleware, schema
 from serve.errors import ApiError
-from serve.messages import OutputOptions
+from serve.forms import TranscriptionForm
 from serve.pipeline import Pipeline, RequestBuilder, TranscribedSegment, TranscriptionOptions
 from serve.settings import Settings
 
 LANGUAGES = {"en": "english", "es": "spanish", "de": "german", "fr": "french"}
 """How OpenAI's verbose answers call a language; others are called by their code."""
-PROMPT_WORDS = 6
-"""Longest part of a prompt that is taken for a name."""
 
 
 class Transcriptions:
@@ -48,44 +44,23 @@ class Transcriptions:
         """The route."""
         router = APIRouter()
         kinds = schema.VerboseTranscription | schema.Transcription
-        router.post(middleware.TRANSCRIBE, response_model=kinds)(self.transcriptions)
+        router.post(
+            middleware.TRANSCRIBE,
+            response_model=kinds,
+            dependencies=[Depends(forms.transcription_fields)],
+        )(self.transcriptions)
         return router
 
-    async def transcriptions(
-        self,
-        file: Annotated[UploadFile, File(description="wav, flac, ogg, mp3, aiff, au or caf")],
-        model: Annotated[str | None, Form()] = None,
-        language: Annotated[str | None, Form(description="ISO 639-1")] = None,
-        prompt: Annotated[
-            str | None, Form(description="names to listen for, separated by commas or line breaks")
-        ] = None,
-        temperature: Annotated[float, Form(ge=0, le=1)] = 0.0,
-        response_format: Annotated[schema.ResponseFormat, Form()] = "json",
-        stream: Annotated[bool, Form()] = False,
-        timestamp_granularities: Annotated[
-            list[schema.Granularity], Form(alias="timestamp_granularities[]")
-        ] = ["segment"],  # noqa: B006 - FastAPI copies defaults
-        include: Annotated[
-            list[str], Form(alias="include[]", description="`retrieval`: evidence for each word")
-        ] = [],  # noqa: B006
-        datastore: Annotated[str | None, Form(pattern=SLUG)] = None,
-        context: Annotated[
-            list[str],
-            Form(alias="context[]", description="phrases to listen for in this request"),
-        ] = [],  # noqa: B006
-        retrieval: Annotated[RetrievalMode | None, Form()] = None,
-    ) -> Any:
+    async def transcriptions(self, form: Annotated[TranscriptionForm, Depends()]) -> Any:
         """Transcribe an upload. With `stream`, server-sent events."""
-        self._check(model, language)
-        evidence = "retrieval" in include
-        plain = response_format in ("json", "text")
+        form.check(self._settings)
         options = TranscriptionOptions(
-            datastore=datastore,
-            phrases=self._phrases(context, prompt),
-            retrieval=retrieval,
-            output=OutputOptions(temperature, timed=not plain or evidence, evidence=evidence),
+            datastore=form.datastore,
+            phrases=form.phrases(self._settings, self._vocabulary),
+            retrieval=form.retrieval,
+            output=form.output,
         )
-        data = await file.read()
+        data = await form.file.read()
         seconds = await self._pipeline.seconds(data)
         if seconds > self._settings.limits.audio_seconds:
             longest = self._settings.limits.audio_seconds
@@ -93,53 +68,34 @@ class Transcriptions:
             raise ApiError(413, message, "too_long", "file")
         started = time.perf_counter()
         async with timeout(self._settings.limits.timeout_seconds):
-            build = await self._pipeline.request_builder(
-                options
-            )  # what cannot be is refused before a stream
-            if stream:
-                told = self._events(data, build, seconds, evidence)
-                return StreamingResponse(told, media_type="text/event-stream")
+            # What cannot be served is refused before a stream begins.
+            build = await self._pipeline.request_builder(options)
+            if form.stream:
+                stream = self._events(data, build, seconds, form.evidence)
+                return StreamingResponse(stream, media_type="text/event-stream")
             transcribed = await self._pipeline.complete(data, build)
         self._count(seconds, started)
-        if response_format == "json":
-            return _plain(schema.Transcription, transcribed, seconds, evidence)
-        if response_format == "text":
+        return self._formatted(form, transcribed, seconds)
+
+    def _formatted(
+        self, form: TranscriptionForm, transcribed: Sequence[TranscribedSegment], seconds: float
+    ) -> Response:
+        """A transcript in the format that was asked for."""
+        kind = form.response_format
+        if kind == "json":
+            return _plain(schema.Transcription, transcribed, seconds, form.evidence)
+        if kind == "text":
             return PlainTextResponse(_text(transcribed) + "\n")
-        if response_format in ("srt", "vtt"):
-            write = captions.srt if response_format == "srt" else captions.vtt
-            cut = [
+        if kind in ("srt", "vtt"):
+            write = captions.srt if kind == "srt" else captions.vtt
+            cues = [
                 cue for one in transcribed if one.result for cue in captions.cues(one.result.words)
             ]
-            kind = "application/x-subrip" if response_format == "srt" else "text/vtt"
-            return PlainTextResponse(write(cut), media_type=kind)
-        return self._verbose(transcribed, seconds, temperature, timestamp_granularities, evidence)
-
-    def _check(self, model: str | None, language: str | None) -> None:
-        if model not in (None, "", self._settings.name):
-            known = self._settings.name
-            message = f"no model {model!r} here: this is {known!r}"
-            raise ApiError(404, message, "model_not_found", "model")
-        if language and language.lower() not in self._settings.languages:
-            known = ", ".join(self._settings.languages)
-            message = f"language {language!r}: this model understands {known}"
-            raise ApiError(400, message, "unsupported_language", "language")
-
-    def _phrases(self, context: Sequence[str], prompt: str | None) -> list[str]:
-        """What a request listens for: its context, and the names that its prompt lists.
-
-        A prompt is free text: what of it cannot be listened for is passed over.
-        """
-        limits, known = self._settings.limits, self._vocabulary
-        listed = schema.bounded_texts(context, limits.phrases, "context[]", limits, known)
-        named = [
-            part
-            for part in schema.evened(re.split(r"[,;\n]", prompt or ""))
-            if len(part.split()) <= PROMPT_WORDS
-            and len(part) <= limits.text_length
-            and known.refusal(part) is None
-        ]
-        most = limits.phrases - len(listed)
-        return [*listed, *schema.bounded_texts(named, most, "prompt", limits, known)]
+            media_type = "application/x-subrip" if kind == "srt" else "text/vtt"
+            return PlainTextResponse(write(cues), media_type=media_type)
+        return self._verbose(
+            transcribed, seconds, form.temperature, form.granularities, form.evidence
+        )
 
     async def _events(
         self, data: bytes, build: RequestBuilder, seconds: float, evidence: bool

@@ -33,6 +33,7 @@ ROUTES = [
     ("GET", "/healthz"),
     ("GET", "/readyz"),
     ("GET", "/v1/models"),
+    ("GET", "/v1/models/{model}"),
     ("POST", TRANSCRIBE),
     ("GET", DATASTORES),
     ("POST", DATASTORES),

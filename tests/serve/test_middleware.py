@@ -1,65 +1,28 @@
 """Who is let in, with how much, and what everybody is told: the application without its models."""
 
 import asyncio
+import json
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import openai
 import pytest
 import requests
-import uvicorn
+from application import TRANSCRIBE, Handle, client, made, served, transcribe
 from openai import OpenAI
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
-from starlette.testclient import TestClient
+from starlette.datastructures import Headers
 
-from mmrag.records import Units
-from serve.api import Api
-from serve.messages import DecodeResult, EncodedSegment
+from serve import middleware
 from serve.middleware import AccessRules
 from serve.settings import read
 
-TRANSCRIBE = "/v1/audio/transcriptions"
 FORM = "multipart/form-data; boundary=x"
 JSON = {"Content-Type": "application/json"}
-UNITS = Units(ids=np.arange(3), durations=np.ones(3, int))
-HEARD = EncodedSegment(UNITS, np.ones(3, bool), start=0.0)
-
-
-class Handle:
-    """A deployment of which a test says what each method does."""
-
-    def __init__(self, **methods: Callable) -> None:
-        self._methods = methods
-
-    def options(self, **_: Any) -> "Handle":
-        return self
-
-    def __getattr__(self, name: str) -> SimpleNamespace:
-        return SimpleNamespace(remote=self._methods[name])
-
-
-async def listen(wave):
-    return HEARD
-
-
-async def transcribe(order):
-    return DecodeResult("a word", (), (1, 2), (), 0.0, True)
-
-
-async def stream(order):
-    yield "a "
-    yield "word"
-    yield await transcribe(order)
-
-
-async def stored():
-    return []
 
 
 @pytest.fixture
@@ -68,38 +31,6 @@ def keys(monkeypatch):
     for name in ("MMRAG_API_KEYS", "MMRAG_API_KEYS_FILE"):
         monkeypatch.delenv(name, raising=False)
     return lambda *them: monkeypatch.setenv("MMRAG_API_KEYS", ",".join(them))
-
-
-def made(decoder=None, retriever=None, encoder=None, **limits):
-    """The application with these parts and limits."""
-    settings = read({"limits": {"upload_mb": 0.1, **limits}})
-    api = Api.__wrapped__(
-        settings,
-        encoder or Handle(listen=listen),
-        retriever or Handle(stored=stored),
-        decoder or Handle(transcribe=transcribe, stream=stream),
-    )
-    return api.__serve_build_asgi_app__()
-
-
-@contextmanager
-def served(app) -> Iterator[str]:
-    """The application behind a real server of this process."""
-    config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(10)
-
-
-def client(app) -> TestClient:
-    return TestClient(app, raise_server_exceptions=False)
 
 
 @pytest.fixture
@@ -400,3 +331,130 @@ def test_every_answer_carries_the_security_headers(second):
         policy = answer.headers["Content-Security-Policy"]
         assert "default-src 'self'" in policy and "frame-ancestors 'none'" in policy
         assert ("unsafe-inline" in policy) == answer.url.path.startswith("/docs")
+
+
+def paused(head=b""):
+    """A body that begins with `head` and then brings nothing more."""
+
+    async def body():
+        yield head
+        await asyncio.sleep(60)
+
+    return body()
+
+
+def upload(app, body, **headers):
+    """The answer to a body that comes in slowly, and the seconds until it was there."""
+    fields = {"content-type": FORM, **headers}
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    async def call():
+        blocks = aiter(body)
+
+        async def receive():
+            async for block in blocks:
+                return {"type": "http.request", "body": block, "more_body": True}
+            await asyncio.sleep(60)
+
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": TRANSCRIBE,
+            "query_string": b"",
+            "headers": [(name.encode(), value.encode()) for name, value in fields.items()],
+        }
+        await app(scope, receive, send)
+
+    started = time.monotonic()
+    asyncio.run(call())
+    text = b"".join(message.get("body", b"") for message in sent[1:])
+    return SimpleNamespace(
+        status_code=sent[0]["status"],
+        headers=Headers(raw=sent[0]["headers"]),
+        text=text.decode(),
+        json=lambda: json.loads(text),
+        seconds=time.monotonic() - started,
+    )
+
+
+HEAD = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\n'
+
+
+def test_an_upload_that_stops_is_given_up(refused, monkeypatch):
+    monkeypatch.setattr(middleware, "GRACE_SECONDS", 0.2)
+    for head in (b"", HEAD):
+        answer = upload(made(receive_bytes_per_second=1000), paused(head))
+        message = refused(answer, 408, "slow_upload")
+        assert message == "the upload came in at less than 1000 bytes a second"
+        assert answer.headers["Connection"] == "close" and answer.seconds < 5
+
+
+def test_an_upload_that_keeps_its_pace_may_take_its_time_up_to_a_limit(refused, monkeypatch):
+    monkeypatch.setattr(middleware, "GRACE_SECONDS", 0.3)
+
+    async def steady():
+        yield HEAD
+        while True:
+            await asyncio.sleep(0.05)
+            yield bytes(200)
+
+    answer = upload(made(receive_bytes_per_second=1000, receive_seconds=1), steady())
+    assert refused(answer, 408, "slow_upload") == "the upload took longer than 1 s"
+    assert 0.9 < answer.seconds < 5
+
+
+def test_what_is_answered_may_take_longer_than_what_comes_in(second):
+    """A body that is there has all the time that work has."""
+
+    async def slow(request):
+        await asyncio.sleep(0.6)
+        return await transcribe(request)
+
+    app = made(Handle(transcribe=slow), receive_seconds=0.3)
+    assert client(app).post(TRANSCRIBE, files=second).status_code == 200
+
+
+def half_sent(url, count):
+    """Connections that have sent a header and the beginning of a body."""
+    head = f"POST {TRANSCRIBE} HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n".encode()
+    head += b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+    host, port = url.removeprefix("http://").split(":")
+    slow = [socket.create_connection((host, int(port)), timeout=20) for _ in range(count)]
+    for one in slow:
+        one.sendall(head)
+    return slow
+
+
+def test_40_slow_uploads_take_nobodys_place(second, monkeypatch):
+    monkeypatch.setattr(middleware, "GRACE_SECONDS", 2)
+    with served(made(requests=2)) as url:
+        slow = half_sent(url, 40)
+        for _ in range(5):
+            assert requests.post(url + TRANSCRIBE, files=second, timeout=10).status_code == 200
+        answers = [one.recv(4096) for one in slow]
+        assert all(answer.startswith(b"HTTP/1.1 408 ") for answer in answers)
+        for one in slow:
+            one.close()
+
+
+def test_uploads_have_their_own_limit(refused, second):
+    with served(made(receiving=3)) as url:
+        slow = half_sent(url, 3)
+        deadline = time.monotonic() + 10
+        while (answer := requests.post(url + TRANSCRIBE, files=second, timeout=10)).ok:
+            assert time.monotonic() < deadline
+        assert refused(answer, 429, "busy") == "too many uploads at a time: try again"
+        for one in slow:
+            one.close()
+        while not requests.post(url + TRANSCRIBE, files=second, timeout=10).ok:
+            assert time.monotonic() < deadline, "their places stay taken"
+
+
+def test_texts_in_json_are_no_upload(refused):
+    app = made(upload_mb=25)
+    body = b'{"name": "a", "texts": ["' + b"a" * 4_000_000 + b'"]}'
+    answer = client(app).post("/v1/datastores", content=body, headers=JSON)
+    assert refused(answer, 413, "too_large") == "the upload is larger than 4 MB"

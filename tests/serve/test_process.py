@@ -1,13 +1,9 @@
 """`python -m serve`: the service as people start it, with HAProxy in front, and as they stop it."""
 
-import os
 import signal
+import socket
 import subprocess
-import sys
 import time
-from contextlib import suppress
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import openai
@@ -15,8 +11,10 @@ import psutil
 import pytest
 import requests
 from openai import OpenAI
+from service_process import serving, start
 
-ROOT = Path(__file__).parents[2]
+from cluster.ports import free_ports
+
 SENTENCE = "please call priya raghavan tomorrow"
 NAME = "priya raghavan"
 KEY = "a-key"
@@ -25,43 +23,12 @@ SECONDS = 60
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-def start(port, directory, *settings):
-    """A process that serves there, and prints what it says into `directory`/log."""
-    command = [
-        sys.executable,
-        "-m",
-        "serve",
-        "--port",
-        str(port),
-        "--dashboard-port",
-        str(port + 1),
-    ]
-    command += [f"datastores={directory / 'datastores'}", "limits.upload_mb=2", *settings]
-    command += [f"{part}.max=1" for part in ("ingress", "encoder", "retriever", "decoder")]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    environment |= {"MMRAG_API_KEYS": KEY, "MMRAG_RUNS": str(directory)}
-    with (directory / "log").open("wb") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-
-
 @pytest.fixture(scope="module")
 def process(tmp_path_factory):
     """The service in a process of its own, with a key; it is stopped by the last test."""
-    directory = tmp_path_factory.mktemp("process")
-    port = 21_000 + os.getpid() % 10_000
-    process = start(port, directory)
-    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
-    log = directory / "log"
-    while "ready: " not in log.read_text():
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.5)
-    yield SimpleNamespace(url=url, log=log, pid=process.pid, process=process, directory=directory)
-    if process.poll() is None:  # the last test failed
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(True)]
-        for one in family:
-            with suppress(psutil.NoSuchProcess):
-                one.kill()
-        psutil.wait_procs(family, timeout=20)
+    settings = ("limits.upload_mb=2", "limits.timeout_seconds=300")
+    with serving(tmp_path_factory.mktemp("process"), *settings, MMRAG_API_KEYS=KEY) as process:
+        yield process
 
 
 @pytest.fixture
@@ -155,6 +122,100 @@ def test_a_wrong_setting_is_named_in_one_line(tmp_path):
         assert process.wait(60) == 1
         told = (tmp_path / "log").read_text()
         assert named in told and "error: " in told and "Traceback" not in told, told
+
+
+def test_large_requests_reach_every_part(process, theirs, write, wave):
+    """Far beyond the 4 MiB of a message: recordings, and the keys of 200 phrases."""
+    sentence = wave(SENTENCE)
+    data = write(sentence)
+    count = int(75 * 16_000 / len(sentence)) + 1
+    answer = requests.post(
+        f"{process.url}/v1/datastores",
+        files=[("file", ("a.flac", data))] * count,
+        data={"name": "recorded", "text": [SENTENCE] * count},
+        headers={"Authorization": f"Bearer {KEY}"},
+        timeout=5 * SECONDS,
+    )
+    assert answer.status_code == 201, answer.text
+    letters = "abcdefghijklmnopqrst"
+    phrases = [NAME, *(f"{a}ar{b}on moss" for a in letters for b in letters)][:200]
+    said = theirs.audio.transcriptions.create(
+        model="mmrag",
+        file=("a.flac", data),
+        extra_body={"context": phrases},
+        timeout=5 * SECONDS,
+    )
+    assert said.text == SENTENCE
+
+
+def test_slow_uploads_are_answered_through_haproxy(process, theirs, clip):
+    head = b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n"
+    head += f"Authorization: Bearer {KEY}\r\n".encode()
+    head += b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+    address = ("127.0.0.1", int(process.url.rpartition(":")[2]))
+    slow = [socket.create_connection(address, timeout=SECONDS) for _ in range(40)]
+    for one in slow:
+        one.sendall(head)
+    file = ("a.flac", clip("is the helmet still on the old farm"))
+    said = theirs.audio.transcriptions.create(model="mmrag", file=file)
+    assert said.text == "is the helmet still on the old farm"
+    for one in slow:
+        assert one.recv(4096).startswith(b"HTTP/1.1 408 ")
+        one.close()
+
+
+def cluster_of(process):
+    """The address of the Ray cluster that a process started."""
+    for child in psutil.Process(process.pid).children(recursive=True):
+        for word in child.cmdline():
+            if word.startswith("--gcs-address="):
+                return word.partition("=")[2]
+    raise LookupError("no cluster")
+
+
+def test_a_second_service_in_the_same_cluster_is_refused(process, tmp_path):
+    second = start(free_ports(1)[0], tmp_path, RAY_ADDRESS=cluster_of(process))
+    assert second.wait(120) == 1
+    said = (tmp_path / "log").read_text()
+    assert f"serves mmrag already (running), at {process.url}" in said and said.count("\n") == 1
+    assert requests.get(f"{process.url}/readyz", timeout=SECONDS).json() == {"status": "ok"}
+
+
+def test_a_taken_port_is_named_before_anything_starts(process, tmp_path):
+    port = int(process.url.rpartition(":")[2])
+    second, started = start(port, tmp_path), time.monotonic()
+    assert second.wait(SECONDS) == 1 and time.monotonic() - started < 15
+    said = (tmp_path / "log").read_text()
+    assert said == (
+        f"error: 127.0.0.1:{port}: another program listens there; choose another port with --port\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ("decoder.num_gpus=64", "decoder.num_gpus=64: no machine of the cluster has so many GPUs"),
+        ("encoder.num_cpus=4096", "encoder.num_cpus=4096: no machine of the cluster has so many"),
+    ],
+)
+def test_a_deployment_that_fits_on_no_machine_is_named(tmp_path, setting, named):
+    process = start(free_ports(1)[0], tmp_path, setting)
+    assert process.wait(120) == 1
+    said = (tmp_path / "log").read_text()
+    assert named in said and said.count("\n") == 1, said
+
+
+@pytest.mark.parametrize("seconds", [0.5, 6, 14])
+def test_an_interrupt_is_quiet_while_it_starts(tmp_path, seconds):
+    process = start(free_ports(1)[0], tmp_path)
+    time.sleep(seconds)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) in (0, 130)
+    said = (tmp_path / "log").read_text()
+    assert "Traceback" not in said and "stop" in said, said
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert alive == []
 
 
 def test_it_finishes_what_it_has_begun_when_it_is_stopped(process, theirs, clip, at_once):

@@ -89,7 +89,7 @@ def test_keys_come_from_the_environment_or_a_file(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, "", "\n \n", b"\xff"])
-def test_a_file_without_keys_does_not_open_the_door(monkeypatch, tmp_path, content):
+def test_a_file_without_keys_lets_nobody_in(monkeypatch, tmp_path, content):
     """Whoever names a file wants to be asked for keys."""
     if content is not None:
         (tmp_path / "keys").write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -1,0 +1,108 @@
+"""What `python -m serve` makes sure of before it deploys: a cluster without another service, and
+room for every deployment. Each check raises StartupError with one sentence.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.schema import ApplicationStatus
+
+from serve.placement import PlacementError, demands, require
+from serve.settings import Settings
+
+APPLICATION = "mmrag"
+CONTROLLER = {"name": "SERVE_CONTROLLER_ACTOR", "namespace": "serve"}
+"""Ray Serve's own actor, which knows where a running Serve listens."""
+POLL_SECONDS = 0.2
+REMINDER_SECONDS = 15.0
+"""After which a start says what it waits for; twice as long before each further time."""
+
+
+class StartupError(RuntimeError):
+    """The service cannot start here; the message says why, and what to change."""
+
+
+def serve_runs(http: dict[str, Any], dashboard: str | None) -> bool:
+    """Whether Serve runs in this cluster already, without this application, at this address.
+
+    `dashboard` is that of the cluster, host:port, which Serve's commands want. Raises StartupError
+    if the application runs, or if Serve listens elsewhere: it would go on listening there, and the
+    first service could no longer be stopped.
+    """
+    try:
+        controller = ray.get_actor(**CONTROLLER)
+    except ValueError:
+        return False
+    listens = ray.get(controller.get_http_config.remote())
+    where = f"http://{listens.host}:{listens.port}"
+    found = serve.status().applications.get(APPLICATION)
+    stop = f" (`serve shutdown --address http://{dashboard}` does)" if dashboard else ""
+    own = "without RAY_ADDRESS, `make serve` starts a cluster of its own"
+    if found is not None:
+        state = found.status.value.lower()
+        raise StartupError(
+            f"this Ray cluster serves {APPLICATION} already ({state}), at {where}; stop that one "
+            f"first, with Ctrl-C where it was started, or end Serve{stop}; {own}"
+        )
+    if (listens.host, listens.port) != (http["host"], http["port"]):
+        raise StartupError(
+            f"Ray Serve runs in this cluster already and listens at {where}, not at "
+            f"http://{http['host']}:{http['port']}: use --host {listens.host} --port "
+            f"{listens.port}, or end Serve first{stop}; {own}"
+        )
+    return True
+
+
+def require_room(settings: Settings) -> None:
+    """Raises StartupError if a deployment has no place in the cluster."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    try:
+        require(demands(settings), machines)
+    except PlacementError as error:
+        raise StartupError(str(error)) from None
+
+
+def wait_until_running(stopped: Callable[[], bool], say: Callable[[str], None]) -> bool:
+    """Return once the application runs: True; or once `stopped`: False.
+
+    `say` gets a line about what is being waited for, now and then. Raises StartupError if the
+    application cannot start.
+    """
+    pause = REMINDER_SECONDS
+    remind = time.monotonic() + pause
+    while not stopped():
+        found = serve.status().applications.get(APPLICATION)
+        if found is not None and found.status == ApplicationStatus.RUNNING:
+            return True
+        if found is not None and found.status == ApplicationStatus.DEPLOY_FAILED:
+            raise StartupError(_summary(found))
+        if found is not None and time.monotonic() > remind:
+            pause *= 2
+            remind = time.monotonic() + pause
+            waiting = [
+                name for name, one in found.deployments.items() if one.status.value != "HEALTHY"
+            ]
+            say(f"still starting: {', '.join(waiting)}; {_free()}")
+        time.sleep(POLL_SECONDS)
+    return False
+
+
+def _summary(found: Any) -> str:
+    """Why an application failed: the last line of what its deployments say."""
+    said = [one.message for one in found.deployments.values() if one.message] or [found.message]
+    lines = [line.strip() for line in said[0].splitlines() if line.strip()]
+    return f"the service cannot start: {lines[-1] if lines else 'no reason given'}"
+
+
+def _free() -> str:
+    """What of the cluster's processors is not reserved."""
+    free, total = ray.available_resources(), ray.cluster_resources()
+    kinds = [kind for kind in ("CPU", "GPU") if total.get(kind)]
+    return ", ".join(
+        f"{free.get(kind, 0):.3g} of {total[kind]:g} {kind}s are free" for kind in kinds
+    )
