@@ -11,10 +11,12 @@ import json
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
+from ray.autoscaler.v2.sdk import get_cluster_status
+from ray.exceptions import RayError
 from ray.experimental.internal_kv import _internal_kv_get
 
 from mmrag.config import Workers
@@ -91,15 +93,30 @@ def placing(*demands: Demand) -> Iterator[Callable[[], None]]:
 def may_grow() -> bool:
     """Whether an autoscaler looks after this cluster.
 
-    One that does reports the types of its nodes by the names in its configuration. Where there is
-    none, Ray's monitor names each node after itself.
+    Its nodes then have the type names of its configuration. Where there is none, Ray names each
+    node's type after the node.
     """
-    with suppress(ValueError, KeyError, AttributeError):
-        report = json.loads(_internal_kv_get(AUTOSCALER_STATUS) or b"{}")["autoscaler_report"]
-        known = {f"node_{node['NodeID']}" for node in ray.nodes()}
-        types = {**(report["active_nodes"] or {}), **(report.get("idle_nodes") or {})}
-        return any(name not in known for name in types)
-    return False
+    own = {f"node_{node['NodeID']}" for node in ray.nodes()}
+    return any(name not in own for name in _reported_types() | _node_types())
+
+
+def _reported_types() -> set[str]:
+    """The node types in the report of Ray's first autoscaler, `ray up`'s; none without a report."""
+    try:
+        report = json.loads(_internal_kv_get(AUTOSCALER_STATUS) or b"{}").get("autoscaler_report")
+    except ValueError:
+        return set()
+    kinds = [(report or {}).get(name) or {} for name in ("active_nodes", "idle_nodes")]
+    return {name for kind in kinds for name in kind}
+
+
+def _node_types() -> set[str]:
+    """The type that each node says it is of: KubeRay's and the second autoscaler's tell it."""
+    try:
+        status = get_cluster_status(ray.get_runtime_context().gcs_address, timeout=5)
+    except (RayError, RuntimeError, ValueError):  # over ray:// it cannot be asked
+        return set()
+    return {node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes)}
 
 
 def _nodes() -> list[Mapping[str, float]]:

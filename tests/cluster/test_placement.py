@@ -1,6 +1,7 @@
 """Workers that do not fit are refused, or waited for aloud."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import ray
@@ -153,5 +154,11 @@ def test_a_cluster_that_may_grow_is_waited_for_aloud(ray_cluster, monkeypatch, c
         said = capsys.readouterr().err
         assert said.startswith("waiting: train.workers: 2 workers of 1 CPU and 1 GPU each cannot")
         assert "autoscaler" in said
+    monkeypatch.undo()
+    status = placement.get_cluster_status(ray.get_runtime_context().gcs_address)
+    [node] = [*status.active_nodes, *status.idle_nodes]
+    grown = replace(status, active_nodes=[replace(node, ray_node_type_name="gpu")], idle_nodes=[])
+    monkeypatch.setattr(placement, "get_cluster_status", lambda *_, **__: grown)
+    assert placement.may_grow()
     monkeypatch.undo()
     assert not placement.may_grow(), "a cluster of `ray.init` has no autoscaler"
