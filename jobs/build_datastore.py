@@ -22,7 +22,7 @@ from mmrag.records import Rejection, Utterance
 from mmrag.retrieval import datastore
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.index import IndexShard, saved_shards, shard_directory, shard_ranges
-from mmrag.retrieval.segment import Description
+from mmrag.retrieval.segment import DatastoreError, Description
 from mmrag.speech import tokenized
 from mmrag.speech.tokenized import Tokenized
 
@@ -49,6 +49,8 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         datastore.create(draft.path, description)
         source = _read(inputs["source"], settings, experiment.seed)
         utterances = list(islice(source, settings.utterances))
+        if not utterances:
+            raise DatastoreError(_empty(inputs["source"], settings))
         shares = parts(utterances, lambda _: 1, settings.part_utterances)
         segments = draft.path / "segments"
         todo = [part for part in shares if not (segments / part.name).exists()]
@@ -116,6 +118,16 @@ def _read(source: Artifact, settings: DatastoreConfig, seed: int) -> Iterator[To
                 yield Tokenized(one.utterance, None)
             elif one.units is not None:
                 yield one
+
+
+def _empty(source: Artifact, settings: DatastoreConfig) -> str:
+    """What is said of a source that has nothing to build a datastore of."""
+    if source.kind == "outside":
+        return f"{source.path}: holds no text to build a datastore of"
+    wanted = f"splits {', '.join(settings.splits)}, audio {settings.audio}"
+    if settings.domain is not None:
+        wanted += f", domain {settings.domain}"
+    return f"{source.path}: has no utterance to build a datastore of ({wanted})"
 
 
 def _index(directory: Path, settings: Index, seed: int, num_cpus: float) -> int:

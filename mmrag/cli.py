@@ -24,6 +24,7 @@ from rich.text import Text
 from mmrag import shipped
 from mmrag.artifact import ArtifactError
 from mmrag.client import Answer, Service, ServiceError
+from mmrag.folders import printable
 from mmrag.records import Transcript
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ WHOLE = {"k": 8, "stride": 1, "whole": 300}
 AGREEMENT = -2.5
 """As in `Decode`."""
 CACHE = Path(os.environ.get("MMRAG_CACHE") or Path.home() / ".cache" / "mmrag") / "phrases"
+AUDIO = "wav, flac, mp3, ogg, webm, m4a, mp4, 3gp, amr and others, whatever the name"
 KEY = "MMRAG_API_KEY"
 """Environment variable: a command line is everybody's to read."""
 ATTRIBUTED_WINDOWS = 400
@@ -95,8 +97,8 @@ def _here(options: argparse.Namespace) -> bool:
         try:
             for transcript in transcribe(file, recogniser, settings, **found):
                 _print(file, transcript, options.json)
-        except AudioError as error:
-            print(f"mmrag: {error}", file=sys.stderr)
+        except (AudioError, OSError) as error:
+            _say(str(error))
             failed = True
     return failed
 
@@ -146,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mmrag", description="Speech recognition with retrieval.")
     commands = parser.add_subparsers(required=True, metavar="command")
     command = commands.add_parser("transcribe", help="transcribe audio files")
-    command.add_argument("files", nargs="+", type=Path, metavar="FILE", help="wav, flac, ogg, mp3")
+    command.add_argument("files", nargs="+", type=Path, metavar="FILE", help=AUDIO)
     command.add_argument(
         "--models",
         type=shipped.find,
@@ -312,14 +314,16 @@ def _listed(file: Path) -> list[str]:
 
 def _print(file: Path, transcript: Transcript, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"file": str(file), **asdict(transcript)}, ensure_ascii=False))
+        print(json.dumps({"file": printable(file), **asdict(transcript)}, ensure_ascii=False))
         return
     marked = " ".join(
         f"[bold green]{_shown(word.text)}[/]" if word.changed else _shown(word.text)
         for word in transcript.words
     )
     marked = marked or "[dim](nothing said)[/]"
-    console.print(f"{_shown(str(file))}  {transcript.start:.1f}–{transcript.end:.1f} s\n  {marked}")
+    console.print(
+        f"{_shown(printable(file))}  {transcript.start:.1f}–{transcript.end:.1f} s\n  {marked}"
+    )
     for word in transcript.words:
         if word.changed and word.source:
             source = word.source
@@ -335,7 +339,12 @@ def _print(file: Path, transcript: Transcript, as_json: bool) -> None:
 
 
 def _complain(file: Path, reason: str) -> None:
-    print(_visible(f"mmrag: {file}: {' '.join(reason.split())}"), file=sys.stderr)
+    _say(f"{printable(file)}: {reason}")
+
+
+def _say(what: str) -> None:
+    """One line, whatever is in it."""
+    print(_visible(f"mmrag: {' '.join(what.split())}"), file=sys.stderr)
 
 
 def _shown(text: str) -> str:

@@ -25,6 +25,7 @@ from serve.settings import Settings
 
 LANGUAGES = {"en": "english", "es": "spanish", "de": "german", "fr": "french"}
 """How OpenAI's verbose answers call a language; others are called by their code."""
+FILE = "wav, flac, mp3, ogg, opus, webm, m4a, mp4, mov, 3gp, amr, aac, aiff, au or caf"
 PROMPT_WORDS = 6
 """Longest part of a prompt that is taken for a name."""
 
@@ -51,7 +52,7 @@ class Transcriptions:
 
     async def transcriptions(
         self,
-        file: Annotated[UploadFile, File(description="wav, flac, ogg, mp3, aiff, au or caf")],
+        file: Annotated[UploadFile, File(description=FILE)],
         model: Annotated[str | None, Form()] = None,
         language: Annotated[str | None, Form(description="ISO 639-1")] = None,
         prompt: Annotated[

@@ -19,9 +19,9 @@ MAY_IMPORT = {
 WINGS = {
     "ground": [
         "config.section", "config.speech", "config.model", "config.retrieval", "config.decoding",
-        "config.experiment", "config", "text", "records", "artifact", "shipped", "score",
+        "config.experiment", "config", "text", "records", "folders", "artifact", "shipped", "score",
     ],
-    "speech": ["audio", "vad", "hubert", "pretraining", "units", "tokenized"],
+    "speech": ["containers", "decoders", "audio", "vad", "hubert", "pretraining", "units", "tokenized"],
     "corpora": [
         "voices.espeak", "voices.flite", "augment", "manifest", "grammar", "synthetic", "spanish",
     ],
@@ -67,10 +67,9 @@ HOMES = {
         "serve.datastores",
     ],
     "yaml": ["mmrag.config", "serve.settings", "jobs.benchmark.endpoint"],
-    "soundfile": [
-        "mmrag.speech.audio",
-        "cluster.recording",
-    ],  # read by the one, written by the other
+    # Read by the one, written by the other.
+    "soundfile": ["mmrag.speech.decoders", "cluster.recording"],
+    "av": ["mmrag.speech.decoders"],
     "torchaudio": ["mmrag.speech", "mmrag.corpora.voices.espeak"],
     "silero_vad": ["mmrag.speech.vad"],
     "transformers": ["mmrag.speech.hubert"],
@@ -100,7 +99,7 @@ HOMES = {
 }
 """Library -> the modules, or whole rooms, that may import it."""
 
-LAZY = {"transformers", "matplotlib", "espeakng_loader", "faker", "silero_vad"}
+LAZY = {"transformers", "matplotlib", "espeakng_loader", "faker", "silero_vad", "av"}
 """Imported where they are needed: slow to load, or an optional extra."""
 
 

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torchaudio.transforms import Resample
 
 from mmrag.folders import printable, walk
-from mmrag.records import Rejection
+from mmrag.records import Rejection, Utterance
 from mmrag.speech.decoders import BLOCK_SECONDS, AudioError, Decoder, named, opened
 
 __all__ = ["BLOCK_SECONDS", "AudioError"]  # of the decoders, for those who ask here
@@ -121,6 +121,11 @@ class Span:
 
 
 WHOLE = Span()
+
+
+def span_of(utterance: Utterance) -> Span:
+    """What an utterance is of its recording."""
+    return Span(utterance.offset, utterance.duration)
 
 
 def find(directory: Path | str) -> tuple[list[Path], list[Rejection]]:

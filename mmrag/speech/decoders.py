@@ -167,17 +167,24 @@ class _Measured:
     def blocks(self, start: int) -> Iterator[tuple[int, np.ndarray]]:
         if start or self._file.tell():
             self._file.seek(start)
-        decoded, error = start, None
+        decoded, error = start, ""
         while decoded < self._file.frames:
-            try:
-                block = self._file.read(BLOCK_SECONDS * self.rate, dtype="float32", always_2d=True)
+            read: list[np.ndarray] = []
+            try:  # a second at a time: with an error, libsndfile gives back nothing
+                while len(read) < BLOCK_SECONDS and decoded < self._file.frames:
+                    read.append(self._file.read(self.rate, dtype="float32", always_2d=True))
+                    decoded += len(read[-1])
+                    if not len(read[-1]):
+                        raise _Damaged("nothing more to decode")
             except soundfile.LibsndfileError as broken:
-                error, block = broken.error_string, ()
-            if len(block) == 0:
+                error = broken.error_string
+            except _Damaged as broken:
+                error = str(broken)
+            if read and len(read[0]):
+                yield self.rate, np.concatenate(read)
+            if error:
                 whole = self._file.frames / self.rate
                 raise _broken_off(self._name, decoded / self.rate, whole, error)
-            decoded += len(block)
-            yield self.rate, block
         seconds = decoded / self.rate
         if self._recording.missing:
             raise _broken_off(self._name, seconds, seconds * (1 + self._recording.missing))
