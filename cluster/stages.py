@@ -125,7 +125,7 @@ class EncodeUnits:
             if one.audio is not None:
                 recordings.setdefault(one.audio, []).append(one)
         for path, said in recordings.items():
-            for one, clips in zip(said, self._open(path, said), strict=True):
+            for clips in self._open(path, said):
                 if isinstance(clips, audio.AudioError):
                     rejected.append(Rejection(printable(path), str(clips)))
                 else:

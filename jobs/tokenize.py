@@ -115,9 +115,8 @@ def _codebook(
         read = [one for one in work_off([encode], shares, settings.workers, "codebook") if len(one)]
         if not read:
             why = "; ".join(_reasons(sample)) or "there is none"
-            raise AudioError(
-                f"{printable(source.path)}: no audio that could be read, to fit a codebook on: {why}"
-            )
+            where = printable(source.path)
+            raise AudioError(f"{where}: no audio that could be read, to fit a codebook on: {why}")
         features = np.concatenate(read)
         frame_seconds = HubertEncoder.load(hubert.path).frame_seconds
         book = Codebook.fit(features, settings.units, experiment.seed, frame_seconds)

@@ -21,7 +21,9 @@ WINGS = {
         "config.section", "config.speech", "config.model", "config.retrieval", "config.decoding",
         "config.experiment", "config", "text", "records", "folders", "artifact", "shipped", "score",
     ],
-    "speech": ["containers", "decoders", "audio", "vad", "hubert", "pretraining", "units", "tokenized"],
+    "speech": [
+        "containers", "decoders", "audio", "vad", "hubert", "pretraining", "units", "tokenized",
+    ],
     "corpora": [
         "voices.espeak", "voices.flite", "augment", "manifest", "grammar", "synthetic", "spanish",
     ],
