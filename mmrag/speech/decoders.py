@@ -135,7 +135,7 @@ def _decoder(recording: Recording, name: str, stack: ExitStack) -> Decoder:
             raise AudioError(f"{name}: {reason}") from None
         if sound is None or sound.format == "MP3":
             raise
-    if sound.frames == 0:
+    if sound.frames == 0 and not recording.flaw:
         raise AudioError(f"{name}: holds no samples")
     if sound.frames >= UNKNOWN_FRAMES:
         raise AudioError(f"{name}: the header does not say how long the audio is")
@@ -241,7 +241,7 @@ class _FFmpeg:
                 seconds += frame.samples / frame.sample_rate
         except _Damaged as damaged:
             raise _broken_off(self._name, seconds, claimed, str(damaged)) from None
-        if not count:
+        if not count and not self._recording.flaw:
             raise AudioError(f"{self._name}: holds no samples")
         if claimed is not None and max(seconds, self._reached) < claimed - CLAIM_SLACK:
             raise _broken_off(self._name, seconds, claimed)
