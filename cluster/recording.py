@@ -86,7 +86,7 @@ class DegradeRecordings:
     def _record(self, one: Utterance) -> np.ndarray:
         if self._kind == "flite":
             return flite.speak(one.text, self._argument)
-        wave = audio.read(one.audio).numpy()
+        wave = audio.read(one.audio, audio.span_of(one)).numpy()
         if self._kind == "telephone":
             return augment.telephone(wave)
         draw = np.random.default_rng([self._seed, zlib.crc32(one.id.encode())])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from cluster.parts import Part, Work, parts, work_off
 from mmrag.config import BatchDecode, Tokenize, Workers
 from mmrag.config import Datastore as DatastoreConfig
 from mmrag.corpora import synthetic
+from mmrag.folders import printable
 from mmrag.model import pretrained
 from mmrag.model.states import read_states
 from mmrag.recogniser import SPOKEN, Recogniser
@@ -40,6 +41,9 @@ from mmrag.transcribe import recognise, words
 
 REJECTED = "rejected.jsonl"
 """The file of a stage's output that names what could not be used, and why."""
+
+Clips = list[tuple[Utterance, torch.Tensor]]
+"""Utterances, each with its wave (T,) at 16 kHz."""
 
 
 def device() -> str:
@@ -65,7 +69,12 @@ class Embed:
     def _embed(self, said: Utterance, units: Units) -> np.ndarray:
         models = self._recogniser
         if self._encoder == "hubert":
-            return models.encoder.features([audio.read(said.audio)])[0].mean(0).cpu().numpy()
+            return (
+                models.encoder.features([audio.read(said.audio, audio.span_of(said))])[0]
+                .mean(0)
+                .cpu()
+                .numpy()
+            )
         prompt = models.vocabulary.prompt(models.vocabulary.encode_units(units))
         ids = torch.tensor([prompt], device=models.lm.embedding.weight.device)
         keys = models.lm(ids, at=torch.zeros_like(ids, dtype=torch.bool)).keys
@@ -86,15 +95,19 @@ class EncodeFeatures:
         waves = []
         for one in part.work:
             with suppress(audio.AudioError):
-                waves.append(self._open(one.audio))
+                waves.append(self._open(one))
         if not waves:
             return np.empty((0, 0), np.float16)
         features = self._encoder.features(waves)
         return np.concatenate([one.cpu().numpy() for one in features]).astype(np.float16)
 
-    def _open(self, path: Path) -> torch.Tensor:
+    def _open(self, one: Utterance) -> torch.Tensor:
         limits = self._settings
-        return next(audio.segments(path, limits.max_seconds, limits.min_seconds)).wave
+        wanted = audio.span_of(one)
+        with closing(
+            audio.segments(one.audio, limits.max_seconds, limits.min_seconds, wanted)
+        ) as segments:
+            return next(segments).wave
 
 
 class EncodeUnits:
@@ -110,36 +123,62 @@ class EncodeUnits:
         rejected: list[Rejection] = []
         heard: list[tuple[Utterance, torch.Tensor]] = []
         tokenized = [Tokenized(one, None) for one in part.work if one.audio is None]
-        for utterance in part.work:
-            if utterance.audio is None:
-                continue
-            try:
-                heard += self._open(utterance)
-            except audio.AudioError as error:
-                rejected.append(Rejection(str(utterance.audio), str(error)))
+        recordings: dict[Path, list[Utterance]] = {}
+        for one in part.work:
+            if one.audio is not None:
+                recordings.setdefault(one.audio, []).append(one)
+        for path, said in recordings.items():
+            for clips in self._open(path, said):
+                if isinstance(clips, audio.AudioError):
+                    rejected.append(Rejection(printable(path), str(clips)))
+                else:
+                    heard += clips
         tokenized += self._encode(heard)
         path = self._directory / f"{part.name}.parquet"
         write_rejections(path.with_name(f".{path.stem}.rejected.jsonl"), rejected)
         write_part(path, tokenized)
         return part.name
 
-    def _open(self, utterance: Utterance) -> list[tuple[Utterance, torch.Tensor]]:
-        """The utterance's clip, or clips: a long one without a transcript is split."""
+    def _open(self, path: Path, said: list[Utterance]) -> list[Clips | audio.AudioError]:
+        """The clips of each utterance of a recording, or why there are none.
+
+        Those with a transcript are one clip each, all read in one pass.
+        """
         limits = self._settings
-        if limits.require_text and not (utterance.text or "").strip():
-            raise audio.AudioError(f"{utterance.audio}: no transcript")
-        if utterance.text is None and audio.duration(utterance.audio) > limits.max_seconds:
-            document = utterance.document or utterance.id
-            return [
-                (replace(utterance, id=f"{utterance.id}#{number}", document=document), segment.wave)
-                for number, segment in enumerate(
-                    audio.segments(utterance.audio, limits.max_seconds, limits.min_seconds)
-                )
-            ]
-        wave = audio.read(
-            utterance.audio, min_seconds=limits.min_seconds, max_seconds=limits.max_seconds
-        )
-        return [(utterance, wave)]
+        whole = [one for one in said if (one.text or "").strip()]
+        try:
+            waves = audio.spans(
+                path,
+                [audio.span_of(one) for one in whole],
+                min_seconds=limits.min_seconds,
+                max_seconds=limits.max_seconds,
+            )
+        except audio.AudioError as error:
+            return [error] * len(said)
+        clips = {
+            id(one): wave if isinstance(wave, audio.AudioError) else [(one, wave)]
+            for one, wave in zip(whole, waves, strict=True)
+        }
+        return [clips[id(one)] if id(one) in clips else self._untranscribed(one) for one in said]
+
+    def _untranscribed(self, one: Utterance) -> Clips | audio.AudioError:
+        """A clip without a transcript, or several: a long one is split."""
+        limits, document = self._settings, one.document or one.id
+        if limits.require_text:
+            return audio.AudioError(f"{printable(one.audio)}: no transcript")
+        try:
+            cut = audio.segments(
+                one.audio, limits.max_seconds, limits.min_seconds, audio.span_of(one)
+            )
+            waves = [segment.wave for segment in cut]
+        except audio.AudioError as error:
+            return error
+        if len(waves) == 1:
+            return [(one, waves[0])]
+        return [
+            (replace(one, id=f"{one.id}#{number}", document=document), wave)
+            for number, wave in enumerate(waves)
+        ]
 
     def _encode(self, heard: list[tuple[Utterance, torch.Tensor]]) -> Iterator[Tokenized]:
         heard.sort(key=lambda pair: len(pair[1]))
@@ -361,9 +400,9 @@ def transcribe_modes(
 
 
 def write_rejections(path: Path, rejected: Iterable[Rejection]) -> None:
-    """One JSON object a line: the source and the reason."""
+    """One JSON object a line, UTF-8: the source and the reason."""
     lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in rejected]
-    path.write_text("".join(lines), encoding="utf-8")
+    path.write_bytes("".join(lines).encode("utf-8", "backslashreplace"))
 
 
 def seconds(one: Tokenized) -> float:

@@ -30,7 +30,7 @@ from mmrag.records import Rejection, Utterance
 from mmrag.retrieval import datastore
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.index import IndexShard, saved_shards, shard_directory, shard_ranges
-from mmrag.retrieval.segment import Description
+from mmrag.retrieval.segment import DatastoreError, Description
 from mmrag.speech import tokenized
 from mmrag.speech.tokenized import Tokenized
 from mmrag.text import read_lines
@@ -60,6 +60,8 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         datastore.create(draft.path, description)
         source = _read(inputs["source"], settings, experiment.seed, Vocabulary.load(lm.path))
         read = list(islice(source, settings.utterances))
+        if not read:
+            raise DatastoreError(_empty(inputs["source"], settings))
         utterances = [one for one in read if isinstance(one, Tokenized)]
         rejected = [one for one in read if isinstance(one, Rejection)]
         shares = parts(utterances, lambda _: 1, settings.part_utterances)
@@ -173,6 +175,16 @@ def _report(source: Artifact, read: int, rejected: Sequence[Rejection]) -> None:
         raise ValueError(f"nothing of {source.path} can be used: {reasons}")
     for line in named:
         stage.console.print(f"  left out: {line}", markup=False)
+
+
+def _empty(source: Artifact, settings: DatastoreConfig) -> str:
+    """What is said of a source that has nothing to build a datastore of."""
+    if source.kind == "outside":
+        return f"{source.path}: holds no text to build a datastore of"
+    wanted = f"splits {', '.join(settings.splits)}, audio {settings.audio}"
+    if settings.domain is not None:
+        wanted += f", domain {settings.domain}"
+    return f"{source.path}: has no utterance to build a datastore of ({wanted})"
 
 
 def _index(directory: Path, settings: Index, seed: int, num_cpus: float) -> int:

@@ -150,7 +150,7 @@ def _epilogue(experiment: Experiment, taken: list[tuple[str, float]]) -> None:
         f"{root / 'evaluation'}.\n\nNext:\n"
         "  make mlflow                                    # compare the stages' runs\n"
         f"  .venv/bin/mmrag transcribe {shown} --models {root} --datastore multimodal\n"
-        "  .venv/bin/mmrag transcribe YOUR_OWN.wav        # any wav, flac, ogg or mp3\n",
+        "  .venv/bin/mmrag transcribe YOUR_OWN.wav        # wav, flac, mp3, ogg, webm, m4a …\n",
         soft_wrap=True,
     )
 

@@ -28,14 +28,15 @@ from mmrag.speech.units import kmeans
 class Waves(Sequence):
     """Clips opened when they are asked for."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
+    def __init__(self, spoken: Sequence[Utterance]) -> None:
+        self._spoken = spoken
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._spoken)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return audio.read(self._paths[index])
+        one = self._spoken[index]
+        return audio.read(one.audio, audio.span_of(one))
 
 
 def run(experiment: Experiment, force: bool = False) -> Artifact:
@@ -102,7 +103,7 @@ def _pretrain(experiment: Experiment, corpus: Path, directory: Path) -> None:
     encoder = pretrain(
         experiment.hubert,
         experiment.pretrain,
-        Waves([one.audio for one in spoken]),
+        Waves(spoken),
         experiment.seed,
         directory,
         kmeans,

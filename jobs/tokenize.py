@@ -17,6 +17,7 @@ from mmrag import artifact, shipped
 from mmrag.artifact import Artifact, Draft
 from mmrag.config import Experiment, recipe
 from mmrag.corpora import librispeech_biasing, manifest, sources
+from mmrag.folders import printable
 from mmrag.records import Rejection, Utterance
 from mmrag.retrieval import phrases
 from mmrag.speech import audio, tokenized
@@ -26,6 +27,8 @@ from mmrag.speech.units import Codebook
 
 CORPUS_SPLITS = ("lm", "text", "adapter", "datastore", "dev", "test")
 WORKERS = "tokenize.workers"
+SHOWN = 3
+"""Rejections that an error quotes: the list has them all."""
 UNKNOWN_SECONDS = 10.0
 """What a clip whose length nobody stated counts for when parts are cut."""
 
@@ -44,6 +47,12 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     else:
         source = artifact.outside(settings.source)
         splits = _splits(source.path)
+    aside = experiment.workspace / f"{settings.name}.rejected.jsonl"
+    if not any(utterances or unread for utterances, unread in splits.values()):
+        raise ValueError(f"{printable(source.path)}: holds no utterance")
+    for split, (utterances, unread) in splits.items():
+        if unread and not utterances:
+            raise _nothing(split, unread, aside)
     codebook = _codebook(experiment, hubert, source, splits, force)
 
     def work(draft: Draft, tracked: Run) -> None:
@@ -61,13 +70,21 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         }
         for _ in work_off([(EncodeUnits, encode)], todo, settings.workers, "units", WORKERS):
             pass
-        rejected = list(chain.from_iterable(unread for _, unread in splits.values()))
+        rejected = {split: list(unread) for split, (_, unread) in splits.items()}
         for piece in sorted(draft.path.glob("*/.*.rejected.jsonl")):
-            rejected += [Rejection(**json.loads(line)) for line in piece.open(encoding="utf-8")]
-        write_rejections(draft.path / REJECTED, rejected)
+            lines = piece.read_text("utf-8").splitlines()
+            rejected[piece.parent.name] += [Rejection(**json.loads(line)) for line in lines]
+        for split, reasons in rejected.items():
+            if reasons and not _written(draft.path / split):
+                for part in draft.path.glob("*/*.parquet"):
+                    part.unlink()  # what is wrong with it may be mended: nothing counts as done
+                raise _nothing(split, reasons, aside)
+        everything = list(chain.from_iterable(rejected.values()))
+        write_rejections(draft.path / REJECTED, everything)
         _write_lists(draft.path, lists)
-        _count(draft, len(rejected))
+        _count(draft, len(everything))
         tracked.file(draft.path / REJECTED)
+        aside.unlink(missing_ok=True)
 
     inputs = {"hubert": hubert, "codebook": codebook, "source": source}
     held = artifact.parts("*/part-*.parquet")
@@ -115,7 +132,9 @@ def _codebook(
             if len(one)
         ]
         if not read:
-            raise AudioError(f"{source.path}: no audio that could be read, to fit a codebook on")
+            why = "; ".join(_reasons(sample)) or "there is none"
+            where = printable(source.path)
+            raise AudioError(f"{where}: no audio that could be read, to fit a codebook on: {why}")
         features = np.concatenate(read)
         frame_seconds = HubertEncoder.load(hubert.path).frame_seconds
         book = Codebook.fit(features, settings.units, experiment.seed, frame_seconds)
@@ -145,9 +164,10 @@ def _splits(path: Path) -> dict[str, tuple[list[Utterance], list[Rejection]]]:
 def _read(path: Path) -> tuple[list[Utterance], list[Rejection]]:
     """A manifest's utterances and its unreadable lines, or the audio files of a directory."""
     if path.is_dir():
+        files, rejected = audio.find(path)
         return [
-            Utterance(id=file.relative_to(path).as_posix(), audio=file) for file in audio.find(path)
-        ], []
+            Utterance(id=file.relative_to(path).as_posix(), audio=file) for file in files
+        ], rejected
     lines = list(manifest.read(path))
     utterances = [line for line in lines if isinstance(line, Utterance)]
     return utterances, [line for line in lines if isinstance(line, Rejection)]
@@ -161,6 +181,40 @@ def _write_lists(directory: Path, lists: dict[str, list[str]]) -> None:
         (directory / phrases.LISTS).write_text("".join(written), encoding="utf-8")
         everyone = sorted(set(chain.from_iterable(lists.values())))
         manifest.write(directory / phrases.SENTENCES, phrases.utterances(everyone))
+
+
+def _nothing(split: str, rejected: Sequence[Rejection], aside: Path) -> ValueError:
+    """The error of a split of which nothing can be used; the whole list lies `aside`."""
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    write_rejections(aside, rejected)
+    shown = "".join(f"\n  {_shown(one)}" for one in rejected[:SHOWN])
+    more = f"\n  … all of them in {printable(aside)}"
+    return ValueError(f"nothing of {split!r} can be used: {len(rejected)} rejected:{shown}{more}")
+
+
+def _shown(rejection: Rejection) -> str:
+    """Its reason, and its source unless the reason begins with it."""
+    known = rejection.reason.startswith(rejection.source)
+    return rejection.reason if known else f"{rejection.source}: {rejection.reason}"
+
+
+def _reasons(sample: Sequence[Utterance]) -> list[str]:
+    """Why the first of the clips cannot be read."""
+    reasons = []
+    for one in sample[:SHOWN]:
+        try:
+            audio.duration(one.audio, enough=1.0)
+        except AudioError as error:
+            reasons.append(str(error))
+    return reasons
+
+
+def _written(split: Path) -> bool:
+    """Whether a split's parts hold any utterance."""
+    return any(
+        next(tokenized.read_part(part), None) is not None
+        for part in sorted(split.glob("part-*.parquet"))
+    )
 
 
 def _seconds(utterance: Utterance) -> float:

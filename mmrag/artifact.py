@@ -21,6 +21,7 @@ from typing import Any
 
 from mmrag.config.section import Recipe
 from mmrag.durable import sync, sync_tree
+from mmrag.folders import printable, walk
 
 FILE = "artifact.json"
 PLAN = ".plan.json"
@@ -263,17 +264,35 @@ def adopt(source: Path | str, path: Path | str, kind: str) -> Artifact:
 
 def outside(path: Path | str) -> Artifact:
     """A user's own file or directory as an input: a file by its contents, a directory by the
-    names and sizes of its files. ArtifactError if there is no such thing."""
+    names and sizes of its files, those behind links to folders among them. ArtifactError if there
+    is no such thing."""
     path = Path(path).absolute()
-    if path.is_file():
+    try:
+        is_file, is_directory = path.is_file(), path.is_dir()
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte in it
+        reason = getattr(error, "strerror", None) or error
+        raise ArtifactError(f"cannot look at {printable(path)}: {reason}") from None
+    if is_file:
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    elif path.is_dir():
-        files = sorted((p.relative_to(path).as_posix(), p.stat().st_size) for p in path.rglob("*"))
+    elif is_directory:
+        files = sorted(
+            (printable(one.relative_to(path)), _size(one))
+            for one in walk(path)
+            if isinstance(one, Path)  # what cannot be listed has no files to know it by
+        )
         digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
     else:
-        raise ArtifactError(f"no such file or directory: {path}")
+        raise ArtifactError(f"no such file or directory: {printable(path)}")
     return Artifact(path, "outside", digest[:16], config={}, inputs={})
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; -1 of one that cannot be looked at, such as a link that leads nowhere."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def fingerprint(

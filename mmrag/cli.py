@@ -26,6 +26,7 @@ from rich.text import Text
 from mmrag import shipped, terminal
 from mmrag.artifact import ArtifactError
 from mmrag.client import Answer, Service, ServiceError
+from mmrag.folders import printable
 from mmrag.records import Transcript
 from mmrag.text import read_lines
 
@@ -53,6 +54,7 @@ AGREEMENT = -2.5
 """As in `Decode`."""
 CACHE = "MMRAG_CACHE"
 """Environment variable: where spoken phrases are kept, by default in ~/.cache/mmrag."""
+AUDIO = "wav, flac, mp3, ogg, webm, m4a, mp4, 3gp, amr and others, whatever the name"
 KEY = "MMRAG_API_KEY"
 """Environment variable: a command line is everybody's to read."""
 TAIL_LETTERS = 400
@@ -108,8 +110,8 @@ def _here(options: argparse.Namespace) -> bool:
         try:
             for transcript in transcribe(file, recogniser, settings, **found):
                 _print(file, transcript, options.json)
-        except AudioError as error:
-            print(f"mmrag: {error}", file=sys.stderr)
+        except (AudioError, OSError) as error:
+            _say(str(error))
             failed = True
     return failed
 
@@ -157,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mmrag", description="Speech recognition with retrieval.")
     commands = parser.add_subparsers(required=True, metavar="command")
     command = commands.add_parser("transcribe", help="transcribe audio files")
-    command.add_argument("files", nargs="+", type=Path, metavar="FILE", help="wav, flac, ogg, mp3")
+    command.add_argument("files", nargs="+", type=Path, metavar="FILE", help=AUDIO)
     command.add_argument(
         "--models",
         type=shipped.find,
@@ -358,7 +360,7 @@ def _listed(file: Path) -> list[str]:
 
 def _print(file: Path, transcript: Transcript, as_json: bool) -> None:
     if as_json:
-        fields = {"file": str(file), **asdict(transcript)}
+        fields = {"file": printable(file), **asdict(transcript)}
         told = json.dumps(fields, ensure_ascii=False)
         print(told if terminal.shows(told) else json.dumps(fields))
         return
@@ -367,7 +369,9 @@ def _print(file: Path, transcript: Transcript, as_json: bool) -> None:
         for word in transcript.words
     )
     marked = marked or "[dim](nothing said)[/]"
-    console.print(f"{_shown(str(file))}  {transcript.start:.1f}–{transcript.end:.1f} s\n  {marked}")
+    console.print(
+        f"{_shown(printable(file))}  {transcript.start:.1f}–{transcript.end:.1f} s\n  {marked}"
+    )
     for word in transcript.words:
         if word.changed and word.source:
             source = word.source
@@ -383,7 +387,12 @@ def _print(file: Path, transcript: Transcript, as_json: bool) -> None:
 
 
 def _complain(file: Path, reason: str) -> None:
-    print(_visible(f"mmrag: {file}: {' '.join(reason.split())}"), file=sys.stderr)
+    _say(f"{printable(file)}: {reason}")
+
+
+def _say(what: str) -> None:
+    """One line, whatever is in it."""
+    print(_visible(f"mmrag: {' '.join(what.split())}"), file=sys.stderr)
 
 
 def _shown(text: str) -> str:

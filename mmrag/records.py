@@ -31,8 +31,8 @@ class Utterance:
     audio: Path | None = None
     duration: float | None = None
     """Seconds, as the corpus states it; None where the audio has not been opened."""
-    offset: float = 0.0
-    """Seconds into the recording at which it begins."""
+    offset: float | None = None
+    """Second of the recording at which it begins; None where it is all there is to hear."""
     speaker: str = ""
     document: str = ""
     """What retrieval excludes as a whole (a book, a call); the utterance's own id by default."""

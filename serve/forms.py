@@ -21,6 +21,7 @@ from serve.errors import ApiError
 from serve.messages import OutputOptions
 from serve.settings import Settings
 
+FILE = "wav, flac, mp3, ogg, opus, webm, m4a, mp4, mov, 3gp, amr, aac, aiff, au or caf"
 PROMPT_WORDS = 6
 """Longest part of a prompt that is taken for a name."""
 EVIDENCE = "retrieval"
@@ -34,7 +35,7 @@ _CONTEXT = "phrases to listen for in this request"
 class TranscriptionForm:
     """The fields of POST /v1/audio/transcriptions; lists are sent with brackets or without."""
 
-    file: Annotated[UploadFile, File(description="wav, flac, ogg, mp3, aiff, au or caf")]
+    file: Annotated[UploadFile, File(description=FILE)]
     model: Annotated[str | None, Form()] = None
     language: Annotated[
         str | None, Form(description="ISO 639-1, or BCP 47, of which the language counts (en-US)")

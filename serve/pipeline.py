@@ -87,8 +87,12 @@ class Pipeline:
         self._reads: bool | None = None
 
     async def seconds(self, data: bytes) -> float:
-        """Length of an upload, by its header; AudioError if it has none or unpacks to too much."""
-        length, density = await asyncio.to_thread(audio.extent, data)
+        """Length of an upload: what it decodes to, or as much of it as exceeds what is taken.
+
+        AudioError if it cannot be read, or unpacks to too much.
+        """
+        enough = self.settings.limits.audio_seconds
+        length, density = await asyncio.to_thread(audio.extent, data, enough)
         if density > HIGHEST_DENSITY:
             message = f"uploaded audio: {density} samples a second, at most {HIGHEST_DENSITY}"
             raise audio.AudioError(message)

@@ -20,11 +20,13 @@ WINGS = {
     "ground": [
         "config.section", "config.speech", "config.model", "config.retrieval", "config.decoding",
         "config.experiment", "config", "text", "terminal", "records", "finite", "durable",
-        "artifact", "shipped",
+        "folders", "artifact", "shipped",
         "score.rates", "score.recall", "score.significance", "score.entities", "score.biasing",
         "score",
     ],
-    "speech": ["audio", "vad", "hubert", "pretraining", "units", "tokenized"],
+    "speech": [
+        "containers", "decoders", "audio", "vad", "hubert", "pretraining", "units", "tokenized",
+    ],
     "corpora": [
         "voices.espeak", "voices.flite", "augment", "manifest", "grammar", "synthetic", "spanish",
         "splits", "slue_voxpopuli", "spoken_squad", "librispeech_biasing", "kaldi", "lhotse_cuts",
@@ -73,10 +75,9 @@ HOMES = {
         "serve.datastores",
     ],
     "yaml": ["mmrag.config", "serve.settings", "jobs.benchmark.endpoint"],
-    "soundfile": [
-        "mmrag.speech.audio",
-        "cluster.recording",
-    ],  # read by the one, written by the other
+    # Read by the one, written by the other.
+    "soundfile": ["mmrag.speech.decoders", "cluster.recording"],
+    "av": ["mmrag.speech.decoders"],
     "torchaudio": ["mmrag.speech", "mmrag.corpora.voices.espeak"],
     "silero_vad": ["mmrag.speech.vad"],
     "transformers": ["mmrag.speech.hubert", "mmrag.model.whisper", "mmrag.model.whisper_training"],
@@ -112,7 +113,7 @@ HOMES = {
 
 LAZY = {
     *("transformers", "huggingface_hub", "matplotlib", "espeakng_loader", "faker", "silero_vad"),
-    *("lhotse", "datasets", "num2words"),
+    *("lhotse", "datasets", "num2words", "av"),
 }
 """Imported where they are needed: slow to load, or an optional extra."""
 

@@ -1,21 +1,23 @@
 """Manifests: one JSON object a line, in NeMo's manner, naming audio, transcript and what is known.
 
 Fields are `audio_filepath` (relative to the manifest's directory, or absolute; absent from a line
-of text alone), `text`, `duration` (seconds), `speaker`, `entities`, `words` (objects of `text`,
-`start` and `end`, seconds), `phones` (likewise), `utterance`, `document`, `domain`. Other fields
-are ignored. Audio is not opened here: a line may name a file that does not exist.
+of text alone), `text`, `offset` and `duration` (seconds: the part of the recording that is meant),
+`speaker`, `entities`, `words` (objects of `text`, `start` and `end`, seconds from the utterance's
+start), `phones` (likewise), `utterance`, `document`, `domain`. Other fields are ignored. Audio is
+not opened here: a line may name a file that does not exist, or that is shorter.
 """
 
 from __future__ import annotations
 
-import codecs
 import json
 import math
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path, PurePath
 from typing import Any
 
+from mmrag.folders import printable
 from mmrag.records import Rejection, Timed, Utterance
 
 
@@ -26,15 +28,17 @@ class ManifestError(ValueError):
 def read(path: Path | str) -> Iterator[Utterance | Rejection]:
     """Each line's utterance, or why there is none; blank lines are passed over.
 
-    An utterance's id is `utterance`, else `audio_filepath` without its suffix, else `line-N`; its
-    document is its id unless the line says otherwise. Raises ManifestError at once if `path` is
-    not a readable file.
+    An utterance's id is `utterance`, else `audio_filepath` without its suffix (with an `offset`:
+    `name@offset`), else `line-N`; its document is its id unless the line says otherwise, with an
+    `offset` the recording that it is a part of. Raises ManifestError at once if `path` is not a
+    readable file.
     """
     path = Path(path)
     try:
         path.open("rb").close()
-    except OSError as error:
-        raise ManifestError(f"cannot read manifest {path}: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte in it
+        reason = getattr(error, "strerror", None) or error
+        raise ManifestError(f"cannot read manifest {printable(path)}: {reason}") from None
     return _read(path)
 
 
@@ -61,6 +65,7 @@ def row(utterance: Utterance, root: Path) -> dict[str, Any]:
         audio = audio.relative_to(root.absolute())
     fields = {
         "audio_filepath": audio and audio.as_posix(),
+        "offset": utterance.offset,
         "duration": utterance.duration,
         "text": utterance.text,
         "speaker": utterance.speaker or None,
@@ -78,7 +83,7 @@ def _read(path: Path) -> Iterator[Utterance | Rejection]:
     seen: dict[str, int] = {}
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
-            if not line.removeprefix(codecs.BOM_UTF8).strip():
+            if not line.removeprefix(BOM_UTF8).strip():
                 continue
             try:
                 utterance = _parse(line, number, path.parent)
@@ -86,7 +91,7 @@ def _read(path: Path) -> Iterator[Utterance | Rejection]:
                 if first != number:
                     raise ValueError(f"utterance {utterance.id!r} is also on line {first}")
             except (ValueError, OverflowError, RecursionError) as error:
-                yield Rejection(f"{path}:{number}", str(error))
+                yield Rejection(f"{printable(path)}:{number}", str(error))
             else:
                 yield utterance
 
@@ -103,16 +108,18 @@ def _parse(line: bytes, number: int, root: Path) -> Utterance:
     if not audio and not text:
         raise ValueError("neither audio_filepath nor text")
     duration = None if fields.get("duration") is None else _seconds(fields, "duration")
-    id = _string(fields, "utterance") or (
-        PurePath(audio).with_suffix("").as_posix() if audio else f"line-{number}"
-    )
+    offset = None if fields.get("offset") is None else _seconds(fields, "offset")
+    recording = PurePath(audio).with_suffix("").as_posix() if audio else f"line-{number}"
+    derived = recording if offset is None else f"{recording}@{offset:.9g}"
+    id = _string(fields, "utterance") or derived
     return Utterance(
         id=id,
         text=text,
         audio=root / audio if audio else None,
         duration=duration,
-        speaker=_string(fields, "speaker") or "",
-        document=_string(fields, "document") or id,
+        offset=offset,
+        speaker=_speaker(fields),
+        document=_string(fields, "document") or (id if offset is None else recording),
         domain=_string(fields, "domain") or "",
         entities=tuple(_checked(entity, "entities") for entity in _list(fields, "entities")),
         words=tuple(_timed(fields, "words")),
@@ -123,6 +130,14 @@ def _parse(line: bytes, number: int, root: Path) -> Utterance:
 def _string(fields: Mapping[str, Any], name: str) -> str | None:
     value = fields.get(name)
     return None if value is None else _checked(value, name)
+
+
+def _speaker(fields: Mapping[str, Any]) -> str:
+    """A name, or a number, as corpora have them."""
+    value = fields.get("speaker")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return _string(fields, "speaker") or ""
 
 
 def _checked(value: Any, name: str) -> str:

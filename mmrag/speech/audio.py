@@ -1,38 +1,50 @@
 """Audio in: a path or bytes in any common format to mono float32 at 16 kHz.
 
 Everything is decoded as a stream of blocks, so a two-hour recording takes no more memory than a
-short one until somebody asks for all of it. A header is checked before anything is decoded, and
-a file that decodes to less than its header promises is an error, never a shorter clip. (Two
-exceptions that libsndfile hides: a truncated WAV or AIFF is read as the samples it has, and a
-variable-rate MP3 without a Xing header as the length estimated from its first frames.)
+short one until somebody asks for all of it, or of a span of it. A header that states a length is
+checked before anything is decoded, and a file that decodes to less is an error, never a shorter
+clip. A file that is several recordings joined is all of them. (What no header states cannot be
+missed: a truncated MP3 without a Xing header, AMR or ADTS is heard as far as its last whole frame.)
+
+Channels are averaged. Where they cancel each other (one of two wired the wrong way round), which
+would leave silence, the loudest of them is taken from there on.
 
 Knows nothing of units, transcripts or where the audio came from.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
-import soundfile
+import numpy as np
 import torch
 from torch.nn import functional as F
 from torchaudio.transforms import Resample
+
+from mmrag.folders import printable, walk
+from mmrag.records import Rejection, Utterance
+from mmrag.speech.decoders import BLOCK_SECONDS, AudioError, Decoder, named, opened
+
+__all__ = ["BLOCK_SECONDS", "AudioError"]  # of the decoders, for those who ask here
 
 SAMPLE_RATE = 16_000
 """Samples a second of every wave that leaves this module."""
 
 SUFFIXES = frozenset(
-    {".aif", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".w64", ".wav"}
+    {
+        *(".3gp", ".3gpp", ".aac", ".aif", ".aiff", ".amr", ".au", ".awb", ".caf", ".flac", ".m4a"),
+        *(".mka", ".mov", ".mp3", ".mp4", ".oga", ".ogg", ".opus", ".w64", ".wav", ".weba"),
+        ".webm",
+    }
 )
 """File names that `find` takes for audio; `read` goes by content."""
 
-BLOCK_SECONDS = 8
 MAX_CHANNELS = 32
 LOWEST_RATE, HIGHEST_RATE = 1_000, 384_000
 LARGEST_FILTER = 2**24
@@ -41,10 +53,12 @@ LARGEST_FILTER = 2**24
 PAUSE_SAMPLES = SAMPLE_RATE // 10
 """Width of the window whose energy decides where to cut: a pause, not a stop consonant."""
 HOP_SAMPLES = SAMPLE_RATE // 100
-
-
-class AudioError(ValueError):
-    """Audio that cannot be used; the message names the path (or "uploaded audio") and why."""
+CANCELLED = 0.05
+"""Energy of the channels' mean over the mean of their energies, below which they cancel each other.
+It is 1/2 for two unrelated channels and 0 for a channel and its negative."""
+SPAN_SLACK = 0.1
+"""Seconds by which a stated length may differ from the decoded one: so much do tools disagree about
+a compressed file."""
 
 
 @dataclass(frozen=True)
@@ -56,56 +70,190 @@ class Segment:
     end: float
 
 
-def find(directory: Path | str) -> list[Path]:
-    """Every audio file below `directory`, sorted; hidden files are passed over.
+@dataclass(frozen=True)
+class Span:
+    """What is wanted of a recording: `seconds` from second `start` on, or all the rest.
 
-    Raises AudioError if there is no such directory, or no audio in it.
+    `seconds` without a `start` is what somebody says of the recording as a whole: it is read whole
+    if it is as long (give or take SPAN_SLACK), and as far as that if it is longer.
     """
-    directory = Path(directory)
+
+    start: float | None = None
+    seconds: float | None = None
+
+    @property
+    def first(self) -> int:
+        """Its first sample at 16 kHz."""
+        return round((self.start or 0.0) * SAMPLE_RATE)
+
+    @property
+    def last(self) -> int | None:
+        """The sample that follows its last one; None at the recording's end."""
+        if self.seconds is None:
+            return None
+        return round(((self.start or 0.0) + self.seconds) * SAMPLE_RATE)
+
+    @property
+    def enough(self) -> float:
+        """The sample up to which a recording has to be read."""
+        if self.last is None:
+            return math.inf
+        return self.last + (SPAN_SLACK * SAMPLE_RATE if self.start is None else 0)
+
+    def cut(self, wave: torch.Tensor, position: int) -> torch.Tensor:
+        """The span of a wave that begins at sample `position` and reaches to `enough` or to the
+        recording's end."""
+        ends = position + len(wave)
+        last = ends if self.last is None or ends < self.enough else self.last
+        return wave[max(0, self.first - position) : max(0, last - position)]
+
+    def check(self, name: str, total: float) -> None:
+        """Raise AudioError if a recording of `total` seconds does not have it."""
+        start, seconds = self.start or 0.0, self.seconds or 0.0
+        if start + seconds <= total + SPAN_SLACK and start < total:
+            return
+        if self.start is None:
+            raise AudioError(f"{name}: is {total:.2f} s long, not {seconds:.2f} s as is said of it")
+        wanted = (
+            f"{start:.2f} s to {start + seconds:.2f} s" if self.seconds else f"{start:.2f} s on"
+        )
+        raise AudioError(f"{name}: {wanted} is wanted of it, but it ends after {total:.2f} s")
+
+
+WHOLE = Span()
+
+
+def span_of(utterance: Utterance) -> Span:
+    """What an utterance is of its recording."""
+    return Span(utterance.offset, utterance.duration)
+
+
+def find(directory: Path | str) -> tuple[list[Path], list[Rejection]]:
+    """Every audio file below `directory`, sorted, and what cannot be used: folders that cannot be
+    listed, links that lead nowhere, names that are not UTF-8 (no transcript could name them).
+
+    Links to folders are followed; hidden files are passed over. Raises AudioError if there is no
+    such directory, or no audio in it.
+    """
+    directory, found, rejected = Path(directory), [], []
     if not directory.is_dir():
-        raise AudioError(f"{directory}: no such directory")
-    found = sorted(
-        path
-        for path in directory.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
-    if not found:
-        raise AudioError(f"{directory}: holds no audio file ({', '.join(sorted(SUFFIXES))})")
-    return found
+        raise AudioError(f"{printable(directory)}: no such directory")
+    for path in walk(directory):
+        if isinstance(path, Rejection):
+            rejected.append(path)
+        elif path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+            reason = _unusable(path, directory)
+            if reason is None:
+                found.append(path)
+            elif reason:
+                rejected.append(Rejection(printable(path), reason))
+    if not found and not rejected:
+        suffixes = ", ".join(sorted(SUFFIXES))
+        raise AudioError(f"{printable(directory)}: holds no audio file ({suffixes})")
+    return sorted(found), rejected
 
 
-def duration(source: Path | str | bytes) -> float:
-    """Seconds of audio, from the header alone. Raises AudioError if there is no valid header."""
-    with _open(source) as file:
-        return file.frames / file.samplerate
+def _unusable(path: Path, directory: Path) -> str | None:
+    """Why a file below `directory` cannot be used, if it cannot; nothing is said of no file."""
+    try:
+        str(path.relative_to(directory)).encode()
+        if path.is_file():
+            return None
+        return f"a link to {printable(path.readlink())}, which is not there" * path.is_symlink()
+    except UnicodeEncodeError:
+        return "its name is not UTF-8: rename it"
+    except OSError as error:
+        return f"cannot be looked at: {error.strerror}"
 
 
-def extent(source: Path | str | bytes) -> tuple[float, int]:
-    """Seconds of audio and samples a second over all channels, from the header alone.
+def duration(source: Path | str | bytes, enough: float = math.inf) -> float:
+    """Seconds of audio: by the header where that can be relied on, else by decoding, as far as
+    `enough` seconds and no further. Raises AudioError if it cannot be read."""
+    return extent(source, enough)[0]
+
+
+def extent(source: Path | str | bytes, enough: float = math.inf) -> tuple[float, int]:
+    """Seconds of audio, as `duration` does, and samples a second over all channels.
 
     Raises AudioError as `duration` does.
     """
-    with _open(source) as file:
-        return file.frames / file.samplerate, file.samplerate * file.channels
+    with opened(source) as decoders:
+        _check_headers(named(source), decoders)
+        seconds = 0.0
+        for decoder in decoders:
+            if decoder.frames is not None:
+                seconds += decoder.frames / decoder.rate
+                continue
+            with closing(decoder.blocks(0)) as blocks:
+                for rate, block in blocks:
+                    seconds += len(block) / rate
+                    if seconds > enough:
+                        break
+        return seconds, max(decoder.rate * decoder.channels for decoder in decoders)
 
 
 def read(
-    source: Path | str | bytes, *, min_seconds: float = 0.0, max_seconds: float | None = None
+    source: Path | str | bytes,
+    span: Span = WHOLE,
+    *,
+    min_seconds: float = 0.0,
+    max_seconds: float | None = None,
 ) -> torch.Tensor:
-    """The whole of `source` as a mono wave (T,) float32 at 16 kHz.
+    """The whole of `source`, or a span of it, as a mono wave (T,) float32 at 16 kHz.
 
-    Raises AudioError if `source` is missing, not audio, truncated, holds NaN or infinity, or if
-    its header states a length outside the limits (nothing is decoded then).
+    A span is cut out of the whole wave, sample for sample. Raises AudioError if `source` is
+    missing, not audio, broken off, shorter than the span, holds NaN or infinity, or has a length
+    outside the limits (nothing is decoded then if its header states it).
     """
-    with _open(source) as file:
-        _check_length(source, file, min_seconds, max_seconds)
-        return torch.cat(list(_resampled(_blocks(source, file), file.samplerate)))
+    [wave] = spans(source, [span], min_seconds=min_seconds, max_seconds=max_seconds)
+    if isinstance(wave, AudioError):
+        raise wave
+    return wave
+
+
+def spans(
+    source: Path | str | bytes,
+    wanted: Sequence[Span],
+    *,
+    min_seconds: float = 0.0,
+    max_seconds: float | None = None,
+) -> list[torch.Tensor | AudioError]:
+    """Several spans of one recording, in one pass; what `read` would raise for each that fails.
+
+    Raises AudioError if `source` cannot even be opened.
+    """
+    results: list[torch.Tensor | AudioError] = [AudioError("not read")] * len(wanted)
+    name = named(source)
+    with opened(source) as decoders:
+        _check_headers(name, decoders)
+        total, passed = _total(decoders), []
+        for number, span in enumerate(wanted):
+            try:
+                _check_length(name, total, span, min_seconds, max_seconds)
+                passed.append(number)
+            except AudioError as error:
+                results[number] = error
+        passed.sort(key=lambda number: wanted[number].first)
+        if passed:
+            window = _Window(name, decoders, wanted[passed[0]], max_seconds)
+        for number in passed:
+            try:
+                wave = window.of(wanted[number])
+                _check_samples(name, len(wave), min_seconds, max_seconds)
+                results[number] = wave
+            except AudioError as error:
+                results[number] = error
+    return results
 
 
 def segments(
-    source: Path | str | bytes, max_seconds: float, min_seconds: float = 0.1
+    source: Path | str | bytes,
+    max_seconds: float,
+    min_seconds: float = 0.1,
+    span: Span = WHOLE,
 ) -> Iterator[Segment]:
-    """Cut `source` at its quietest places into segments of `min_seconds` to `max_seconds`.
+    """Cut `source`, or a span of it, at its quietest places into segments of `min_seconds` to
+    `max_seconds`; times count from the span's start.
 
     The cut falls in the second half of what still fits, where a tenth of a second has the least
     energy (of equals the latest). Audio within the limit is one segment. Concatenated, the
@@ -121,15 +269,18 @@ def segments(
             f"cannot cut segments of {min_seconds} to {max_seconds} s: the longest must be at "
             f"least 0.2 s and twice the shortest"
         )
-    with _open(source) as file:
-        _check_length(source, file, min_seconds, None)
+    name = named(source)
+    with opened(source) as decoders:
+        _check_headers(name, decoders)
+        _check_length(name, _total(decoders), span, min_seconds, None)
         start, pending = 0, torch.empty(0)
-        for block in _resampled(_blocks(source, file), file.samplerate):
+        for block in _Window(name, decoders, span).stream(span):
             pending = torch.cat([pending, block])
             while len(pending) > limit + least:  # what follows the cut is long enough, too
                 segment, pending = _split(pending, limit, least, start)
                 start += len(segment.wave)
                 yield segment
+        _check_samples(name, start + len(pending), min_seconds, None)
         while len(pending) > limit:
             segment, pending = _split(pending, limit, least, start)
             start += len(segment.wave)
@@ -158,78 +309,149 @@ def _quietest(wave: torch.Tensor) -> int:
     return last * HOP_SAMPLES + window // 2
 
 
-@contextmanager
-def _open(source: Path | str | bytes) -> Iterator[soundfile.SoundFile]:
-    """Open `source` and check what its header says of everything but the length wanted."""
-    name = _name(source)
-    if isinstance(source, bytes):
-        if not source:
-            raise AudioError(f"{name}: empty")
-        handle: io.BytesIO | bytes = io.BytesIO(source)
-    else:
-        path = Path(source)
-        if not path.exists():
-            raise AudioError(f"{name}: no such file")
-        if not path.is_file():
-            raise AudioError(f"{name}: is not a file")
-        if path.stat().st_size == 0:
-            raise AudioError(f"{name}: the file is empty")
-        handle = os.fsencode(path)  # soundfile would encode a name more strictly than we got it
-    try:
-        file = soundfile.SoundFile(handle)
-    except soundfile.LibsndfileError as error:
-        raise AudioError(f"{name}: cannot be read as audio: {error.error_string}") from None
-    except TypeError:  # soundfile's answer to a file named .raw
-        raise AudioError(f"{name}: headerless audio does not say its sample rate") from None
-    with file:
-        _check_header(name, file)
-        yield file
+class _Window:
+    """What of a recording is in memory while spans of it are read, the earliest first."""
+
+    def __init__(
+        self,
+        name: str,
+        decoders: Sequence[Decoder],
+        first: Span,
+        max_seconds: float | None = None,
+    ) -> None:
+        """Begins before the span `first`; a span may not turn out longer than `max_seconds`."""
+        self._name, self._ended = name, False
+        self._limit = math.inf if max_seconds is None else max_seconds * SAMPLE_RATE
+        # A second before is more than the resampling filter reaches, and a whole number of samples.
+        seekable = len(decoders) == 1 and decoders[0].frames is not None
+        skipped = max(0, first.first // SAMPLE_RATE - 1) if seekable else 0
+        self._position = skipped * SAMPLE_RATE
+        self._held: list[torch.Tensor] = []
+        self._end = self._position
+        self._blocks = _waves(name, decoders, skipped)
+
+    def of(self, span: Span) -> torch.Tensor:
+        """A span that begins no earlier than those before it."""
+        self._forget(span.first)
+        while not self._ended and self._end < span.enough:
+            self._next()
+            self._forget(span.first)
+            if span.last is None and self._end - span.first > self._limit:
+                seconds = self._limit / SAMPLE_RATE  # no need to know by how much
+                raise AudioError(f"{self._name}: longer than {seconds} s")
+        if self._ended:
+            span.check(self._name, self._end / SAMPLE_RATE)
+        held = torch.cat(self._held) if self._held else torch.empty(0)
+        self._held = [held]
+        return span.cut(held, self._position)
+
+    def stream(self, span: Span) -> Iterator[torch.Tensor]:
+        """The same, block by block."""
+        while not self._ended and self._end < span.enough:
+            self._next()
+            self._forget(span.first)
+            # What lies between `last` and `enough` belongs to the span if the recording ends there.
+            sure = self._end if span.last is None else min(self._end, span.last)
+            if sure > self._position and self._end > span.first:
+                held = torch.cat(self._held)
+                piece = held[max(0, span.first - self._position) : sure - self._position]
+                self._held, self._position = [held[sure - self._position :]], sure
+                yield piece
+        if self._ended:
+            span.check(self._name, self._end / SAMPLE_RATE)
+            if self._held:
+                yield span.cut(torch.cat(self._held), self._position)
+
+    def _next(self) -> None:
+        block = next(self._blocks, None)
+        if block is None:
+            self._ended = True
+        else:
+            self._held.append(block)
+            self._end += len(block)
+
+    def _forget(self, before: int) -> None:
+        while self._held and self._position + len(self._held[0]) <= before:
+            self._position += len(self._held.pop(0))
 
 
-def _check_header(name: str, file: soundfile.SoundFile) -> None:
-    rate = file.samplerate
+def _check_headers(name: str, decoders: Sequence[Decoder]) -> None:
+    for decoder in decoders:
+        _check_rate(name, decoder.rate)
+        if decoder.channels > MAX_CHANNELS:
+            most = f"at most {MAX_CHANNELS} are supported"
+            raise AudioError(f"{name}: {decoder.channels} channels, {most}")
+
+
+def _check_rate(name: str, rate: int) -> None:
     common = math.gcd(rate, SAMPLE_RATE)
     filter_size = (rate // common) * (SAMPLE_RATE // common)
     if not LOWEST_RATE <= rate <= HIGHEST_RATE or filter_size > LARGEST_FILTER:
         raise AudioError(f"{name}: a sample rate of {rate} Hz is not supported")
-    if file.channels > MAX_CHANNELS:
-        raise AudioError(f"{name}: {file.channels} channels, at most {MAX_CHANNELS} are supported")
-    if file.frames == 0:
-        raise AudioError(f"{name}: holds no samples")
-    if file.frames >= 2**62:  # libsndfile's "unknown": a FLAC written into a pipe
-        raise AudioError(f"{name}: the header does not say how long the audio is")
+
+
+def _total(decoders: Sequence[Decoder]) -> float | None:
+    """Seconds of all recordings; None if only decoding tells."""
+    if any(decoder.frames is None for decoder in decoders):
+        return None
+    return sum(decoder.frames / decoder.rate for decoder in decoders)
 
 
 def _check_length(
-    source: Path | str | bytes,
-    file: soundfile.SoundFile,
-    min_seconds: float,
-    max_seconds: float | None,
+    name: str, total: float | None, span: Span, min_seconds: float, max_seconds: float | None
 ) -> None:
-    seconds = file.frames / file.samplerate
+    """What can be said before anything is decoded."""
+    if total is not None:
+        span.check(name, total)
+    seconds = span.seconds
+    if total is not None:
+        rest = total - (span.start or 0.0)
+        seconds = rest if seconds is None else min(rest, seconds)
+    if seconds is not None:
+        _check_samples(name, seconds * SAMPLE_RATE, min_seconds, max_seconds)
+
+
+def _check_samples(
+    name: str, samples: float, min_seconds: float, max_seconds: float | None
+) -> None:
+    seconds = samples / SAMPLE_RATE
     if seconds < min_seconds:
-        raise AudioError(f"{_name(source)}: {seconds:.3f} s, shorter than {min_seconds} s")
+        raise AudioError(f"{name}: {seconds:.3f} s, shorter than {min_seconds} s")
     if max_seconds is not None and seconds > max_seconds:
-        raise AudioError(f"{_name(source)}: {seconds:.1f} s, longer than {max_seconds} s")
+        raise AudioError(f"{name}: {seconds:.1f} s, longer than {max_seconds} s")
 
 
-def _blocks(source: Path | str | bytes, file: soundfile.SoundFile) -> Iterator[torch.Tensor]:
-    """Decode to mono blocks (T,) of `BLOCK_SECONDS`, the last one shorter, at the file's rate."""
-    name, rate, decoded = _name(source), file.samplerate, 0
-    while decoded < file.frames:
-        where = f"after {decoded / rate:.1f} of {file.frames / rate:.1f} s"
-        try:
-            frames = file.read(BLOCK_SECONDS * rate, dtype="float32", always_2d=True)
-        except soundfile.LibsndfileError as error:
-            reason = error.error_string
-            raise AudioError(f"{name}: truncated or broken {where}: {reason}") from None
-        if len(frames) == 0:
-            raise AudioError(f"{name}: truncated or broken {where}: nothing more to decode")
-        block = torch.from_numpy(frames).mean(dim=1)
-        if not block.isfinite().all():
-            raise AudioError(f"{name}: NaN or infinite samples {where}")
-        decoded += len(frames)
-        yield block
+def _waves(name: str, decoders: Sequence[Decoder], skipped: int) -> Iterator[torch.Tensor]:
+    """Everything from second `skipped` on as blocks at 16 kHz."""
+    for rate, run in groupby(_mono(name, decoders, skipped), key=itemgetter(0)):
+        _check_rate(name, rate)
+        yield from _resampled((block for _, block in run), rate)
+
+
+def _mono(
+    name: str, decoders: Sequence[Decoder], skipped: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Samples a second and mono blocks (T,), the recordings one after the other."""
+    for decoder in decoders:
+        loudest, seconds = None, float(skipped)
+        with closing(decoder.blocks(skipped * decoder.rate)) as blocks:
+            for rate, samples in blocks:
+                if not np.isfinite(samples).all():
+                    raise AudioError(f"{name}: NaN or infinite samples after {seconds:.1f} s")
+                seconds += len(samples) / rate
+                channels = torch.from_numpy(samples)
+                if loudest is None and _cancel(channels):
+                    loudest = int(channels.square().sum(0).argmax())
+                within = loudest is not None and loudest < channels.shape[1]
+                yield rate, channels[:, loudest].clone() if within else channels.mean(dim=1)
+
+
+def _cancel(channels: torch.Tensor) -> bool:
+    """Whether the mean of channels (T, C) loses what is in them."""
+    if channels.shape[1] == 1:
+        return False
+    apart = channels.square().mean()
+    return bool(apart > 0 and channels.mean(dim=1).square().mean() < CANCELLED * apart)
 
 
 def _resampled(blocks: Iterator[torch.Tensor], rate: int) -> Iterator[torch.Tensor]:
@@ -251,7 +473,3 @@ def _resampled(blocks: Iterator[torch.Tensor], rate: int) -> Iterator[torch.Tens
             yield resample(pending)[before * SAMPLE_RATE : until * SAMPLE_RATE]
             pending, before = pending[(until - 1) * rate :], 1
     yield resample(pending)[before * SAMPLE_RATE :]
-
-
-def _name(source: Path | str | bytes) -> str:
-    return "uploaded audio" if isinstance(source, bytes) else str(source)

@@ -108,7 +108,7 @@ def test_a_folder_on_a_bad_day_is_read_and_what_cannot_be_is_named(borrow, recor
         rejected(made),
         {
             str(recordings / "c-empty.wav"): "the file is empty",
-            str(recordings / "d-truncated.flac"): "truncated or broken",
+            str(recordings / "d-truncated.flac"): "breaks off after",
             str(recordings / "e-letter.wav"): "cannot be read as audio",
             str(recordings / "f-click.wav"): "0.020 s, shorter than 0.1 s",
         },

@@ -428,6 +428,23 @@ def test_a_users_own_input_is_known_by_its_contents(tmp_path):
         artifact.outside(tmp_path / "missing")
 
 
+def test_a_folder_is_known_for_what_can_be_looked_at_in_it(tmp_path):
+    folder, elsewhere = tmp_path / "audio", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    (folder / "gone.wav").symlink_to("nowhere")
+    (folder / "loop").symlink_to(folder)
+    (folder / "linked").symlink_to(elsewhere)
+    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.wav")).touch()
+    before = artifact.outside(folder).fingerprint
+    assert artifact.outside(folder).fingerprint == before
+    (elsewhere / "a.wav").write_text("abc")
+    assert artifact.outside(folder).fingerprint != before
+    for name, reason in [("x" * 300, "File name too long"), ("a\0b", "no such file")]:
+        with pytest.raises(ArtifactError, match=reason):
+            artifact.outside(tmp_path / name)
+
+
 def files(path: Path) -> dict[str, bytes]:
     return {
         file.relative_to(path).as_posix(): file.read_bytes()

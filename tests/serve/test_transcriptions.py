@@ -331,7 +331,7 @@ def test_audio_that_cannot_be_read_is_refused_with_the_reason(service, file, wav
         (b"", "empty"),
         (b"to whom it may concern", "cannot be read as audio"),
         (b"\x89PNG\r\n\x1a\n" + bytes(99), "cannot be read as audio"),
-        (file[: len(file) // 2], "truncated or broken"),
+        (file[: len(file) // 2], "breaks off after"),
         (wav[:44], "holds no samples"),
         (write(silence), "shorter than"),
         (nothing, "NaN or infinite"),

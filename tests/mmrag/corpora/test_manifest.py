@@ -31,6 +31,7 @@ utterances = st.builds(
     text=names.filter(bool),
     audio=st.none() | st.sampled_from([Path("/corpus/clips/a.flac"), Path("/elsewhere/b.wav")]),
     duration=st.none() | seconds,
+    offset=st.none() | seconds,
     speaker=names,
     document=names.filter(bool),
     domain=names,
@@ -152,6 +153,43 @@ def test_a_byte_order_mark_and_unknown_fields_do_no_harm(tmp_path):
     path = tmp_path / "manifest.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "caf\xc3\xa9", "lang": "fr"}\n')
     assert [made.text for made in read(path)] == ["café"]
+
+
+def test_lines_of_one_recording_are_utterances_of_their_own(tmp_path):
+    path = lines(
+        tmp_path / "manifest.jsonl",
+        {**GOOD, "offset": 0},
+        {**GOOD, "offset": 1.5},
+        {**GOOD, "offset": 3.125, "utterance": "mine", "document": "call"},
+        {**GOOD, "offset": 1.5},
+        {**GOOD, "offset": -1},
+    )
+    *made, twice, negative = read(path)
+    assert [(one.id, one.document, one.offset, one.duration) for one in made] == [
+        ("clips/a@0", "clips/a", 0.0, 1.5),
+        ("clips/a@1.5", "clips/a", 1.5, 1.5),
+        ("mine", "call", 3.125, 1.5),
+    ]
+    assert twice.reason == "utterance 'clips/a@1.5' is also on line 2"
+    assert negative.reason == "offset is not a time: -1"
+
+
+def test_a_speaker_may_be_a_number(tmp_path):
+    path = lines(
+        tmp_path / "manifest.jsonl", {**GOOD, "speaker": 1089}, {"text": "a", "speaker": True}
+    )
+    assert [getattr(made, "speaker", "rejected") for made in read(path)] == ["1089", "rejected"]
+
+
+def test_windows_line_ends_and_marks_are_read(tmp_path):
+    path = tmp_path / "manifest.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf\r\n{"text": "one"}\r\n\r\n{"text": "two"}\r\n')
+    assert [made.text for made in read(path)] == ["one", "two"]
+
+
+def test_a_manifest_with_an_impossible_name_is_an_error_that_names_it():
+    with pytest.raises(ManifestError, match="embedded null byte"):
+        read("a\0b.jsonl")
 
 
 def test_a_missing_manifest_is_an_error_that_names_it_before_anything_is_read(tmp_path):

@@ -32,6 +32,39 @@ def test_a_sentence_is_speech_in_every_voice(voice):
     assert vad.spoken(torch.cat((torch.zeros(32_000), wave[:8000])), THRESHOLD)
 
 
+@pytest.mark.parametrize("decibels", [-40, -52, -60, -68])
+@pytest.mark.parametrize("voice", VOICES["test"][:2], ids=lambda voice: voice.id)
+def test_a_sentence_is_speech_however_quiet(voice, decibels):
+    wave = torch.from_numpy(Synthesizer().speak("please call maria lopez", voice).wave)
+    quiet = wave / wave.abs().max() * 10 ** (decibels / 20)
+    digits = (quiet * 2**15).round() / 2**15
+    assert vad.spoken(digits, THRESHOLD)
+    padded = torch.cat((torch.zeros(16_000), digits, torch.zeros(16_000)))
+    kept, start = vad.trim(padded)
+    assert 16_000 - 640 <= start <= 16_000 + 1_600 and len(kept) <= len(digits) + 1_280
+    assert 0.1 < float(kept.abs().max()) < 2
+
+
+@pytest.mark.parametrize("decibels", [-96, -90, -80, -70, -60, -50])
+def test_noise_is_no_speech_however_quiet(decibels):
+    draw = torch.Generator().manual_seed(decibels)
+    for _ in range(3):
+        noise = torch.randn(48_000, generator=draw) * 10 ** (decibels / 20)
+        assert not vad.spoken((noise * 2**15).round() / 2**15, THRESHOLD)
+
+
+@pytest.mark.parametrize("softer", [0.03, 0.003])
+def test_quiet_noise_and_tones_are_not_speech(softer):
+    waves = [(wave * softer * 2**15).round() / 2**15 for wave in clips(30, seed=5)]
+    assert sum(vad.spoken(wave, THRESHOLD) for wave in waves) == 0
+
+
+def test_a_clip_of_a_usual_level_is_left_as_it_is():
+    wave = torch.from_numpy(Synthesizer().speak("please call maria lopez", VOICES["test"][0]).wave)
+    for clip in (wave, 0.1 * wave, torch.zeros(16_000), torch.ones(10) * 1e-3):
+        assert vad.levelled(clip) is clip
+
+
 def test_a_threshold_of_nothing_asks_nothing():
     assert vad.spoken(torch.zeros(100), 0)
     assert not vad.spoken(torch.zeros(100), THRESHOLD)
