@@ -72,7 +72,7 @@ STOPPED = ".stopped.json"
 """Why the workers gave up, all of them together."""
 CAUSES = {cause.__name__: cause for cause in (TrainingError, NonFiniteLoss)}
 LEARNED = {
-    *("optimizer", "scheduler", "fp16", "amp", "torch_autocast", "data_types"),
+    *("optimizer", "scheduler", "fp16", "amp", "torch_autocast"),
     *("train_batch_size", "prescale_gradients", "gradient_predivide_factor", "sparse_gradients"),
     *("communication_data_type", "curriculum_learning", "data_efficiency"),
     *("progressive_layer_drop", "compression_training", "managed_gradient_accumulation"),
@@ -172,6 +172,8 @@ def deepspeed_config(experiment: Experiment, dtype: torch.dtype) -> dict[str, An
         "gradient_clipping": settings.clip,
         "bf16": {"enabled": dtype == torch.bfloat16},
     }
+    if settings.zero_stage >= 2:
+        decided["data_types"] = {"grad_accum_dtype": "fp32"}
     extra = json.loads(Path(settings.deepspeed).read_text()) if settings.deepspeed else {}
     clash = sorted(decided.keys() & extra.keys())
     if "stage" in extra.get("zero_optimization", {}):

@@ -105,7 +105,7 @@ HOMES = {
     "requests": ["mmrag.client", "serve.api"],
     "tqdm": ["cluster.progress"],
     "rich": ["mmrag.cli", "jobs"],
-    "matplotlib": ["jobs.evaluate", "jobs.reproduce.report"],
+    "matplotlib": ["jobs.evaluation_tables", "jobs.reproduce.report"],
     # Ray Data's rows are Arrow's: values are packed on their way between our own processes.
     "pickle": ["cluster.parts"],
 }

@@ -7,7 +7,7 @@ from mlflow import MlflowClient
 
 from cluster.modes import open_locally
 from cluster.tracking import tracking_uri
-from jobs import evaluate, tune
+from jobs import evaluate, evaluation_tables, tune
 from mmrag import artifact
 from mmrag.artifact import ArtifactError
 from mmrag.config import Experiment
@@ -107,7 +107,7 @@ def test_without_retrieval_no_word_is_called_changed(transcripts):
 def test_the_table_shows_the_results(results, workspace):
     table = (workspace.path / "evaluation" / "results.md").read_text()
     for row in results["rows"]:
-        assert "| " + " | ".join(evaluate.cells(row)) + " |" in table
+        assert "| " + " | ".join(evaluation_tables.cells(row)) + " |" in table
     voices = {voice for by in results["speakers"] for voice in by}
     assert voices and all(f"| {voice} |" in table for voice in voices)
 

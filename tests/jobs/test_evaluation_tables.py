@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from cluster.stages import TranscribedUtterance
-from jobs import evaluate, stage
+from jobs import evaluate, evaluation_tables, stage
 from jobs.evaluate import EvaluationMode, Result
 
 STORE = SimpleNamespace(summary={"entries": 9})
@@ -50,7 +50,7 @@ def results() -> list[Result]:
 
 
 def written(directory: Path, results: list[Result]) -> tuple[dict, str]:
-    evaluate.write(directory, results, evaluate._compare(results, 20, 0), "test", None)
+    evaluation_tables.write(directory, results, evaluate._compare(results, 20, 0), "test", None)
     page = (directory / "results.md").read_text()
     return json.loads((directory / "results.json").read_text()), page
 
@@ -65,7 +65,7 @@ def test_entities_are_scored_in_every_mode(tmp_path, results):
     for row in found["rows"]:
         for kind in ("substitutions", "deletions", "insertions", "words"):
             assert row[f"entity_{kind}"] + row[f"other_{kind}"] == row[kind]
-        assert "| " + " | ".join(evaluate.entity_cells(row)) + " |" in page
+        assert "| " + " | ".join(evaluation_tables.entity_cells(row)) + " |" in page
     assert "8 entities." in page
 
 
@@ -90,7 +90,7 @@ def test_every_pair_of_modes_is_compared(tmp_path, results):
     assert first["p"] < 0.05 <= found["comparisons"][2]["p"]
     for one in found["comparisons"]:
         assert one["p_holm"] >= one["p"]
-        assert "| " + " | ".join(evaluate.comparison_cells(one)) + " |" in page
+        assert "| " + " | ".join(evaluation_tables.comparison_cells(one)) + " |" in page
     assert "uncorrected" in page and "for the 3 pairs" in page
 
 
@@ -104,12 +104,12 @@ def test_without_entities_nothing_is_said_of_them(tmp_path):
     [row] = found["rows"]
     assert row["entity_f1"] is row["other_wer"] is row["entities"] is None
     assert "entities" not in page
-    assert evaluate.entity_cells(row) == ["no retrieval", *["–"] * 9]
+    assert evaluation_tables.entity_cells(row) == ["no retrieval", *["–"] * 9]
 
 
 def shown(directory: Path) -> str:
     with stage.console.capture() as captured:
-        evaluate.show(SimpleNamespace(path=directory))
+        evaluation_tables.show(SimpleNamespace(path=directory))
     return captured.get()
 
 
@@ -128,7 +128,7 @@ def test_an_evaluation_of_an_older_version_is_shown_as_well(tmp_path, results):
     (tmp_path / "results.json").write_text(json.dumps(found))
     text = shown(tmp_path)
     assert "both: multimodal" in text and "Entities" not in text and "Differences" not in text
-    assert evaluate.entity_cells(found["rows"][1])[1:3] == ["87.5%", "–"]
+    assert evaluation_tables.entity_cells(found["rows"][1])[1:3] == ["87.5%", "–"]
 
 
 def test_metrics_that_are_tracked_are_keys_of_a_row(results):
