@@ -8,7 +8,8 @@ import logging
 import os
 import signal
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +102,6 @@ def _run(
 ) -> None:
     """Serve the application in a cluster until it is stopped; raises StartupError."""
     import ray
-    from ray import serve
 
     from serve import startup
     from serve.listening import require_port
@@ -115,7 +115,7 @@ def _run(
         logging_level=logging.ERROR,
     )
     stop.listen()  # again: Ray has installed its own
-    began = False
+    service, leave = None, False
     try:
         runs = startup.serve_runs(http, context.dashboard_url)
         if address and not runs:
@@ -124,7 +124,7 @@ def _run(
         if stop.asked.is_set():
             return  # the cluster is left below
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        began = True
+        leave = True
         service = _deploy(application, http)
         if startup.wait_until_running(stop.asked.is_set, _write):
             where = f"http://{http['host']}:{http['port']}"
@@ -132,16 +132,14 @@ def _run(
             _write("logs: /tmp/ray/session_latest/logs/serve")
             stop.asked.wait()
             _write("stopping: what is being transcribed is finished first (Ctrl-C: at once)")
-            asyncio.run(_drain(service, stop))
         else:
             _write("stopping before it is ready")
+            service = None
     finally:
-        # The loop ends before Ray expects it, and what is deployed ends before it is ready.
-        logging.getLogger("ray").setLevel(logging.CRITICAL)
-        logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
-        if began:
-            serve.delete(startup.APPLICATION) if runs else serve.shutdown()
-        ray.shutdown()
+        with _silent():  # Ray reports as failures that processes end which were told to
+            if leave:
+                asyncio.run(_leave(service, stop, alone=bool(address) and not runs))
+            ray.shutdown()
 
 
 def _deploy(application: Any, http: dict[str, Any]) -> DeploymentHandle:
@@ -149,9 +147,9 @@ def _deploy(application: Any, http: dict[str, Any]) -> DeploymentHandle:
     from ray import serve
     from ray.serve.api import RunTarget
 
-    from serve.startup import APPLICATION
+    from serve.startup import APPLICATION, listen
 
-    serve.start(http_options=http, logging_config={"log_level": "WARNING"})
+    listen(http)
     _write("starting: the models are being read")
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     target = RunTarget(application, name=APPLICATION, logging_config=quiet)
@@ -163,16 +161,44 @@ def _deploy(application: Any, http: dict[str, Any]) -> DeploymentHandle:
     return service
 
 
-async def _drain(service: DeploymentHandle, stop: Stop) -> None:
-    """Let every replica of the ingress finish what it has begun, unless there is no time."""
-    drained = asyncio.ensure_future(
-        service.broadcast("drain").results_async(return_exceptions=True)
-    )
-    while not drained.done() and not stop.hurry.is_set():
-        await asyncio.wait([drained], timeout=0.2)
-    drained.cancel()
-    with suppress(asyncio.CancelledError):
-        await drained
+async def _leave(service: DeploymentHandle | None, stop: Stop, alone: bool) -> None:
+    """End the application once its ingress has finished what it has begun, unless there is no time.
+
+    `alone`: Serve itself was started for it and ends with it, in a cluster that goes on.
+    """
+    from ray import serve
+
+    from serve.startup import APPLICATION
+
+    if service is not None:
+        drained = asyncio.ensure_future(
+            service.broadcast("drain").results_async(return_exceptions=True)
+        )
+        while not drained.done() and not stop.hurry.is_set():
+            await asyncio.wait([drained], timeout=0.2)
+        drained.cancel()
+    with suppress(Exception):  # what does not end here ends with the cluster
+        await asyncio.to_thread(serve.delete, APPLICATION)
+        if alone:
+            await serve.shutdown_async()
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing of the block is printed, not even by C++ or by other threads."""
+    logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
+    streams = {number: os.dup(number) for number in (1, 2)}
+    with open(os.devnull, "wb") as nowhere:
+        for number in streams:
+            os.dup2(nowhere.fileno(), number)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, kept in streams.items():
+            os.dup2(kept, number)
+            os.close(kept)
 
 
 def _write(line: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.schema import ApplicationStatus
 
 from serve.placement import PlacementError, demands, require
@@ -67,8 +68,19 @@ def require_room(settings: Settings) -> None:
         raise StartupError(str(error)) from None
 
 
+def listen(http: dict[str, Any]) -> None:
+    """Start Serve and whatever takes HTTP for it; StartupError if that does not come up."""
+    try:
+        serve.start(http_options=http, logging_config={"log_level": "WARNING"})
+    except (RayError, TimeoutError) as error:
+        raise StartupError(
+            f"Ray Serve's HTTP proxy does not start ({type(error).__name__}): is this machine too "
+            "busy? Its logs are in /tmp/ray/session_latest/logs/serve"
+        ) from None
+
+
 def wait_until_running(stopped: Callable[[], bool], say: Callable[[str], None]) -> bool:
-    """Return once the application runs: True; or once `stopped`: False.
+    """Return once the application runs and somebody listens: True; or once `stopped`: False.
 
     `say` gets a line about what is being waited for, now and then. Raises StartupError if the
     application cannot start.
@@ -76,8 +88,9 @@ def wait_until_running(stopped: Callable[[], bool], say: Callable[[str], None]) 
     pause = REMINDER_SECONDS
     remind = time.monotonic() + pause
     while not stopped():
-        found = serve.status().applications.get(APPLICATION)
-        if found is not None and found.status == ApplicationStatus.RUNNING:
+        status = serve.status()
+        found, listens = status.applications.get(APPLICATION), "HEALTHY" in status.proxies.values()
+        if found is not None and found.status == ApplicationStatus.RUNNING and listens:
             return True
         if found is not None and found.status == ApplicationStatus.DEPLOY_FAILED:
             raise StartupError(_summary(found))
@@ -87,6 +100,7 @@ def wait_until_running(stopped: Callable[[], bool], say: Callable[[str], None]) 
             waiting = [
                 name for name, one in found.deployments.items() if one.status.value != "HEALTHY"
             ]
+            waiting += [] if listens else ["the HTTP proxy"]
             say(f"still starting: {', '.join(waiting)}; {_free()}")
         time.sleep(POLL_SECONDS)
     return False

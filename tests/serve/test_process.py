@@ -174,7 +174,9 @@ def cluster_of(process):
 
 
 def test_a_second_service_in_the_same_cluster_is_refused(process, tmp_path):
-    second = start(free_ports(1)[0], tmp_path, RAY_ADDRESS=cluster_of(process))
+    second = start(
+        free_ports(1)[0], tmp_path, RAY_AUTH_MODE="token", RAY_ADDRESS=cluster_of(process)
+    )
     assert second.wait(120) == 1
     said = (tmp_path / "log").read_text()
     assert f"serves mmrag already (running), at {process.url}" in said and said.count("\n") == 1
