@@ -230,9 +230,7 @@ def test_a_source_without_an_utterance_is_an_error_that_says_what_was_looked_for
     nothing = with_datastore(experiment, name="mine", domain="nobody's")
     with pytest.raises(DatastoreError, match=r"has no utterance to build .* domain nobody's"):
         build_datastore.run(nothing)
-    (tmp_path / "empty.txt").write_text("
-
-")
+    (tmp_path / "empty.txt").write_text("\n\n")
     empty = with_datastore(experiment, name="e", source=str(tmp_path / "empty.txt"), audio="none")
     with pytest.raises(DatastoreError, match=r"empty\.txt: holds no text"):
         build_datastore.run(empty)
