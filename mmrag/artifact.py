@@ -269,9 +269,8 @@ def outside(path: Path | str) -> Artifact:
     path = Path(path).absolute()
     try:
         is_file, is_directory = path.is_file(), path.is_dir()
-    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte in it
-        reason = getattr(error, "strerror", None) or error
-        raise ArtifactError(f"cannot look at {printable(path)}: {reason}") from None
+    except OSError as error:
+        raise ArtifactError(f"cannot look at {printable(path)}: {error.strerror}") from None
     if is_file:
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()

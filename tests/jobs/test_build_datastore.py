@@ -17,6 +17,7 @@ from mmrag.records import Utterance
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.index import saved_shards
 from mmrag.retrieval.phrases import Phrases, utterances
+from mmrag.retrieval.segment import DatastoreError
 from mmrag.speech import tokenized
 from mmrag.speech.tokenized import Tokenized
 
@@ -267,6 +268,17 @@ def test_text_has_no_speech_to_pair_with(borrow, tmp_path, name):
     experiment = with_datastore(borrow("codebook", "lm"), source=str(names), audio="paired")
     with pytest.raises(ConfigError, match=rf"{name} is text: datastore\.audio must be"):
         build_datastore.run(experiment)
+
+
+def test_a_source_without_an_utterance_is_an_error_that_says_what_was_looked_for(borrow, tmp_path):
+    experiment = borrow("tokens", "lm", "codebook")
+    nothing = with_datastore(experiment, name="mine", domain="nobody's")
+    with pytest.raises(DatastoreError, match=r"has no utterance to build .* domain nobody's"):
+        build_datastore.run(nothing)
+    (tmp_path / "empty.txt").write_text("\n\n")
+    empty = with_datastore(experiment, name="e", source=str(tmp_path / "empty.txt"), audio="none")
+    with pytest.raises(DatastoreError, match=r"empty\.txt: holds no text"):
+        build_datastore.run(empty)
 
 
 def test_a_source_that_is_not_there_is_named(borrow, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,118 @@ def test_a_manifest_on_a_bad_day_is_read_and_what_cannot_be_is_named(borrow, rec
         },
     )
     assert (made.summary["utterances"], made.summary["rejected"]) == (2, 6)
+
+
+def test_of_a_manifests_recordings_the_spans_are_read_and_those_past_the_end_named(
+    borrow, tmp_path
+):
+    pitch = np.repeat([200, 400, 800, 1600], 32_000)
+    tones = np.sin(2 * np.pi * np.arange(8 * 16_000) / 16_000 * pitch) / 2
+    soundfile.write(tmp_path / "call.flac", tones, 16_000)
+    for number in range(4):
+        alone = tones[number * 32_000 :][:32_000]
+        soundfile.write(tmp_path / f"part-{number}.wav", alone, 16_000)
+    call = {"audio_filepath": "call.flac", "duration": 2.0, "text": "x"}
+    lines = [
+        *({**call, "offset": 2 * number, "speaker": number} for number in range(4)),
+        *({"audio_filepath": f"part-{number}.wav", "text": "x"} for number in range(4)),
+        {**call, "offset": 7.5},
+        {**call, "utterance": "first"},
+        {"audio_filepath": "part-0.wav", "duration": 9.0, "text": "x", "utterance": "short"},
+    ]
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(line) + "\r\n" for line in lines))
+    made = tokenize.run(reading(borrow("hubert", "codebook"), manifest, require_text=True))
+    found = {one.utterance.id: one for one in tokenized.read(made.path / "all")}
+    assert len(found) == 9
+    for number in range(4):
+        span, alone = found[f"call@{2 * number}"], found[f"part-{number}"]
+        assert (span.utterance.duration, span.utterance.speaker) == (2.0, str(number))
+        assert span.utterance.document == "call"
+        assert np.mean(expand(span.units) == expand(alone.units)) > 0.9
+    assert found["first"].utterance.duration == 2.0
+    past = "7.50 s to 9.50 s is wanted of it, but it ends after 8.00 s"
+    check(
+        rejected(made),
+        {
+            str(tmp_path / "call.flac"): past,
+            str(tmp_path / "part-0.wav"): "is 2.00 s long, not 9.00 s",
+        },
+    )
+
+
+def test_bad_paths_in_a_folder_and_in_a_manifest_are_rejected_and_the_rest_is_read(
+    borrow, tmp_path
+):
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    (folder / "sub").mkdir(parents=True)
+    elsewhere.mkdir()
+    soundfile.write(folder / "good.wav", noise(1.0), 16_000)
+    soundfile.write(elsewhere / "linked.wav", noise(1.0), 16_000)
+    (folder / "link").symlink_to(elsewhere)
+    (folder / "sub" / "loop").symlink_to(folder)
+    (folder / "gone.wav").symlink_to("nowhere.wav")
+    latin = Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.wav"))
+    latin.write_bytes((folder / "good.wav").read_bytes())
+    experiment = borrow("hubert", "codebook")
+    made = tokenize.run(reading(experiment, folder, require_text=False))
+    found = [one.utterance.id for one in tokenized.read(made.path / "all")]
+    assert sorted(found) == ["good.wav", "link/linked.wav"]
+    check(
+        rejected(made),
+        {
+            f"{folder}/caf\\xe9.wav": "its name is not UTF-8",
+            f"{folder}/gone.wav": "a link to nowhere.wav, which is not there",
+        },
+    )
+    names = ["folder/good.wav", "folder/gone.wav", "x" * 300 + ".wav", "a\0b.wav", "folder"]
+    manifest = tmp_path / "manifest.jsonl"
+    rows = [json.dumps({"audio_filepath": name, "text": "x"}).encode() for name in names]
+    rows.append(b'{"audio_filepath": "folder/caf\xe9.wav", "text": "x"}')
+    manifest.write_bytes(b"\n".join(rows))
+    made = tokenize.run(reading(experiment, manifest, name="listed", require_text=True))
+    assert [one.utterance.id for one in tokenized.read(made.path / "all")] == ["folder/good"]
+    reasons = "\n".join(rejected(made).values())
+    for part in ("which is not there", "File name too long", "no such file", "is not a file"):
+        assert part in reasons
+    assert "not JSON" in reasons and made.summary["rejected"] == 5
+
+
+def test_a_source_of_which_nothing_can_be_used_is_an_error_and_is_read_again_once_mended(
+    borrow, tmp_path
+):
+    experiment = borrow("hubert", "codebook")
+    manifest = tmp_path / "manifest.jsonl"
+    lines = [{"audio_filepath": f"{number}.wav", "text": "x"} for number in range(5)]
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    listed = experiment.workspace / "mine.rejected.jsonl"
+    mine = reading(experiment, manifest, require_text=True)
+    with pytest.raises(ValueError, match="nothing of 'all' can be used: 5 rejected") as raised:
+        tokenize.run(mine)
+    assert f"{tmp_path / '0.wav'}: no such file" in str(raised.value)
+    assert str(listed) in str(raised.value)
+    assert [json.loads(line)["reason"] for line in listed.open()] == [
+        f"{tmp_path / f'{number}.wav'}: no such file" for number in range(5)
+    ]
+    assert not (experiment.workspace / "mine").exists()
+    soundfile.write(tmp_path / "3.wav", noise(1.0), 16_000)
+    made = tokenize.run(mine)
+    assert (made.summary["utterances"], made.summary["rejected"]) == (1, 4)
+    assert not listed.exists()
+    manifest.write_text("{}\n" * 3)
+    with pytest.raises(ValueError, match="neither audio_filepath nor text"):
+        tokenize.run(reading(experiment, manifest, name="other"))
+    manifest.write_text("")
+    with pytest.raises(ValueError, match=r"manifest\.jsonl: holds no utterance"):
+        tokenize.run(reading(experiment, manifest, name="other"))
+
+
+def test_a_codebook_without_any_clip_says_why(borrow, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "letter.wav").write_text("Dear Sir or Madam")
+    experiment = reading(borrow("hubert"), tmp_path / "folder", codebook=None)
+    with pytest.raises(AudioError, match=r"to fit a codebook on: .*letter\.wav: cannot be read"):
+        tokenize.run(experiment)
 
 
 def test_a_source_without_audio_is_an_error(borrow, tmp_path):

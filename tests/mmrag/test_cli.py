@@ -1,14 +1,17 @@
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from encoded_audio import coded
 from random_models import write_models
 from rich.console import Console
 
@@ -155,6 +158,48 @@ def test_files_that_cannot_be_read_are_named_and_the_others_transcribed(mmrag, c
     assert len(complaints) == 4
     for path, complaint in zip((missing, text, empty, tmp_path), complaints, strict=True):
         assert complaint.startswith(f"mmrag: {path}: ")
+
+
+def test_a_bad_path_is_one_line_and_the_next_file_is_transcribed(mmrag, clip, tmp_path):
+    (tmp_path / "gone.wav").symlink_to("nowhere.wav")
+    unreadable = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.wav"))
+    bad = [
+        tmp_path / "gone.wav",
+        tmp_path,
+        tmp_path / ("x" * 300),
+        tmp_path / "two\nlines.wav",
+        unreadable,
+    ]
+    status, out, err = mmrag(*bad, clip)
+    assert status == 1
+    assert out.startswith(f"{clip}  0.0–1.0 s")
+    reasons = [
+        "a link to nowhere.wav, which is not there",
+        "is not a file",
+        "cannot be opened: File name too long",
+        "no such file",
+        "caf\\xe9.wav: no such file",
+    ]
+    for line, reason in zip(err.splitlines(), reasons, strict=True):
+        assert line.startswith(f"mmrag: {tmp_path}") and reason in line
+
+
+@pytest.mark.parametrize("how", [(), ("--json",)])
+def test_a_name_that_is_not_utf8_is_transcribed_all_the_same(mmrag, clip, tmp_path, how):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.wav"))
+    path.write_bytes(clip.read_bytes())
+    status, out, err = mmrag(path, *how)
+    assert (status, err) == (0, "")
+    assert "xe9.wav" in out
+
+
+def test_what_a_phone_records_is_transcribed(mmrag, clip, tmp_path):
+    samples, _ = soundfile.read(clip)
+    path = tmp_path / "memo.m4a"
+    path.write_bytes(coded(samples, SAMPLE_RATE, "ipod", "aac"))
+    status, out, err = mmrag(path)
+    assert (status, err) == (0, "")
+    assert out.startswith(f"{path}  0.0–1.0 s")
 
 
 def test_a_datastore_changes_words_and_says_where_they_came_from(mmrag, clip):

@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 import openai
 import pytest
+from encoded_audio import coded
 
 SENTENCE = "please call priya raghavan tomorrow"
 """The package's model gets the name wrong, unless it is told."""
@@ -338,6 +339,33 @@ def test_audio_that_cannot_be_read_is_refused_with_the_reason(service, file, wav
     ]:
         message = refused(service.transcribe(data), 400, "unreadable_audio", "file")
         assert reason in message and message.startswith("uploaded audio")
+
+
+def test_what_browsers_phones_and_pipes_send_is_heard(service, wave, write):
+    said = wave(SEVERAL[0])
+    wav = write(said, "WAV")
+    wide = np.interp(np.arange(3 * len(said)) / 3, np.arange(len(said)), said)
+    webm = coded(wide, 48_000, "webm", "libopus", pipe=True)
+    mp3 = write(said, "MP3")
+    for data in (
+        webm,
+        coded(said, 16_000, "ipod", "aac"),
+        coded(said, 16_000, "mp3", "libmp3lame", write_xing="0"),
+        bytes(200_000) + mp3,
+        lying(wav, 0),
+        lying(wav, 2**32 - 1),
+    ):
+        heard = service.transcribe(data, response_format="verbose_json").json()
+        assert heard["text"] == SEVERAL[0]
+        assert heard["duration"] == pytest.approx(len(said) / 16_000, abs=0.15)
+
+
+def test_an_mp3_of_hours_is_refused_without_being_decoded_to_its_end(service, refused):
+    minute = coded(np.zeros(60 * 8_000), 8_000, "mp3", "libmp3lame", bit_rate=8_000)
+    started = time.monotonic()
+    message = refused(service.transcribe(minute * 300), 413, "too_long", "file")
+    assert "at most 1800 s" in message
+    assert time.monotonic() - started < 30
 
 
 def test_audio_that_breaks_off_in_the_middle_breaks_off_the_stream(service, long):

@@ -29,7 +29,10 @@ def coded(
     bit_rate: int | None = None,
     **options: str,
 ) -> bytes:
-    """Mono `samples` (T,) as FFmpeg writes them; `picture` adds a film, `options` are its."""
+    """Mono `samples` (T,) as FFmpeg writes them, into a pipe or with a film (`picture`).
+
+    `options` are the muxer's.
+    """
     target = Pipe() if pipe else io.BytesIO()
     with av.open(target, "w", format=format, options=options) as container:
         stream = container.add_stream(codec, rate=rate)
