@@ -22,7 +22,7 @@ from mmrag.speech.audio import SAMPLE_RATE
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 PAPER = Path(__file__).parents[2] / "jobs" / "configs" / "paper"
-WORKERS = "{count: 1, num_cpus: 0.8}"
+WORKERS = "{count: 1, num_cpus: 0.8, num_gpus: 0}"
 MINIATURE = [
     *("hubert.weights=mmrag:tiny", "tokenize.codebook=mmrag:tiny", "train.base=mmrag:tiny"),
     *("lm.width=192", "lm.layers=4", "lm.heads=4", "lm.kv_heads=4", "lm.feed_forward=512"),
