@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -117,12 +117,14 @@ class BasePieces:
         # Ids may have gaps, so their number can be less than the largest of them.
         self.size = 1 + max(self._tokenizer.get_vocab().values())
         self.unknown = _unknown(self._tokenizer)
-        self.knows = lru_cache(maxsize=None)(self._knows)
+        self._known: dict[str, bool] = {}
 
-    def _knows(self, letter: str) -> bool:
+    def knows(self, letter: str) -> bool:
         """Whether pieces write this letter."""
-        pieces = self.encode(letter)
-        return bool(pieces) and self.unknown not in pieces
+        if letter not in self._known:
+            pieces = self.encode(letter)
+            self._known[letter] = bool(pieces) and self.unknown not in pieces
+        return self._known[letter]
 
     def spoken(self, text: str) -> str:
         """`text` as it stands, but for what no piece writes: letters lose their accents, and what
