@@ -108,12 +108,17 @@ def _run(
 
     stop.cluster = True
     address = os.environ.get("RAY_ADDRESS")
-    context = ray.init(
-        address=address or "local",
-        dashboard_port=None if address else dashboard_port,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    try:
+        context = ray.init(
+            address=address or "local",
+            dashboard_port=None if address else dashboard_port,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (RuntimeError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        doing = f"join the cluster at RAY_ADDRESS={address}" if address else "start Ray"
+        raise startup.StartupError(f"cannot {doing}: {reason}") from None
     stop.listen()  # again: Ray has installed its own
     service, leave = None, False
     try:

@@ -150,7 +150,10 @@ class Settings(Section):
     @field_validator("datastores", "cache")
     @classmethod
     def _absolute(cls, path: Path) -> Path:
-        return path.expanduser().absolute()
+        try:
+            return path.expanduser().absolute()
+        except RuntimeError:  # no HOME, and no account either
+            raise ValueError(f"{path}: nobody's home is known here, write the path out") from None
 
 
 def read(given: Mapping[str, Any], config: Path = CONFIG) -> Settings:

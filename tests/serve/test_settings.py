@@ -77,6 +77,21 @@ def test_a_path_below_home_is_found(monkeypatch, tmp_path):
     assert read({"datastores": "kept"}).datastores == Path.cwd() / "kept"
 
 
+def test_without_a_home_only_a_path_below_it_is_refused(monkeypatch, tmp_path):
+    def unknown(path):
+        if str(path).startswith("~"):
+            raise RuntimeError("Could not determine home directory.")
+        return path
+
+    monkeypatch.setenv("MMRAG_RUNS", str(tmp_path))
+    with monkeypatch.context() as without:
+        without.setattr("pathlib.Path.expanduser", unknown)
+        with pytest.raises(ConfigError, match=r"datastores.*nobody's home is known"):
+            read({"datastores": "~/kept"})
+    monkeypatch.delenv("HOME", raising=False)
+    assert read({}).datastores.is_relative_to(tmp_path)
+
+
 def test_keys_come_from_the_environment_or_a_file(monkeypatch, tmp_path):
     for name in ("MMRAG_API_KEYS", "MMRAG_API_KEYS_FILE"):
         monkeypatch.delenv(name, raising=False)
