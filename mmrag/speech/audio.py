@@ -29,9 +29,7 @@ from torchaudio.transforms import Resample
 
 from mmrag.folders import printable, walk
 from mmrag.records import Rejection, Utterance
-from mmrag.speech.decoders import BLOCK_SECONDS, AudioError, Decoder, named, opened
-
-__all__ = ["BLOCK_SECONDS", "AudioError"]  # of the decoders, for those who ask here
+from mmrag.speech.decoders import AudioError, Decoder, named, opened
 
 SAMPLE_RATE = 16_000
 """Samples a second of every wave that leaves this module."""
@@ -181,14 +179,8 @@ def extent(source: Path | str | bytes, enough: float = math.inf) -> tuple[float,
         _check_headers(named(source), decoders)
         seconds = 0.0
         for decoder in decoders:
-            if decoder.frames is not None:
-                seconds += decoder.frames / decoder.rate
-                continue
-            with closing(decoder.blocks(0)) as blocks:
-                for rate, block in blocks:
-                    seconds += len(block) / rate
-                    if seconds > enough:
-                        break
+            if seconds <= enough:
+                seconds += decoder.seconds(enough - seconds)
         return seconds, max(decoder.rate * decoder.channels for decoder in decoders)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
@@ -80,6 +80,13 @@ class Decoder(Protocol):
         """Samples a second and samples (T, C) float32, from sample `start`.
 
         Raises AudioError where the recording breaks off.
+        """
+        ...
+
+    def seconds(self, enough: float) -> float:
+        """How long it is; where only decoding tells, as far as `enough` and hardly further.
+
+        Raises AudioError where the recording breaks off before.
         """
         ...
 
@@ -164,6 +171,9 @@ class _Measured:
         self.rate, self.channels = file.samplerate, file.channels
         self.frames: int | None = file.frames
 
+    def seconds(self, enough: float) -> float:
+        return self._file.frames / self.rate
+
     def blocks(self, start: int) -> Iterator[tuple[int, np.ndarray]]:
         if start or self._file.tell():
             self._file.seek(start)
@@ -212,7 +222,16 @@ class _FFmpeg:
         self.rate, self.channels = context.sample_rate, context.channels
         self._format = self._container.format.name.partition(",")[0]
         self._xing = xing if self._format == "mp3" else None
-        self._reached = 0.0
+        self._ends: dict[int, int] = {}
+
+    def seconds(self, enough: float) -> float:
+        seconds = 0.0
+        with closing(self._frames()) as frames:
+            for frame in frames:
+                seconds += frame.samples / frame.sample_rate
+                if seconds > enough:
+                    break
+        return seconds
 
     def blocks(self, start: int) -> Iterator[tuple[int, np.ndarray]]:
         pending: list[np.ndarray] = []
@@ -243,7 +262,8 @@ class _FFmpeg:
             raise _broken_off(self._name, seconds, claimed, str(damaged)) from None
         if not count and not self._recording.flaw:
             raise AudioError(f"{self._name}: holds no samples")
-        if claimed is not None and max(seconds, self._reached) < claimed - CLAIM_SLACK:
+        reached = [float(n * self._container.streams[i].time_base) for i, n in self._ends.items()]
+        if claimed is not None and max(seconds, *reached) < claimed - CLAIM_SLACK:
             raise _broken_off(self._name, seconds, claimed)
         if self._xing is not None and count < self._xing - MP3_FRAMES_SLACK:
             raise _broken_off(self._name, seconds, seconds / count * self._xing)
@@ -284,10 +304,10 @@ class _FFmpeg:
                 raise _Damaged(error.strerror) from None
             if packet is None:
                 return
-            if packet.pts is not None and packet.time_base:
-                end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
-                self._reached = max(self._reached, end)
-            if packet.stream is self._stream:
+            if packet.pts is not None:
+                number, end = packet.stream_index, packet.pts + (packet.duration or 0)
+                self._ends[number] = max(end, self._ends.get(number, end))
+            if packet.stream_index == self._stream.index:
                 yield packet
 
     def _claimed(self) -> float | None:
