@@ -249,6 +249,7 @@ _READ: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], str]], ...] = (
     (re.compile(r"#(?=\s?\d)"), lambda _: "number "),
     (re.compile(r"(?<=[A-Za-z])#"), lambda _: " sharp"),
     (re.compile(r"#(?=\w)"), lambda _: "hashtag "),
+    (re.compile(r"#"), lambda _: " "),
     (re.compile(r"(?<![\w)%°])-(?=\.?\d)"), lambda _: "minus "),
     (re.compile(r"°\s?C\b"), lambda _: " degrees celsius"),
     (re.compile(r"°\s?F\b"), lambda _: " degrees fahrenheit"),

@@ -12,6 +12,7 @@ also knows playlists, which name other files and addresses to be read.
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -169,7 +170,8 @@ class _Measured:
     def __init__(self, recording: Recording, file: soundfile.SoundFile, name: str) -> None:
         self._recording, self._file, self._name = recording, file, name
         self.rate, self.channels = file.samplerate, file.channels
-        self.frames: int | None = file.frames
+        # Of a damaged one only decoding tells.
+        self.frames: int | None = None if recording.flaw else file.frames
 
     def seconds(self, enough: float) -> float:
         return self._file.frames / self.rate
@@ -225,13 +227,13 @@ class _FFmpeg:
         self._ends: dict[int, int] = {}
 
     def seconds(self, enough: float) -> float:
-        seconds = 0.0
+        counts: Counter[int] = Counter()  # samples by rate: a sum of seconds would round
         with closing(self._frames()) as frames:
             for frame in frames:
-                seconds += frame.samples / frame.sample_rate
-                if seconds > enough:
+                counts[frame.sample_rate] += frame.samples
+                if sum(count / rate for rate, count in counts.items()) > enough:
                     break
-        return seconds
+        return sum(count / rate for rate, count in counts.items())
 
     def blocks(self, start: int) -> Iterator[tuple[int, np.ndarray]]:
         pending: list[np.ndarray] = []

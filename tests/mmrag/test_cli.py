@@ -283,7 +283,7 @@ def test_what_cannot_be_used_is_named_before_anything_is_transcribed(mmrag, clip
             "'東京 tower' cannot be spoken: this model has no letters for",
         ),
         (b"rome\n---\n", "nothing to listen for in '---'"),
-        ("rome".encode("utf-16"), "names.txt is not UTF-8 text"),
+        ("rome".encode("utf-16"), "names.txt:1: not UTF-8 text"),
     ],
 )
 def test_a_phrase_that_cannot_be_listened_for_is_named(mmrag, clip, tmp_path, content, told):
@@ -558,7 +558,7 @@ def test_a_line_is_printed_now_and_then_where_there_is_none(monkeypatch, capsys)
 def test_phrases_that_are_spoken_show_how_far_they_are(models, clip, tmp_path, monkeypatch, capsys):
     phrases = tmp_path / "names.txt"
     phrases.write_text("maria\nmaria now\n")
-    monkeypatch.setattr(cli, "CACHE", tmp_path / "cache")
+    monkeypatch.setenv(cli.CACHE, str(tmp_path / "cache"))
     monkeypatch.setattr(cli, "LINE_SECONDS", 0.0)
     arguments = ["transcribe", str(clip), "--models", str(models), "--phrases", str(phrases)]
     for told in (True, False):

@@ -536,7 +536,7 @@ def test_sentences_heard_together_have_the_units_each_has_alone():
 
 def test_a_synthesizers_sentences_are_heard_in_batches_and_given_as_they_are(monkeypatch):
     recogniser = Recogniser.load(shipped.find(shipped.TINY))
-    monkeypatch.setattr("mmrag.transcribe.SPOKEN", 2)
+    monkeypatch.setattr("mmrag.recogniser.SPOKEN", 2)
     batches, features = [], recogniser.encoder.features
 
     def counted(waves, *arguments):

@@ -116,6 +116,8 @@ def test_more_words_than_units_share_a_unit_in_order(lm, vocabulary):
 
 
 class Phrases:
+    unknown = None
+
     """Pieces that are whole phrases, as some base models have them."""
 
     size = 2

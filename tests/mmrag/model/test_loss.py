@@ -120,7 +120,7 @@ def test_the_next_token_loss_is_that_of_each_row_by_itself():
     objective = objective_of()
     total = torch.zeros(())
     for index, form in ROWS:
-        text, units = DATA[index]
+        text, units, *_ = DATA[index]
         ids = VOCABULARY.sequence(form, text, units or [])
         total += next_token_loss(objective, ids, 2 + len(units) if form == "speech_first" else 0)
     torch.testing.assert_close(objective(batch_of(ROWS))[0], total)
@@ -130,7 +130,7 @@ def test_the_ctc_loss_is_torchs_over_the_units_of_each_transcription_by_itself()
     objective = objective_of()
     total, aligned = torch.zeros(()), 0
     for index, form in ROWS:
-        text, units = DATA[index]
+        text, units, *_ = DATA[index]
         if form != "speech_first":
             continue
         ids = torch.tensor([VOCABULARY.sequence(form, text, units)])
@@ -275,7 +275,7 @@ def test_the_loss_of_a_step_with_windows_does_not_depend_on_how_its_rows_are_cut
 def test_a_row_reads_its_windows_from_the_token_before_its_transcript_on():
     objective, total, plain = reading_objective(), torch.zeros(()), torch.zeros(())
     for row in SPOKEN:
-        text, units = DATA[row.index]
+        text, units, *_ = DATA[row.index]
         ids = torch.tensor([VOCABULARY.sequence("speech_first", text, units)])
         first = 2 + len(units)
         memory = objective.adapter.memory(

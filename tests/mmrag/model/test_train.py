@@ -108,8 +108,6 @@ def stream(recipe, data=DATA):
 TWO_PHASES = recipe(phases=[phase({"text": 1}, 3, "text"), phase(MIXED, 9, "mixed")])
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 3), st.lists(st.integers(0, 11), min_size=1, max_size=5))
 def test_text_that_the_vocabulary_cannot_write_is_not_trained_on():
     told = [
         Tokenized(Utterance(id=text or "none", text=text), None)
@@ -123,6 +121,8 @@ def test_text_that_the_vocabulary_cannot_write_is_not_trained_on():
     assert "no letters for '日', '本'" in rejected.reason
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 3), st.lists(st.integers(0, 11), min_size=1, max_size=5))
 def test_what_a_step_reads_follows_from_seed_and_step_alone(seed, order):
     walked = walk(TWO_PHASES, seed)
     curriculum = Curriculum(DATA, TWO_PHASES, seed)
