@@ -44,6 +44,8 @@ class Demand:
     num_gpus: float = 0.0
     lower: str | None = None
     """What to lower instead of `<key>.num_cpus`, `<key>.num_gpus` and `<key>.count`."""
+    counted: str = "count"
+    """The key that says how many, where it is not `count`."""
 
     @classmethod
     def of(cls, key: str, workers: Workers, count: int | None = None) -> Demand:
@@ -61,7 +63,7 @@ def require(*demands: Demand) -> None:
     Raises PlacementError, which names the first setting that is too large, if it cannot, whatever
     else ends; a cluster whose autoscaler may add nodes is given the benefit of the doubt.
     """
-    if (problem := _problem(demands, _nodes())) and not may_grow():
+    if (problem := problem_with(demands, _nodes())) and not may_grow():
         raise PlacementError(problem)
 
 
@@ -72,7 +74,7 @@ def placing(*demands: Demand) -> Iterator[Callable[[], None]]:
     If none has after NOTICE_SECONDS, and there was no room for one at the start, what is missing
     goes to standard error.
     """
-    problem = _problem(demands, _nodes())
+    problem = problem_with(demands, _nodes())
     if problem and not may_grow():
         raise PlacementError(problem)
     problem = f"{problem} Its autoscaler may add nodes." if problem else _busy(demands)
@@ -124,8 +126,11 @@ def _nodes() -> list[Mapping[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _problem(demands: Sequence[Demand], nodes: Sequence[Mapping[str, float]]) -> str | None:
-    """Why the nodes cannot hold all of `demands`, were nothing else there; None if they may."""
+def problem_with(demands: Sequence[Demand], nodes: Sequence[Mapping[str, float]]) -> str | None:
+    """Why nodes cannot hold all of `demands`, were nothing else there; None if they may.
+
+    `nodes` are what each has in all, by Ray's name of the resource.
+    """
     for one in demands:
         room = sum(_room(one, node) for node in nodes)
         if room < one.count:
@@ -149,7 +154,7 @@ def _refusal(one: Demand, nodes: Sequence[Mapping[str, float]], room: int) -> st
     there = f"this cluster's largest node has {_amount(cpus, gpus, whole=True)}"
     if room:
         there = f"this cluster has room for {room} of them"
-        setting = one.lower or f"{one.key}.count"
+        setting = one.lower or f"{one.key}.{one.counted}"
     else:
         name = "num_gpus" if one.num_gpus > gpus else "num_cpus"
         setting = one.lower or f"{one.key}.{name}"

@@ -13,10 +13,12 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.schema import ApplicationStatus
 
-from serve.placement import PlacementError, demands, require
+from cluster import placement
+from cluster.placement import Demand
 from serve.settings import Settings
 
 APPLICATION = "mmrag"
+DEPLOYMENTS = ("ingress", "encoder", "retriever", "decoder")
 CONTROLLER = {"name": "SERVE_CONTROLLER_ACTOR", "namespace": "serve"}
 """Ray Serve's own actor, which knows where a running Serve listens."""
 POLL_SECONDS = 0.2
@@ -61,11 +63,19 @@ def serve_runs(http: dict[str, Any], dashboard: str | None) -> bool:
 
 def require_room(settings: Settings) -> None:
     """Raises StartupError if a deployment has no place in the cluster."""
-    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     try:
-        require(demands(settings), machines)
-    except PlacementError as error:
+        placement.require(*demands(settings))
+    except placement.PlacementError as error:
         raise StartupError(str(error)) from None
+
+
+def demands(settings: Settings) -> list[Demand]:
+    """What the deployments reserve from the start."""
+    parts = {name: getattr(settings, name) for name in DEPLOYMENTS}
+    return [
+        Demand(name, part.min, part.num_cpus, part.num_gpus, counted="min")
+        for name, part in parts.items()
+    ]
 
 
 def listen(http: dict[str, Any]) -> None:

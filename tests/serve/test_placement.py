@@ -1,49 +1,52 @@
 """Deployments that no cluster has room for are named at once."""
 
-import pytest
-
-from serve.placement import PlacementError, demands, require
+from cluster.placement import problem_with
 from serve.settings import read
+from serve.startup import demands
 
 SMALL = {"CPU": 2.0, "memory": 1e9}
 
 
-def refusal(machines, **given):
-    with pytest.raises(PlacementError) as wrong:
-        require(demands(read(given)), machines)
-    return str(wrong.value)
+def problem(machines, **given):
+    return problem_with(demands(read(given)), machines)
 
 
 def test_two_cores_have_room_for_the_settings_as_they_come():
-    require(demands(read({})), [SMALL])
+    assert problem([SMALL]) is None
 
 
 def test_a_gpu_that_is_not_there_is_missed_by_its_setting():
-    message = refusal([SMALL], **{"decoder.num_gpus": 1})
-    assert "decoder.num_gpus=1" in message and "GPUs, the largest has 0" in message
-    require(demands(read({"decoder.num_gpus": 1})), [SMALL, SMALL | {"GPU": 1.0}])
+    message = problem([SMALL], **{"decoder.num_gpus": 1})
+    assert "largest node has 2 CPUs and 0 GPUs. Lower decoder.num_gpus" in message
+    assert problem([SMALL, SMALL | {"GPU": 1.0}], **{"decoder.num_gpus": 1}) is None
 
 
 def test_a_replica_has_to_fit_on_one_machine():
-    message = refusal([SMALL] * 4, **{"decoder.num_cpus": 3})
-    assert "decoder.num_cpus=3" in message and "the largest has 2" in message
-    require(demands(read({"decoder.num_cpus": 3})), [SMALL, {"CPU": 4.0}])
+    message = problem([SMALL] * 4, **{"decoder.num_cpus": 3})
+    assert message.startswith("decoder: 1 worker of 3 CPUs cannot be placed")
+    assert "Lower decoder.num_cpus" in message
+    assert problem([SMALL, {"CPU": 4.0}], **{"decoder.num_cpus": 3}) is None
+
+
+def test_more_replicas_than_fit_are_lowered_by_their_number():
+    message = problem([SMALL], **{"decoder.num_cpus": 1, "decoder.min": 3, "decoder.max": 3})
+    assert "room for 2 of them. Lower decoder.min" in message
 
 
 def test_all_replicas_together_have_to_fit_into_the_cluster():
     given = {"decoder.num_cpus": 1, "decoder.min": 2}
-    message = refusal([SMALL], **given)
-    assert "reserves 2.4 CPUs" in message and "decoder 2)" in message and "has 2" in message
-    assert "decoder.num_cpus" in message and ".min" in message
-    require(demands(read(given)), [SMALL] * 2)
+    message = problem([SMALL], **given)
+    assert "together 2.4 CPUs cannot be placed: this cluster has 2 CPUs" in message
+    assert "decoder.num_cpus" in message
+    assert problem([SMALL] * 2, **given) is None
 
 
 def test_a_share_of_a_gpu_is_enough_for_as_many_as_fit():
     given = {"decoder.num_gpus": 0.5, "encoder.num_gpus": 0.5}
-    require(demands(read(given)), [SMALL | {"GPU": 1.0}])
-    message = refusal([SMALL | {"GPU": 1.0}], **given, **{"decoder.min": 2})
-    assert "reserves 1.5 GPUs (encoder 0.5, decoder 1)" in message
+    assert problem([SMALL | {"GPU": 1.0}], **given) is None
+    message = problem([SMALL | {"GPU": 1.0}], **given, **{"decoder.min": 2})
+    assert "1.5 GPUs cannot be placed" in message
 
 
 def test_a_cluster_without_machines_has_no_room():
-    assert "the largest has 0" in refusal([])
+    assert "largest node has 0 CPUs" in problem([])
