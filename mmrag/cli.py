@@ -32,7 +32,6 @@ from mmrag.text import read_lines
 
 if TYPE_CHECKING:
     from mmrag.config import KNN, RetrievedAttention
-    from mmrag.recogniser import Recogniser
     from mmrag.retrieval.datastore import Datastore
 
 RETRIEVALS = ("none", "knn", "cross_attention", "both")
@@ -40,7 +39,8 @@ IN_PROCESS = {
     "models": shipped.TINY,
     "weight": None,
     "beams": 1,
-    "max_seconds": 4.0,
+    "language": None,
+    "max_seconds": None,
     "speech_threshold": 0.75,
     "trust": False,
     "device": None,
@@ -48,6 +48,8 @@ IN_PROCESS = {
 """Options that an endpoint decides for itself, and what they are if nobody gives them."""
 UNTUNED = {"k": 16, "weight": 0.3, "temperature": 10.0}
 """kNN settings for a datastore that nobody tuned."""
+SHARE = 0.2
+"""Of the typical distance among a datastore's keys: the temperature where nobody tuned one."""
 WHOLE = {"k": 8, "stride": 1, "whole": 300}
 """How it is read."""
 AGREEMENT = -2.5
@@ -57,6 +59,8 @@ CACHE = "MMRAG_CACHE"
 AUDIO = "wav, flac, mp3, ogg, webm, m4a, mp4, 3gp, amr and others, whatever the name"
 KEY = "MMRAG_API_KEY"
 """Environment variable: a command line is everybody's to read."""
+TINY_SECONDS, WHISPER_SECONDS = 4.0, 30.0
+"""Longest segment that mmrag:tiny and a Whisper are given where nobody says so."""
 TAIL_LETTERS = 400
 """Letters of a growing transcript that are shown: its end, which has to fit on a small terminal."""
 LINE_SECONDS = 10.0
@@ -85,15 +89,19 @@ def _run(arguments: Sequence[str] | None) -> bool:
 
 def _here(options: argparse.Namespace) -> bool:
     """Transcribe in this process; whether a file could not be."""
+    from mmrag import recogniser as recognisers
     from mmrag.config import Decode
-    from mmrag.recogniser import Recogniser
     from mmrag.retrieval.segment import DatastoreError
     from mmrag.speech.audio import AudioError
     from mmrag.transcribe import transcribe
 
     try:
-        options.models = shipped.find(options.models)
-        recogniser = Recogniser.load(options.models, options.device or _device())
+        device = options.device or _device()
+        recogniser = recognisers.load(options.models, device, options.language)
+        if options.max_seconds is None:
+            options.max_seconds = min(recogniser.window_seconds, WHISPER_SECONDS)
+            if not recognisers.is_whisper(options.models):
+                options.max_seconds = TINY_SECONDS
         found = _found(options, recogniser)
         settings = Decode(
             beams=options.beams,
@@ -162,9 +170,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("files", nargs="+", type=Path, metavar="FILE", help=AUDIO)
     command.add_argument(
         "--models",
-        type=shipped.find,
-        help="directory with hubert/, codebook/ and lm/, or a model of the package "
-        f"(default: {IN_PROCESS['models']})",
+        type=_models,
+        help="directory with hubert/, codebook/ and lm/, a model of the package "
+        f"(default: {IN_PROCESS['models']}), or a Whisper checkpoint: whisper:DIRECTORY",
+    )
+    command.add_argument(
+        "--language", help="what is spoken, by ISO 639-1; for a multilingual Whisper"
     )
     command.add_argument(
         "--datastore",
@@ -191,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max-seconds",
         type=_max_seconds,
         help="split longer audio in pauses; mmrag:tiny has heard single sentences and loses itself "
-        f"in longer segments (default: {IN_PROCESS['max_seconds']})",
+        f"in longer segments (default: {TINY_SECONDS:g}; for a Whisper, its window)",
     )
     command.add_argument(
         "--speech-threshold",
@@ -225,6 +236,17 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def _models(name: str) -> str:
+    """A model's name, checked as far as that needs no model."""
+    shipped.find(name)
+    return name
+
+
+def _below(models: str) -> Path:
+    """The directory of models, in which datastores and what was tuned for them are."""
+    return shipped.find(models)
+
+
 def _device() -> str:
     import torch
 
@@ -237,7 +259,9 @@ def _max_seconds(text: str) -> float:
     return float(text)
 
 
-def _found(options: argparse.Namespace, recogniser: Recogniser) -> dict[str, Any]:
+def _found(
+    options: argparse.Namespace, recogniser: Recogniser | WhisperRecogniser
+) -> dict[str, Any]:
     """What `transcribe` is given to look things up in."""
     from mmrag.retrieval.datastore import Datastore
     from mmrag.retrieval.index import saved_shards
@@ -253,9 +277,9 @@ def _found(options: argparse.Namespace, recogniser: Recogniser) -> dict[str, Any
         if options.retrieval not in (None, "none"):
             raise ValueError(f"--retrieval {options.retrieval} needs a --datastore or --phrases")
         return {}
-    named = options.models / "datastores" / options.datastore
+    named = _below(options.models) / "datastores" / options.datastore
     datastore = Datastore.open(named if named.is_dir() else options.datastore)
-    datastore.require({role: recogniser.identity[role] for role in ("lm", "codebook")})
+    datastore.require(recogniser.keyed_by)
     mode = options.retrieval or "knn"
     if mode == "none":
         return {}
@@ -277,7 +301,7 @@ def _tuned(
     from mmrag.decoding.tune import tuned
 
     knn, read = dict(UNTUNED), RetrievedAttention(**WHOLE)
-    found = tuned(options.models, datastore.directory)
+    found = tuned(_below(options.models), datastore.directory)
     if found is not None:
         knn = as_dict(found.both if mode == "both" else found.knn)
         read = found.attention or read
@@ -288,21 +312,26 @@ def _tuned(
     return KNN(**knn), read
 
 
-def _phrases(options: argparse.Namespace, recogniser: Recogniser) -> dict[str, Any]:
+def _phrases(
+    options: argparse.Namespace, recogniser: Recogniser | WhisperRecogniser
+) -> dict[str, Any]:
     """The phrases of a file, as a small datastore that is read whole."""
     import numpy as np
 
     from mmrag.config import KNN, RetrievedAttention
+    from mmrag.recogniser import WhisperRecogniser
     from mmrag.retrieval.interpolation import Retrieval
     from mmrag.retrieval.memory import AttentionSource
-    from mmrag.retrieval.phrases import Phrases, remember
+    from mmrag.retrieval.phrases import Phrases, remember, typical_distance
     from mmrag.retrieval.retrievers import SubsetRetriever
 
-    mode = options.retrieval or "cross_attention"
+    mode = options.retrieval or ("cross_attention" if recogniser.adapter else "knn")
     if mode == "none":
         return {}
+    if mode != "knn" and recogniser.adapter is None:
+        recogniser.window_cache(None)  # says why there is none
     listed = _listed(options.phrases)
-    identity = {role: recogniser.identity[role] for role in ("lm", "codebook")}
+    identity = recogniser.keyed_by
     say = recogniser.synthesizer()
     with _progress("speaking the phrases") as progress:
         datastore = remember(
@@ -311,7 +340,9 @@ def _phrases(options: argparse.Namespace, recogniser: Recogniser) -> dict[str, A
     retriever = SubsetRetriever(datastore, np.arange(datastore.entries))
     found: dict[str, Any] = {"source": retriever}
     if mode in ("knn", "both"):
-        knn = UNTUNED if options.weight is None else {**UNTUNED, "weight": options.weight}
+        knn = dict(UNTUNED) if options.weight is None else {**UNTUNED, "weight": options.weight}
+        if isinstance(recogniser, WhisperRecogniser):
+            knn["temperature"] = SHARE * typical_distance(datastore)
         found["retrieval"] = Retrieval(retriever, KNN(**knn))
     if mode in ("cross_attention", "both"):
         windows = Phrases(datastore).first_mentions()

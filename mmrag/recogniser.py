@@ -67,6 +67,11 @@ class Decoder(Protocol):
     adapter: Adapter | None
     identity: dict[str, str]
 
+    @property
+    def keyed_by(self) -> dict[str, str]:
+        """What a datastore has to be keyed by: role -> fingerprint."""
+        ...
+
     def window_cache(self, source: Retriever) -> WindowCache:
         """The windows of `source` as the adapter reads them; ValueError without one."""
         ...
@@ -173,6 +178,11 @@ class SpeechLM:
         identity = {role: one.fingerprint for role, one in made.items()}
         return cls(lm, vocabulary, adapter, identity)
 
+    @property
+    def keyed_by(self) -> dict[str, str]:
+        """What a datastore has to be keyed by: role -> fingerprint."""
+        return {role: self.identity[role] for role in ("lm", "codebook")}
+
     def window_cache(self, source: Retriever) -> WindowCache:
         """The windows of `source` as the adapter reads them; ValueError without."""
         if self.adapter is None:
@@ -241,6 +251,11 @@ class WhisperRecogniser:
         """Says a sentence with a synthetic voice and encodes it, as `text_to_speech` does."""
         return text_to_speech(self, seed)
 
+    @property
+    def keyed_by(self) -> dict[str, str]:
+        """What a datastore has to be keyed by: role -> fingerprint."""
+        return self.identity
+
     def window_cache(self, source: Retriever) -> WindowCache:
         """ValueError: an adapter reads the states of mmrag's own language model."""
         raise ValueError(
@@ -253,6 +268,9 @@ class WhisperRecogniser:
         return min(longest(seconds, settings), self.lm.longest - len(self.vocabulary.prompt(None)))
 
 
+AnyRecogniser = Recogniser | WhisperRecogniser
+
+
 def longest(seconds: float, settings: Decode) -> int:
     """The longest transcript of a clip that long, tokens."""
     return max(16, round(seconds * settings.tokens_per_second))
@@ -263,9 +281,7 @@ def is_whisper(models: str | Path) -> bool:
     return str(models).startswith(whisper.PREFIX)
 
 
-def load(
-    models: str | Path, device: str = "cpu", language: str | None = None
-) -> Recogniser | WhisperRecogniser:
+def load(models: str | Path, device: str = "cpu", language: str | None = None) -> AnyRecogniser:
     """A directory, a model of this package (`mmrag:tiny`) or a Whisper (`whisper:DIRECTORY`).
 
     `language` is for a multilingual Whisper; ValueError for it with other models. Raises what the

@@ -17,7 +17,7 @@ from mmrag.config import Decode
 from mmrag.decoding.decode import Choice, Hypothesis, decode
 from mmrag.decoding.guard import credible
 from mmrag.model.contract import TextVocabulary
-from mmrag.recogniser import Recogniser, WhisperRecogniser
+from mmrag.recogniser import AnyRecogniser
 from mmrag.records import NO_ENTRY, Retriever, Source, Transcript, Word
 from mmrag.retrieval.interpolation import Retrieval
 from mmrag.retrieval.memory import AttentionSource
@@ -26,7 +26,7 @@ from mmrag.speech import audio, vad
 
 def transcribe(
     path: Path | bytes,
-    recogniser: Recogniser | WhisperRecogniser,
+    recogniser: AnyRecogniser,
     settings: Decode,
     retrieval: Retrieval | None = None,
     source: Retriever | None = None,
@@ -49,7 +49,7 @@ def transcribe(
 
 
 def recognise(
-    recogniser: Recogniser | WhisperRecogniser,
+    recogniser: AnyRecogniser,
     units: Sequence[Any],
     settings: Decode,
     retrieval: Retrieval | Sequence[Retrieval | None] | None = None,

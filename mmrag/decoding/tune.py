@@ -121,7 +121,7 @@ def score_grid(
         if not batch:
             continue
         texts = [vocabulary.encode(one.utterance.text) for one in batch]
-        speech = [vocabulary.encode_units(one.units) for one in batch]
+        speech = [vocabulary.speech_input(one.units) for one in batch]
         heard, tokens, _, logp = read_states(lm, vocabulary, texts, speech, logits=True)
         for query, found in read.items():
             keys = heard

@@ -150,6 +150,18 @@ class WhisperVocabulary:
             ways.append(self.encode(phrase.title()))
         return [way for n, way in enumerate(ways) if way and way not in ways[:n]]
 
+    def spoken(self, text: str) -> str:
+        """`text` as it stands: a checkpoint writes numbers, capitals and accents itself."""
+        return " ".join(text.split())
+
+    def unspeakable(self, text: str) -> list[str]:
+        """Letters that no piece writes: none, for pieces are of bytes."""
+        return []
+
+    def refusal(self, text: str) -> str | None:
+        """Why a text cannot be listened for; None if it can."""
+        return None if any(map(str.isalnum, text)) else f"nothing to listen for in {text!r}"
+
     find = Vocabulary.find
     _stands_alone = Vocabulary._stands_alone
     word_ends = Vocabulary.word_ends

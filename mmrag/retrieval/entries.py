@@ -27,7 +27,7 @@ def read_entries(
     sequence of its own, and its document is the entity itself.
     """
     texts = [vocabulary.encode(one.utterance.text) for one in batch]
-    speech = [None if one.units is None else vocabulary.encode_units(one.units) for one in batch]
+    speech = [None if one.units is None else vocabulary.speech_input(one.units) for one in batch]
     keys, tokens, slices, _ = read_states(lm, vocabulary, texts, speech, logits=False)
     sequences = [
         (one.utterance.id, document, whole, part)

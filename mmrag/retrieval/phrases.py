@@ -26,6 +26,7 @@ from mmrag.retrieval.segment import Description, Segment
 from mmrag.speech.tokenized import Tokenized
 
 WINDOW = 20
+SAMPLED = 1024
 BATCH = 64
 """Sentences read at once."""
 Say = Callable[[Sequence[str]], Iterable[Units]]
@@ -84,7 +85,7 @@ def read_lists(path: Path) -> dict[str, list[str]]:
 def description(lm: LM, identity: Mapping[str, str], say: Say | None) -> Description:
     """What a datastore of phrases is: `identity` names the models; without `say`, text alone."""
     audio = "none" if say is None else "spoken"
-    return Description(lm.config.width, WINDOW, "l2", audio, dict(identity))
+    return Description(lm.width, WINDOW, "l2", audio, dict(identity))
 
 
 def speak(
@@ -156,6 +157,22 @@ def remember(
             if not directory.exists():
                 raise
     return Datastore.open(directory)
+
+
+def typical_distance(datastore: Datastore) -> float:
+    """The median distance from a key to the nearest of another utterance (squared, for l2).
+
+    A scale for temperatures where there is no dev split to tune on; SAMPLED keys are looked at.
+    """
+    step = max(1, datastore.entries // SAMPLED)
+    chosen = np.arange(0, datastore.entries, step)
+    keys, utterances = datastore.keys_of(chosen), datastore.utterances[chosen]
+    squares = (keys**2).sum(axis=1)
+    apart = squares[:, None] + squares - 2 * keys @ keys.T
+    apart[utterances[:, None] == utterances] = np.inf
+    nearest = apart.min(axis=1)
+    found = nearest[np.isfinite(nearest)]
+    return max(float(np.median(found)), 1e-6) if len(found) else 1.0
 
 
 class Phrases:

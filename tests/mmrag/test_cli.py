@@ -16,9 +16,10 @@ from random_models import write_models
 from rich.console import Console
 
 from mmrag import artifact, cli
-from mmrag.config import KNN, Index, LanguageModel, as_dict
+from mmrag.config import KNN, Index, LanguageModel, WhisperShape, as_dict
 from mmrag.decoding.tune import SETTINGS
 from mmrag.model.vocabulary import SentencePieces, Vocabulary
+from mmrag.model.whisper_training import create
 from mmrag.retrieval import datastore
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.index import IndexShard, shard_directory
@@ -567,3 +568,57 @@ def test_phrases_that_are_spoken_show_how_far_they_are(models, clip, tmp_path, m
         said = capsys.readouterr()
         assert stopped.value.code == 0, said.err
         assert ("speaking the phrases: 6/6 sentences" in said.err) == told
+
+
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory):
+    """A Whisper with random weights, as its name is given."""
+    directory = tmp_path_factory.mktemp("whisper")
+    shape = WhisperShape(
+        width=16,
+        heads=2,
+        encoder_layers=1,
+        decoder_layers=1,
+        feed_forward=16,
+        mel_bands=20,
+        window_seconds=4,
+        tokens=40,
+        pieces=270,
+        dropout=0.0,
+    )
+    create(directory, shape, ["turn on the light", NAME], seed=0)
+    return f"whisper:{directory}"
+
+
+def test_a_whisper_transcribes_and_listens_for_phrases(mmrag, clip, whisper, tmp_path, monkeypatch):
+    monkeypatch.setenv(cli.CACHE, str(tmp_path / "cache"))
+    names = tmp_path / "names.txt"
+    names.write_text("Maria\n")
+    status, out, _ = mmrag("--json", clip, models=whisper)
+    plain = json.loads(out)
+    assert status == 0 and (plain["start"], plain["end"]) == (0.0, 1.0) and plain["words"]
+    told = mmrag("--json", "--phrases", names, "--weight", "1", clip, models=whisper)
+    heard = json.loads(told[1])
+    assert told[0] == 0 and heard["text"] != plain["text"]
+    assert {word["source"]["document"] for word in heard["words"] if word["source"]} == {"Maria"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--retrieval", "cross_attention"], "adapters belong to mmrag's own language model"),
+        (["--language", "es"], "language 'es': this checkpoint knows English alone"),
+    ],
+)
+def test_what_a_whisper_cannot_do_is_said_in_a_line(
+    mmrag, clip, whisper, tmp_path, arguments, told
+):
+    names = tmp_path / "names.txt"
+    names.write_text("Maria\n")
+    status, _, err = mmrag("--phrases", names, *arguments, clip, models=whisper)
+    assert status == 1 and told in err and len(err.splitlines()) == 1
+
+
+def test_a_language_is_for_a_multilingual_whisper(mmrag, clip):
+    status, _, err = mmrag("--language", "en", clip)
+    assert status == 1 and "only a multilingual Whisper is told its language" in err
