@@ -265,7 +265,7 @@ class _FFmpeg:
         if not count and not self._recording.flaw:
             raise AudioError(f"{self._name}: holds no samples")
         reached = [float(n * self._container.streams[i].time_base) for i, n in self._ends.items()]
-        if claimed is not None and max(seconds, *reached) < claimed - CLAIM_SLACK:
+        if claimed is not None and max([seconds, *reached]) < claimed - CLAIM_SLACK:
             raise _broken_off(self._name, seconds, claimed)
         if self._xing is not None and count < self._xing - MP3_FRAMES_SLACK:
             raise _broken_off(self._name, seconds, seconds / count * self._xing)
@@ -309,7 +309,7 @@ class _FFmpeg:
             if packet.pts is not None:
                 number, end = packet.stream_index, packet.pts + (packet.duration or 0)
                 self._ends[number] = max(end, self._ends.get(number, end))
-            if packet.stream_index == self._stream.index:
+            if packet.stream is self._stream:  # the last one of a stream has no index
                 yield packet
 
     def _claimed(self) -> float | None:
