@@ -32,6 +32,7 @@ from mmrag.text import read_lines
 
 if TYPE_CHECKING:
     from mmrag.config import KNN, RetrievedAttention
+    from mmrag.recogniser import AnyRecogniser
     from mmrag.retrieval.datastore import Datastore
 
 RETRIEVALS = ("none", "knn", "cross_attention", "both")
@@ -259,9 +260,7 @@ def _max_seconds(text: str) -> float:
     return float(text)
 
 
-def _found(
-    options: argparse.Namespace, recogniser: Recogniser | WhisperRecogniser
-) -> dict[str, Any]:
+def _found(options: argparse.Namespace, recogniser: AnyRecogniser) -> dict[str, Any]:
     """What `transcribe` is given to look things up in."""
     from mmrag.retrieval.datastore import Datastore
     from mmrag.retrieval.index import saved_shards
@@ -312,9 +311,7 @@ def _tuned(
     return KNN(**knn), read
 
 
-def _phrases(
-    options: argparse.Namespace, recogniser: Recogniser | WhisperRecogniser
-) -> dict[str, Any]:
+def _phrases(options: argparse.Namespace, recogniser: AnyRecogniser) -> dict[str, Any]:
     """The phrases of a file, as a small datastore that is read whole."""
     import numpy as np
 

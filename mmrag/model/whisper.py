@@ -280,7 +280,9 @@ class Whisper(nn.Module):
             WhisperForConditionalGeneration,
             WhisperTokenizer,
         )
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         directory = locate(str(directory))
         try:
             model = WhisperForConditionalGeneration.from_pretrained(
