@@ -78,7 +78,7 @@ class Api:
         guarded = APIRouter(dependencies=[Depends(bearer), Depends(forms.query_parameters)])
         guarded.get("/v1/models")(self.models)
         guarded.get("/v1/models/{model}")(self.model)
-        vocabulary = Vocabulary.load(self._model / "lm")
+        vocabulary = Vocabulary.load(self._directory / "lm")
         for part in (Transcriptions, Datastores):
             guarded.include_router(part(self._settings, self._pipeline, vocabulary).router())
         app.include_router(guarded)

@@ -27,6 +27,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from cluster.shards import ShardedRetriever, serve_shards
+from mmrag import durable
 from mmrag.artifact import ArtifactError
 from mmrag.artifact import load as load_artifact
 from mmrag.config import SLUG
@@ -311,7 +312,7 @@ class Retriever:
                 _publish(aside, segments)
                 save_index(aside)
                 try:
-                    aside.rename(self._root / name)
+                    durable.rename(aside, self._root / name)
                 except OSError:
                     shutil.rmtree(aside)
                     raise DatastoreExists(f"there is a datastore {name!r} already") from None

@@ -213,6 +213,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint_to_the_very_same_weights(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_killed_training_of_an_adapter_goes_on_to_the_very_same_weights(
     adapted, borrow, ray_cluster, tmp_path
 ):
@@ -283,6 +284,7 @@ def spoiling(ids: list[int]):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_every_worker_and_names_what_was_read(
     workspace, borrow, monkeypatch
 ):
@@ -321,6 +323,7 @@ def test_a_loss_that_is_no_number_stops_every_worker_and_names_what_was_read(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_utterances_too_long_for_a_micro_batch_are_listed_beside_the_model(workspace, borrow):
     experiment = borrow("codebook", "tokens")
     part = next((experiment.workspace / "tokens" / "text").glob("part-*.parquet"))
@@ -338,6 +341,7 @@ def test_utterances_too_long_for_a_micro_batch_are_listed_beside_the_model(works
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_an_utterance_to_leave_out_that_there_is_not_is_named_without_another_try(
     workspace, tmp_path
 ):

@@ -6,8 +6,8 @@ from mmrag import shipped
 from mmrag.model.vocabulary import Vocabulary
 from serve import schema
 from serve.errors import ApiError
+from serve.forms import TranscriptionForm
 from serve.settings import read
-from serve.transcriptions import Transcriptions
 
 VOCABULARY = Vocabulary.load(shipped.find(shipped.TINY) / "lm")
 SETTINGS = read({})
@@ -17,13 +17,10 @@ def texts(*given, most=10):
     return schema.bounded_texts(given, most, "texts", SETTINGS.limits, VOCABULARY)
 
 
-@pytest.fixture
-def phrases(monkeypatch):
+def phrases(context, prompt):
     """What a request with this context and prompt listens for."""
-    route = object.__new__(Transcriptions)
-    monkeypatch.setattr(route, "_settings", SETTINGS, raising=False)
-    monkeypatch.setattr(route, "_vocabulary", VOCABULARY, raising=False)
-    return route._phrases
+    form = TranscriptionForm(file=None, context=context, prompt=prompt)
+    return form.phrases(SETTINGS, VOCABULARY)
 
 
 def test_texts_keep_the_writing_of_who_sent_them():
@@ -45,7 +42,7 @@ def test_a_text_that_cannot_be_spoken_is_refused_by_name(text, message):
 
 
 @pytest.mark.parametrize("part", ["---", "😀", "日" * 500, "x" * 5000, "日本 tower", ""])
-def test_what_a_prompt_holds_besides_names_is_passed_over(phrases, part):
+def test_what_a_prompt_holds_besides_names_is_passed_over(part):
     assert phrases(["rome"], f"Renée Dubois, {part}\nMira Kapoor;") == [
         "rome",
         "Renée Dubois",
@@ -53,7 +50,7 @@ def test_what_a_prompt_holds_besides_names_is_passed_over(phrases, part):
     ]
 
 
-def test_too_many_names_in_a_prompt_are_the_prompts_fault(phrases):
+def test_too_many_names_in_a_prompt_are_the_prompts_fault():
     most = SETTINGS.limits.phrases
     names = ",".join(f"name {number}" for number in range(most))
     assert len(phrases([], names)) == most
@@ -63,7 +60,7 @@ def test_too_many_names_in_a_prompt_are_the_prompts_fault(phrases):
 
 
 @pytest.mark.parametrize("text", ["---", "日本"])
-def test_in_a_context_nothing_is_passed_over(phrases, text):
+def test_in_a_context_nothing_is_passed_over(text):
     with pytest.raises(ApiError) as refused:
         phrases([text], "Mira Kapoor")
     assert (refused.value.status, refused.value.param) == (400, "context[]")

@@ -79,9 +79,10 @@ def test_entities_of_utterances_that_are_not_transcribed_may_be_heard_too(
     draft = SimpleNamespace(path=tmp_path, summary={})
     tracked = SimpleNamespace(log=lambda values: None, file=lambda path: None)
     monkeypatch.setattr(run.stage, "make", lambda *about, **more: about[5](draft, tracked))
-    monkeypatch.setattr(run, "as_dict", lambda settings: {})
-    for name in ("datastore", "decode", "tune", "attention"):
+    monkeypatch.setattr(run, "recipe", lambda *sections: {})
+    for name in ("decode", "tune", "attention"):
         setattr(lab.experiment, name, None)
+    lab.experiment.datastore = SimpleNamespace(source=None)
     lab.settings = lab.lm = lab.adapter = lab.tokens = lab.force = None
     lab.spoken = lambda name, domain, limit, made: split[:limit]
     asked = []
