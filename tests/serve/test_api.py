@@ -97,8 +97,9 @@ def test_the_description_of_the_api_is_valid_and_has_every_route(service):
 
 
 def test_a_path_that_leads_nowhere_is_told_like_any_other_error(service, refused):
-    for path in ("/nothing", "/v1", "/v1/nothing", "/page/nothing.js", "/page/", "/v1/models/x"):
+    for path in ("/nothing", "/v1", "/v1/nothing", "/page/nothing.js", "/page/"):
         refused(service.request("GET", path), 404)
+    refused(service.request("GET", "/v1/models/x"), 404, "model_not_found", "model")
     for path in (
         "/page/../api.py",
         "/page/%2e%2e/api.py",
