@@ -25,6 +25,7 @@ from jobs.reproduce import run as reproduce
 from mmrag import artifact, config
 from mmrag.artifact import Artifact, ArtifactError, Held
 from mmrag.config import ConfigError, Experiment, Recipe, Role, Section, roles
+from mmrag.records import Utterance
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
 DATASTORE = (
@@ -130,7 +131,8 @@ def recipes(experiment: Experiment) -> dict[str, Recipe]:
             patch.setattr(artifact, name, lambda path, *_: Artifact(Path(path), "", "", {}, {}))
         for module in (evaluate, tune, train):
             patch.setattr(module, "Datastore", SimpleNamespace(open=lambda path: opened))
-        patch.setattr(tokenize, "_read", lambda path: ([], []))
+        told = Utterance(id="a", text="a", audio=Path("a.wav"))
+        patch.setattr(tokenize, "_read", lambda path: ([told], []))
         patch.setattr(train, "_check_base", lambda *_: None)
         patch.setattr(evaluate, "show", lambda _: None)
         for job in (synthesize, pretrain_hubert, tokenize, build_datastore):
