@@ -171,8 +171,7 @@ def _report(source: Artifact, read: int, rejected: Sequence[Rejection]) -> None:
     if more := len(rejected) - len(named):
         named.append(f"and {more} more")
     if read == len(rejected):
-        reasons = "; ".join(named) or "there is no text"
-        raise ValueError(f"nothing of {source.path} can be used: {reasons}")
+        raise ValueError(f"nothing of {source.path} can be used: {'; '.join(named)}")
     for line in named:
         stage.console.print(f"  left out: {line}", markup=False)
 
