@@ -201,16 +201,22 @@ def _transcribe(
     experiment: Experiment, ways: Sequence[EvaluationMode], spoken: Sequence[Tokenized]
 ) -> list[Result]:
     settings = experiment.evaluate
+    lists = None
+    if settings.lists:
+        tokens = experiment.workspace / experiment.tokenize.name
+        lists = phrases.read_lists(tokens / phrases.LISTS)
     require(Demand.of("evaluate.workers", settings.workers, count=1), *_shards(experiment, ways))
     with ExitStack() as serving:
         heard = transcribe_modes(
             experiment.workspace,
             experiment.decode,
-            {way.title: _mode(experiment, way, serving) for way in ways},
+            {way.title: _mode(experiment, way, lists, serving) for way in ways},
             spoken,
             settings.workers,
         )
-    return [_score(way, heard[way.title], settings.resamples, experiment.seed) for way in ways]
+    return [
+        _score(way, heard[way.title], settings.resamples, experiment.seed, lists) for way in ways
+    ]
 
 
 def _shards(experiment: Experiment, ways: Sequence[EvaluationMode]) -> list[Demand]:
@@ -225,14 +231,14 @@ def _shards(experiment: Experiment, ways: Sequence[EvaluationMode]) -> list[Dema
     ]
 
 
-def _mode(experiment: Experiment, way: EvaluationMode, serving: ExitStack) -> modes.Mode:
+def _mode(
+    experiment: Experiment, way: EvaluationMode, lists: PhraseLists | None, serving: ExitStack
+) -> modes.Mode:
     """What a worker opens; `serving` stops the actors behind it."""
     settings = experiment.evaluate
     if way.artifact is None:
         return modes.NoRetrieval()
-    if settings.lists:
-        tokens = experiment.workspace / experiment.tokenize.name
-        lists = phrases.read_lists(tokens / phrases.LISTS)
+    if lists is not None:
         return modes.phrase_mode(way.artifact.path, way.knn, way.attention, lists)
     source: Retriever | Path = way.artifact.path
     if settings.retriever == "sharded":
