@@ -147,8 +147,8 @@ def _given(source: Artifact, settings: DatastoreConfig, seed: int) -> Iterator[T
 def _outside(path: Path) -> Iterator[Utterance]:
     """A file's utterances: a manifest's, which starts with a brace, or a text's lines."""
     with path.open("rb") as stream:
-        start = next((line for line in stream if line.strip()), b"")
-    start = start.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+        lines = (line.removeprefix(codecs.BOM_UTF8).strip() for line in stream)
+        start = next(filter(None, lines), b"")[:1]
     if path.suffix == ".json" and start == b"[":
         raise ConfigError(
             f"datastore.source {path} is one JSON array: it takes lines of text, or a manifest of "
