@@ -239,7 +239,10 @@ def _flag(name: str) -> str:
 
 def _models(name: str) -> str:
     """A model's name, checked as far as that needs no model."""
-    shipped.find(name)
+    try:
+        shipped.find(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return name
 
 

@@ -205,7 +205,7 @@ def _money(found: re.Match[str]) -> str:
     one, many, coin, coins = _COINS[found["before"] or found["after"]]
     much = (found["much"] or found["many"]).replace(",", "")
     if scale := found["scale"] or found["short"]:
-        return f"{_number(much)} {_SCALES[scale.lower()]} {many}"
+        return f"{_amount(much)} {_SCALES[scale.lower()]} {many}"
     whole, _, rest = much.partition(".")
     if len(rest) != 2:
         return f"{_amount(much)} {one if much == '1' else many}"

@@ -64,6 +64,7 @@ class Api:
             "datastores to look things up in.",
             redoc_url=None,
             responses={"default": {"model": schema.ErrorReply, "description": "An error"}},
+            form_limits={"max_fields": self._settings.limits.phrases + forms.MORE_FIELDS},
         )
         app.add_middleware(
             middleware.AdmissionMiddleware, access=self._access, metrics=middleware.RequestMetrics()

@@ -104,10 +104,11 @@ class Datastores:
         self, request: Request, kind: type[schema.NewEntries]
     ) -> tuple[schema.NewEntries, list[list[Any]] | None]:
         """What is to be added, from JSON or a form; with the waves of each recording, if any."""
-        limits, data = self._settings.limits, []
+        limits, data, param = self._settings.limits, [], "texts"
         if request.headers["content-type"].lower().startswith(middleware.FORM):
-            form = await request.form(max_files=limits.texts, max_fields=limits.texts + 1)
-            single = kind.model_fields.keys() - {"texts"}
+            most = limits.texts + forms.MORE_FIELDS
+            form = await request.form(max_files=most, max_fields=most)
+            param, single = "text", kind.model_fields.keys() - {"texts"}
             forms.check_fields(form, single, ("file", "text"))
             data = form.getlist("file")
             if not all(isinstance(one, UploadFile) for one in data):
@@ -120,13 +121,13 @@ class Datastores:
             asked = kind.model_validate_json(given) if isinstance(given, bytes) else kind(**given)
         except ValidationError as error:
             problem = error.errors()[0]
-            param = ".".join(map(str, problem["loc"])) or None
-            message = f"{param or 'body'}: {problem['msg']}"
-            raise ApiError(422, message, problem["type"], param) from None
-        texts = schema.bounded_texts(asked.texts, limits.texts, "texts", limits, self._vocabulary)
+            named = ".".join(map(str, problem["loc"])) or None
+            message = f"{named or 'body'}: {problem['msg']}"
+            raise ApiError(422, message, problem["type"], named) from None
+        texts = schema.bounded_texts(asked.texts, limits.texts, param, limits, self._vocabulary)
         asked = asked.model_copy(update={"texts": texts})
         if not data:
-            schema.check_length(texts, "texts", limits)
+            schema.check_length(texts, param, limits)
             return asked, None
         if len(data) != len(asked.texts):
             message = f"{len(data)} recordings and {len(asked.texts)} texts: one text each"

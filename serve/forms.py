@@ -6,13 +6,14 @@ Nothing is passed over in silence: an unknown name, or a field given twice, is a
 # No `from __future__ import annotations`: FastAPI reads the types of a class that it calls.
 
 import re
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated, get_type_hints
 
 from fastapi import File, Form, Request, UploadFile
 from fastapi.params import Form as FormField
-from starlette.datastructures import FormData
+from starlette.datastructures import FormData, QueryParams
 
 from mmrag.config import SLUG, RetrievalMode
 from mmrag.model.vocabulary import Vocabulary
@@ -22,6 +23,8 @@ from serve.messages import OutputOptions
 from serve.settings import Settings
 
 FILE = "wav, flac, mp3, ogg, opus, webm, m4a, mp4, mov, 3gp, amr, aac, aiff, au or caf"
+MORE_FIELDS = 1000
+"""So many beyond a limit are parsed for the answer to say of which field there are too many."""
 PROMPT_WORDS = 6
 """Longest part of a prompt that is taken for a name."""
 EVIDENCE = "retrieval"
@@ -139,20 +142,24 @@ async def transcription_fields(request: Request) -> None:
 
 
 async def query_parameters(request: Request) -> None:
-    """A dependency: refuses parameters of the query that the route does not know."""
+    """A dependency: refuses parameters that the route does not know, and one given twice."""
     known = [field.alias for field in request.scope["route"].dependant.query_params]
-    for name in request.query_params:
-        if name not in known:
-            raise _unknown(name, known, "parameter")
+    _check_names(request.query_params, known, (), "parameter")
 
 
 def check_fields(form: FormData, single: Collection[str], many: Collection[str]) -> None:
     """Raises ApiError for a field that is in neither, and for one of `single` given twice."""
-    names = [name for name, _ in form.multi_items()]
-    for name in names:
+    _check_names(form, single, many, "field")
+
+
+def _check_names(
+    given: FormData | QueryParams, single: Collection[str], many: Collection[str], kind: str
+) -> None:
+    counts = Counter(name for name, _ in given.multi_items())
+    for name, count in counts.items():
         if name not in single and name not in many:
-            raise _unknown(name, [*single, *many], "field")
-        if name in single and names.count(name) > 1:
+            raise _unknown(name, [*single, *many], kind)
+        if name in single and count > 1:
             raise _refused(name, "it was given more than once")
 
 

@@ -435,8 +435,8 @@ def _publish(directory: Path, segments: Sequence[Segment]) -> None:
 
 def _version(path: Path) -> tuple[int, ...]:
     """Which datastore this is (the first two), and in which state."""
-    made, phrase_list = (path / "datastore.json").stat(), (path / "segments.json").stat()
-    return made.st_ino, made.st_mtime_ns, phrase_list.st_ino, phrase_list.st_mtime_ns
+    made, changed = (path / "datastore.json").stat(), (path / "segments.json").stat()
+    return made.st_ino, made.st_mtime_ns, changed.st_ino, changed.st_mtime_ns
 
 
 def _documents(datastore: Datastore) -> list[tuple[str, int]]:

@@ -190,10 +190,10 @@ def api_keys() -> list[str]:
     file = os.environ.get(KEYS_FILE)
     if file:
         try:
-            phrase_list = Path(file).read_text().split()
+            found = Path(file).read_text().split()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{KEYS_FILE}: {error}") from None
-        if not phrase_list:
+        if not found:
             raise ConfigError(f"{KEYS_FILE}: no keys in {file}")
-        keys += phrase_list
+        keys += found
     return [key.strip() for key in keys if key.strip()]

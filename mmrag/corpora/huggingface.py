@@ -160,8 +160,6 @@ def _numbered(dataset: Any, directory: Path, name: str) -> Iterator[tuple[int, A
     try:
         yield from enumerate(dataset)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno:  # ours, of writing
-            raise
         raise CorpusError(f"{directory}: split {name} cannot be read on: {error}") from None
 
 

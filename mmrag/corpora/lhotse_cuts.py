@@ -15,7 +15,6 @@ import math
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ def read(path: Path) -> Corpus:
         return Corpus({ALL: sound(_kaldi(path), str(path))})
     parts = _parts(path)
     splits = {
-        ours: sound(chain.from_iterable(rows() for _, rows in named), str(path))
+        ours: sound(chain.from_iterable(rows for _, rows in named), str(path))
         for ours, named in by_split(path, parts).items()
     }
     return Corpus(splits)
@@ -63,30 +62,40 @@ def _require() -> None:
         raise ImportError("lhotse manifests need lhotse: pip install mmrag[corpora]") from None
 
 
-def _parts(directory: Path) -> dict[str, Any]:
-    """Name of each part of a directory of manifests -> what yields its rows."""
+def _parts(directory: Path) -> dict[str, Iterator[Row]]:
+    """Name of each part of a directory of manifests -> its rows."""
     found: dict[str, dict[tuple[str, str], Path]] = {}
     for file in sorted(directory.iterdir()) if directory.is_dir() else ():
         if (named := MANIFEST.match(file.name)) and file.is_file():
-            found.setdefault(named["kind"], {})[named["before"], named["after"]] = file
+            files = found.setdefault(named["kind"], {})
+            _add(files, (named["before"], named["after"]), file, file)
     if list(directory.glob("recording.*.tar")):
         raise CorpusError(
             f"{directory}: lhotse's Shar keeps audio in archives, and only files are read; write "
             "it out with CutSet.save_audios"
         )
-    parts = {}
+    parts: dict[str, Iterator[Row]] = {}
     for key, file in found.get("cuts", {}).items():
-        parts[_name(key)] = partial(_file, file, _domain(key))
+        _add(parts, _name(key), _file(file, _domain(key)), file)
     if parts:
         return parts
-    for key, file in found.get("recordings", {}).items():
-        supervisions = found.get("supervisions", {}).get(key)
-        parts[_name(key)] = partial(_pair, file, supervisions, _domain(key))
+    recordings, supervisions = found.get("recordings", {}), found.get("supervisions", {})
+    alone = [file.name for key, file in supervisions.items() if key not in recordings]
+    if recordings and alone:
+        raise CorpusError(f"{directory}: no recordings of the same name for {', '.join(alone)}")
+    for key, file in recordings.items():
+        _add(parts, _name(key), _pair(file, supervisions.get(key), _domain(key)), file)
     if not parts:
         raise CorpusError(
             f"{directory}: no cuts, no recordings (.jsonl, .jsonl.gz) and no {kaldi.WAVS}"
         )
     return parts
+
+
+def _add(named: dict[Any, Any], name: Any, value: Any, file: Path) -> None:
+    if name in named:
+        raise CorpusError(f"{file}: another manifest beside it goes by the same name: name one")
+    named[name] = value
 
 
 def _name(key: tuple[str, str]) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from functools import partial
 from glob import glob
 from itertools import chain
 from pathlib import Path
@@ -56,10 +55,9 @@ def read(path: Path, audio: Path | None = None) -> Corpus:
     splits, phrases = {}, {}
     for split, parts in by_split(path, found).items():
         rows = [
-            partial(_read, table, _tree(audio or table.parent, part), part, phrases)
-            for part, table in parts
+            _read(table, _tree(audio or table.parent, part), part, phrases) for part, table in parts
         ]
-        splits[split] = list(sound(chain.from_iterable(row() for row in rows), str(path)))
+        splits[split] = list(sound(chain.from_iterable(rows), str(path)))
     return Corpus(splits, phrases)
 
 

@@ -50,8 +50,10 @@ def read(path: Path, audio: Path | None = None) -> Corpus:
         topics = list(enumerate(_topics(file)))
         shares = {TEST: topics}
         if training:
-            of_dev = [one for one in topics if one[0] % DEV_TOPICS == DEV_TOPICS - 1]
-            shares = {LM: [one for one in topics if one not in of_dev], DEV: of_dev}
+            shares = {LM: [], DEV: []}
+            for number, topic in topics:
+                of_dev = number % DEV_TOPICS == DEV_TOPICS - 1
+                shares[DEV if of_dev else LM].append((number, topic))
         for split, share in shares.items():
             rows = _read(file, share, wav, "train" if training else "test")
             splits[split] = sound(rows, str(file))
@@ -123,12 +125,9 @@ def _answers(paragraph: dict[str, Any]) -> Iterator[str]:
 
 def _entities(text: str, answers: Sequence[str]) -> tuple[str, ...]:
     """The answers that stand in the sentence as whole words, as it writes them."""
-    lowered = text.lower()
-    if len(lowered) != len(text):  # İ and its like: places in the one are not those in the other
-        lowered = text
     found = []
     for answer in answers:
-        at = re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", lowered)
+        at = re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.IGNORECASE)
         if answer and at:
             found.append(text[at.start() : at.end()])
     return tuple(found)

@@ -323,6 +323,8 @@ class _Window:
         self._held: list[torch.Tensor] = []
         self._end = self._position
         self._blocks = _waves(name, decoders, skipped)
+        self._failed: AudioError | None = None
+        """What ended the blocks, and so fails every later span."""
 
     def of(self, span: Span) -> torch.Tensor:
         """A span that begins no earlier than those before it."""
@@ -357,7 +359,13 @@ class _Window:
                 yield span.cut(torch.cat(self._held), self._position)
 
     def _next(self) -> None:
-        block = next(self._blocks, None)
+        if self._failed is not None:
+            raise self._failed
+        try:
+            block = next(self._blocks, None)
+        except AudioError as error:
+            self._failed = error
+            raise
         if block is None:
             self._ended = True
         else:

@@ -296,6 +296,12 @@ def test_a_phrase_that_cannot_be_listened_for_is_named(mmrag, clip, tmp_path, co
     assert line.startswith("mmrag: ") and told in line
 
 
+def test_a_model_that_the_package_lacks_is_named(mmrag, clip):
+    status, _, err = mmrag(clip, models="mmrag:huge")
+    assert status == 2
+    assert "argument --models: no model 'mmrag:huge' in the package" in err
+
+
 def test_a_directory_that_holds_no_models_is_named(mmrag, clip, tmp_path):
     missing = tmp_path / "nowhere"
     status, _, err = mmrag(clip, models=missing)

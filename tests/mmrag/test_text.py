@@ -59,6 +59,7 @@ def test_capitals_make_no_difference(text):
         ("$5, $1 and $5.50", "five dollars one dollar and five dollars and fifty cents"),
         ("£0.99 or 3€", "ninety nine pence or three euros"),
         ("$1.5 million", "one point five million dollars"),
+        ("$1950 million", "one thousand nine hundred and fifty million dollars"),
         ("AT&T, 50% @ 20°C", "at and t fifty percent at twenty degrees celsius"),
         ("C#, #1 and #metoo", "c sharp number one and hashtag metoo"),
         ("2½ cups, ¾", "two and a half cups three quarters"),

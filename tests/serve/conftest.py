@@ -223,6 +223,12 @@ def write() -> Callable[..., bytes]:
     return written
 
 
+@pytest.fixture
+def second(write: Callable[..., bytes]) -> dict[str, tuple[str, bytes]]:
+    """A form's file with a second of anything."""
+    return {"file": ("a.wav", write(np.zeros(SAMPLE_RATE, np.float32), "WAV"))}
+
+
 @pytest.fixture(scope="package")
 def heard_here(service: Service) -> Callable[[bytes], str]:
     """`heard_here(file)`: its transcript as one process makes it, without retrieval."""

@@ -7,7 +7,6 @@ import threading
 import time
 from types import SimpleNamespace
 
-import numpy as np
 import openai
 import pytest
 import requests
@@ -31,12 +30,6 @@ def keys(monkeypatch):
     for name in ("MMRAG_API_KEYS", "MMRAG_API_KEYS_FILE"):
         monkeypatch.delenv(name, raising=False)
     return lambda *them: monkeypatch.setenv("MMRAG_API_KEYS", ",".join(them))
-
-
-@pytest.fixture
-def second(write):
-    """A file with a second of anything."""
-    return {"file": ("a.wav", write(np.zeros(16_000, np.float32), "WAV"))}
 
 
 def test_without_keys_nobody_is_asked_for_one(keys):

@@ -120,6 +120,21 @@ def test_where_there_are_cuts_they_alone_are_read(tmp_path):
     assert list(rows(tmp_path)[0]) == ["cut"]
 
 
+def test_manifests_of_one_name_are_refused_and_so_are_supervisions_of_no_recordings(tmp_path):
+    cut = MonoCut("cut", 0, 1, 0, recording=recording(tmp_path, "a"))
+    for corpus in ("one", "two"):
+        of(tmp_path, cut, name=f"{corpus}_cuts_train.jsonl")
+    with pytest.raises(CorpusError, match=r"two_cuts_train\.jsonl: another manifest beside it"):
+        rows(tmp_path, "lm")
+    apart = tmp_path / "apart"
+    apart.mkdir()
+    RecordingSet.from_recordings([cut.recording]).to_file(apart / "recordings_train.jsonl")
+    said = SupervisionSet.from_segments([supervision("s", "a", 0, 1)])
+    said.to_file(apart / "supervisions_all_train.jsonl")
+    with pytest.raises(CorpusError, match=r"same name for supervisions_all_train\.jsonl"):
+        rows(apart, "lm")
+
+
 def test_a_file_is_looked_for_beside_the_manifest_too(tmp_path):
     held = recording(tmp_path, "a")
     held.sources[0].source = "a.wav"

@@ -49,6 +49,7 @@ def test_damaged_rows_are_named_and_the_others_read(tmp_path):
         row("odd", "a word", "[['ORG']]"),
         row("code", "a word", "__import__('os').getcwd()"),
         row("good", "another word", "[]"),
+        "a return\rin it",
         row("last", "a word", "[]"),
     )
     with file.open("ab") as stream:
@@ -64,7 +65,8 @@ def test_damaged_rows_are_named_and_the_others_read(tmp_path):
         f"{file}:7": "odd: normalized_ner is not a list of [label, start, length]",
         f"{file}:8": "code: normalized_ner is not a list of [label, start, length]",
         str(file): "utterance 'good' stands twice",
-        f"{file}:11": "not UTF-8",
+        f"{file}:10": "1 columns, the header has 7",
+        f"{file}:12": "not UTF-8",
     }
     assert reasons.keys() == told.keys()
     assert all(reason in reasons[place] for place, reason in told.items())

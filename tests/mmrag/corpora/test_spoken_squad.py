@@ -59,6 +59,10 @@ def test_a_noisier_variant_is_read_by_its_file_in_its_own_letters(tmp_path):
     assert second.audio == audio / "0_0_1.wav"
 
 
+def test_a_letter_that_grows_in_lower_case_hides_no_answer():
+    assert spoken_squad._entities("the İzmir port of Paris", ["paris"]) == ("Paris",)
+
+
 def test_one_training_topic_in_ten_is_the_dev_split(tmp_path):
     topics = [topic(f"t{n}", {"context": f"number {n}.", "qas": []}) for n in range(20)]
     write(tmp_path / spoken_squad.TRAIN_FILE, topics)

@@ -118,6 +118,13 @@ def test_a_span_before_a_break_is_read_and_one_behind_it_is_not():
     assert "breaks off after 1" in str(second)
 
 
+@pytest.mark.parametrize("span", [Span(), Span(5.0)])
+def test_behind_a_break_every_span_fails_alike(span):
+    whole = encoded(tone(30.0), format="MP3", bitrate_mode="CONSTANT")
+    for failed in audio.spans(whole[: len(whole) // 2], [Span(), span]):
+        assert "breaks off after 1" in str(failed)
+
+
 def test_eight_kilohertz_stereo_mp3_keeps_its_length_and_pitch():
     source = encoded(tone(2.0, 8_000, channels=2), 8_000, format="MP3")
     wave = audio.read(source)
