@@ -405,6 +405,12 @@ def write_rejections(path: Path, rejected: Iterable[Rejection]) -> None:
     path.write_bytes("".join(lines).encode("utf-8", "backslashreplace"))
 
 
+def read_rejections(path: Path) -> list[Rejection]:
+    """What `write_rejections` wrote."""
+    with path.open("rb") as stream:
+        return [Rejection(**json.loads(line)) for line in stream]
+
+
 def seconds(one: Tokenized) -> float:
     """How long an utterance lasts."""
     return one.utterance.duration

@@ -1,6 +1,6 @@
 """Training on many processes: a Ray Train worker loop around a DeepSpeed engine.
 
-The loop makes the same steps as `mmrag.train.train`: every worker takes its share of each step's
+The loop makes the same steps as `mmrag.model.train.train`: every worker takes its share of each step's
 micro-batches, losses are divided by the counts of all workers together. Checkpoints hold weights,
 optimizer and step; what a step reads follows from its number, so a resumed run is the run that
 was not interrupted.
@@ -174,7 +174,7 @@ def deepspeed_config(experiment: Experiment, dtype: torch.dtype) -> dict[str, An
     }
     if settings.zero_stage >= 2:
         decided["data_types"] = {"grad_accum_dtype": "fp32"}
-    extra = json.loads(Path(settings.deepspeed).read_text()) if settings.deepspeed else {}
+    extra = _read_settings(Path(settings.deepspeed)) if settings.deepspeed else {}
     clash = sorted(decided.keys() & extra.keys())
     if "stage" in extra.get("zero_optimization", {}):
         clash.append("zero_optimization.stage")
@@ -187,6 +187,17 @@ def deepspeed_config(experiment: Experiment, dtype: torch.dtype) -> dict[str, An
         )
     zero = {**extra.pop("zero_optimization", {}), "stage": settings.zero_stage}
     return {**extra, **decided, "zero_optimization": zero}
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """A file of DeepSpeed's settings; ValueError if it is no JSON object."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"train.deepspeed: {path} is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"train.deepspeed: {path} is not one JSON object")
+    return settings
 
 
 def _worker(config: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ Texts that cannot be read or spoken are left out, and named in `rejected.jsonl`.
 from __future__ import annotations
 
 import codecs
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -17,7 +16,7 @@ import ray
 
 from cluster.parts import parts, work_off
 from cluster.placement import Demand, placing
-from cluster.stages import REJECTED, SpeakUnits, WriteEntries, write_rejections
+from cluster.stages import REJECTED, SpeakUnits, WriteEntries, read_rejections, write_rejections
 from cluster.tracking import Run
 from jobs import stage
 from mmrag import artifact
@@ -76,7 +75,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         for _ in work_off(stages, todo, settings.workers, "reading", WORKERS):
             pass
         for piece in sorted(draft.path.glob(".*.rejected.jsonl")):
-            rejected += [Rejection(**json.loads(line)) for line in piece.open()]
+            rejected += read_rejections(piece)
         write_rejections(draft.path / REJECTED, rejected)
         tracked.file(draft.path / REJECTED)
         _report(inputs["source"], len(read), rejected)
@@ -129,10 +128,11 @@ def _read(
 
 def _given(source: Artifact, settings: DatastoreConfig, seed: int) -> Iterator[Tokenized]:
     if source.kind == "outside":
-        yield from (Tokenized(said, None) for said in _outside(source.path))
+        for said in _outside(source.path):
+            if settings.domain in (None, said.domain):
+                yield Tokenized(said, None)
         return
-    splits = [source.path / split for split in settings.splits]
-    for split in [each for each in splits if each.exists()] or [source.path / "all"]:
+    for split in _splits(source, settings):
         for one in tokenized.read(split):
             if settings.domain not in (None, one.utterance.domain) or not one.utterance.text:
                 continue
@@ -142,6 +142,20 @@ def _given(source: Artifact, settings: DatastoreConfig, seed: int) -> Iterator[T
                 yield Tokenized(one.utterance, None)
             elif one.units is not None:
                 yield one
+
+
+def _splits(source: Artifact, settings: DatastoreConfig) -> list[Path]:
+    """The directories of the splits that are read; ConfigError for one that is not there."""
+    everything = source.path / "all"
+    if everything.exists():
+        return [everything]
+    if missing := [each for each in settings.splits if not (source.path / each).exists()]:
+        known = sorted(path.name for path in source.path.iterdir() if path.is_dir())
+        raise ConfigError(
+            f"datastore.splits: {source.path} has no {', '.join(missing)}; it has "
+            f"{', '.join(known)}"
+        )
+    return [source.path / split for split in settings.splits]
 
 
 def _outside(path: Path) -> Iterator[Utterance]:
@@ -179,7 +193,8 @@ def _report(source: Artifact, read: int, rejected: Sequence[Rejection]) -> None:
 def _empty(source: Artifact, settings: DatastoreConfig) -> str:
     """What is said of a source that has nothing to build a datastore of."""
     if source.kind == "outside":
-        return f"{source.path}: holds no text to build a datastore of"
+        domain = "" if settings.domain is None else f" of domain {settings.domain}"
+        return f"{source.path}: holds no text{domain} to build a datastore of"
     wanted = f"splits {', '.join(settings.splits)}, audio {settings.audio}"
     if settings.domain is not None:
         wanted += f", domain {settings.domain}"

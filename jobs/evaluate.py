@@ -17,7 +17,7 @@ from cluster.tracking import Run
 from jobs import stage
 from jobs.evaluation_tables import show, write
 from jobs.tune import heard_by, select
-from mmrag.artifact import Artifact, Draft, load, nothing
+from mmrag.artifact import Artifact, Draft, nothing
 from mmrag.config import (
     KNN,
     ConfigError,
@@ -27,7 +27,7 @@ from mmrag.config import (
     as_dict,
     recipe,
 )
-from mmrag.decoding import tune
+from mmrag.decoding.tune import tuned
 from mmrag.records import Retriever
 from mmrag.retrieval import phrases
 from mmrag.retrieval.datastore import Datastore
@@ -181,20 +181,14 @@ def _ways(experiment: Experiment, lm: Artifact) -> list[EvaluationMode]:
 def _settings(
     experiment: Experiment, datastore: Artifact, mode: RetrievalMode
 ) -> tuple[KNN | None, RetrievedAttention | None]:
-    """What `jobs.tune` chose for this very datastore; where it has not run, `knn` and `read`."""
-    path = experiment.workspace / "tuned" / datastore.path.name
-    tuned = path.exists()
-    if tuned:
-        load(path, "tuned").require("datastore", datastore)
-    knn = read = None
-    if mode in ("cross_attention", "both"):
-        read = (tune.chosen_attention(path) if tuned else None) or experiment.attention
+    """What `jobs.tune` chose for this very datastore; where it has not, the experiment's own."""
+    found = tuned(experiment.workspace, datastore.path)
     if mode == "knn":
-        knn = tune.chosen(path) if tuned else experiment.knn
-    elif mode == "both":
-        known = tuned and (path / tune.BOTH).exists()
-        knn = tune.chosen(path, tune.BOTH) if known else experiment.knn
-    return knn, read
+        return (found.knn if found else experiment.knn), None
+    read = (found and found.attention) or experiment.attention
+    if mode == "cross_attention":
+        return None, read
+    return (found.both if found else experiment.knn), read
 
 
 def _transcribe(

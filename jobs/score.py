@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mmrag import terminal
 from mmrag.score import ErrorRate, biasing_error_rates, normalise
 
 NAMED = 5
@@ -292,4 +293,5 @@ def _some(names: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with terminal.command("score"):
+        main()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cluster.parts import parts, work_off
-from cluster.stages import REJECTED, EncodeFeatures, EncodeUnits, write_rejections
+from cluster.stages import REJECTED, EncodeFeatures, EncodeUnits, read_rejections, write_rejections
 from cluster.tracking import Run
 from jobs import stage
 from mmrag import artifact, shipped
@@ -72,8 +71,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
             pass
         rejected = {split: list(unread) for split, (_, unread) in splits.items()}
         for piece in sorted(draft.path.glob("*/.*.rejected.jsonl")):
-            lines = piece.read_text("utf-8").splitlines()
-            rejected[piece.parent.name] += [Rejection(**json.loads(line)) for line in lines]
+            rejected[piece.parent.name] += read_rejections(piece)
         for split, reasons in rejected.items():
             if reasons and not _written(draft.path / split):
                 for part in draft.path.glob("*/*.parquet"):

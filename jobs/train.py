@@ -140,7 +140,7 @@ def _counts(directory: Path, parameters: int, settings: Train) -> dict[str, Any]
         "parameters": parameters,
         "steps": settings.steps,
         "final_loss": round(last_record(directory)["loss"], 4),
-        "rejected": len(rejected.read_text().splitlines()) if rejected.exists() else 0,
+        "rejected": rejected.read_bytes().count(b"\n") if rejected.exists() else 0,
     }
 
 

@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -323,11 +323,6 @@ def write_json(path: Path, value: Any) -> None:
         os.fsync(stream.fileno())
     aside.replace(path)
     sync(path.parent)
-
-
-def as_json(artifact: Artifact) -> dict[str, Any]:
-    """The fields of `artifact.json` and its path."""
-    return {**asdict(artifact), "path": str(artifact.path)}
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

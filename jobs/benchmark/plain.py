@@ -1,9 +1,8 @@
 """The same models in one plain process, without a service: `python -m jobs.benchmark.plain`.
 
 What an endpoint is measured against. Callers are threads; each takes the bytes of a recording
-through `audio.segments`, `mmrag.speech`, HuBERT and `mmrag.engine`, and has its transcript before
-it takes the next. An order comes in as a line of JSON, the answers go
-out as one.
+through `audio.segments`, `mmrag.speech.vad`, HuBERT and `mmrag.decoding.engine`, and has its
+transcript before it takes the next. An order comes in as a line of JSON, the answers go out as one.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from cluster import modes
-from cluster.modes import DocumentKNN, Mode, NoRetrieval, SubsetKNN
+from cluster.modes import DocumentKNN, NoRetrieval, SubsetKNN
 from cluster.parts import parts, work_off
 from cluster.recording import DegradeRecordings, RenderSpeech
 from cluster.stages import Embed
@@ -87,17 +87,24 @@ def dynamic_context(lab: Lab) -> tuple[str, int, list[Point]]:
     middle = sorted(lab.settings.phrases)[len(lab.settings.phrases) // 2]
     lists = _lists(dev, everyone, middle, lab.experiment.seed)
     knn = _choose_knn(lab, store, dev, lists, None)
-    both = _choose_knn(lab, store, dev, lists, lab.experiment.attention)
+    read = lab.experiment.attention
+    both = _choose_knn(lab, store, dev, lists, read)
     weight = _choose_boost(lab, dev, lists)
     points = [Point("none", NoRetrieval())]
     for count in lab.settings.phrases:
         lists = _lists(test, everyone, count, lab.experiment.seed)
-        read = _phrase_attention(lab, store, lists)
-        together = modes.Both((DocumentKNN(store.path, both, lists), read))
+        ways = {"knn": (knn, None), "cross_attention": (None, read), "both": (both, read)}
         points += [
-            Point("knn", DocumentKNN(store.path, knn, lists), "spoken", count, lists=lists),
-            Point("cross_attention", read, "spoken", count, lists=lists),
-            Point("both", together, "spoken", count, lists=lists),
+            Point(
+                name,
+                modes.phrase_mode(store.path, *how, lists, lab.settings.mentions),
+                "spoken",
+                count,
+                lists=lists,
+            )
+            for name, how in ways.items()
+        ]
+        points += [
             Point("boost", modes.PhraseBoosting(weight, lists), None, count, lists=lists),
             Point("prompt", modes.PhrasePrompting(lists), None, count, lists=lists),
         ]
@@ -116,7 +123,8 @@ def wrong_datastore(lab: Lab) -> tuple[str, int, list[Point]]:
     test, everyone = lab.spoken("test", ASSISTANT, limit), _entities(lab)
     middle = sorted(lab.settings.phrases)[len(lab.settings.phrases) // 2]
     lists = _lists(test, everyone, middle, lab.experiment.seed, own=False)
-    read = _phrase_attention(lab, _phrase_datastore(lab, everyone), lists)
+    store, read = _phrase_datastore(lab, everyone), lab.experiment.attention
+    read = modes.phrase_mode(store.path, None, read, lists, lab.settings.mentions)
     setting = "none of them said"
     points.append(Point("cross_attention", read, "spoken", middle, setting=setting, lists=lists))
     return ASSISTANT, limit, points
@@ -225,13 +233,6 @@ def _ways(store: TunedDatastore, name: str, setting: str | None = None) -> list[
     ]
 
 
-def _phrase_attention(lab: Lab, store: Artifact, lists: modes.PhraseLists) -> Mode:
-    """Each utterance's list read by the adapter, as the settings say."""
-    return modes.PhraseCrossAttention(
-        store.path, lab.experiment.attention, lists, lab.settings.mentions
-    )
-
-
 def _entities(lab: Lab) -> list[str]:
     """Every entity of the corpus that training did not know, sorted."""
     utterances = [
@@ -293,12 +294,10 @@ def _choose_knn(
             weights, grid.temperature, grid.gate, grid.certain
         )
     ]
-    how: dict[str, Mode] = {}
-    for number, knn in enumerate(settings):
-        how[str(number)] = DocumentKNN(store.path, knn, lists)
-        if read is not None:
-            ways = (how[str(number)], _phrase_attention(lab, store, lists))
-            how[str(number)] = modes.Both(ways)
+    how = {
+        str(number): modes.phrase_mode(store.path, knn, read, lists, lab.settings.mentions)
+        for number, knn in enumerate(settings)
+    }
     heard = lab.transcribe(how, dev)
     return settings[min(range(len(settings)), key=lambda n: lab.error_rate(heard[str(n)]))]
 

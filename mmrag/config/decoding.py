@@ -9,6 +9,7 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
+    model_validator,
 )
 
 from mmrag.config.retrieval import RetrievalMode, RetrievedAttention
@@ -95,6 +96,14 @@ class Evaluate(Section):
     resamples: PositiveInt
     """Bootstrap resamples behind each confidence interval."""
     workers: Workers
+
+    @model_validator(mode="after")
+    def _lists_are_local(self) -> Evaluate:
+        if self.lists and self.retriever == "sharded":
+            raise ValueError(
+                "lists are searched in the workers themselves: retriever must be local"
+            )
+        return self
 
 
 class Reproduce(Section):

@@ -22,7 +22,7 @@ from mmrag.model.contract import Speech, SpeechDecoder, TextVocabulary
 from mmrag.model.lm import LMOutput
 from mmrag.model.states import pad_ids
 from mmrag.records import NO_ENTRY, Neighbours
-from mmrag.retrieval.interpolation import Retrieval, _retrieve_apart
+from mmrag.retrieval.interpolation import Retrieval, retrieve_each
 from mmrag.retrieval.knn import best_neighbour
 from mmrag.retrieval.memory import AttendedWindow, AttentionSource, RetrievedMemory
 
@@ -252,7 +252,7 @@ class Batch:
                 0, batch.text_query_rows, batch.text_states.read(batch.text_query_ids)
             )
         retrievals = [owner.clip.retrieval for owner in owners]
-        logp, neighbours, missing = _retrieve_apart(logp, queries, retrievals, exclude)
+        logp, neighbours, missing = retrieve_each(logp, queries, retrievals, exclude)
         self.retrieval_seconds += time.perf_counter() - started
         for row, shards in (*enumerate(missing), *batch.missing_shards):
             owners[row].missing_shards = max(owners[row].missing_shards, shards)

@@ -1,8 +1,8 @@
 """What decoding and retrieval ask of a model that writes text about speech, whatever its family.
 
 mmrag's own language model reads speech as ids in its prompt (`lm`, `vocabulary`); Whisper attends
-to what its encoder made of it (`whisper`). The engine, the batch, the datastore and everything
-that scores them see these protocols alone.
+to what its encoder made of it (`whisper`). The engine, the batch and the datastore ask for nothing
+beyond these protocols.
 """
 
 from __future__ import annotations
@@ -82,6 +82,10 @@ class TextVocabulary(Protocol):
 
     def refusal(self, text: str) -> str | None:
         """Why a text cannot be listened for; None if it can."""
+        ...
+
+    def unspeakable(self, text: str) -> list[str]:
+        """Letters of a text that no piece writes."""
         ...
 
     def encode(self, text: str) -> list[int]: ...

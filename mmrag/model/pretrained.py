@@ -29,6 +29,11 @@ ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
 }
+DEMANDED = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    "rms_norm_eps",
+)
+"""What a Hugging Face config.json has to say."""
 NAMES = {
     "attention_norm": "input_layernorm",
     "attention.q": "self_attn.q_proj",
@@ -134,6 +139,8 @@ def adapter_tensors(base: str) -> Iterator[tuple[str, Tensor]]:
         yield from load_file(directory / ADAPTER_WEIGHTS).items()
     except FileNotFoundError as error:
         raise CheckpointError(f"{directory} holds no adapter: {error}") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{directory}: {ADAPTER_WEIGHTS} is damaged: {error}") from None
 
 
 def base_config(base: str) -> LanguageModel:
@@ -167,6 +174,8 @@ def huggingface_config(directory: Path | str) -> LanguageModel:
         fields = json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{directory} holds no config.json") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
     if fields.get("model_type") not in ARCHITECTURES:
         raise CheckpointError(
             f"{path}: model_type {fields.get('model_type')!r} is not one of {list(ARCHITECTURES)}"
@@ -179,6 +188,8 @@ def huggingface_config(directory: Path | str) -> LanguageModel:
         if fields.get(bias):
             raise CheckpointError(f"{path}: {bias} is unknown; biases are read in qwen2 alone")
     theta = rope.get("rope_theta") or fields.get("rope_theta") or 10_000.0
+    if missing := [name for name in DEMANDED if name not in fields]:
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}")
     return LanguageModel(
         width=fields["hidden_size"],
         layers=fields["num_hidden_layers"],

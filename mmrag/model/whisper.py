@@ -3,7 +3,7 @@
 transformers reads the checkpoint and runs the encoder. The decoder's pass is written here, so that
 rows of different length share a batch which they join and leave between two steps; the key of a
 position is the decoder's final state, from which the next token is chosen (arXiv 2410.18850). It
-knows waves and ids; neither files nor datastores.
+knows checkpoints, waves and ids; no datastores.
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ def create(directory: Path | str, description: Description) -> None:
             raise DatastoreError(f"{directory} already holds a datastore of another description")
         return
     durable.make_directory(directory / "segments")
-    _write(directory / "segments.json", {"segments": [], "deleted": None})
-    _write(directory / "datastore.json", asdict(description))
+    write_json(directory / "segments.json", {"segments": [], "deleted": None})
+    write_json(directory / "datastore.json", asdict(description))
 
 
 def describe(directory: Path | str) -> Description:
@@ -110,7 +110,7 @@ def publish(directory: Path | str, names: Sequence[str]) -> None:
             taken.add(name)
             entries = _stored(directory, name, description).entries
             listed["segments"].append({"name": name, "entries": entries})
-        _write(directory / "segments.json", listed)
+        write_json(directory / "segments.json", listed)
 
 
 def delete(directory: Path | str, entries: Iterable[int]) -> None:
@@ -128,7 +128,7 @@ def delete(directory: Path | str, entries: Iterable[int]) -> None:
         aside = directory / f".{listed['deleted']}"
         np.save(aside, np.union1d(_deleted(directory, before), gone), allow_pickle=False)
         durable.rename(aside, directory / listed["deleted"])
-        _write(directory / "segments.json", listed)
+        write_json(directory / "segments.json", listed)
 
 
 class Datastore:
@@ -400,12 +400,6 @@ def _map(path: Path) -> np.ndarray:
 
 def _deleted(directory: Path, name: str | None) -> np.ndarray:
     return np.array(_map(directory / name)) if name else np.zeros(0, np.int64)
-
-
-def _write(path: Path, value: Any) -> None:
-    """Replace a JSON file, for good when this returns."""
-    write_json(path, value)
-    durable.sync(path.parent)
 
 
 def _list(directory: Path) -> dict[str, Any]:

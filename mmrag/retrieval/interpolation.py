@@ -25,21 +25,18 @@ class Retrieval:
 def retrieve(
     lm_logp: Tensor,
     keys: Tensor,
-    retrieval: Retrieval | Sequence[Retrieval | None] | None,
+    retrieval: Retrieval,
     exclude_documents: Sequence[int] | None = None,
 ) -> tuple[Tensor, Neighbours]:
     """The next-token log-probabilities (B, V) after retrieval with `keys` (B, D).
 
-    `retrieval` is one for all rows, or one a row: rows that share one are searched together.
-    Without retrieval, with weight 0, where the model is certain and behind a shut gate they are
-    `lm_logp` itself, and the neighbours are none: what was not heard is no evidence.
+    With weight 0, where the model is certain and behind a shut gate they are `lm_logp` itself, and
+    the neighbours are none: what was not heard is no evidence.
     """
-    if isinstance(retrieval, Sequence):
-        return _retrieve_apart(lm_logp, keys, retrieval, exclude_documents)[:2]
-    if retrieval is None or retrieval.settings.weight == 0:
-        return lm_logp, Neighbours.none(len(lm_logp), 1)
     knn = retrieval.settings
     logp, neighbours = lm_logp, Neighbours.none(len(lm_logp), knn.k)
+    if knn.weight == 0:
+        return logp, neighbours
     rows = unsure(lm_logp, knn.certain).nonzero()[:, 0]
     if len(rows):
         queries = keys[rows].float().cpu().numpy()
@@ -50,13 +47,16 @@ def retrieve(
     return logp, neighbours
 
 
-def _retrieve_apart(
+def retrieve_each(
     lm_logp: Tensor,
     keys: Tensor,
     retrievals: Sequence[Retrieval | None],
-    exclude_documents: Sequence[int] | None,
+    exclude_documents: Sequence[int] | None = None,
 ) -> tuple[Tensor, Neighbours, list[int]]:
-    """`retrieve`, with each row's own retrieval; and how many of its shards did not answer."""
+    """`retrieve` with each row's own retrieval, or none; and how many of its shards did not answer.
+
+    Rows that share a retrieval are searched together.
+    """
     k = max((one.settings.k for one in retrievals if one is not None), default=1)
     logp, neighbours = lm_logp.clone(), Neighbours.none(len(lm_logp), k)
     missing = [0] * len(lm_logp)

@@ -269,6 +269,24 @@ def test_a_source_without_an_utterance_is_an_error_that_says_what_was_looked_for
     empty = with_datastore(experiment, name="e", source=str(tmp_path / "empty.txt"), audio="none")
     with pytest.raises(DatastoreError, match=r"empty\.txt: holds no text"):
         build_datastore.run(empty)
+    mistyped = with_datastore(experiment, name="s", splits=("datastore", "trian"))
+    with pytest.raises(ConfigError, match=r"datastore\.splits: .*tokens has no trian; it has "):
+        build_datastore.run(mistyped)
+
+
+def test_of_a_manifest_one_domain_is_read(borrow, tmp_path):
+    source = tmp_path / "names.jsonl"
+    source.write_text(
+        "".join(
+            json.dumps({"id": domain, "text": f"call {domain}", "domain": domain}) + "\n"
+            for domain in ("home", "office")
+        )
+    )
+    experiment = with_datastore(
+        borrow("codebook", "lm"), source=str(source), audio="none", domain="office"
+    )
+    store = Datastore.open(build_datastore.run(experiment).path)
+    assert {store.utterance_name(entry) for entry in range(store.entries)} == {"office"}
 
 
 def test_a_source_that_is_not_there_is_named(borrow, tmp_path):

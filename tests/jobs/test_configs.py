@@ -216,3 +216,18 @@ def test_a_deepspeed_file_that_sets_what_the_experiment_decides_is_refused(
     with pytest.raises(ValueError) as raised:
         deepspeed_config(experiment("tiny", f"train.deepspeed={file}"), torch.float32)
     assert str(file) in str(raised.value) and f"'{clash}'" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "is not JSON"), ("[]", "is not one JSON object")]
+)
+def test_a_deepspeed_file_that_cannot_be_read_is_named(tmp_path, text, message):
+    file = tmp_path / "broken.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=rf"train\.deepspeed: {file} {message}"):
+        deepspeed_config(experiment("tiny", f"train.deepspeed={file}"), torch.float32)
+
+
+def test_lists_are_not_searched_by_shards(tmp_path):
+    with pytest.raises(config.ConfigError, match="lists are searched in the workers themselves"):
+        experiment("tiny", "evaluate.lists=true", "evaluate.retriever=sharded")

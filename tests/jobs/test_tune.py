@@ -1,5 +1,6 @@
 """What is chosen on dev: by votes, by attention and by both, and never what lets a decoy harm."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from mmrag.speech import tokenized
 pytestmark = pytest.mark.ray
 
 FILES = (SETTINGS, ATTENTION, BOTH)
-WORDS = 100
 PLAIN = 50
 """Words in a hundred that are wrong without retrieval."""
 
@@ -80,7 +80,7 @@ def test_beside_reading_the_chosen_neighbours_vote_with_weights_of_their_own(ada
 
 def heard(errors: int) -> list[TranscribedUtterance]:
     """A transcript of so many wrong words in a hundred."""
-    reference = [f"word{number}" for number in range(WORDS)]
+    reference = ["".join(letters) for letters in itertools.product("abcdefghij", repeat=2)]
     text = ["wrong"] * errors + reference[errors:]
     said = (" ".join(reference), " ".join(text))
     return [TranscribedUtterance("u", "s", 1.0, *said, [], [], 0.1, 0, 0)]

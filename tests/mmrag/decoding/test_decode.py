@@ -17,7 +17,7 @@ from mmrag.model.lm import LM
 from mmrag.model.states import read_states
 from mmrag.model.vocabulary import EOS, Vocabulary
 from mmrag.records import NO_ENTRY, Neighbours
-from mmrag.retrieval.interpolation import Retrieval, retrieve
+from mmrag.retrieval.interpolation import Retrieval, retrieve, retrieve_each
 
 SHAPE = LanguageModel(width=16, layers=2, heads=4, kv_heads=2, feed_forward=24, tied=False)
 
@@ -543,7 +543,7 @@ def test_rows_that_share_a_retrieval_are_searched_together():
     one, other = Store(seed=1), Store(seed=2)
     first, second = Retrieval(one, knn(k=3)), Retrieval(other, knn(k=5))
     own, documents = [first, None, second, first, second], [0, 1, 2, 3, -1]
-    logp, found = retrieve(lm_logp, keys, own, documents)
+    logp, found, _ = retrieve_each(lm_logp, keys, own, documents)
     assert (one.excluded, other.excluded) == ([[0, 3]], [[2, -1]])
     assert found.entries.shape == (5, 5)
     assert torch.equal(logp[1], lm_logp[1]) and (found.entries[1] == NO_ENTRY).all()

@@ -210,6 +210,7 @@ def test_a_weight_of_another_shape_is_named(tmp_path):
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "linear"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_size": 8, "rms_norm_eps": 1e-5}, "lacks num_hidden_layers, num_attention_heads"),
     ],
     ids=str,
 )
@@ -221,6 +222,9 @@ def test_a_checkpoint_that_is_no_plain_llama_is_refused_by_name(tmp_path, fields
 
 def test_a_checkpoint_without_config_or_safetensors_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=rf"{tmp_path} holds no config\.json"):
+        pretrained.huggingface_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json is not JSON"):
         pretrained.huggingface_config(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(CheckpointError, match=rf"{tmp_path} holds no \.safetensors"):
@@ -375,6 +379,13 @@ def test_an_adapter_that_is_damaged_or_does_not_fit_is_refused(adapter, damage, 
     damage(directory)
     with pytest.raises(CheckpointError, match=rf"(?s){directory}.*{message}"):
         pretrained.load_adapter(directory, LM(shape(), 29))
+
+
+def test_a_damaged_adapter_is_no_base(adapter):
+    directory, _ = adapter
+    cut_short(directory)
+    with pytest.raises(CheckpointError, match=rf"{directory}: adapter\.safetensors is damaged"):
+        list(pretrained.adapter_tensors(str(directory)))
 
 
 @pytest.mark.parametrize("changes", [{"layers": 3}, {"layers": 1}, {"width": 24}], ids=str)
