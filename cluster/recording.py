@@ -18,6 +18,14 @@ from mmrag.records import Utterance
 from mmrag.speech import audio
 
 
+def write_flac(path: Path, wave: np.ndarray) -> None:
+    """Write a wave (T,) at 16 kHz, and the directories above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    encoded = io.BytesIO()  # written by Python, which says what is wrong with a full disk
+    soundfile.write(encoded, wave, audio.SAMPLE_RATE, format="FLAC")
+    path.write_bytes(encoded.getvalue())
+
+
 class RenderSpeech:
     """Planned sentences of one split -> FLAC files, and their rows of the split's manifest.
 
@@ -47,10 +55,7 @@ class RenderSpeech:
             return said
         speech = synthetic.render(planned, self._synthesizer)
         path = self._directory / "audio" / part / f"{planned.id}.flac"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        encoded = io.BytesIO()  # written by Python, which says what is wrong with a full disk
-        soundfile.write(encoded, speech.wave, audio.SAMPLE_RATE, format="FLAC")
-        path.write_bytes(encoded.getvalue())
+        write_flac(path, speech.wave)
         return replace(
             said,
             audio=path,
@@ -77,8 +82,7 @@ class DegradeRecordings:
         for one in part.work:
             wave = self._record(one)
             path = self._directory / "audio" / f"{one.id}.flac"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            soundfile.write(path, np.clip(wave, -1, 1), audio.SAMPLE_RATE)
+            write_flac(path, np.clip(wave, -1, 1))
             said.append(replace(one, audio=path, duration=len(wave) / audio.SAMPLE_RATE, phones=()))
         manifest.write(self._directory / f".{part.name}.jsonl", said)
         return part.name

@@ -17,15 +17,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cluster.clips import Clips, hear, open_clips
 from cluster.modes import Biasing, Mode, open_locally
 from cluster.parts import Part, Work, parts, work_off
+from cluster.recording import write_flac
 from mmrag.config import BatchDecode, Tokenize, Workers
 from mmrag.config import Datastore as DatastoreConfig
 from mmrag.corpora import synthetic
-from mmrag.folders import printable
 from mmrag.model import pretrained
 from mmrag.model.states import read_states
-from mmrag.recogniser import SPOKEN, Recogniser
+from mmrag.recogniser import SPOKEN, Recogniser, load, load_decoder
 from mmrag.records import Rejection, Units, Utterance
 from mmrag.retrieval.contexts import write_neighbours
 from mmrag.retrieval.datastore import write_segment
@@ -41,9 +42,10 @@ from mmrag.transcribe import recognise, words
 
 REJECTED = "rejected.jsonl"
 """The file of a stage's output that names what could not be used, and why."""
-
-Clips = list[tuple[Utterance, torch.Tensor]]
-"""Utterances, each with its wave (T,) at 16 kHz."""
+SPOKEN_AUDIO = ".spoken"
+"""Where recordings of synthetic speech lie while a datastore is made of them."""
+FRAMES = 50
+"""Encoder frames a second of a recording."""
 
 
 def device() -> str:
@@ -120,65 +122,13 @@ class EncodeUnits:
         self._directory = directory
 
     def __call__(self, part: Part[Utterance]) -> str:
-        rejected: list[Rejection] = []
-        heard: list[tuple[Utterance, torch.Tensor]] = []
         tokenized = [Tokenized(one, None) for one in part.work if one.audio is None]
-        recordings: dict[Path, list[Utterance]] = {}
-        for one in part.work:
-            if one.audio is not None:
-                recordings.setdefault(one.audio, []).append(one)
-        for path, said in recordings.items():
-            for clips in self._open(path, said):
-                if isinstance(clips, audio.AudioError):
-                    rejected.append(Rejection(printable(path), str(clips)))
-                else:
-                    heard += clips
+        heard, rejected = open_clips([one for one in part.work if one.audio], self._settings)
         tokenized += self._encode(heard)
         path = self._directory / f"{part.name}.parquet"
         write_rejections(path.with_name(f".{path.stem}.rejected.jsonl"), rejected)
         write_part(path, tokenized)
         return part.name
-
-    def _open(self, path: Path, said: list[Utterance]) -> list[Clips | audio.AudioError]:
-        """The clips of each utterance of a recording, or why there are none.
-
-        Those with a transcript are one clip each, all read in one pass.
-        """
-        limits = self._settings
-        whole = [one for one in said if (one.text or "").strip()]
-        try:
-            waves = audio.spans(
-                path,
-                [audio.span_of(one) for one in whole],
-                min_seconds=limits.min_seconds,
-                max_seconds=limits.max_seconds,
-            )
-        except audio.AudioError as error:
-            return [error] * len(said)
-        clips = {
-            id(one): wave if isinstance(wave, audio.AudioError) else [(one, wave)]
-            for one, wave in zip(whole, waves, strict=True)
-        }
-        return [clips[id(one)] if id(one) in clips else self._untranscribed(one) for one in said]
-
-    def _untranscribed(self, one: Utterance) -> Clips | audio.AudioError:
-        """A clip without a transcript, or several: a long one is split."""
-        limits, document = self._settings, one.document or one.id
-        if limits.require_text:
-            return audio.AudioError(f"{printable(one.audio)}: no transcript")
-        try:
-            cut = audio.segments(
-                one.audio, limits.max_seconds, limits.min_seconds, audio.span_of(one)
-            )
-            waves = [segment.wave for segment in cut]
-        except audio.AudioError as error:
-            return error
-        if len(waves) == 1:
-            return [(one, waves[0])]
-        return [
-            (replace(one, id=f"{one.id}#{number}", document=document), wave)
-            for number, wave in enumerate(waves)
-        ]
 
     def _encode(self, heard: list[tuple[Utterance, torch.Tensor]]) -> Iterator[Tokenized]:
         heard.sort(key=lambda pair: len(pair[1]))
@@ -191,26 +141,33 @@ class EncodeUnits:
                 yield Tokenized(said, self._codebook.encode(one.cpu().numpy()))
 
 
-class SpeakUnits:
-    """Text utterances -> the same with units of synthetic speech.
+class Speak:
+    """Text utterances -> the same as recordings of synthetic speech, in `.spoken/` in `directory`.
 
-    Those that cannot be spoken are left out: they go to `.<part>.rejected.jsonl` in `directory`.
+    Those that cannot be spoken are left out: they go to `.<part>.rejected.jsonl`.
     """
 
-    def __init__(self, hubert: Path, codebook: Path, seed: int, directory: Path) -> None:
+    def __init__(self, seed: int, directory: Path) -> None:
         from mmrag.corpora.voices.espeak import Synthesizer
 
         self._synthesizer = Synthesizer()
-        self._encoder = HubertEncoder.load(hubert).to(device()).eval()
-        self._codebook = Codebook.load(codebook)
         self._seed = seed
         self._directory = directory
 
     def __call__(self, part: Part[Tokenized]) -> Part[Tokenized]:
+        recordings = self._directory / SPOKEN_AUDIO / part.name
+        recorded = []
+        for number, (said, wave) in enumerate(self._say(part)):
+            path = recordings / f"{number}.flac"
+            write_flac(path, wave.numpy())
+            recorded.append(Tokenized(replace(said, audio=path, offset=None, duration=None), None))
+        return Part(part.name, recorded)
+
+    def _say(self, part: Part[Tokenized]) -> Clips:
         from mmrag.corpora.voices.espeak import UnspeakableError
 
         voiced = synthetic.assign_voices([one.utterance.text for one in part.work], self._seed)
-        said: list[tuple[Utterance, torch.Tensor]] = []
+        said: Clips = []
         rejected: list[Rejection] = []
         for one, planned in zip(part.work, voiced, strict=True):
             try:
@@ -220,9 +177,21 @@ class SpeakUnits:
             else:
                 said.append((one.utterance, torch.from_numpy(wave)))
         write_rejections(self._directory / f".{part.name}.rejected.jsonl", rejected)
-        return Part(part.name, list(self._heard(said)))
+        return said
 
-    def _heard(self, said: Sequence[tuple[Utterance, torch.Tensor]]) -> Iterator[Tokenized]:
+
+class SpeakUnits(Speak):
+    """Text utterances -> the same with units of synthetic speech, which no file keeps."""
+
+    def __init__(self, hubert: Path, codebook: Path, seed: int, directory: Path) -> None:
+        super().__init__(seed, directory)
+        self._encoder = HubertEncoder.load(hubert).to(device()).eval()
+        self._codebook = Codebook.load(codebook)
+
+    def __call__(self, part: Part[Tokenized]) -> Part[Tokenized]:
+        return Part(part.name, list(self._heard(self._say(part))))
+
+    def _heard(self, said: Clips) -> Iterator[Tokenized]:
         for start in range(0, len(said), SPOKEN):
             batch = said[start : start + SPOKEN]
             features = self._encoder.features([wave for _, wave in batch])
@@ -231,32 +200,35 @@ class SpeakUnits:
 
 
 class WriteEntries:
-    """Tokenized utterances -> one datastore segment: the language model's state before each
-    token of each text (or of its entities), over the utterance's units where `audio` is not
-    `none`."""
+    """Utterances -> one datastore segment: the state of `models` before each token of each text (or
+    of its entities), over the utterance's speech where `audio` is not `none`."""
 
-    def __init__(self, lm: Path, settings: DatastoreConfig, directory: Path) -> None:
-        self._lm, self._vocabulary = pretrained.load(lm, device())
+    def __init__(
+        self,
+        models: Path | str,
+        settings: DatastoreConfig,
+        directory: Path,
+        language: str | None = None,
+    ) -> None:
+        self._models = load_decoder(models, device(), language)
         self._settings = settings
         self._directory = directory
 
     def __call__(self, part: Part[Tokenized]) -> str:
         batches = _batches(part.work, _token_count, self._settings.batch_tokens)
-        nothing = Segment.empty(self._lm.config.width, self._settings.window)
+        nothing = Segment.empty(self._models.lm.width, self._settings.window)
         segment = join([nothing, *map(self._read, batches)])
         write_segment(self._directory, part.name, segment)
         return part.name
 
     def _read(self, batch: list[Tokenized]) -> Segment:
         settings = self._settings
-        heard = settings.audio != "none"
-        return read_entries(
-            self._lm,
-            self._vocabulary,
-            batch if heard else [Tokenized(one.utterance, None) for one in batch],
-            settings.window,
-            settings.entries,
-        )
+        if settings.audio == "none":
+            batch = [Tokenized(one.utterance, None) for one in batch]
+        else:
+            batch = hear(self._models, batch)
+        lm, vocabulary = self._models.lm, self._models.vocabulary
+        return read_entries(lm, vocabulary, batch, settings.window, settings.entries)
 
 
 class FindNeighbours:
@@ -317,8 +289,14 @@ class TranscriptionTask:
 class Transcribe:
     """Utterances asked for in one mode -> the mode's name and their transcripts, as one batch."""
 
-    def __init__(self, models: Path, settings: BatchDecode, modes: Mapping[str, Mode]) -> None:
-        self._recogniser = Recogniser.load(models, device())
+    def __init__(
+        self,
+        models: Path | str,
+        settings: BatchDecode,
+        modes: Mapping[str, Mode],
+        language: str | None = None,
+    ) -> None:
+        self._recogniser = load(models, device(), language)
         self._settings = settings
         self._modes = modes
         self._guides: dict[str, Biasing] = {}
@@ -331,6 +309,7 @@ class Transcribe:
 
     def _transcribe(self, batch: list[Tokenized], guide: Biasing) -> list[TranscribedUtterance]:
         vocabulary = self._recogniser.vocabulary
+        batch = hear(self._recogniser, batch)
         started = time.perf_counter()
         guidance = guide(batch)
         units = [one.units for one in batch]
@@ -363,7 +342,7 @@ class Transcribe:
         vocabulary, heard = self._recogniser.vocabulary, own[0].settings.query == "speech"
         told = [one.utterance.text for one in batch]
         texts = [[] if vocabulary.unspeakable(text) else vocabulary.encode(text) for text in told]
-        speech = [vocabulary.encode_units(one.units) if heard else None for one in batch]
+        speech = [vocabulary.speech_input(one.units) if heard else None for one in batch]
         keys, tokens, slices, _ = read_states(
             self._recogniser.lm, vocabulary, texts, speech, logits=False
         )
@@ -375,12 +354,13 @@ class Transcribe:
 
 
 def transcribe_modes(
-    models: Path,
+    models: Path | str,
     settings: BatchDecode,
     modes: Mapping[str, Mode],
     spoken: Sequence[Tokenized],
     workers: Workers,
     key: str = "evaluate.workers",
+    language: str | None = None,
 ) -> dict[str, list[TranscribedUtterance]]:
     """Every utterance transcribed in every mode, in the order of the utterances' names."""
     asked = [
@@ -393,7 +373,8 @@ def transcribe_modes(
         )
     ]
     heard: dict[str, list[TranscribedUtterance]] = {mode: [] for mode in modes}
-    transcribe = (Transcribe, {"models": models, "settings": settings, "modes": modes})
+    loads = {"models": models, "settings": settings, "modes": modes, "language": language}
+    transcribe = (Transcribe, loads)
     for mode, transcripts in work_off([transcribe], asked, workers, "transcribing", key):
         heard[mode] += transcripts
     return {mode: sorted(all, key=lambda one: one.utterance) for mode, all in heard.items()}
@@ -417,7 +398,13 @@ def seconds(one: Tokenized) -> float:
 
 
 def _token_count(one: Tokenized) -> int:
-    return 4 + len(one.utterance.text or "") + (0 if one.units is None else len(one.units))
+    """About as many positions as an utterance takes; a recording counts a second's frames."""
+    said, heard = one.utterance, 0
+    if one.units is not None:
+        heard = len(one.units)
+    elif said.audio is not None:
+        heard = round(FRAMES * (said.duration or 0.0))
+    return 4 + len(said.text or "") + heard
 
 
 def _batches(

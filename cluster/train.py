@@ -1,8 +1,9 @@
 """Training on many processes: a Ray Train worker loop around a DeepSpeed engine.
 
-The loop makes the same steps as `mmrag.model.train.train`: every worker takes its share of each step's
-micro-batches, losses are divided by the counts of all workers together. Checkpoints hold weights,
-optimizer and step; what a step reads follows from its number, so a resumed run is the run that
+The loop makes the same steps as `mmrag.model.train.train`: every worker takes its share of each
+step's micro-batches, losses are divided by the counts of all workers together. Checkpoints hold
+weights, optimizer and step; what a step reads follows from its number, so a resumed run is the run
+that
 was not interrupted.
 """
 

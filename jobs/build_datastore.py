@@ -11,26 +11,35 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from random import Random
+from shutil import rmtree
 
 import ray
 
 from cluster.parts import parts, work_off
 from cluster.placement import Demand, placing
-from cluster.stages import REJECTED, SpeakUnits, WriteEntries, read_rejections, write_rejections
+from cluster.stages import (
+    REJECTED,
+    SPOKEN_AUDIO,
+    Speak,
+    SpeakUnits,
+    WriteEntries,
+    read_rejections,
+    write_rejections,
+)
 from cluster.tracking import Run
-from jobs import stage
+from jobs import models, stage
+from jobs.models import Models
 from mmrag import artifact
 from mmrag.artifact import Artifact, Draft
 from mmrag.config import ConfigError, Experiment, Index, recipe
 from mmrag.config import Datastore as DatastoreConfig
 from mmrag.corpora import manifest
-from mmrag.model.vocabulary import Vocabulary
+from mmrag.model.contract import TextVocabulary
 from mmrag.records import Rejection, Utterance
 from mmrag.retrieval import datastore
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.index import IndexShard, saved_shards, shard_directory, shard_ranges
 from mmrag.retrieval.segment import DatastoreError, Description
-from mmrag.speech import tokenized
 from mmrag.speech.tokenized import Tokenized
 from mmrag.text import read_lines
 
@@ -42,22 +51,20 @@ NAMED = 5
 def run(experiment: Experiment, force: bool = False) -> Artifact:
     """Make `datastores/<name>/` from text lines or tokenized speech."""
     settings = experiment.datastore
-    lm = stage.load(experiment, "lm", "lm", "train")
-    codebook = stage.load(experiment, "codebook", "codebook", "tokenize")
-    lm.require("codebook", codebook)
-    inputs = {"lm": lm, "codebook": codebook, "source": _source(experiment, codebook)}
-    config = recipe({"seed": experiment.seed}, settings)
+    heard_by = models.named(experiment)
+    inputs = {**heard_by.inputs, "source": _source(experiment, heard_by, force)}
+    config = recipe({"seed": experiment.seed, **heard_by.recipe}, settings)
 
     def work(draft: Draft, tracked: Run) -> None:
         description = Description(
-            width=experiment.lm.width,
+            width=heard_by.width,
             window=settings.window,
             metric=settings.metric,
             audio=settings.audio,
-            identity={"lm": lm.fingerprint, "codebook": codebook.fingerprint},
+            identity={role: one.fingerprint for role, one in heard_by.inputs.items()},
         )
         datastore.create(draft.path, description)
-        source = _read(inputs["source"], settings, experiment.seed, Vocabulary.load(lm.path))
+        source = _read(inputs["source"], settings, experiment.seed, heard_by.vocabulary)
         read = list(islice(source, settings.utterances))
         if not read:
             raise DatastoreError(_empty(inputs["source"], settings))
@@ -66,16 +73,15 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         shares = parts(utterances, lambda _: 1, settings.part_utterances)
         segments = draft.path / "segments"
         todo = [part for part in shares if not (segments / part.name).exists()]
-        stages = [(WriteEntries, {"lm": lm.path, "settings": settings, "directory": draft.path})]
+        write = {"models": heard_by.name, "language": heard_by.language, "settings": settings}
+        stages = [(WriteEntries, {**write, "directory": draft.path})]
         if settings.audio == "spoken":
-            hubert = stage.load(experiment, "hubert", "hubert", "pretrain_hubert")
-            codebook.require("hubert", hubert)
-            speak = {"hubert": hubert.path, "codebook": codebook.path, "seed": experiment.seed}
-            stages.insert(0, (SpeakUnits, {**speak, "directory": draft.path}))
+            stages.insert(0, _speaking(experiment, heard_by, draft.path))
         for _ in work_off(stages, todo, settings.workers, "reading", WORKERS):
             pass
         for piece in sorted(draft.path.glob(".*.rejected.jsonl")):
             rejected += read_rejections(piece)
+        rmtree(draft.path / SPOKEN_AUDIO, ignore_errors=True)
         write_rejections(draft.path / REJECTED, rejected)
         tracked.file(draft.path / REJECTED)
         _report(inputs["source"], len(read), rejected)
@@ -96,13 +102,26 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     )
 
 
-def _source(experiment: Experiment, codebook: Artifact) -> Artifact:
+def _speaking(experiment: Experiment, heard_by: Models, directory: Path) -> tuple[type, dict]:
+    """The stage that has texts said by synthetic voices, as `heard_by` takes them."""
+    speak = {"seed": experiment.seed, "directory": directory}
+    if not heard_by.own:
+        return Speak, speak
+    codebook = heard_by.inputs["codebook"]
+    hubert = stage.load(experiment, "hubert", "hubert", "pretrain_hubert")
+    codebook.require("hubert", hubert)
+    return SpeakUnits, {"hubert": hubert.path, "codebook": codebook.path, **speak}
+
+
+def _source(experiment: Experiment, heard_by: Models, force: bool) -> Artifact:
     """What is read: the workspace's datastore split, other tokens, or a file of text lines."""
     settings = experiment.datastore
     if settings.source is None:
-        made = stage.load(experiment, experiment.tokenize.name, "tokens", "tokenize")
-    elif Path(settings.source).is_dir():
-        made = artifact.load(settings.source, "tokens")
+        return models.corpus(experiment, heard_by, force)
+    if Path(settings.source).is_dir():
+        made = artifact.load(settings.source, "tokens" if heard_by.own else "clips")
+        if heard_by.own:
+            made.require("codebook", heard_by.inputs["codebook"])
     else:
         text = artifact.outside(settings.source)
         if settings.audio == "paired":
@@ -110,12 +129,11 @@ def _source(experiment: Experiment, codebook: Artifact) -> Artifact:
                 f"datastore.source {text.path} is text: datastore.audio must be none or spoken"
             )
         return text
-    made.require("codebook", codebook)
     return made
 
 
 def _read(
-    source: Artifact, settings: DatastoreConfig, seed: int, vocabulary: Vocabulary
+    source: Artifact, settings: DatastoreConfig, seed: int, vocabulary: TextVocabulary
 ) -> Iterator[Tokenized | Rejection]:
     """The source's utterances as they are spoken, and what the model cannot listen for."""
     for one in _given(source, settings, seed):
@@ -133,29 +151,28 @@ def _given(source: Artifact, settings: DatastoreConfig, seed: int) -> Iterator[T
                 yield Tokenized(said, None)
         return
     for split in _splits(source, settings):
-        for one in tokenized.read(split):
+        for one in models.read(source, split):
             if settings.domain not in (None, one.utterance.domain) or not one.utterance.text:
                 continue
             if settings.audio != "paired":
                 yield one
             elif Random(f"{seed} {one.utterance.id}").random() >= settings.paired_share:
                 yield Tokenized(one.utterance, None)
-            elif one.units is not None:
+            elif models.spoken(one):
                 yield one
 
 
-def _splits(source: Artifact, settings: DatastoreConfig) -> list[Path]:
-    """The directories of the splits that are read; ConfigError for one that is not there."""
-    everything = source.path / "all"
-    if everything.exists():
-        return [everything]
-    if missing := [each for each in settings.splits if not (source.path / each).exists()]:
-        known = sorted(path.name for path in source.path.iterdir() if path.is_dir())
+def _splits(source: Artifact, settings: DatastoreConfig) -> Sequence[str]:
+    """The splits that are read; ConfigError for one that is not there."""
+    known = models.splits(source)
+    if "all" in known:
+        return ["all"]
+    if missing := [each for each in settings.splits if each not in known]:
         raise ConfigError(
             f"datastore.splits: {source.path} has no {', '.join(missing)}; it has "
             f"{', '.join(known)}"
         )
-    return [source.path / split for split in settings.splits]
+    return settings.splits
 
 
 def _outside(path: Path) -> Iterator[Utterance]:

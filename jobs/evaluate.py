@@ -14,9 +14,9 @@ from cluster.placement import Demand, require
 from cluster.shards import SHARD_CPUS, serve_shards
 from cluster.stages import TranscribedUtterance, transcribe_modes
 from cluster.tracking import Run
-from jobs import stage
+from jobs import models, stage
 from jobs.evaluation_tables import show, write
-from jobs.tune import heard_by, select
+from jobs.models import Models
 from mmrag.artifact import Artifact, Draft, nothing
 from mmrag.config import (
     KNN,
@@ -105,26 +105,27 @@ class Result:
 def run(experiment: Experiment, force: bool = False) -> Artifact:
     """Make `evaluation/`: results as JSON, Markdown and a plot, and every transcript."""
     settings = experiment.evaluate
-    lm = stage.load(experiment, "lm", "lm", "train")
-    made = heard_by(experiment, lm)
-    ways = _ways(experiment, lm)
-    inputs = {"tokens": made, "lm": lm}
+    heard_by = models.named(experiment)
+    made = models.corpus(experiment, heard_by, force)
+    ways = _ways(experiment, heard_by)
+    inputs = {made.kind: made, heard_by.role: heard_by.made}
     inputs |= {f"datastore {way.datastore}": way.artifact for way in ways if way.artifact}
     if any(way.attention for way in ways):
         inputs["adapter"] = stage.load(experiment, "adapter", "adapter", "train")
-        inputs["adapter"].require("lm", lm)
+        inputs["adapter"].require("lm", heard_by.made)
     config = recipe(
         {
             "evaluate": settings,
             "decode": experiment.decode,
+            **heard_by.recipe,
             "knn": {way.title: as_dict(way.knn) for way in ways if way.knn},
             "attention": {way.title: as_dict(way.attention) for way in ways if way.attention},
         }
     )
 
     def work(draft: Draft, tracked: Run) -> None:
-        spoken = select(made, settings.split, settings.domain)
-        results = _transcribe(experiment, ways, spoken)
+        spoken = models.select(made, settings.split, settings.domain)
+        results = _transcribe(experiment, heard_by, made, ways, spoken)
         compared = _compare(results, settings.resamples, experiment.seed)
         write(draft.path, results, compared, settings.split, settings.domain)
         for result in results:
@@ -157,7 +158,12 @@ _METRICS = (
 )
 
 
-def _ways(experiment: Experiment, lm: Artifact) -> list[EvaluationMode]:
+def _ways(experiment: Experiment, heard_by: Models) -> list[EvaluationMode]:
+    if not heard_by.own and (reading := {"cross_attention", "both"} & {*experiment.evaluate.modes}):
+        raise ConfigError(
+            f"evaluate.modes: {', '.join(sorted(reading))} needs an adapter, which belongs to "
+            f"mmrag's own language model; with {experiment.models} there are none and knn"
+        )
     ways = []
     for name in experiment.evaluate.modes:
         if name == "none":
@@ -165,7 +171,7 @@ def _ways(experiment: Experiment, lm: Artifact) -> list[EvaluationMode]:
             continue
         for datastore in experiment.evaluate.datastores:
             made = stage.load(experiment, f"datastores/{datastore}", "datastore", "build_datastore")
-            made.require("lm", lm)
+            made.require(heard_by.role, heard_by.made)
             silent = Datastore.open(made.path).description.audio == "none"
             if name == "knn" or not silent:  # the adapter reads what was heard
                 knn, read = _settings(experiment, made, name)
@@ -192,21 +198,23 @@ def _settings(
 
 
 def _transcribe(
-    experiment: Experiment, ways: Sequence[EvaluationMode], spoken: Sequence[Tokenized]
+    experiment: Experiment,
+    heard_by: Models,
+    made: Artifact,
+    ways: Sequence[EvaluationMode],
+    spoken: Sequence[Tokenized],
 ) -> list[Result]:
     settings = experiment.evaluate
-    lists = None
-    if settings.lists:
-        tokens = experiment.workspace / experiment.tokenize.name
-        lists = phrases.read_lists(tokens / phrases.LISTS)
+    lists = phrases.read_lists(made.path / phrases.LISTS) if settings.lists else None
     require(Demand.of("evaluate.workers", settings.workers, count=1), *_shards(experiment, ways))
     with ExitStack() as serving:
         heard = transcribe_modes(
-            experiment.workspace,
+            heard_by.name,
             experiment.decode,
             {way.title: _mode(experiment, way, lists, serving) for way in ways},
             spoken,
             settings.workers,
+            language=heard_by.language,
         )
     return [
         _score(way, heard[way.title], settings.resamples, experiment.seed, lists) for way in ways

@@ -5,8 +5,7 @@ from __future__ import annotations
 from cluster.parts import parts, work_off
 from cluster.stages import FindNeighbours
 from cluster.tracking import Run
-from jobs import stage
-from jobs.tune import heard_by, select
+from jobs import models, stage
 from mmrag import artifact
 from mmrag.artifact import Artifact, Draft
 from mmrag.config import ConfigError, Experiment
@@ -21,14 +20,15 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     if experiment.adapter is None:
         raise ConfigError("the experiment has no section `adapter`")
     contexts, name = experiment.adapter.contexts, experiment.datastore.name
-    lm = stage.load(experiment, "lm", "lm", "train")
+    heard_by = models.adaptable(experiment)
+    lm = heard_by.made
     store = stage.load(experiment, f"datastores/{name}", "datastore", "build_datastore")
     store.require("lm", lm)
-    made = heard_by(experiment, lm)
+    made = models.corpus(experiment, heard_by)
 
     def work(draft: Draft, tracked: Run) -> None:
         vocabulary = Vocabulary.load(lm.path)
-        spoken = list(speakable(select(made, contexts.split, None), vocabulary))
+        spoken = list(speakable(models.select(made, contexts.split, None), vocabulary))
         shares = parts(spoken, lambda _: 1, PART_UTTERANCES)
         todo = [part for part in shares if not (draft.path / f"{part.name}.npz").exists()]
         search = {

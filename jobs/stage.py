@@ -33,7 +33,7 @@ Work = Callable[[Draft, tracking.Run], None]
 def main(
     stage: Callable[[Experiment, bool], Any], description: str, config: str = "tiny.yaml"
 ) -> None:
-    """Run one stage from the command line: `--config FILE [--force] key.sub=value…`.
+    """Run one stage from the command line: `[--config FILE] [--models NAME] [--force] key=value…`.
 
     `config` is what FILE is by default, in `jobs/configs/`.
     """
@@ -44,6 +44,11 @@ def main(
         default=CONFIGS / config,
         help="experiment YAML (default: %(default)s)",
     )
+    parser.add_argument(
+        "--models",
+        metavar="NAME",
+        help="what transcribes in place of the workspace's own models: whisper:DIRECTORY",
+    )
     parser.add_argument("--force", action="store_true", help="make it again though it is finished")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     with terminal.command("error"):
@@ -53,7 +58,8 @@ def main(
 def _run(stage: Callable[[Experiment, bool], Any], arguments: argparse.Namespace) -> None:
     """Run the stage; exit with one line where an error explains itself."""
     try:
-        experiment = read(arguments.config, arguments.overrides)
+        named = [] if arguments.models is None else [f"models={arguments.models}"]
+        experiment = read(arguments.config, [*named, *arguments.overrides])
         with connection():
             stage(experiment, arguments.force)
     except BrokenPipeError:  # nobody reads: the command ends quietly

@@ -28,6 +28,8 @@ CORPUS_SPLITS = ("lm", "text", "adapter", "datastore", "dev", "test")
 WORKERS = "tokenize.workers"
 SHOWN = 3
 """Rejections that an error quotes: the list has them all."""
+Splits = dict[str, tuple[list[Utterance], list[Rejection]]]
+"""Each split's utterances, and its lines that cannot be read."""
 UNKNOWN_SECONDS = 10.0
 """What a clip whose length nobody stated counts for when parts are cut."""
 
@@ -36,22 +38,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     """Make `codebook/` (unless one is named) and `tokens/<split>/part-*.parquet`."""
     settings = experiment.tokenize
     hubert = stage.load(experiment, "hubert", "hubert", "pretrain_hubert")
-    lists: dict[str, list[str]] = {}
-    if settings.source is None:
-        source = stage.load(experiment, "corpus", "corpus", "synthesize")
-        splits = {name: _read(source.path / f"{name}.jsonl") for name in CORPUS_SPLITS}
-    elif sources.named(settings.source):
-        corpus = sources.read(settings.source, experiment.workspace / "sources")
-        source, splits, lists = corpus.artifact, corpus.splits, corpus.phrases
-    else:
-        source = artifact.outside(settings.source)
-        splits = _splits(source.path)
-    aside = experiment.workspace / f"{settings.name}.rejected.jsonl"
-    if not any(utterances or unread for utterances, unread in splits.values()):
-        raise ValueError(f"{printable(source.path)}: holds no utterance")
-    for split, (utterances, unread) in splits.items():
-        if unread and not utterances:
-            raise _nothing(split, unread, aside)
+    source, splits, lists = opened(experiment)
     codebook = _codebook(experiment, hubert, source, splits, force)
 
     def work(draft: Draft, tracked: Run) -> None:
@@ -59,7 +46,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         for split, (utterances, _) in splits.items():
             if utterances:
                 (draft.path / split).mkdir(exist_ok=True)
-            shares += parts(utterances, _seconds, settings.part_seconds, name=f"{split}/part")
+            shares += parts(utterances, seconds, settings.part_seconds, name=f"{split}/part")
         todo = [part for part in shares if not (draft.path / f"{part.name}.parquet").exists()]
         encode = {
             "hubert": hubert.path,
@@ -76,13 +63,13 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
             if reasons and not _written(draft.path / split):
                 for part in draft.path.glob("*/*.parquet"):
                     part.unlink()  # what is wrong with it may be mended: nothing counts as done
-                raise _nothing(split, reasons, aside)
+                raise nothing(experiment, split, reasons)
         everything = list(chain.from_iterable(rejected.values()))
         write_rejections(draft.path / REJECTED, everything)
-        _write_lists(draft.path, lists)
+        write_lists(draft.path, lists)
         _count(draft, len(everything))
         tracked.file(draft.path / REJECTED)
-        aside.unlink(missing_ok=True)
+        _aside(experiment).unlink(missing_ok=True)
 
     inputs = {"hubert": hubert, "codebook": codebook, "source": source}
     held = artifact.parts("*/part-*.parquet")
@@ -98,11 +85,36 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     )
 
 
+def opened(experiment: Experiment) -> tuple[Artifact, Splits, dict[str, list[str]]]:
+    """What `tokenize.source` names, else the workspace's corpus: its splits, and the phrases that
+    come with its utterances, if any do.
+
+    Raises ValueError for a corpus, or a split of it, of which nothing can be used.
+    """
+    settings = experiment.tokenize
+    lists: dict[str, list[str]] = {}
+    if settings.source is None:
+        source = stage.load(experiment, "corpus", "corpus", "synthesize")
+        splits = {name: _read(source.path / f"{name}.jsonl") for name in CORPUS_SPLITS}
+    elif sources.named(settings.source):
+        corpus = sources.read(settings.source, experiment.workspace / "sources")
+        source, splits, lists = corpus.artifact, corpus.splits, corpus.phrases
+    else:
+        source = artifact.outside(settings.source)
+        splits = _splits(source.path)
+    if not any(utterances or unread for utterances, unread in splits.values()):
+        raise ValueError(f"{printable(source.path)}: holds no utterance")
+    for split, (utterances, unread) in splits.items():
+        if unread and not utterances:
+            raise nothing(experiment, split, unread)
+    return source, splits, lists
+
+
 def _codebook(
     experiment: Experiment,
     hubert: Artifact,
     source: Artifact,
-    splits: dict[str, tuple[list[Utterance], list[Rejection]]],
+    splits: Splits,
     force: bool,
 ) -> Artifact:
     """The codebook named in the settings, else one fitted on the first split."""
@@ -122,7 +134,7 @@ def _codebook(
     def work(draft: Draft, tracked: Run) -> None:
         utterances = next(iter(splits.values()))[0]
         sample = _sample(utterances, settings.sample_seconds, experiment.seed)
-        shares = parts(sample, _seconds, settings.batch_seconds)
+        shares = parts(sample, seconds, settings.batch_seconds)
         encode = (EncodeFeatures, {"hubert": hubert.path, "settings": settings})
         read = [
             one
@@ -152,7 +164,7 @@ def _codebook(
     )
 
 
-def _splits(path: Path) -> dict[str, tuple[list[Utterance], list[Rejection]]]:
+def _splits(path: Path) -> Splits:
     """A directory's manifests `<split>.jsonl`; a source without them is one split, `all`."""
     manifests = {name: path / f"{name}.jsonl" for name in CORPUS_SPLITS}
     named = {name: _read(file) for name, file in manifests.items() if file.is_file()}
@@ -171,7 +183,7 @@ def _read(path: Path) -> tuple[list[Utterance], list[Rejection]]:
     return utterances, [line for line in lines if isinstance(line, Rejection)]
 
 
-def _write_lists(directory: Path, lists: dict[str, list[str]]) -> None:
+def write_lists(directory: Path, lists: dict[str, list[str]]) -> None:
     """The phrases that come with each utterance, and sentences about each to build a datastore of:
     what dynamic context needs. Nothing where the corpus has none."""
     if lists:
@@ -181,13 +193,19 @@ def _write_lists(directory: Path, lists: dict[str, list[str]]) -> None:
         manifest.write(directory / phrases.SENTENCES, phrases.utterances(everyone))
 
 
-def _nothing(split: str, rejected: Sequence[Rejection], aside: Path) -> ValueError:
-    """The error of a split of which nothing can be used; the whole list lies `aside`."""
+def nothing(experiment: Experiment, split: str, rejected: Sequence[Rejection]) -> ValueError:
+    """The error of a split of which nothing can be used; the whole list lies beside the output."""
+    aside = _aside(experiment)
     aside.parent.mkdir(parents=True, exist_ok=True)
     write_rejections(aside, rejected)
     shown = "".join(f"\n  {_shown(one)}" for one in rejected[:SHOWN])
     more = f"\n  … all of them in {printable(aside)}"
     return ValueError(f"nothing of {split!r} can be used: {len(rejected)} rejected:{shown}{more}")
+
+
+def _aside(experiment: Experiment) -> Path:
+    """Where what was rejected is listed when there is no output to hold the list."""
+    return experiment.workspace / f"{experiment.tokenize.name}.rejected.jsonl"
 
 
 def _shown(rejection: Rejection) -> str:
@@ -215,7 +233,8 @@ def _written(split: Path) -> bool:
     )
 
 
-def _seconds(utterance: Utterance) -> float:
+def seconds(utterance: Utterance) -> float:
+    """How long a clip is, as far as anybody said."""
     if utterance.audio is None:
         return 1.0
     return UNKNOWN_SECONDS if utterance.duration is None else utterance.duration
@@ -228,7 +247,7 @@ def _sample(utterances: Sequence[Utterance], seconds: float, seed: int) -> list[
     for index in order.tolist():
         if filled < seconds and utterances[index].audio is not None:
             sample.append(utterances[index])
-            filled += _seconds(utterances[index])
+            filled += seconds(utterances[index])
     return sample
 
 

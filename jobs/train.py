@@ -11,8 +11,7 @@ import torch
 from cluster.progress import METRICS, last_record
 from cluster.tracking import Run
 from cluster.train import REJECTED, fit, held
-from jobs import stage
-from jobs.tune import heard_by
+from jobs import models, stage
 from mmrag import artifact, shipped
 from mmrag.artifact import Artifact, Draft
 from mmrag.config import ConfigError, Experiment, Train, as_dict, recipe
@@ -79,8 +78,8 @@ def _adapter(experiment: Experiment, force: bool) -> Artifact:
         raise ConfigError("an adapter is trained on transcription alone: mixture {speech_first: 1}")
     if settings.ctc_weight:
         raise ConfigError("train.ctc_weight: an adapter has nothing that spells; it takes 0")
-    lm = stage.load(experiment, "lm", "lm", "train")
-    made = heard_by(experiment, lm)
+    heard_by = models.adaptable(experiment)
+    lm, made = heard_by.made, models.corpus(experiment, heard_by)
     inputs = {"lm": lm, "tokens": made}
     for name in (contexts.phrases, contexts.retrieved, contexts.wrong):
         store = stage.load(experiment, f"datastores/{name}", "datastore", "build_datastore")

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import ray
 
+from cluster.clips import hear
 from cluster.modes import (
     CrossAttentionRetrieval,
     KNNRetrieval,
@@ -20,9 +21,10 @@ from cluster.parts import parts
 from cluster.placement import Demand, placing
 from cluster.stages import device, seconds, transcribe_modes
 from cluster.tracking import Run
-from jobs import stage
+from jobs import models, stage
+from jobs.models import Models
 from mmrag import artifact
-from mmrag.artifact import Artifact, ArtifactError, Draft
+from mmrag.artifact import Artifact, Draft
 from mmrag.config import KNN, Experiment, RetrievedAttention, Tune, as_dict, recipe
 from mmrag.decoding.tune import (
     ATTENTION,
@@ -34,10 +36,9 @@ from mmrag.decoding.tune import (
     finalists,
     score_grid,
 )
-from mmrag.model import pretrained
+from mmrag.recogniser import load_decoder
 from mmrag.retrieval.datastore import Datastore
 from mmrag.score import word_error_rate
-from mmrag.speech import tokenized
 from mmrag.speech.tokenized import Tokenized
 
 SPLIT = "dev"
@@ -48,30 +49,35 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     """Make `tuned/<datastore>/`: `knn.json`; with an adapter `attention.json`, `both.json` too."""
     name = experiment.datastore.name
     store = stage.load(experiment, f"datastores/{name}", "datastore", "build_datastore")
-    lm = stage.load(experiment, "lm", "lm", "train")
-    store.require("lm", lm)
-    made = heard_by(experiment, lm)
+    heard_by = models.named(experiment)
+    store.require(heard_by.role, heard_by.made)
+    made = models.corpus(experiment, heard_by, force)
     domain = experiment.evaluate.domain
-    config = recipe({"tune": experiment.tune, "decode": experiment.decode, "domain": domain})
-    inputs = {"datastore": store, "lm": lm, "tokens": made}
+    decode = experiment.decode
+    config = recipe(
+        {"tune": experiment.tune, "decode": decode, "domain": domain, **heard_by.recipe}
+    )
+    inputs = {"datastore": store, heard_by.role: heard_by.made, made.kind: made}
     decoy = None
     if (named := experiment.tune.decoy) is not None:
         decoy = stage.load(experiment, f"datastores/{named}", "datastore", "build_datastore")
-        decoy.require("lm", lm)
+        decoy.require(heard_by.role, heard_by.made)
         inputs["decoy"] = decoy
     reads = ()
-    if experiment.tune.attention and Datastore.open(store.path).description.audio != "none":
+    heard = Datastore.open(store.path).description.audio != "none"
+    if experiment.tune.attention and heard and heard_by.own:
         inputs["adapter"] = stage.load(experiment, "adapter", "adapter", "train")
-        inputs["adapter"].require("lm", lm)
+        inputs["adapter"].require("lm", heard_by.made)
         reads = experiment.tune.attention
 
     def work(draft: Draft, tracked: Run) -> None:
-        spoken = select(made, SPLIT, domain)
+        spoken = models.select(made, SPLIT, domain)
         workers = experiment.evaluate.workers
         scoring = _score.options(num_cpus=workers.num_cpus, num_gpus=workers.num_gpus)
         with placing(Demand.of("evaluate.workers", workers, count=1)):
-            scored = ray.get(scoring.remote(experiment, lm.path, store.path, spoken))
-        bench = _Bench(experiment, store, decoy, spoken[: experiment.tune.utterances])
+            scored = ray.get(scoring.remote(experiment, heard_by.name, store.path, spoken))
+        first = spoken[: experiment.tune.utterances]
+        bench = _Bench(experiment, heard_by, store, decoy, first)
 
         last = finalists(scored, experiment.tune.finalists)
         decoded = bench.decode([one.knn for one in last], KNNRetrieval)
@@ -126,11 +132,13 @@ class _Bench:
     def __init__(
         self,
         experiment: Experiment,
+        heard_by: Models,
         store: Artifact,
         decoy: Artifact | None,
         spoken: Sequence[Tokenized],
     ) -> None:
         self._experiment = experiment
+        self._heard_by = heard_by
         self._sources = {"right": store.path} | ({"decoy": decoy.path} if decoy else {})
         self._spoken = spoken
         self._plain = self._rates({"plain": NoRetrieval()})["plain"]
@@ -170,11 +178,12 @@ class _Bench:
     def _rates(self, modes: Mapping[str, Mode]) -> dict[str, float]:
         experiment = self._experiment
         heard = transcribe_modes(
-            experiment.workspace,
+            self._heard_by.name,
             experiment.decode,
             modes,
             self._spoken,
             experiment.evaluate.workers,
+            language=self._heard_by.language,
         )
         return {
             name: word_error_rate([h.reference for h in one], [h.text for h in one], 1).rate
@@ -182,39 +191,15 @@ class _Bench:
         }
 
 
-def heard_by(experiment: Experiment, lm: Artifact) -> Artifact:
-    """The tokens; ArtifactError if their units are not of the codebook that `lm` knows."""
-    made = stage.load(experiment, experiment.tokenize.name, "tokens", "tokenize")
-    codebook = stage.load(experiment, "codebook", "codebook", "tokenize")
-    for one in (made, lm):
-        one.require("codebook", codebook)
-    return made
-
-
-def select(made: Artifact, split: str, domain: str | None) -> list[Tokenized]:
-    """A split's spoken utterances with a transcript; of one domain, if one is named.
-
-    ArtifactError if there are none.
-    """
-    spoken = [
-        one
-        for one in tokenized.read(made.path / split)
-        if one.units is not None and one.utterance.text and domain in (None, one.utterance.domain)
-    ]
-    if not spoken:
-        which = f" of domain {domain}" if domain else ""
-        raise ArtifactError(f"{made.path / split} has no spoken utterance{which}")
-    return spoken
-
-
 @ray.remote
 def _score(
-    experiment: Experiment, lm_path: Path, store: Path, spoken: list[Tokenized]
+    experiment: Experiment, heard_by: str, store: Path, spoken: list[Tokenized]
 ) -> list[Scored]:
-    lm, vocabulary = pretrained.load(lm_path, device())
+    loaded = load_decoder(heard_by, device(), experiment.language)
     shares = parts(spoken, seconds, experiment.decode.batch_seconds)
-    batches = [part.work for part in shares]
-    return score_grid(lm, vocabulary, batches, open_locally(store), _grid(experiment, store))
+    batches = (hear(loaded, part.work) for part in shares)
+    grid = _grid(experiment, store)
+    return score_grid(loaded.lm, loaded.vocabulary, batches, open_locally(store), grid)
 
 
 def _grid(experiment: Experiment, store: Path) -> Tune:

@@ -162,8 +162,8 @@ class SpeechLM:
     """Role (codebook, lm) -> fingerprint of the artifact."""
 
     @classmethod
-    def load(cls, directory: Path, device: str = "cpu") -> SpeechLM:
-        """Read `lm/` below `directory`, and `adapter/` if it is there.
+    def load(cls, directory: Path, device: str = "cpu", adapted: bool = True) -> SpeechLM:
+        """Read `lm/` below `directory`; and `adapter/`, if it is there and wanted (`adapted`).
 
         Raises ArtifactError if `lm` or `codebook` is missing or they were not made for each other.
         """
@@ -171,7 +171,7 @@ class SpeechLM:
         made["lm"].require("codebook", made["codebook"])
         lm, vocabulary = pretrained.load(made["lm"].path, device)
         adapter = None
-        if (directory / "adapter").exists():
+        if adapted and (directory / "adapter").exists():
             trained = artifact.load(directory / "adapter", "adapter")
             trained.require("lm", made["lm"])
             adapter = pretrained.load_adapter(trained.path, lm)
@@ -292,3 +292,12 @@ def load(models: str | Path, device: str = "cpu", language: str | None = None) -
     if language:
         raise ValueError(f"language {language!r}: only a multilingual Whisper is told its language")
     return Recogniser.load(shipped.find(str(models)), device)
+
+
+def load_decoder(
+    models: str | Path, device: str = "cpu", language: str | None = None
+) -> SpeechLM | WhisperRecogniser:
+    """What turns speech that is encoded into text, without an adapter; `models` as for `load`."""
+    if is_whisper(models):
+        return WhisperRecogniser.load(str(models), device, language)
+    return SpeechLM.load(shipped.find(str(models)), device, adapted=False)

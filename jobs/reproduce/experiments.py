@@ -21,8 +21,8 @@ from cluster.parts import parts, work_off
 from cluster.recording import DegradeRecordings, RenderSpeech
 from cluster.stages import Embed
 from cluster.tracking import Run
-from jobs import build_datastore, stage, tokenize, tune
-from jobs.reproduce.lab import ASSISTANT, EVERYDAY, Lab, Point, TunedDatastore, tuned_datastore
+from jobs import build_datastore, models, stage, tokenize, tune
+from jobs.reproduce.lab import ASSISTANT, EVERYDAY, OWN, Lab, Point, TunedDatastore, tuned_datastore
 from mmrag import artifact
 from mmrag.artifact import Artifact, Draft
 from mmrag.config import KNN, RetrievedAttention
@@ -87,27 +87,24 @@ def dynamic_context(lab: Lab) -> tuple[str, int, list[Point]]:
     middle = sorted(lab.settings.phrases)[len(lab.settings.phrases) // 2]
     lists = _lists(dev, everyone, middle, lab.experiment.seed)
     knn = _choose_knn(lab, store, dev, lists, None)
-    read = lab.experiment.attention
-    both = _choose_knn(lab, store, dev, lists, read)
+    read = lab.attention
+    both = None if read is None else _choose_knn(lab, store, dev, lists, read)
     weight = _choose_boost(lab, dev, lists)
     points = [Point("none", NoRetrieval())]
     for count in lab.settings.phrases:
         lists = _lists(test, everyone, count, lab.experiment.seed)
-        ways = {"knn": (knn, None), "cross_attention": (None, read), "both": (both, read)}
+        ways = {"knn": (knn, None)}
+        if read is not None:
+            ways |= {"cross_attention": (None, read), "both": (both, read)}
         points += [
-            Point(
-                name,
-                modes.phrase_mode(store.path, *how, lists, lab.settings.mentions),
-                "spoken",
-                count,
-                lists=lists,
-            )
+            Point(name, lab.phrases(store, *how, lists), "spoken", count, lists=lists)
             for name, how in ways.items()
         ]
-        points += [
-            Point("boost", modes.PhraseBoosting(weight, lists), None, count, lists=lists),
-            Point("prompt", modes.PhrasePrompting(lists), None, count, lists=lists),
-        ]
+        boosted = modes.PhraseBoosting(weight, lists)
+        points.append(Point("boost", boosted, None, count, lists=lists))
+        if lab.family == OWN:
+            prompted = modes.PhrasePrompting(lists)
+            points.append(Point("prompt", prompted, None, count, lists=lists))
     return ASSISTANT, limit, points
 
 
@@ -123,10 +120,10 @@ def wrong_datastore(lab: Lab) -> tuple[str, int, list[Point]]:
     test, everyone = lab.spoken("test", ASSISTANT, limit), _entities(lab)
     middle = sorted(lab.settings.phrases)[len(lab.settings.phrases) // 2]
     lists = _lists(test, everyone, middle, lab.experiment.seed, own=False)
-    store, read = _phrase_datastore(lab, everyone), lab.experiment.attention
-    read = modes.phrase_mode(store.path, None, read, lists, lab.settings.mentions)
-    setting = "none of them said"
-    points.append(Point("cross_attention", read, "spoken", middle, setting=setting, lists=lists))
+    if lab.attention is not None:
+        read = lab.phrases(_phrase_datastore(lab, everyone), None, lab.attention, lists)
+        about = {"setting": "none of them said", "lists": lists}
+        points.append(Point("cross_attention", read, "spoken", middle, **about))
     return ASSISTANT, limit, points
 
 
@@ -168,6 +165,8 @@ def key_encoder(lab: Lab) -> tuple[str, int, list[Point]]:
     limit = lab.settings.sweep_utterances
     test = lab.spoken("test", ASSISTANT, limit)
     points = [_knn(lab.multimodal, "multimodal", setting="entries alone")]
+    if lab.family != OWN:
+        return ASSISTANT, limit, points  # documents are found by our own models' vectors
     for encoder, title in (("lm", "the language model's states"), ("hubert", "HuBERT features")):
         ranked = _ranked_documents(lab, test, encoder)
         for count in lab.settings.documents:
@@ -190,11 +189,14 @@ def robustness(lab: Lab) -> tuple[str, int, list[Point]]:
         if condition.startswith("flite") and not flite.installed():
             stage.console.print(f"  {condition}: left out, flite is not installed")
             continue
+        if condition == SPANISH and lab.family != OWN:
+            stage.console.print(f"  {condition}: left out, for a model of {lab.family}")
+            continue
         if condition == SPANISH:
             made, store = _spanish(lab)
         else:
             made, store = _rerecorded(lab, condition), lab.multimodal
-        at = {"setting": condition, "tokens": made.path.name}
+        at = {"setting": condition, "tokens": made.path}
         ways = [Point("none", NoRetrieval()), *_ways(store, "multimodal")[:2]]
         points += [replace(point, **at) for point in ways]
     return ASSISTANT, lab.settings.sweep_utterances, points
@@ -294,10 +296,7 @@ def _choose_knn(
             weights, grid.temperature, grid.gate, grid.certain
         )
     ]
-    how = {
-        str(number): modes.phrase_mode(store.path, knn, read, lists, lab.settings.mentions)
-        for number, knn in enumerate(settings)
-    }
+    how = {str(number): lab.phrases(store, knn, read, lists) for number, knn in enumerate(settings)}
     heard = lab.transcribe(how, dev)
     return settings[min(range(len(settings)), key=lambda n: lab.error_rate(heard[str(n)]))]
 
@@ -404,4 +403,7 @@ def _tokenized(
     codebook = str(experiment.workspace / "codebook")
     changes = {"source": str(made.path), "name": f"tokens-{name}", "codebook": codebook}
     settings = experiment.tokenize.model_copy(update=changes)
-    return tokenize.run(experiment.model_copy(update={"tokenize": settings}), lab.force)
+    about = experiment.model_copy(update={"tokenize": settings})
+    if lab.family == OWN:
+        return tokenize.run(about, lab.force)
+    return models.corpus(about, lab.heard_by, lab.force)

@@ -8,12 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cluster.modes import Mode, PhraseLists
+from cluster.modes import Mode, PhraseLists, phrase_mode
 from cluster.stages import (
     TranscribedUtterance,
     transcribe_modes,
 )
-from jobs import build_datastore, stage, synthesize, tokenize, tune
+from jobs import build_datastore, models, stage, synthesize, tokenize, tune
 from mmrag.artifact import Artifact
 from mmrag.config import KNN, ConfigError, Experiment, RetrievedAttention
 from mmrag.decoding.tune import BOTH, chosen, chosen_attention, distance_scale
@@ -35,8 +35,8 @@ class Point:
     entries: int | None = None
     setting: str | None = None
     """What a sweep varies, in words."""
-    tokens: str | None = None
-    """The recordings, where they are not the test split's own."""
+    tokens: Path | None = None
+    """The recordings' tokens, or clips, where they are not the test split's own."""
     lists: PhraseLists | None = None
     """The phrases that come with each utterance: what may be heard in vain."""
 
@@ -60,28 +60,50 @@ class TunedDatastore:
     """The distance of which gates and temperatures were tried in multiples."""
 
 
+OWN, WHISPER = "mmrag", "whisper"
+"""Families of models that are compared."""
+
+
 class Lab:
     """One model, its corpus, and the datastores that tasks share."""
 
     def __init__(self, experiment: Experiment, force: bool) -> None:
         if experiment.reproduce is None:
             raise ConfigError("the experiment has no section `reproduce`")
-        self.experiment = experiment
+        self.family = OWN if experiment.models is None else WHISPER
+        self.prefix = "" if self.family == OWN else f"{WHISPER}-"
+        """Before the names of what another model makes in the same workspace."""
+        decoy = f"{self.prefix}{experiment.tune.decoy or 'wrong'}"
+        tuning = experiment.tune.model_copy(update={"decoy": decoy})
+        self.experiment = experiment.model_copy(update={"tune": tuning})
         self.settings = experiment.reproduce
         self.force = force
         self.corpus = synthesize.run(experiment, force)
-        self.tokens = tokenize.run(experiment, force)
-        self.lm = stage.load(experiment, "lm", "lm", "train")
-        self.adapter = stage.load(experiment, "adapter", "adapter", "train")
-        self.adapter.require("lm", self.lm)
+        if self.family == OWN:
+            tokenize.run(experiment, force)
+        self.heard_by = models.named(experiment)
+        self.tokens = models.corpus(experiment, self.heard_by, force)
+        self.inputs = {self.heard_by.role: self.heard_by.made, self.tokens.kind: self.tokens}
+        self.attention: RetrievedAttention | None = None
+        """How the adapter reads a list of phrases; None for a model that has none."""
+        if self.family == OWN:
+            adapter = stage.load(experiment, "adapter", "adapter", "train")
+            adapter.require("lm", self.heard_by.made)
+            self.inputs["adapter"] = adapter
+            self.attention = experiment.attention
         about = {"splits": ("lm",), "domain": EVERYDAY, "utterances": DECOY_UTTERANCES}
-        name = experiment.tune.decoy or "wrong"
-        self.decoy = self.datastore(name, "paired", **about)
+        self.decoy = self.datastore(decoy.removeprefix(self.prefix), "paired", **about)
         """Everyday sentences, which say nothing about anybody's name; tuning opens them too."""
+
+    def phrases(
+        self, store: Artifact, knn: KNN | None, read: RetrievedAttention | None, lists: PhraseLists
+    ) -> Mode:
+        """Each utterance's own phrases of a datastore of them, searched, read or both."""
+        return phrase_mode(store.path, knn, read, lists, self.settings.mentions)
 
     def spoken(self, split: str, domain: str, limit: int, made: Artifact | None = None) -> list:
         """The first utterances of a split's domain."""
-        return tune.select(made or self.tokens, split, domain)[:limit]
+        return models.select(made or self.tokens, split, domain)[:limit]
 
     def datastore(self, name: str, audio: str, **changes: Any) -> Artifact:
         """A datastore of the workspace, built if need be."""
@@ -97,7 +119,8 @@ class Lab:
         """Every utterance in every mode."""
         experiment = self.experiment
         workers = experiment.evaluate.workers
-        return transcribe_modes(experiment.workspace, experiment.decode, how, spoken, workers)
+        name, language = self.heard_by.name, self.heard_by.language
+        return transcribe_modes(name, experiment.decode, how, spoken, workers, language=language)
 
     def error_rate(self, heard: Sequence[TranscribedUtterance]) -> float:
         """WER alone, to choose by."""
@@ -122,7 +145,7 @@ class Lab:
 
     def about(self, name: str, audio: str, **changes: Any) -> Experiment:
         """The experiment of one datastore."""
-        changes = {"name": name, "audio": audio, **changes}
+        changes = {"name": f"{self.prefix}{name}", "audio": audio, **changes}
         datastore = self.experiment.datastore.model_copy(update=changes)
         return self.experiment.model_copy(update={"datastore": datastore})
 

@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from jobs import stage
+from jobs.reproduce.lab import OWN
 from mmrag.artifact import write_json
 from mmrag.config import Experiment
 from mmrag.score import paired_difference
@@ -31,7 +32,10 @@ TITLES = {
     "robustness": "Other recordings",
     "no_speech": "Nobody speaks",
 }
+MODEL = "model"
+"""The column that says whose a row is, where there are several."""
 HEADER = (
+    MODEL,
     "mode",
     "datastore",
     "phrases",
@@ -52,6 +56,8 @@ HEADER = (
 )
 
 
+TARGETED = {"everyday", "domain", "dynamic_context", "wrong_datastore"}
+"""Tasks that there are targets for."""
 TOLD = ("domain", "dynamic_context", "wrong_datastore")
 """Tasks in which the decoder is told something, right or wrong."""
 DETECTION = ("entity precision", "entity F1", "WER, entity words", "WER, other words")
@@ -90,10 +96,21 @@ TOLD_NOTE = (
 )
 
 
+def own_rows(rows: Sequence[Row]) -> list[Row]:
+    """Those of our own models, or where there are none, all of them."""
+    return [row for row in rows if row.get("model", OWN) == OWN] or list(rows)
+
+
 def summary(rows: Sequence[Row]) -> list[str]:
     """The rows of SUMMARY that were measured, as a Markdown table."""
-    measured = {(r["task"], r["mode"], r["datastore"], r["phrases"]): r for r in rows}
-    found = {title: measured[about] for title, about in SUMMARY.items() if about in measured}
+    found = {}
+    for family in dict.fromkeys(row.get("model", OWN) for row in rows):
+        own = [row for row in rows if row.get("model", OWN) == family]
+        measured = {(r["task"], r["mode"], r["datastore"], r["phrases"]): r for r in own}
+        before = "" if family == OWN else f"{family}: "
+        found |= {
+            before + title: measured[about] for title, about in SUMMARY.items() if about in measured
+        }
     without = [name for name in HEADER if name not in SUMMARY_COLUMNS]
     header, *cells = _table([*found.values()], without)
     return markdown(
@@ -122,18 +139,18 @@ def write(
         "",
         *summary(rows),
         "",
-        "## Targets",
-        "",
-        *markdown([("target", "wanted", "measured", "reached"), *_targets(rows, heard)]),
-        "",
     ]
+    ours = own_rows(rows)
+    if {row["task"] for row in ours} >= TARGETED and ours[0].get("model", OWN) == OWN:
+        targets = [("target", "wanted", "measured", "reached"), *_targets(ours, heard)]
+        lines += ["## Targets", "", *markdown(targets), ""]
     for task, note in notes.items():
         own = [row for row in rows if row["task"] == task]
         if not own:
             continue
         lines += [f"## {TITLES[task]}", "", note, "", *markdown(_table(own)), ""]
         if plot := PLOTS.get(task):
-            plot(docs / f"{task}.png", own)
+            plot(docs / f"{task}.png", own_rows(own))
             lines += [f"![{TITLES[task]}]({task}.png)", ""]
     if len(told := hallucinations(rows)) > 1:
         lines += ["## What nobody said", "", *TOLD_NOTE, "", *markdown(told), ""]
@@ -146,7 +163,7 @@ def show(rows: Sequence[Row]) -> None:
         header, *cells = _table([row for row in rows if row["task"] == task], ONLY_WRITTEN)
         table = Table(title=TITLES[task], title_justify="left", box=box.SIMPLE, pad_edge=False)
         for name in header:
-            words = name in HEADER[:5]
+            words = name in HEADER[: HEADER.index("utterances")]
             table.add_column(name, justify="left" if words else "right", no_wrap=name != "setting")
         for row in cells:
             table.add_row(*row)
@@ -163,6 +180,8 @@ def _table(rows: Sequence[Row], without: Sequence[str] = ()) -> list[tuple[str, 
     """Header and cells of one task; columns in which nothing stands are left out."""
     cells = [_cells(row) for row in rows]
     filled = [i for i in range(len(HEADER)) if any(row[i] != "–" for row in cells)]
+    if len({row.get("model") for row in rows}) == 1:
+        filled = [i for i in filled if HEADER[i] != MODEL]
     kept = [i for i in filled if HEADER[i] not in without]
     return [tuple(row[i] for i in kept) for row in (HEADER, *cells)]
 
@@ -181,6 +200,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         return f"{row[f'{kind}_wer']:.1%} ({100 * low:.1f}–{high:.1%})"
 
     return (
+        told(row.get("model")),
         row["mode"],
         told(row["datastore"]),
         told(row["phrases"]),
@@ -201,14 +221,15 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def hallucinations(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """How much the modes say that nobody said, where they were told the truth and where not."""
-    header = ("task", "mode", "datastore", "phrases", "inserted", "copied, not said", "loops")
     kept = [row for row in rows if row["task"] in TOLD and row.get("inserted") is not None]
+    first = 0 if len({row.get("model") for row in kept}) > 1 else 1
+    header = ("task", *HEADER[first:4], "inserted", "copied, not said", "loops")
     return [
         header,
         *(
             (
                 TITLES[row["task"]],
-                *_cells(row)[:3],
+                *_cells(row)[first:4],
                 *(f"{row[name]:.2%}" for name in ("inserted", "copied", "looped")),
             )
             for row in kept

@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from cluster import modes
@@ -21,13 +20,15 @@ from cluster.tracking import Run
 from jobs import stage
 from jobs.reproduce import report
 from jobs.reproduce.experiments import TASKS, Task
-from jobs.reproduce.lab import Lab, Point
+from jobs.reproduce.lab import OWN, Lab, Point
 from mmrag import artifact
 from mmrag.artifact import Artifact, Draft, write_json
-from mmrag.config import Experiment, recipe
+from mmrag.config import ConfigError, Experiment, recipe
 from mmrag.corpora.augment import unspoken
 from mmrag.decoding.guard import loops
-from mmrag.recogniser import Recogniser
+from mmrag.model.whisper import PREFIX
+from mmrag.recogniser import load
+from mmrag.retrieval.interpolation import Retrieval
 from mmrag.retrieval.memory import AttentionSource
 from mmrag.score import align, score_entities, word_error_rate
 from mmrag.speech import audio
@@ -39,7 +40,7 @@ EVERY = 10**9
 CLIPS = 100
 """Recordings in which nobody speaks."""
 ROW = (
-    *("task", "mode", "datastore", "phrases", "entries", "setting", "utterances", "wer"),
+    *("task", "model", "mode", "datastore", "phrases", "entries", "setting", "utterances", "wer"),
     *("wer_low", "wer_high", "entities", "entity_recall", "entity_precision", "entity_f1"),
     *("entity_false_alarms", "entity_wer", "entity_wer_low", "entity_wer_high"),
     *("entity_substitutions", "entity_deletions", "entity_insertions", "entity_words"),
@@ -53,14 +54,61 @@ ROW = (
 
 def run(experiment: Experiment, force: bool = False) -> None:
     """Do every task, then write `results.md`, `results.json` and the plots."""
-    lab = Lab(experiment, force)
+    tasks = _chosen(experiment)
+    rows: list[dict[str, Any]] = []
+    heard: dict[tuple[str, str, str], tuple[str, str]] = {}
+    for about in _compared(experiment):
+        lab = Lab(about, force)
+        measured, texts = _rows(lab, tasks)
+        rows += measured
+        if lab.family == OWN or not heard:
+            heard = texts
+    notes = {name: " ".join(task.__doc__.split()) for name, task in tasks.items()}
+    report.write(experiment, rows, heard, notes)
+    report.show(rows)
+    stage.console.print(
+        f"\nwritten to {experiment.reproduce.docs}: results.md, results.json, plots"
+    )
+
+
+def _chosen(experiment: Experiment) -> dict[str, Callable[..., Any]]:
+    """The tasks that `reproduce.tasks` names, or all of them, in their own order."""
+    everything = {**TASKS, "no_speech": no_speech}
+    if experiment.reproduce is None or experiment.reproduce.tasks is None:
+        return everything
+    wanted = experiment.reproduce.tasks
+    if unknown := [name for name in wanted if name not in everything]:
+        raise ConfigError(
+            f"reproduce.tasks: no task {', '.join(unknown)}; there are {', '.join(everything)}"
+        )
+    return {name: task for name, task in everything.items() if name in wanted}
+
+
+def _compared(experiment: Experiment) -> Iterator[Experiment]:
+    """The experiment, and once more for the Whisper that `reproduce.whisper` names."""
+    yield experiment
+    whisper = experiment.reproduce and experiment.reproduce.whisper
+    if whisper and experiment.models is None:
+        yield experiment.model_copy(update={"models": f"{PREFIX}{whisper.removeprefix(PREFIX)}"})
+
+
+def _rows(
+    lab: Lab, tasks: Mapping[str, Callable[..., Any]]
+) -> tuple[list[dict[str, Any]], dict[tuple[str, str, str], tuple[str, str]]]:
+    """One model's rows of every task, and what it heard: (task, point, utterance) -> (reference,
+    transcript)."""
     done = []
-    for number, (name, task) in enumerate(TASKS.items(), start=1):
-        stage.console.print(f"\n[bold]{number}/{len(TASKS)}  {name}[/bold]: {_title(task)}")
-        done.append(_measure(lab, name, task))
+    for number, (name, task) in enumerate(tasks.items(), start=1):
+        stage.console.print(
+            f"\n[bold]{number}/{len(tasks)}  {name}[/bold], {lab.family}: {_title(task)}"
+        )
+        done.append(no_speech(lab) if name == "no_speech" else _measure(lab, name, task))
     rows: list[dict[str, Any]] = []
     heard = {}
     for made in done:
+        if not (made.path / TRANSCRIPTS).exists():
+            rows += json.loads((made.path / ROWS).read_text())
+            continue
         lines = [json.loads(line) for line in (made.path / TRANSCRIPTS).open(encoding="utf-8")]
         points = dict.fromkeys(line["point"] for line in lines)
         for row, point in zip(json.loads((made.path / ROWS).read_text()), points, strict=True):
@@ -69,15 +117,7 @@ def run(experiment: Experiment, force: bool = False) -> None:
             (line["task"], line["point"], line["utterance"]): (line["reference"], line["text"])
             for line in lines
         }
-    stage.console.print(f"\n[bold]{len(TASKS) + 1}[/bold]  no_speech: {_title(no_speech)}")
-    rows += json.loads((no_speech(lab).path / ROWS).read_text())
-    about = {**TASKS, "no_speech": no_speech}
-    notes = {name: " ".join(task.__doc__.split()) for name, task in about.items()}
-    report.write(experiment, rows, heard, notes)
-    report.show(rows)
-    stage.console.print(
-        f"\nwritten to {experiment.reproduce.docs}: results.md, results.json, plots"
-    )
+    return rows, heard
 
 
 def no_speech(lab: Lab) -> Artifact:
@@ -90,19 +130,23 @@ def no_speech(lab: Lab) -> Artifact:
     config = recipe({"clips": CLIPS, "decode": settings, "attention": store.attention})
 
     def work(draft: Draft, tracked: Run) -> None:
-        recogniser = Recogniser.load(lab.experiment.workspace)
+        recogniser = load(lab.heard_by.name, language=lab.heard_by.language)
         retriever = modes.open_locally(store.artifact.path)
-        reading = AttentionSource(recogniser.window_cache(retriever), store.attention, retriever)
+        ways: dict[str, dict[str, Any]] = {"none": {}}
+        if lab.attention is None:
+            ways["knn"] = {"retrieval": Retrieval(retriever, store.knn)}
+        else:
+            bank = recogniser.window_cache(retriever)
+            reading = AttentionSource(bank, store.attention, retriever)
+            ways["cross_attention"] = {"attention": reading}
         clips = list(unspoken(CLIPS, lab.experiment.seed))
         rows = []
         for setting, threshold in ((report.DETECTED, settings.speech), ("speech detector off", 0)):
             heard_as = settings.model_copy(update={"speech": threshold})
-            for mode, how in (("none", None), ("cross_attention", reading)):
+            for mode, how in ways.items():
                 started = time.perf_counter()
                 texts = [
-                    " ".join(
-                        said.text for said in transcribe(c, recogniser, heard_as, attention=how)
-                    )
+                    " ".join(said.text for said in transcribe(c, recogniser, heard_as, **how))
                     for c in clips
                 ]
                 blank = dict.fromkeys(ROW)
@@ -110,8 +154,9 @@ def no_speech(lab: Lab) -> Artifact:
                     blank
                     | {
                         "task": "no_speech",
+                        "model": lab.family,
                         "mode": mode,
-                        "datastore": how and "multimodal",
+                        "datastore": "multimodal" if how else None,
                         "setting": setting,
                         "utterances": len(clips),
                         "seconds_of_audio": sum(map(audio.duration, clips)),
@@ -123,10 +168,10 @@ def no_speech(lab: Lab) -> Artifact:
         tracked.file(draft.path / ROWS)
         draft.summary["clips"] = len(clips)
 
-    inputs = {"lm": lab.lm, "adapter": lab.adapter, "datastore": store.artifact}
+    inputs = {**lab.inputs, "datastore": store.artifact}
     return stage.make(
         lab.experiment,
-        "results/no_speech",
+        f"results/{lab.prefix}no_speech",
         "results",
         config,
         inputs,
@@ -167,6 +212,7 @@ def _measure(lab: Lab, name: str, task: Task) -> Artifact:
             "tune": experiment.tune,
             "attention": experiment.attention,
             "seed": experiment.seed,
+            **lab.heard_by.recipe,
         }
     )
 
@@ -174,7 +220,7 @@ def _measure(lab: Lab, name: str, task: Task) -> Artifact:
         domain, limit, points = task(lab)
         rows, lines = [], []
         for tokens in dict.fromkeys(point.tokens for point in points):
-            made = lab.tokens if tokens is None else _made(lab, tokens)
+            made = lab.tokens if tokens is None else artifact.load(tokens, lab.tokens.kind)
             everyone = lab.spoken("test", domain, EVERY, made)
             spoken = everyone[:limit]
             known = {entity for one in everyone for entity in one.utterance.entities}
@@ -190,14 +236,13 @@ def _measure(lab: Lab, name: str, task: Task) -> Artifact:
         tracked.file(draft.path / ROWS)
         draft.summary["rows"] = len(rows)
 
-    inputs = {"lm": lab.lm, "adapter": lab.adapter, "tokens": lab.tokens}
-    directory = f"results/{name}"
+    directory = f"results/{lab.prefix}{name}"
     return stage.make(
         experiment,
         directory,
         "results",
         config,
-        inputs,
+        lab.inputs,
         work,
         holds=artifact.nothing,
         force=lab.force,
@@ -224,6 +269,7 @@ def _row(
     queries = sum(one.queries for one in heard)
     return {
         "task": task,
+        "model": lab.family,
         "mode": point.mode,
         "datastore": point.datastore,
         "phrases": point.phrases,
@@ -237,14 +283,10 @@ def _row(
         "recall_at_k": sum(one.recalled for one in heard) / queries if queries else None,
         "seconds_of_audio": sum(one.seconds for one in heard),
         "decode_seconds": sum(one.decode_seconds for one in heard),
-        "keys_mb": point.entries and point.entries * lab.experiment.lm.width * 4 / 1e6,
+        "keys_mb": point.entries and point.entries * lab.heard_by.width * 4 / 1e6,
         "empty": None,
     }
 
 
 def _slug(name: str) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in name)
-
-
-def _made(lab: Lab, tokens: str) -> Artifact:
-    return artifact.load(Path(lab.experiment.workspace) / tokens, "tokens")

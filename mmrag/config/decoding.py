@@ -134,3 +134,7 @@ class Reproduce(Section):
     conditions: tuple[Annotated[str, Field(pattern=CONDITION)], ...]
     """Recordings made worse, by another synthesizer, or in another language: `noise-DB`,
     `telephone`, `flite-VOICE`, `spanish`."""
+    tasks: Operation[tuple[str, ...] | None] = None
+    """Tasks to measure, by name; None for all."""
+    whisper: Operation[str | None] = None
+    """A Whisper checkpoint, its directory or a hub's id, that gets rows beside our own models'."""

@@ -20,7 +20,7 @@ from pydantic import (
 from yaml import YAMLError
 
 from mmrag.config.decoding import BatchDecode, Evaluate, Reproduce, Tune
-from mmrag.config.model import AdapterTraining, LanguageModel, Train, Vocabulary
+from mmrag.config.model import AdapterTraining, LanguageModel, Train, Vocabulary, WhisperTraining
 from mmrag.config.retrieval import KNN, Datastore, RetrievedAttention
 from mmrag.config.section import ConfigError, Operation, Section, explain
 from mmrag.config.speech import Hubert, Pretrain, Synthesize, Tokenize
@@ -58,6 +58,13 @@ class Experiment(Section):
     adapter: AdapterTraining | None = None
     """Given, `jobs.train` trains an adapter for the workspace's language model."""
     reproduce: Reproduce | None = None
+    whisper: WhisperTraining | None = None
+    """Given, `jobs.train_whisper` trains a small Whisper on the workspace's corpus."""
+    models: Operation[str | None] = None
+    """What transcribes in place of the workspace's own models: `whisper:` and a checkpoint's
+    directory, or a hub's id."""
+    language: str | None = None
+    """What is spoken (ISO 639-1), for a multilingual Whisper; None to let it find out."""
 
     @field_validator("workspace")
     @classmethod

@@ -213,7 +213,12 @@ class WhisperTraining(Section):
     batch: PositiveInt
     """Clips a step."""
     learning_rate: PositiveFloat
-    checkpoint_steps: PositiveInt
-    num_cpus: float = Field(gt=0)
+    ctc_weight: float = Field(ge=0)
+    """Weight of a CTC loss on the encoder's frames; 0 for none."""
+    leave_out: Correction[tuple[str, ...]] = ()
+    """Utterances, by id, that are passed over; may be added to while a run is unfinished."""
+    checkpoint_steps: Operation[PositiveInt]
+    log_steps: Operation[PositiveInt] = 100
+    num_cpus: Operation[float] = Field(gt=0)
     """CPUs that the one training process reserves."""
-    num_gpus: float = Field(default=0, ge=0)
+    num_gpus: Operation[float] = Field(default=0, ge=0)

@@ -80,6 +80,19 @@ def fingerprint(directory: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def description(directory: Path) -> tuple[int, float]:
+    """Of a checkpoint, read without its weights: D of a key, and seconds of the longest clip."""
+    from transformers import WhisperFeatureExtractor
+
+    fields = json.loads((directory / "config.json").read_text())
+    try:
+        extractor = WhisperFeatureExtractor.from_pretrained(directory, local_files_only=True)
+        return int(fields["d_model"]), extractor.n_samples / SAMPLE_RATE
+    except (OSError, ValueError, KeyError) as error:
+        message = " ".join(str(error).split())
+        raise WhisperError(f"{directory} cannot be read as a Whisper: {message}") from None
+
+
 @dataclass(frozen=True, eq=False)
 class EncodedAudio:
     """A clip as Whisper's encoder hears it: `states` (F, D) of the whole window."""
@@ -132,6 +145,22 @@ class WhisperVocabulary:
                 f"language {language!r}: this checkpoint knows {', '.join(sorted(self.languages))}"
             )
         self.language = language if self.multilingual else None
+
+    @classmethod
+    def load(cls, directory: Path, language: str | None = None) -> WhisperVocabulary:
+        """Read a checkpoint's tokenizer; WhisperError if it is damaged or lacks something."""
+        from transformers import GenerationConfig, WhisperTokenizer
+
+        try:
+            tokenizer = WhisperTokenizer.from_pretrained(directory, local_files_only=True)
+            size = json.loads((directory / "config.json").read_text())["vocab_size"]
+        except (OSError, ValueError, KeyError) as error:
+            message = " ".join(str(error).split())
+            raise WhisperError(f"{directory} cannot be read as a Whisper: {message}") from None
+        generation = {}
+        if (directory / "generation_config.json").exists():
+            generation = GenerationConfig.from_pretrained(directory).to_dict()
+        return cls(tokenizer, generation, size, language)
 
     def encode(self, text: str) -> list[int]:
         """Text to ids, as it stands behind the prompt: with a blank before it."""
@@ -274,12 +303,7 @@ class Whisper(nn.Module):
     @classmethod
     def load(cls, directory: Path, language: str | None = None, device: str = "cpu") -> Whisper:
         """Read a checkpoint's directory; WhisperError if it is damaged or lacks something."""
-        from transformers import (
-            GenerationConfig,
-            WhisperFeatureExtractor,
-            WhisperForConditionalGeneration,
-            WhisperTokenizer,
-        )
+        from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
         from transformers.utils import logging
 
         logging.disable_progress_bar()
@@ -288,15 +312,11 @@ class Whisper(nn.Module):
             model = WhisperForConditionalGeneration.from_pretrained(
                 directory, local_files_only=True, use_safetensors=True
             )
-            tokenizer = WhisperTokenizer.from_pretrained(directory, local_files_only=True)
             extractor = WhisperFeatureExtractor.from_pretrained(directory, local_files_only=True)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             message = " ".join(str(error).split())
             raise WhisperError(f"{directory} cannot be read as a Whisper: {message}") from None
-        generation = model.generation_config or GenerationConfig()
-        vocabulary = WhisperVocabulary(
-            tokenizer, generation.to_dict(), model.config.vocab_size, language
-        )
+        vocabulary = WhisperVocabulary.load(directory, language)
         return cls(model.to(device), extractor, vocabulary)
 
     @property

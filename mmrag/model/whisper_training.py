@@ -10,13 +10,14 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from mmrag.config import WhisperShape, WhisperTraining
@@ -43,9 +44,21 @@ WARMUP_SHARE = 0.05
 CLIP = 1.0
 """Largest gradient norm."""
 STATE = ".training.pt"
+PROMPT = 2
+"""Ids before a text: the start, and that there are no timestamps."""
 LEFT_OUT_FRAMES, LEFT_OUT_BANDS, MASKS = 40, 20, 2
 """Longest run of frames and of bands that are masked, and how many of each (SpecAugment, arXiv
 1904.08779)."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Something said, to learn from."""
+
+    name: str
+    features: Tensor
+    """(M, F) log-mel, as `extractor` gives them."""
+    text: str
 
 
 def create(directory: Path, shape: WhisperShape, texts: Iterable[str], seed: int) -> None:
@@ -102,67 +115,87 @@ def create(directory: Path, shape: WhisperShape, texts: Iterable[str], seed: int
         part.save_pretrained(directory)
 
 
+def extractor(directory: Path) -> Callable[[Tensor], Tensor]:
+    """What turns a wave (T,) at 16 kHz into log-mel features (M, F) float16 as the checkpoint in
+    `directory` takes them, without the silence that fills its window.
+
+    What it gives raises ValueError for a wave longer than that.
+    """
+    from transformers import WhisperFeatureExtractor
+
+    log_mel = WhisperFeatureExtractor.from_pretrained(directory)
+
+    def features(wave: Tensor) -> Tensor:
+        if len(wave) > log_mel.n_samples:
+            seconds = len(wave) / SAMPLE_RATE
+            raise ValueError(f"{seconds:.1f} s in a window of {log_mel.chunk_length} s")
+        read = log_mel(wave.numpy(), sampling_rate=SAMPLE_RATE, return_tensors="pt")
+        return read.input_features[0, :, : 1 + math.ceil(len(wave) / log_mel.hop_length)].half()
+
+    return features
+
+
 def train(
     directory: Path,
-    waves: Sequence[Tensor],
-    texts: Sequence[str],
+    clips: Sequence[Clip],
     settings: WhisperTraining,
     seed: int,
     log: Callable[[int, dict[str, Any]], None],
+    device: str = "cpu",
 ) -> None:
-    """Train the checkpoint in `directory` on waves (T_i,) at 16 kHz and what is said in them.
+    """Train the checkpoint in `directory`.
 
     `log` is called with the number of steps done and metrics. A stopped training goes on from the
-    state that it saves every `checkpoint_steps`. Raises ValueError for a clip longer than the
-    window, without text, or a loss that is not finite, naming the clips.
+    state that it saves every `checkpoint_steps`. While it lasts, a CTC loss over the encoder's
+    frames shows where each piece is said; what it needs is no part of the checkpoint. Raises
+    ValueError for a clip without text or with more of it than fits, and a loss that is not finite,
+    naming the clips.
     """
-    from transformers import (
-        WhisperFeatureExtractor,
-        WhisperForConditionalGeneration,
-        WhisperTokenizer,
-    )
+    from transformers import WhisperForConditionalGeneration, WhisperTokenizer
 
     model = WhisperForConditionalGeneration.from_pretrained(directory, use_safetensors=True)
     tokenizer = WhisperTokenizer.from_pretrained(directory)
-    extractor = WhisperFeatureExtractor.from_pretrained(directory)
-    _check(waves, texts, extractor.n_samples)
-    labels = [_labels(text, tokenizer, model.config) for text in texts]
+    labels = [_labels(clip, tokenizer, model.config) for clip in clips]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        learner = _Learner(model, settings.ctc_weight).to(device).train()
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+        learner.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
     )
     path, first = directory / STATE, 0
     if path.exists():
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(saved["model"])
+        learner.load_state_dict(saved["learner"])
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["step"]
-    model.train()
     for step in range(first, settings.steps):
         draw = np.random.default_rng([seed, step])
-        chosen = draw.choice(len(waves), settings.batch, replace=len(waves) < settings.batch)
-        features = extractor(
-            [waves[one].numpy() for one in chosen], sampling_rate=SAMPLE_RATE, return_tensors="pt"
-        ).input_features
+        chosen = draw.choice(len(clips), settings.batch, replace=len(clips) < settings.batch)
+        heard = [clips[one].features for one in chosen]
         torch.manual_seed(int(draw.integers(2**31)))  # of dropout
-        loss = _loss(model, masked(features, draw), [labels[one] for one in chosen])
+        loss, parts = learner(heard, [labels[one] for one in chosen], draw)
         if not torch.isfinite(loss):
-            raise ValueError(
-                f"step {step + 1}: the loss is {loss.item()} on clips {chosen.tolist()}"
-            )
+            names = ", ".join(clips[one].name for one in chosen)
+            raise ValueError(f"step {step + 1}: the loss is {loss.item()} on {names}")
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * rate(step, settings.steps)
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), CLIP)
         optimizer.step()
         done = step + 1
-        log(done, {"loss": loss.item(), "gradient_norm": norm.item()})
+        log(done, {**parts, "gradient_norm": norm.item()})
         if done % settings.checkpoint_steps == 0 or done == settings.steps:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
+            state = {
+                "learner": learner.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": done,
+            }
             aside = path.with_name(f"{STATE}.new")
             torch.save(state, aside)
             aside.replace(path)
     model.save_pretrained(directory)
+    path.unlink(missing_ok=True)
 
 
 def rate(step: int, steps: int) -> float:
@@ -188,44 +221,81 @@ def masked(features: Tensor, draw: np.random.Generator) -> Tensor:
     return features
 
 
-def _loss(
-    model: WhisperForConditionalGeneration, features: Tensor, labels: Sequence[Sequence[int]]
-) -> Tensor:
-    """Cross-entropy a token of the text and its end; the prompt is given."""
-    longest = max(map(len, labels))
-    ids = torch.full((len(labels), longest), model.config.pad_token_id)
-    targets = torch.full((len(labels), longest), IGNORE)
-    for row, own in enumerate(labels):
-        ids[row, : len(own)] = torch.tensor(own)
-        targets[row, 1 : len(own) - 1] = torch.tensor(own[2:])
-    dtype = precision("auto", model.device)
-    half = torch.autocast(model.device.type, dtype) if dtype != torch.float32 else nullcontext()
-    with half:
-        logits = model(input_features=features, decoder_input_ids=ids).logits
-    return functional.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, label_smoothing=0.1
+class _Learner(nn.Module):
+    """A Whisper and what it is only trained with: a head that spells over the encoder's frames."""
+
+    def __init__(self, model: WhisperForConditionalGeneration, ctc_weight: float) -> None:
+        super().__init__()
+        self.model, self._weight = model, ctc_weight
+        self.spell = nn.Linear(model.config.d_model, model.config.vocab_size)
+
+    def forward(
+        self, clips: Sequence[Tensor], labels: Sequence[Sequence[int]], draw: np.random.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The loss of a batch of features (M, F_i) and [prompt, text, end] ids, and its parts."""
+        device = self.spell.weight.device
+        config, encoder = self.model.config, self.model.model.encoder
+        window = 2 * config.max_source_positions
+        heard = torch.stack([_windowed(one.float(), window) for one in clips])
+        heard = masked(heard, draw).to(device)
+        ids, targets = (one.to(device) for one in _padded(labels, config.pad_token_id))
+        dtype = precision("auto", device)
+        half = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+        with half:
+            states = encoder(heard).last_hidden_state
+            logits = self.model(encoder_outputs=(states,), decoder_input_ids=ids).logits
+            spelt = self.spell(states) if self._weight else None
+        entropy = functional.cross_entropy(
+            logits.float().flatten(0, 1),
+            targets.flatten(),
+            ignore_index=IGNORE,
+            label_smoothing=0.1,
+        )
+        parts = {"loss": entropy.item()}
+        if spelt is None:
+            return entropy, parts
+        texts = [own[PROMPT:-1] for own in labels]
+        frames = torch.tensor([math.ceil(one.shape[1] / 2) for one in clips])
+        ctc = functional.ctc_loss(
+            spelt.float().log_softmax(-1).transpose(0, 1),
+            torch.tensor([piece for text in texts for piece in text]),
+            frames.clamp(max=config.max_source_positions),
+            torch.tensor([len(text) for text in texts]),
+            blank=config.pad_token_id,
+            zero_infinity=True,
+        )
+        parts["ctc_loss"] = ctc.item()
+        return entropy + self._weight * ctc, parts
+
+
+def _windowed(features: Tensor, frames: int) -> Tensor:
+    """Features (M, F) filled up with silence, the least that they can be, to (M, frames)."""
+    return functional.pad(
+        features[:, :frames], (0, max(0, frames - features.shape[1])), value=features.min().item()
     )
 
 
-def _labels(text: str, tokenizer: Any, config: Any) -> list[int]:
-    """Prompt, text, end."""
+def _padded(labels: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:
+    """What the decoder reads (B, T), and at each place what comes next, once the prompt is over."""
+    longest = max(map(len, labels))
+    ids = torch.full((len(labels), longest), padding)
+    targets = torch.full((len(labels), longest), IGNORE)
+    for row, own in enumerate(labels):
+        ids[row, : len(own)] = torch.tensor(own)
+        targets[row, PROMPT - 1 : len(own) - 1] = torch.tensor(own[PROMPT:])
+    return ids, targets
+
+
+def _labels(clip: Clip, tokenizer: Any, config: Any) -> list[int]:
+    """Prompt, text, end; ValueError for a clip that cannot be learned."""
+    if not clip.text.strip():
+        raise ValueError(f"{clip.name} has no text")
     untimed = tokenizer.convert_tokens_to_ids("<|notimestamps|>")
-    pieces = tokenizer.encode(f" {' '.join(text.split())}", add_special_tokens=False)
-    most = config.max_target_positions - 3
-    return [config.decoder_start_token_id, untimed, *pieces[:most], config.eos_token_id]
-
-
-def _check(waves: Sequence[Tensor], texts: Sequence[str], samples: int) -> None:
-    if len(waves) != len(texts) or not len(waves):
-        raise ValueError(f"{len(waves)} clips with {len(texts)} texts to train on")
-    for number, text in enumerate(texts):
-        if len(waves[number]) > samples:
-            seconds = len(waves[number]) / SAMPLE_RATE
-            raise ValueError(
-                f"clip {number} has {seconds:.1f} s, the window {samples / SAMPLE_RATE:g} s"
-            )
-        if not text.strip():
-            raise ValueError(f"clip {number} has no text")
+    pieces = tokenizer.encode(f" {' '.join(clip.text.split())}", add_special_tokens=False)
+    most = config.max_target_positions - PROMPT - 1
+    if len(pieces) > most:
+        raise ValueError(f"the text of {clip.name} has {len(pieces)} pieces, at most {most} fit")
+    return [config.decoder_start_token_id, untimed, *pieces, config.eos_token_id]
 
 
 def _pieces(texts: Iterable[str], size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:

@@ -7,7 +7,7 @@ from mlflow import MlflowClient
 
 from cluster.modes import open_locally
 from cluster.tracking import tracking_uri
-from jobs import evaluate, evaluation_tables, tune
+from jobs import evaluate, evaluation_tables, models, tune
 from mmrag import artifact
 from mmrag.artifact import ArtifactError
 from mmrag.config import Experiment
@@ -66,7 +66,7 @@ def edits(reference: list[str], heard: list[str]) -> int:
 def test_every_mode_hears_the_same_utterances(results, transcripts, workspace):
     modes = [(row["mode"], row["datastore"]) for row in results["rows"]]
     assert modes == [("none", None), ("knn", "multimodal")]
-    spoken = tune.select(artifact.load(workspace.path / "tokens", "tokens"), "test", "assistant")
+    spoken = models.select(artifact.load(workspace.path / "tokens", "tokens"), "test", "assistant")
     expected = sorted((one.utterance.id, one.utterance.text) for one in spoken)
     assert len(expected) > 1
     for row in results["rows"]:
@@ -221,7 +221,7 @@ def test_windows_read_from_shard_actors_give_the_transcripts_of_one_clip_after_t
     )
     made = artifact.load(adapted.path / "tokens", "tokens")
     alone = {}
-    for one in tune.select(made, "test", "assistant"):
+    for one in models.select(made, "test", "assistant"):
         settings = adapted.experiment.decode
         [hypothesis] = recognise(
             recogniser, [one.units], settings, retrieval, attention_sources=[reading]

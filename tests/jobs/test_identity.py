@@ -3,6 +3,7 @@
 The stages say for themselves what they make it by; their work is left out.
 """
 
+import math
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,15 +13,19 @@ import pytest
 
 from jobs import (
     build_datastore,
+    clips,
     evaluate,
+    models,
     pretrain_hubert,
     retrieve,
     stage,
     synthesize,
     tokenize,
     train,
+    train_whisper,
     tune,
 )
+from jobs.models import Models
 from jobs.reproduce import run as reproduce
 from mmrag import artifact, config
 from mmrag.artifact import Artifact, ArtifactError, Held
@@ -40,12 +45,15 @@ READS = {
     "tokens": ("tokenize",),
     "lm": ("seed", "lm", "vocabulary", "train"),
     "adapter": ("seed", "adapter", "train"),
-    "datastore": ("seed", *DATASTORE),
+    "clips": ("tokenize.min_seconds", "tokenize.max_seconds", "tokenize.require_text"),
+    "whisper": ("seed", "whisper"),
+    "datastore": ("seed", "language", *DATASTORE),
     "neighbours": ("adapter.contexts.split", "attention.k"),
-    "tuned": ("tune", "decode", "evaluate.domain"),
-    "evaluation": ("evaluate", "decode", "knn", "attention"),
+    "tuned": ("tune", "decode", "evaluate.domain", "language"),
+    "evaluation": ("evaluate", "decode", "knn", "attention", "language"),
     "results": (
-        *("seed", "reproduce", "decode", "tune", "attention", "datastore.source", *DATASTORE),
+        *("seed", "language", "reproduce", "decode", "tune", "attention", "datastore.source"),
+        *DATASTORE,
     ),
 }
 """What is made -> the settings that it depends on, sections and keys; others change nothing."""
@@ -63,6 +71,7 @@ def base() -> Experiment:
         update={
             "adapter": about.adapter,
             "reproduce": whole.reproduce,
+            "whisper": config.read(CONFIGS / "whisper_tiny.yaml").whisper,
             "train": trained.train.model_copy(
                 update={"phases": (SPEECH_FIRST,), "ctc_weight": 0.0}  # as an adapter wants it
             ),
@@ -103,6 +112,7 @@ def other(value: Any, dotted: str) -> Any:
 
 
 WHERE_THERE_IS_NONE = {
+    **{"language": "es", "tasks": ("domain",), "whisper": "/whisper"},
     **{"domain": "everyday", "base": "mmrag:tiny", "source": str(CONFIGS), "codebook": "/book"},
     **{"tokenizer": "/tokenizer.json", "deepspeed": "/other.json", "decoy": "wrong"},
     **{"weights": "torchaudio:HUBERT_BASE", "gate": 3.0, "certain": 0.5, "agreement": -3.0},
@@ -121,8 +131,13 @@ def recipes(experiment: Experiment) -> dict[str, Recipe]:
         return made(experiment, directory, kind)
 
     opened = SimpleNamespace(description=SimpleNamespace(audio="paired", window=1))
+
+    def named(experiment) -> Models:
+        inputs = {role: made(experiment, role, role) for role in ("lm", "codebook")}
+        return Models("", inputs, 1, None, language=experiment.language)
+
     lab = SimpleNamespace(experiment=experiment, settings=experiment.reproduce, force=False)
-    lab.lm = lab.adapter = lab.tokens = None
+    lab.heard_by, lab.inputs, lab.prefix = named(experiment), {}, ""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "make", make)
         patch.setattr(stage, "load", made)
@@ -135,8 +150,11 @@ def recipes(experiment: Experiment) -> dict[str, Recipe]:
         patch.setattr(tokenize, "_read", lambda path: ([told], []))
         patch.setattr(train, "_check_base", lambda *_: None)
         patch.setattr(evaluate, "show", lambda _: None)
-        for job in (synthesize, pretrain_hubert, tokenize, build_datastore):
+        for name in ("named", "adaptable"):
+            patch.setattr(models, name, named)
+        for job in (synthesize, pretrain_hubert, tokenize, build_datastore, train_whisper):
             job.run(experiment)
+        clips.run(experiment, window_seconds=math.inf)
         for job in (retrieve, tune, evaluate):
             job.run(experiment)
         train.run(experiment.model_copy(update={"adapter": None}))
@@ -182,7 +200,9 @@ def shown(kind: str, key: str) -> str:
     """The key as an output records it: one that is made by a single section leaves its name out."""
     section, _, rest = key.partition(".")
     flat = {"corpus": "synthesize", "tokens": "tokenize", "datastore": "datastore"}
-    named = {"codebook": rest or key, "neighbours": rest.rpartition(".")[2]}.get(kind, key)
+    named = {"codebook": rest or key, "clips": rest, "neighbours": rest.rpartition(".")[2]}.get(
+        kind, key
+    )
     if (kind, key) == ("tuned", "evaluate.domain"):
         return "domain"
     if (kind, key) == ("results", "datastore.source"):

@@ -186,7 +186,7 @@ def test_training_steps_are_those_of_all_phases(file):
 
 
 ROLES = {
-    "": "workspace:o seed",
+    "": "workspace:o seed models:o language",
     "tracking": "uri:o experiment:o",
     "synthesize": "lm adapter mentions dev test text everyday_share workers.count:o "
     "workers.num_cpus:o workers.num_gpus:o",
@@ -218,7 +218,11 @@ ROLES = {
     "contexts.retrieved contexts.wrong contexts.mixture contexts.list_length contexts.own "
     "contexts.k contexts.strides",
     "reproduce": "docs:o utterances sweep_utterances phrases carriers mentions boost shares sizes "
-    "strides documents conditions",
+    "strides documents conditions tasks:o whisper:o",
+    "whisper": "shape.width shape.heads shape.encoder_layers shape.decoder_layers "
+    "shape.feed_forward shape.mel_bands shape.window_seconds shape.tokens shape.pieces "
+    "shape.dropout split steps batch learning_rate ctc_weight leave_out:c checkpoint_steps:o "
+    "log_steps:o num_cpus:o num_gpus:o",
 }
 """Every key and what it was decided to be: identity unless marked o(peration), l(ayout) or
 c(orrection). A new key has to be decided about here too."""

@@ -16,7 +16,7 @@ from mmrag.score import word_error_rate
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 KEYS = {
-    *("task", "mode", "datastore", "phrases", "entries", "setting", "utterances"),
+    *("task", "model", "mode", "datastore", "phrases", "entries", "setting", "utterances"),
     *("wer", "wer_low", "wer_high", "entity_recall", "recall_at_k"),
     *("seconds_of_audio", "decode_seconds", "keys_mb", "empty"),
     *("inserted", "copied", "looped"),

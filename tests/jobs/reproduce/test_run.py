@@ -8,14 +8,15 @@ import pytest
 from cluster.modes import NoRetrieval
 from cluster.stages import TranscribedUtterance
 from jobs.reproduce import run
-from jobs.reproduce.lab import Point
+from jobs.reproduce.lab import OWN, Point
 from jobs.reproduce.run import ROW, ROWS, _row
 
 
 @pytest.fixture
 def lab() -> SimpleNamespace:
-    evaluate, lm = SimpleNamespace(resamples=10), SimpleNamespace(width=4)
-    return SimpleNamespace(experiment=SimpleNamespace(evaluate=evaluate, seed=0, lm=lm))
+    experiment = SimpleNamespace(evaluate=SimpleNamespace(resamples=10), seed=0)
+    heard_by = SimpleNamespace(width=4)
+    return SimpleNamespace(experiment=experiment, heard_by=heard_by, family=OWN, prefix="")
 
 
 def heard(*texts: str, entities: tuple[str, ...] = ("anna smith",)) -> list[TranscribedUtterance]:
@@ -83,7 +84,7 @@ def test_entities_of_utterances_that_are_not_transcribed_may_be_heard_too(
     for name in ("decode", "tune", "attention"):
         setattr(lab.experiment, name, None)
     lab.experiment.datastore = SimpleNamespace(source=None)
-    lab.settings = lab.lm = lab.adapter = lab.tokens = lab.force = None
+    lab.settings = lab.inputs = lab.tokens = lab.force = None
     lab.spoken = lambda name, domain, limit, made: split[:limit]
     asked = []
 
