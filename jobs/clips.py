@@ -37,7 +37,7 @@ def run(experiment: Experiment, window_seconds: float, force: bool = False) -> A
         pieces.mkdir(exist_ok=True)
         rejected = {split: list(unread) for split, (_, unread) in splits.items()}
         for split, (utterances, _) in splits.items():
-            shares = parts(utterances, tokenize.seconds, settings.part_seconds, name=split)
+            shares = parts(utterances, tokenize.stated_seconds, settings.part_seconds, name=split)
             check = (CheckClips, {"settings": settings, "directory": pieces})
             for _, left_out in work_off(
                 [check], shares, settings.workers, f"clips {split}", tokenize.WORKERS

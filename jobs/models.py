@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,8 +13,7 @@ from mmrag.corpora import manifest
 from mmrag.model import whisper
 from mmrag.model.contract import TextVocabulary
 from mmrag.model.vocabulary import Vocabulary
-from mmrag.model.whisper import WhisperVocabulary
-from mmrag.recogniser import is_whisper
+from mmrag.recogniser import is_whisper, outline
 from mmrag.records import Utterance
 from mmrag.speech import tokenized
 from mmrag.speech.tokenized import Tokenized
@@ -30,8 +30,8 @@ class Models:
     width: int
     """D of a key."""
     vocabulary: TextVocabulary
-    window_seconds: float | None = None
-    """Longest clip that is heard at once; None for any."""
+    window_seconds: float = math.inf
+    """Longest clip that is heard at once."""
     language: str | None = None
     """What a multilingual Whisper is told to hear."""
 
@@ -80,15 +80,16 @@ def named(experiment: Experiment) -> Models:
             f"models {experiment.models}: {whisper.PREFIX}DIRECTORY or {whisper.PREFIX}HUB_ID; "
             "the workspace's own models need no name"
         )
-    directory = whisper.locate(experiment.models)
-    width, seconds = whisper.description(directory)
-    checkpoint = Artifact(directory.absolute(), "whisper", whisper.fingerprint(directory), {}, {})
+    directory = whisper.locate(experiment.models).absolute()
+    name = f"{whisper.PREFIX}{directory}"
+    known = outline(name, experiment.language)
+    checkpoint = Artifact(directory, "whisper", known.keyed_by["whisper"], {}, {})
     return Models(
-        name=f"{whisper.PREFIX}{directory.absolute()}",
+        name=name,
         inputs={"whisper": checkpoint},
-        width=width,
-        vocabulary=WhisperVocabulary.load(directory, experiment.language),
-        window_seconds=seconds,
+        width=known.width,
+        vocabulary=known.vocabulary,
+        window_seconds=known.window_seconds,
         language=experiment.language,
     )
 

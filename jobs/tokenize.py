@@ -46,7 +46,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         for split, (utterances, _) in splits.items():
             if utterances:
                 (draft.path / split).mkdir(exist_ok=True)
-            shares += parts(utterances, seconds, settings.part_seconds, name=f"{split}/part")
+            shares += parts(utterances, stated_seconds, settings.part_seconds, name=f"{split}/part")
         todo = [part for part in shares if not (draft.path / f"{part.name}.parquet").exists()]
         encode = {
             "hubert": hubert.path,
@@ -134,7 +134,7 @@ def _codebook(
     def work(draft: Draft, tracked: Run) -> None:
         utterances = next(iter(splits.values()))[0]
         sample = _sample(utterances, settings.sample_seconds, experiment.seed)
-        shares = parts(sample, seconds, settings.batch_seconds)
+        shares = parts(sample, stated_seconds, settings.batch_seconds)
         encode = (EncodeFeatures, {"hubert": hubert.path, "settings": settings})
         read = [
             one
@@ -233,7 +233,7 @@ def _written(split: Path) -> bool:
     )
 
 
-def seconds(utterance: Utterance) -> float:
+def stated_seconds(utterance: Utterance) -> float:
     """How long a clip is, as far as anybody said."""
     if utterance.audio is None:
         return 1.0
@@ -247,7 +247,7 @@ def _sample(utterances: Sequence[Utterance], seconds: float, seed: int) -> list[
     for index in order.tolist():
         if filled < seconds and utterances[index].audio is not None:
             sample.append(utterances[index])
-            filled += seconds(utterances[index])
+            filled += stated_seconds(utterances[index])
     return sample
 
 

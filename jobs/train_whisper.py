@@ -23,6 +23,7 @@ from mmrag.corpora import manifest
 from mmrag.model.whisper_training import STATE, Clip, create, extractor, train
 from mmrag.records import Rejection, Utterance
 from mmrag.speech import audio
+from mmrag.speech.pretraining import Phones
 
 
 def run(experiment: Experiment, force: bool = False) -> Artifact:
@@ -102,13 +103,14 @@ def _train(experiment: Experiment, corpus: Path, directory: Path) -> tuple[int, 
 def _open(told: Sequence[Utterance], directory: Path, rejected: list[Rejection]) -> list[Clip]:
     """What is said in `told`, as the checkpoint hears it; `rejected` gets what it cannot hear."""
     features, clips = extractor(directory), []
-    for one in told:
+    phones = Phones([one.phones for one in told])
+    for number, one in enumerate(told):
         try:
             heard = features(audio.read(one.audio, audio.span_of(one)))
         except ValueError as error:
             rejected.append(Rejection(one.id, str(error)))
         else:
-            clips.append(Clip(one.id, heard, one.text))
+            clips.append(Clip(one.id, heard, one.text, phones[number] if one.phones else None))
     return clips
 
 

@@ -49,8 +49,6 @@ IN_PROCESS = {
 """Options that an endpoint decides for itself, and what they are if nobody gives them."""
 UNTUNED = {"k": 16, "weight": 0.3, "temperature": 10.0}
 """kNN settings for a datastore that nobody tuned."""
-SHARE = 0.2
-"""Of the typical distance among a datastore's keys: the temperature where nobody tuned one."""
 WHOLE = {"k": 8, "stride": 1, "whole": 300}
 """How it is read."""
 AGREEMENT = -2.5
@@ -301,13 +299,18 @@ def _tuned(
     """Settings as `jobs.tune` chose them for this datastore, or plain ones, with a word of it."""
     from mmrag.config import KNN, RetrievedAttention, as_dict
     from mmrag.decoding.tune import tuned
+    from mmrag.recogniser import is_whisper
+    from mmrag.retrieval.phrases import untuned
 
     knn, read = dict(UNTUNED), RetrievedAttention(**WHOLE)
-    found = tuned(_below(options.models), datastore.directory)
+    foreign = is_whisper(options.models)  # its checkpoint holds nothing of ours
+    below = datastore.directory.parent.parent if foreign else _below(options.models)
+    found = tuned(below, datastore.directory)
     if found is not None:
         knn = as_dict(found.both if mode == "both" else found.knn)
         read = found.attention or read
     else:
+        knn = as_dict(untuned(KNN(**knn), datastore)) if foreign else knn
         print(f"mmrag: {datastore.directory} is not tuned (jobs.tune): {knn}", file=sys.stderr)
     if options.weight is not None:
         knn["weight"] = options.weight
@@ -322,7 +325,7 @@ def _phrases(options: argparse.Namespace, recogniser: AnyRecogniser) -> dict[str
     from mmrag.recogniser import WhisperRecogniser
     from mmrag.retrieval.interpolation import Retrieval
     from mmrag.retrieval.memory import AttentionSource
-    from mmrag.retrieval.phrases import Phrases, remember, typical_distance
+    from mmrag.retrieval.phrases import Phrases, remember, untuned
     from mmrag.retrieval.retrievers import SubsetRetriever
 
     mode = options.retrieval or ("cross_attention" if recogniser.adapter else "knn")
@@ -340,10 +343,12 @@ def _phrases(options: argparse.Namespace, recogniser: AnyRecogniser) -> dict[str
     retriever = SubsetRetriever(datastore, np.arange(datastore.entries))
     found: dict[str, Any] = {"source": retriever}
     if mode in ("knn", "both"):
-        knn = dict(UNTUNED) if options.weight is None else {**UNTUNED, "weight": options.weight}
+        knn = KNN(**UNTUNED)
+        if options.weight is not None:
+            knn = knn.model_copy(update={"weight": options.weight})
         if isinstance(recogniser, WhisperRecogniser):
-            knn["temperature"] = SHARE * typical_distance(datastore)
-        found["retrieval"] = Retrieval(retriever, KNN(**knn))
+            knn = untuned(knn, datastore)
+        found["retrieval"] = Retrieval(retriever, knn)
     if mode in ("cross_attention", "both"):
         windows = Phrases(datastore).first_mentions()
         found["attention"] = AttentionSource(

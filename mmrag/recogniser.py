@@ -67,6 +67,14 @@ class Decoder(Protocol):
     adapter: Adapter | None
     identity: dict[str, str]
 
+    def seconds(self, encoded: Any) -> float:
+        """Length of a clip."""
+        ...
+
+    def times(self, encoded: Any) -> np.ndarray:
+        """As an encoder's."""
+        ...
+
     @property
     def keyed_by(self) -> dict[str, str]:
         """What a datastore has to be keyed by: role -> fingerprint."""
@@ -105,11 +113,25 @@ def text_to_speech(encoder: Encoder, seed: int = 0) -> Say:
 
 
 @dataclass(frozen=True)
-class SpeechTokenizer:
+class _Timed:
+    """What knows how long units last."""
+
+    codebook: Codebook
+
+    def seconds(self, units: Units) -> float:
+        """Length of a clip."""
+        return float(units.durations.sum()) * self.codebook.frame_seconds
+
+    def times(self, units: Units) -> np.ndarray:
+        """When each unit is said (T, 2), seconds from the clip's start."""
+        return self.codebook.seconds(units)
+
+
+@dataclass(frozen=True)
+class SpeechTokenizer(_Timed):
     """The models that turn sound into units, and where they came from."""
 
     encoder: HubertEncoder
-    codebook: Codebook
     identity: dict[str, str]
     """Role (hubert, codebook, and lm where there is one) -> fingerprint of the artifact."""
 
@@ -137,21 +159,13 @@ class SpeechTokenizer:
         """Longest clip that is encoded at once: any."""
         return math.inf
 
-    def seconds(self, units: Units) -> float:
-        """Length of a clip."""
-        return float(units.durations.sum()) * self.codebook.frame_seconds
-
-    def times(self, units: Units) -> np.ndarray:
-        """When each unit is said (T, 2), seconds from the clip's start."""
-        return self.codebook.seconds(units)
-
     def synthesizer(self, seed: int = 0) -> Say:
         """Says a sentence with a synthetic voice and encodes it, as `text_to_speech` does."""
         return text_to_speech(self, seed)
 
 
 @dataclass(frozen=True)
-class SpeechLM:
+class SpeechLM(_Timed):
     """The models that turn units into text, and where they came from."""
 
     lm: LM
@@ -176,7 +190,13 @@ class SpeechLM:
             trained.require("lm", made["lm"])
             adapter = pretrained.load_adapter(trained.path, lm)
         identity = {role: one.fingerprint for role, one in made.items()}
-        return cls(lm, vocabulary, adapter, identity)
+        return cls(
+            codebook=Codebook.load(made["codebook"].path),
+            lm=lm,
+            vocabulary=vocabulary,
+            adapter=adapter,
+            identity=identity,
+        )
 
     @property
     def keyed_by(self) -> dict[str, str]:
@@ -294,10 +314,72 @@ def load(models: str | Path, device: str = "cpu", language: str | None = None) -
     return Recogniser.load(shipped.find(str(models)), device)
 
 
-def load_decoder(
+def load_encoder(
     models: str | Path, device: str = "cpu", language: str | None = None
-) -> SpeechLM | WhisperRecogniser:
-    """What turns speech that is encoded into text, without an adapter; `models` as for `load`."""
+) -> SpeechTokenizer | WhisperRecogniser:
+    """What encodes waves; `models` as for `load`."""
     if is_whisper(models):
         return WhisperRecogniser.load(str(models), device, language)
-    return SpeechLM.load(shipped.find(str(models)), device, adapted=False)
+    return SpeechTokenizer.load(shipped.find(str(models)), device)
+
+
+def load_decoder(
+    models: str | Path,
+    device: str = "cpu",
+    language: str | None = None,
+    adapted: bool = False,
+) -> SpeechLM | WhisperRecogniser:
+    """What turns speech that is encoded into text, with its adapter or without (`adapted`);
+    `models` as for `load`."""
+    if is_whisper(models):
+        return WhisperRecogniser.load(str(models), device, language)
+    return SpeechLM.load(shipped.find(str(models)), device, adapted)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of models without their weights."""
+
+    fingerprints: dict[str, str]
+    """Of each part, by role."""
+    keyed_by: dict[str, str]
+    """What a datastore has to be keyed by: role -> fingerprint."""
+    vocabulary: TextVocabulary
+    width: int
+    """D of a key."""
+    window_seconds: float
+    """Longest clip that is encoded at once."""
+
+    @property
+    def adapted(self) -> bool:
+        """Whether there is an adapter, which reads what is retrieved."""
+        return "adapter" in self.fingerprints
+
+
+def outline(models: str | Path, language: str | None = None) -> Outline:
+    """Read what models are; raises what `load` raises, for parts that do not belong together too.
+
+    `models` are as for `load`.
+    """
+    if is_whisper(models):
+        directory = whisper.locate(str(models))
+        width, seconds = whisper.description(directory)
+        known = {"whisper": whisper.fingerprint(directory)}
+        vocabulary = WhisperVocabulary.load(directory, language)
+        return Outline(known, known, vocabulary, width, seconds)
+    directory = shipped.find(str(models))
+    made = {kind: artifact.load(directory / kind, kind) for kind in ("hubert", "codebook", "lm")}
+    made["codebook"].require("hubert", made["hubert"])
+    made["lm"].require("codebook", made["codebook"])
+    if (directory / "adapter").exists():
+        made["adapter"] = artifact.load(directory / "adapter", "adapter")
+        made["adapter"].require("lm", made["lm"])
+    lm = made["lm"].path
+    known = {kind: one.fingerprint for kind, one in made.items()}
+    return Outline(
+        fingerprints=known,
+        keyed_by={role: known[role] for role in ("lm", "codebook")},
+        vocabulary=Vocabulary.load(lm),
+        width=pretrained.base_config(str(lm)).width,
+        window_seconds=math.inf,
+    )

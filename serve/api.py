@@ -23,12 +23,10 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.concurrency import run_in_threadpool
 
-from mmrag.artifact import load as load_artifact
-from mmrag.model.vocabulary import Vocabulary
 from serve import errors, forms, middleware, schema
 from serve.datastores import Datastores
 from serve.errors import ApiError
-from serve.model import locate
+from serve.model import described
 from serve.pipeline import Pipeline
 from serve.settings import Settings, api_keys
 from serve.transcriptions import Transcriptions
@@ -52,7 +50,7 @@ class Api:
         self._settings = settings
         self._pipeline = Pipeline(settings, encoder, retriever, decoder)
         self._access = middleware.AccessRules(settings.limits, api_keys())
-        self._directory = locate(settings)
+        self._model = described(settings)
         self._started = int(time.time())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -79,7 +77,7 @@ class Api:
         guarded = APIRouter(dependencies=[Depends(bearer), Depends(forms.query_parameters)])
         guarded.get("/v1/models")(self.models)
         guarded.get("/v1/models/{model}")(self.model)
-        vocabulary = Vocabulary.load(self._directory / "lm")
+        vocabulary = self._model.vocabulary
         for part in (Transcriptions, Datastores):
             guarded.include_router(part(self._settings, self._pipeline, vocabulary).router())
         app.include_router(guarded)
@@ -131,16 +129,13 @@ class Api:
         return self._described()
 
     def _described(self) -> schema.Model:
-        every = ("hubert", "codebook", "lm", "adapter")
-        kinds = [kind for kind in every if (self._directory / kind).exists()]
-        prints = {kind: load_artifact(self._directory / kind, kind).fingerprint for kind in kinds}
-        reads = ["cross_attention", "both"] if "adapter" in kinds else []
+        reads = ["cross_attention", "both"] if self._model.adapted else []
         return schema.Model(
             id=self._settings.name,
             created=self._started,
             languages=list(self._settings.languages),
             retrieval=["none", "knn", *reads],
-            fingerprints=prints,
+            fingerprints=self._model.fingerprints,
         )
 
 

@@ -16,7 +16,7 @@ from ray.serve.config import AutoscalingConfig
 from serve.api import Api
 from serve.decoder import Decoder
 from serve.encoder import Encoder
-from serve.model import check, locate
+from serve.model import described
 from serve.retriever import Retriever
 from serve.settings import Replicas, read
 
@@ -31,7 +31,7 @@ def build(args: dict[str, Any]) -> Application:
     is no such model or its parts were not made for each other.
     """
     settings = read(args)
-    check(locate(settings))
+    described(settings)
     decoder = _deployed(Decoder, settings.decoder).bind(settings)
     encoder = _deployed(Encoder, settings.encoder).bind(settings)
     retriever = _deployed(Retriever, settings.retriever).bind(settings, encoder, decoder)

@@ -19,17 +19,16 @@ from mmrag.config import RetrievalMode
 from mmrag.decoding.align import align
 from mmrag.decoding.decode import Clip, Hypothesis
 from mmrag.decoding.engine import Decoded, Engine, Statistics
-from mmrag.recogniser import SpeechLM, SpeechTokenizer, longest
+from mmrag.recogniser import is_whisper, load_decoder, load_encoder
 from mmrag.records import Retriever, Word
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.entries import read_entries
 from mmrag.retrieval.interpolation import Retrieval
 from mmrag.retrieval.memory import AttentionSource, WindowCache
-from mmrag.retrieval.phrases import WINDOW, Phrases
+from mmrag.retrieval.phrases import WINDOW, Phrases, untuned
 from mmrag.retrieval.retrievers import SECOND, JoinedRetriever, SubsetRetriever
 from mmrag.retrieval.segment import Description, Segment
 from mmrag.speech.tokenized import Tokenized
-from mmrag.speech.units import Codebook
 from mmrag.transcribe import words
 from serve import probe
 from serve.messages import (
@@ -38,7 +37,7 @@ from serve.messages import (
     InvalidRequest,
     ResolvedDatastore,
 )
-from serve.model import device, locate
+from serve.model import device, language, locate
 from serve.settings import RetrievalDefaults, Settings
 
 KEPT = 32
@@ -56,20 +55,17 @@ class RetrievalSources:
 
 
 class Decoder:
-    """Holds the language model and the adapter."""
+    """Holds the language model and the adapter, or a Whisper."""
 
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(settings.decoder.threads)
-        directory = locate(settings)
         self._settings = settings
-        self._speech_lm = SpeechLM.load(directory, device(settings))
-        self._codebook = Codebook.load(directory / "codebook")
-        self._probe = SpeechTokenizer.load(directory, device(settings)).encode(
-            [torch.from_numpy(probe.wave())]
-        )[0]
+        loaded = locate(settings), device(settings), language(settings)
+        self._models = load_decoder(*loaded, adapted=True)
+        self._probe = load_encoder(*loaded).encode([torch.from_numpy(probe.wave())])[0]
         self._engine = Engine(
-            self._speech_lm.lm,
-            self._speech_lm.vocabulary,
+            self._models.lm,
+            self._models.vocabulary,
             settings.decoder.rows,
             settings.decoder.threads,
         )
@@ -104,7 +100,7 @@ class Decoder:
         sent = ""
         try:
             while (tokens := await news.get()) is not None:
-                text = self._speech_lm.vocabulary.decode(tokens)
+                text = self._models.vocabulary.decode(tokens)
                 if text.startswith(sent) and text != sent:
                     yield text[len(sent) :]
                     sent = text
@@ -118,16 +114,16 @@ class Decoder:
 
     async def entries(self, spoken: list[Tokenized], kind: str) -> Segment:
         """What utterances become in a datastore, as `read_entries` says."""
-        speech_lm = self._speech_lm
+        models = self._models
         return await asyncio.wrap_future(
             self._engine.call(
-                lambda: read_entries(speech_lm.lm, speech_lm.vocabulary, spoken, WINDOW, kind)
+                lambda: read_entries(models.lm, models.vocabulary, spoken, WINDOW, kind)
             )
         )
 
     async def describe(self) -> tuple[Description, bool]:
         """What datastores of this model are, and whether it can read them (an adapter)."""
-        return self._described(), self._speech_lm.adapter is not None
+        return self._described(), self._models.adapter is not None
 
     async def check_health(self) -> None:
         """Transcribe the probe; RuntimeError if it does not read as it did at the start."""
@@ -143,10 +139,8 @@ class Decoder:
         decode = self._settings.decode
         reads = sources is not None and request.mode in ("cross_attention", "both")
         return Clip(
-            speech=self._speech_lm.vocabulary.encode_units(request.units),
-            limit=longest(
-                float(request.units.durations.sum()) * self._codebook.frame_seconds, decode
-            ),
+            speech=self._models.vocabulary.speech_input(request.units),
+            limit=self._models.longest(self._models.seconds(request.units), decode),
             beams=1 if request.output.temperature > 0 else decode.beams,
             length_penalty=decode.length_penalty,
             temperature=request.output.temperature,
@@ -159,7 +153,7 @@ class Decoder:
         that clips share searches and encoded windows."""
         if request.mode == "none" or not (request.datastore or request.phrases):
             return None
-        if request.mode in ("cross_attention", "both") and self._speech_lm.adapter is None:
+        if request.mode in ("cross_attention", "both") and self._models.adapter is None:
             raise InvalidRequest(
                 f"retrieval {request.mode} needs an adapter, which this model has not"
             )
@@ -173,35 +167,38 @@ class Decoder:
     def _made(self, found: ResolvedDatastore | None, listed: Segment | None) -> RetrievalSources:
         """What a datastore, a request's phrases, or both together offer."""
         if listed is None:
-            cache = self._speech_lm.adapter and self._cache_of(found)
+            cache = self._models.adapter and self._cache_of(found)
             return _offer(found.retriever, found, cache, found.whole)
         phrases = Datastore.of(self._described(), [listed])
+        defaults = self._settings.retrieval_defaults
+        if is_whisper(self._settings.model):
+            knn = untuned(defaults.knn, phrases)
+            defaults = defaults.model_copy(update={"knn": knn, "both": knn})
         source: Retriever = SubsetRetriever(phrases, np.arange(phrases.entries))
         whole = Phrases(phrases).first_mentions()
         if found is not None:
             source = JoinedRetriever(found.retriever, source)
             small = found.whole is not None
             whole = np.concatenate((found.whole, whole + SECOND)) if small else None
-        cache = self._speech_lm.adapter and self._speech_lm.window_cache(source)
-        return _offer(source, found or self._settings.retrieval_defaults, cache, whole)
+        cache = self._models.adapter and self._models.window_cache(source)
+        return _offer(source, found or defaults, cache, whole)
 
     def _cache_of(self, found: ResolvedDatastore) -> WindowCache:
         """The encoded windows of a datastore; entries never change, so they stay when it grows."""
         cache = self._window_caches.setdefault(
-            found.uid, self._speech_lm.window_cache(found.retriever)
+            found.uid, self._models.window_cache(found.retriever)
         )
         cache.source = found.retriever
         return _freshen(self._window_caches, found.uid)
 
     def _described(self) -> Description:
-        speech_lm = self._speech_lm
-        width = speech_lm.lm.config.width
-        return Description(width, WINDOW, "l2", "spoken", dict(speech_lm.identity))
+        models = self._models
+        return Description(models.lm.width, WINDOW, "l2", "spoken", dict(models.keyed_by))
 
     async def _result(
         self, request: DecodeRequest, sources: RetrievalSources | None, decoded: Decoded
     ) -> DecodeResult:
-        hypothesis, vocabulary = decoded.hypothesis, self._speech_lm.vocabulary
+        hypothesis, vocabulary = decoded.hypothesis, self._models.vocabulary
         found: tuple[Word, ...] = ()
         if request.output.evidence or request.output.timed:
             source = sources.source if sources and request.output.evidence else None
@@ -222,9 +219,9 @@ class Decoder:
         self, request: DecodeRequest, hypothesis: Hypothesis, found: tuple[Word, ...]
     ) -> tuple[Word, ...]:
         """Words with their start and end, seconds from the segment's start."""
-        lm, vocabulary = self._speech_lm.lm, self._speech_lm.vocabulary
-        times = self._codebook.seconds(request.units)
-        speech = vocabulary.encode_units(request.units)
+        lm, vocabulary = self._models.lm, self._models.vocabulary
+        times = self._models.times(request.units)
+        speech = vocabulary.speech_input(request.units)
         tokens, audible = hypothesis.tokens, request.audible
         spans = await asyncio.wrap_future(
             self._engine.call(lambda: align(lm, vocabulary, speech, times, tokens, audible))

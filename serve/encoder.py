@@ -12,23 +12,23 @@ from ray import serve
 from ray.serve.metrics import Counter, Histogram
 
 from mmrag.decoding.align import audible
-from mmrag.recogniser import SpeechTokenizer
-from mmrag.records import Units
+from mmrag.recogniser import load_encoder
 from mmrag.speech import vad
 from mmrag.speech.audio import SAMPLE_RATE
 from serve import probe
-from serve.messages import EncodedSegment
-from serve.model import device, locate
+from serve.messages import Encoded, EncodedSegment, same
+from serve.model import device, language, locate
 from serve.settings import Settings
 
 
 class Encoder:
-    """Holds HuBERT and the codebook. One thread encodes; what comes meanwhile is its next batch."""
+    """Holds HuBERT and the codebook, or a Whisper. One thread encodes; what comes meanwhile is its
+    next batch."""
 
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(settings.encoder.threads)
         self._settings = settings
-        self._tokenizer = SpeechTokenizer.load(locate(settings), device(settings))
+        self._models = load_encoder(locate(settings), device(settings), language(settings))
         self._synthesize = None
         self._thread = ThreadPoolExecutor(
             1, initializer=torch.set_num_threads, initargs=(settings.encoder.threads,)
@@ -45,14 +45,14 @@ class Encoder:
 
     @serve.batch(batch_size_fn=lambda waves: sum(map(len, waves)))
     async def encode(self, waves: list[np.ndarray]) -> list[EncodedSegment | None]:
-        """Waves (T,) float32 at 16 kHz to units, None where nobody speaks.
+        """Waves (T,) float32 at 16 kHz to units (or a Whisper's states), None where nobody speaks.
 
         Callers hand in one wave each and get its units; Serve makes the batches.
         """
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, waves)
 
-    async def synthesize(self, texts: list[str]) -> list[Units]:
-        """Sentences to the units of a synthesizer saying them; ImportError without the extra."""
+    async def synthesize(self, texts: list[str]) -> list[Encoded]:
+        """Sentences, said by a synthesizer and encoded; ImportError without the extra."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._speak, texts)
 
     async def check_health(self) -> None:
@@ -60,7 +60,7 @@ class Encoder:
         [encoded] = await asyncio.get_running_loop().run_in_executor(
             self._thread, self._encode, [probe.wave()]
         )
-        if encoded is None or not np.array_equal(encoded.units.ids, self._expected.units.ids):
+        if encoded is None or not same(encoded.units, self._expected.units):
             raise RuntimeError("the encoder no longer encodes the probe as it did")
 
     def _encode(self, waves: list[np.ndarray]) -> list[EncodedSegment | None]:
@@ -71,15 +71,15 @@ class Encoder:
         found: list[EncodedSegment | None] = [None] * len(clips)
         if spoken:
             trimmed = [vad.trim(clips[n]) for n in spoken]
-            units = self._tokenizer.encode([clip for clip, _ in trimmed])
+            units = self._models.encode([clip for clip, _ in trimmed])
             for n, (clip, start), one in zip(spoken, trimmed, units, strict=True):
-                times = self._tokenizer.codebook.seconds(one)
+                times = self._models.times(one)
                 found[n] = EncodedSegment(one, audible(clip, times), start / SAMPLE_RATE)
         self._batch_seconds.observe(sum(map(len, waves)) / SAMPLE_RATE)
         self._busy.inc(time.perf_counter() - started)
         return found
 
-    def _speak(self, texts: list[str]) -> list[Units]:
+    def _speak(self, texts: list[str]) -> list[Encoded]:
         if self._synthesize is None:
-            self._synthesize = self._tokenizer.synthesizer()
+            self._synthesize = self._models.synthesizer()
         return list(self._synthesize(texts))

@@ -8,11 +8,31 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from ray import ObjectRef
 
 from cluster.shards import ShardedRetriever
 from mmrag.config import KNN, RetrievalMode, RetrievedAttention
+from mmrag.model.whisper import EncodedAudio
 from mmrag.records import Units, Word
+
+SLACK = 0.05
+Encoded = Units | EncodedAudio
+"""Speech as a decoder takes it: units, or the states of a Whisper's encoder."""
+
+
+def weight(encoded: Encoded) -> int:
+    """Bytes of encoded speech."""
+    if isinstance(encoded, EncodedAudio):
+        return encoded.states.nbytes
+    return encoded.ids.nbytes + encoded.durations.nbytes
+
+
+def same(one: Encoded, other: Encoded) -> bool:
+    """Whether a clip was encoded alike twice, as far as arithmetic in another order allows."""
+    if isinstance(one, EncodedAudio) and isinstance(other, EncodedAudio):
+        return torch.allclose(one.states, other.states, rtol=SLACK, atol=SLACK)
+    return np.array_equal(one.ids, other.ids)
 
 
 class Unavailable(RuntimeError):
@@ -61,9 +81,9 @@ class PhraseList:
 
 @dataclass(frozen=True)
 class EncodedSegment:
-    """The units of a segment (T,), and which of them are not in a pause."""
+    """The units (or frames) of a segment (T,), and which of them are not in a pause."""
 
-    units: Units
+    units: Encoded
     audible: np.ndarray
     start: float
     """When the units begin, seconds from the segment's start."""
@@ -84,7 +104,7 @@ class OutputOptions:
 class DecodeRequest:
     """A segment of speech to transcribe."""
 
-    units: Units
+    units: Encoded
     audible: np.ndarray | None = None
     """As in `EncodedSegment`."""
     mode: RetrievalMode = "none"
@@ -97,9 +117,8 @@ class DecodeRequest:
         """Bytes of its arrays; None with phrases, whose reference is not sent by value."""
         if self.phrases is not None:
             return None
-        arrays = [self.units.ids, self.units.durations, self.audible]
-        arrays.append(self.datastore and self.datastore.whole)
-        return sum(array.nbytes for array in arrays if array is not None)
+        arrays = [self.audible, self.datastore and self.datastore.whole]
+        return weight(self.units) + sum(array.nbytes for array in arrays if array is not None)
 
 
 @dataclass(frozen=True)

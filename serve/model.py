@@ -1,4 +1,4 @@
-"""Where the service's model lies: the registry's, the package's, or a directory."""
+"""Where the service's models lie: the registry's, the package's, a directory, or a Whisper."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from pathlib import Path
 
 import torch
 
-from mmrag import artifact, shipped
-from mmrag.config import Tracking
+from mmrag import shipped
+from mmrag.config import ConfigError, Tracking
+from mmrag.model import whisper
+from mmrag.recogniser import Outline, is_whisper, outline
 from serve.settings import Settings
 
 REGISTERED = "models:/"
 
 
-def locate(settings: Settings) -> Path:
-    """The directory with hubert/, codebook/ and lm/; a registered model is fetched first.
+def locate(settings: Settings) -> str:
+    """The name by which `mmrag.recogniser` loads the models; registered ones are fetched first.
 
     Raises ValueError or ArtifactError, which name the model and what is wrong with it.
     """
@@ -22,17 +24,29 @@ def locate(settings: Settings) -> Path:
         from cluster import tracking  # MLflow takes seconds to import
 
         registry = Tracking(uri=settings.registry, experiment="mmrag")
-        return tracking.fetch(settings.model, registry, settings.cache, setting="registry")
-    return shipped.find(settings.model)
+        return str(tracking.fetch(settings.model, registry, settings.cache, setting="registry"))
+    if is_whisper(settings.model):
+        return f"{whisper.PREFIX}{whisper.locate(settings.model).absolute()}"
+    return str(shipped.find(settings.model))
 
 
-def check(directory: Path) -> None:
-    """See that a model's parts were made for each other; ArtifactError names both fingerprints."""
-    made = {kind: artifact.load(directory / kind, kind) for kind in ("hubert", "codebook", "lm")}
-    made["codebook"].require("hubert", made["hubert"])
-    made["lm"].require("codebook", made["codebook"])
-    if (directory / "adapter").exists():
-        artifact.load(directory / "adapter", "adapter").require("lm", made["lm"])
+def language(settings: Settings) -> str | None:
+    """What a Whisper is told to hear, where the settings name one language; others are told
+    nothing."""
+    single = is_whisper(settings.model) and len(settings.languages) == 1
+    return settings.languages[0] if single else None
+
+
+def described(settings: Settings) -> Outline:
+    """What the models are; ValueError or ArtifactError where they do not fit together or the
+    settings."""
+    known = outline(locate(settings), language(settings))
+    if settings.decode.max_seconds > known.window_seconds:
+        raise ConfigError(
+            f"decode.max_seconds {settings.decode.max_seconds:g}: {settings.model} hears at most "
+            f"{known.window_seconds:g} s at once"
+        )
+    return known
 
 
 def device(settings: Settings) -> str:
@@ -40,3 +54,11 @@ def device(settings: Settings) -> str:
     if settings.device != "auto":
         return settings.device
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def tuned_below(settings: Settings) -> Path:
+    """The directory below which lies what `jobs.tune` chose: the models' own, or for a Whisper,
+    whose checkpoint holds nothing of ours, that of the datastores."""
+    if is_whisper(settings.model):
+        return settings.datastores.parent
+    return Path(locate(settings))

@@ -29,27 +29,27 @@ from ray.serve.handle import DeploymentHandle
 from cluster.shards import ShardedRetriever, serve_shards
 from mmrag import durable
 from mmrag.artifact import ArtifactError
-from mmrag.artifact import load as load_artifact
 from mmrag.config import SLUG
 from mmrag.decoding.tune import tuned
-from mmrag.model.vocabulary import Vocabulary
-from mmrag.records import Units, Utterance
+from mmrag.recogniser import is_whisper
+from mmrag.records import Utterance
 from mmrag.retrieval import datastore as stored
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.index import save_index
-from mmrag.retrieval.phrases import Phrases, utterances
+from mmrag.retrieval.phrases import Phrases, untuned, utterances
 from mmrag.retrieval.segment import DatastoreError, Segment, join
 from mmrag.speech.tokenized import Tokenized
 from serve.handles import by_reference
 from serve.messages import (
     DatastoreExists,
     DatastoreSummary,
+    Encoded,
     InvalidRequest,
     ResolvedDatastore,
     Unavailable,
     UnknownDatastore,
 )
-from serve.model import locate
+from serve.model import described, tuned_below
 from serve.settings import Settings
 
 PHRASE_WORDS = 5
@@ -84,8 +84,9 @@ class Retriever:
         self._settings = settings
         self._encoder = by_reference(encoder)
         self._decoder = by_reference(decoder)
-        self._model = locate(settings)
-        self._vocabulary = Vocabulary.load(self._model / "lm")
+        known = described(settings)
+        self._keyed_by, self._vocabulary = known.keyed_by, known.vocabulary
+        self._tuned = tuned_below(settings)
         self._app = serve.get_replica_context().app_name
         self._root = settings.datastores
         self._root.mkdir(parents=True, exist_ok=True)
@@ -240,7 +241,7 @@ class Retriever:
 
     def _start(self, name: str, path: Path, uid: str, version: tuple[int, ...]) -> OpenDatastore:
         datastore = Datastore.open(path)
-        datastore.require(self._identity())
+        datastore.require(self._keyed_by)
         save_index(path)
         retriever = self._serve(datastore, uid)
         # The first search: a shard that is not there shows here, and not in a transcript.
@@ -273,17 +274,15 @@ class Retriever:
 
         await asyncio.to_thread(refresh)
 
-    def _identity(self) -> dict[str, str]:
-        roles = ("codebook", "lm")
-        return {role: load_artifact(self._model / role, role).fingerprint for role in roles}
-
     def _found(
         self, datastore: Datastore, retriever: ShardedRetriever, uid: str, version: tuple[int, ...]
     ) -> ResolvedDatastore:
         defaults = self._settings.retrieval_defaults
         knn, both, read = defaults.knn, defaults.both, defaults.attention
+        if is_whisper(self._settings.model):
+            knn = both = untuned(knn, datastore)
         with suppress(ArtifactError):  # another datastore of that name was tuned for
-            if chosen := tuned(self._model, datastore.directory):
+            if chosen := tuned(self._tuned, datastore.directory):
                 knn, both, read = chosen.knn, chosen.both, chosen.attention or read
         documents = _documents(datastore)
         whole = None
@@ -378,7 +377,9 @@ class Retriever:
 
         return await _in_order(read(part) for part in _parts(groups))
 
-    async def _read(self, said: Sequence[Utterance], units: Sequence[Units], kind: str) -> Segment:
+    async def _read(
+        self, said: Sequence[Utterance], units: Sequence[Encoded], kind: str
+    ) -> Segment:
         """The entries of utterances, given their units."""
         spoken = [Tokenized(one, own) for one, own in zip(said, units, strict=True)]
         return await self._decoder.entries.remote(spoken, kind)

@@ -215,6 +215,8 @@ class WhisperTraining(Section):
     learning_rate: PositiveFloat
     ctc_weight: float = Field(ge=0)
     """Weight of a CTC loss on the encoder's frames; 0 for none."""
+    phone_weight: float = Field(default=0, ge=0)
+    """Weight of naming the phone that is said in each of them, where the corpus has alignments."""
     leave_out: Correction[tuple[str, ...]] = ()
     """Utterances, by id, that are passed over; may be added to while a run is unfinished."""
     checkpoint_steps: Operation[PositiveInt]

@@ -44,11 +44,13 @@ WARMUP_SHARE = 0.05
 CLIP = 1.0
 """Largest gradient norm."""
 STATE = ".training.pt"
+WHOLE = 0.25
+"""Share of steps that hear the whole window, most of it silence, as a transcriber does; the others
+hear as much as their clips need, which is faster."""
+ALIKE = 4
+"""Times as many clips are drawn as are taken, those of about one length."""
 PROMPT = 2
 """Ids before a text: the start, and that there are no timestamps."""
-LEFT_OUT_FRAMES, LEFT_OUT_BANDS, MASKS = 40, 20, 2
-"""Longest run of frames and of bands that are masked, and how many of each (SpecAugment, arXiv
-1904.08779)."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Clip:
     features: Tensor
     """(M, F) log-mel, as `extractor` gives them."""
     text: str
+    phones: Tensor | None = None
+    """(F,) the phone said in each encoder frame, by number; None where there is no alignment."""
 
 
 def create(directory: Path, shape: WhisperShape, texts: Iterable[str], seed: int) -> None:
@@ -70,7 +74,9 @@ def create(directory: Path, shape: WhisperShape, texts: Iterable[str], seed: int
         WhisperForConditionalGeneration,
         WhisperTokenizer,
     )
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     vocab, merges = _pieces(texts, shape.pieces)
     tokenizer = WhisperTokenizer(vocab=vocab, merges=merges)
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIALS[1:])})
@@ -147,18 +153,21 @@ def train(
 
     `log` is called with the number of steps done and metrics. A stopped training goes on from the
     state that it saves every `checkpoint_steps`. While it lasts, a CTC loss over the encoder's
-    frames shows where each piece is said; what it needs is no part of the checkpoint. Raises
+    frames shows where each piece is said, and where there is an alignment its phones are learned;
+    what these need is no part of the checkpoint. Raises
     ValueError for a clip without text or with more of it than fits, and a loss that is not finite,
     naming the clips.
     """
     from transformers import WhisperForConditionalGeneration, WhisperTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = WhisperForConditionalGeneration.from_pretrained(directory, use_safetensors=True)
     tokenizer = WhisperTokenizer.from_pretrained(directory)
     labels = [_labels(clip, tokenizer, model.config) for clip in clips]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        learner = _Learner(model, settings.ctc_weight).to(device).train()
+        learner = _Learner(model, settings, clips).to(device).train()
     optimizer = torch.optim.AdamW(
         learner.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
     )
@@ -170,8 +179,8 @@ def train(
         first = saved["step"]
     for step in range(first, settings.steps):
         draw = np.random.default_rng([seed, step])
-        chosen = draw.choice(len(clips), settings.batch, replace=len(clips) < settings.batch)
-        heard = [clips[one].features for one in chosen]
+        chosen = _alike(clips, settings.batch, draw)
+        heard = [clips[one] for one in chosen]
         torch.manual_seed(int(draw.integers(2**31)))  # of dropout
         loss, parts = learner(heard, [labels[one] for one in chosen], draw)
         if not torch.isfinite(loss):
@@ -206,66 +215,85 @@ def rate(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def masked(features: Tensor, draw: np.random.Generator) -> Tensor:
-    """Log-mel features (B, M, F) with runs of frames and of bands at the clip's mean."""
-    features = features.clone()
-    bands, frames = features.shape[1:]
-    for clip in features:
-        mean = clip.mean()
-        for _ in range(MASKS):
-            width, height = draw.integers(LEFT_OUT_FRAMES + 1), draw.integers(LEFT_OUT_BANDS + 1)
-            start = draw.integers(max(1, frames - width))
-            clip[:, start : start + width] = mean
-            low = draw.integers(max(1, bands - height))
-            clip[low : low + height] = mean
-    return features
-
-
 class _Learner(nn.Module):
-    """A Whisper and what it is only trained with: a head that spells over the encoder's frames."""
+    """A Whisper and what it is only trained with: heads over the encoder's frames, of which one
+    spells and one names phones."""
 
-    def __init__(self, model: WhisperForConditionalGeneration, ctc_weight: float) -> None:
+    def __init__(
+        self,
+        model: WhisperForConditionalGeneration,
+        settings: WhisperTraining,
+        clips: Sequence[Clip],
+    ) -> None:
         super().__init__()
-        self.model, self._weight = model, ctc_weight
+        self.model, self._settings = model, settings
+        phones = 1 + max((int(c.phones.max()) for c in clips if c.phones is not None), default=0)
         self.spell = nn.Linear(model.config.d_model, model.config.vocab_size)
+        self.name = nn.Linear(model.config.d_model, phones)
 
     def forward(
-        self, clips: Sequence[Tensor], labels: Sequence[Sequence[int]], draw: np.random.Generator
+        self, clips: Sequence[Clip], labels: Sequence[Sequence[int]], draw: np.random.Generator
     ) -> tuple[Tensor, dict[str, float]]:
-        """The loss of a batch of features (M, F_i) and [prompt, text, end] ids, and its parts."""
+        """The loss of a batch of clips and their [prompt, text, end] ids, and its parts."""
         device = self.spell.weight.device
         config, encoder = self.model.config, self.model.model.encoder
         window = 2 * config.max_source_positions
-        heard = torch.stack([_windowed(one.float(), window) for one in clips])
-        heard = masked(heard, draw).to(device)
+        if draw.random() >= WHOLE:
+            window = 2 * math.ceil(max(one.features.shape[1] for one in clips) / 2)
+        heard = torch.stack([_windowed(one.features.float(), window) for one in clips])
         ids, targets = (one.to(device) for one in _padded(labels, config.pad_token_id))
         dtype = precision("auto", device)
         half = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
         with half:
-            states = encoder(heard).last_hidden_state
+            states = _encode(encoder, heard.to(device))
             logits = self.model(encoder_outputs=(states,), decoder_input_ids=ids).logits
-            spelt = self.spell(states) if self._weight else None
+            spelt, named = self.spell(states).float(), self.name(states).float()
         entropy = functional.cross_entropy(
-            logits.float().flatten(0, 1),
-            targets.flatten(),
-            ignore_index=IGNORE,
-            label_smoothing=0.1,
+            logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE
         )
-        parts = {"loss": entropy.item()}
-        if spelt is None:
-            return entropy, parts
-        texts = [own[PROMPT:-1] for own in labels]
-        frames = torch.tensor([math.ceil(one.shape[1] / 2) for one in clips])
-        ctc = functional.ctc_loss(
-            spelt.float().log_softmax(-1).transpose(0, 1),
-            torch.tensor([piece for text in texts for piece in text]),
-            frames.clamp(max=config.max_source_positions),
-            torch.tensor([len(text) for text in texts]),
-            blank=config.pad_token_id,
-            zero_infinity=True,
-        )
-        parts["ctc_loss"] = ctc.item()
-        return entropy + self._weight * ctc, parts
+        parts = {"loss": entropy}
+        if self._settings.ctc_weight:
+            texts = [own[PROMPT:-1] for own in labels]
+            frames = torch.tensor([math.ceil(one.features.shape[1] / 2) for one in clips])
+            parts["ctc_loss"] = functional.ctc_loss(
+                spelt.log_softmax(-1).transpose(0, 1),
+                torch.tensor([piece for text in texts for piece in text]),
+                frames.clamp(max=config.max_source_positions),
+                torch.tensor([len(text) for text in texts]),
+                blank=config.pad_token_id,
+                zero_infinity=True,
+            )
+        if self._settings.phone_weight and any(one.phones is not None for one in clips):
+            phones = torch.full(named.shape[:2], IGNORE)
+            for row, one in enumerate(clips):
+                if one.phones is not None:
+                    said = one.phones[: phones.shape[1]]
+                    phones[row, : len(said)] = said
+            parts["phone_loss"] = functional.cross_entropy(
+                named.flatten(0, 1), phones.flatten().to(device), ignore_index=IGNORE
+            )
+        weights = {"ctc_loss": self._settings.ctc_weight, "phone_loss": self._settings.phone_weight}
+        loss = sum(weights.get(name, 1.0) * part for name, part in parts.items())
+        return loss, {name: part.item() for name, part in parts.items()}
+
+
+def _alike(clips: Sequence[Clip], count: int, draw: np.random.Generator) -> np.ndarray:
+    """`count` clips of about the same length, so that little of a batch is padding."""
+    wanted = ALIKE * count
+    some = draw.choice(len(clips), wanted, replace=len(clips) < wanted)
+    some = some[np.argsort([clips[one].features.shape[1] for one in some], kind="stable")]
+    first = int(draw.integers(wanted - count + 1))
+    return some[first : first + count]
+
+
+def _encode(encoder: nn.Module, features: Tensor) -> Tensor:
+    """transformers' encoder over features (B, M, F) of less than its window: states (B, F/2, D)."""
+    x = functional.gelu(encoder.conv1(features))
+    x = functional.gelu(encoder.conv2(x)).transpose(1, 2)
+    x = x + encoder.embed_positions.weight[: x.shape[1]]
+    for layer in encoder.layers:
+        x = layer(x, None)
+    return encoder.layer_norm(x)
 
 
 def _windowed(features: Tensor, frames: int) -> Tensor:

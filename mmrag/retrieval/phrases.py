@@ -16,6 +16,7 @@ from uuid import uuid4
 import numpy as np
 
 from mmrag import durable
+from mmrag.config import KNN
 from mmrag.model.lm import LM
 from mmrag.model.vocabulary import Vocabulary
 from mmrag.records import Units, Utterance
@@ -26,6 +27,8 @@ from mmrag.retrieval.segment import Description, Segment
 from mmrag.speech.tokenized import Tokenized
 
 WINDOW = 20
+SHARE = 0.2
+"""Of the typical distance among a datastore's keys: the temperature where nobody tuned one."""
 SAMPLED = 1024
 BATCH = 64
 """Sentences read at once."""
@@ -173,6 +176,13 @@ def typical_distance(datastore: Datastore) -> float:
     nearest = apart.min(axis=1)
     found = nearest[np.isfinite(nearest)]
     return max(float(np.median(found)), 1e-6) if len(found) else 1.0
+
+
+def untuned(settings: KNN, datastore: Datastore) -> KNN:
+    """`settings` for a model whose distances nobody knows: a temperature in the datastore's own,
+    and no gate."""
+    share = SHARE * typical_distance(datastore)
+    return settings.model_copy(update={"temperature": share, "gate": None})
 
 
 class Phrases:

@@ -221,8 +221,8 @@ ROLES = {
     "strides documents conditions tasks:o whisper:o",
     "whisper": "shape.width shape.heads shape.encoder_layers shape.decoder_layers "
     "shape.feed_forward shape.mel_bands shape.window_seconds shape.tokens shape.pieces "
-    "shape.dropout split steps batch learning_rate ctc_weight leave_out:c checkpoint_steps:o "
-    "log_steps:o num_cpus:o num_gpus:o",
+    "shape.dropout split steps batch learning_rate ctc_weight phone_weight leave_out:c "
+    "checkpoint_steps:o log_steps:o num_cpus:o num_gpus:o",
 }
 """Every key and what it was decided to be: identity unless marked o(peration), l(ayout) or
 c(orrection). A new key has to be decided about here too."""
