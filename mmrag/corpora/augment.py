@@ -1,7 +1,8 @@
 """Clean recordings made worse: softer, noisy, echoing, through a telephone; and no speech at all.
 
 Waveforms are (T,) float32 at SAMPLE_RATE and keep their length; what is random is drawn from the
-generator that is handed in.
+generator that is handed in. SciPy is imported where it is used: that takes a second and a half, and
+most workers never need it.
 """
 
 from __future__ import annotations
@@ -11,13 +12,10 @@ import wave
 from collections.abc import Iterator
 
 import numpy as np
-from scipy.fft import irfft, next_fast_len, rfft, rfftfreq
-from scipy.signal import butter, fftconvolve, sosfilt
 
 from mmrag.speech.audio import SAMPLE_RATE
 
 TELEPHONE_HZ = (300.0, 3400.0)
-_TELEPHONE = butter(6, TELEPHONE_HZ, "bandpass", fs=SAMPLE_RATE, output="sos")
 
 
 def softer(wave: np.ndarray, decibels: float) -> np.ndarray:
@@ -30,6 +28,8 @@ def noisy(wave: np.ndarray, snr: float, draw: np.random.Generator, tilt: float =
 
     The noise's power falls as frequency to the power of `tilt`: 0 is white, 1 pink, 2 brown.
     """
+    from scipy.fft import irfft, next_fast_len, rfft, rfftfreq
+
     noise = draw.standard_normal(next_fast_len(len(wave), real=True), np.float32)
     if tilt:
         frequency = np.maximum(rfftfreq(len(noise), 1 / SAMPLE_RATE), 20).astype(np.float32)
@@ -46,6 +46,8 @@ def reverberant(
 
     The room is noise under an exponential; the direct sound stays where it was.
     """
+    from scipy.signal import fftconvolve
+
     length = max(2, round(seconds * SAMPLE_RATE))
     decay = 10 ** (-3 * np.arange(length, dtype=np.float32) / length)
     room = draw.standard_normal(length, np.float32) * decay
@@ -57,7 +59,10 @@ def reverberant(
 
 def telephone(wave: np.ndarray) -> np.ndarray:
     """`wave` as a narrow-band telephone line passes it on (300 to 3400 Hz)."""
-    return sosfilt(_TELEPHONE, wave).astype(np.float32)
+    from scipy.signal import butter, sosfilt
+
+    band = butter(6, TELEPHONE_HZ, "bandpass", fs=SAMPLE_RATE, output="sos")
+    return sosfilt(band, wave).astype(np.float32)
 
 
 def rough(wave: np.ndarray, draw: np.random.Generator) -> np.ndarray:
