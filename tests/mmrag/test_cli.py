@@ -14,12 +14,12 @@ import soundfile
 from encoded_audio import coded
 from random_models import write_models
 from rich.console import Console
+from whisper_checkpoint import random_whisper
 
-from mmrag import artifact, cli
-from mmrag.config import KNN, Index, LanguageModel, WhisperShape, as_dict
+from mmrag import artifact, cli, recogniser
+from mmrag.config import KNN, Index, LanguageModel, as_dict
 from mmrag.decoding.tune import SETTINGS
 from mmrag.model.vocabulary import SentencePieces, Vocabulary
-from mmrag.model.whisper_training import create
 from mmrag.retrieval import datastore
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.index import IndexShard, shard_directory
@@ -32,13 +32,13 @@ NAME = "maria"
 
 def write_datastore(models, name, identity=None):
     """Entries that all say the last piece of `NAME`, or another identity than the models'."""
-    vocabulary = Vocabulary.load(models / "lm")
-    token = vocabulary.encode(NAME)[-1]
+    token = Vocabulary.load(models / "lm").encode(NAME)[-1]
     made = {role: artifact.load(models / role, role).fingerprint for role in ("lm", "codebook")}
-    directory = models / "datastores" / name
-    description = Description(
-        width=16, window=3, metric="l2", audio="none", identity={**made, **(identity or {})}
-    )
+    return write_entries(models / "datastores" / name, token, {**made, **(identity or {})})
+
+
+def write_entries(directory, token, identity):
+    description = Description(width=16, window=3, metric="l2", audio="none", identity=identity)
     segment = Segment(
         keys=np.random.default_rng(0).standard_normal((8, 16)),
         tokens=np.full(8, token),
@@ -580,20 +580,7 @@ def test_phrases_that_are_spoken_show_how_far_they_are(models, clip, tmp_path, m
 def whisper(tmp_path_factory):
     """A Whisper with random weights, as its name is given."""
     directory = tmp_path_factory.mktemp("whisper")
-    shape = WhisperShape(
-        width=16,
-        heads=2,
-        encoder_layers=1,
-        decoder_layers=1,
-        feed_forward=16,
-        mel_bands=20,
-        window_seconds=4,
-        tokens=40,
-        pieces=270,
-        dropout=0.0,
-    )
-    create(directory, shape, ["turn on the light", NAME], seed=0)
-    return f"whisper:{directory}"
+    return random_whisper(directory, ["turn on the light", NAME], window_seconds=4, tokens=40)
 
 
 def test_a_whisper_transcribes_and_listens_for_phrases(mmrag, clip, whisper, tmp_path, monkeypatch):
@@ -607,6 +594,23 @@ def test_a_whisper_transcribes_and_listens_for_phrases(mmrag, clip, whisper, tmp
     heard = json.loads(told[1])
     assert told[0] == 0 and heard["text"] != plain["text"]
     assert {word["source"]["document"] for word in heard["words"] if word["source"]} == {"Maria"}
+
+
+def test_a_whisper_looks_things_up_in_a_datastore_of_its_own(mmrag, clip, whisper, models):
+    """What was tuned for it lies where `jobs.tune` puts it, beside the datastores."""
+    loaded = recogniser.load(whisper)
+    [token] = loaded.vocabulary.encode(NAME)[-1:]
+    workspace = Path(whisper.removeprefix("whisper:")).parent / "workspace"
+    store = write_entries(workspace / "datastores" / "own", token, loaded.keyed_by)
+    status, out, err = mmrag("--json", "--datastore", store, clip, models=whisper)
+    sources = [word["source"] for word in json.loads(out)["words"]]
+    assert status == 0 and any(sources) and "own is not tuned (jobs.tune)" in err
+    write_tuned(workspace, "own", store)
+    told = mmrag("--json", "--datastore", store, clip, models=whisper)
+    assert told[0] == 0 and "is not tuned" not in told[2]
+    foreign = models / "datastores" / "contacts"
+    status, _, err = mmrag("--datastore", foreign, clip, models=whisper)
+    assert status == 1 and "contacts" in err and "whisper" in err
 
 
 @pytest.mark.parametrize(
