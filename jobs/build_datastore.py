@@ -240,4 +240,4 @@ def _build_shard(
 
 
 if __name__ == "__main__":
-    stage.main(run, __doc__)
+    stage.main(run, __doc__, other_models=True)

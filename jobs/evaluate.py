@@ -278,4 +278,4 @@ def _compare(results: Sequence[Result], resamples: int, seed: int) -> list[Compa
 
 
 if __name__ == "__main__":
-    stage.main(run, __doc__)
+    stage.main(run, __doc__, other_models=True)

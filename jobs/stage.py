@@ -31,11 +31,14 @@ Work = Callable[[Draft, tracking.Run], None]
 
 
 def main(
-    stage: Callable[[Experiment, bool], Any], description: str, config: str = "tiny.yaml"
+    stage: Callable[[Experiment, bool], Any],
+    description: str,
+    config: str = "tiny.yaml",
+    other_models: bool = False,
 ) -> None:
-    """Run one stage from the command line: `[--config FILE] [--models NAME] [--force] key=value…`.
+    """Run one stage from the command line: `[--config FILE] [--force] [key.sub=value…]`.
 
-    `config` is what FILE is by default, in `jobs/configs/`.
+    `config` is what FILE is by default, in `jobs/configs/`; `other_models` adds `--models NAME`.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
@@ -44,11 +47,13 @@ def main(
         default=CONFIGS / config,
         help="experiment YAML (default: %(default)s)",
     )
-    parser.add_argument(
-        "--models",
-        metavar="NAME",
-        help="what transcribes in place of the workspace's own models: whisper:DIRECTORY",
-    )
+    parser.set_defaults(models=None)
+    if other_models:
+        parser.add_argument(
+            "--models",
+            metavar="NAME",
+            help="what transcribes in place of the workspace's own models: whisper:DIRECTORY",
+        )
     parser.add_argument("--force", action="store_true", help="make it again though it is finished")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     with terminal.command("error"):

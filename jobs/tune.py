@@ -210,4 +210,4 @@ def _grid(experiment: Experiment, store: Path) -> Tune:
 
 
 if __name__ == "__main__":
-    stage.main(run, __doc__)
+    stage.main(run, __doc__, other_models=True)

@@ -6,4 +6,4 @@ from jobs import stage
 from jobs.reproduce.run import run
 
 if __name__ == "__main__":
-    stage.main(run, __doc__, config="reproduce.yaml")
+    stage.main(run, __doc__, config="reproduce.yaml", other_models=True)

@@ -73,9 +73,10 @@ class Lab:
         self.family = OWN if experiment.models is None else WHISPER
         self.prefix = "" if self.family == OWN else f"{WHISPER}-"
         """Before the names of what another model makes in the same workspace."""
-        decoy = f"{self.prefix}{experiment.tune.decoy or 'wrong'}"
-        tuning = experiment.tune.model_copy(update={"decoy": decoy})
-        self.experiment = experiment.model_copy(update={"tune": tuning})
+        decoy, named = experiment.tune.decoy or "wrong", experiment.tune
+        if named.decoy is not None:
+            named = named.model_copy(update={"decoy": f"{self.prefix}{decoy}"})
+        self.experiment = experiment.model_copy(update={"tune": named})
         self.settings = experiment.reproduce
         self.force = force
         self.corpus = synthesize.run(experiment, force)
@@ -92,7 +93,7 @@ class Lab:
             self.inputs["adapter"] = adapter
             self.attention = experiment.attention
         about = {"splits": ("lm",), "domain": EVERYDAY, "utterances": DECOY_UTTERANCES}
-        self.decoy = self.datastore(decoy.removeprefix(self.prefix), "paired", **about)
+        self.decoy = self.datastore(decoy, "paired", **about)
         """Everyday sentences, which say nothing about anybody's name; tuning opens them too."""
 
     def phrases(

@@ -135,6 +135,7 @@ def write(
         "what they showed (a rule for certain models, entries of phrases, a decoy for tuning) went",
         "into this one: these figures are not a first look. Time is decoding alone, on one core",
         "of a machine that may have had other work; keys are what a flat index holds in memory.",
+        *_beside(docs),
         *(ENTITY_NOTE if any(row.get("entity_f1") is not None for row in rows) else ()),
         "",
         *summary(rows),
@@ -155,6 +156,14 @@ def write(
     if len(told := hallucinations(rows)) > 1:
         lines += ["## What nobody said", "", *TOLD_NOTE, "", *markdown(told), ""]
     (docs / "results.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _beside(docs: Path) -> list[str]:
+    """Where results of other models lie: pages like this one, in folders beside it."""
+    found = sorted(page.parent.name for page in docs.glob("*/results.md"))
+    return [
+        f"The same for a {name.title()}: [{name}/results.md]({name}/results.md)." for name in found
+    ]
 
 
 def show(rows: Sequence[Row]) -> None:

@@ -89,8 +89,7 @@ def description(directory: Path) -> tuple[int, float]:
         extractor = WhisperFeatureExtractor.from_pretrained(directory, local_files_only=True)
         return int(fields["d_model"]), extractor.n_samples / SAMPLE_RATE
     except (OSError, ValueError, KeyError) as error:
-        message = " ".join(str(error).split())
-        raise WhisperError(f"{directory} cannot be read as a Whisper: {message}") from None
+        raise _unreadable(directory, error) from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,13 +116,15 @@ class EncodedAudio:
 class WhisperVocabulary:
     """A checkpoint's own ids. Text keeps its case and its punctuation."""
 
-    def __init__(self, tokenizer, generation: dict, size: int, language: str | None) -> None:  # noqa: ANN001
-        """`tokenizer` is transformers' WhisperTokenizer, `generation` its generation config.
+    def __init__(self, tokenizer, generation: dict, shape: dict, language: str | None) -> None:  # noqa: ANN001
+        """`tokenizer` is transformers' WhisperTokenizer, `generation` its generation config and
+        `shape` the fields of its config.
 
         Raises WhisperError for a language that the checkpoint does not know.
         """
         self._tokenizer = tokenizer
-        self.size = size
+        self.size: int = shape["vocab_size"]
+        self._most_context = shape["max_target_positions"] // 2 - 1
         self.eos: int = tokenizer.eos_token_id
         self._suppressed = generation.get("suppress_tokens") or []
         self._suppressed_first = generation.get("begin_suppress_tokens") or []
@@ -131,7 +132,7 @@ class WhisperVocabulary:
         known = tokenizer.get_vocab()
         if missing := [mark for mark in marks if mark not in known]:
             raise WhisperError(f"the tokenizer lacks {', '.join(missing)}")
-        self._start, self._before, self._task, self._untimed = (known[mark] for mark in marks)
+        self.start, self._before, self._task, self._untimed = (known[mark] for mark in marks)
         self.languages = {
             token[2:-2]: number
             for token, number in known.items()
@@ -149,18 +150,17 @@ class WhisperVocabulary:
     @classmethod
     def load(cls, directory: Path, language: str | None = None) -> WhisperVocabulary:
         """Read a checkpoint's tokenizer; WhisperError if it is damaged or lacks something."""
-        from transformers import GenerationConfig, WhisperTokenizer
+        from transformers import GenerationConfig, WhisperConfig, WhisperTokenizer
 
         try:
             tokenizer = WhisperTokenizer.from_pretrained(directory, local_files_only=True)
-            size = json.loads((directory / "config.json").read_text())["vocab_size"]
+            shape = WhisperConfig.from_pretrained(directory, local_files_only=True).to_dict()
         except (OSError, ValueError, KeyError) as error:
-            message = " ".join(str(error).split())
-            raise WhisperError(f"{directory} cannot be read as a Whisper: {message}") from None
+            raise _unreadable(directory, error) from None
         generation = {}
         if (directory / "generation_config.json").exists():
             generation = GenerationConfig.from_pretrained(directory).to_dict()
-        return cls(tokenizer, generation, size, language)
+        return cls(tokenizer, generation, shape, language)
 
     def encode(self, text: str) -> list[int]:
         """Text to ids, as it stands behind the prompt: with a blank before it."""
@@ -222,17 +222,13 @@ class WhisperVocabulary:
         return encoded
 
     def prompt(self, speech: EncodedAudio | None, context: Sequence[int] = ()) -> list[int]:
-        """Start of transcript, language, task, no timestamps; `context` as the text before."""
-        before = [self._before, *context] if context else []
+        """Start of transcript, language, task, no timestamps; `context` as the text before, of
+        which the last counts where it is too long."""
+        before = [self._before, *context[-self._most_context :]] if context else []
         if not self.multilingual:
-            return [*before, self._start, self._untimed]
+            return [*before, self.start, self._untimed]
         language = self.language or (speech.language if speech is not None else None) or "en"
-        return [*before, self._start, self.languages[language], self._task, self._untimed]
-
-    @property
-    def start(self) -> int:
-        """The token after which the language is named."""
-        return self._start
+        return [*before, self.start, self.languages[language], self._task, self._untimed]
 
 
 class WhisperCache:
@@ -314,8 +310,7 @@ class Whisper(nn.Module):
             )
             extractor = WhisperFeatureExtractor.from_pretrained(directory, local_files_only=True)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            message = " ".join(str(error).split())
-            raise WhisperError(f"{directory} cannot be read as a Whisper: {message}") from None
+            raise _unreadable(directory, error) from None
         vocabulary = WhisperVocabulary.load(directory, language)
         return cls(model.to(device), extractor, vocabulary)
 
@@ -477,6 +472,12 @@ class Whisper(nn.Module):
         logits = self(ids, self.cache(clips, 1)).logits
         names, numbers = zip(*sorted(vocabulary.languages.items()), strict=True)
         return [names[best] for best in logits[:, list(numbers)].argmax(1).tolist()]
+
+
+def _unreadable(directory: Path, error: Exception) -> WhisperError:
+    """What is said of a checkpoint that transformers gives up."""
+    message = " ".join(str(error).split())
+    return WhisperError(f"{directory} cannot be read as a Whisper: {message}")
 
 
 def _download(name: str) -> Path:

@@ -207,3 +207,12 @@ def test_a_clip_longer_than_the_window_is_refused(whisper):
 def test_another_checkpoint_has_another_fingerprint(directory, tmp_path):
     assert fingerprint(directory) == fingerprint(directory)
     assert fingerprint(write(tmp_path, seed=1)) != fingerprint(directory)
+
+
+def test_of_a_long_context_the_last_tokens_count(whisper):
+    """As many as leave half of the positions to the transcript."""
+    vocabulary = whisper.vocabulary
+    whole, end = list(range(30)), SHAPE.tokens // 2 - 1
+    prompt = vocabulary.prompt(None, whole)
+    assert prompt[1 : 1 + end] == whole[-end:]
+    assert len(prompt) == 1 + end + len(vocabulary.prompt(None))
