@@ -6,8 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from transcripts import transcribed
 
-from cluster.stages import TranscribedUtterance
 from jobs import evaluate, evaluation_tables, stage
 from jobs.evaluate import EvaluationMode, Result
 
@@ -17,23 +17,8 @@ KNN = EvaluationMode("knn", "multimodal", STORE)
 BOTH = EvaluationMode("both", "multimodal", STORE)
 
 
-def utterance(number: int, text: str, entities: tuple[str, ...] = ("anna smith",)):
-    return TranscribedUtterance(
-        utterance=f"u{number}",
-        speaker="voice",
-        seconds=2.0,
-        reference="call anna smith now",
-        text=text,
-        entities=list(entities),
-        changed=[],
-        decode_seconds=0.1,
-        recalled=0,
-        queries=0,
-    )
-
-
 def result(way: EvaluationMode, *texts: str, entities: tuple[str, ...] = ("anna smith",)) -> Result:
-    heard = [utterance(number, text, entities) for number, text in enumerate(texts)]
+    heard = [transcribed(number, text, entities=entities) for number, text in enumerate(texts)]
     return evaluate._score(way, heard, 20, 0)
 
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transcripts import transcribed
 
 from cluster.modes import Both, CrossAttentionRetrieval, KNNRetrieval, NoRetrieval
 from cluster.stages import TranscribedUtterance
@@ -82,8 +83,7 @@ def heard(errors: int) -> list[TranscribedUtterance]:
     """A transcript of so many wrong words in a hundred."""
     reference = ["".join(letters) for letters in itertools.product("abcdefghij", repeat=2)]
     text = ["wrong"] * errors + reference[errors:]
-    said = (" ".join(reference), " ".join(text))
-    return [TranscribedUtterance("u", "s", 1.0, *said, [], [], 0.1, 0, 0)]
+    return [transcribed(0, " ".join(text), " ".join(reference), entities=())]
 
 
 def errors(mode) -> int:

@@ -27,11 +27,11 @@ ENCODER = Hubert(
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def perturb(model: Model) -> Model:
-    """The model with every weight moved by about a third, so that each of them matters."""
+def perturb(model: Model, scale: float = 1 / 3) -> Model:
+    """The model with every weight moved by about `scale`, so that each of them matters."""
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) / 3)
+            parameter.add_(torch.randn_like(parameter) * scale)
     return model
 
 

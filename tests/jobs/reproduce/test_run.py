@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from transcripts import transcribed
 
 from cluster.modes import NoRetrieval
 from cluster.stages import TranscribedUtterance
@@ -20,21 +21,7 @@ def lab() -> SimpleNamespace:
 
 
 def heard(*texts: str, entities: tuple[str, ...] = ("anna smith",)) -> list[TranscribedUtterance]:
-    return [
-        TranscribedUtterance(
-            utterance=f"u{number}",
-            speaker="voice",
-            seconds=2.0,
-            reference="call anna smith now",
-            text=text,
-            entities=list(entities),
-            changed=[],
-            decode_seconds=0.1,
-            recalled=0,
-            queries=0,
-        )
-        for number, text in enumerate(texts)
-    ]
+    return [transcribed(number, text, entities=entities) for number, text in enumerate(texts)]
 
 
 TEXTS = ("call bob now", "call anna smith now", "call joe and anna smith now")

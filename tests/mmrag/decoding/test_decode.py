@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_models import perturb
 from scipy.stats import chisquare
 
 from mmrag.config import KNN, Decode, LanguageModel
@@ -40,10 +41,7 @@ def random_lm(vocabulary=VOCABULARY, seed=0, scale=0.3):
     """A model of strong opinions: weights large enough for every one of them to matter."""
     torch.manual_seed(seed)
     lm = LM(SHAPE, vocabulary.size)
-    with torch.no_grad():
-        for parameter in lm.parameters():
-            parameter.add_(torch.randn_like(parameter) * scale)
-    return lm.eval().requires_grad_(False)
+    return perturb(lm, scale).eval().requires_grad_(False)
 
 
 def clips(count, seed=0, vocabulary=VOCABULARY):

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from random_models import perturb
 
 from mmrag.config import KNN, CrossAttention, Decode, LanguageModel, RetrievedAttention
 from mmrag.decoding.decode import Clip, decode
@@ -57,10 +58,7 @@ def random_lm(scale=0.3):
     """A model of strong opinions: weights large enough for every one of them to matter."""
     torch.manual_seed(0)
     lm = Watched()
-    with torch.no_grad():
-        for parameter in lm.parameters():
-            parameter.add_(torch.randn_like(parameter) * scale)
-    return lm.eval().requires_grad_(False)
+    return perturb(lm, scale).eval().requires_grad_(False)
 
 
 class Store:

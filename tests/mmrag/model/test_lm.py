@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_models import perturb
 from torch.nn import functional
 
 from mmrag.config import LanguageModel
@@ -28,10 +29,7 @@ def random_lm(seed=0, **changes):
     """A model whose weights are large enough for every one of them to matter."""
     torch.manual_seed(seed)
     lm = LM(shape(**changes), VOCABULARY)
-    with torch.no_grad():
-        for parameter in lm.parameters():
-            parameter.add_(torch.randn_like(parameter) / 3)
-    return lm.eval().requires_grad_(False)
+    return perturb(lm).eval().requires_grad_(False)
 
 
 def draw_ids(rows, time, seed=0):
