@@ -55,7 +55,7 @@ def test_entities_are_scored_in_every_mode(tmp_path, results):
 
 
 def test_phrases_that_came_with_an_utterance_may_be_heard_in_vain():
-    heard = [utterance(0, "call bob now"), utterance(1, "call bob now")]
+    heard = [transcribed(0, "call bob now"), transcribed(1, "call bob now")]
     lists = {"u0": ["bob"], "u1": ["joe"]}
     assert evaluate._score(KNN, heard, 5, 0, lists).row["entity_false_alarms"] == 1
     assert evaluate._score(KNN, heard, 5, 0).row["entity_false_alarms"] == 0
