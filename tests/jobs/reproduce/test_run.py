@@ -16,7 +16,7 @@ from jobs.reproduce.run import ROW, ROWS, _row
 @pytest.fixture
 def lab() -> SimpleNamespace:
     experiment = SimpleNamespace(evaluate=SimpleNamespace(resamples=10), seed=0)
-    heard_by = SimpleNamespace(width=4)
+    heard_by = SimpleNamespace(width=4, recipe={})
     return SimpleNamespace(experiment=experiment, heard_by=heard_by, family=OWN, prefix="")
 
 
