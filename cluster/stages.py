@@ -8,6 +8,7 @@ files are there is not worked off again. So a killed job redoes at most one part
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
@@ -26,7 +27,7 @@ from mmrag.config import Datastore as DatastoreConfig
 from mmrag.corpora import synthetic
 from mmrag.model import pretrained
 from mmrag.model.states import read_states
-from mmrag.recogniser import SPOKEN, Recogniser, load, load_decoder
+from mmrag.recogniser import SPOKEN, Recogniser, load, load_decoder, too_long
 from mmrag.records import Rejection, Units, Utterance
 from mmrag.retrieval.contexts import write_neighbours
 from mmrag.retrieval.datastore import write_segment
@@ -144,15 +145,17 @@ class EncodeUnits:
 class Speak:
     """Text utterances -> the same as recordings of synthetic speech, in `.spoken/` in `directory`.
 
-    Those that cannot be spoken are left out: they go to `.<part>.rejected.jsonl`.
+    Those that cannot be spoken, or take longer than `window_seconds`, are left out: they go to
+    `.<part>.rejected.jsonl`.
     """
 
-    def __init__(self, seed: int, directory: Path) -> None:
+    def __init__(self, seed: int, directory: Path, window_seconds: float = math.inf) -> None:
         from mmrag.corpora.voices.espeak import Synthesizer
 
         self._synthesizer = Synthesizer()
         self._seed = seed
         self._directory = directory
+        self._window_seconds = window_seconds
 
     def __call__(self, part: Part[Tokenized]) -> Part[Tokenized]:
         recordings = self._directory / SPOKEN_AUDIO / part.name
@@ -174,6 +177,9 @@ class Speak:
                 wave = synthetic.render(planned, self._synthesizer).wave
             except UnspeakableError as error:
                 rejected.append(Rejection(one.utterance.id, str(error)))
+                continue
+            if reason := too_long(len(wave) / audio.SAMPLE_RATE, self._window_seconds):
+                rejected.append(Rejection(one.utterance.id, reason))
             else:
                 said.append((one.utterance, torch.from_numpy(wave)))
         write_rejections(self._directory / f".{part.name}.rejected.jsonl", rejected)

@@ -106,7 +106,7 @@ def _speaking(experiment: Experiment, heard_by: Models, directory: Path) -> tupl
     """The stage that has texts said by synthetic voices, as `heard_by` takes them."""
     speak = {"seed": experiment.seed, "directory": directory}
     if not heard_by.own:
-        return Speak, speak
+        return Speak, {**speak, "window_seconds": heard_by.window_seconds}
     codebook = heard_by.inputs["codebook"]
     hubert = stage.load(experiment, "hubert", "hubert", "pretrain_hubert")
     codebook.require("hubert", hubert)

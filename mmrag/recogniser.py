@@ -19,7 +19,7 @@ from torch import Tensor
 from mmrag import artifact, shipped
 from mmrag.config import Decode
 from mmrag.corpora import synthetic
-from mmrag.corpora.voices.espeak import Synthesizer
+from mmrag.corpora.voices.espeak import Synthesizer, UnspeakableError
 from mmrag.model import pretrained, whisper
 from mmrag.model.contract import SpeechDecoder, TextVocabulary
 from mmrag.model.cross_attention import Adapter
@@ -28,6 +28,7 @@ from mmrag.model.vocabulary import Vocabulary
 from mmrag.model.whisper import EncodedAudio, Whisper, WhisperVocabulary
 from mmrag.records import Retriever, Units
 from mmrag.retrieval.memory import WindowCache
+from mmrag.speech.audio import SAMPLE_RATE
 from mmrag.speech.hubert import HubertEncoder
 from mmrag.speech.units import Codebook
 
@@ -94,11 +95,18 @@ SPOKEN = 32
 ones many times faster together, and a phrase's units do not depend on the others."""
 
 
+def too_long(seconds: float, window_seconds: float) -> str | None:
+    """Why a spoken text cannot be heard; None if it can."""
+    if seconds <= window_seconds:
+        return None
+    return f"takes {seconds:.1f} s to say, and {window_seconds:g} s are heard at once"
+
+
 def text_to_speech(encoder: Encoder, seed: int = 0) -> Say:
     """Says sentences with synthetic voices and encodes them; needs the `speech` extra.
 
     The voice depends on `seed` and the sentence alone. SPOKEN sentences are encoded at once, and
-    given when they are.
+    given when they are. Raises UnspeakableError for one that takes longer than the encoder hears.
     """
     synthesizer = Synthesizer()
 
@@ -107,6 +115,9 @@ def text_to_speech(encoder: Encoder, seed: int = 0) -> Say:
         for start in range(0, len(planned), SPOKEN):
             batch = planned[start : start + SPOKEN]
             waves = [synthetic.render(one, synthesizer).wave for one in batch]
+            for one, wave in zip(batch, waves, strict=True):
+                if reason := too_long(len(wave) / SAMPLE_RATE, encoder.window_seconds):
+                    raise UnspeakableError(f"{one.text!r} {reason}")
             yield from encoder.encode([torch.from_numpy(wave) for wave in waves])
 
     return say

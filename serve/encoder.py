@@ -11,12 +11,13 @@ import torch
 from ray import serve
 from ray.serve.metrics import Counter, Histogram
 
+from mmrag.corpora.voices.espeak import UnspeakableError
 from mmrag.decoding.align import audible
 from mmrag.recogniser import load_encoder
 from mmrag.speech import vad
 from mmrag.speech.audio import SAMPLE_RATE
 from serve import probe
-from serve.messages import Encoded, EncodedSegment, same
+from serve.messages import Encoded, EncodedSegment, InvalidRequest, same
 from serve.model import device, language, locate
 from serve.settings import Settings
 
@@ -82,4 +83,7 @@ class Encoder:
     def _speak(self, texts: list[str]) -> list[Encoded]:
         if self._synthesize is None:
             self._synthesize = self._models.synthesizer()
-        return list(self._synthesize(texts))
+        try:
+            return list(self._synthesize(texts))
+        except UnspeakableError as error:
+            raise InvalidRequest(str(error)) from None

@@ -93,6 +93,16 @@ def test_text_is_keyed_alone_or_spoken_by_a_synthesizer(heard, paired):
     assert not np.allclose(a, b) and not np.allclose(b, c) and not np.allclose(a, c)
 
 
+def test_a_text_that_takes_too_long_to_say_is_listed_and_the_others_read(heard, tmp_path):
+    (tmp_path / "lines.txt").write_text("turn on the light\n" + "and then " * 40 + "\n")
+    lines = about(heard, name="lines", source=str(tmp_path / "lines.txt"), audio="spoken")
+    made = build_datastore.run(lines)
+    [told] = [json.loads(line) for line in (made.path / "rejected.jsonl").open()]
+    assert told["source"] == "lines.txt:2"
+    assert "s to say, and 6 s are heard at once" in told["reason"]
+    assert made.summary["utterances"] == 1
+
+
 def test_it_is_tuned_and_evaluated_with_a_datastore(heard, paired):
     local = about(about(heard, name="multimodal"), "evaluate", retriever="local")
     chosen = tune.run(local)

@@ -74,5 +74,8 @@ def test_it_transcribes_looks_things_up_and_says_what_it_cannot_do(whisper, clip
         assert looked_up.status_code == 200, looked_up.text
         listed = post(path, **{"context[]": "maria"})
         assert listed.status_code == 200, listed.text
+        endless = {"name": "endless", "texts": ["and then " * 40]}
+        endless = requests.post(f"{service.url}/v1/datastores", json=endless, timeout=60)
+        assert endless.status_code == 400 and "6 s are heard at once" in endless.text
         refused = post(path, datastore="names", retrieval="cross_attention")
         assert refused.status_code == 400 and "adapter" in refused.json()["error"]["message"]
