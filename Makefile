@@ -50,7 +50,7 @@ train-adapter: setup
 	$(BIN)/python -m jobs.train --config jobs/configs/adapter.yaml
 	$(BIN)/python -m jobs.publish --config jobs/configs/adapter.yaml
 
-# A small Whisper, trained for 40 minutes on two CPU cores, and its rows beside our own models'.
+# A small Whisper, trained in an hour on two CPU cores, and what a datastore does for it.
 train-whisper: setup
 	for stage in synthesize train_whisper reproduce; do \
 		$(BIN)/python -m jobs.$$stage --config jobs/configs/whisper_tiny.yaml || exit 1; \

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,10 +208,11 @@ def _transcribe(
     lists = phrases.read_lists(made.path / phrases.LISTS) if settings.lists else None
     require(Demand.of("evaluate.workers", settings.workers, count=1), *_shards(experiment, ways))
     with ExitStack() as serving:
+        sources = _sources(experiment, ways, serving)
         heard = transcribe_modes(
             heard_by.name,
             experiment.decode,
-            {way.title: _mode(experiment, way, lists, serving) for way in ways},
+            {way.title: _mode(way, lists, sources) for way in ways},
             spoken,
             settings.workers,
             language=heard_by.language,
@@ -224,7 +225,7 @@ def _transcribe(
 def _shards(experiment: Experiment, ways: Sequence[EvaluationMode]) -> list[Demand]:
     """The shard actors that stand beside the workers."""
     settings = experiment.evaluate
-    count = sum(len(saved_shards(way.artifact.path)) for way in ways if way.artifact is not None)
+    count = sum(len(saved_shards(path)) for path in _datastores(ways))
     if settings.retriever != "sharded" or not count:
         return []
     actors = count * settings.replicas
@@ -233,20 +234,34 @@ def _shards(experiment: Experiment, ways: Sequence[EvaluationMode]) -> list[Dema
     ]
 
 
-def _mode(
-    experiment: Experiment, way: EvaluationMode, lists: PhraseLists | None, serving: ExitStack
-) -> modes.Mode:
-    """What a worker opens; `serving` stops the actors behind it."""
+def _datastores(ways: Sequence[EvaluationMode]) -> list[Path]:
+    """Each datastore once, however many ways use it."""
+    return list(dict.fromkeys(way.artifact.path for way in ways if way.artifact is not None))
+
+
+def _sources(
+    experiment: Experiment, ways: Sequence[EvaluationMode], serving: ExitStack
+) -> dict[Path, Retriever | Path]:
+    """What the ways search, by datastore: its shards' actors, which `serving` stops, or itself."""
     settings = experiment.evaluate
+    sources: dict[Path, Retriever | Path] = {path: path for path in _datastores(ways)}
+    if settings.retriever == "sharded":
+        for path in sources:
+            served = serve_shards(path, settings.replicas, settings.shard_cpus)
+            serving.callback(served.close)
+            sources[path] = served
+    return sources
+
+
+def _mode(
+    way: EvaluationMode, lists: PhraseLists | None, sources: Mapping[Path, Retriever | Path]
+) -> modes.Mode:
+    """What a worker opens."""
     if way.artifact is None:
         return modes.NoRetrieval()
     if lists is not None:
         return modes.phrase_mode(way.artifact.path, way.knn, way.attention, lists)
-    source: Retriever | Path = way.artifact.path
-    if settings.retriever == "sharded":
-        source = serve_shards(way.artifact.path, settings.replicas, settings.shard_cpus)
-        serving.callback(source.close)
-    return modes.retrieval_mode(source, way.knn, way.attention)
+    return modes.retrieval_mode(sources[way.artifact.path], way.knn, way.attention)
 
 
 def _score(
