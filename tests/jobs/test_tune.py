@@ -122,7 +122,7 @@ def decoded(monkeypatch) -> list[list[str]]:
     asked: list[list[str]] = []
 
     def transcribe(
-        models, settings, modes, spoken, workers
+        models, settings, modes, spoken, workers, language
     ) -> dict[str, list[TranscribedUtterance]]:
         asked.append([one.utterance.id for one in spoken])
         return {name: heard(errors(mode)) for name, mode in modes.items()}
