@@ -50,7 +50,14 @@ LISTENER = CrossAttention(
     encoder_heads=1,
     encoder_feed_forward=4,
 )
-DEAF = Recogniser(LM(SHAPE, VOCABULARY.size), VOCABULARY, None, {}, None, None)
+DEAF = Recogniser(
+    codebook=None,
+    lm=LM(SHAPE, VOCABULARY.size),
+    vocabulary=VOCABULARY,
+    adapter=None,
+    identity={},
+    encoder=None,
+)
 """Models without an adapter; nobody listens here, so that there is no speech encoder either."""
 
 
