@@ -18,6 +18,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mmrag.artifact import Held
+
 METRICS = "metrics.jsonl"
 POLL_SECONDS = 1.0
 LINE_SECONDS = 10.0
@@ -78,6 +80,14 @@ def records(directory: Path) -> list[dict[str, Any]]:
 def last_record(directory: Path) -> dict[str, Any]:
     """The newest record of `metrics.jsonl`."""
     return records(directory)[-1]
+
+
+def held_training(draft: Path, state: str) -> Held | None:
+    """What an unfinished training would lose: what it last saved in the file `state`."""
+    if not (draft / state).exists():
+        return None
+    logged = records(draft)
+    return Held("the training" + (f" up to about step {logged[-1]['step']}" if logged else ""))
 
 
 @contextmanager

@@ -58,6 +58,7 @@ def run(experiment: Experiment, window_seconds: float, force: bool = False) -> A
         write_rejections(draft.path / REJECTED, everything)
         tokenize.write_lists(draft.path, lists)
         tracked.file(draft.path / REJECTED)
+        tokenize.aside(experiment).unlink(missing_ok=True)
         draft.summary["rejected"] = len(everything)
 
     return stage.make(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ import ray
 import torch
 
 from cluster.placement import Demand, placing
-from cluster.progress import METRICS, MetricsWriter, following, last_record, records
+from cluster.progress import METRICS, MetricsWriter, following, held_training, last_record
 from cluster.stages import device
 from cluster.tracking import Run
 from jobs import stage
 from mmrag import shipped
-from mmrag.artifact import Artifact, Draft, Held, nothing
+from mmrag.artifact import Artifact, Draft, nothing
 from mmrag.config import Experiment, recipe
 from mmrag.corpora import manifest
 from mmrag.records import Utterance
@@ -75,17 +76,9 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         {"corpus": corpus},
         work,
         logs=(METRICS,),
-        holds=_held,
+        holds=partial(held_training, state=STATE),
         force=force,
     )
-
-
-def _held(draft: Path) -> Held | None:
-    """What an unfinished pretraining would lose: the state that it last saved."""
-    if not (draft / STATE).exists():
-        return None
-    logged = records(draft)
-    return Held("the training" + (f" up to about step {logged[-1]['step']}" if logged else ""))
 
 
 @ray.remote

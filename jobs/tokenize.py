@@ -69,7 +69,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         write_lists(draft.path, lists)
         _count(draft, len(everything))
         tracked.file(draft.path / REJECTED)
-        _aside(experiment).unlink(missing_ok=True)
+        aside(experiment).unlink(missing_ok=True)
 
     inputs = {"hubert": hubert, "codebook": codebook, "source": source}
     held = artifact.parts("*/part-*.parquet")
@@ -195,15 +195,15 @@ def write_lists(directory: Path, lists: dict[str, list[str]]) -> None:
 
 def nothing(experiment: Experiment, split: str, rejected: Sequence[Rejection]) -> ValueError:
     """The error of a split of which nothing can be used; the whole list lies beside the output."""
-    aside = _aside(experiment)
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    write_rejections(aside, rejected)
+    path = aside(experiment)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_rejections(path, rejected)
     shown = "".join(f"\n  {_shown(one)}" for one in rejected[:SHOWN])
-    more = f"\n  … all of them in {printable(aside)}"
+    more = f"\n  … all of them in {printable(path)}"
     return ValueError(f"nothing of {split!r} can be used: {len(rejected)} rejected:{shown}{more}")
 
 
-def _aside(experiment: Experiment) -> Path:
+def aside(experiment: Experiment) -> Path:
     """Where what was rejected is listed when there is no output to hold the list."""
     return experiment.workspace / f"{experiment.tokenize.name}.rejected.jsonl"
 

@@ -6,6 +6,7 @@ What it writes is transformers' own format, and a model by the name `whisper:<wo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ import ray
 import torch
 
 from cluster.placement import Demand, placing
-from cluster.progress import METRICS, MetricsWriter, following, last_record, records
+from cluster.progress import METRICS, MetricsWriter, following, held_training, last_record
 from cluster.stages import REJECTED, device, write_rejections
 from cluster.tracking import Run
 from jobs import stage
-from mmrag.artifact import Artifact, Draft, Held
+from mmrag.artifact import Artifact, Draft
 from mmrag.config import ConfigError, Experiment, recipe
 from mmrag.corpora import manifest
 from mmrag.model.whisper_training import STATE, Clip, create, extractor, train
@@ -61,17 +62,9 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         {"corpus": corpus},
         work,
         logs=(METRICS,),
-        holds=_held,
+        holds=partial(held_training, state=STATE),
         force=force,
     )
-
-
-def _held(draft: Path) -> Held | None:
-    """What an unfinished training would lose: the state that it last saved."""
-    if not (draft / STATE).exists():
-        return None
-    logged = records(draft)
-    return Held("the training" + (f" up to about step {logged[-1]['step']}" if logged else ""))
 
 
 @ray.remote
@@ -81,8 +74,14 @@ def _train(experiment: Experiment, corpus: Path, directory: Path) -> tuple[int, 
     torch.set_num_threads(max(1, round(settings.num_cpus)))
     lines = list(manifest.read(corpus / f"{settings.split}.jsonl"))
     rejected = [line for line in lines if isinstance(line, Rejection)]
-    told = [line for line in lines if isinstance(line, Utterance) and line.audio and line.text]
-    told = [one for one in told if one.id not in settings.leave_out]
+    known = [line for line in lines if isinstance(line, Utterance)]
+    if missing := set(settings.leave_out) - {one.id for one in known}:
+        raise ConfigError(
+            f"whisper.leave_out: {settings.split} has no utterance {', '.join(sorted(missing))}"
+        )
+    told = [one for one in known if one.audio and one.text and one.id not in settings.leave_out]
+    rejected += [Rejection(one.id, "no recording") for one in known if one.audio is None]
+    rejected += [Rejection(one.id, "no transcript") for one in known if one.audio and not one.text]
     if not (directory / "config.json").exists():
         create(directory, settings.shape, (one.text for one in told), experiment.seed)
     clips = _open(told, directory, rejected)

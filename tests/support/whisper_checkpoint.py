@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from mmrag.config import WhisperShape
+from mmrag.config import WhisperShape, WhisperTraining
 from mmrag.model.whisper_training import create
 
 
@@ -13,6 +13,12 @@ def shape(**changes) -> WhisperShape:
         **{"mel_bands": 20, "window_seconds": 6, "tokens": 128, "pieces": 270, "dropout": 0.0},
     }
     return WhisperShape(**small | changes)
+
+
+def training(**changes) -> WhisperTraining:
+    """A few steps on a few clips."""
+    short = {"batch": 4, "learning_rate": 0.01, "ctc_weight": 0.5, "checkpoint_steps": 2}
+    return WhisperTraining(**{"shape": shape(), "num_cpus": 1, **short, **changes})
 
 
 def random_whisper(

@@ -5,21 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from whisper_checkpoint import random_whisper, shape
+from whisper_checkpoint import random_whisper, training
 
-from mmrag.config import WhisperTraining
 from mmrag.model.whisper import Whisper
 from mmrag.model.whisper_training import STATE, Clip, _encode, extractor, train
 
-TRAINING = WhisperTraining(
-    shape=shape(),
-    steps=6,
-    batch=2,
-    learning_rate=0.01,
-    ctc_weight=0.5,
-    checkpoint_steps=2,
-    num_cpus=1,
-)
+TRAINING = training(steps=6, batch=2)
 
 
 def clips(directory, texts=("turn on the light", "call maria", "turn")) -> list[Clip]:
