@@ -9,8 +9,12 @@ from transcripts import transcribed
 from cluster.modes import NoRetrieval
 from cluster.stages import TranscribedUtterance
 from jobs.reproduce import run
+from jobs.reproduce.experiments import TASKS
 from jobs.reproduce.lab import OWN, Point
 from jobs.reproduce.run import ROW, ROWS, _row
+from jobs.stage import CONFIGS
+from mmrag import config
+from mmrag.config import ConfigError, Experiment
 
 
 @pytest.fixture
@@ -84,3 +88,24 @@ def test_entities_of_utterances_that_are_not_transcribed_may_be_heard_too(
     [row] = json.loads((tmp_path / ROWS).read_text())
     assert asked == split[:2]
     assert (row["entity_false_alarms"], row["entity_precision"]) == (1, 1 / 2)
+
+
+def about(**changes) -> Experiment:
+    whole = config.read(CONFIGS / "reproduce.yaml")
+    settings = whole.reproduce.model_copy(update=changes)
+    return whole.model_copy(update={"reproduce": settings})
+
+
+def test_a_whisper_is_compared_beside_our_own_models_and_not_twice():
+    beside = about(whisper="/checkpoint")
+    assert [one.models for one in run._compared(beside)] == [None, "whisper:/checkpoint"]
+    alone = beside.model_copy(update={"models": "whisper:/other"})
+    assert [one.models for one in run._compared(alone)] == ["whisper:/other"]
+    assert [one.models for one in run._compared(about())] == [None]
+
+
+def test_tasks_are_chosen_by_name_and_an_unknown_one_is_named():
+    assert list(run._chosen(about(tasks=("no_speech", "domain")))) == ["domain", "no_speech"]
+    assert len(run._chosen(about())) == len(TASKS) + 1
+    with pytest.raises(ConfigError, match=r"reproduce\.tasks: no task domian; there are everyday"):
+        run._chosen(about(tasks=("domian",)))
