@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from ray import ObjectRef
 
 from cluster.shards import ShardedRetriever
@@ -16,7 +15,6 @@ from mmrag.config import KNN, RetrievalMode, RetrievedAttention
 from mmrag.model.whisper import EncodedAudio
 from mmrag.records import Units, Word
 
-SLACK = 0.05
 Encoded = Units | EncodedAudio
 """Speech as a decoder takes it: units, or the states of a Whisper's encoder."""
 
@@ -26,13 +24,6 @@ def weight(encoded: Encoded) -> int:
     if isinstance(encoded, EncodedAudio):
         return encoded.states.nbytes
     return encoded.ids.nbytes + encoded.durations.nbytes
-
-
-def same(one: Encoded, other: Encoded) -> bool:
-    """Whether a clip was encoded alike twice, as far as arithmetic in another order allows."""
-    if isinstance(one, EncodedAudio) and isinstance(other, EncodedAudio):
-        return torch.allclose(one.states, other.states, rtol=SLACK, atol=SLACK)
-    return np.array_equal(one.ids, other.ids)
 
 
 class Unavailable(RuntimeError):

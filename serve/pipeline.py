@@ -18,6 +18,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from mmrag.config import RetrievalMode
+from mmrag.recogniser import is_whisper
 from mmrag.records import Word
 from mmrag.speech import audio
 from serve.handles import SizedHandle, by_reference
@@ -82,6 +83,8 @@ class Pipeline:
         self.retriever = by_reference(retriever)
         self.decoder = decoder
         self._encoder = SizedHandle(encoder)
+        self._large = is_whisper(settings.model)
+        """Whether a short clip may be encoded to much: a Whisper's states are of whole windows."""
         self._decoder = SizedHandle(decoder)
         self._streaming_decoder = SizedHandle(decoder.options(stream=True))
         self._reads: bool | None = None
@@ -162,7 +165,7 @@ class Pipeline:
         try:
             async for segment in _each(self._segments(data)):
                 wave = segment.wave.numpy()
-                encoder = self._encoder.of(wave.nbytes)
+                encoder = self._encoder.of(None if self._large else wave.nbytes)
                 ahead = asyncio.create_task(self.call(encoder.encode, wave))
                 done, encoding = encoding, ahead
                 if done is not None:

@@ -339,7 +339,7 @@ class Whisper(nn.Module):
         states = self._encoder(features.to(weight)).last_hidden_state
         languages = self._languages(states)
         return [
-            EncodedAudio(own, seconds, self.frame_seconds, language)
+            EncodedAudio(own.clone(), seconds, self.frame_seconds, language)  # travels alone
             for own, seconds, language in zip(states, lengths, languages, strict=True)
         ]
 

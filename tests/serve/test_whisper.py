@@ -79,3 +79,18 @@ def test_it_transcribes_looks_things_up_and_says_what_it_cannot_do(whisper, clip
         assert endless.status_code == 400 and "6 s are heard at once" in endless.text
         refused = post(path, datastore="names", retrieval="cross_attention")
         assert refused.status_code == 400 and "adapter" in refused.json()["error"]["message"]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_states_larger_than_a_message_reach_the_decoder(clip, tmp_path):
+    """Those of a published small: 30 s of 768 float32 every 20 ms, 4.6 MB, for a clip of one."""
+    (tmp_path / "wide").mkdir()
+    name = random_whisper(tmp_path / "wide", width=768, window_seconds=30)
+    data = clip("turn on the light")
+    told = settings(name)
+    here = " ".join(part.text for part in transcribe(data, load(name), told.decode))
+    with serving(tmp_path, f"model={name}", f"decode.max_seconds={WINDOW}") as service:
+        path = f"{service.url}/v1/audio/transcriptions"
+        answer = requests.post(path, files={"file": ("clip.flac", data)}, timeout=60)
+    assert answer.status_code == 200 and answer.json()["text"] == here
