@@ -278,7 +278,7 @@ def test_of_a_manifest_one_domain_is_read(borrow, tmp_path):
     source = tmp_path / "names.jsonl"
     source.write_text(
         "".join(
-            json.dumps({"id": domain, "text": f"call {domain}", "domain": domain}) + "\n"
+            json.dumps({"utterance": domain, "text": f"call {domain}", "domain": domain}) + "\n"
             for domain in ("home", "office")
         )
     )

@@ -272,8 +272,8 @@ def test_a_metric_is_named_for_its_mode_and_datastore(workspace, adapted):
 def test_what_was_not_tuned_is_taken_from_the_experiment(adapted, borrow, absent):
     experiment = borrow("lm", "datastores", "tuned", of=adapted)
     (experiment.workspace / "tuned" / "multimodal" / absent).unlink()
-    lm = artifact.load(experiment.workspace / "lm", "lm")
-    ways = {(way.name, way.datastore): way for way in evaluate._ways(experiment, lm)}
+    made = evaluate._ways(experiment, models.named(experiment))
+    ways = {(way.name, way.datastore): way for way in made}
     both, directory = ways["both", "multimodal"], experiment.workspace / "tuned" / "multimodal"
     if absent == ATTENTION:
         assert (
