@@ -11,11 +11,16 @@ import numpy as np
 import soundfile
 
 from cluster.parts import Part
-from mmrag.corpora import augment, manifest, synthetic
+from cluster.rejections import write_rejections
+from mmrag.corpora import augment, manifest, recordings, synthetic
+from mmrag.corpora.recordings import Rerecorded
 from mmrag.corpora.synthetic import Planned
 from mmrag.corpora.voices import flite
-from mmrag.records import Utterance
+from mmrag.corpora.voices.engines import Synthesizers
+from mmrag.corpora.voices.speech import UnspeakableError
+from mmrag.records import Rejection, Utterance
 from mmrag.speech import audio
+from mmrag.speech.audio import AudioError
 
 
 def write_flac(path: Path, wave: np.ndarray) -> None:
@@ -27,43 +32,49 @@ def write_flac(path: Path, wave: np.ndarray) -> None:
 
 
 class RenderSpeech:
-    """Planned sentences of one split -> FLAC files, and their rows of the split's manifest.
+    """Planned sentences and recordings of one split -> FLAC files, and their manifest's rows.
 
-    `directory` holds `audio/`; the rows go to `.<part>.jsonl` in it.
+    `directory` holds `audio/`; the rows go to `.<part>.jsonl` in it, and what could not be spoken
+    or read to `.<part>.rejected.jsonl`. `kokoro` is the directory of that synthesizer's files.
     """
 
-    def __init__(self, directory: Path) -> None:
-        from mmrag.corpora.voices.espeak import Synthesizer
-
-        self._synthesizer = Synthesizer()
+    def __init__(self, directory: Path, kokoro: str | None) -> None:
+        self._synthesizers = Synthesizers(kokoro)
         self._directory = directory
 
-    def __call__(self, part: Part[Planned]) -> str:
-        said = [self._speak(planned, part.name) for planned in part.work]
+    def __call__(self, part: Part[Planned | Rerecorded]) -> str:
+        said: list[Utterance] = []
+        rejected: list[Rejection] = []
+        for one in part.work:
+            try:
+                said.append(self._said(one, part.name))
+            except UnspeakableError as error:
+                rejected.append(Rejection(one.id, str(error)))
+            except AudioError as error:
+                rejected.append(Rejection(one.said.id, str(error)))
+        write_rejections(self._directory / f".{part.name}.rejected.jsonl", rejected)
         manifest.write(self._directory / f".{part.name}.jsonl", said)
         return part.name
 
-    def _speak(self, planned: Planned, part: str) -> Utterance:
-        said = Utterance(
-            id=planned.id,
-            text=planned.text,
-            document=planned.document,
-            domain=planned.domain,
-            entities=planned.entities,
-        )
-        if planned.voice is None:
-            return said
-        speech = synthetic.render(planned, self._synthesizer)
-        path = self._directory / "audio" / part / f"{planned.id}.flac"
-        write_flac(path, speech.wave)
-        return replace(
-            said,
-            audio=path,
-            duration=len(speech.wave) / audio.SAMPLE_RATE,
-            speaker=planned.voice.id,
-            words=speech.words,
-            phones=speech.phones,
-        )
+    def _said(self, one: Planned | Rerecorded, part: str) -> Utterance:
+        if isinstance(one, Rerecorded):
+            said, wave = recordings.record(one)
+        else:
+            said = Utterance(
+                id=one.id,
+                text=one.text,
+                document=one.document,
+                domain=one.domain,
+                entities=one.entities,
+            )
+            if one.voice is None:
+                return said
+            speech = synthetic.render(one, self._synthesizers)
+            wave = speech.wave
+            said = replace(said, speaker=one.voice.id, words=speech.words, phones=speech.phones)
+        path = self._directory / "audio" / part / f"{said.id}.flac"
+        write_flac(path, wave)
+        return replace(said, audio=path, duration=len(wave) / audio.SAMPLE_RATE)
 
 
 class DegradeRecordings:

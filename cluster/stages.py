@@ -7,12 +7,11 @@ files are there is not worked off again. So a killed job redoes at most one part
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +21,12 @@ from cluster.clips import Clips, hear, open_clips
 from cluster.modes import Biasing, Mode, open_locally
 from cluster.parts import Part, Work, parts, work_off
 from cluster.recording import write_flac
+from cluster.rejections import write_rejections
 from mmrag.config import BatchDecode, Tokenize, Workers
 from mmrag.config import Datastore as DatastoreConfig
 from mmrag.corpora import synthetic
+from mmrag.corpora.voices.engines import Synthesizers
+from mmrag.corpora.voices.speech import UnspeakableError
 from mmrag.model import pretrained
 from mmrag.model.states import read_states
 from mmrag.recogniser import SPOKEN, Recogniser, load, load_decoder, too_long
@@ -41,8 +43,6 @@ from mmrag.speech.tokenized import Tokenized, write_part
 from mmrag.speech.units import Codebook
 from mmrag.transcribe import recognise, words
 
-REJECTED = "rejected.jsonl"
-"""The file of a stage's output that names what could not be used, and why."""
 SPOKEN_AUDIO = ".spoken"
 """Where recordings of synthetic speech lie while a datastore is made of them."""
 FRAMES = 50
@@ -150,9 +150,7 @@ class Speak:
     """
 
     def __init__(self, seed: int, directory: Path, window_seconds: float = math.inf) -> None:
-        from mmrag.corpora.voices.espeak import Synthesizer
-
-        self._synthesizer = Synthesizer()
+        self._synthesizers = Synthesizers()
         self._seed = seed
         self._directory = directory
         self._window_seconds = window_seconds
@@ -167,14 +165,12 @@ class Speak:
         return Part(part.name, recorded)
 
     def _say(self, part: Part[Tokenized]) -> Clips:
-        from mmrag.corpora.voices.espeak import UnspeakableError
-
         voiced = synthetic.assign_voices([one.utterance.text for one in part.work], self._seed)
         said: Clips = []
         rejected: list[Rejection] = []
         for one, planned in zip(part.work, voiced, strict=True):
             try:
-                wave = synthetic.render(planned, self._synthesizer).wave
+                wave = synthetic.render(planned, self._synthesizers).wave
             except UnspeakableError as error:
                 rejected.append(Rejection(one.utterance.id, str(error)))
                 continue
@@ -384,18 +380,6 @@ def transcribe_modes(
     for mode, transcripts in work_off([transcribe], asked, workers, "transcribing", key):
         heard[mode] += transcripts
     return {mode: sorted(all, key=lambda one: one.utterance) for mode, all in heard.items()}
-
-
-def write_rejections(path: Path, rejected: Iterable[Rejection]) -> None:
-    """One JSON object a line, UTF-8: the source and the reason."""
-    lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in rejected]
-    path.write_bytes("".join(lines).encode("utf-8", "backslashreplace"))
-
-
-def read_rejections(path: Path) -> list[Rejection]:
-    """What `write_rejections` wrote."""
-    with path.open("rb") as stream:
-        return [Rejection(**json.loads(line)) for line in stream]
 
 
 def seconds(one: Tokenized) -> float:

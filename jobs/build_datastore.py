@@ -17,15 +17,8 @@ import ray
 
 from cluster.parts import parts, work_off
 from cluster.placement import Demand, placing
-from cluster.stages import (
-    REJECTED,
-    SPOKEN_AUDIO,
-    Speak,
-    SpeakUnits,
-    WriteEntries,
-    read_rejections,
-    write_rejections,
-)
+from cluster.rejections import REJECTED, read_rejections, write_rejections
+from cluster.stages import SPOKEN_AUDIO, Speak, SpeakUnits, WriteEntries
 from cluster.tracking import Run
 from jobs import models, stage
 from jobs.models import Models

@@ -6,7 +6,7 @@ from itertools import chain
 
 from cluster.clips import CheckClips
 from cluster.parts import parts, work_off
-from cluster.stages import REJECTED, write_rejections
+from cluster.rejections import REJECTED, write_rejections
 from cluster.tracking import Run
 from jobs import stage, tokenize
 from mmrag import artifact

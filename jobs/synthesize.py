@@ -1,57 +1,104 @@
-"""A speech corpus from text: sentences planned by seed, spoken by espeak-ng, as FLAC + JSONL."""
+"""A speech corpus: sentences planned by seed and spoken, recordings of people, as FLAC + JSONL."""
 
 from __future__ import annotations
 
+from itertools import chain
+from pathlib import Path
+
 from cluster.parts import parts, work_off
 from cluster.recording import RenderSpeech
+from cluster.rejections import REJECTED, read_rejections, write_rejections
 from cluster.tracking import Run
 from jobs import stage
 from mmrag import artifact
 from mmrag.artifact import Artifact, Draft
-from mmrag.config import Experiment, recipe
-from mmrag.corpora.synthetic import plan
+from mmrag.config import Experiment, Synthesize, recipe
+from mmrag.corpora import recordings
+from mmrag.corpora.recordings import Rerecorded
+from mmrag.corpora.synthetic import Planned, plan
+from mmrag.corpora.voices.kokoro import files
+from mmrag.records import Rejection
 
 PART_UTTERANCES = 64
+SPLITS_RECORDED = ("lm", "dev", "test")
 
 
 def run(experiment: Experiment, force: bool = False) -> Artifact:
-    """Make `corpus/`: a manifest `<split>.jsonl` for each split, and `audio/`."""
+    """Make `corpus/`: a manifest `<split>.jsonl` for each split, and `audio/`.
+
+    What could not be spoken or read is in `rejected.jsonl`. Raises OSError for a synthesizer whose
+    files are absent, ArtifactError for a text file or manifest that is.
+    """
     settings = experiment.synthesize
     config = recipe({"seed": experiment.seed}, settings)
+    if "kokoro" in {*settings.voices, *(settings.held_out_voices or ())}:
+        files(settings.kokoro)
 
     def work(draft: Draft, tracked: Run) -> None:
+        planned, rejected = _planned(settings, experiment.seed)
         splits = {
-            split: parts(planned, lambda _: 1, PART_UTTERANCES, name=split)
-            for split, planned in plan(settings, experiment.seed).items()
+            split: parts(each, lambda _: 1, PART_UTTERANCES, name=split)
+            for split, each in planned.items()
         }
-        todo = [
-            part
-            for shares in splits.values()
-            for part in shares
-            if not (draft.path / f".{part.name}.jsonl").exists()
-        ]
-        speak = (RenderSpeech, {"directory": draft.path})
+        everything = list(chain.from_iterable(splits.values()))
+        todo = [part for part in everything if not (draft.path / f".{part.name}.jsonl").exists()]
+        speak = (RenderSpeech, {"directory": draft.path, "kokoro": settings.kokoro})
         for _ in work_off([speak], todo, settings.workers, "speaking", "synthesize.workers"):
             pass
+        for part in everything:
+            rejected += read_rejections(draft.path / f".{part.name}.rejected.jsonl")
         for split, shares in splits.items():
             manifest = draft.path / f"{split}.jsonl"
             rows = [draft.path / f".{part.name}.jsonl" for part in shares]
             lines = "".join(row.read_text(encoding="utf-8") for row in rows)
             manifest.write_text(lines, encoding="utf-8")
-            draft.summary[f"{split}_utterances"] = sum(len(part.work) for part in shares)
+            draft.summary[f"{split}_utterances"] = lines.count("\n")
             tracked.file(manifest)
+        write_rejections(draft.path / REJECTED, rejected)
+        draft.summary["rejected"] = len(rejected)
+        tracked.file(draft.path / REJECTED)
 
     return stage.make(
         experiment,
         "corpus",
         "corpus",
         config,
-        {},
+        _inputs(settings),
         work,
         bulk=("audio/",),
         holds=artifact.parts(".*.jsonl"),
         force=force,
     )
+
+
+def _planned(
+    settings: Synthesize, seed: int
+) -> tuple[dict[str, list[Planned | Rerecorded]], list[Rejection]]:
+    """Every split's utterances, and the lines of manifests that are none."""
+    planned: dict[str, list[Planned | Rerecorded]] = {**plan(settings, seed)}
+    rejected: list[Rejection] = []
+    if settings.recordings:
+        manifests = {split: Path(path) for split, path in _manifests(settings).items()}
+        for split, one in recordings.plan(manifests, settings.recordings.copies, seed):
+            if isinstance(one, Rejection):
+                rejected.append(one)
+            else:
+                planned[split].append(one)
+    return planned, rejected
+
+
+def _manifests(settings: Synthesize) -> dict[str, str]:
+    """Split -> manifest of recordings, where there is one."""
+    named = {split: getattr(settings.recordings, split, None) for split in SPLITS_RECORDED}
+    return {split: path for split, path in named.items() if path is not None}
+
+
+def _inputs(settings: Synthesize) -> dict[str, Artifact]:
+    """The files that the corpus is made from."""
+    texts = settings.sentences.files if settings.sentences else ()
+    named = {f"sentences/{Path(path).stem}": path for path in texts}
+    named |= {f"recordings/{split}": path for split, path in _manifests(settings).items()}
+    return {role: artifact.outside(path) for role, path in named.items()}
 
 
 if __name__ == "__main__":

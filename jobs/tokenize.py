@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from cluster.parts import parts, work_off
-from cluster.stages import REJECTED, EncodeFeatures, EncodeUnits, read_rejections, write_rejections
+from cluster.rejections import REJECTED, read_rejections, write_rejections
+from cluster.stages import EncodeFeatures, EncodeUnits
 from cluster.tracking import Run
 from jobs import stage
 from mmrag import artifact, shipped

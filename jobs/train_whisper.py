@@ -15,7 +15,8 @@ import torch
 
 from cluster.placement import Demand, placing
 from cluster.progress import METRICS, MetricsWriter, following, held_training, last_record
-from cluster.stages import REJECTED, device, write_rejections
+from cluster.rejections import REJECTED, write_rejections
+from cluster.stages import device
 from cluster.tracking import Run
 from jobs import stage
 from mmrag.artifact import Artifact, Draft

@@ -19,7 +19,8 @@ from torch import Tensor
 from mmrag import artifact, shipped
 from mmrag.config import Decode
 from mmrag.corpora import synthetic
-from mmrag.corpora.voices.espeak import Synthesizer, UnspeakableError
+from mmrag.corpora.voices.engines import Synthesizers
+from mmrag.corpora.voices.speech import UnspeakableError
 from mmrag.model import pretrained, whisper
 from mmrag.model.contract import SpeechDecoder, TextVocabulary
 from mmrag.model.cross_attention import Adapter
@@ -108,13 +109,13 @@ def text_to_speech(encoder: Encoder, seed: int = 0) -> Say:
     The voice depends on `seed` and the sentence alone. SPOKEN sentences are encoded at once, and
     given when they are. Raises UnspeakableError for one that takes longer than the encoder hears.
     """
-    synthesizer = Synthesizer()
+    synthesizers = Synthesizers()
 
     def say(texts: Sequence[str]) -> Iterator[Any]:
         planned = synthetic.assign_voices(texts, seed)
         for start in range(0, len(planned), SPOKEN):
             batch = planned[start : start + SPOKEN]
-            waves = [synthetic.render(one, synthesizer).wave for one in batch]
+            waves = [synthetic.render(one, synthesizers).wave for one in batch]
             for one, wave in zip(batch, waves, strict=True):
                 if reason := too_long(len(wave) / SAMPLE_RATE, encoder.window_seconds):
                     raise UnspeakableError(f"{one.text!r} {reason}")

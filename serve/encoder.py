@@ -11,7 +11,7 @@ import torch
 from ray import serve
 from ray.serve.metrics import Counter, Histogram
 
-from mmrag.corpora.voices.espeak import UnspeakableError
+from mmrag.corpora.voices.speech import UnspeakableError
 from mmrag.decoding.align import audible
 from mmrag.model.whisper import EncodedAudio
 from mmrag.recogniser import load_encoder

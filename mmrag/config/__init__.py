@@ -29,7 +29,15 @@ from mmrag.config.section import (
     recipe,
     roles,
 )
-from mmrag.config.speech import Hubert, Pretrain, PretrainRound, Synthesize, Tokenize
+from mmrag.config.speech import (
+    Hubert,
+    Pretrain,
+    PretrainRound,
+    Recordings,
+    Sentences,
+    Synthesize,
+    Tokenize,
+)
 
 __all__ = [
     "KNN",
@@ -51,11 +59,13 @@ __all__ = [
     "Pretrain",
     "PretrainRound",
     "Recipe",
+    "Recordings",
     "Reproduce",
     "RetrievalMode",
     "RetrievedAttention",
     "Role",
     "Section",
+    "Sentences",
     "Synthesize",
     "Tokenize",
     "Tracking",

@@ -22,8 +22,36 @@ from mmrag.config.section import (
 )
 
 
+class Sentences(Section):
+    """Real sentences of text files, a line each, said beside those of the grammar.
+
+    Each belongs to dev, test or training by what it says alone, so none is in two of them. What is
+    left of training's is text that nobody speaks.
+    """
+
+    files: Operation[tuple[str, ...]] = Field(min_length=1)
+    """What they hold counts, and not where they lie; a file's name is its sentences' domain."""
+    held_out: float = Field(gt=0, le=0.25)
+    """Share of the sentences that dev may be drawn from, and of those that test may."""
+    lm: PositiveInt
+    dev: PositiveInt
+    test: PositiveInt
+
+
+class Recordings(Section):
+    """Recordings of people with their transcripts: manifests whose utterances join the corpus."""
+
+    lm: Operation[str | None] = None
+    dev: Operation[str | None] = None
+    test: Operation[str | None] = None
+    """What they hold counts, and not where they lie; a manifest's folder is the domain of what
+    names none."""
+    copies: PositiveInt = 1
+    """How often a training recording stands in the corpus: as it is, then recorded worse."""
+
+
 class Synthesize(Section):
-    """A corpus of synthetic speech. Counts are utterances of each split."""
+    """A corpus of speech, most of it synthetic. Counts are utterances of each split."""
 
     lm: PositiveInt
     """Everyday and assistant sentences, to train the language model on."""
@@ -37,6 +65,16 @@ class Synthesize(Section):
     """Sentences in the lm split's manner that nobody speaks."""
     everyday_share: float = Fraction
     """Share of everyday sentences in lm, text, dev and test; the rest are assistant's."""
+    voices: dict[Literal["espeak", "kokoro"], PositiveFloat] = Field(
+        default={"espeak": 1.0}, min_length=1
+    )
+    """Synthesizer -> its share of what is said in training."""
+    held_out_voices: dict[Literal["espeak", "kokoro"], PositiveFloat] | None = None
+    """The same for dev and test, whose voices training never hears; None for `voices`."""
+    kokoro: Operation[str | None] = None
+    """Directory of Kokoro's model and voice packs, as `jobs.fetch_voices` fills it."""
+    sentences: Sentences | None = None
+    recordings: Recordings | None = None
     workers: Workers
 
 

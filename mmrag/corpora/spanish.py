@@ -10,8 +10,8 @@ from __future__ import annotations
 from random import Random
 
 from mmrag.corpora.grammar import expand, rules
-from mmrag.corpora.synthetic import Names, Planned, make_names, new, varied
-from mmrag.corpora.voices.espeak import Voice
+from mmrag.corpora.synthetic import Names, Planned, make_names, new
+from mmrag.corpora.voices.espeak import Voice, varied
 
 VOICES = {
     "datastore": (

@@ -21,50 +21,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from mmrag.config import Synthesize
+from mmrag.config import Sentences, Synthesize
 from mmrag.corpora import augment
+from mmrag.corpora import sentences as real
 from mmrag.corpora.grammar import GRAMMAR, expand
-from mmrag.corpora.voices.espeak import Speech, Synthesizer, Voice
-
-VOICES: dict[str, tuple[Voice, ...]] = {
-    "train": (
-        Voice("train-01", "en-us", pitch=50, rate=165),
-        Voice("train-02", "en-us+m1", pitch=45, rate=175),
-        Voice("train-03", "en-us+m7", pitch=55, rate=160),
-        Voice("train-04", "en-us+f1", pitch=50, rate=170),
-        Voice("train-05", "en-us+f3", pitch=45, rate=160),
-        Voice("train-06", "en-us+steph", pitch=55, rate=180),
-        Voice("train-07", "en-us+klatt6", pitch=60, rate=165),
-        Voice("train-08", "en-us-nyc+robert", pitch=40, rate=170),
-        Voice("train-09", "en-us-nyc+f5", pitch=40, rate=165),
-        Voice("train-10", "en+m2", pitch=55, rate=170),
-        Voice("train-11", "en+m5", pitch=65, rate=155),
-        Voice("train-12", "en+Annie", pitch=40, rate=165),
-        Voice("train-13", "en+linda", pitch=35, rate=160),
-        Voice("train-14", "en-gb-x-rp", pitch=40, rate=175),
-        Voice("train-15", "en-gb-x-rp+f1", pitch=65, rate=160),
-        Voice("train-16", "en-gb-x-rp+Michael", pitch=50, rate=170),
-        Voice("train-17", "en-gb-scotland+m4", pitch=60, rate=160),
-        Voice("train-18", "en-gb-scotland+f3", pitch=60, rate=170),
-        Voice("train-19", "en-gb-x-gbclan+rob", pitch=45, rate=180),
-        Voice("train-20", "en-gb-x-gbclan+shelby", pitch=50, rate=165),
-        Voice("train-21", "en-gb-x-gbcwmd+m8", pitch=60, rate=165),
-        Voice("train-22", "en-gb-x-gbcwmd+f5", pitch=60, rate=175),
-        Voice("train-23", "en-029+quincy", pitch=55, rate=170),
-        Voice("train-24", "en-029+steph", pitch=40, rate=160),
-    ),
-    "dev": (
-        Voice("dev-male", "en-us+m6", pitch=60, rate=172),
-        Voice("dev-female", "en-gb-x-rp+f2", pitch=45, rate=168),
-    ),
-    "test": (
-        Voice("test-male-1", "en-us+m3", pitch=42, rate=168),
-        Voice("test-male-2", "en-gb-scotland+max", pitch=55, rate=172),
-        Voice("test-female-1", "en+f4", pitch=50, rate=164),
-        Voice("test-female-2", "en-us+aunty", pitch=58, rate=170),
-    ),
-}
-"""Who speaks which splits. No voice, and no variant (the part after the plus), is in two rows."""
+from mmrag.corpora.voices import engines, espeak
+from mmrag.corpora.voices.speech import Engine, Speech, Voice
 
 SPLITS = ("lm", "text", "adapter", "datastore", "dev", "test")
 GROUPS = {"lm": 0.55, "adapter": 0.2, "dev": 0.1, "test": 0.15}
@@ -80,7 +42,6 @@ _TEMPLATES = tuple(
     for template in GRAMMAR["assistant"]
 )
 """Assistant templates, each with the kinds of its entities."""
-SPEEDS = (0.9, 0.95, 1.0, 1.05, 1.1)
 ATTEMPTS = 1000
 """Draws in a row that give nothing new before the grammar counts as exhausted."""
 
@@ -168,7 +129,32 @@ def plan(config: Synthesize, seed: int) -> dict[str, list[Planned]]:
         for _ in range(config.mentions)
     ]
     draw.shuffle(sentences["datastore"])
-    return {split: _cast(split, sentences[split], seed) for split in SPLITS}
+    if config.sentences:
+        for split, drawn in _real(config.sentences, taken, seed).items():
+            sentences[split] += drawn
+            Random(f"{seed} {split} mixed").shuffle(sentences[split])
+    return {split: _cast(split, sentences[split], config, seed) for split in SPLITS}
+
+
+def _real(config: Sentences, taken: set[str], seed: int) -> dict[str, list[Sentence]]:
+    """Sentences of text files: as many of each split as are to be said, and the rest as text.
+
+    Raises ValueError, naming the split, when the files hold too few.
+    """
+    drawn = {}
+    for split, found in real.read(config.files, config.held_out).items():
+        fresh = [Sentence(text, domain) for text, domain in found if text not in taken]
+        Random(f"{seed} {split} sentences").shuffle(fresh)
+        size = getattr(config, split)
+        if len(fresh) < size:
+            raise ValueError(
+                f"split {split}: {len(fresh)} sentences in synthesize.sentences.files, fewer than "
+                f"the {size} asked for"
+            )
+        drawn[split] = fresh[:size]
+        if split == "lm":
+            drawn["text"] = fresh[size:]
+    return drawn
 
 
 def assign_voices(texts: Iterable[str], seed: int) -> list[Planned]:
@@ -177,12 +163,12 @@ def assign_voices(texts: Iterable[str], seed: int) -> list[Planned]:
     for number, text in enumerate(texts):
         draw = Random(f"{seed} spoken {text}")
         id = f"spoken-{number:06d}"
-        voice = varied(draw.choice(VOICES["train"]), draw)
+        voice = espeak.cast("spoken", draw)
         planned.append(Planned(id, text, "", (), voice, id, draw.getrandbits(32)))
     return planned
 
 
-def render(planned: Planned, synthesizer: Synthesizer) -> Speech:
+def render(planned: Planned, synthesizer: Engine) -> Speech:
     """Speak, and record it in a quiet room or in a rough place; identical every time.
 
     Raises ValueError where the utterance has no voice.
@@ -316,7 +302,9 @@ def new(
     raise ValueError(f"split {split}: there are too few distinct {what}, ask for less")
 
 
-def _cast(split: str, sentences: Sequence[Sentence], seed: int) -> list[Planned]:
+def _cast(
+    split: str, sentences: Sequence[Sentence], config: Synthesize, seed: int
+) -> list[Planned]:
     """Number a split's sentences and say who speaks them."""
     draw = Random(f"{seed} {split} voices")
     return [
@@ -325,7 +313,7 @@ def _cast(split: str, sentences: Sequence[Sentence], seed: int) -> list[Planned]
             text=sentence.text,
             domain=sentence.domain,
             entities=sentence.entities,
-            voice=None if split == "text" else _cast_voice(split, draw),
+            voice=None if split == "text" else engines.cast(_shares(split, config), split, draw),
             document=id,
             seed=draw.getrandbits(32),
             rough=split == "lm",
@@ -334,17 +322,7 @@ def _cast(split: str, sentences: Sequence[Sentence], seed: int) -> list[Planned]
     ]
 
 
-def _cast_voice(split: str, draw: Random) -> Voice:
-    if split in VOICES:
-        return draw.choice(VOICES[split])
-    return varied(draw.choice(VOICES["train"]), draw)
-
-
-def varied(voice: Voice, draw: Random) -> Voice:
-    """A speaker like `voice`: another pitch, pace and size of throat."""
-    return replace(
-        voice,
-        pitch=min(99, max(0, voice.pitch + draw.randint(-15, 15))),
-        rate=round(voice.rate * draw.uniform(0.85, 1.2)),
-        speed=draw.choice(SPEEDS),
-    )
+def _shares(split: str, config: Synthesize) -> dict[str, float]:
+    """The synthesizers that say a split, and how much of it."""
+    held_out = split in ("dev", "test")
+    return (config.held_out_voices if held_out else None) or config.voices

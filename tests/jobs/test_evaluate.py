@@ -270,7 +270,7 @@ def test_a_metric_is_named_for_its_mode_and_datastore(workspace, adapted):
 
 @pytest.mark.parametrize("absent", [ATTENTION, BOTH])
 def test_what_was_not_tuned_is_taken_from_the_experiment(adapted, borrow, absent):
-    experiment = borrow("lm", "datastores", "tuned", of=adapted)
+    experiment = borrow("lm", "codebook", "datastores", "tuned", of=adapted)
     (experiment.workspace / "tuned" / "multimodal" / absent).unlink()
     made = evaluate._ways(experiment, models.named(experiment))
     ways = {(way.name, way.datastore): way for way in made}

@@ -11,40 +11,30 @@ the library afresh, which costs 4 ms and makes the same input give identical sam
 from __future__ import annotations
 
 import ctypes
-import math
 import threading
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from random import Random
+from typing import ClassVar
 
 import numpy as np
-import torch
-from torchaudio.transforms import Resample
 
+from mmrag.corpora.voices import phones as inventory
+from mmrag.corpora.voices.speech import SHORTEST_SECONDS, Speech, UnspeakableError, played
 from mmrag.records import Timed
-from mmrag.speech.audio import SAMPLE_RATE
 
 _NATIVE_RATE = 22_050
-SHORTEST_SECONDS = 0.05
-"""Of anything that is said: what espeak-ng makes of dashes or unknown digits is a few silent ms."""
 
 # Constants of espeak-ng's speak_lib.h.
-_SYNCHRONOUS, _PHONE_EVENTS, _DO_NOT_EXIT = 2, 0x0001, 0x8000
+_SYNCHRONOUS, _PHONE_EVENTS, _IN_IPA, _DO_NOT_EXIT = 2, 0x0001, 0x0002, 0x8000
 _OK, _RATE, _PITCH, _UTF8 = 0, 1, 3, 1
 _END_OF_LIST, _WORD, _PHONE = 0, 1, 7
 
-_STRESS = "',%="
-"""Marks of stress that espeak-ng may put before a phone's name."""
-
 _ONE_AT_A_TIME = threading.Lock()
 """The library's state is global to the process."""
-
-
-class UnspeakableError(ValueError):
-    """A text of which a synthesizer makes no speech; the message names it."""
 
 
 class _Event(ctypes.Structure):
@@ -69,6 +59,7 @@ _Callback = ctypes.CFUNCTYPE(
 class Voice:
     """A speaker. `name` is an espeak-ng voice, with a variant after a plus: `en-us+f3`."""
 
+    engine: ClassVar[str] = "espeak"
     id: str
     name: str
     pitch: int = 50
@@ -87,14 +78,65 @@ class Voice:
             raise ValueError(f"voice {self.id}: speed {self.speed} is not in 0.5..2")
 
 
-@dataclass(frozen=True)
-class Speech:
-    """`wave` (T,) float32 in [-1, 1], mono at SAMPLE_RATE; `words` has one a whitespace word,
-    `phones` one a phone, by its name in espeak-ng without stress; pauses are none."""
+VOICES: dict[str, tuple[Voice, ...]] = {
+    "train": (
+        Voice("train-01", "en-us", pitch=50, rate=165),
+        Voice("train-02", "en-us+m1", pitch=45, rate=175),
+        Voice("train-03", "en-us+m7", pitch=55, rate=160),
+        Voice("train-04", "en-us+f1", pitch=50, rate=170),
+        Voice("train-05", "en-us+f3", pitch=45, rate=160),
+        Voice("train-06", "en-us+steph", pitch=55, rate=180),
+        Voice("train-07", "en-us+klatt6", pitch=60, rate=165),
+        Voice("train-08", "en-us-nyc+robert", pitch=40, rate=170),
+        Voice("train-09", "en-us-nyc+f5", pitch=40, rate=165),
+        Voice("train-10", "en+m2", pitch=55, rate=170),
+        Voice("train-11", "en+m5", pitch=65, rate=155),
+        Voice("train-12", "en+Annie", pitch=40, rate=165),
+        Voice("train-13", "en+linda", pitch=35, rate=160),
+        Voice("train-14", "en-gb-x-rp", pitch=40, rate=175),
+        Voice("train-15", "en-gb-x-rp+f1", pitch=65, rate=160),
+        Voice("train-16", "en-gb-x-rp+Michael", pitch=50, rate=170),
+        Voice("train-17", "en-gb-scotland+m4", pitch=60, rate=160),
+        Voice("train-18", "en-gb-scotland+f3", pitch=60, rate=170),
+        Voice("train-19", "en-gb-x-gbclan+rob", pitch=45, rate=180),
+        Voice("train-20", "en-gb-x-gbclan+shelby", pitch=50, rate=165),
+        Voice("train-21", "en-gb-x-gbcwmd+m8", pitch=60, rate=165),
+        Voice("train-22", "en-gb-x-gbcwmd+f5", pitch=60, rate=175),
+        Voice("train-23", "en-029+quincy", pitch=55, rate=170),
+        Voice("train-24", "en-029+steph", pitch=40, rate=160),
+    ),
+    "dev": (
+        Voice("dev-male", "en-us+m6", pitch=60, rate=172),
+        Voice("dev-female", "en-gb-x-rp+f2", pitch=45, rate=168),
+    ),
+    "test": (
+        Voice("test-male-1", "en-us+m3", pitch=42, rate=168),
+        Voice("test-male-2", "en-gb-scotland+max", pitch=55, rate=172),
+        Voice("test-female-1", "en+f4", pitch=50, rate=164),
+        Voice("test-female-2", "en-us+aunty", pitch=58, rate=170),
+    ),
+}
+"""Who speaks which splits. No voice, and no variant (the part after the plus), is in two rows."""
 
-    wave: np.ndarray
-    words: tuple[Timed, ...]
-    phones: tuple[Timed, ...]
+SPEEDS = (0.9, 0.95, 1.0, 1.05, 1.1)
+
+
+def cast(split: str, draw: Random) -> Voice:
+    """Who says a sentence of `split`: dev and test have voices of their own, as they are; the
+    others share those of train, varied."""
+    if split in VOICES and split != "train":
+        return draw.choice(VOICES[split])
+    return varied(draw.choice(VOICES["train"]), draw)
+
+
+def varied(voice: Voice, draw: Random) -> Voice:
+    """A speaker like `voice`: another pitch, pace and size of throat."""
+    return replace(
+        voice,
+        pitch=min(99, max(0, voice.pitch + draw.randint(-15, 15))),
+        rate=round(voice.rate * draw.uniform(0.85, 1.2)),
+        speed=draw.choice(SPEEDS),
+    )
 
 
 class Synthesizer:
@@ -113,7 +155,6 @@ class Synthesizer:
         self._library = espeakng_loader.get_library_path()
         self._data = Path(espeakng_loader.get_data_path())
         self._variants = {path.name for path in (self._data / "voices" / "!v").iterdir()}
-        self._resample = cache(lambda rate: Resample(rate, SAMPLE_RATE))
 
     def speak(self, text: str, voice: Voice) -> Speech:
         """Say `text`. The same text and voice give identical samples.
@@ -130,14 +171,8 @@ class Synthesizer:
             samples, events, phones = self._synthesize(text, voice)
         if len(samples) < SHORTEST_SECONDS * _NATIVE_RATE:
             raise UnspeakableError(f"nothing that can be spoken in {text!r}")
-        # Played so many samples a second; whole thousands keep the resampler's kernels small.
-        rate = round(_NATIVE_RATE * voice.speed / 1000) * 1000 if voice.speed != 1 else _NATIVE_RATE
-        # Zeros up to whole seconds: torch keeps memory for every length that it has convolved.
-        native = torch.zeros(math.ceil(len(samples) / rate) * rate)
-        native[: len(samples)] = torch.from_numpy(samples.astype(np.float32) / 32768)
-        length = math.ceil(len(samples) * SAMPLE_RATE / rate)
-        wave = self._resample(rate)(native)[:length].clamp(-1, 1).numpy()
-        slower, duration = _NATIVE_RATE / rate, len(samples) / rate
+        wave, slower = played(samples.astype(np.float32) / 32768, _NATIVE_RATE, voice.speed)
+        duration = len(samples) / _NATIVE_RATE * slower
         return Speech(
             wave,
             timed_words(text, [(position, ms * slower) for position, ms in events], duration),
@@ -174,7 +209,7 @@ class Synthesizer:
         process = ctypes.CDLL(None)
         espeak = ctypes.CDLL(self._library)
         try:
-            options = _PHONE_EVENTS | _DO_NOT_EXIT
+            options = _PHONE_EVENTS | _IN_IPA | _DO_NOT_EXIT
             rate = espeak.espeak_Initialize(_SYNCHRONOUS, 0, bytes(self._data), options)
             if rate != _NATIVE_RATE:
                 raise RuntimeError(f"espeak-ng gives rate {rate} with its data in {self._data}")
@@ -236,15 +271,13 @@ def timed_words(
 
 
 def timed_phones(events: Sequence[tuple[str, float]], duration: float) -> tuple[Timed, ...]:
-    """When each phone is said, in seconds of a clip of `duration` seconds.
+    """When each of `phones.PHONES` is said, in seconds of a clip of `duration` seconds.
 
-    `events` are (name, milliseconds). A phone lasts until the next event. Stress marks are dropped
-    and so are pauses, whose names start with an underscore or are empty.
+    `events` are (IPA, milliseconds). A phone lasts until the next event; pauses, whose names start
+    with an underscore or are empty, are none.
     """
     timed = []
     for (name, begin), (_, end) in pairwise([*events, ("", duration * 1000)]):
-        name = name.lstrip(_STRESS)
-        start, stop = min(begin / 1000, duration), min(end / 1000, duration)
-        if name and not name.startswith("_") and stop > start:
-            timed.append(Timed(name, start, stop))
-    return tuple(timed)
+        if not name.startswith("_"):
+            timed.append(Timed(name, min(begin / 1000, duration), min(end / 1000, duration)))
+    return tuple(inventory.timed(timed))

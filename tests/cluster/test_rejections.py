@@ -1,6 +1,6 @@
 """What stages leave beside their parts."""
 
-from cluster.stages import read_rejections, write_rejections
+from cluster.rejections import read_rejections, write_rejections
 from mmrag.records import Rejection
 
 

@@ -1,0 +1,71 @@
+"""Recordings of people as a part of a made corpus: as they are, and again under worse conditions.
+
+What is rare (an hour of people) is heard several times, each time recorded elsewhere and at another
+speed, beside what is plentiful (days of synthetic speech).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from mmrag.corpora import augment, manifest
+from mmrag.corpora.voices.speech import played
+from mmrag.records import Rejection, Utterance
+from mmrag.speech import audio
+
+SPEEDS = (0.9, 0.95, 1.0, 1.05, 1.1)
+
+
+@dataclass(frozen=True)
+class Rerecorded:
+    """A recording that is to stand in the corpus as `said.id`."""
+
+    said: Utterance
+    seed: int | None
+    """Of its augmentation; None for the recording as it is."""
+
+
+def plan(
+    manifests: Mapping[str, Path], copies: int, seed: int
+) -> Iterator[tuple[str, Rerecorded | Rejection]]:
+    """(split, recording) for each line of each split's manifest; lm's stand `copies` times.
+
+    Lines that cannot be used, and those that have no audio, are rejections. OSError for a manifest
+    that cannot be read.
+    """
+    for split, path in manifests.items():
+        for number, one in enumerate(manifest.read(path)):
+            if isinstance(one, Rejection):
+                yield split, one
+            elif one.audio is None:
+                yield split, Rejection(one.id, "text without a recording")
+            else:
+                domain = one.domain or path.parent.name
+                for copy in range(copies if split == "lm" else 1):
+                    id = f"{domain}-{split}-{number:06d}-{copy}"
+                    again = None if copy == 0 else hash_of(seed, split, number, copy)
+                    yield split, Rerecorded(replace(one, id=id, document=id, domain=domain), again)
+
+
+def hash_of(seed: int, split: str, number: int, copy: int) -> int:
+    """A seed of its own for each copy of each recording."""
+    place = [seed, *split.encode(), number, copy]
+    return int(np.random.SeedSequence(place).generate_state(1)[0])
+
+
+def record(recorded: Rerecorded) -> tuple[Utterance, np.ndarray]:
+    """The utterance without what was timed in it, and its sound (T,) float32 at SAMPLE_RATE.
+
+    Raises AudioError for a recording that cannot be read.
+    """
+    said = recorded.said
+    wave = audio.read(said.audio, audio.span_of(said)).numpy()
+    if recorded.seed is not None:
+        draw = np.random.default_rng(recorded.seed)
+        wave, _ = played(wave, audio.SAMPLE_RATE, float(draw.choice(SPEEDS)))
+        wave = np.clip(augment.rough(wave, draw), -1, 1)
+    return replace(said, offset=None, words=(), phones=()), wave
