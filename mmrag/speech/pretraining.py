@@ -6,7 +6,7 @@ audio; it has never seen a unit or a file of speech."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,12 +91,16 @@ class MaskedPrediction(nn.Module):
         targets: Tensor,
         mask: Tensor,
         seen_weight: float = 0.0,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Summed loss, the count it is a sum over, and how many masked frames were guessed right.
+        sequences: Sequence[Tensor | None] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Summed loss, the count it is a sum over, how many masked frames were guessed right, and
+        of how many.
 
         `waves` (B, T) prepared and padded, `lengths` (B,) samples; `targets` (B, F) int64 and
         `mask` (B, F) bool, false in the padding. A masked frame counts 1, any other `seen_weight`
-        (section 2.3). Logits are cosines over a temperature of 0.1.
+        (section 2.3). Logits are cosines over a temperature of 0.1. A clip with a sequence of
+        classes (N,) has no targets: its loss is that of CTC, class 0 the blank, which counts as
+        many as it has frames.
         """
         frames = torch.tensor([self.encoder.frames(length) for length in lengths.tolist()])
         inputs = self.encoder.project(waves, lengths)
@@ -104,28 +108,66 @@ class MaskedPrediction(nn.Module):
             torch.where(mask[..., None], self.mask_embedding, inputs), frames
         )
         inside = torch.arange(mask.shape[1], device=mask.device) < frames.to(mask.device)[:, None]
-        scored = inside if seen_weight else mask
-        guesses = F.normalize(self.projection(hidden[scored]), dim=-1)
-        logits = guesses @ F.normalize(self.class_embeddings, dim=-1).T / LOGIT_TEMPERATURE
+        unaligned = [row for row, one in enumerate(sequences or ()) if one is not None]
+        aligned = torch.ones(len(mask), 1, dtype=torch.bool, device=mask.device)
+        aligned[unaligned] = False
+        scored = (inside if seen_weight else mask) & aligned
+        logits = self._logits(hidden[scored])
         weights = torch.where(mask[scored], 1.0, seen_weight)
-        losses = F.cross_entropy(logits.float(), targets[scored], reduction="none")
+        losses = F.cross_entropy(logits, targets[scored], reduction="none")
         correct = (logits.argmax(-1) == targets[scored]) & mask[scored]
-        return (losses * weights).sum(), weights.sum(), correct.sum()
+        loss, count = (losses * weights).sum(), weights.sum()
+        if unaligned:
+            wanted = [sequences[row].to(mask.device) for row in unaligned]
+            loss = loss + F.ctc_loss(
+                self._logits(hidden[unaligned]).log_softmax(-1).transpose(0, 1),
+                torch.cat(wanted),
+                frames[unaligned],
+                torch.tensor([len(each) for each in wanted]),
+                reduction="sum",
+                zero_infinity=True,
+            )
+            count = count + frames[unaligned].sum()
+        return loss, count, correct.sum(), mask[scored].sum()
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        guesses = F.normalize(self.projection(hidden), dim=-1)
+        logits = guesses @ F.normalize(self.class_embeddings, dim=-1).T / LOGIT_TEMPERATURE
+        return logits.float()
+
+    @torch.inference_mode()
+    def read(self, wave: Tensor) -> list[int]:
+        """The classes of a clip (T,), runs collapsed and class 0 left out."""
+        hidden = self.encoder.contextualize(
+            self.encoder.project(self.encoder.prepare(wave)[None], torch.tensor([len(wave)])),
+            torch.tensor([self.encoder.frames(len(wave))]),
+        )
+        best = self._logits(hidden[0]).argmax(-1).unique_consecutive()
+        return best[best > 0].tolist()
 
 
 class Phones:
     """The class of each frame of each clip: the phone that is said at the frame's middle.
 
     Supervision-guided targets (arXiv 2206.10125). Class 0 is silence, and whatever else the
-    alignment leaves open.
+    alignment leaves open. Of a clip that nobody aligned the phones in their order are known.
     """
 
-    def __init__(self, aligned: Sequence[Sequence[Timed]]) -> None:
-        """`aligned` holds the phones of each clip, in order."""
-        self.names = sorted({phone.text for clip in aligned for phone in clip})
+    def __init__(
+        self,
+        aligned: Sequence[Sequence[Timed]],
+        unaligned: Mapping[int, Sequence[str]] | None = None,
+    ) -> None:
+        """`aligned` holds the phones of each clip, in order; `unaligned` those of some clips, by
+        number, as they follow each other."""
+        unaligned = unaligned or {}
+        self.names = sorted(
+            {phone.text for clip in aligned for phone in clip}.union(*unaligned.values())
+        )
         self.classes = len(self.names) + 1
         self._aligned = aligned
         self._number = {name: number for number, name in enumerate(self.names, start=1)}
+        self._sequences = {clip: self.numbered(names) for clip, names in unaligned.items()}
         self._field, self._hop = window(CONVOLUTIONS)
 
     def __getitem__(self, clip: int) -> Tensor:
@@ -137,6 +179,14 @@ class Phones:
             first, last = (self._frame(time) for time in (phone.start, phone.end))
             classes[first:last] = self._number[phone.text]
         return classes
+
+    def sequence(self, clip: int) -> Tensor | None:
+        """Classes (N,) int64 of a clip that is not aligned; None for one that is."""
+        return self._sequences.get(clip)
+
+    def numbered(self, names: Iterable[str]) -> Tensor:
+        """Phones as classes (N,) int64."""
+        return torch.tensor([self._number[name] for name in names], dtype=torch.long)
 
     def _frame(self, seconds: float) -> int:
         """The first frame whose middle is not before a time."""
@@ -151,6 +201,8 @@ class Batch(NamedTuple):
     targets: Tensor
     mask: Tensor
     clips: list[int]
+    sequences: list[Tensor | None]
+    """Of each clip whose phones are known and not when they are said."""
 
 
 class Targets:
@@ -188,20 +240,22 @@ def draw(
 ) -> Batch:
     """Random crops of random clips, `batch_seconds` in all, and a mask over their frames.
 
-    A clip that is left out is passed over where it is drawn.
+    A clip that is left out is passed over where it is drawn; one that is not aligned is whole.
     """
     longest = round(settings.crop_seconds * SAMPLE_RATE)
     missing = settings.batch_seconds * SAMPLE_RATE
-    crops, labels, clips = [], [], []
+    crops, labels, clips, sequences = [], [], [], []
     while missing > 0:
         clip = _below(len(waves), generator)
         if clip in left_out:
             continue
         clips.append(clip)
         wave = encoder.prepare(waves[clip])
-        spare = max(0, encoder.frames(len(wave)) - encoder.frames(longest))
+        sequences.append(targets.sequence(clip) if isinstance(targets, Phones) else None)
+        most = longest if sequences[-1] is None else len(wave)
+        spare = max(0, encoder.frames(len(wave)) - encoder.frames(most))
         first = _below(spare + 1, generator)
-        crop = wave[first * encoder.hop :][:longest]
+        crop = wave[first * encoder.hop :][:most]
         crops.append(crop)
         label = targets[clip][first:][: encoder.frames(len(crop))]
         labels.append(F.pad(label, (0, encoder.frames(len(crop)) - len(label))))
@@ -214,6 +268,7 @@ def draw(
         targets=pad_sequence(labels, batch_first=True),
         mask=mask,
         clips=clips,
+        sequences=sequences,
     )
 
 
@@ -280,8 +335,8 @@ class Round:
             group["lr"] = learning_rate
         device = self.model.encoder.device
         targets, mask = batch.targets.to(device), batch.mask.to(device)
-        loss, count, correct = self.model(
-            batch.waves, batch.lengths, targets, mask, self.seen_weight
+        loss, count, correct, masked = self.model(
+            batch.waves, batch.lengths, targets, mask, self.seen_weight, batch.sequences
         )
         self.optimizer.zero_grad()
         loss = loss / count
@@ -294,7 +349,7 @@ class Round:
                 raise non_finite(f"the {what} is not finite", where, read, "pretrain.leave_out")
         self.optimizer.step()
         self.step += 1
-        return {"loss": loss.item(), "accuracy": correct.item() / int(mask.sum())}
+        return {"loss": loss.item(), "accuracy": correct.item() / max(1, int(masked))}
 
     def save(self, path: Path) -> None:
         """Replace `path` by this state, whole or not at all."""

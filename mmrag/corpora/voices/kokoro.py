@@ -18,7 +18,7 @@ from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from random import Random
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -30,7 +30,6 @@ DURATION = "duration"
 """The output that tells the length of each phoneme, in frames of 600 samples."""
 _LENGTHS = "/encoder/Clip_output_0"
 """The tensor of published graphs that holds them."""
-
 MODEL, VOICES = ("kokoro*.onnx",), ("voices*.bin", "voices*.npz")
 """What files are called that hold the model, and all voice packs."""
 
@@ -131,7 +130,7 @@ class Synthesizer:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         session = onnxruntime.InferenceSession(
-            str(timed_model(model)), options, providers=onnxruntime.get_available_providers()
+            str(timed(model)), options, providers=onnxruntime.get_available_providers()
         )
         self._kokoro = Kokoro.from_session(session, str(packs))
         self._packs = packs
@@ -264,32 +263,26 @@ def files(directory: Path | str | None) -> tuple[Path, Path]:
     return found[0], found[1]
 
 
-def timed_model(path: Path) -> Path:
-    """The model with its DURATION among the outputs, written beside `path` if it is not there.
+def timed(path: Path) -> Path:
+    """The model with DURATION among its outputs: written beside `path` if nobody did before.
 
-    Raises ValueError for a graph that has no such tensor.
+    Raises ValueError for a graph that does not compute it.
     """
     import onnx
 
-    timed = path.with_name(f"timed-{path.name}")
-    if timed.is_file():
-        return timed
+    made = path.with_name(f"timed-{path.name}")
+    if made.is_file():
+        return made
     model = onnx.load(path)
-    if any(output.name == DURATION for output in model.graph.output):
+    graph = model.graph
+    if any(output.name == DURATION for output in graph.output):
         return path
-    write_timed(model, timed)
-    return timed
-
-
-def write_timed(model: Any, path: Path) -> None:
-    """Write an ONNX model with the lengths of its phonemes as a second output."""
-    import onnx
-
-    if not any(_LENGTHS in node.output for node in model.graph.node):
-        raise ValueError(f"{path.name}: this graph does not compute {_LENGTHS}")
+    if not any(_LENGTHS in node.output for node in graph.node):
+        raise ValueError(f"{path}: this graph does not compute {_LENGTHS}")
     whole = onnx.TensorProto.INT64
-    model.graph.node.append(onnx.helper.make_node("Cast", [_LENGTHS], [DURATION], to=whole))
-    model.graph.output.append(onnx.helper.make_tensor_value_info(DURATION, whole, None))
-    aside = path.with_suffix(".aside")
+    graph.node.append(onnx.helper.make_node("Cast", [_LENGTHS], [DURATION], to=whole))
+    graph.output.append(onnx.helper.make_tensor_value_info(DURATION, whole, None))
+    aside = made.with_suffix(".aside")
     onnx.save(model, aside)
-    aside.replace(path)
+    aside.replace(made)
+    return made
