@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,20 @@ from cluster.placement import Demand, placing
 from cluster.progress import METRICS, MetricsWriter, following, held_training, last_record
 from cluster.stages import device
 from cluster.tracking import Run
-from jobs import stage
+from jobs import stage, tokenize
 from mmrag import shipped
 from mmrag.artifact import Artifact, Draft, nothing
 from mmrag.config import Experiment, recipe
-from mmrag.corpora import manifest
+from mmrag.corpora.voices.espeak import VOICES, Synthesizer
+from mmrag.corpora.voices.speech import UnspeakableError
 from mmrag.records import Utterance
 from mmrag.speech import audio
 from mmrag.speech.hubert import HubertEncoder
-from mmrag.speech.pretraining import STATE, Phones, pretrain
+from mmrag.speech.pretraining import STATE, HeldOut, Phones, pretrain
 from mmrag.speech.units import kmeans
+
+HELD_OUT_CLIPS = 60
+"""Of each domain of the dev split, on which the phone error rate is measured."""
 
 
 class Waves(Sequence):
@@ -41,20 +45,22 @@ class Waves(Sequence):
 
 
 def run(experiment: Experiment, force: bool = False) -> Artifact:
-    """Make `hubert/` from `hubert.weights`, else by training on the lm split of `corpus/`."""
+    """Make `hubert/` from `hubert.weights`, else by training on the first split of what
+    `tokenize.source` names, the lm split of `corpus/` by default."""
     settings = experiment.hubert
     if settings.weights and settings.weights.startswith(shipped.PREFIX):
         return stage.adopt(experiment, "hubert", settings.weights, "hubert")
     if settings.weights:
         return _publish(experiment, force)
-    corpus = stage.load(experiment, "corpus", "corpus", "synthesize")
+    corpus, _, _ = tokenize.opened(experiment)
     config = recipe({"seed": experiment.seed, "hubert": settings, "pretrain": experiment.pretrain})
 
     def work(draft: Draft, tracked: Run) -> None:
         steps = sum(each.steps for each in experiment.pretrain.rounds)
 
         def log(record: dict[str, Any]) -> None:
-            tracked.log({k: record[k] for k in ("loss", "accuracy")}, record["step"])
+            errors = {k: v for k, v in record.items() if k.startswith("phone_errors_")}
+            tracked.log({k: record[k] for k in ("loss", "accuracy")} | errors, record["step"])
             if record["step"] % (steps // 8 or 1) == 0:
                 stage.console.print(
                     f"  round {record['round']}  step {record['step']}/{steps}  "
@@ -64,9 +70,12 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         takes = {"num_cpus": experiment.pretrain.num_cpus, "num_gpus": experiment.pretrain.num_gpus}
         with placing(Demand("pretrain", 1, **takes)), following(draft.path, log):
             training = _pretrain.options(**takes)
-            ray.get(training.remote(experiment, corpus.path / "lm.jsonl", draft.path))
-        accuracy = last_record(draft.path)["accuracy"]
-        draft.summary |= {"steps": steps, "masked_accuracy": round(accuracy, 3)}
+            ray.get(training.remote(experiment, draft.path))
+        last = last_record(draft.path)
+        draft.summary |= {"steps": steps, "masked_accuracy": round(last["accuracy"], 3)}
+        draft.summary |= {
+            name: round(rate, 3) for name, rate in last.items() if name.startswith("phone_errors_")
+        }
 
     return stage.make(
         experiment,
@@ -82,10 +91,16 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
 
 
 @ray.remote
-def _pretrain(experiment: Experiment, corpus: Path, directory: Path) -> None:
+def _pretrain(experiment: Experiment, directory: Path) -> None:
     torch.set_num_threads(max(1, round(experiment.pretrain.num_cpus)))
-    spoken = [one for one in manifest.read(corpus) if isinstance(one, Utterance)]
-    aligned = [one.phones for one in spoken]
+    _, splits, _ = tokenize.opened(experiment)
+    spoken = [one for one in next(iter(splits.values()))[0] if one.audio is not None]
+    phones, held_out = None, {}
+    if any(round.target == "phones" for round in experiment.pretrain.rounds):
+        say = Pronunciation()
+        unaligned = {number: say(one) for number, one in enumerate(spoken) if not one.phones}
+        phones = Phones([one.phones for one in spoken], unaligned)
+        held_out = _held_out(splits.get("dev", ([], []))[0], say)
     metrics: MetricsWriter | None = None
 
     def log(step: int, record: dict[str, float]) -> None:
@@ -101,11 +116,46 @@ def _pretrain(experiment: Experiment, corpus: Path, directory: Path) -> None:
         directory,
         kmeans,
         log,
-        phones=Phones(aligned) if all(aligned) else None,
+        phones=phones,
         device=device(),
         names=[one.id for one in spoken],
+        held_out=held_out,
     )
     encoder.save(directory)
+
+
+class Pronunciation:
+    """The phones of an utterance as they follow each other: its own, or those that espeak-ng says
+    its text in, which needs the extra `speech`."""
+
+    def __init__(self) -> None:
+        self._synthesizer: Synthesizer | None = None
+
+    def __call__(self, one: Utterance) -> tuple[str, ...]:
+        if one.phones:
+            return tuple(phone.text for phone in one.phones)
+        return self._read(one.text or "")
+
+    @cache  # noqa: B019 it lives as long as one training
+    def _read(self, text: str) -> tuple[str, ...]:
+        self._synthesizer = self._synthesizer or Synthesizer()
+        try:
+            speech = self._synthesizer.speak(text, VOICES["train"][0])
+        except UnspeakableError:
+            return ()
+        return tuple(phone.text for phone in speech.phones)
+
+
+def _held_out(dev: Sequence[Utterance], say: Pronunciation) -> dict[str, HeldOut]:
+    """Some clips of each domain of the dev split."""
+    domains: dict[str, list[Utterance]] = {}
+    for one in dev:
+        if one.audio is not None and len(domains.setdefault(one.domain, [])) < HELD_OUT_CLIPS:
+            domains[one.domain].append(one)
+    return {
+        domain or "dev": HeldOut(Waves(clips), [say(one) for one in clips])
+        for domain, clips in domains.items()
+    }
 
 
 def _publish(experiment: Experiment, force: bool) -> Artifact:

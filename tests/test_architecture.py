@@ -28,8 +28,9 @@ WINGS = {
         "containers", "decoders", "audio", "vad", "hubert", "pretraining", "units", "tokenized",
     ],
     "corpora": [
-        "voices.espeak", "voices.flite", "augment", "manifest", "grammar", "synthetic", "spanish",
-        "splits", "slue_voxpopuli", "spoken_squad", "librispeech_biasing", "kaldi", "lhotse_cuts",
+        "voices.speech", "voices.phones", "voices.espeak", "voices.kokoro", "voices.flite",
+        "voices.engines", "augment", "manifest", "grammar", "sentences", "synthetic", "recordings",
+        "spanish", "splits", "slue_voxpopuli", "spoken_squad", "librispeech_biasing", "kaldi", "lhotse_cuts",
         "huggingface", "sources",
     ],
     "model": [
@@ -78,7 +79,7 @@ HOMES = {
     # Read by the one, written by the other.
     "soundfile": ["mmrag.speech.decoders", "cluster.recording"],
     "av": ["mmrag.speech.decoders"],
-    "torchaudio": ["mmrag.speech", "mmrag.corpora.voices.espeak"],
+    "torchaudio": ["mmrag.speech", "mmrag.corpora.voices.speech"],
     "silero_vad": ["mmrag.speech.vad"],
     "transformers": ["mmrag.speech.hubert", "mmrag.model.whisper", "mmrag.model.whisper_training"],
     "huggingface_hub": ["mmrag.model.whisper"],
@@ -88,6 +89,9 @@ HOMES = {
     "tokenizers": ["mmrag.model.vocabulary", "mmrag.model.whisper_training"],
     "espeakng_loader": ["mmrag.corpora.voices.espeak"],
     "faker": ["mmrag.corpora.synthetic"],
+    "kokoro_onnx": ["mmrag.corpora.voices.kokoro"],
+    "onnx": ["mmrag.corpora.voices.kokoro"],
+    "onnxruntime": ["mmrag.corpora.voices.kokoro"],
     "lhotse": ["mmrag.corpora.lhotse_cuts", "mmrag.corpora.kaldi"],
     "datasets": ["mmrag.corpora.huggingface"],
     "scipy": ["mmrag.corpora.augment"],
@@ -113,7 +117,7 @@ HOMES = {
 
 LAZY = {
     *("transformers", "huggingface_hub", "matplotlib", "espeakng_loader", "faker", "silero_vad"),
-    *("lhotse", "datasets", "num2words", "av"),
+    *("lhotse", "datasets", "num2words", "av", "kokoro_onnx", "onnx", "onnxruntime"),
 }
 """Imported where they are needed: slow to load, or an optional extra."""
 

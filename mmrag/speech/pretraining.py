@@ -389,6 +389,7 @@ def pretrain(
     phones: Phones | None = None,
     device: torch.device | str = "cpu",
     names: Sequence[str] | None = None,
+    held_out: Mapping[str, HeldOut] | None = None,
 ) -> HubertEncoder:
     """An encoder of shape `config`, pretrained on `waves`: (T_i,) each, at 16 kHz.
 
@@ -397,7 +398,9 @@ def pretrain(
     the weights and on (seed, round, step) alone, so a run that finds its own unfinished state in
     `directory/.pretrain.pt` ends with the weights it would have had without the interruption.
     `log(step, {round, loss, accuracy, learning_rate})` is called after each step; steps count
-    from 1 through all rounds. `names` are the clips' ids. Raises ValueError if there is no audio,
+    from 1 through all rounds. `names` are the clips' ids. In rounds whose targets are phones, the
+    phone error rate on `held_out` clips, by name, stands in the record of each checkpoint's step as
+    `phone_errors_<name>`. Raises ValueError if there is no audio,
     or a crop holds no frame, NonFiniteLoss before a step is taken on a loss that is no number.
     """
     if not len(waves):
@@ -435,12 +438,38 @@ def pretrain(
                 metrics = current.train_step(batch, rate, names.__getitem__)
                 if current.step % settings.checkpoint_steps == 0 or current.step == plan.steps:
                     current.save(path)
+                    if not clustered:
+                        for name, clips in (held_out or {}).items():
+                            rate_of = phone_error_rate(current.model, clips, phones)
+                            metrics[f"phone_errors_{name}"] = rate_of
                 log(
                     past + current.step,
                     {"round": number + 1, **metrics, "learning_rate": rate},
                 )
         past += plan.steps
     return encoder
+
+
+class HeldOut(NamedTuple):
+    """Clips that nothing is trained on."""
+
+    waves: Sequence[Tensor]
+    """(T_i,) each, at 16 kHz."""
+    phones: Sequence[Sequence[str]]
+    """What is said in each."""
+
+
+def phone_error_rate(model: MaskedPrediction, clips: HeldOut, phones: Phones) -> float:
+    """Errors in the phones that the model reads off each frame, a phone that is said.
+
+    Phones that training never met count as errors.
+    """
+    errors = said = 0
+    for wave, names in zip(clips.waves, clips.phones, strict=True):
+        read = [phones.names[number - 1] for number in model.read(wave)]
+        errors += torchaudio.functional.edit_distance(read, list(names))
+        said += len(names)
+    return errors / max(1, said)
 
 
 def schedule(step: int, steps: int) -> float:

@@ -188,8 +188,10 @@ def test_training_steps_are_those_of_all_phases(file):
 ROLES = {
     "": "workspace:o seed models:o language",
     "tracking": "uri:o experiment:o",
-    "synthesize": "lm adapter mentions dev test text everyday_share workers.count:o "
-    "workers.num_cpus:o workers.num_gpus:o",
+    "synthesize": "lm adapter mentions dev test text everyday_share voices held_out_voices "
+    "kokoro:o sentences.files:o sentences.held_out sentences.lm sentences.dev sentences.test "
+    "recordings.lm:o recordings.dev:o recordings.test:o recordings.copies "
+    "workers.count:o workers.num_cpus:o workers.num_gpus:o",
     "hubert": "weights front conv_channels norm width layers heads feed_forward layer",
     "pretrain": "rounds batch_seconds crop_seconds learning_rate mask_probability mask_length "
     "seen_weight sample_seconds leave_out:c checkpoint_steps:o num_cpus:o num_gpus:o",

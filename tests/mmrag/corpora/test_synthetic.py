@@ -14,17 +14,14 @@ from mmrag.config import Synthesize, Workers
 from mmrag.corpora import synthetic
 from mmrag.corpora.grammar import GRAMMAR
 from mmrag.corpora.synthetic import (
-    SPEEDS,
     SPLITS,
-    VOICES,
     Planned,
     assign_voices,
     make_names,
     plan,
     render,
-    varied,
 )
-from mmrag.corpora.voices.espeak import Synthesizer, Voice
+from mmrag.corpora.voices.espeak import SPEEDS, VOICES, Synthesizer, Voice, varied
 
 pytest.importorskip("faker")
 pytest.importorskip("espeakng_loader")

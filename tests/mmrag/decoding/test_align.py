@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from mmrag import shipped
 from mmrag.config import LanguageModel
 from mmrag.corpora.grammar import GRAMMAR, expand
-from mmrag.corpora.synthetic import VOICES
-from mmrag.corpora.voices.espeak import Synthesizer
+from mmrag.corpora.voices.espeak import VOICES, Synthesizer
 from mmrag.decoding.align import PACE, PAUSE_FRAMES, align, attention, audible, divide
 from mmrag.model.lm import LM
 from mmrag.model.vocabulary import SentencePieces, Vocabulary

@@ -283,13 +283,13 @@ def test_the_loss_is_cross_entropy_of_cosines_over_a_tenth(encoder):
     model = MaskedPrediction(encoder, classes=5)
     waves, lengths, targets, mask = masked_batch(encoder)
     with torch.no_grad():
-        loss, count, correct = model(waves, lengths, targets, mask)
+        loss, count, correct, masked = model(waves, lengths, targets, mask)
         inputs = encoder.project(waves, lengths)
         inputs[mask] = model.mask_embedding
         frames = torch.tensor([encoder.frames(length) for length in LENGTHS])
         hidden = model.projection(encoder.contextualize(inputs, frames))
         logits = torch.cosine_similarity(hidden[..., None, :], model.class_embeddings, dim=-1) / 0.1
-        with_seen, seen_count, same = model(waves, lengths, targets, mask, seen_weight=0.5)
+        with_seen, seen_count, same, _ = model(waves, lengths, targets, mask, seen_weight=0.5)
     terms = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
     inside = torch.arange(mask.shape[1]) < frames[:, None]
     assert count == mask.sum()
@@ -304,11 +304,11 @@ def test_the_loss_of_a_batch_is_the_sum_over_its_clips(encoder):
     model = MaskedPrediction(encoder, classes=5)
     waves, lengths, targets, mask = masked_batch(encoder)
     with torch.no_grad():
-        together, _, _ = model(waves, lengths, targets, mask)
+        together, *_ = model(waves, lengths, targets, mask)
         apart = 0.0
         for row, length in enumerate(LENGTHS):
             frames = encoder.frames(length)
-            loss, _, _ = model(
+            loss, *_ = model(
                 waves[row : row + 1, :length],
                 lengths[row : row + 1],
                 targets[row : row + 1, :frames],

@@ -7,8 +7,7 @@ import soundfile
 import torch
 
 from mmrag.corpora.augment import unspoken
-from mmrag.corpora.synthetic import VOICES
-from mmrag.corpora.voices.espeak import Synthesizer
+from mmrag.corpora.voices.espeak import VOICES, Synthesizer
 from mmrag.speech import vad
 
 THRESHOLD = 0.75

@@ -96,12 +96,12 @@ def test_word_times_never_run_backwards_whatever_the_events(words, events, durat
 @pytest.mark.parametrize(
     ("text", "names"),
     [
-        ("cat", ["k", "a", "t"]),
-        ("tomorrow", ["t", "@", "m", "A:", "r", "oU"]),
-        ("we see. we see", ["w", "i:", "s", "i:"] * 2),
+        ("cat", ["k", "æ", "t"]),
+        ("tomorrow", ["t", "ə", "m", "ɑ", "ɹ", "oʊ"]),
+        ("we see. we see", ["w", "i", "s", "i"] * 2),
     ],
 )
-def test_phones_have_espeaks_names_without_stress_and_pauses_are_none(synthesizer, text, names):
+def test_phones_are_those_of_english_and_pauses_are_none(synthesizer, text, names):
     assert [phone.text for phone in synthesizer.speak(text, Voice("us", "en-us")).phones] == names
 
 
@@ -128,7 +128,7 @@ def test_a_phone_is_heard_when_it_is_said_and_between_phones_is_silence(synthesi
     def mean(start, end):
         return power[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)].mean()
 
-    vowels = [phone for phone in speech.phones if phone.text in ("U", "aI", "A:", "oU")]
+    vowels = [phone for phone in speech.phones if phone.text in ("ʊ", "aɪ", "ɑ", "oʊ")]
     assert len(vowels) == 4
     assert mean(gap + 0.05, pause - 0.01) < 0.01 * min(mean(v.start, v.end) for v in vowels)
 
@@ -136,20 +136,20 @@ def test_a_phone_is_heard_when_it_is_said_and_between_phones_is_silence(synthesi
 def test_stress_marks_pauses_and_what_lies_behind_the_end_are_left_out_of_phones():
     events = [
         ("", 0),
-        ("'a", 100),
+        ("ˈæ", 100),
         ("_:", 200),
-        (",,i:", 300),
-        ("%=k", 300),
+        ("ˌiː", 300),
+        ("k", 300),
         ("t", 450),
         ("_", 600),
     ]
     assert timed_phones(events, 0.5) == (
-        Timed("a", 0.1, 0.2),
+        Timed("æ", 0.1, 0.2),
         Timed("k", 0.3, 0.45),
         Timed("t", 0.45, 0.5),
     )
-    assert timed_phones([("a", 0)], 2.0) == (Timed("a", 0.0, 2.0),)
-    assert timed_phones([("a", 0), ("b", 3000)], 2.0) == (Timed("a", 0.0, 2.0),)
+    assert timed_phones([("æ", 0)], 2.0) == (Timed("æ", 0.0, 2.0),)
+    assert timed_phones([("æ", 0), ("b", 3000)], 2.0) == (Timed("æ", 0.0, 2.0),)
 
 
 def test_without_events_there_are_no_phones():
@@ -158,14 +158,14 @@ def test_without_events_there_are_no_phones():
 
 @given(
     st.lists(
-        st.tuples(st.sampled_from(["a", "'a", "_", "_:", "", "%t"]), st.floats(0, 3000)), min_size=1
+        st.tuples(st.sampled_from(["æ", "ˈæ", "_", "_:", "", "t"]), st.floats(0, 3000)), min_size=1
     ),
     st.floats(0.1, 2),
 )
 def test_phone_times_never_run_backwards(events, duration):
     events.sort(key=lambda event: event[1])
     timed = timed_phones(events, duration)
-    assert {phone.text for phone in timed} <= {"a", "t"}
+    assert {phone.text for phone in timed} <= {"æ", "t"}
     edges = [0.0, *(edge for phone in timed for edge in (phone.start, phone.end)), duration]
     assert edges == sorted(edges)
     assert all(phone.end > phone.start for phone in timed)
