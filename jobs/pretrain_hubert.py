@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from cluster.placement import Demand, placing
 from cluster.progress import METRICS, MetricsWriter, following, held_training, last_record
+from cluster.rejections import REJECTED, read_rejections, write_rejections
 from cluster.stages import device
 from cluster.tracking import Run
 from jobs import stage, tokenize
@@ -20,10 +22,11 @@ from mmrag.artifact import Artifact, Draft, nothing
 from mmrag.config import Experiment, recipe
 from mmrag.corpora.voices.espeak import VOICES, Synthesizer
 from mmrag.corpora.voices.speech import UnspeakableError
-from mmrag.records import Utterance
+from mmrag.records import Rejection, Utterance
 from mmrag.speech import audio
 from mmrag.speech.hubert import HubertEncoder
-from mmrag.speech.pretraining import STATE, HeldOut, Phones, pretrain
+from mmrag.speech.pretraining import STATE, HeldOut, pretrain
+from mmrag.speech.targets import Phones
 from mmrag.speech.units import kmeans
 
 HELD_OUT_CLIPS = 60
@@ -108,6 +111,14 @@ def _pretrain(experiment: Experiment, directory: Path) -> None:
         metrics = metrics or MetricsWriter(directory, step)
         metrics.write({"step": step, **record})
 
+    listed = directory / REJECTED
+
+    def reject(clip: int, reason: str) -> None:
+        """List it, beside those that were met before a run was stopped."""
+        known = set(read_rejections(listed)) if listed.exists() else set()
+        every = known | {Rejection(spoken[clip].id, reason)}
+        write_rejections(listed, sorted(every, key=lambda one: one.source))
+
     encoder = pretrain(
         experiment.hubert,
         experiment.pretrain,
@@ -120,13 +131,14 @@ def _pretrain(experiment: Experiment, directory: Path) -> None:
         device=device(),
         names=[one.id for one in spoken],
         held_out=held_out,
+        reject=reject,
     )
     encoder.save(directory)
 
 
 class Pronunciation:
-    """The phones of an utterance as they follow each other: its own, or those that espeak-ng says
-    its text in, which needs the extra `speech`."""
+    """The phones of an utterance as they follow each other, with "" where words meet: its own, or
+    those that espeak-ng says its text in, which needs the extra `speech`."""
 
     def __init__(self) -> None:
         self._synthesizer: Synthesizer | None = None
@@ -143,7 +155,14 @@ class Pronunciation:
             speech = self._synthesizer.speak(text, VOICES["train"][0])
         except UnspeakableError:
             return ()
-        return tuple(phone.text for phone in speech.phones)
+        phones: list[str] = []
+        starts = [word.start for word in speech.words[1:]]
+        for phone in speech.phones:
+            while starts and phone.end > starts[0] + (phone.end - phone.start) / 2:
+                starts.pop(0)
+                phones.append("")
+            phones.append(phone.text)
+        return tuple(phones)
 
 
 def _held_out(dev: Sequence[Utterance], say: Pronunciation) -> dict[str, HeldOut]:
@@ -153,7 +172,9 @@ def _held_out(dev: Sequence[Utterance], say: Pronunciation) -> dict[str, HeldOut
         if one.audio is not None and len(domains.setdefault(one.domain, [])) < HELD_OUT_CLIPS:
             domains[one.domain].append(one)
     return {
-        domain or "dev": HeldOut(Waves(clips), [say(one) for one in clips])
+        re.sub(r"[^\w-]", "_", domain) or "dev": HeldOut(
+            Waves(clips), [list(filter(None, say(one))) for one in clips]
+        )
         for domain, clips in domains.items()
     }
 

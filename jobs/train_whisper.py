@@ -25,7 +25,7 @@ from mmrag.corpora import manifest
 from mmrag.model.whisper_training import STATE, Clip, create, extractor, train
 from mmrag.records import Rejection, Utterance
 from mmrag.speech import audio
-from mmrag.speech.pretraining import Phones
+from mmrag.speech.targets import Phones
 
 
 def run(experiment: Experiment, force: bool = False) -> Artifact:

@@ -25,13 +25,14 @@ WINGS = {
         "score",
     ],
     "speech": [
-        "containers", "decoders", "audio", "vad", "hubert", "pretraining", "units", "tokenized",
+        "containers", "decoders", "audio", "vad", "hubert", "targets", "pretraining", "units",
+        "tokenized",
     ],
     "corpora": [
         "voices.speech", "voices.phones", "voices.espeak", "voices.kokoro", "voices.flite",
         "voices.engines", "augment", "manifest", "grammar", "sentences", "synthetic", "recordings",
-        "spanish", "splits", "slue_voxpopuli", "spoken_squad", "librispeech_biasing", "kaldi", "lhotse_cuts",
-        "huggingface", "sources",
+        "spanish", "splits", "slue_voxpopuli", "spoken_squad", "librispeech_biasing", "kaldi",
+        "lhotse_cuts", "huggingface", "sources",
     ],
     "model": [
         "vocabulary", "layers", "cross_attention", "lm", "contract", "states", "pretrained",

@@ -6,7 +6,7 @@ audio; it has never seen a unit or a file of speech."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,45 +17,25 @@ import torch.nn.functional as F
 import torchaudio
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torchaudio.compliance import kaldi
 
 from mmrag.artifact import sync
 from mmrag.config import Hubert, Pretrain, PretrainRound
 from mmrag.finite import non_finite
-from mmrag.records import Timed
 from mmrag.speech.audio import SAMPLE_RATE
-from mmrag.speech.hubert import CONVOLUTIONS, HubertEncoder, generator_at, seeded_at, window
+from mmrag.speech.hubert import HubertEncoder, generator_at, seeded_at
+from mmrag.speech.targets import Phones, Targets, align, mfcc
 
 STATE = ".pretrain.pt"
 """What an unfinished pretraining goes on from."""
 LOGIT_TEMPERATURE = 0.1
 WARMUP_SHARE = 0.08
 """Share of a round's steps in which the learning rate rises."""
+UNALIGNED_AFTER = 0.15
+"""Share of a round's steps before which its own guesses align no clip."""
 CLIP = 1.0
 """Largest gradient norm."""
 Cluster = Callable[[np.ndarray, int, int], np.ndarray]
 """Features (N, D), number of clusters K, seed -> centroids (K, D)."""
-
-
-def mfcc(wave: Tensor) -> Tensor:
-    """MFCCs with first and second differences, (T,) -> (F, 39), one row a HuBERT frame.
-
-    Kaldi's recipe over just the samples that the frame sees. Raises ValueError if there is no
-    whole frame.
-    """
-    field, hop = window(CONVOLUTIONS)
-    if len(wave) < field:
-        raise ValueError(f"a clip is at least {field} samples long, not {len(wave)}")
-    coefficients = kaldi.mfcc(
-        wave.cpu()[None],
-        sample_frequency=SAMPLE_RATE,
-        frame_length=field / SAMPLE_RATE * 1000,
-        frame_shift=hop / SAMPLE_RATE * 1000,
-        use_energy=False,
-    ).T
-    deltas = torchaudio.functional.compute_deltas(coefficients)
-    accelerations = torchaudio.functional.compute_deltas(deltas)
-    return torch.cat([coefficients, deltas, accelerations]).T
 
 
 def mask_spans(
@@ -98,9 +78,9 @@ class MaskedPrediction(nn.Module):
 
         `waves` (B, T) prepared and padded, `lengths` (B,) samples; `targets` (B, F) int64 and
         `mask` (B, F) bool, false in the padding. A masked frame counts 1, any other `seen_weight`
-        (section 2.3). Logits are cosines over a temperature of 0.1. A clip with a sequence of
-        classes (N,) has no targets: its loss is that of CTC, class 0 the blank, which counts as
-        many as it has frames.
+        (section 2.3). Logits are cosines over a temperature of 0.1. The targets of a clip with a
+        sequence of classes (N,) are what the model itself thinks likeliest for each frame, given
+        that it holds just that sequence; without any where it is too short for it.
         """
         frames = torch.tensor([self.encoder.frames(length) for length in lengths.tolist()])
         inputs = self.encoder.project(waves, lengths)
@@ -108,27 +88,22 @@ class MaskedPrediction(nn.Module):
             torch.where(mask[..., None], self.mask_embedding, inputs), frames
         )
         inside = torch.arange(mask.shape[1], device=mask.device) < frames.to(mask.device)[:, None]
-        unaligned = [row for row, one in enumerate(sequences or ()) if one is not None]
-        aligned = torch.ones(len(mask), 1, dtype=torch.bool, device=mask.device)
-        aligned[unaligned] = False
-        scored = (inside if seen_weight else mask) & aligned
+        for row, sequence in enumerate(sequences or ()):
+            if sequence is not None:
+                with torch.no_grad():
+                    guesses = self._logits(hidden[row, : frames[row]]).log_softmax(-1).cpu()
+                path = align(guesses, sequence)
+                if path is None:
+                    inside[row] = False
+                else:
+                    targets[row, : frames[row]] = path.to(targets.device)
+        masked = mask & inside
+        scored = inside if seen_weight else masked
         logits = self._logits(hidden[scored])
         weights = torch.where(mask[scored], 1.0, seen_weight)
         losses = F.cross_entropy(logits, targets[scored], reduction="none")
         correct = (logits.argmax(-1) == targets[scored]) & mask[scored]
-        loss, count = (losses * weights).sum(), weights.sum()
-        if unaligned:
-            wanted = [sequences[row].to(mask.device) for row in unaligned]
-            loss = loss + F.ctc_loss(
-                self._logits(hidden[unaligned]).log_softmax(-1).transpose(0, 1),
-                torch.cat(wanted),
-                frames[unaligned],
-                torch.tensor([len(each) for each in wanted]),
-                reduction="sum",
-                zero_infinity=True,
-            )
-            count = count + frames[unaligned].sum()
-        return loss, count, correct.sum(), mask[scored].sum()
+        return (losses * weights).sum(), weights.sum(), correct.sum(), masked.sum()
 
     def _logits(self, hidden: Tensor) -> Tensor:
         guesses = F.normalize(self.projection(hidden), dim=-1)
@@ -146,51 +121,14 @@ class MaskedPrediction(nn.Module):
         return best[best > 0].tolist()
 
 
-class Phones:
-    """The class of each frame of each clip: the phone that is said at the frame's middle.
+Reject = Callable[[int, str], None]
+"""Told the number of a clip that cannot be used, and why."""
 
-    Supervision-guided targets (arXiv 2206.10125). Class 0 is silence, and whatever else the
-    alignment leaves open. Of a clip that nobody aligned the phones in their order are known.
-    """
 
-    def __init__(
-        self,
-        aligned: Sequence[Sequence[Timed]],
-        unaligned: Mapping[int, Sequence[str]] | None = None,
-    ) -> None:
-        """`aligned` holds the phones of each clip, in order; `unaligned` those of some clips, by
-        number, as they follow each other."""
-        unaligned = unaligned or {}
-        self.names = sorted(
-            {phone.text for clip in aligned for phone in clip}.union(*unaligned.values())
-        )
-        self.classes = len(self.names) + 1
-        self._aligned = aligned
-        self._number = {name: number for number, name in enumerate(self.names, start=1)}
-        self._sequences = {clip: self.numbered(names) for clip, names in unaligned.items()}
-        self._field, self._hop = window(CONVOLUTIONS)
-
-    def __getitem__(self, clip: int) -> Tensor:
-        """Classes (F,) int64 of clip number `clip`, as far as its last phone."""
-        phones = self._aligned[clip]
-        count = max(0, round(phones[-1].end * SAMPLE_RATE) // self._hop + 1) if phones else 0
-        classes = torch.zeros(count, dtype=torch.long)
-        for phone in phones:
-            first, last = (self._frame(time) for time in (phone.start, phone.end))
-            classes[first:last] = self._number[phone.text]
-        return classes
-
-    def sequence(self, clip: int) -> Tensor | None:
-        """Classes (N,) int64 of a clip that is not aligned; None for one that is."""
-        return self._sequences.get(clip)
-
-    def numbered(self, names: Iterable[str]) -> Tensor:
-        """Phones as classes (N,) int64."""
-        return torch.tensor([self._number[name] for name in names], dtype=torch.long)
-
-    def _frame(self, seconds: float) -> int:
-        """The first frame whose middle is not before a time."""
-        return max(0, math.ceil((seconds * SAMPLE_RATE - self._field / 2) / self._hop))
+def _rejected(reject: Reject | None, clip: int, error: ValueError) -> None:
+    if reject is None:
+        raise error
+    reject(clip, str(error))
 
 
 class Batch(NamedTuple):
@@ -205,31 +143,6 @@ class Batch(NamedTuple):
     """Of each clip whose phones are known and not when they are said."""
 
 
-class Targets:
-    """The class of each frame of each clip: the nearest centroid to its features.
-
-    A clip is labelled when it is first drawn, on its own, and remembered: labels do not depend
-    on the order of drawing, and clips that are never drawn cost nothing.
-    """
-
-    def __init__(
-        self, waves: Sequence[Tensor], describe: Callable[[Tensor], Tensor], centroids: Tensor
-    ) -> None:
-        self._waves = waves
-        self._describe = describe
-        self._centroids = centroids
-        self._labels: dict[int, Tensor] = {}
-
-    def __getitem__(self, clip: int) -> Tensor:
-        """Classes (F,) int64 of clip number `clip`."""
-        if clip not in self._labels:
-            features = self._describe(self._waves[clip])
-            centroids = self._centroids.to(features)
-            nearness = features @ centroids.T - centroids.square().sum(1) / 2
-            self._labels[clip] = nearness.argmax(1).to("cpu", torch.int32)
-        return self._labels[clip].long()
-
-
 def draw(
     encoder: HubertEncoder,
     waves: Sequence[Tensor],
@@ -237,22 +150,31 @@ def draw(
     settings: Pretrain,
     generator: torch.Generator,
     left_out: Collection[int] = (),
+    reject: Reject | None = None,
+    unaligned: bool = True,
 ) -> Batch:
     """Random crops of random clips, `batch_seconds` in all, and a mask over their frames.
 
-    A clip that is left out is passed over where it is drawn; one that is not aligned is whole.
+    A clip that is left out is passed over where it is drawn, and so is one that is not aligned,
+    unless `unaligned`: such a one is whole. One that cannot be read, or holds no frame, is told to
+    `reject` and passed over.
     """
     longest = round(settings.crop_seconds * SAMPLE_RATE)
     missing = settings.batch_seconds * SAMPLE_RATE
     crops, labels, clips, sequences = [], [], [], []
     while missing > 0:
         clip = _below(len(waves), generator)
-        if clip in left_out:
+        sequence = targets.sequence(clip) if isinstance(targets, Phones) else None
+        if clip in left_out or (sequence is not None and not unaligned):
+            continue
+        try:
+            wave = encoder.prepare(waves[clip])
+        except ValueError as error:
+            _rejected(reject, clip, error)
             continue
         clips.append(clip)
-        wave = encoder.prepare(waves[clip])
-        sequences.append(targets.sequence(clip) if isinstance(targets, Phones) else None)
-        most = longest if sequences[-1] is None else len(wave)
+        sequences.append(sequence)
+        most = longest if sequence is None else len(wave)
         spare = max(0, encoder.frames(len(wave)) - encoder.frames(most))
         first = _below(spare + 1, generator)
         crop = wave[first * encoder.hop :][:most]
@@ -308,6 +230,7 @@ class Round:
         seconds: float,
         cluster: Cluster,
         left_out: Collection[int] = (),
+        reject: Reject | None = None,
     ) -> None:
         """Make the centroids from `seconds` of audio, of clips in random order."""
         order = torch.randperm(len(waves), generator=generator_at(self.seed, self.number))
@@ -315,8 +238,12 @@ class Round:
         for clip in order.tolist():
             if clip in left_out:
                 continue
-            wave = waves[clip]
-            features.append(self.describe(wave).cpu().numpy())
+            try:
+                wave = waves[clip]
+                features.append(self.describe(wave).cpu().numpy())
+            except ValueError as error:
+                _rejected(reject, clip, error)
+                continue
             missing -= len(wave)
             if missing <= 0:
                 break
@@ -390,6 +317,7 @@ def pretrain(
     device: torch.device | str = "cpu",
     names: Sequence[str] | None = None,
     held_out: Mapping[str, HeldOut] | None = None,
+    reject: Reject | None = None,
 ) -> HubertEncoder:
     """An encoder of shape `config`, pretrained on `waves`: (T_i,) each, at 16 kHz.
 
@@ -400,7 +328,8 @@ def pretrain(
     `log(step, {round, loss, accuracy, learning_rate})` is called after each step; steps count
     from 1 through all rounds. `names` are the clips' ids. In rounds whose targets are phones, the
     phone error rate on `held_out` clips, by name, stands in the record of each checkpoint's step as
-    `phone_errors_<name>`. Raises ValueError if there is no audio,
+    `phone_errors_<name>`. A clip that cannot be read is told to `reject`, if there is one, and left
+    out. Raises ValueError if there is no audio,
     or a crop holds no frame, NonFiniteLoss before a step is taken on a loss that is no number.
     """
     if not len(waves):
@@ -411,9 +340,20 @@ def pretrain(
     left_out = {number for number, name in enumerate(names) if name in settings.leave_out}
     if len(left_out) == len(waves):
         raise ValueError("pretrain.leave_out leaves no audio to pretrain on")
+
+    def leave(clip: int, reason: str) -> None:
+        if reject is None:
+            raise ValueError(f"{names[clip]}: {reason}")
+        reject(clip, reason)
+        left_out.add(clip)
+        if len(left_out) == len(waves):
+            raise ValueError(f"no clip can be used; {names[clip]}: {reason}")
+
     encoder = HubertEncoder.create(config, seed).to(device)
     if phones is None and any(plan.target == "phones" for plan in settings.rounds):
         raise ValueError("a round's target is phones, and the corpus has no alignment")
+    if phones and not any(phones.sequence(clip) is None for clip in range(len(waves))):
+        raise ValueError("of no clip it is known when its phones are said")
     if not encoder.frames(round(settings.crop_seconds * SAMPLE_RATE)):
         raise ValueError(f"crop_seconds {settings.crop_seconds} is shorter than one frame")
     path = Path(directory) / STATE
@@ -427,13 +367,16 @@ def pretrain(
             if number == saved.get("number"):
                 current.restore(saved)
             elif clustered:
-                current.cluster(waves, settings.sample_seconds, cluster, left_out)
+                current.cluster(waves, settings.sample_seconds, cluster, left_out, leave)
             targets = phones
             if clustered:
                 targets = Targets(waves, current.describe, current.centroids)
             while current.step < plan.steps:
                 generator = generator_at(seed, number, current.step)
-                batch = draw(encoder, waves, targets, settings, generator, left_out)
+                unaligned = current.step >= UNALIGNED_AFTER * plan.steps
+                batch = draw(
+                    encoder, waves, targets, settings, generator, left_out, leave, unaligned
+                )
                 rate = settings.learning_rate * schedule(current.step, plan.steps)
                 metrics = current.train_step(batch, rate, names.__getitem__)
                 if current.step % settings.checkpoint_steps == 0 or current.step == plan.steps:

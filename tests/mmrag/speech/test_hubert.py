@@ -1,4 +1,6 @@
 import json
+import re
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +17,15 @@ from mmrag.records import Timed
 from mmrag.speech.hubert import HubertEncoder
 from mmrag.speech.pretraining import (
     STATE,
+    HeldOut,
     MaskedPrediction,
-    Phones,
-    Targets,
     draw,
     mask_spans,
-    mfcc,
+    phone_error_rate,
     pretrain,
     schedule,
 )
+from mmrag.speech.targets import Phones, Targets, align, mfcc
 from mmrag.speech.units import kmeans
 
 NORMS = ("layer_norm", "group_norm")
@@ -283,7 +285,7 @@ def test_the_loss_is_cross_entropy_of_cosines_over_a_tenth(encoder):
     model = MaskedPrediction(encoder, classes=5)
     waves, lengths, targets, mask = masked_batch(encoder)
     with torch.no_grad():
-        loss, count, correct, masked = model(waves, lengths, targets, mask)
+        loss, count, correct, guessed = model(waves, lengths, targets, mask)
         inputs = encoder.project(waves, lengths)
         inputs[mask] = model.mask_embedding
         frames = torch.tensor([encoder.frames(length) for length in LENGTHS])
@@ -295,6 +297,7 @@ def test_the_loss_is_cross_entropy_of_cosines_over_a_tenth(encoder):
     assert count == mask.sum()
     torch.testing.assert_close(loss, terms[mask].sum(), atol=1e-3, rtol=0)
     assert correct == same == (logits.argmax(-1) == targets)[mask].sum()
+    assert guessed == mask.sum()
     assert seen_count == mask.sum() + (inside & ~mask).sum() / 2
     expected = terms[mask].sum() + terms[inside & ~mask].sum() / 2
     torch.testing.assert_close(with_seen, expected, atol=1e-3, rtol=0)
@@ -597,3 +600,156 @@ def test_pretraining_on_phones_learns_them(tmp_path):
 def test_phones_as_targets_need_an_alignment(tmp_path):
     with pytest.raises(ValueError, match="target is phones, and the corpus has no alignment"):
         pretrain(shape(), plan(rounds=[PHONES]), noise(), 0, tmp_path, kmeans, print)
+
+
+def sequences_of_tones():
+    """Clips of two or three of four steady tones. The first half is aligned and never holds the
+    tone d; of the others, all of which hold it, the order of the tones is known."""
+    tones, _ = steady_phones()
+    draw = np.random.default_rng(0)
+    orders = [draw.permutation(3)[: draw.integers(2, 4)].tolist() for _ in range(20)]
+    orders += [draw.permutation([3, *draw.permutation(3)[:2]]).tolist() for _ in range(20)]
+    waves = [torch.cat([tones[tone] for tone in order]) for order in orders]
+    times = [
+        aligned(*(("abcd"[tone], 6400 * at, 6400 * (at + 1)) for at, tone in enumerate(order)))
+        for order in orders[:20]
+    ]
+    unaligned = {clip: ["abcd"[tone] for tone in orders[clip]] for clip in range(20, 40)}
+    return waves, Phones(times + [()] * 20, unaligned), orders
+
+
+def test_of_a_clip_that_nobody_aligned_the_likeliest_alignment_is_its_target():
+    waves, phones, orders = sequences_of_tones()
+    assert phones.sequence(0) is None
+    assert (phones.sequence(25) - 1).tolist() == orders[25]
+    settings = plan(rounds=[PHONES], crop_seconds=0.1, batch_seconds=8)
+    model = MaskedPrediction(HubertEncoder.create(shape(), 0), phones.classes)
+    generator = torch.Generator().manual_seed(0)
+    batch = draw(model.encoder, waves, phones, settings, generator, unaligned=False)
+    assert batch.sequences == [None] * len(batch.clips) and max(batch.clips) < 20
+    batch = draw(model.encoder, waves, phones, settings, generator)
+    for clip, length, sequence in zip(batch.clips, batch.lengths, batch.sequences, strict=True):
+        assert length == (1600 if clip < 20 else len(waves[clip])), "whole, where not aligned"
+        assert (sequence is None) == (clip < 20)
+    rows = [row for row, one in enumerate(batch.sequences) if one is not None]
+    assert 0 < len(rows) < len(batch.clips)
+    frames = [model.encoder.frames(length) for length in batch.lengths.tolist()]
+
+    def loss_of(targets, sequences):
+        with torch.no_grad():
+            return model(batch.waves, batch.lengths, targets, batch.mask, 1.0, sequences)
+
+    targets = batch.targets.clone()
+    loss, count, _, guessed = loss_of(targets, batch.sequences)
+    assert count == sum(frames) and guessed == batch.mask.sum()
+    for row in rows:
+        path = targets[row, : frames[row]].unique_consecutive()
+        assert path[path > 0].tolist() == batch.sequences[row].tolist()
+    torch.testing.assert_close(loss_of(targets, None)[0], loss)
+
+    impossible = [None if one is None else one.repeat(99) for one in batch.sequences]
+    _, count, _, guessed = loss_of(batch.targets.clone(), impossible)
+    alone = [row for row in range(len(frames)) if row not in rows]
+    assert count == sum(frames[row] for row in alone) and guessed == batch.mask[alone].sum()
+
+
+def test_pretraining_learns_a_phone_that_nobody_aligned(tmp_path):
+    waves, phones, _ = sequences_of_tones()
+    tones, _ = steady_phones()
+    held_out = HeldOut(
+        [torch.cat([tones[0], tones[3], tones[2]]), torch.cat([tones[1], tones[0]])],
+        [["a", "d", "c"], ["b", "unheard"]],
+    )
+    log = []
+    pretrain(
+        shape(),
+        plan(
+            rounds=[{"target": "phones", "steps": 400}],
+            learning_rate=1e-2,
+            batch_seconds=4,
+            crop_seconds=1.2,
+            checkpoint_steps=200,
+            mask_probability=0.01,
+            seen_weight=1,
+        ),
+        waves,
+        0,
+        tmp_path,
+        kmeans,
+        lambda step, metrics: log.append((step, metrics)),
+        phones=phones,
+        held_out={"tones": held_out},
+    )
+    measured = {
+        step: metrics["phone_errors_tones"]
+        for step, metrics in log
+        if "phone_errors_tones" in metrics
+    }
+    assert [*measured] == [200, 400], "at checkpoints"
+    assert measured[400] == pytest.approx(1 / 5), "all but the phone that was never met"
+
+
+def test_an_alignment_is_the_likeliest_path_through_the_sequence():
+    draw = torch.Generator().manual_seed(0)
+    for sequence in ([1], [1, 2], [1, 0, 2], [2, 2, 1], [1, 0, 3, 1], [0, 1, 0]):
+        guesses = torch.rand(6, 4, generator=draw).log()
+        best = max(
+            (path for path in product(range(4), repeat=6) if is_said(path, sequence)),
+            key=lambda path: sum(guesses[at, one].item() for at, one in enumerate(path)),
+        )
+        assert align(guesses, torch.tensor(sequence)).tolist() == list(best), sequence
+    assert align(guesses[:2], torch.tensor([1, 2, 3])) is None
+    assert align(guesses[:3], torch.tensor([1, 2, 3])).tolist() == [1, 2, 3]
+    assert align(guesses[:3], torch.tensor([], dtype=torch.long)).tolist() == [0, 0, 0]
+
+
+def is_said(path, sequence) -> bool:
+    """Whether the classes of a path can be read as the sequence, silence where it may be."""
+    said = "".join(map(str, path))
+    pattern = "0*" + "".join("0*" if one == 0 else f"{one}+" for one in sequence) + "0*"
+    return re.fullmatch(pattern, said) is not None
+
+
+def test_the_phone_error_rate_counts_edits_over_what_is_said():
+    class Reader:
+        def read(self, wave):
+            return [1, 2, 2] if len(wave) else []
+
+    phones = Phones([aligned(("a", 0, 100), ("b", 100, 200))])
+    clips = HeldOut([torch.ones(3), torch.ones(0)], [["a", "b"], ["a", "a"]])
+    assert phone_error_rate(Reader(), clips, phones) == (1 + 2) / 4
+
+
+def test_a_clip_that_cannot_be_read_is_told_and_the_others_are_trained_on(tmp_path):
+    class Waves(list):
+        def __getitem__(self, clip):
+            if clip == 1:
+                raise ValueError("broken.wav: no audio")
+            return super().__getitem__(clip)
+
+    waves, phones = steady_phones()
+    told = []
+    arguments = (shape(), plan(rounds=[CLUSTERS, PHONES]), Waves(waves), 0)
+    pretrain(
+        *arguments,
+        tmp_path,
+        kmeans,
+        lambda *_: None,
+        phones=phones,
+        reject=lambda clip, reason: told.append((clip, reason)),
+    )
+    assert told == [(1, "broken.wav: no audio")]
+    with pytest.raises(ValueError, match=r"1: broken\.wav: no audio"):
+        pretrain(*arguments, tmp_path / "other", kmeans, lambda *_: None, phones=phones)
+    with pytest.raises(ValueError, match=r"no clip can be used; 0: .* at least 400 samples"):
+        pretrain(
+            shape(),
+            plan(rounds=[PHONES]),
+            [torch.ones(10)],
+            0,
+            tmp_path / "short",
+            kmeans,
+            print,
+            phones=Phones([aligned(("a", 0, 10))]),
+            reject=lambda clip, reason: None,
+        )

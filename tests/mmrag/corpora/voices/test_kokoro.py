@@ -1,0 +1,202 @@
+"""Kokoro's protocol over a stand-in graph of the same inputs and outputs, whose phonemes last three
+frames each; what the real model says where its files lie in `runs/kokoro`."""
+
+import sys
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+
+from mmrag.corpora.voices import kokoro
+from mmrag.corpora.voices.kokoro import ACCENTED, PACKS, Synthesizer, Voice, cast, timed_ipa
+from mmrag.corpora.voices.phones import PHONES
+from mmrag.corpora.voices.speech import UnspeakableError
+from mmrag.records import Timed
+from mmrag.speech.audio import SAMPLE_RATE
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("kokoro_onnx")
+pytest.importorskip("espeakng_loader")
+
+REAL = Path(__file__).parents[4] / "runs" / "kokoro"
+FRAMES, SAMPLES = 3, 600
+NOVA = Voice((("af_nova", 1.0),))
+
+
+def stand_in(path: Path, tensor: str = "/encoder/Clip_output_0") -> None:
+    """A graph that gives as much audio as its tokens last: a constant tone of the style's mean."""
+    node, value = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    number, whole = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+    constants = [
+        onnx.numpy_helper.from_array(np.array(FRAMES, np.float32), "frames"),
+        onnx.numpy_helper.from_array(np.array([FRAMES * SAMPLES], np.int64), "samples"),
+        onnx.numpy_helper.from_array(np.array([1], np.int64), "one"),
+    ]
+    nodes = [
+        node("Cast", ["tokens"], ["numbers"], to=number),
+        node("Mul", ["numbers", "zero"], ["nothing"]),
+        node("Add", ["nothing", "frames"], ["each"]),
+        node("Squeeze", ["each", "first"], [tensor]),
+        node("Shape", [tensor], ["count"]),
+        node("Mul", ["count", "samples"], ["length"]),
+        node("ReduceMean", ["style"], ["mean"], keepdims=0),
+        node("Expand", ["mean", "length"], ["audio"]),
+    ]
+    constants += [
+        onnx.numpy_helper.from_array(np.array(0, np.float32), "zero"),
+        onnx.numpy_helper.from_array(np.array([0], np.int64), "first"),
+    ]
+    graph = onnx.helper.make_graph(
+        nodes,
+        "stand-in",
+        [
+            value("tokens", whole, [1, "tokens"]),
+            value("style", number, [1, 256]),
+            value("speed", number, [1]),
+        ],
+        [value("audio", number, ["samples"])],
+        constants,
+    )
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)]), path)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("kokoro")
+    stand_in(directory / "kokoro-test.onnx")
+    packs = {"af_nova": 0.1, "bm_lewis": 0.3}
+    styles = {name: np.full((510, 1, 256), level, np.float32) for name, level in packs.items()}
+    np.savez(directory / "voices-test.npz", **styles)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def synthesizer(directory) -> Synthesizer:
+    return Synthesizer(directory)
+
+
+def test_the_lengths_of_phonemes_sum_to_the_audio(synthesizer):
+    speech = synthesizer.speak("call mary at nine", NOVA)
+    tokens = len(synthesizer._letters("call mary at nine", "en-us")) + 2
+    assert len(speech.wave) / SAMPLE_RATE == pytest.approx(tokens * FRAMES * SAMPLES / 24_000)
+    first, last = speech.phones[0], speech.phones[-1]
+    assert first.start == pytest.approx(FRAMES * SAMPLES / 24_000)
+    assert last.end == pytest.approx(len(speech.wave) / SAMPLE_RATE - first.start)
+    for one, other in pairwise(speech.phones):
+        assert one.end == pytest.approx(other.start), "stress and gaps belong to a phone"
+    assert {phone.text for phone in speech.phones} <= set(PHONES)
+
+
+def test_every_word_has_its_time_whatever_is_run_together_or_taken_apart(synthesizer):
+    for text in ("put it in the box of a friend", "pay 1234567 pounds", "-- well-known o'clock"):
+        words = synthesizer.speak(text, NOVA).words
+        assert [word.text for word in words] == text.split()
+        edges = [edge for word in words for edge in (word.start, word.end)]
+        assert edges == sorted(edges)
+    plain = synthesizer.speak("put it in the box", NOVA)
+    starts = {word.text: word.start for word in plain.words}
+    [box] = [p.start for p in plain.phones if p.text == "b"]
+    assert starts["box"] == pytest.approx(box, abs=0.08)
+
+
+def test_a_blend_is_between_its_packs_and_a_speed_makes_all_of_it_shorter(synthesizer):
+    lewis = Voice((("bm_lewis", 1.0),))
+    both = Voice((("af_nova", 0.5), ("bm_lewis", 0.5)))
+    levels = [synthesizer.speak("hello", one).wave.mean() for one in (NOVA, both, lewis)]
+    assert levels == pytest.approx([0.1, 0.2, 0.3], abs=0.01)
+    quick = Voice(NOVA.blend, speed=1.1)
+    slow, fast = (synthesizer.speak("hello there", one) for one in (NOVA, quick))
+    rate = len(slow.wave) / len(fast.wave)
+    assert rate == pytest.approx(1.1, abs=0.03)
+    assert slow.phones[-1].end / fast.phones[-1].end == pytest.approx(rate, abs=0.001)
+
+
+def test_what_cannot_be_said_and_who_is_not_there_are_named(synthesizer):
+    with pytest.raises(UnspeakableError, match="nothing that can be spoken in '--'"):
+        synthesizer.speak("--", NOVA)
+    with pytest.raises(ValueError, match=r"voices-test\.npz has no voice pack 'am_puck'"):
+        synthesizer.speak("hello", Voice((("am_puck", 1.0),)))
+    with pytest.raises(ValueError, match="rate 3 is not in"):
+        Voice(NOVA.blend, rate=3)
+
+
+def test_absent_files_are_an_error_that_says_how_to_get_them(tmp_path, directory):
+    with pytest.raises(FileNotFoundError, match=r"no kokoro\*\.onnx; .*jobs\.fetch_voices"):
+        Synthesizer(tmp_path)
+    (tmp_path / "kokoro.onnx").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"no voices\*\.bin or voices\*\.npz; "):
+        Synthesizer(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"synthesize\.kokoro names no directory"):
+        Synthesizer(None)
+
+
+def test_a_graph_without_lengths_is_refused_by_name(tmp_path):
+    stand_in(tmp_path / "kokoro-other.onnx", tensor="/somewhere/else")
+    with pytest.raises(ValueError, match=r"kokoro-other\.onnx: this graph does not compute"):
+        kokoro.timed(tmp_path / "kokoro-other.onnx")
+
+
+def test_the_graph_is_made_ready_once_and_left_alone_then(directory):
+    ready = directory / "timed-kokoro-test.onnx"
+    made = kokoro.timed(directory / "kokoro-test.onnx")
+    assert made == ready and kokoro.timed(ready) == ready
+    before = ready.stat().st_mtime_ns
+    assert kokoro.timed(directory / "kokoro-test.onnx") == ready
+    assert ready.stat().st_mtime_ns == before
+
+
+def test_without_the_library_the_error_says_what_to_install(monkeypatch, directory):
+    monkeypatch.setitem(sys.modules, "kokoro_onnx", None)
+    with pytest.raises(ImportError, match=r"pip install mmrag\[kokoro\]"):
+        Synthesizer(directory)
+
+
+def test_gaps_between_words_are_speech_unless_they_are_long():
+    said = [
+        Timed("ˈ", 0.0, 0.1),
+        Timed("I", 0.1, 0.2),
+        Timed(" ", 0.2, 0.25),
+        Timed("t", 0.25, 0.3),
+        Timed(" ", 0.3, 0.6),
+        Timed(",", 0.6, 0.7),
+        Timed("s", 0.7, 0.8),
+    ]
+    assert list(timed_ipa(said)) == [
+        Timed("aɪ", 0.0, 0.25),
+        Timed("t", 0.25, 0.3),
+        Timed("s", 0.7, 0.8),
+    ]
+
+
+def test_packs_of_dev_and_test_are_neither_trained_on_nor_blended():
+    draw = Random(0)
+    for split in ("dev", "test"):
+        voices = {cast(split, draw).id for _ in range(200)}
+        assert voices == set(PACKS[split])
+    trained = [cast(split, draw) for split in ("lm", "adapter", "datastore") for _ in range(500)]
+    heard = {pack for voice in trained for pack, _ in voice.blend}
+    assert heard == {*PACKS["train"], *ACCENTED}
+    assert not heard & {*PACKS["dev"], *PACKS["test"]} and not {*PACKS["dev"]} & {*PACKS["test"]}
+    assert len({voice.blend for voice in trained}) > 1400
+    assert [cast("lm", Random(7)) for _ in range(2)] == [cast("lm", Random(7))] * 2
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="python -m jobs.fetch_voices fetches Kokoro")
+def test_the_real_model_speaks_and_its_vowels_are_louder_than_its_pauses():
+    synthesizer = Synthesizer(REAL)
+    speech = synthesizer.speak("please call mary, tomorrow", NOVA)
+    again = synthesizer.speak("please call mary, tomorrow", NOVA)
+    np.testing.assert_array_equal(speech.wave, again.wave)
+    said = [phone.text for phone in speech.phones]
+    assert said[:6] == ["p", "l", "i", "z", "k", "ɔ"] and said[-1] == "oʊ"
+    power = np.square(speech.wave)
+
+    def mean(start, end):
+        return power[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)].mean()
+
+    silent = mean(0, speech.phones[0].start - 0.05)
+    for phone in speech.phones:
+        if phone.text in ("i", "ɔ", "ɛ", "ɑ", "oʊ"):
+            assert mean(phone.start, phone.end) > 30 * silent
