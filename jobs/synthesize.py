@@ -16,7 +16,7 @@ from mmrag.config import Experiment, Synthesize, recipe
 from mmrag.corpora import recordings
 from mmrag.corpora.recordings import Rerecorded
 from mmrag.corpora.synthetic import Planned, plan
-from mmrag.corpora.voices.kokoro import files
+from mmrag.corpora.voices import kokoro
 from mmrag.records import Rejection
 
 PART_UTTERANCES = 64
@@ -27,12 +27,13 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     """Make `corpus/`: a manifest `<split>.jsonl` for each split, and `audio/`.
 
     What could not be spoken or read is in `rejected.jsonl`. Raises OSError for a synthesizer whose
-    files are absent, ArtifactError for a text file or manifest that is.
+    files are absent, ImportError for one that is not installed, ArtifactError for a text file or
+    manifest that is not there.
     """
     settings = experiment.synthesize
     config = recipe({"seed": experiment.seed}, settings)
     if "kokoro" in {*settings.voices, *(settings.held_out_voices or ())}:
-        files(settings.kokoro)
+        kokoro.ready(settings.kokoro)
 
     def work(draft: Draft, tracked: Run) -> None:
         planned, rejected = _planned(settings, experiment.seed)

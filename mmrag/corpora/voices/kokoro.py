@@ -11,10 +11,12 @@ takes, an output that published files compute and do not give.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from random import Random
@@ -121,16 +123,14 @@ class Synthesizer:
     """
 
     def __init__(self, directory: Path | str | None) -> None:
-        try:
-            import onnxruntime
-            from kokoro_onnx import Kokoro
-        except ImportError:
-            raise ImportError("neural voices need kokoro_onnx: pip install mmrag[kokoro]") from None
-        model, packs = files(directory)
+        model, packs = ready(directory)
+        import onnxruntime
+        from kokoro_onnx import Kokoro
+
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         session = onnxruntime.InferenceSession(
-            str(timed(model)), options, providers=onnxruntime.get_available_providers()
+            str(model), options, providers=onnxruntime.get_available_providers()
         )
         self._kokoro = Kokoro.from_session(session, str(packs))
         self._packs = packs
@@ -248,8 +248,14 @@ def _matched(groups: Sequence[int], words: Sequence[int]) -> Iterator[tuple[int,
     yield from reversed(runs)
 
 
-def files(directory: Path | str | None) -> tuple[Path, Path]:
-    """The model and the voice packs in a directory; OSError that says how to get them."""
+def ready(directory: Path | str | None) -> tuple[Path, Path]:
+    """The model, DURATION among its outputs, and the voice packs in a directory.
+
+    Raises ImportError where the `kokoro` extra is missing, OSError that says how to get the files,
+    ValueError for a graph that does not compute DURATION.
+    """
+    if not all(find_spec(library) for library in ("kokoro_onnx", "onnx", "onnxruntime")):
+        raise ImportError("neural voices need kokoro_onnx: pip install mmrag[kokoro]")
     how = "`python -m jobs.fetch_voices` fetches Kokoro's model and voices"
     if directory is None:
         raise FileNotFoundError(f"synthesize.kokoro names no directory; {how}")
@@ -260,7 +266,7 @@ def files(directory: Path | str | None) -> tuple[Path, Path]:
         if not named:
             raise FileNotFoundError(f"{directory.absolute()}: no {' or '.join(patterns)}; {how}")
         found.append(named[-1])
-    return found[0], found[1]
+    return timed(found[0]), found[1]
 
 
 def timed(path: Path) -> Path:
@@ -282,7 +288,7 @@ def timed(path: Path) -> Path:
     whole = onnx.TensorProto.INT64
     graph.node.append(onnx.helper.make_node("Cast", [_LENGTHS], [DURATION], to=whole))
     graph.output.append(onnx.helper.make_tensor_value_info(DURATION, whole, None))
-    aside = made.with_suffix(".aside")
+    aside = made.with_suffix(f".{os.getpid()}")
     onnx.save(model, aside)
     aside.replace(made)
     return made

@@ -1,0 +1,65 @@
+import json
+
+import numpy as np
+import pytest
+import soundfile
+
+from mmrag.corpora import recordings
+from mmrag.corpora.recordings import SPEEDS, Rerecorded
+from mmrag.records import Rejection
+from mmrag.speech.audio import SAMPLE_RATE, AudioError
+
+
+@pytest.fixture
+def manifests(tmp_path):
+    """Two manifests of people: three lines of training, of which one can be used, one of dev."""
+    folder = tmp_path / "people"
+    folder.mkdir()
+    tone = 0.3 * np.sin(np.arange(SAMPLE_RATE) / 9)
+    soundfile.write(folder / "one.wav", tone, SAMPLE_RATE)
+    said = {"audio_filepath": "one.wav", "text": "we call it bear", "speaker": "0001"}
+    lines = [json.dumps(said), "no json", json.dumps({"text": "only text"})]
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "dev.jsonl").write_text(json.dumps({**said, "domain": "visitors"}) + "\n")
+    return {"lm": folder / "train.jsonl", "dev": folder / "dev.jsonl"}
+
+
+def test_training_is_heard_several_times_and_dev_once(manifests):
+    planned = list(recordings.plan(manifests, copies=3, seed=1))
+    kept = [(split, one) for split, one in planned if isinstance(one, Rerecorded)]
+    assert [split for split, _ in kept] == ["lm"] * 3 + ["dev"]
+    assert [one.said.domain for _, one in kept] == ["people"] * 3 + ["visitors"]
+    assert [one.seed is None for _, one in kept] == [True, False, False, True]
+    assert len({one.said.id for _, one in kept}) == 4
+    assert {one.said.text for _, one in kept} == {"we call it bear"}
+    rejected = [one for _, one in planned if isinstance(one, Rejection)]
+    assert [one.reason.split(":")[0] for one in rejected] == [
+        "not JSON",
+        "text without a recording",
+    ]
+    assert planned == list(recordings.plan(manifests, copies=3, seed=1))
+    other = [one for _, one in recordings.plan(manifests, copies=3, seed=2)]
+    assert other[1] != planned[1][1]
+
+
+def test_a_copy_is_recorded_worse_and_at_another_speed_the_same_each_time(manifests):
+    plain, *copies = [
+        one
+        for split, one in recordings.plan(manifests, copies=25, seed=1)
+        if split == "lm" and isinstance(one, Rerecorded)
+    ]
+    said, wave = recordings.record(plain)
+    assert (said.speaker, said.text) == ("0001", "we call it bear")
+    np.testing.assert_allclose(wave, 0.3 * np.sin(np.arange(SAMPLE_RATE) / 9), atol=1e-3)
+    speeds = {round(SAMPLE_RATE / len(recordings.record(one)[1]), 2) for one in copies}
+    assert min(SPEEDS) - 0.05 < min(speeds) < 1 < max(speeds) < max(SPEEDS) + 0.05
+    _, first = recordings.record(copies[0])
+    np.testing.assert_array_equal(first, recordings.record(copies[0])[1])
+    assert np.abs(first).max() <= 1
+
+
+def test_a_recording_that_cannot_be_read_is_named(manifests):
+    [(_, one)] = list(recordings.plan({"dev": manifests["dev"]}, copies=1, seed=1))
+    one.said.audio.write_bytes(b"RIFF")
+    with pytest.raises(AudioError, match=r"one\.wav"):
+        recordings.record(one)
