@@ -158,7 +158,7 @@ class Pronunciation:
         phones: list[str] = []
         starts = [word.start for word in speech.words[1:]]
         for phone in speech.phones:
-            while starts and phone.end > starts[0] + (phone.end - phone.start) / 2:
+            while starts and phone.start > starts[0] - 0.01:  # espeak-ng's words begin early
                 starts.pop(0)
                 phones.append("")
             phones.append(phone.text)

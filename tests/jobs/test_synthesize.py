@@ -1,8 +1,14 @@
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
 import pytest
 import soundfile
 
 from jobs import synthesize
 from mmrag.artifact import ArtifactError
+from mmrag.config import Recordings, Sentences
 from mmrag.corpora import manifest
 from mmrag.corpora.synthetic import SPLITS
 from mmrag.records import Utterance
@@ -49,3 +55,94 @@ def test_a_changed_plan_is_refused_and_the_difference_named(workspace):
     changed = workspace.experiment.model_copy(update={"synthesize": settings})
     with pytest.raises(ArtifactError, match="from something else: test was 6 and is now 7"):
         synthesize.run(changed)
+
+
+@pytest.fixture(scope="module")
+def mixed(workspace, tmp_path_factory):
+    """A corpus with real sentences and recordings of a person; one recording is broken."""
+    path = tmp_path_factory.mktemp("mixed")
+    lines = [f"where is my {thing} {when}" for thing in THINGS for when in ("now", "today")]
+    (path / "requests.txt").write_text("\n".join(lines) + "\n--\n")
+    people = path / "people"
+    people.mkdir()
+    tone = 0.2 * np.sin(np.arange(8000) / 9)
+    soundfile.write(people / "one.wav", tone, 16_000)
+    (people / "broken.wav").write_bytes(b"RIFF")
+    rows = [
+        {"audio_filepath": f"{name}.wav", "text": "we call it bear", "speaker": "0001"}
+        for name in ("one", "broken")
+    ]
+    manifest_lines = [json.dumps(row) for row in rows] + ["{"]
+    (people / "train.jsonl").write_text("\n".join(manifest_lines) + "\n")
+    sentences = Sentences(files=(str(path / "requests.txt"),), held_out=0.25, lm=15, dev=2, test=2)
+    settings = workspace.experiment.synthesize.model_copy(
+        update={
+            "lm": 4,
+            "text": 3,
+            "sentences": sentences,
+            "recordings": Recordings(lm=str(people / "train.jsonl"), copies=2),
+        }
+    )
+    changes = {"workspace": path / "workspace", "synthesize": settings}
+    return workspace.experiment.model_copy(update=changes)
+
+
+THINGS = (
+    *("card", "order", "parcel", "money", "key", "phone", "table", "train", "bag", "coat"),
+    *("book", "letter", "ticket", "bill", "taxi", "lunch", "doctor", "dog", "cat", "bike"),
+)
+
+
+def test_real_sentences_and_people_stand_beside_the_grammar(mixed):
+    made = synthesize.run(mixed)
+    corpus = {
+        split: list(manifest.read(made.path / f"{split}.jsonl")) for split in ("lm", "text", "dev")
+    }
+    domains = Counter(one.domain for one in corpus["lm"])
+    assert domains["requests"] == 15 and domains["people"] == 2
+    assert domains.total() == 4 + 15 + 2
+    real = {one.text for split in corpus.values() for one in split if one.domain == "requests"}
+    assert 15 + 2 < len(real) < 40, "what is not said is text"
+    assert Counter(one.domain for one in corpus["dev"])["requests"] == 2
+    first, second = (one for one in corpus["lm"] if one.domain == "people")
+    assert (first.speaker, first.text, first.phones) == ("0001", "we call it bear", ())
+    assert first.duration == 0.5 and soundfile.info(first.audio).frames == 8000
+    assert not np.array_equal(soundfile.read(first.audio)[0], soundfile.read(second.audio)[0])
+
+    listed = [json.loads(line) for line in (made.path / "rejected.jsonl").open()]
+    assert len(listed) == 3, "the broken recording twice, and the line that is no JSON"
+    assert sum("broken.wav" in one["reason"] for one in listed) == 2
+    assert sum("train.jsonl:3" in one["source"] for one in listed) == 1
+
+
+def test_what_is_missing_is_named_before_anything_is_said(mixed, tmp_path):
+    def of(**changes):
+        settings = mixed.synthesize.model_copy(update=changes)
+        update = {"synthesize": settings, "workspace": tmp_path / "workspace"}
+        return mixed.model_copy(update=update)
+
+    nowhere = mixed.synthesize.sentences.model_copy(update={"files": (str(tmp_path / "no.txt"),)})
+    with pytest.raises(ArtifactError, match=r"no such file or directory: .*no\.txt"):
+        synthesize.run(of(sentences=nowhere))
+    with pytest.raises(ArtifactError, match=r"no such file or directory: .*none\.jsonl"):
+        synthesize.run(of(recordings=Recordings(dev=str(tmp_path / "none.jsonl"))))
+    with pytest.raises((OSError, ImportError), match=r"jobs\.fetch_voices|pip install"):
+        synthesize.run(of(voices={"espeak": 1, "kokoro": 1}, kokoro=str(tmp_path)))
+    many = mixed.synthesize.sentences.model_copy(update={"test": 1000})
+    with pytest.raises(ValueError, match=r"split test: \d+ sentences in .*, fewer than the 1000"):
+        synthesize.run(of(sentences=many))
+    assert not list(tmp_path.glob("workspace/corpus"))
+
+
+def test_files_may_move_and_what_they_hold_may_not(mixed, tmp_path):
+    made = synthesize.run(mixed)
+    [file] = mixed.synthesize.sentences.files
+    moved = tmp_path / "requests.txt"
+    moved.write_text(Path(file).read_text())
+    sentences = mixed.synthesize.sentences.model_copy(update={"files": (str(moved),)})
+    settings = mixed.synthesize.model_copy(update={"sentences": sentences})
+    elsewhere = mixed.model_copy(update={"synthesize": settings})
+    assert synthesize.run(elsewhere).fingerprint == made.fingerprint
+    moved.write_text("another sentence\n")
+    with pytest.raises(ArtifactError, match="sentences/requests"):
+        synthesize.run(elsewhere)

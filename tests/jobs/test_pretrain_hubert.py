@@ -1,0 +1,67 @@
+"""The encoder's pretraining as a job: on whatever is tokenized, aligned or not."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+
+from cluster.progress import records
+from jobs import pretrain_hubert
+from jobs.pretrain_hubert import Pronunciation
+from mmrag.config import PretrainRound
+from mmrag.records import Timed, Utterance
+from mmrag.speech.hubert import HubertEncoder
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def speech(workspace, tmp_path):
+    """A source of its own: half of the corpus without its alignment, a broken file, a dev split."""
+    directory = tmp_path / "speech"
+    directory.mkdir()
+    for split, keep in (("lm", 12), ("dev", 3)):
+        rows = [json.loads(line) for line in (workspace.path / "corpus" / f"{split}.jsonl").open()][
+            :keep
+        ]
+        for number, row in enumerate(rows):
+            wave, rate = soundfile.read(workspace.path / "corpus" / row["audio_filepath"])
+            soundfile.write(directory / f"{split}-{number}.flac", wave, rate)
+            row |= {"audio_filepath": f"{split}-{number}.flac", "utterance": f"{split}-{number}"}
+            if number % 2:
+                del row["phones"]
+        (directory / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (directory / "lm-3.flac").write_bytes(b"fLaC")
+    return directory
+
+
+def test_it_reads_what_is_tokenized_and_measures_phones_on_dev(workspace, borrow, speech):
+    experiment = workspace.experiment
+    pretrain = experiment.pretrain.model_copy(
+        update={"rounds": (PretrainRound(target="phones", steps=12),), "checkpoint_steps": 6}
+    )
+    tokenize = experiment.tokenize.model_copy(update={"source": str(speech)})
+    changed = borrow().model_copy(update={"pretrain": pretrain, "tokenize": tokenize})
+    made = pretrain_hubert.run(changed)
+    assert HubertEncoder.load(made.path).width == experiment.hubert.width
+    measured = [
+        {name: value for name, value in record.items() if name.startswith("phone_errors_")}
+        for record in records(made.path)
+    ]
+    assert [number for number, one in enumerate(measured, start=1) if one] == [6, 12]
+    assert all(0 < rate <= 2 for one in measured for rate in one.values())
+    assert made.summary["phone_errors_assistant"] == round(
+        measured[-1]["phone_errors_assistant"], 3
+    )
+    [listed] = [json.loads(line) for line in (made.path / "rejected.jsonl").open()]
+    assert listed["source"] == "lm-3" and "lm-3.flac" in listed["reason"]
+    assert np.isfinite([record["loss"] for record in records(made.path)]).all()
+
+
+def test_a_text_is_pronounced_word_by_word_and_an_alignment_is_taken_as_it_is():
+    say = Pronunciation()
+    assert say(Utterance("one", text="the cat")) == ("ð", "ə", "", "k", "æ", "t")
+    assert say(Utterance("two", text="--")) == ()
+    aligned = Utterance("three", text="a", phones=(Timed("ə", 0, 1), Timed("t", 1, 2)))
+    assert say(aligned) == ("ə", "t")
