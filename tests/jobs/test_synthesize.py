@@ -51,14 +51,14 @@ def test_the_datastore_speaks_of_every_entity_of_the_test_split(corpus):
 
 
 def test_a_changed_plan_is_refused_and_the_difference_named(workspace):
-    settings = workspace.experiment.synthesize.model_copy(update={"test": 7})
+    settings = experiment.synthesize.model_copy(update={"test": 7})
     changed = workspace.experiment.model_copy(update={"synthesize": settings})
     with pytest.raises(ArtifactError, match="from something else: test was 6 and is now 7"):
         synthesize.run(changed)
 
 
 @pytest.fixture(scope="module")
-def mixed(workspace, tmp_path_factory):
+def mixed(ray_cluster, experiment, tmp_path_factory):
     """A corpus with real sentences and recordings of a person; one recording is broken."""
     path = tmp_path_factory.mktemp("mixed")
     lines = [f"where is my {thing} {when}" for thing in THINGS for when in ("now", "today")]
@@ -75,7 +75,7 @@ def mixed(workspace, tmp_path_factory):
     manifest_lines = [json.dumps(row) for row in rows] + ["{"]
     (people / "train.jsonl").write_text("\n".join(manifest_lines) + "\n")
     sentences = Sentences(files=(str(path / "requests.txt"),), held_out=0.25, lm=15, dev=2, test=2)
-    settings = workspace.experiment.synthesize.model_copy(
+    settings = experiment.synthesize.model_copy(
         update={
             "lm": 4,
             "text": 3,
@@ -84,7 +84,7 @@ def mixed(workspace, tmp_path_factory):
         }
     )
     changes = {"workspace": path / "workspace", "synthesize": settings}
-    return workspace.experiment.model_copy(update=changes)
+    return experiment.model_copy(update=changes)
 
 
 THINGS = (
