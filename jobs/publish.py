@@ -9,6 +9,8 @@ from cluster.progress import METRICS
 from jobs import stage
 from mmrag import artifact, shipped
 from mmrag.config import Experiment
+from mmrag.decoding.confidence import Calibration
+from mmrag.recogniser import CALIBRATION
 
 KINDS = {"hubert": "pretrain_hubert", "codebook": "tokenize", "lm": "train"}
 LIMIT_MB = 25
@@ -16,8 +18,8 @@ LIMIT_MB = 25
 
 
 def run(experiment: Experiment, force: bool = False) -> None:
-    """Copy `hubert/`, `codebook/`, `lm/`, and `adapter/` if the experiment trains one, over the
-    package's tiny model.
+    """Copy `hubert/`, `codebook/`, `lm/`, `adapter/` if the experiment trains one, and
+    `calibration/` if there is one, over the package's tiny model.
 
     ValueError if they are too large for a package, ArtifactError if they do not belong together.
     """
@@ -27,19 +29,23 @@ def run(experiment: Experiment, force: bool = False) -> None:
     if experiment.adapter is not None:
         made["adapter"] = stage.load(experiment, "adapter", "adapter", "train")
         made["adapter"].require("lm", made["lm"])
-    files = [file for each in made.values() for file in _files(each.path)]
+    directories = {kind: each.path for kind, each in made.items()}
+    if Calibration.load(experiment.workspace / CALIBRATION, made["lm"].fingerprint):
+        directories[CALIBRATION] = experiment.workspace / CALIBRATION
+    files = [file for each in directories.values() for file in _files(each)]
     size = sum(file.stat().st_size for file in files) / 1e6
     if size > LIMIT_MB:
         raise ValueError(f"{experiment.workspace}: models of {size:.0f} MB; {LIMIT_MB} are allowed")
     model = shipped.DIRECTORY / shipped.TINY.removeprefix(shipped.PREFIX)
-    if "adapter" not in made and (model / "adapter").exists():
-        shipped_with = artifact.load(model / "adapter", "adapter").inputs.get("lm")
-        if shipped_with != made["lm"].fingerprint:  # it cannot be used with the new one
-            shutil.rmtree(model / "adapter")
-    for kind, each in made.items():
+    if (model / "lm").exists():
+        replaced = artifact.load(model / "lm", "lm").fingerprint
+        if replaced != made["lm"].fingerprint:  # what was made for it is of no use to the new one
+            for kind in ("adapter", CALIBRATION):
+                shutil.rmtree(model / kind, ignore_errors=True)
+    for kind, each in directories.items():
         shutil.rmtree(model / kind, ignore_errors=True)
         (model / kind).mkdir(parents=True)
-        for file in _files(each.path):
+        for file in _files(each):
             shutil.copyfile(file, model / kind / file.name)
     stage.console.print(f"{model}: {size:.1f} MB in {len(files)} files")
 

@@ -44,6 +44,7 @@ IN_PROCESS = {
     "max_seconds": None,
     "speech_threshold": 0.75,
     "trust": False,
+    "unclear": "keep",
     "device": None,
 }
 """Options that an endpoint decides for itself, and what they are if nobody gives them."""
@@ -109,6 +110,7 @@ def _here(options: argparse.Namespace) -> bool:
             max_seconds=options.max_seconds,
             speech=options.speech_threshold,
             agreement=None if options.trust else AGREEMENT,
+            unclear=options.unclear,
         )
     except (ArtifactError, DatastoreError, OSError, ValueError, ImportError) as error:
         sys.exit(f"mmrag: {error}")
@@ -215,6 +217,12 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="keep transcripts that retrieval made loop or that the language model finds absurd; "
         "else they are made again without",
+    )
+    command.add_argument(
+        "--unclear",
+        choices=("keep", "empty"),
+        help="what becomes of the words of a segment that is too unsure to be relied on (default: "
+        f"{IN_PROCESS['unclear']})",
     )
     command.add_argument("--device", help="default: cuda where there is one, else cpu")
     command.add_argument(
@@ -404,6 +412,8 @@ def _print(file: Path, transcript: Transcript, as_json: bool) -> None:
         f"[bold green]{_shown(word.text)}[/]" if word.changed else _shown(word.text)
         for word in transcript.words
     )
+    if transcript.unclear:
+        marked = f"[dim]{' '.join(filter(None, (marked, '(unclear)')))}[/]"
     marked = marked or "[dim](nothing said)[/]"
     console.print(
         f"{_shown(printable(file))}  {transcript.start:.1f}–{transcript.end:.1f} s\n  {marked}"

@@ -207,6 +207,7 @@ def _answer(done: dict[str, Any]) -> Answer:
         text=done["text"],
         words=tuple(_word(word) for word in done["words"]),
         end=done["duration"],
+        unclear=any(word.get("unclear", False) for word in done["words"]),
     )
     return Answer(transcript, done.get("missing_shards", 0))
 
@@ -216,7 +217,8 @@ def _word(word: dict[str, Any]) -> Word:
     if source is not None:
         source = Source(**{field.name: source[field.name] for field in fields(Source)})
     evidence = ("probability", "lm_probability", "changed", "start", "end")
-    return Word(text=word["word"], source=source, **{name: word[name] for name in evidence})
+    known = {name: word[name] for name in evidence} | {"confidence": word.get("confidence")}
+    return Word(text=word["word"], source=source, **known)
 
 
 def _message(body: object) -> str | None:

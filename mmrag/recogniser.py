@@ -21,6 +21,7 @@ from mmrag.config import Decode
 from mmrag.corpora import synthetic
 from mmrag.corpora.voices.engines import Synthesizers
 from mmrag.corpora.voices.speech import UnspeakableError
+from mmrag.decoding.confidence import Calibration
 from mmrag.model import pretrained, whisper
 from mmrag.model.contract import SpeechDecoder, TextVocabulary
 from mmrag.model.cross_attention import Adapter
@@ -91,6 +92,8 @@ class Decoder(Protocol):
         ...
 
 
+CALIBRATION = "calibration"
+"""Directory of a confidence calibration, beside the models that it is of."""
 SPOKEN = 32
 """Sentences that a synthesizer says before they are encoded, as one batch: HuBERT encodes short
 ones many times faster together, and a phrase's units do not depend on the others."""
@@ -186,6 +189,8 @@ class SpeechLM(_Timed):
     """Reads what is retrieved; None where there is none."""
     identity: dict[str, str]
     """Role (codebook, lm) -> fingerprint of the artifact."""
+    calibration: Calibration | None
+    """Probabilities to confidences; None where nobody calibrated."""
 
     @classmethod
     def load(cls, directory: Path, device: str = "cpu", adapted: bool = True) -> SpeechLM:
@@ -208,6 +213,7 @@ class SpeechLM(_Timed):
             vocabulary=vocabulary,
             adapter=adapter,
             identity=identity,
+            calibration=Calibration.load(directory / CALIBRATION, identity["lm"]),
         )
 
     @property
@@ -250,6 +256,7 @@ class WhisperRecogniser:
     identity: dict[str, str]
     """Role `whisper` -> fingerprint of the checkpoint's files."""
     adapter: None = None
+    calibration: None = None
 
     @classmethod
     def load(cls, name: str, device: str = "cpu", language: str | None = None) -> WhisperRecogniser:

@@ -202,6 +202,8 @@ class Word:
     start: float | None = None
     """Seconds from the recording's start; None where nobody asked."""
     end: float | None = None
+    confidence: float | None = None
+    """Probability that the word is right; None where the models are not calibrated."""
 
 
 @dataclass(frozen=True)
@@ -214,3 +216,7 @@ class Transcript:
     end: float = 0.0
     stopped: bool = field(default=True)
     """False where the decoder ran into its length limit before the end token."""
+    confidence: float | None = None
+    """Share of the words that is expected to be right; None where the models are not calibrated."""
+    unclear: bool = False
+    """Whether `confidence` is too small to rely on the words."""

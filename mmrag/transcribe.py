@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mmrag.config import Decode
+from mmrag.decoding.confidence import Calibration
 from mmrag.decoding.decode import Choice, Hypothesis, decode
 from mmrag.decoding.guard import credible
 from mmrag.model.contract import TextVocabulary
@@ -45,7 +46,8 @@ def transcribe(
         [heard] = recognise(recogniser, units, settings, retrieval, attention_sources=[attention])
         text = recogniser.vocabulary.decode(heard.tokens)
         spoken = words(heard, recogniser.vocabulary, source)
-        yield Transcript(text, spoken, segment.start, segment.end, heard.stopped)
+        made = Transcript(text, spoken, segment.start, segment.end, heard.stopped)
+        yield judged(made, recogniser.calibration, settings)
 
 
 def recognise(
@@ -100,6 +102,22 @@ def words(
         )
         for (text, _), choices, one in zip(ends, tokens, evidence, strict=True)
     )
+
+
+def judged(transcript: Transcript, calibration: Calibration | None, settings: Decode) -> Transcript:
+    """The transcript with its confidence and that of its words, marked if it is unclear; without
+    its words then, if `settings` want it so. Where nobody calibrated, it stays as it is."""
+    if calibration is None or not transcript.words:
+        return transcript
+    probabilities = [word.probability for word in transcript.words]
+    each = calibration.words(probabilities).tolist()
+    sure = [replace(one, confidence=c) for one, c in zip(transcript.words, each, strict=True)]
+    confidence = calibration.segment(probabilities)
+    unclear = confidence < calibration.unclear
+    made = replace(transcript, words=tuple(sure), confidence=confidence, unclear=unclear)
+    if unclear and settings.unclear == "empty":
+        return replace(made, text="", words=())
+    return made
 
 
 def _probability(logps: Iterator[float]) -> float:

@@ -20,7 +20,7 @@ from mmrag.decoding.align import align
 from mmrag.decoding.decode import Clip, Hypothesis
 from mmrag.decoding.engine import Decoded, Engine, Statistics
 from mmrag.recogniser import is_whisper, load_decoder, load_encoder
-from mmrag.records import Retriever, Word
+from mmrag.records import Retriever, Transcript, Word
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.entries import read_entries
 from mmrag.retrieval.interpolation import Retrieval
@@ -29,7 +29,7 @@ from mmrag.retrieval.phrases import WINDOW, Phrases, untuned
 from mmrag.retrieval.retrievers import SECOND, JoinedRetriever, SubsetRetriever
 from mmrag.retrieval.segment import Description, Segment
 from mmrag.speech.tokenized import Tokenized
-from mmrag.transcribe import words
+from mmrag.transcribe import judged, words
 from serve import probe
 from serve.messages import (
     DecodeRequest,
@@ -199,17 +199,21 @@ class Decoder:
         self, request: DecodeRequest, sources: RetrievalSources | None, decoded: Decoded
     ) -> DecodeResult:
         hypothesis, vocabulary = decoded.hypothesis, self._models.vocabulary
-        found: tuple[Word, ...] = ()
-        if request.output.evidence or request.output.timed:
-            source = sources.source if sources and request.output.evidence else None
-            found = await asyncio.to_thread(words, hypothesis, vocabulary, source)
+        asked = request.output.evidence or request.output.timed
+        source = sources.source if sources and request.output.evidence else None
+        text = vocabulary.decode(hypothesis.tokens)
+        heard = Transcript(text, await asyncio.to_thread(words, hypothesis, vocabulary, source))
+        heard = judged(heard, self._models.calibration, self._settings.decode)
+        found = heard.words if asked else ()
         if request.output.timed and found:
             found = await self._timed(request, hypothesis, found)
         return DecodeResult(
-            text=vocabulary.decode(hypothesis.tokens),
+            text=heard.text,
             words=found,
             tokens=tuple(hypothesis.tokens),
             ends=tuple(end for _, end in vocabulary.word_ends(hypothesis.tokens)) if found else (),
+            confidence=heard.confidence,
+            unclear=heard.unclear,
             mean_logp=hypothesis.logp / max(1, len(hypothesis.choices)),
             stopped=hypothesis.stopped,
             missing_shards=decoded.missing_shards,

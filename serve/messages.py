@@ -125,6 +125,10 @@ class DecodeResult:
     """Mean log-probability of its tokens, nats."""
     stopped: bool
     """False where it ran into its length limit."""
+    confidence: float | None
+    """Share of its words that is expected to be right; None where nobody calibrated."""
+    unclear: bool
+    """Whether that is too little to rely on them."""
     missing_shards: int = 0
 
     def tokens_of(self, first: int, last: int) -> tuple[int, ...]:

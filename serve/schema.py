@@ -64,6 +64,10 @@ class TimedWord(BaseModel):
     probability: float
     lm_probability: float
     changed: bool
+    confidence: float | None = None
+    """Calibrated probability that the word is right; null where the model is not calibrated."""
+    unclear: bool = False
+    """Whether its segment is too unsure to rely on."""
     source: Evidence | None = None
 
 
@@ -87,6 +91,10 @@ class Segment(BaseModel):
     temperature: float
     avg_logprob: float
     compression_ratio: float
+    confidence: float | None = None
+    """Share of the words that is expected to be right; null where the model is not calibrated."""
+    unclear: bool = False
+    """Whether that is too little to rely on them."""
 
 
 class Transcription(BaseModel):

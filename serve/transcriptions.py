@@ -138,6 +138,8 @@ class Transcriptions:
                 temperature=temperature,
                 avg_logprob=one.result.mean_logp,
                 compression_ratio=len(cue.text) / len(zlib.compress(cue.text.encode())),
+                confidence=one.result.confidence,
+                unclear=one.result.unclear,
             )
             for one in transcribed
             if one.result
@@ -175,7 +177,12 @@ def _plain(
         **more,
     }
     if evidence:
-        fields["words"] = [_word(word) for word in _words(transcribed)]
+        fields["words"] = [
+            _word(word, one.result.unclear)
+            for one in transcribed
+            if one.result
+            for word in one.result.words
+        ]
         missing = [one.result.missing_shards for one in transcribed if one.result]
         fields["missing_shards"] = max(missing, default=0)
     made = kind(**fields)
@@ -191,9 +198,9 @@ def _words(transcribed: Sequence[TranscribedSegment]) -> list[Word]:
     return [word for one in transcribed if one.result for word in one.result.words]
 
 
-def _word(word: Word) -> schema.TimedWord:
+def _word(word: Word, unclear: bool) -> schema.TimedWord:
     source = word.source and schema.Evidence(**vars(word.source))
-    fields = vars(word) | {"source": source, "word": word.text}
+    fields = vars(word) | {"source": source, "word": word.text, "unclear": unclear}
     return schema.TimedWord(**{name: fields[name] for name in schema.TimedWord.model_fields})
 
 

@@ -42,7 +42,7 @@ WINGS = {
         "segment", "mapped", "datastore", "index", "retrievers", "knn", "interpolation", "memory",
         "entries", "phrases", "contexts",
     ],
-    "decoding": ["boost", "decode", "guard", "align", "engine", "tune"],
+    "decoding": ["confidence", "boost", "decode", "guard", "align", "engine", "tune"],
     "front door": ["recogniser", "transcribe", "client", "cli"],
 }  # fmt: skip
 """The wings of mmrag from the ground up, and the modules of each in reading order."""
@@ -96,6 +96,7 @@ HOMES = {
     "lhotse": ["mmrag.corpora.lhotse_cuts", "mmrag.corpora.kaldi"],
     "datasets": ["mmrag.corpora.huggingface"],
     "scipy": ["mmrag.corpora.augment"],
+    "sklearn": ["mmrag.decoding.confidence"],
     "pyarrow": ["mmrag.speech.tokenized"],
     "jiwer": ["mmrag.score.rates"],
     "num2words": ["mmrag.text"],
@@ -119,6 +120,7 @@ HOMES = {
 LAZY = {
     *("transformers", "huggingface_hub", "matplotlib", "espeakng_loader", "faker", "silero_vad"),
     *("lhotse", "datasets", "num2words", "av", "kokoro_onnx", "onnx", "onnxruntime"),
+    "sklearn",
 }
 """Imported where they are needed: slow to load, or an optional extra."""
 

@@ -36,6 +36,8 @@ class Decode(Section):
     """What the language model alone must think of a transcript made with retrieval, mean
     log-probability a token: below it, and where the transcript loops, it is made again without.
     None to trust every transcript."""
+    unclear: Operation[Literal["keep", "empty"]] = "keep"
+    """What becomes of the words of a segment that is marked as unclear."""
 
 
 class BatchDecode(Decode):

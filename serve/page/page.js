@@ -276,8 +276,11 @@ function finish({ text, duration, words, missing_shards: missing }, how) {
   const differs = now.includes(false) || before.includes(false);
   $("legend-changed").hidden = !changed;
   $("legend-differs").hidden = !differs;
-  $("legend").hidden = !changed && !differs;
+  const unclear = words.filter((word) => word.unclear).length;
+  $("legend-unclear").hidden = !unclear;
+  $("legend").hidden = !changed && !differs && !unclear;
   const said = [`${count(words.length, "word")} in ${duration.toFixed(1)} seconds of audio`, `${changed || "none"} changed by retrieval`];
+  if (unclear) said.push(`${unclear === words.length ? "all" : unclear} unclear`);
   if (result) said.push(differs ? "not the same as before" : "the same as before");
   if (missing) said.push(`${count(missing, "shard")} of the datastore did not answer`);
   say(`${said.join("; ")}.`);
@@ -285,9 +288,10 @@ function finish({ text, duration, words, missing_shards: missing }, how) {
 }
 
 function wordNode(word) {
+  if (!word.changed && word.unclear) return h("span", { class: "unclear" }, word.word);
   if (!word.changed) return document.createTextNode(word.word);
-  const label = `${word.word}, changed by retrieval`;
-  const button = h("button", { type: "button", class: "word", "aria-label": label, "aria-expanded": "false" }, word.word);
+  const label = `${word.word}, changed by retrieval${word.unclear ? ", unclear" : ""}`;
+  const button = h("button", { type: "button", class: word.unclear ? "word unclear" : "word", "aria-label": label, "aria-expanded": "false" }, word.word);
   button.addEventListener("click", () => (opened === button ? closeEvidence() : showEvidence(button, word)));
   return button;
 }
@@ -326,7 +330,7 @@ function showEvidence(button, word) {
   $("evidence").append(
     h("h2", {}, `Why “${word.word}”`),
     h("button", { type: "button", class: "close", "aria-label": "Close the evidence", onclick: () => closeEvidence(true) }, "×"),
-    h("dl", { class: "bars" }, ...bar("Language model alone", word.lm_probability), ...bar("With retrieval", word.probability)),
+    h("dl", { class: "bars" }, ...bar("Language model alone", word.lm_probability), ...bar("With retrieval", word.probability), ...(word.confidence == null ? [] : bar("Confidence", word.confidence))),
     source ? quotation(source, word.word) : h("p", { class: "quiet" }, "No single entry stands behind this word."),
     h(
       "dl",

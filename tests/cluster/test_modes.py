@@ -56,6 +56,7 @@ DEAF = Recogniser(
     vocabulary=VOCABULARY,
     adapter=None,
     identity={},
+    calibration=None,
     encoder=None,
 )
 """Models without an adapter; nobody listens here, so that there is no speech encoder either."""

@@ -1,5 +1,7 @@
 """A workspace's models become the package's, and the package's are what a workspace starts from."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -7,8 +9,9 @@ from jobs import publish, stage, train
 from mmrag import artifact, shipped
 from mmrag.artifact import ArtifactError
 from mmrag.config import ConfigError
+from mmrag.decoding.confidence import Calibration
 from mmrag.model import pretrained
-from mmrag.recogniser import Recogniser
+from mmrag.recogniser import CALIBRATION, Recogniser
 
 pytestmark = pytest.mark.ray
 
@@ -52,6 +55,22 @@ def test_an_adapter_is_published_beside_the_models_where_the_experiment_trains_o
     expected = dict(ours.adapter.named_parameters())
     for name, weight in theirs.adapter.named_parameters():
         assert torch.equal(weight, expected[name]), name
+
+
+def test_a_calibration_goes_with_its_language_model_and_with_no_other(workspace, borrow, package):
+    experiment = borrow("hubert", "codebook", "lm")
+    lm = artifact.load(experiment.workspace / "lm", "lm").fingerprint
+    made = Calibration(lm, bias=-1.0, own=0.5, mean=2.0, unclear=0.7)
+    made.save(experiment.workspace / CALIBRATION)
+    publish.run(experiment)
+    assert Recogniser.load(package).calibration == made
+    shutil.rmtree(experiment.workspace / CALIBRATION)
+    publish.run(experiment)
+    assert Recogniser.load(package).calibration == made, "of the same language model"
+    file = experiment.workspace / "lm" / "artifact.json"
+    file.write_text(file.read_text().replace(lm, "0123456789abcdef"))
+    publish.run(experiment)
+    assert Recogniser.load(package).calibration is None
 
 
 def test_models_without_an_adapter_are_published_without_one(workspace, package):

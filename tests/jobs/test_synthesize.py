@@ -51,7 +51,7 @@ def test_the_datastore_speaks_of_every_entity_of_the_test_split(corpus):
 
 
 def test_a_changed_plan_is_refused_and_the_difference_named(workspace):
-    settings = experiment.synthesize.model_copy(update={"test": 7})
+    settings = workspace.experiment.synthesize.model_copy(update={"test": 7})
     changed = workspace.experiment.model_copy(update={"synthesize": settings})
     with pytest.raises(ArtifactError, match="from something else: test was 6 and is now 7"):
         synthesize.run(changed)

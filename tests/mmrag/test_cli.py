@@ -18,8 +18,10 @@ from whisper_checkpoint import random_whisper
 
 from mmrag import artifact, cli, recogniser
 from mmrag.config import KNN, Index, LanguageModel, as_dict
+from mmrag.decoding.confidence import Calibration
 from mmrag.decoding.tune import SETTINGS
 from mmrag.model.vocabulary import SentencePieces, Vocabulary
+from mmrag.recogniser import CALIBRATION
 from mmrag.retrieval import datastore
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.index import IndexShard, shard_directory
@@ -123,6 +125,32 @@ def test_the_packages_model_is_used_unless_another_is_named(clip, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["transcribe", str(clip)])
     assert "(nothing said)" in capsys.readouterr().out
+
+
+def test_what_is_too_unsure_to_be_relied_on_is_marked_or_left_empty(mmrag, models, clip):
+    lm = artifact.load(models / "lm", "lm").fingerprint
+    _, plain, _ = mmrag(clip)
+    text = plain.splitlines()[1].strip()
+    try:
+        Calibration(lm, bias=-9.0, own=1.0, mean=1.0, unclear=0.5).save(models / CALIBRATION)
+        _, out, _ = mmrag(clip)
+        assert out.splitlines()[1].strip() == f"{text} (unclear)"
+        _, out, _ = mmrag(clip, "--unclear", "empty")
+        assert out.splitlines()[1].strip() == "(unclear)"
+        said = json.loads(mmrag(clip, "--json")[1])
+        assert said["unclear"] and 0 < said["confidence"] < 0.5
+        assert all(0 < word["confidence"] < 0.5 for word in said["words"])
+        said = json.loads(mmrag(clip, "--json", "--unclear", "empty")[1])
+        assert (said["text"], said["words"], said["unclear"]) == ("", [], True)
+        Calibration(lm, bias=20.0, own=0.0, mean=0.0, unclear=0.5).save(models / CALIBRATION)
+        assert mmrag(clip)[1] == plain
+        Calibration("another", 0.0, 1.0, 1.0, 0.5).save(models / CALIBRATION)
+        status, _, err = mmrag(clip)
+        assert status == 1 and "of language model another" in err and lm in err
+    finally:
+        shutil.rmtree(models / CALIBRATION)
+    said = json.loads(mmrag(clip, "--json")[1])
+    assert (said["confidence"], said["unclear"]) == (None, False), "nobody calibrated"
 
 
 def test_json_is_one_object_a_segment_of_audio_with_the_same_words(mmrag, clip):
@@ -416,6 +444,7 @@ def test_what_an_endpoint_heard_looks_like_what_this_process_hears(ask, mmrag, c
         "source": source,
         "start": 0.4,
         "end": 0.9,
+        "confidence": None,
     }
 
 

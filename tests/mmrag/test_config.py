@@ -210,7 +210,8 @@ ROLES = {
     "workers.num_gpus:o",
     "knn": "k weight temperature gate certain query",
     "attention": "k stride whole gate certain",
-    "decode": "beams length_penalty tokens_per_second max_seconds speech agreement batch_seconds:o",
+    "decode": "beams length_penalty tokens_per_second max_seconds speech agreement unclear:o "
+    "batch_seconds:o",
     "tune": "k weight temperature gate certain query finalists utterances attention both_weight "
     "decoy harm",
     "evaluate": "split domain modes datastores lists retriever:o replicas:o shard_cpus:o resamples "

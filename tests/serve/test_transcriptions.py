@@ -225,6 +225,20 @@ def test_words_say_which_document_spoke_for_them(service, file, datastore, durat
     assert times[-1] <= duration(file)
 
 
+def test_what_sounds_like_no_sentence_is_marked_as_unclear_and_a_sentence_is_not(
+    service, plain, wave, write
+):
+    told = service.transcribe(plain, response_format="verbose_json").json()
+    assert all(one["confidence"] > 0.7 and not one["unclear"] for one in told["segments"])
+    backwards = write(wave(SEVERAL[0])[::-1].copy(), "WAV")
+    strange = service.transcribe(
+        backwards, response_format="verbose_json", include=["retrieval"]
+    ).json()
+    assert strange["text"] and strange["segments"]
+    assert all(one["confidence"] < 0.7 and one["unclear"] for one in strange["segments"])
+    assert all(word["unclear"] and word["confidence"] < 1 for word in strange["words"])
+
+
 def test_evidence_is_only_given_to_who_asks(service, file, datastore):
     told = service.transcribe(file, datastore=datastore(NAME)).json()
     assert set(told) == {"text", "usage"}

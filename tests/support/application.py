@@ -39,7 +39,16 @@ async def encode(wave):
 
 
 async def transcribe(order):
-    return DecodeResult("a word", (), (1, 2), (), 0.0, True)
+    return DecodeResult(
+        text="a word",
+        words=(),
+        tokens=(1, 2),
+        ends=(),
+        mean_logp=0.0,
+        stopped=True,
+        confidence=None,
+        unclear=False,
+    )
 
 
 async def stream(order):

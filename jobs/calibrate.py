@@ -1,0 +1,180 @@
+"""How sure to be of transcripts: a model's probabilities, calibrated on clips with transcripts.
+
+The manifests after --dev fit the calibration, which is saved beside the models; those after --test
+only tell how well it holds. Each manifest weighs the same: give speech that the models know, and
+speech that they do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from jobs.stage import EXPLAINED, console
+from mmrag import shipped, terminal
+from mmrag.config import Decode
+from mmrag.corpora import manifest
+from mmrag.decoding.confidence import (
+    Calibration,
+    Judged,
+    expected_calibration_error,
+    fit,
+    marked,
+    reliability,
+)
+from mmrag.folders import printable
+from mmrag.recogniser import CALIBRATION, Recogniser
+from mmrag.records import Rejection, Utterance, Word
+from mmrag.score import align, word_error_rate
+from mmrag.speech import audio, vad
+from mmrag.speech.audio import AudioError
+from mmrag.text import spoken
+from mmrag.transcribe import recognise, words
+
+DECODE = Decode(beams=1, length_penalty=0.6, tokens_per_second=16, max_seconds=20)
+BATCH = 16
+CLIPS = 300
+
+
+def run(
+    models: str, dev: Mapping[str, Path], test: Mapping[str, Path], clips: int = CLIPS
+) -> Calibration:
+    """Fit on the `dev` manifests, by name, save beside the models, and report on both.
+
+    Of each manifest `clips` are read, spread over the whole of it. Clips that cannot be read are
+    named and passed over. ValueError if nothing is left of a manifest, or its words are all right
+    and those of the others too.
+    """
+    directory = shipped.find(models)
+    recogniser = Recogniser.load(directory)
+    judged = {name: judge(recogniser, path, clips) for name, path in dev.items()}
+    calibration = fit(recogniser.identity["lm"], judged)
+    calibration.save(directory / CALIBRATION)
+    tested = {name: judge(recogniser, path, clips) for name, path in test.items()}
+    console.print(_summary(calibration, {"dev": judged, "test": tested}))
+    for split, sets in {"dev": judged, "test": tested}.items():
+        if sets:
+            console.print(_reliability(calibration, split, list(sets.values())))
+    console.print(f"{directory / CALIBRATION}: unclear below {calibration.unclear:.2f}")
+    return calibration
+
+
+def judge(recogniser: Recogniser, path: Path, clips: int) -> list[Judged]:
+    """The transcripts of clips of a manifest, made without retrieval, and which words are right."""
+    judged: list[Judged] = []
+    rows = [one for one in manifest.read(path) if _usable(one)]
+    chosen = [rows[n] for n in np.linspace(0, len(rows) - 1, min(clips, len(rows))).astype(int)]
+    for start in range(0, len(chosen), BATCH):
+        read: list[Utterance] = []
+        waves = []
+        for one in chosen[start : start + BATCH]:
+            try:
+                waves.append(vad.trim(audio.read(one.audio, audio.span_of(one)))[0])
+                read.append(one)
+            except AudioError as error:
+                console.print(f"  left out: {error}", markup=False)
+        units = recogniser.encode(waves)
+        for one, heard in zip(read, recognise(recogniser, units, DECODE), strict=True):
+            found = words(heard, recogniser.vocabulary)
+            text = " ".join(word.text for word in found)
+            wrong = word_error_rate([one.text], [text], resamples=1).rate
+            sure = [word.probability for word in found]
+            judged.append(Judged(sure, right(one.text, found), wrong))
+    if not judged:
+        raise ValueError(f"{printable(path)}: no clip with a transcript that could be read")
+    return judged
+
+
+def right(reference: str, found: Sequence[Word]) -> list[bool]:
+    """Which words stand in the reference, all that each of them is spoken as ("25" is two)."""
+    edits = align(reference, " ".join(word.text for word in found))
+    parts = iter([edit.kind == "equal" for edit in edits for _ in edit.hypothesis_words])
+    return [all(next(parts, False) for _ in spoken(word.text).split()) for word in found]
+
+
+def _usable(one: Utterance | Rejection) -> bool:
+    if isinstance(one, Rejection):
+        console.print(f"  left out: {one.source}: {one.reason}", markup=False)
+        return False
+    return one.audio is not None and bool(spoken(one.text or ""))
+
+
+def _summary(
+    calibration: Calibration, splits: Mapping[str, Mapping[str, Sequence[Judged]]]
+) -> Table:
+    """A row a manifest: how wrong, how sure, and what is marked as unclear."""
+    table = Table(title="Confidence", title_justify="left")
+    for column in ("clips", "", "transcripts", "words right", "confidence", "ECE"):
+        table.add_column(column, justify="left" if column in ("clips", "") else "right")
+    table.add_column("bad ones unclear", justify="right")
+    table.add_column("good ones unclear", justify="right")
+    for split, sets in splits.items():
+        for name, judged in sets.items():
+            sure, right = _pooled(calibration, judged)
+            bad, good = marked(calibration, judged)
+            error = expected_calibration_error(sure, right)
+            table.add_row(
+                *(name, split, str(len(judged)), f"{right.mean():.1%}", f"{sure.mean():.1%}"),
+                *(f"{error:.3f}", _share(bad), _share(good)),
+            )
+    return table
+
+
+def _reliability(calibration: Calibration, split: str, sets: Sequence[Sequence[Judged]]) -> Table:
+    """How often words of each confidence are right, all manifests of a split together."""
+    table = Table(title=f"Words of {split}, by confidence", title_justify="left")
+    for column in ("confidence", "words", "mean", "right"):
+        table.add_column(column, justify="right")
+    pooled = [_pooled(calibration, judged) for judged in sets]
+    sure, right = (np.concatenate(each) for each in zip(*pooled, strict=True))
+    rows = reliability(sure, right)
+    for number, (count, mean, share) in enumerate(rows):
+        low, high = number / len(rows), (number + 1) / len(rows)
+        shown = (f"{mean:.2f}", f"{share:.2f}") if count else ("–", "–")
+        table.add_row(f"{low:.1f}–{high:.1f}", str(count), *shown)
+    table.caption = f"expected calibration error {expected_calibration_error(sure, right):.3f}"
+    return table
+
+
+def _pooled(calibration: Calibration, judged: Sequence[Judged]) -> tuple[np.ndarray, np.ndarray]:
+    """Confidence (W,) and correctness (W,) of all words."""
+    sure = [calibration.words(one.probabilities) for one in judged]
+    return np.concatenate(sure), np.concatenate([np.array(one.correct, float) for one in judged])
+
+
+def _share(share: float) -> str:
+    return "–" if np.isnan(share) else f"{share:.1%}"
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=MANIFEST")
+    return name, Path(path)
+
+
+def main() -> None:
+    """Calibrate from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.calibrate", description=__doc__)
+    parser.add_argument("--models", default=shipped.TINY, help="default: %(default)s")
+    named = {"nargs": "+", "type": _named, "metavar": "NAME=MANIFEST", "default": []}
+    parser.add_argument("--dev", required=True, help="what to fit on", **named)
+    parser.add_argument("--test", help="what to report on besides", **named)
+    parser.add_argument("--clips", type=int, default=CLIPS, help="of each (default: %(default)s)")
+    with terminal.command("error"):
+        options = parser.parse_args()
+        try:
+            run(options.models, dict(options.dev), dict(options.test), options.clips)
+        except BrokenPipeError:
+            raise
+        except EXPLAINED as error:
+            sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

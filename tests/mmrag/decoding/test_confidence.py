@@ -1,0 +1,113 @@
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmrag.artifact import ArtifactError
+from mmrag.decoding.confidence import (
+    Calibration,
+    Judged,
+    expected_calibration_error,
+    fit,
+    marked,
+    reliability,
+)
+
+
+def transcripts(count, mean, spread, error_rate, seed):
+    """Transcripts of six words whose log-odds are drawn around `mean`, right as often as a model
+    that is too sure of itself by two would have it."""
+    draw = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        odds = draw.normal(mean, spread, 6)
+        correct = draw.random(6) < 1 / (1 + np.exp(2 - odds))
+        made.append(Judged((1 / (1 + np.exp(-odds))).tolist(), correct.tolist(), error_rate))
+    return made
+
+
+@pytest.fixture(scope="module")
+def calibration():
+    sets = {
+        "known": transcripts(400, 5, 1, 0.05, seed=0),
+        "strange": transcripts(400, 1, 1, 0.9, seed=1),
+    }
+    return fit("abc", sets)
+
+
+def pooled(calibration, judged):
+    return (
+        np.concatenate([calibration.words(one.probabilities) for one in judged]),
+        np.concatenate([np.array(one.correct, float) for one in judged]),
+    )
+
+
+def test_it_is_as_often_right_as_it_is_sure(calibration):
+    for mean, rate in ((5, 0.05), (1, 0.9)):
+        fresh = transcripts(400, mean, 1, rate, seed=mean + 10)
+        sure, right = pooled(calibration, fresh)
+        raw = np.concatenate([one.probabilities for one in fresh])
+        assert expected_calibration_error(sure, right) < 0.04
+        if mean == 1:
+            assert expected_calibration_error(raw, right) > 0.2, "what it mends"
+    assert calibration.fitted_on == {"known": 400, "strange": 400}
+
+
+def test_bad_transcripts_are_marked_and_good_ones_are_not(calibration):
+    bad, _ = marked(calibration, transcripts(200, 1, 1, 0.9, seed=20))
+    _, good = marked(calibration, transcripts(200, 5, 1, 0.0, seed=21))
+    assert bad > 0.95 and good < 0.05
+    assert all(math.isnan(share) for share in marked(calibration, []))
+    wordless = [Judged([], [], 1.0)]
+    assert all(math.isnan(share) for share in marked(calibration, wordless))
+
+
+def test_sets_weigh_the_same_however_large_they_are():
+    small, large = transcripts(50, 3, 1, 0.3, seed=2), transcripts(50, 1, 2, 0.9, seed=3)
+    once = fit("abc", {"a": small, "b": large})
+    twice = fit("abc", {"a": small, "b": large * 7})
+    assert (once.bias, once.own, once.mean) == pytest.approx(
+        (twice.bias, twice.own, twice.mean), rel=0.02, abs=0.02
+    )
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+def test_confidences_are_probabilities_and_a_segments_is_their_mean(probabilities):
+    calibration = Calibration("abc", -3.0, 0.5, 1.5, 0.5)
+    each = calibration.words(probabilities)
+    assert ((each >= 0) & (each <= 1)).all()
+    assert calibration.segment(probabilities) == pytest.approx(each.mean())
+    order = np.argsort(probabilities)
+    assert (np.diff(each[order]) >= 0).all(), "a likelier word is surer in its segment"
+
+
+def test_a_segment_without_words_has_no_confidence():
+    calibration = Calibration("abc", 0, 1, 1, 0.5)
+    assert calibration.segment([]) == 0 and len(calibration.words([])) == 0
+
+
+def test_the_reliability_table_counts_every_word_in_its_bin():
+    sure, right = np.array([0.0, 0.05, 0.55, 0.95, 1.0]), np.array([0.0, 1.0, 1.0, 1.0, 1.0])
+    table = reliability(sure, right)
+    assert [count for count, _, _ in table] == [2, 0, 0, 0, 0, 1, 0, 0, 0, 2]
+    assert table[0] == (2, 0.025, 0.5) and table[9] == (2, 0.975, 1.0)
+    expected = (2 * 0.475 + 0.45 + 2 * 0.025) / 5
+    assert expected_calibration_error(sure, right) == pytest.approx(expected)
+
+
+def test_it_needs_words_that_are_right_and_words_that_are_wrong():
+    for sets in ({}, {"a": [Judged([0.9], [True], 0.0)]}, {"a": [Judged([], [], 1.0)]}):
+        with pytest.raises(ValueError, match="words that are right and words that are wrong"):
+            fit("abc", sets)
+
+
+def test_it_is_saved_and_belongs_to_one_language_model(tmp_path, calibration):
+    calibration.save(tmp_path)
+    assert Calibration.load(tmp_path, "abc") == calibration
+    assert Calibration.load(tmp_path / "nothing", "abc") is None
+    with pytest.raises(ArtifactError, match=r"of language model abc, and this one is xyz"):
+        Calibration.load(tmp_path, "xyz")
+    assert set(json.loads((tmp_path / "calibration.json").read_text())) > {"lm", "unclear"}
