@@ -46,7 +46,7 @@ PARAM_LENGTH = 6000
 ALIAS = "production"
 KINDS = ("hubert", "codebook", "lm")
 """What every model has."""
-PLACE = re.compile(r"hubert|codebook|lm|adapter|tuned/[a-z0-9][a-z0-9_-]*")
+PLACE = re.compile(r"hubert|codebook|lm|adapter|calibration|tuned/[a-z0-9][a-z0-9_-]*")
 """Where an artifact may lie in a model; the first part is its kind."""
 MODEL_URI = re.compile(r"models:/(?P<name>\w[\w. -]*)(@(?P<alias>[\w-]+)|/(?P<version>\d+))")
 RESERVED = re.compile(r"latest|v\d+", re.IGNORECASE)
@@ -153,9 +153,10 @@ def register(
     """Upload `models` as a new version of the registered model `name`; give it `alias`.
 
     `models` maps a place to the artifact that goes there: `hubert`, `codebook` and `lm`, and
-    `adapter` and `tuned/<datastore>` where there are any. Returns the version, `"1"` for the first.
-    Nothing is registered unless everything was uploaded. Raises ValueError for a name or alias that
-    no URI can hold and for another place, ArtifactError for an artifact that is missing or was
+    `adapter`, `calibration` and `tuned/<datastore>` where there are any. Returns the version, `"1"`
+    for the first. Nothing is registered unless everything was uploaded.
+
+    Raises ValueError for a name or alias that no URI can hold and for another place, ArtifactError for an artifact that is missing or was
     changed since it was made, ConnectionError if the store does not answer.
     """
     if not MODEL_URI.fullmatch(f"models:/{name}@{alias}") or RESERVED.fullmatch(alias):

@@ -16,7 +16,7 @@ import numpy as np
 from rich.table import Table
 
 from jobs.stage import EXPLAINED, console
-from mmrag import shipped, terminal
+from mmrag import artifact, shipped, terminal
 from mmrag.config import Decode
 from mmrag.corpora import manifest
 from mmrag.decoding.confidence import (
@@ -51,10 +51,15 @@ def run(
     and those of the others too.
     """
     directory = shipped.find(models)
-    recogniser = Recogniser.load(directory)
+    recogniser = Recogniser.load(directory, calibrated=False)
+    inputs = {"lm": artifact.load(directory / "lm", "lm")}
+    inputs |= {f"dev/{name}": artifact.outside(path) for name, path in dev.items()}
     judged = {name: judge(recogniser, path, clips) for name, path in dev.items()}
-    calibration = fit(recogniser.identity["lm"], judged)
-    calibration.save(directory / CALIBRATION)
+    calibration = fit(judged)
+    place = directory / CALIBRATION
+    with artifact.create(place, CALIBRATION, {"clips": clips}, inputs, force=True) as draft:
+        calibration.save(draft.path)
+        draft.summary["unclear"] = round(calibration.unclear, 3)
     tested = {name: judge(recogniser, path, clips) for name, path in test.items()}
     console.print(_summary(calibration, {"dev": judged, "test": tested}))
     for split, sets in {"dev": judged, "test": tested}.items():

@@ -9,7 +9,6 @@ from cluster.progress import METRICS
 from jobs import stage
 from mmrag import artifact, shipped
 from mmrag.config import Experiment
-from mmrag.decoding.confidence import Calibration
 from mmrag.recogniser import CALIBRATION
 
 KINDS = {"hubert": "pretrain_hubert", "codebook": "tokenize", "lm": "train"}
@@ -29,10 +28,10 @@ def run(experiment: Experiment, force: bool = False) -> None:
     if experiment.adapter is not None:
         made["adapter"] = stage.load(experiment, "adapter", "adapter", "train")
         made["adapter"].require("lm", made["lm"])
-    directories = {kind: each.path for kind, each in made.items()}
-    if Calibration.load(experiment.workspace / CALIBRATION, made["lm"].fingerprint):
-        directories[CALIBRATION] = experiment.workspace / CALIBRATION
-    files = [file for each in directories.values() for file in _files(each)]
+    if (experiment.workspace / CALIBRATION).exists():
+        made[CALIBRATION] = stage.load(experiment, CALIBRATION, CALIBRATION, "calibrate")
+        made[CALIBRATION].require("lm", made["lm"])
+    files = [file for each in made.values() for file in _files(each.path)]
     size = sum(file.stat().st_size for file in files) / 1e6
     if size > LIMIT_MB:
         raise ValueError(f"{experiment.workspace}: models of {size:.0f} MB; {LIMIT_MB} are allowed")
@@ -42,10 +41,10 @@ def run(experiment: Experiment, force: bool = False) -> None:
         if replaced != made["lm"].fingerprint:  # what was made for it is of no use to the new one
             for kind in ("adapter", CALIBRATION):
                 shutil.rmtree(model / kind, ignore_errors=True)
-    for kind, each in directories.items():
+    for kind, each in made.items():
         shutil.rmtree(model / kind, ignore_errors=True)
         (model / kind).mkdir(parents=True)
-        for file in _files(each):
+        for file in _files(each.path):
             shutil.copyfile(file, model / kind / file.name)
     stage.console.print(f"{model}: {size:.1f} MB in {len(files)} files")
 

@@ -11,6 +11,7 @@ from jobs import publish, stage
 from mmrag import artifact, shipped, terminal
 from mmrag.artifact import Artifact
 from mmrag.config import Experiment, read
+from mmrag.recogniser import CALIBRATION
 
 NAME = "mmrag"
 
@@ -21,7 +22,8 @@ def run(
     models: str | None = None,
     alias: str = tracking.ALIAS,
 ) -> str:
-    """Register `hubert/`, `codebook/`, `lm/`, `adapter/` and `tuned/` as a new version of `name`.
+    """Register `hubert/`, `codebook/`, `lm/`, and what there is of `adapter/`, `calibration/` and
+    `tuned/`, as a new version of `name`.
 
     They are the workspace's, or those of `models` (as in `shipped.find`). Returns the version,
     which `alias` names from now on. ArtifactError if they do not belong together.
@@ -42,14 +44,17 @@ def _belonging(experiment: Experiment, models: str | None) -> dict[str, Artifact
     kinds = dict(publish.KINDS)
     if (directory / "adapter").exists() or (models is None and experiment.adapter is not None):
         kinds["adapter"] = "train"
+    if (directory / CALIBRATION).exists():
+        kinds[CALIBRATION] = "calibrate"
     if models is None:
         made = {kind: stage.load(experiment, kind, kind, by) for kind, by in kinds.items()}
     else:
         made = {kind: artifact.load(directory / kind, kind) for kind in kinds}
     made["codebook"].require("hubert", made["hubert"])
     made["lm"].require("codebook", made["codebook"])
-    if "adapter" in made:
-        made["adapter"].require("lm", made["lm"])
+    for kind in ("adapter", CALIBRATION):
+        if kind in made:
+            made[kind].require("lm", made["lm"])
     for settings in sorted((directory / "tuned").glob("[!.]*")):  # dotted: a stage's scratch
         tuned = artifact.load(settings, "tuned")
         tuned.require("lm", made["lm"])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mmrag import artifact, shipped
+from mmrag.artifact import Artifact
 from mmrag.config import Decode
 from mmrag.corpora import synthetic
 from mmrag.corpora.voices.engines import Synthesizers
@@ -93,7 +94,7 @@ class Decoder(Protocol):
 
 
 CALIBRATION = "calibration"
-"""Directory of a confidence calibration, beside the models that it is of."""
+"""Kind of artifact, and directory beside the models that it is of."""
 SPOKEN = 32
 """Sentences that a synthesizer says before they are encoded, as one batch: HuBERT encodes short
 ones many times faster together, and a phrase's units do not depend on the others."""
@@ -193,8 +194,11 @@ class SpeechLM(_Timed):
     """Probabilities to confidences; None where nobody calibrated."""
 
     @classmethod
-    def load(cls, directory: Path, device: str = "cpu", adapted: bool = True) -> SpeechLM:
-        """Read `lm/` below `directory`; and `adapter/`, if it is there and wanted (`adapted`).
+    def load(
+        cls, directory: Path, device: str = "cpu", adapted: bool = True, calibrated: bool = True
+    ) -> SpeechLM:
+        """Read `lm/` below `directory`; and `adapter/` and `calibration/`, if they are there and
+        wanted (`adapted`, `calibrated`).
 
         Raises ArtifactError if `lm` or `codebook` is missing or they were not made for each other.
         """
@@ -213,7 +217,7 @@ class SpeechLM(_Timed):
             vocabulary=vocabulary,
             adapter=adapter,
             identity=identity,
-            calibration=Calibration.load(directory / CALIBRATION, identity["lm"]),
+            calibration=_calibration(directory, made["lm"]) if calibrated else None,
         )
 
     @property
@@ -237,12 +241,14 @@ class Recogniser(SpeechTokenizer, SpeechLM):
     """Both: sound to text."""
 
     @classmethod
-    def load(cls, directory: Path, device: str = "cpu") -> Recogniser:
-        """Read `hubert/`, `codebook/` and `lm/` below `directory`, and `adapter/` if it is there.
+    def load(cls, directory: Path, device: str = "cpu", calibrated: bool = True) -> Recogniser:
+        """Read `hubert/`, `codebook/` and `lm/` below `directory`, `adapter/` if it is there, and
+        `calibration/` if it is there and wanted (`calibrated`).
 
         Raises ArtifactError if one is missing or was not made for the others.
         """
-        tokenizer, lm = SpeechTokenizer.load(directory, device), SpeechLM.load(directory, device)
+        tokenizer = SpeechTokenizer.load(directory, device)
+        lm = SpeechLM.load(directory, device, calibrated=calibrated)
         fields = vars(tokenizer) | vars(lm)
         return cls(**fields | {"identity": tokenizer.identity | lm.identity})
 
@@ -308,6 +314,15 @@ class WhisperRecogniser:
 
 
 AnyRecogniser = Recogniser | WhisperRecogniser
+
+
+def _calibration(directory: Path, lm: Artifact) -> Calibration | None:
+    """What `jobs.calibrate` made; None if nobody did, ArtifactError if for another model."""
+    if not (directory / CALIBRATION).exists():
+        return None
+    made = artifact.load(directory / CALIBRATION, CALIBRATION)
+    made.require("lm", lm)
+    return Calibration.read(made.path)
 
 
 def longest(seconds: float, settings: Decode) -> int:

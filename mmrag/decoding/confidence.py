@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mmrag.artifact import ArtifactError, write_json
+from mmrag.artifact import write_json
 
 FILE = "calibration.json"
 BINS = 10
@@ -43,8 +43,6 @@ class Judged(NamedTuple):
 class Calibration:
     """Probabilities to confidences, for one language model."""
 
-    lm: str
-    """Fingerprint of the language model."""
     bias: float
     own: float
     """Weight of a word's own log-odds."""
@@ -67,29 +65,16 @@ class Calibration:
         return float(self.words(probabilities).mean()) if len(probabilities) else 0.0
 
     def save(self, directory: Path) -> None:
-        """Write FILE, making the directory if need be."""
-        directory.mkdir(parents=True, exist_ok=True)
+        """Write FILE into a directory."""
         write_json(directory / FILE, asdict(self))
 
     @classmethod
-    def load(cls, directory: Path, lm: str) -> Calibration | None:
-        """What `save` wrote, if it is there.
-
-        ArtifactError if it is of another language model than the one whose fingerprint is `lm`.
-        """
-        path = directory / FILE
-        if not path.is_file():
-            return None
-        calibration = cls(**json.loads(path.read_text(encoding="utf-8")))
-        if calibration.lm != lm:
-            raise ArtifactError(
-                f"{path}: of language model {calibration.lm}, and this one is {lm} "
-                "(python -m jobs.calibrate makes another)"
-            )
-        return calibration
+    def read(cls, directory: Path) -> Calibration:
+        """What `save` wrote."""
+        return cls(**json.loads((directory / FILE).read_text(encoding="utf-8")))
 
 
-def fit(lm: str, sets: Mapping[str, Sequence[Judged]]) -> Calibration:
+def fit(sets: Mapping[str, Sequence[Judged]]) -> Calibration:
     """The calibration that makes the judged words likeliest, each set weighing the same.
 
     ValueError if all words are right, or all wrong: nothing can be told apart then.
@@ -109,7 +94,7 @@ def fit(lm: str, sets: Mapping[str, Sequence[Judged]]) -> Calibration:
 
     found = LogisticRegression(C=1e4).fit(x.T, y, w * len(w) / w.sum())
     [bias], [[own, mean]] = found.intercept_.tolist(), found.coef_.tolist()
-    made = Calibration(lm, bias, own, mean, 0.0, {name: len(each) for name, each in sets.items()})
+    made = Calibration(bias, own, mean, 0.0, {name: len(each) for name, each in sets.items()})
     everything = [one for judged in sets.values() for one in judged]
     return Calibration(**asdict(made) | {"unclear": _threshold(made, everything)})
 

@@ -4,12 +4,12 @@ import shutil
 
 import pytest
 import torch
+from random_models import write_calibration
 
 from jobs import publish, stage, train
 from mmrag import artifact, shipped
 from mmrag.artifact import ArtifactError
 from mmrag.config import ConfigError
-from mmrag.decoding.confidence import Calibration
 from mmrag.model import pretrained
 from mmrag.recogniser import CALIBRATION, Recogniser
 
@@ -60,8 +60,7 @@ def test_an_adapter_is_published_beside_the_models_where_the_experiment_trains_o
 def test_a_calibration_goes_with_its_language_model_and_with_no_other(workspace, borrow, package):
     experiment = borrow("hubert", "codebook", "lm")
     lm = artifact.load(experiment.workspace / "lm", "lm").fingerprint
-    made = Calibration(lm, bias=-1.0, own=0.5, mean=2.0, unclear=0.7)
-    made.save(experiment.workspace / CALIBRATION)
+    made = write_calibration(experiment.workspace)
     publish.run(experiment)
     assert Recogniser.load(package).calibration == made
     shutil.rmtree(experiment.workspace / CALIBRATION)

@@ -124,6 +124,17 @@ def test_without_retrieval_the_page_shows_what_the_model_hears_alone(
         assert (transcribed(page) == SENTENCE) == hears, mode
 
 
+def test_words_that_are_unclear_are_grey_and_said_to_be(page, wave, write, tmp_path):
+    path = tmp_path / "backwards.wav"
+    path.write_bytes(write(wave(SENTENCE)[::-1].copy(), "WAV"))
+    page.set_input_files("#file", path)
+    page.click("#transcribe")
+    words = transcribed(page).split()
+    assert words and page.locator("#transcript .unclear").count() == len(words)
+    assert "all unclear" in page.inner_text("#status")
+    assert "unclear" in page.inner_text("#legend")
+
+
 def test_what_cannot_be_read_is_said_and_the_page_goes_on(page, recording, tmp_path):
     (tmp_path / "no audio.wav").write_bytes(b"to whom it may concern")
     page.set_input_files("#file", tmp_path / "no audio.wav")

@@ -9,9 +9,11 @@ from torch import nn
 
 from mmrag import artifact
 from mmrag.config import Hubert, LanguageModel
+from mmrag.decoding.confidence import Calibration
 from mmrag.model import pretrained
 from mmrag.model.lm import LM
 from mmrag.model.vocabulary import EOS, Vocabulary
+from mmrag.recogniser import CALIBRATION
 from mmrag.speech.hubert import HubertEncoder
 from mmrag.speech.units import Codebook
 
@@ -57,3 +59,12 @@ def write_models(
                 lm.head.weight[EOS] = -lm.head.weight.sum(0)
         perturb(lm)
         pretrained.save(draft.path, shape, vocabulary, list(lm.state_dict().items()))
+
+
+def write_calibration(directory: Path, **changes: float) -> Calibration:
+    """A confidence calibration of the models in a directory; it is sure of nothing."""
+    made = Calibration(**{"bias": -9.0, "own": 1.0, "mean": 1.0, "unclear": 0.5} | changes)
+    lm = {"lm": artifact.load(directory / "lm", "lm")}
+    with artifact.create(directory / CALIBRATION, CALIBRATION, {}, lm, force=True) as draft:
+        made.save(draft.path)
+    return made

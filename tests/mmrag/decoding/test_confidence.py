@@ -1,4 +1,3 @@
-import json
 import math
 
 import numpy as np
@@ -6,7 +5,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmrag.artifact import ArtifactError
 from mmrag.decoding.confidence import (
     Calibration,
     Judged,
@@ -35,7 +33,7 @@ def calibration():
         "known": transcripts(400, 5, 1, 0.05, seed=0),
         "strange": transcripts(400, 1, 1, 0.9, seed=1),
     }
-    return fit("abc", sets)
+    return fit(sets)
 
 
 def pooled(calibration, judged):
@@ -67,8 +65,8 @@ def test_bad_transcripts_are_marked_and_good_ones_are_not(calibration):
 
 def test_sets_weigh_the_same_however_large_they_are():
     small, large = transcripts(50, 3, 1, 0.3, seed=2), transcripts(50, 1, 2, 0.9, seed=3)
-    once = fit("abc", {"a": small, "b": large})
-    twice = fit("abc", {"a": small, "b": large * 7})
+    once = fit({"a": small, "b": large})
+    twice = fit({"a": small, "b": large * 7})
     assert (once.bias, once.own, once.mean) == pytest.approx(
         (twice.bias, twice.own, twice.mean), rel=0.02, abs=0.02
     )
@@ -76,7 +74,7 @@ def test_sets_weigh_the_same_however_large_they_are():
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_confidences_are_probabilities_and_a_segments_is_their_mean(probabilities):
-    calibration = Calibration("abc", -3.0, 0.5, 1.5, 0.5)
+    calibration = Calibration(-3.0, 0.5, 1.5, 0.5)
     each = calibration.words(probabilities)
     assert ((each >= 0) & (each <= 1)).all()
     assert calibration.segment(probabilities) == pytest.approx(each.mean())
@@ -85,7 +83,7 @@ def test_confidences_are_probabilities_and_a_segments_is_their_mean(probabilitie
 
 
 def test_a_segment_without_words_has_no_confidence():
-    calibration = Calibration("abc", 0, 1, 1, 0.5)
+    calibration = Calibration(0, 1, 1, 0.5)
     assert calibration.segment([]) == 0 and len(calibration.words([])) == 0
 
 
@@ -101,13 +99,9 @@ def test_the_reliability_table_counts_every_word_in_its_bin():
 def test_it_needs_words_that_are_right_and_words_that_are_wrong():
     for sets in ({}, {"a": [Judged([0.9], [True], 0.0)]}, {"a": [Judged([], [], 1.0)]}):
         with pytest.raises(ValueError, match="words that are right and words that are wrong"):
-            fit("abc", sets)
+            fit(sets)
 
 
-def test_it_is_saved_and_belongs_to_one_language_model(tmp_path, calibration):
+def test_it_is_saved_as_it_is(tmp_path, calibration):
     calibration.save(tmp_path)
-    assert Calibration.load(tmp_path, "abc") == calibration
-    assert Calibration.load(tmp_path / "nothing", "abc") is None
-    with pytest.raises(ArtifactError, match=r"of language model abc, and this one is xyz"):
-        Calibration.load(tmp_path, "xyz")
-    assert set(json.loads((tmp_path / "calibration.json").read_text())) > {"lm", "unclear"}
+    assert Calibration.read(tmp_path) == calibration
