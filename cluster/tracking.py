@@ -156,8 +156,9 @@ def register(
     `adapter`, `calibration` and `tuned/<datastore>` where there are any. Returns the version, `"1"`
     for the first. Nothing is registered unless everything was uploaded.
 
-    Raises ValueError for a name or alias that no URI can hold and for another place, ArtifactError for an artifact that is missing or was
-    changed since it was made, ConnectionError if the store does not answer.
+    Raises ValueError for a name or alias that no URI can hold and for another place, ArtifactError
+    for an artifact that is missing or was changed since it was made, ConnectionError if the store
+    does not answer.
     """
     if not MODEL_URI.fullmatch(f"models:/{name}@{alias}") or RESERVED.fullmatch(alias):
         raise ValueError(
