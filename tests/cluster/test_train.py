@@ -204,6 +204,7 @@ def assert_same_artifact(one: Path, other: Path, kind: str, file: str) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_killed_training_goes_on_from_its_checkpoint_to_the_very_same_weights(
     workspace, borrow, ray_cluster, tmp_path
 ):
@@ -228,7 +229,8 @@ def files(directory: Path) -> set[str]:
 
 @pytest.mark.ray
 def test_a_changed_log_interval_resumes(workspace, borrow, ray_cluster, tmp_path):
-    """… and so does every other operation; what cannot go on is refused, and nothing is lost."""
+    """A killed training goes on to the very same weights, whatever operation was changed; what
+    cannot go on is refused, and nothing is lost."""
     experiment = borrow("codebook", "tokens")
     draft = experiment.workspace / ".lm.partial"
     interrupted(experiment, draft, ray_cluster, tmp_path)
