@@ -146,11 +146,18 @@ class Speak:
     """Text utterances -> the same as recordings of synthetic speech, in `.spoken/` in `directory`.
 
     Those that cannot be spoken, or take longer than `window_seconds`, are left out: they go to
-    `.<part>.rejected.jsonl`.
+    `.<part>.rejected.jsonl`. `settings` say who speaks.
     """
 
-    def __init__(self, seed: int, directory: Path, window_seconds: float = math.inf) -> None:
-        self._synthesizers = Synthesizers()
+    def __init__(
+        self,
+        seed: int,
+        directory: Path,
+        settings: DatastoreConfig,
+        window_seconds: float = math.inf,
+    ) -> None:
+        self._synthesizers = Synthesizers(settings.kokoro)
+        self._voices = settings.voices
         self._seed = seed
         self._directory = directory
         self._window_seconds = window_seconds
@@ -165,7 +172,8 @@ class Speak:
         return Part(part.name, recorded)
 
     def _say(self, part: Part[Tokenized]) -> Clips:
-        voiced = synthetic.assign_voices([one.utterance.text for one in part.work], self._seed)
+        texts = [one.utterance.text for one in part.work]
+        voiced = synthetic.assign_voices(texts, self._seed, self._voices)
         said: Clips = []
         rejected: list[Rejection] = []
         for one, planned in zip(part.work, voiced, strict=True):
@@ -185,8 +193,15 @@ class Speak:
 class SpeakUnits(Speak):
     """Text utterances -> the same with units of synthetic speech, which no file keeps."""
 
-    def __init__(self, hubert: Path, codebook: Path, seed: int, directory: Path) -> None:
-        super().__init__(seed, directory)
+    def __init__(
+        self,
+        hubert: Path,
+        codebook: Path,
+        seed: int,
+        directory: Path,
+        settings: DatastoreConfig,
+    ) -> None:
+        super().__init__(seed, directory, settings)
         self._encoder = HubertEncoder.load(hubert).to(device()).eval()
         self._codebook = Codebook.load(codebook)
 

@@ -27,6 +27,7 @@ from mmrag.artifact import Artifact, Draft
 from mmrag.config import ConfigError, Experiment, Index, recipe
 from mmrag.config import Datastore as DatastoreConfig
 from mmrag.corpora import manifest
+from mmrag.corpora.voices import kokoro
 from mmrag.model.contract import TextVocabulary
 from mmrag.records import Rejection, Utterance
 from mmrag.retrieval import datastore
@@ -97,7 +98,10 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
 
 def _speaking(experiment: Experiment, heard_by: Models, directory: Path) -> tuple[type, dict]:
     """The stage that has texts said by synthetic voices, as `heard_by` takes them."""
-    speak = {"seed": experiment.seed, "directory": directory}
+    settings = experiment.datastore
+    if "kokoro" in settings.voices:
+        kokoro.ready(settings.kokoro)
+    speak = {"seed": experiment.seed, "directory": directory, "settings": settings}
     if not heard_by.own:
         return Speak, {**speak, "window_seconds": heard_by.window_seconds}
     codebook = heard_by.inputs["codebook"]

@@ -10,7 +10,7 @@ from pydantic import (
     PositiveInt,
 )
 
-from mmrag.config.section import SLUG, Fraction, Layout, Operation, Section, Workers
+from mmrag.config.section import SLUG, Fraction, Layout, Operation, Section, Voices, Workers
 
 RetrievalMode = Literal["none", "knn", "cross_attention", "both"]
 
@@ -45,6 +45,10 @@ class Datastore(Section):
     """At most so many utterances, from the first; None for all."""
     audio: Literal["paired", "none", "spoken"]
     """Key over the utterance's own units, over text alone, or over units of synthetic speech."""
+    voices: Voices = Field(default={"espeak": 1.0})
+    """Who says what is spoken."""
+    kokoro: Operation[str | None] = None
+    """As in `synthesize`."""
     paired_share: float = Field(default=1, ge=0, le=1)
     """With audio paired, the share of the utterances whose units are used; the others are keyed
     over text alone."""

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PositiveFloat,
     PositiveInt,
     ValidationError,
 )
@@ -43,6 +44,10 @@ Value = TypeVar("Value")
 Operation = Annotated[Value, Role.OPERATION]
 Layout = Annotated[Value, Role.LAYOUT]
 Correction = Annotated[Value, Role.CORRECTION]
+
+
+Voices = Annotated[dict[Literal["espeak", "kokoro"], PositiveFloat], Field(min_length=1)]
+"""Synthesizer -> its share of what is said."""
 
 
 class ConfigError(ValueError):

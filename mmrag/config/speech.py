@@ -18,6 +18,7 @@ from mmrag.config.section import (
     Layout,
     Operation,
     Section,
+    Voices,
     Workers,
 )
 
@@ -65,11 +66,9 @@ class Synthesize(Section):
     """Sentences in the lm split's manner that nobody speaks."""
     everyday_share: float = Fraction
     """Share of everyday sentences in lm, text, dev and test; the rest are assistant's."""
-    voices: dict[Literal["espeak", "kokoro"], PositiveFloat] = Field(
-        default={"espeak": 1.0}, min_length=1
-    )
-    """Synthesizer -> its share of what is said in training."""
-    held_out_voices: dict[Literal["espeak", "kokoro"], PositiveFloat] | None = None
+    voices: Voices = Field(default={"espeak": 1.0})
+    """Who says what training hears."""
+    held_out_voices: Voices | None = None
     """The same for dev and test, whose voices training never hears; None for `voices`."""
     kokoro: Operation[str | None] = None
     """Directory of Kokoro's model and voice packs, as `jobs.fetch_voices` fills it."""

@@ -17,6 +17,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
+from types import MappingProxyType
 from typing import TypeVar
 
 import numpy as np
@@ -25,7 +26,7 @@ from mmrag.config import Sentences, Synthesize
 from mmrag.corpora import augment
 from mmrag.corpora import sentences as real
 from mmrag.corpora.grammar import GRAMMAR, expand
-from mmrag.corpora.voices import engines, espeak
+from mmrag.corpora.voices import engines
 from mmrag.corpora.voices.speech import Engine, Speech, Voice
 
 SPLITS = ("lm", "text", "adapter", "datastore", "dev", "test")
@@ -157,13 +158,17 @@ def _real(config: Sentences, taken: set[str], seed: int) -> dict[str, list[Sente
     return drawn
 
 
-def assign_voices(texts: Iterable[str], seed: int) -> list[Planned]:
-    """Lines of any text, each with a training voice that depends on `seed` and the line alone."""
+def assign_voices(
+    texts: Iterable[str], seed: int, shares: Mapping[str, float] = MappingProxyType({"espeak": 1.0})
+) -> list[Planned]:
+    """Lines of any text, each with a training voice that depends on `seed` and the line alone, of
+    synthesizers with these `shares`.
+    """
     planned = []
     for number, text in enumerate(texts):
         draw = Random(f"{seed} spoken {text}")
         id = f"spoken-{number:06d}"
-        voice = espeak.cast("spoken", draw)
+        voice = engines.cast(shares, "spoken", draw)
         planned.append(Planned(id, text, "", (), voice, id, draw.getrandbits(32)))
     return planned
 

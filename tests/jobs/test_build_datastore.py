@@ -105,6 +105,20 @@ def test_a_file_of_lines_becomes_a_datastore_keyed_by_synthetic_speech(borrow, t
     assert store.utterance_name(store.entries - 1) == "names.txt:3"
 
 
+def test_a_synthesizer_whose_files_are_not_there_is_named(borrow, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("call bhavika ruto\n")
+    experiment = with_datastore(
+        borrow("hubert", "codebook", "lm"),
+        source=str(names),
+        audio="spoken",
+        voices={"espeak": 1.0, "kokoro": 1.0},
+        kokoro=str(tmp_path),
+    )
+    with pytest.raises((OSError, ImportError), match=r"jobs\.fetch_voices|pip install"):
+        build_datastore.run(experiment)
+
+
 PHRASES = ("bhavika ruto", "port darnby", "ruto")
 
 

@@ -204,8 +204,8 @@ ROLES = {
     "weight_decay clip ctc_weight unit_dropout precision zero_stage:l deepspeed:o "
     "checkpoint_steps:o log_steps:o max_failures:o workers.count:l workers.num_cpus:o "
     "workers.num_gpus:o",
-    "datastore": "name:o source:o splits domain utterances audio paired_share metric entries "
-    "window batch_tokens:o part_utterances:l index.kind index.shards index.lists "
+    "datastore": "name:o source:o splits domain utterances audio voices kokoro:o paired_share "
+    "metric entries window batch_tokens:o part_utterances:l index.kind index.shards index.lists "
     "index.code_bytes index.probes index.rerank workers.count:o workers.num_cpus:o "
     "workers.num_gpus:o",
     "knn": "k weight temperature gate certain query",

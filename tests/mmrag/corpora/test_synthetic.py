@@ -227,6 +227,16 @@ def test_a_line_gets_the_same_training_voice_whatever_stands_around_it():
     assert {one.voice.speed for one in everyone} == set(SPEEDS)
 
 
+def test_lines_may_be_said_by_several_synthesizers_and_each_keeps_its_voice():
+    lines = [f"line {number}" for number in range(300)]
+    shares = {"espeak": 0.5, "kokoro": 0.5}
+    voiced = assign_voices(lines, 1, shares)
+    assert 100 < sum(one.voice.engine == "kokoro" for one in voiced) < 200
+    assert assign_voices(lines[7:8], 1, shares)[0].voice == voiced[7].voice
+    packs = {pack for one in voiced for pack, _ in getattr(one.voice, "blend", ())}
+    assert not packs & {*kokoro.PACKS["dev"], *kokoro.PACKS["test"]}
+
+
 def test_a_rendered_utterance_is_the_same_every_time_and_follows_its_seed():
     synthesizer = Synthesizer()
     one, other = assign_voices(["call mary at the office", "call peter"], seed=3)
