@@ -21,6 +21,7 @@ from mmrag.corpora.synthetic import (
     plan,
     render,
 )
+from mmrag.corpora.voices import kokoro
 from mmrag.corpora.voices.espeak import SPEEDS, VOICES, Synthesizer, Voice, varied
 
 pytest.importorskip("faker")
