@@ -36,7 +36,7 @@ CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
 DATASTORE = (
     *("datastore.splits", "datastore.domain", "datastore.utterances", "datastore.audio"),
     *("datastore.paired_share", "datastore.metric", "datastore.entries", "datastore.window"),
-    *("datastore.index", "datastore.part_utterances"),
+    *("datastore.index", "datastore.part_utterances", "datastore.voices"),
 )
 READS = {
     "corpus": ("seed", "synthesize"),
@@ -66,9 +66,17 @@ def base() -> Experiment:
     trained = config.read(CONFIGS / "train_tiny.yaml")
     about = config.read(CONFIGS / "adapter.yaml")
     whole = config.read(CONFIGS / "reproduce.yaml")
+    corpus = trained.synthesize.model_copy(
+        update={
+            "held_out_voices": {"espeak": 1.0},
+            "sentences": config.Sentences(files=("a.txt",), held_out=0.1, lm=1, dev=1, test=1),
+            "recordings": config.Recordings(lm="lm.jsonl", dev="dev.jsonl", test="test.jsonl"),
+        }
+    )
     read = tuple(config.RetrievedAttention(k=k, stride=1, whole=0) for k in (4, 8))
     return trained.model_copy(
         update={
+            "synthesize": corpus,
             "adapter": about.adapter,
             "reproduce": whole.reproduce,
             "whisper": config.read(CONFIGS / "whisper_tiny.yaml").whisper,
@@ -115,6 +123,7 @@ WHERE_THERE_IS_NONE = {
     **{"language": "es", "tasks": ("domain",), "whisper": "/whisper"},
     **{"domain": "everyday", "base": "mmrag:tiny", "source": str(CONFIGS), "codebook": "/book"},
     **{"tokenizer": "/tokenizer.json", "deepspeed": "/other.json", "decoy": "wrong"},
+    "kokoro": "/kokoro",
     **{"weights": "torchaudio:HUBERT_BASE", "gate": 3.0, "certain": 0.5, "agreement": -3.0},
 }
 

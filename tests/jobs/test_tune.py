@@ -133,7 +133,9 @@ def decoded(monkeypatch) -> list[list[str]]:
 
 @pytest.fixture
 def copied(adapted, borrow) -> Experiment:
-    return borrow("codebook", "tokens", "lm", "adapter", "datastores", of=adapted)
+    """One finalist for each weight: the grid's gates and certainties are not of interest."""
+    made = borrow("codebook", "tokens", "lm", "adapter", "datastores", of=adapted)
+    return with_tune(made, gate=(None,))
 
 
 def test_settings_that_let_a_decoy_do_harm_are_passed_over(copied, decoded):

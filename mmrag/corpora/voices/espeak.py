@@ -11,6 +11,7 @@ the library afresh, which costs 4 ms and makes the same input give identical sam
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -152,7 +153,12 @@ class Synthesizer:
             raise ImportError(
                 "speech synthesis needs espeakng_loader: pip install mmrag[speech]"
             ) from None
-        self._library = espeakng_loader.get_library_path()
+        # A copy of its own: where others keep the wheel's library loaded (phonemizer does), closing
+        # it would not make it forget.
+        self._copy = open(os.memfd_create("espeak-ng"), "wb")  # noqa: SIM115 as long as this lives
+        self._copy.write(Path(espeakng_loader.get_library_path()).read_bytes())
+        self._copy.flush()
+        self._library = f"/proc/self/fd/{self._copy.fileno()}"
         self._data = Path(espeakng_loader.get_data_path())
         self._variants = {path.name for path in (self._data / "voices" / "!v").iterdir()}
 

@@ -8,7 +8,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from mmrag.corpora.voices import kokoro
+from mmrag.corpora.voices import espeak, kokoro
 from mmrag.corpora.voices.kokoro import ACCENTED, PACKS, Synthesizer, Voice, cast, timed_ipa
 from mmrag.corpora.voices.phones import PHONES
 from mmrag.corpora.voices.speech import UnspeakableError
@@ -150,6 +150,17 @@ def test_without_the_library_the_error_says_what_to_install(monkeypatch, directo
     monkeypatch.setattr(kokoro, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install mmrag\[kokoro\]"):
         Synthesizer(directory)
+
+
+def test_espeak_forgets_as_well_while_others_keep_its_library_loaded(synthesizer):
+    """It keeps noise and flutter in static memory, which only unloading it clears."""
+    synthesizer.speak("hello", NOVA)
+    ours = espeak.Synthesizer()
+    for voice in espeak.VOICES["train"][::5]:
+        once = ours.speak("about port darnby next week", voice)
+        ours.speak("please call zanab kuri", espeak.VOICES["train"][1])
+        again = ours.speak("about port darnby next week", voice)
+        np.testing.assert_array_equal(again.wave, once.wave)
 
 
 def test_gaps_between_words_are_speech_unless_they_are_long():
