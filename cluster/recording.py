@@ -35,7 +35,7 @@ class RenderSpeech:
     """Planned sentences and recordings of one split -> FLAC files, and their manifest's rows.
 
     `directory` holds `audio/`; the rows go to `.<part>.jsonl` in it, and what could not be spoken
-    or read to `.<part>.rejected.jsonl`. `kokoro` is the directory of that synthesizer's files.
+    or read to `.<part>.rejected`. `kokoro` is the directory of that synthesizer's files.
     """
 
     def __init__(self, directory: Path, kokoro: str | None) -> None:
@@ -52,7 +52,7 @@ class RenderSpeech:
                 rejected.append(Rejection(one.id, str(error)))
             except AudioError as error:
                 rejected.append(Rejection(one.said.id, str(error)))
-        write_rejections(self._directory / f".{part.name}.rejected.jsonl", rejected)
+        write_rejections(self._directory / f".{part.name}.rejected", rejected)
         manifest.write(self._directory / f".{part.name}.jsonl", said)
         return part.name
 

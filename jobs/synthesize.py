@@ -47,7 +47,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         for _ in work_off([speak], todo, settings.workers, "speaking", "synthesize.workers"):
             pass
         for part in everything:
-            rejected += read_rejections(draft.path / f".{part.name}.rejected.jsonl")
+            rejected += read_rejections(draft.path / f".{part.name}.rejected")
         for split, shares in splits.items():
             manifest = draft.path / f"{split}.jsonl"
             rows = [draft.path / f".{part.name}.jsonl" for part in shares]

@@ -266,7 +266,7 @@ class Round:
             batch.waves, batch.lengths, targets, mask, self.seen_weight, batch.sequences
         )
         self.optimizer.zero_grad()
-        loss = loss / count
+        loss = loss / count.clamp(min=1)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         for what, value in (("loss", loss), ("gradient", norm)):
