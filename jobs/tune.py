@@ -79,29 +79,27 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         first = spoken[: experiment.tune.utterances]
         bench = _Bench(experiment, heard_by, store, decoy, first)
 
+        scale = scored[0].distance_scale
         last = finalists(scored, experiment.tune.finalists)
-        decoded = bench.decode([one.knn for one in last], KNNRetrieval)
-        knn = bench.choose(draft, SETTINGS, decoded, scored[0].distance_scale)
+        candidates = {SETTINGS: [(one.knn, KNNRetrieval) for one in last]}
+        if reads:
+            ways = [_scaled(read, scale) for read in reads]
+            candidates[ATTENTION] = [(way, CrossAttentionRetrieval) for way in ways]
+        decoded = bench.decode(candidates)
+        knn = bench.choose(draft, SETTINGS, decoded[SETTINGS], scale)
         draft.summary |= {"k": knn.settings.k, "weight": knn.settings.weight}
         draft.summary |= {"temperature": round(knn.settings.temperature, 3)}
         draft.summary |= {"dev_wer": round(knn.wer, 4)}
         if reads:
-            ways = [_scaled(read, scored[0].distance_scale) for read in reads]
-            read = bench.choose(
-                draft,
-                ATTENTION,
-                bench.decode(ways, CrossAttentionRetrieval),
-                scored[0].distance_scale,
-            )
+            read = bench.choose(draft, ATTENTION, decoded[ATTENTION], scale)
             weights = experiment.tune.both_weight or (knn.settings.weight,)
             beside = [knn.settings.model_copy(update={"weight": weight}) for weight in weights]
 
             def together(source: Path, settings: KNN) -> Mode:
                 return retrieval_mode(source, settings, read.settings)
 
-            both = bench.choose(
-                draft, BOTH, bench.decode(beside, together), scored[0].distance_scale
-            )
+            decoded |= bench.decode({BOTH: [(one, together) for one in beside]})
+            both = bench.choose(draft, BOTH, decoded[BOTH], scale)
             draft.summary |= {"attention_dev_wer": round(read.wer, 4)}
             draft.summary |= {"both_dev_wer": round(both.wer, 4)}
         for file in (SETTINGS, ATTENTION, BOTH):
@@ -127,7 +125,7 @@ def _scaled(read: RetrievedAttention, distance_scale: float) -> RetrievedAttenti
 
 
 class _Bench:
-    """Decodes the dev split with one setting after the other, and with a decoy besides."""
+    """Decodes the dev split with many settings at once, each with a decoy besides."""
 
     def __init__(
         self,
@@ -141,22 +139,33 @@ class _Bench:
         self._heard_by = heard_by
         self._sources = {"right": store.path} | ({"decoy": decoy.path} if decoy else {})
         self._spoken = spoken
-        self._plain = self._rates({"plain": NoRetrieval()})["plain"]
+        self._plain: float | None = None
+        """The word error rate without retrieval, once it is known."""
 
     def decode(
-        self, settings: Sequence[Setting], mode: Callable[[Path, Setting], Mode]
-    ) -> list[Decoded]:
-        """The word error rates of each setting."""
+        self, candidates: Mapping[str, Sequence[tuple[Setting, Callable[[Path, Setting], Mode]]]]
+    ) -> dict[str, list[Decoded]]:
+        """The word error rates of each setting, all of them decoded by the same workers.
+
+        `candidates` are settings with the mode that they are of, under the file they are for.
+        """
         modes = {
-            f"{role} {number}": mode(path, one)
-            for number, one in enumerate(settings)
+            f"{file} {role} {number}": mode(path, one)
+            for file, settings in candidates.items()
+            for number, (one, mode) in enumerate(settings)
             for role, path in self._sources.items()
         }
+        if self._plain is None:
+            modes["plain"] = NoRetrieval()
         rates = self._rates(modes)
-        return [
-            Decoded(one, rates[f"right {number}"], rates.get(f"decoy {number}"))
-            for number, one in enumerate(settings)
-        ]
+        self._plain = rates.get("plain", self._plain)
+        return {
+            file: [
+                Decoded(one, rates[f"{file} right {number}"], rates.get(f"{file} decoy {number}"))
+                for number, (one, _) in enumerate(settings)
+            ]
+            for file, settings in candidates.items()
+        }
 
     def choose(
         self, draft: Draft, file: str, decoded: Sequence[Decoded], distance_scale: float
