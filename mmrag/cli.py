@@ -27,7 +27,7 @@ from mmrag import shipped, terminal
 from mmrag.artifact import ArtifactError
 from mmrag.client import Answer, Service, ServiceError
 from mmrag.folders import printable
-from mmrag.records import Transcript
+from mmrag.records import Transcript, Word
 from mmrag.text import read_lines
 
 if TYPE_CHECKING:
@@ -408,12 +408,9 @@ def _print(file: Path, transcript: Transcript, as_json: bool) -> None:
         told = json.dumps(fields, ensure_ascii=False)
         print(told if terminal.shows(told) else json.dumps(fields))
         return
-    marked = " ".join(
-        f"[bold green]{_shown(word.text)}[/]" if word.changed else _shown(word.text)
-        for word in transcript.words
-    )
-    if transcript.unclear:
-        marked = f"[dim]{' '.join(filter(None, (marked, '(unclear)')))}[/]"
+    marked = " ".join(map(_marked, transcript.words))
+    if transcript.unclear or any(word.unclear for word in transcript.words):
+        marked = f"{marked} [dim](unclear)[/]".strip()
     marked = marked or "[dim](nothing said)[/]"
     console.print(
         f"{_shown(printable(file))}  {transcript.start:.1f}–{transcript.end:.1f} s\n  {marked}"
@@ -430,6 +427,12 @@ def _print(file: Path, transcript: Transcript, as_json: bool) -> None:
                 f"    [green]{_shown(word.text)}[/]  p {word.lm_probability:.2f} -> "
                 f"{word.probability:.2f}  from {', '.join(evidence)}: “{_shown(source.text)}”"
             )
+
+
+def _marked(word: Word) -> str:
+    """A word as it is shown: green where retrieval changed it, dim where it is unclear."""
+    style = " ".join(("bold green",) * word.changed + ("dim",) * word.unclear)
+    return f"[{style}]{_shown(word.text)}[/]" if style else _shown(word.text)
 
 
 def _complain(file: Path, reason: str) -> None:

@@ -203,11 +203,12 @@ def events(chunks: Iterable[bytes]) -> Iterator[dict[str, Any]]:
 
 
 def _answer(done: dict[str, Any]) -> Answer:
+    words = tuple(_word(word) for word in done["words"])
     transcript = Transcript(
         text=done["text"],
-        words=tuple(_word(word) for word in done["words"]),
+        words=words,
         end=done["duration"],
-        unclear=any(word.get("unclear", False) for word in done["words"]),
+        unclear=bool(words) and all(word.unclear for word in words),
     )
     return Answer(transcript, done.get("missing_shards", 0))
 
@@ -217,8 +218,9 @@ def _word(word: dict[str, Any]) -> Word:
     if source is not None:
         source = Source(**{field.name: source[field.name] for field in fields(Source)})
     evidence = ("probability", "lm_probability", "changed", "start", "end")
-    known = {name: word[name] for name in evidence} | {"confidence": word.get("confidence")}
-    return Word(text=word["word"], source=source, **known)
+    known = {name: word[name] for name in evidence}
+    sure = {name: word[name] for name in ("confidence", "unclear") if name in word}
+    return Word(text=word["word"], source=source, **known, **sure)
 
 
 def _message(body: object) -> str | None:

@@ -204,6 +204,8 @@ class Word:
     end: float | None = None
     confidence: float | None = None
     """Probability that the word is right; None where the models are not calibrated."""
+    unclear: bool = False
+    """Whether its segment is too unsure to rely on."""
 
 
 @dataclass(frozen=True)

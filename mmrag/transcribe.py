@@ -110,14 +110,14 @@ def judged(transcript: Transcript, calibration: Calibration | None, settings: De
     if calibration is None or not transcript.words:
         return transcript
     probabilities = [word.probability for word in transcript.words]
-    each = calibration.words(probabilities).tolist()
-    sure = [replace(one, confidence=c) for one, c in zip(transcript.words, each, strict=True)]
     confidence = calibration.segment(probabilities)
     unclear = confidence < calibration.unclear
-    made = replace(transcript, words=tuple(sure), confidence=confidence, unclear=unclear)
+    marked = replace(transcript, confidence=confidence, unclear=unclear)
     if unclear and settings.unclear == "empty":
-        return replace(made, text="", words=())
-    return made
+        return replace(marked, text="", words=())
+    each = zip(transcript.words, calibration.words(probabilities).tolist(), strict=True)
+    sure = tuple(replace(word, confidence=one, unclear=unclear) for word, one in each)
+    return replace(marked, words=sure)
 
 
 def _probability(logps: Iterator[float]) -> float:

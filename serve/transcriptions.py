@@ -177,12 +177,7 @@ def _plain(
         **more,
     }
     if evidence:
-        fields["words"] = [
-            _word(word, one.result.unclear)
-            for one in transcribed
-            if one.result
-            for word in one.result.words
-        ]
+        fields["words"] = [_word(word) for word in _words(transcribed)]
         missing = [one.result.missing_shards for one in transcribed if one.result]
         fields["missing_shards"] = max(missing, default=0)
     made = kind(**fields)
@@ -198,9 +193,9 @@ def _words(transcribed: Sequence[TranscribedSegment]) -> list[Word]:
     return [word for one in transcribed if one.result for word in one.result.words]
 
 
-def _word(word: Word, unclear: bool) -> schema.TimedWord:
+def _word(word: Word) -> schema.TimedWord:
     source = word.source and schema.Evidence(**vars(word.source))
-    fields = vars(word) | {"source": source, "word": word.text, "unclear": unclear}
+    fields = vars(word) | {"source": source, "word": word.text}
     return schema.TimedWord(**{name: fields[name] for name in schema.TimedWord.model_fields})
 
 

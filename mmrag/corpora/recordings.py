@@ -13,11 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from mmrag.corpora import augment, manifest
-from mmrag.corpora.voices.speech import played
+from mmrag.corpora.voices.speech import SPEEDS, played
 from mmrag.records import Rejection, Utterance
 from mmrag.speech import audio
-
-SPEEDS = (0.9, 0.95, 1.0, 1.05, 1.1)
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Rerecorded:
     """A recording that is to stand in the corpus as `said.id`."""
 
     said: Utterance
-    seed: int | None
+    seed: tuple[int, ...] | None
     """Of its augmentation; None for the recording as it is."""
 
 
@@ -47,14 +45,8 @@ def plan(
                 domain = one.domain or path.parent.name
                 for copy in range(copies if split == "lm" else 1):
                     id = f"{domain}-{split}-{number:06d}-{copy}"
-                    again = None if copy == 0 else hash_of(seed, split, number, copy)
+                    again = (seed, *split.encode(), number, copy) if copy else None
                     yield split, Rerecorded(replace(one, id=id, document=id, domain=domain), again)
-
-
-def hash_of(seed: int, split: str, number: int, copy: int) -> int:
-    """A seed of its own for each copy of each recording."""
-    place = [seed, *split.encode(), number, copy]
-    return int(np.random.SeedSequence(place).generate_state(1)[0])
 
 
 def record(recorded: Rerecorded) -> tuple[Utterance, np.ndarray]:

@@ -137,7 +137,7 @@ def test_what_is_too_unsure_to_be_relied_on_is_marked_or_left_empty(mmrag, model
         assert out.splitlines()[1].strip() == "(unclear)"
         said = json.loads(mmrag(clip, "--json")[1])
         assert said["unclear"] and 0 < said["confidence"] < 0.5
-        assert all(0 < word["confidence"] < 0.5 for word in said["words"])
+        assert all(0 < word["confidence"] < 0.5 and word["unclear"] for word in said["words"])
         said = json.loads(mmrag(clip, "--json", "--unclear", "empty")[1])
         assert (said["text"], said["words"], said["unclear"]) == ("", [], True)
         write_calibration(models, bias=20.0, own=0.0, mean=0.0)
@@ -445,6 +445,7 @@ def test_what_an_endpoint_heard_looks_like_what_this_process_hears(ask, mmrag, c
         "start": 0.4,
         "end": 0.9,
         "confidence": None,
+        "unclear": False,
     }
 
 

@@ -24,7 +24,13 @@ from typing import ClassVar
 import numpy as np
 
 from mmrag.corpora.voices import phones as inventory
-from mmrag.corpora.voices.speech import SHORTEST_SECONDS, Speech, UnspeakableError, played
+from mmrag.corpora.voices.speech import (
+    SHORTEST_SECONDS,
+    SPEEDS,
+    Speech,
+    UnspeakableError,
+    played,
+)
 from mmrag.records import Timed
 
 _NATIVE_RATE = 22_050
@@ -118,8 +124,6 @@ VOICES: dict[str, tuple[Voice, ...]] = {
     ),
 }
 """Who speaks which splits. No voice, and no variant (the part after the plus), is in two rows."""
-
-SPEEDS = (0.9, 0.95, 1.0, 1.05, 1.1)
 
 
 def cast(split: str, draw: Random) -> Voice:

@@ -25,7 +25,7 @@ from typing import ClassVar
 import numpy as np
 
 from mmrag.corpora.voices import phones
-from mmrag.corpora.voices.speech import Speech, UnspeakableError, played
+from mmrag.corpora.voices.speech import SPEEDS, Speech, UnspeakableError, played
 from mmrag.records import Timed
 
 DURATION = "duration"
@@ -54,7 +54,6 @@ ACCENTED = (
 """Packs of speakers of other languages: in training, they speak English with an accent."""
 ACCENTED_SHARE = 0.5
 RATES = (0.8, 1.25)
-SPEEDS = (0.9, 0.95, 1.0, 1.05, 1.1)
 
 _LETTERS = {
     "ɜːɹ": "ɜɹ", "ɜː": "ɜɹ", "oʊ": "O", "əʊ": "Q", "eɪ": "A", "aɪ": "I", "ɔɪ": "Y", "aʊ": "W",

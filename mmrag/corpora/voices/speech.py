@@ -17,6 +17,9 @@ from mmrag.speech.audio import SAMPLE_RATE
 SHORTEST_SECONDS = 0.05
 """Of anything that is said: a synthesizer makes a few silent ms of dashes or unknown digits."""
 
+SPEEDS = (0.9, 0.95, 1.0, 1.05, 1.1)
+"""At which speech is `played` to make other speakers of it."""
+
 
 class UnspeakableError(ValueError):
     """A text of which a synthesizer makes no speech; the message names it."""

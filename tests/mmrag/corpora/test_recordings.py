@@ -5,7 +5,8 @@ import pytest
 import soundfile
 
 from mmrag.corpora import recordings
-from mmrag.corpora.recordings import SPEEDS, Rerecorded
+from mmrag.corpora.recordings import Rerecorded
+from mmrag.corpora.voices.speech import SPEEDS
 from mmrag.records import Rejection
 from mmrag.speech.audio import SAMPLE_RATE, AudioError
 

@@ -22,7 +22,8 @@ from mmrag.corpora.synthetic import (
     render,
 )
 from mmrag.corpora.voices import kokoro
-from mmrag.corpora.voices.espeak import SPEEDS, VOICES, Synthesizer, Voice, varied
+from mmrag.corpora.voices.espeak import VOICES, Synthesizer, Voice, varied
+from mmrag.corpora.voices.speech import SPEEDS
 
 pytest.importorskip("faker")
 pytest.importorskip("espeakng_loader")
