@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,7 @@ from jobs import stage, tokenize
 from mmrag import shipped
 from mmrag.artifact import Artifact, Draft, nothing
 from mmrag.config import Experiment, recipe
-from mmrag.corpora.voices.espeak import VOICES, Synthesizer
-from mmrag.corpora.voices.speech import UnspeakableError
+from mmrag.corpora.pronunciation import Pronunciation
 from mmrag.records import Rejection, Utterance
 from mmrag.speech import audio
 from mmrag.speech.hubert import HubertEncoder
@@ -134,35 +133,6 @@ def _pretrain(experiment: Experiment, directory: Path) -> None:
         reject=reject,
     )
     encoder.save(directory)
-
-
-class Pronunciation:
-    """The phones of an utterance as they follow each other, with "" where words meet: its own, or
-    those that espeak-ng says its text in, which needs the extra `speech`."""
-
-    def __init__(self) -> None:
-        self._synthesizer: Synthesizer | None = None
-
-    def __call__(self, one: Utterance) -> tuple[str, ...]:
-        if one.phones:
-            return tuple(phone.text for phone in one.phones)
-        return self._read(one.text or "")
-
-    @cache  # noqa: B019 it lives as long as one training
-    def _read(self, text: str) -> tuple[str, ...]:
-        self._synthesizer = self._synthesizer or Synthesizer()
-        try:
-            speech = self._synthesizer.speak(text, VOICES["train"][0])
-        except UnspeakableError:
-            return ()
-        phones: list[str] = []
-        starts = [word.start for word in speech.words[1:]]
-        for phone in speech.phones:
-            while starts and phone.start > starts[0] - 0.01:  # espeak-ng's words begin early
-                starts.pop(0)
-                phones.append("")
-            phones.append(phone.text)
-        return tuple(phones)
 
 
 def _held_out(dev: Sequence[Utterance], say: Pronunciation) -> dict[str, HeldOut]:

@@ -13,7 +13,7 @@ from jobs import stage
 from mmrag import artifact
 from mmrag.artifact import Artifact, Draft
 from mmrag.config import Experiment, Synthesize, recipe
-from mmrag.corpora import recordings
+from mmrag.corpora import recordings, sentences
 from mmrag.corpora.recordings import Rerecorded
 from mmrag.corpora.synthetic import Planned, plan
 from mmrag.corpora.voices import kokoro
@@ -75,9 +75,11 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
 def _planned(
     settings: Synthesize, seed: int
 ) -> tuple[dict[str, list[Planned | Rerecorded]], list[Rejection]]:
-    """Every split's utterances, and the lines of manifests that are none."""
+    """Every split's utterances, and the lines of text files and manifests that are none."""
     planned: dict[str, list[Planned | Rerecorded]] = {**plan(settings, seed)}
     rejected: list[Rejection] = []
+    if settings.sentences:
+        rejected += sentences.left_out(settings.sentences.files)
     if settings.recordings:
         manifests = {split: Path(path) for split, path in _manifests(settings).items()}
         for split, one in recordings.plan(manifests, settings.recordings.copies, seed):

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from mmrag.folders import printable
+from mmrag.records import Rejection
 from mmrag.text import fold, read_lines, spoken
 
 WORDS = range(2, 31)
@@ -21,19 +23,39 @@ WORDS = range(2, 31)
 def read(files: Sequence[Path | str], held_out: float) -> dict[str, list[tuple[str, str]]]:
     """(sentence, file's name) of lm, dev and test, as they are spoken, in the order of the files.
 
-    dev and test have the share `held_out` each. What stands twice, has letters that English lacks
-    or is too short or too long is left out. Raises OSError or ValueError, which name the file.
+    dev and test have the share `held_out` each. What stands twice is there once, and what is
+    `left_out` not at all. Raises OSError or ValueError, which name the file.
     """
     splits: dict[str, list[tuple[str, str]]] = {"lm": [], "dev": [], "test": []}
     seen: set[str] = set()
-    for file in map(Path, files):
-        for _, line in read_lines(file):
-            text = fold(spoken(line))
-            if text in seen or not re.fullmatch(r"[a-z' ]+", text) or _count(text) not in WORDS:
-                continue
+    for file, _, text in _lines(files):
+        if text not in seen and _reason(text) is None:
             seen.add(text)
             splits[split_of(text, held_out)].append((text, file.stem))
     return splits
+
+
+def left_out(files: Sequence[Path | str]) -> Iterator[Rejection]:
+    """The lines that nobody is to say, and why."""
+    for file, number, text in _lines(files):
+        if (reason := _reason(text)) is not None:
+            yield Rejection(f"{printable(file)}:{number}", reason)
+
+
+def _lines(files: Sequence[Path | str]) -> Iterator[tuple[Path, int, str]]:
+    """Each line as it is spoken, with its file and number."""
+    for file in map(Path, files):
+        for number, line in read_lines(file):
+            yield file, number, fold(spoken(line))
+
+
+def _reason(text: str) -> str | None:
+    """Why a text is no sentence to be said; None if it is one."""
+    if not re.fullmatch(r"[a-z' ]*", text):
+        return f"letters that English lacks in {text!r}"
+    if (count := len(text.split())) not in WORDS:
+        return f"{count} words, and {WORDS.start} to {WORDS.stop - 1} are said in one breath"
+    return None
 
 
 def split_of(text: str, held_out: float) -> str:
@@ -41,7 +63,3 @@ def split_of(text: str, held_out: float) -> str:
     digest = hashlib.sha256(fold(spoken(text)).encode()).digest()
     place = int.from_bytes(digest[:8]) / 2**64
     return "dev" if place < held_out else "test" if place < 2 * held_out else "lm"
-
-
-def _count(text: str) -> int:
-    return len(text.split())

@@ -8,9 +8,7 @@ import soundfile
 
 from cluster.progress import records
 from jobs import pretrain_hubert
-from jobs.pretrain_hubert import Pronunciation
 from mmrag.config import PretrainRound
-from mmrag.records import Timed, Utterance
 from mmrag.speech.hubert import HubertEncoder
 
 pytestmark = pytest.mark.ray
@@ -57,11 +55,3 @@ def test_it_reads_what_is_tokenized_and_measures_phones_on_dev(workspace, borrow
     [listed] = [json.loads(line) for line in (made.path / "rejected.jsonl").open()]
     assert listed["source"] == "lm-3" and "lm-3.flac" in listed["reason"]
     assert np.isfinite([record["loss"] for record in records(made.path)]).all()
-
-
-def test_a_text_is_pronounced_word_by_word_and_an_alignment_is_taken_as_it_is():
-    say = Pronunciation()
-    assert say(Utterance("one", text="the cat")) == ("ð", "ə", "", "k", "æ", "t")
-    assert say(Utterance("two", text="--")) == ()
-    aligned = Utterance("three", text="a", phones=(Timed("ə", 0, 1), Timed("t", 1, 2)))
-    assert say(aligned) == ("ə", "t")

@@ -110,7 +110,8 @@ def test_real_sentences_and_people_stand_beside_the_grammar(mixed):
     assert not np.array_equal(soundfile.read(first.audio)[0], soundfile.read(second.audio)[0])
 
     listed = [json.loads(line) for line in (made.path / "rejected.jsonl").open()]
-    assert len(listed) == 3, "the broken recording twice, and the line that is no JSON"
+    assert len(listed) == 4, "the broken recording twice, the line that is no JSON, and the dashes"
+    assert sum("requests.txt:41" in one["source"] for one in listed) == 1
     assert sum("broken.wav" in one["reason"] for one in listed) == 2
     assert sum("train.jsonl:3" in one["source"] for one in listed) == 1
 

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmrag.corpora.sentences import read, split_of
+from mmrag.corpora.sentences import left_out, read, split_of
 
 
 def test_sentences_are_as_spoken_without_scraps_and_twins(tmp_path):
@@ -17,6 +17,13 @@ def test_sentences_are_as_spoken_without_scraps_and_twins(tmp_path):
         ("cafe ole", "real"),
         ("i'm still waiting on two cards", "real"),
         ("im here", "real"),
+    ]
+    listed = [(one.source, one.reason) for one in left_out([file])]
+    assert [source for source, _ in listed] == [f"{file}:{number}" for number in (3, 5, 7)]
+    assert [reason.split(",")[0] for _, reason in listed] == [
+        "1 words",
+        "letters that English lacks in '你好 你好'",
+        "31 words",
     ]
 
 
