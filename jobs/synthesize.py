@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 
-from cluster.parts import parts, work_off
+from cluster.parts import Part, parts, work_off
 from cluster.recording import RenderSpeech
 from cluster.rejections import REJECTED, read_rejections, write_rejections
 from cluster.tracking import Run
@@ -13,11 +14,11 @@ from jobs import stage
 from mmrag import artifact
 from mmrag.artifact import Artifact, Draft
 from mmrag.config import Experiment, Synthesize, recipe
-from mmrag.corpora import recordings, sentences
+from mmrag.corpora import manifest, recordings, sentences
 from mmrag.corpora.recordings import Rerecorded
 from mmrag.corpora.synthetic import Planned, plan
 from mmrag.corpora.voices import kokoro
-from mmrag.records import Rejection
+from mmrag.records import Rejection, Utterance
 
 PART_UTTERANCES = 64
 SPLITS_RECORDED = ("lm", "dev", "test")
@@ -41,20 +42,26 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
             split: parts(each, lambda _: 1, PART_UTTERANCES, name=split)
             for split, each in planned.items()
         }
-        everything = list(chain.from_iterable(splits.values()))
-        todo = [part for part in everything if not (draft.path / f".{part.name}.jsonl").exists()]
         speak = (RenderSpeech, {"directory": draft.path, "kokoro": settings.kokoro})
-        for _ in work_off([speak], todo, settings.workers, "speaking", "synthesize.workers"):
-            pass
-        for part in everything:
+
+        def record(what: Iterable[Part], title: str) -> None:
+            todo = [each for each in what if not (draft.path / f".{each.name}.jsonl").exists()]
+            for _ in work_off([speak], todo, settings.workers, title, "synthesize.workers"):
+                pass
+
+        record(chain.from_iterable(splits.values()), "speaking")
+        again = _again(draft.path, planned["lm"], splits["lm"], settings.copies, experiment.seed)
+        record(again, "recording again")
+        splits["lm"] += again
+        for part in chain.from_iterable(splits.values()):
             rejected += read_rejections(draft.path / f".{part.name}.rejected")
         for split, shares in splits.items():
-            manifest = draft.path / f"{split}.jsonl"
+            path = draft.path / f"{split}.jsonl"
             rows = [draft.path / f".{part.name}.jsonl" for part in shares]
             lines = "".join(row.read_text(encoding="utf-8") for row in rows)
-            manifest.write_text(lines, encoding="utf-8")
+            path.write_text(lines, encoding="utf-8")
             draft.summary[f"{split}_utterances"] = lines.count("\n")
-            tracked.file(manifest)
+            tracked.file(path)
         write_rejections(draft.path / REJECTED, rejected)
         draft.summary["rejected"] = len(rejected)
         tracked.file(draft.path / REJECTED)
@@ -88,6 +95,25 @@ def _planned(
             else:
                 planned[split].append(one)
     return planned, rejected
+
+
+def _again(
+    draft: Path,
+    planned: Iterable[Planned | Rerecorded],
+    spoken: Iterable[Part],
+    copies: Mapping[str, int],
+    seed: int,
+) -> list[Part]:
+    """Further recordings of what was spoken for training by synthesizers that have `copies`."""
+    voices = {one.id: one.voice for one in planned if isinstance(one, Planned)}
+    wanted = {id: copies[voice.engine] for id, voice in voices.items() if voice.engine in copies}
+    rows = (manifest.read(draft / f".{part.name}.jsonl") for part in (spoken if wanted else ()))
+    said = (
+        one for one in chain.from_iterable(rows) if isinstance(one, Utterance) and one.id in wanted
+    )
+    return parts(
+        recordings.again(said, wanted, seed), lambda _: 1, PART_UTTERANCES, name="lm-again"
+    )
 
 
 def _manifests(settings: Synthesize) -> dict[str, str]:

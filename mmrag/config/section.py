@@ -46,8 +46,11 @@ Layout = Annotated[Value, Role.LAYOUT]
 Correction = Annotated[Value, Role.CORRECTION]
 
 
-Voices = Annotated[dict[Literal["espeak", "kokoro"], PositiveFloat], Field(min_length=1)]
+Synthesizer = Literal["espeak", "kokoro"]
+Voices = Annotated[dict[Synthesizer, PositiveFloat], Field(min_length=1)]
 """Synthesizer -> its share of what is said."""
+Copies = dict[Synthesizer, PositiveInt]
+"""Synthesizer -> how often something stands in a corpus."""
 
 
 class ConfigError(ValueError):

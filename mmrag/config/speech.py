@@ -13,6 +13,7 @@ from pydantic import (
 
 from mmrag.config.section import (
     SLUG,
+    Copies,
     Correction,
     Fraction,
     Layout,
@@ -70,6 +71,9 @@ class Synthesize(Section):
     """Who says what training hears."""
     held_out_voices: Voices | None = None
     """The same for dev and test, whose voices training never hears; None for `voices`."""
+    copies: Copies = Field(default={})
+    """Synthesizer -> how often what it says for training stands in the corpus, once unless it is
+    named here: as it was recorded first, then again, at other speeds and in other places."""
     kokoro: Operation[str | None] = None
     """Directory of Kokoro's model and voice packs, as `jobs.fetch_voices` fills it."""
     sentences: Sentences | None = None

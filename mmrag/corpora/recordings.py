@@ -1,12 +1,12 @@
-"""Recordings of people as a part of a made corpus: as they are, and again under worse conditions.
+"""Recordings as a part of a made corpus: as they are, and again under worse conditions.
 
-What is rare (an hour of people) is heard several times, each time recorded elsewhere and at another
-speed, beside what is plentiful (days of synthetic speech).
+What is rare (an hour of people, or of a synthesizer that is slow) is heard several times, each time
+recorded elsewhere and at another speed, beside what is plentiful (days of quick synthetic speech).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from mmrag.corpora import augment, manifest
 from mmrag.corpora.voices.speech import SPEEDS, played
-from mmrag.records import Rejection, Utterance
+from mmrag.records import Rejection, Timed, Utterance
 from mmrag.speech import audio
 
 
@@ -49,15 +49,27 @@ def plan(
                     yield split, Rerecorded(replace(one, id=id, document=id, domain=domain), again)
 
 
+def again(said: Iterable[Utterance], copies: Mapping[str, int], seed: int) -> Iterator[Rerecorded]:
+    """Further recordings of utterances of a corpus; `copies`, by id, says how often each stands."""
+    for one in said:
+        for copy in range(1, copies.get(one.id, 1)):
+            id = f"{one.id}-{copy}"
+            yield Rerecorded(replace(one, id=id, document=id), (seed, *id.encode()))
+
+
 def record(recorded: Rerecorded) -> tuple[Utterance, np.ndarray]:
-    """The utterance without what was timed in it, and its sound (T,) float32 at SAMPLE_RATE.
+    """The utterance, timed as it now sounds, and its sound (T,) float32 at SAMPLE_RATE.
 
     Raises AudioError for a recording that cannot be read.
     """
-    said = recorded.said
+    said, longer = recorded.said, 1.0
     wave = audio.read(said.audio, audio.span_of(said)).numpy()
     if recorded.seed is not None:
         draw = np.random.default_rng(recorded.seed)
-        wave, _ = played(wave, audio.SAMPLE_RATE, float(draw.choice(SPEEDS)))
+        wave, longer = played(wave, audio.SAMPLE_RATE, float(draw.choice(SPEEDS)))
         wave = np.clip(augment.rough(wave, draw), -1, 1)
-    return replace(said, offset=None, words=(), phones=()), wave
+
+    def timed(what: tuple[Timed, ...]) -> tuple[Timed, ...]:
+        return tuple(Timed(one.text, one.start * longer, one.end * longer) for one in what)
+
+    return replace(said, offset=None, words=timed(said.words), phones=timed(said.phones)), wave

@@ -69,6 +69,7 @@ def base() -> Experiment:
     corpus = trained.synthesize.model_copy(
         update={
             "held_out_voices": {"espeak": 1.0},
+            "copies": {"espeak": 2},
             "sentences": config.Sentences(files=("a.txt",), held_out=0.1, lm=1, dev=1, test=1),
             "recordings": config.Recordings(lm="lm.jsonl", dev="dev.jsonl", test="test.jsonl"),
         }

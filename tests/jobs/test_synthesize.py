@@ -80,6 +80,7 @@ def mixed(ray_cluster, experiment, tmp_path_factory):
             "lm": 4,
             "text": 3,
             "sentences": sentences,
+            "copies": {"espeak": 2},
             "recordings": Recordings(lm=str(people / "train.jsonl"), copies=2),
         }
     )
@@ -99,8 +100,8 @@ def test_real_sentences_and_people_stand_beside_the_grammar(mixed):
         split: list(manifest.read(made.path / f"{split}.jsonl")) for split in ("lm", "text", "dev")
     }
     domains = Counter(one.domain for one in corpus["lm"])
-    assert domains["requests"] == 15 and domains["people"] == 2
-    assert domains.total() == 4 + 15 + 2
+    assert domains["requests"] == 2 * 15 and domains["people"] == 2
+    assert domains.total() == 2 * (4 + 15) + 2
     real = {one.text for split in corpus.values() for one in split if one.domain == "requests"}
     assert 15 + 2 < len(real) < 40, "what is not said is text"
     assert Counter(one.domain for one in corpus["dev"])["requests"] == 2
@@ -114,6 +115,22 @@ def test_real_sentences_and_people_stand_beside_the_grammar(mixed):
     assert sum("requests.txt:41" in one["source"] for one in listed) == 1
     assert sum("broken.wav" in one["reason"] for one in listed) == 2
     assert sum("train.jsonl:3" in one["source"] for one in listed) == 1
+
+
+def test_what_a_synthesizer_says_is_recorded_again_with_its_phones(mixed):
+    made = synthesize.run(mixed)
+    said = {one.id: one for one in manifest.read(made.path / "lm.jsonl")}
+    pairs = [(said[id.removesuffix("-1")], one) for id, one in said.items() if id.endswith("-1")]
+    pairs = [(first, again) for first, again in pairs if first.phones]
+    assert len(pairs) == 4 + 15
+    for first, again in pairs:
+        longer = again.duration / first.duration
+        assert (again.text, again.speaker) == (first.text, first.speaker)
+        assert [one.text for one in again.phones] == [one.text for one in first.phones]
+        ends = [one.end * longer for one in first.phones]
+        assert [one.end for one in again.phones] == pytest.approx(ends, rel=0.01)
+        assert again.words[-1].end <= again.duration + 0.01
+    assert len({round(again.duration / first.duration, 2) for first, again in pairs}) > 1
 
 
 def test_what_is_missing_is_named_before_anything_is_said(mixed, tmp_path):

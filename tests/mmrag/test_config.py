@@ -188,7 +188,7 @@ def test_training_steps_are_those_of_all_phases(file):
 ROLES = {
     "": "workspace:o seed models:o language",
     "tracking": "uri:o experiment:o",
-    "synthesize": "lm adapter mentions dev test text everyday_share voices held_out_voices "
+    "synthesize": "lm adapter mentions dev test text everyday_share voices held_out_voices copies "
     "kokoro:o sentences.files:o sentences.held_out sentences.lm sentences.dev sentences.test "
     "recordings.lm:o recordings.dev:o recordings.test:o recordings.copies "
     "workers.count:o workers.num_cpus:o workers.num_gpus:o",
