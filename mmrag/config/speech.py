@@ -91,6 +91,9 @@ class Hubert(Section):
     """What feeds the transformer: convolutions, or log-mel bands (MelHuBERT, arXiv 2211.09944)."""
     conv_channels: PositiveInt
     """Width of the convolutions; with front mel, the number of bands."""
+    stack: PositiveInt | None = None
+    """With front mel, windows of 25 ms, 10 ms apart, whose bands make one frame; None for frames of
+    one window, 20 ms apart."""
     norm: Literal["layer_norm", "group_norm"]
     """layer_norm for HuBERT large's arrangement, group_norm for base's."""
     width: PositiveInt
@@ -104,6 +107,8 @@ class Hubert(Section):
     def _shape(self) -> Hubert:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.stack and self.front != "mel":
+            raise ValueError(f"stack {self.stack}: front {self.front} has no windows to stack")
         if self.layer > self.layers:
             raise ValueError(f"layer {self.layer} of an encoder with {self.layers} layers")
         return self

@@ -31,6 +31,9 @@ from mmrag.speech.audio import SAMPLE_RATE
 CONVOLUTIONS = ((10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2))
 """Kernel and stride of each convolution of every published HuBERT."""
 
+MEL_FIELD, MEL_HOP = 400, 160
+"""Samples of a window of log-mel bands that are stacked, and from one to the next."""
+
 POSITION_GROUPS = 16
 
 
@@ -50,14 +53,20 @@ class HubertEncoder(nn.Module):
     """Waveforms at 16 kHz to one feature vector a frame."""
 
     def __init__(
-        self, architecture: Mapping[str, Any], layer: int, normalize: bool, mel: bool = False
+        self,
+        architecture: Mapping[str, Any],
+        layer: int,
+        normalize: bool,
+        mel: bool = False,
+        stack: int | None = None,
     ) -> None:
         """Random weights; `create`, `from_published` and `load` are the usual ways in.
 
         `architecture` holds the arguments of torchaudio's `wav2vec2_model`; its dropouts are
         ignored. `layer` (1 = first) is the transformer layer whose output are the features.
         `normalize` scales each clip to zero mean and unit variance first. `mel` puts as many
-        log-mel bands as the convolutions have channels in their place, over the same windows.
+        log-mel bands as the convolutions have channels in their place, over the same windows; or,
+        with `stack`, those of so many windows of MEL_FIELD samples, MEL_HOP apart, together.
         """
         super().__init__()
         layers = architecture["encoder_num_layers"]
@@ -68,10 +77,14 @@ class HubertEncoder(nn.Module):
         self.layer = layer
         self.normalize = normalize
         self.mel = mel
+        self.stack = stack
         self.model = wav2vec2_model(**self.architecture)
         shapes = self.architecture["extractor_conv_layer_config"]
         self.field, self.hop = window([(kernel, stride) for _, kernel, stride in shapes])
-        if mel:
+        if mel and stack:
+            self.model.feature_extractor = LogMel(shapes[-1][0] // stack, MEL_FIELD, MEL_HOP, stack)
+            self.field, self.hop = MEL_FIELD + (stack - 1) * MEL_HOP, MEL_HOP * stack
+        elif mel:
             self.model.feature_extractor = LogMel(shapes[-1][0], self.field, self.hop)
         self.width: int = self.architecture["encoder_embed_dim"]
 
@@ -86,9 +99,10 @@ class HubertEncoder(nn.Module):
         gain is smaller, they learn several times more slowly.
         """
         large = config.norm == "layer_norm"
+        channels = config.conv_channels * (config.stack or 1)
         architecture = {
             "extractor_mode": config.norm,
-            "extractor_conv_layer_config": [[config.conv_channels, *c] for c in CONVOLUTIONS],
+            "extractor_conv_layer_config": [[channels, *c] for c in CONVOLUTIONS],
             "extractor_conv_bias": large,
             "encoder_embed_dim": config.width,
             "encoder_projection_dropout": 0.0,
@@ -105,7 +119,8 @@ class HubertEncoder(nn.Module):
         }
         with seeded_at(seed):
             mel = config.front == "mel"
-            encoder = cls(architecture, config.layer, normalize=large or mel, mel=mel)
+            normalize = large or mel
+            encoder = cls(architecture, config.layer, normalize, mel=mel, stack=config.stack)
             for module in encoder.model.feature_extractor.modules():
                 if isinstance(module, nn.Conv1d):
                     nn.init.kaiming_normal_(module.weight)
@@ -142,6 +157,7 @@ class HubertEncoder(nn.Module):
         """Write `hubert.safetensors` and `hubert.json` into `directory`, making it if need be."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        stacked = {"stack": self.stack} if self.stack else {}
         state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
         save_file(state, directory / "hubert.safetensors")
         write_json(
@@ -151,6 +167,7 @@ class HubertEncoder(nn.Module):
                 "layer": self.layer,
                 "normalize": self.normalize,
                 "mel": self.mel,
+                **stacked,
             },
         )
 
@@ -262,22 +279,29 @@ class HubertEncoder(nn.Module):
 
 
 class LogMel(nn.Module):
-    """Log-mel bands, each scaled to zero mean and unit variance over the clip."""
+    """Log-mel bands, each scaled to zero mean and unit variance over the clip.
 
-    def __init__(self, bands: int, field: int, hop: int) -> None:
+    A frame has the bands of `stack` windows that follow each other.
+    """
+
+    def __init__(self, bands: int, field: int, hop: int, stack: int = 1) -> None:
         super().__init__()
+        self.stack = stack
         self.power = torchaudio.transforms.MelSpectrogram(
             SAMPLE_RATE, n_fft=field, hop_length=hop, center=False, n_mels=bands, f_min=20.0
         )
 
     def forward(self, waves: Tensor, frames: Tensor) -> Tensor:
-        """Waves (B, T), `frames` (B,) of them real, to bands (B, F, M)."""
+        """Waves (B, T), `frames` (B,) of them real, to bands (B, F, stack * M)."""
         bands = (self.power(waves) + 1e-4).log().transpose(1, 2)
-        inside = torch.arange(bands.shape[1], device=waves.device) < frames[:, None]
-        inside, count = inside[..., None], frames[:, None, None]
+        bands = bands[:, : bands.shape[1] // self.stack * self.stack]
+        windows = frames * self.stack
+        inside = torch.arange(bands.shape[1], device=waves.device) < windows[:, None]
+        inside, count = inside[..., None], windows[:, None, None]
         centred = bands - (bands * inside).sum(1, keepdim=True) / count
         variance = (centred.square() * inside).sum(1, keepdim=True) / count
-        return centred / (variance + 1e-5).sqrt()
+        scaled = centred / (variance + 1e-5).sqrt()
+        return scaled.reshape(len(scaled), -1, self.stack * scaled.shape[-1])
 
 
 def _from_bundle(name: str) -> tuple[dict[str, Any], dict[str, Tensor], bool]:

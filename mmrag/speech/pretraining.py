@@ -217,12 +217,14 @@ class Round:
         with seeded_at(seed, number):
             self.model = MaskedPrediction(encoder, classes).to(encoder.device)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01
+            self.model.parameters(), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, fused=True
         )
 
     def describe(self, wave: Tensor) -> Tensor:
         """The features (F, D) of a clip that targets are clusters of."""
-        return self.teacher.features([wave])[0] if self.teacher else mfcc(wave)
+        if self.teacher:
+            return self.teacher.features([wave])[0]
+        return mfcc(wave, self.model.encoder.field, self.model.encoder.hop)
 
     def cluster(
         self,
@@ -350,6 +352,7 @@ def pretrain(
             raise ValueError(f"no clip can be used; {names[clip]}: {reason}")
 
     encoder = HubertEncoder.create(config, seed).to(device)
+    phones = phones and phones.framed(encoder.field, encoder.hop)
     if phones is None and any(plan.target == "phones" for plan in settings.rounds):
         raise ValueError("a round's target is phones, and the corpus has no alignment")
     if phones and not any(phones.sequence(clip) is None for clip in range(len(waves))):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 
 import numpy as np
 import torch
@@ -16,14 +17,15 @@ from mmrag.records import Timed
 from mmrag.speech.audio import SAMPLE_RATE
 from mmrag.speech.hubert import CONVOLUTIONS, window
 
+FIELD, HOP = window(CONVOLUTIONS)
 
-def mfcc(wave: Tensor) -> Tensor:
+
+def mfcc(wave: Tensor, field: int = FIELD, hop: int = HOP) -> Tensor:
     """MFCCs with first and second differences, (T,) -> (F, 39), one row a HuBERT frame.
 
-    Kaldi's recipe over just the samples that the frame sees. Raises ValueError if there is no
-    whole frame.
+    Kaldi's recipe over just the `field` samples that a frame sees, `hop` samples after those of the
+    one before. Raises ValueError if there is no whole frame.
     """
-    field, hop = window(CONVOLUTIONS)
     if len(wave) < field:
         raise ValueError(f"a clip is at least {field} samples long, not {len(wave)}")
     coefficients = kaldi.mfcc(
@@ -86,7 +88,13 @@ class Phones:
         self._aligned = aligned
         self._number = {name: number for number, name in enumerate(self.names, start=1)}
         self._sequences = {clip: self.numbered(names) for clip, names in unaligned.items()}
-        self._field, self._hop = window(CONVOLUTIONS)
+        self._field, self._hop = FIELD, HOP
+
+    def framed(self, field: int, hop: int) -> Phones:
+        """The same for frames of `field` samples, each `hop` after the one before."""
+        framed = copy(self)
+        framed._field, framed._hop = field, hop
+        return framed
 
     def __getitem__(self, clip: int) -> Tensor:
         """Classes (F,) int64 of clip number `clip`, as far as its last phone."""

@@ -192,7 +192,7 @@ ROLES = {
     "kokoro:o sentences.files:o sentences.held_out sentences.lm sentences.dev sentences.test "
     "recordings.lm:o recordings.dev:o recordings.test:o recordings.copies "
     "workers.count:o workers.num_cpus:o workers.num_gpus:o",
-    "hubert": "weights front conv_channels norm width layers heads feed_forward layer",
+    "hubert": "weights front conv_channels stack norm width layers heads feed_forward layer",
     "pretrain": "rounds batch_seconds crop_seconds learning_rate mask_probability mask_length "
     "seen_weight sample_seconds leave_out:c checkpoint_steps:o num_cpus:o num_gpus:o",
     "tokenize": "name:o source:o codebook:o units sample_seconds min_seconds max_seconds "

@@ -14,7 +14,7 @@ from transformers import HubertConfig, HubertModel
 from mmrag.config import Hubert, Pretrain
 from mmrag.finite import NonFiniteLoss
 from mmrag.records import Timed
-from mmrag.speech.hubert import HubertEncoder
+from mmrag.speech.hubert import HubertEncoder, LogMel
 from mmrag.speech.pretraining import (
     STATE,
     HeldOut,
@@ -101,6 +101,8 @@ def published(request, tmp_path):
 def test_frame_rate_follows_from_the_strides(encoder):
     assert encoder.hop == 5 * 2**6
     assert encoder.frame_seconds == 0.02
+    stacked = HubertEncoder.create(shape(front="mel", stack=3), seed=0)
+    assert (stacked.frame_seconds, stacked.field) == (0.03, 720)
 
 
 @given(samples=st.integers(400, 4000))
@@ -111,6 +113,37 @@ def test_frames_are_as_many_as_the_convolutions_the_bands_and_the_mfccs_make(sam
         encoder = HubertEncoder.create(shape(front=front, layers=1, layer=1), seed=0)
         assert len(encoder.features([wave])[0]) == encoder.frames(samples)
     assert mfcc(wave).shape == (encoder.frames(samples), 39)
+    stacked = HubertEncoder.create(shape(front="mel", stack=2, layers=1, layer=1), seed=0)
+    if samples < stacked.field:
+        assert stacked.frames(samples) == 0
+    else:
+        assert len(stacked.features([wave])[0]) == stacked.frames(samples) > 0
+        made = mfcc(wave, stacked.field, stacked.hop)
+        assert made.shape == (stacked.frames(samples), 39)
+
+
+def test_a_stacked_frame_holds_its_windows_in_order():
+    encoder = HubertEncoder.create(shape(front="mel", stack=3), seed=0)
+    [wave] = noise([4000])
+    bands = encoder.model.feature_extractor
+    frames = torch.tensor([encoder.frames(len(wave))])
+    stacked = bands(wave[None], frames)
+    single = LogMel(stacked.shape[-1] // 3, 400, 160)
+    one_by_one = single(wave[: 400 + (3 * int(frames) - 1) * 160][None], 3 * frames)
+    torch.testing.assert_close(stacked.reshape(one_by_one.shape), one_by_one)
+    with pytest.raises(ValueError, match="stack 3: front waveform"):
+        shape(stack=3)
+
+
+def test_stacked_features_do_not_depend_on_the_batch_and_survive_a_file(tmp_path):
+    encoder = HubertEncoder.create(shape(front="mel", stack=3), seed=0)
+    waves = noise([1200, 9000, 4321])
+    batched = encoder.features(waves)
+    encoder.save(tmp_path)
+    loaded = HubertEncoder.load(tmp_path)
+    for wave, features in zip(waves, batched, strict=True):
+        torch.testing.assert_close(features, encoder.features([wave])[0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(features, loaded.features([wave])[0], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -542,6 +575,16 @@ def test_a_crop_has_the_phones_of_its_place_and_silence_behind_the_last():
     middles = batch.waves.unfold(1, 400, 320)[:, :, MIDDLE]
     assert middles.unique().tolist() == [0, 1, 2, 3]
     assert torch.equal(batch.targets, middles.long())
+
+
+def test_phones_of_other_frames_are_those_at_their_middles():
+    clip = aligned(("a", 0, 3000), ("b", 3000, 7100), ("c", 7100, 12_000))
+    phones = Phones([clip])
+    framed = phones.framed(720, 480)[0].tolist()
+    ends = [3000, 7100, 12_000]
+    middles = [360 + 480 * frame for frame in range(len(framed))]
+    assert framed == [next((n for n, end in enumerate(ends, 1) if m < end), 0) for m in middles]
+    assert len(phones[0]) > len(framed), "the original is as it was"
 
 
 def steady_phones():
