@@ -6,7 +6,9 @@ audio; it has never seen a unit or a file of speech."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -374,12 +376,17 @@ def pretrain(
             targets = phones
             if clustered:
                 targets = Targets(waves, current.describe, current.centroids)
-            while current.step < plan.steps:
-                generator = generator_at(seed, number, current.step)
-                unaligned = current.step >= UNALIGNED_AFTER * plan.steps
-                batch = draw(
+
+            def drawn(
+                step: int, number: int = number, plan: PretrainRound = plan, targets: Any = targets
+            ) -> Batch:
+                generator = generator_at(seed, number, step)
+                unaligned = step >= UNALIGNED_AFTER * plan.steps
+                return draw(
                     encoder, waves, targets, settings, generator, left_out, leave, unaligned
                 )
+
+            for batch in _ahead(drawn, range(current.step, plan.steps)):
                 rate = settings.learning_rate * schedule(current.step, plan.steps)
                 metrics = current.train_step(batch, rate, names.__getitem__)
                 if current.step % settings.checkpoint_steps == 0 or current.step == plan.steps:
@@ -394,6 +401,18 @@ def pretrain(
                 )
         past += plan.steps
     return encoder
+
+
+def _ahead(drawn: Callable[[int], Batch], steps: Iterable[int]) -> Iterator[Batch]:
+    """Each step's batch; the next one is drawn meanwhile, in another thread."""
+    with ThreadPoolExecutor(1) as thread:
+        ahead: deque[Future[Batch]] = deque()
+        for step in steps:
+            ahead.append(thread.submit(drawn, step))
+            if len(ahead) > 1:
+                yield ahead.popleft().result()
+        for last in ahead:
+            yield last.result()
 
 
 class HeldOut(NamedTuple):
