@@ -36,6 +36,8 @@ UNALIGNED_AFTER = 0.15
 """Share of a round's steps before which its own guesses align no clip."""
 CLIP = 1.0
 """Largest gradient norm."""
+PADDING = 0.15
+"""How much shorter than the longest of a group a crop may be that is computed with it."""
 Cluster = Callable[[np.ndarray, int, int], np.ndarray]
 """Features (N, D), number of clusters K, seed -> centroids (K, D)."""
 
@@ -143,6 +145,23 @@ class Batch(NamedTuple):
     clips: list[int]
     sequences: list[Tensor | None]
     """Of each clip whose phones are known and not when they are said."""
+
+    def groups(self, frames: Callable[[int], int]) -> Iterator[Batch]:
+        """Its crops, those of like length together: little is computed for padding. `frames` says
+        how many a clip of so many samples has."""
+        order = self.lengths.argsort(descending=True).tolist()
+        while order:
+            longest = int(self.lengths[order[0]])
+            rows = [row for row in order if self.lengths[row] >= (1 - PADDING) * longest]
+            order = order[len(rows) :]
+            yield Batch(
+                self.waves[rows, :longest],
+                self.lengths[rows],
+                self.targets[rows, : frames(longest)],
+                self.mask[rows, : frames(longest)],
+                [self.clips[row] for row in rows],
+                [self.sequences[row] for row in rows],
+            )
 
 
 def draw(
@@ -265,13 +284,21 @@ class Round:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         device = self.model.encoder.device
-        targets, mask = batch.targets.to(device), batch.mask.to(device)
-        loss, count, correct, masked = self.model(
-            batch.waves, batch.lengths, targets, mask, self.seen_weight, batch.sequences
-        )
         self.optimizer.zero_grad()
-        loss = loss / count.clamp(min=1)
-        loss.backward()
+        total = torch.zeros(4, device=device)
+        for group in batch.groups(self.model.encoder.frames):
+            targets, mask = group.targets.to(device), group.mask.to(device)
+            sums = self.model(
+                group.waves, group.lengths, targets, mask, self.seen_weight, group.sequences
+            )
+            sums[0].backward()
+            total += torch.stack(sums).detach()
+        loss, count, correct, masked = total
+        count = count.clamp(min=1)
+        loss = loss / count
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= count
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         for what, value in (("loss", loss), ("gradient", norm)):
             if not value.isfinite():
