@@ -94,7 +94,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
 
 @ray.remote
 def _pretrain(experiment: Experiment, directory: Path) -> None:
-    torch.set_num_threads(max(1, round(experiment.pretrain.num_cpus)))
+    torch.set_num_threads(1)
     _, splits, _ = tokenize.opened(experiment)
     spoken = [one for one in next(iter(splits.values()))[0] if one.audio is not None]
     phones, held_out = None, {}
@@ -128,6 +128,7 @@ def _pretrain(experiment: Experiment, directory: Path) -> None:
         log,
         phones=phones,
         device=device(),
+        threads=max(1, round(experiment.pretrain.num_cpus)) if device() == "cpu" else 1,
         names=[one.id for one in spoken],
         held_out=held_out,
         reject=reject,
