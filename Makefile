@@ -6,7 +6,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: setup demo serve reproduce train-tiny train-adapter train-whisper test test-slow test-gpu lint format clean mlflow
+.PHONY: setup demo serve reproduce train-tiny train-adapter train-small train-whisper test test-slow test-gpu lint format clean mlflow
 
 setup: $(INSTALLED)
 
@@ -49,6 +49,13 @@ train-adapter: setup
 	done
 	$(BIN)/python -m jobs.train --config jobs/configs/adapter.yaml
 	$(BIN)/python -m jobs.publish --config jobs/configs/adapter.yaml
+
+# The model that hears people. Its texts and recordings lie below MMRAG_CORPUS (docs/models.md).
+train-small: setup
+	$(BIN)/python -m jobs.fetch_voices
+	for stage in synthesize pretrain_hubert tokenize train publish; do \
+		$(BIN)/python -m jobs.$$stage --config jobs/configs/train_small.yaml || exit 1; \
+	done
 
 # A small Whisper, trained in an hour on two CPU cores, and what a datastore does for it.
 train-whisper: setup

@@ -1,4 +1,4 @@
-"""A workspace's models into the package: `mmrag/models/<workspace's model>/`."""
+"""A workspace's models into the package: `mmrag/models/<published>/`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from mmrag.config import Experiment
 from mmrag.recogniser import CALIBRATION
 
 KINDS = {"hubert": "pretrain_hubert", "codebook": "tokenize", "lm": "train"}
-LIMIT_MB = 25
+LIMIT_MB = 60
 """What a repository can carry."""
 
 
 def run(experiment: Experiment, force: bool = False) -> None:
     """Copy `hubert/`, `codebook/`, `lm/`, `adapter/` if the experiment trains one, and
-    `calibration/` if there is one, over the package's tiny model.
+    `calibration/` if there is one, over the package's model that `published` names.
 
     ValueError if they are too large for a package, ArtifactError if they do not belong together.
     """
@@ -35,7 +35,7 @@ def run(experiment: Experiment, force: bool = False) -> None:
     size = sum(file.stat().st_size for file in files) / 1e6
     if size > LIMIT_MB:
         raise ValueError(f"{experiment.workspace}: models of {size:.0f} MB; {LIMIT_MB} are allowed")
-    model = shipped.DIRECTORY / shipped.TINY.removeprefix(shipped.PREFIX)
+    model = shipped.DIRECTORY / experiment.published
     if (model / "lm").exists():
         replaced = artifact.load(model / "lm", "lm").fingerprint
         if replaced != made["lm"].fingerprint:  # what was made for it is of no use to the new one

@@ -72,14 +72,16 @@ class Encoder:
         started = time.perf_counter()
         clips = [torch.from_numpy(np.array(wave)) for wave in waves]
         threshold = self._settings.decode.speech
-        spoken = [n for n, clip in enumerate(clips) if vad.spoken(clip, threshold)]
+        speech = [vad.probability(clip) if threshold > 0 else None for clip in clips]
+        spoken = [n for n, likely in enumerate(speech) if likely is None or likely >= threshold]
         found: list[EncodedSegment | None] = [None] * len(clips)
         if spoken:
             trimmed = [vad.trim(clips[n]) for n in spoken]
             units = self._models.encode([clip for clip, _ in trimmed])
             for n, (clip, start), one in zip(spoken, trimmed, units, strict=True):
                 times = self._models.times(one)
-                found[n] = EncodedSegment(one, audible(clip, times), start / SAMPLE_RATE)
+                begins, likely = start / SAMPLE_RATE, speech[n]
+                found[n] = EncodedSegment(one, audible(clip, times), begins, likely)
         self._batch_seconds.observe(sum(map(len, waves)) / SAMPLE_RATE)
         self._busy.inc(time.perf_counter() - started)
         return found

@@ -78,6 +78,8 @@ class EncodedSegment:
     audible: np.ndarray
     start: float
     """When the units begin, seconds from the segment's start."""
+    speech: float | None = None
+    """How likely it is that anybody speaks; None where nobody asked."""
 
 
 @dataclass(frozen=True)

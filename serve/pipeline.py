@@ -62,6 +62,8 @@ class TranscribedSegment:
     start: float
     end: float
     result: DecodeResult | None
+    speech: float | None = None
+    """As in `EncodedSegment`."""
 
 
 RequestBuilder = Callable[[EncodedSegment], DecodeRequest]
@@ -117,7 +119,8 @@ class Pipeline:
             async for part in self._decoded(build(encoded)):
                 if isinstance(part, DecodeResult):
                     first = first and not part.text
-                    yield TranscribedSegment(start, end, _later(part, start + encoded.start))
+                    result = _later(part, start + encoded.start)
+                    yield TranscribedSegment(start, end, result, encoded.speech)
                 else:
                     yield part if begun else blank + part
                     begun = begun or bool(part)
@@ -126,13 +129,14 @@ class Pipeline:
         """The whole of an upload, segment by segment."""
         found = []
         async for start, end, encoded in self._encoded(data):
-            result = None
-            if encoded is not None:
-                request = build(encoded)
-                decoder = self._decoder.of(request.size)
-                result = await self.call(decoder.transcribe, request)
-                result = _later(result, start + encoded.start)
-            found.append(TranscribedSegment(start, end, result))
+            if encoded is None:
+                found.append(TranscribedSegment(start, end, None))
+                continue
+            request = build(encoded)
+            decoder = self._decoder.of(request.size)
+            result = await self.call(decoder.transcribe, request)
+            result = _later(result, start + encoded.start)
+            found.append(TranscribedSegment(start, end, result, encoded.speech))
         return found
 
     async def waves(self, data: bytes) -> list[np.ndarray]:

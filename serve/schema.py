@@ -91,6 +91,8 @@ class Segment(BaseModel):
     temperature: float
     avg_logprob: float
     compression_ratio: float
+    no_speech_prob: float | None = None
+    """How likely it is that nobody speaks, by the speech detector; null where it is off."""
     confidence: float | None = None
     """Share of the words that is expected to be right; null where the model is not calibrated."""
     unclear: bool = False

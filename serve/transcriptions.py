@@ -138,6 +138,7 @@ class Transcriptions:
                 temperature=temperature,
                 avg_logprob=one.result.mean_logp,
                 compression_ratio=len(cue.text) / len(zlib.compress(cue.text.encode())),
+                no_speech_prob=None if one.speech is None else 1 - one.speech,
                 confidence=one.result.confidence,
                 unclear=one.result.unclear,
             )

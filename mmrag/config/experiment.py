@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
+    Field,
     ValidationError,
     field_validator,
 )
@@ -22,7 +23,7 @@ from yaml import YAMLError
 from mmrag.config.decoding import BatchDecode, Evaluate, Reproduce, Tune
 from mmrag.config.model import AdapterTraining, LanguageModel, Train, Vocabulary, WhisperTraining
 from mmrag.config.retrieval import KNN, Datastore, RetrievedAttention
-from mmrag.config.section import ConfigError, Operation, Section, explain
+from mmrag.config.section import SLUG, ConfigError, Operation, Section, explain
 from mmrag.config.speech import Hubert, Pretrain, Synthesize, Tokenize
 
 
@@ -63,6 +64,8 @@ class Experiment(Section):
     models: Operation[str | None] = None
     """What transcribes in place of the workspace's own models: `whisper:` and a checkpoint's
     directory, or a hub's id."""
+    published: Operation[str] = Field(default="tiny", pattern=SLUG)
+    """The model of the package that `jobs.publish` makes of the workspace's: `mmrag:` and this."""
     language: str | None = None
     """What is spoken (ISO 639-1), for a multilingual Whisper; None to let it find out."""
 

@@ -92,6 +92,9 @@ class Contexts(Section):
     """Phrases of the shortest and of the longest list."""
     own: float = Fraction
     """Chance that a list holds the utterance's own entities."""
+    near: float = Field(default=0, ge=0, le=1)
+    """Chance that a list holds phrases that sound like the utterance's own entities, whether these
+    are in it or not."""
     k: PositiveInt
     """Windows that a search brings, of the `read.k` that were found."""
     strides: tuple[PositiveInt, ...] = Field(min_length=1)

@@ -21,6 +21,8 @@ from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.phrases import Phrases
 
 FOREVER = 2**31
+ALIKE = 5
+"""Phrases that sound like an entity, at most, in a list that holds such."""
 NeighbourEntries = Mapping[str, np.ndarray]
 """Utterance -> the entries near each of its tokens (T, K), -1 for none."""
 
@@ -67,6 +69,7 @@ class TrainingContexts:
         self._entities = entities
         self._phrases = phrases
         self._near = {"retrieved": retrieved, "wrong": wrong}
+        self._alike = phrases.alike(ALIKE) if settings.near else {}
 
     def __call__(self, chosen: Sequence[int], draw: np.random.Generator) -> Windows:
         """The windows of one micro-batch, all of it in one kind of context."""
@@ -95,17 +98,30 @@ class TrainingContexts:
             else []
             for one in chosen
         ]
+        alike = [
+            list(dict.fromkeys(like for name in self._entities[one] for like in self._like(name)))
+            if self._settings.near and draw.random() < self._settings.near
+            else []
+            for one in chosen
+        ]
         others = draw.choice(len(self._phrases.names), min(length, len(self._phrases.names)), False)
         pool = {self._phrases.names[other]: None for other in others}
         pool |= {name: None for one in chosen for name in self._entities[one]}
+        pool |= {name: None for names in alike for name in names}
         spoken = {name: self._mention(name, draw) for name in pool}
         rows = []
-        for one, mine in zip(chosen, own, strict=True):
-            distractors = [spoken[name] for name in pool if name not in self._entities[one]]
+        for one, mine, like in zip(chosen, own, alike, strict=True):
+            unsaid = [name for name in pool if name not in self._entities[one]]
+            close = [spoken[name] for name in like if name in unsaid]
+            distractors = [spoken[name] for name in unsaid if name not in like]
             draw.shuffle(distractors)
-            listed = [entry for entry in (*mine, *distractors) if entry is not None][:length]
+            every = (*mine, *close, *distractors)
+            listed = [entry for entry in every if entry is not None][:length]
             rows.append([(entry, 0, FOREVER) for entry in listed])
         return rows
+
+    def _like(self, name: str) -> list[str]:
+        return self._alike.get(name, [])
 
     def _mention(self, phrase: str, draw: np.random.Generator) -> int | None:
         mentions = self._phrases.mentions(phrase)

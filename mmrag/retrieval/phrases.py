@@ -210,6 +210,24 @@ class Phrases:
         """
         return self._mentions.get(phrase, [])[:most]
 
+    def alike(self, most: int) -> dict[str, list[str]]:
+        """The other phrases that sound most like each, at most so many, the likest first.
+
+        They are those whose keys are on the average nearest: what a model hears, whatever is
+        written.
+        """
+        said = self.datastore.passages(self.first_mentions())
+        present = said.present[..., None]
+        means = (said.keys.astype(np.float32) * present).sum(1) / present.sum(1)
+        squares = (means**2).sum(1)
+        found = {}
+        for number, name in enumerate(self.names):
+            apart = squares - 2 * means @ means[number]
+            apart[number] = np.inf
+            nearest = np.argsort(apart)[: min(most, len(means) - 1)]
+            found[name] = [self.names[other] for other in nearest]
+        return found
+
     def first_mentions(self, phrases: Iterable[str] | None = None, most: int = 1) -> np.ndarray:
         """At most so many `mentions` of each phrase, one phrase after the other: (N,) int64.
 

@@ -35,25 +35,25 @@ MARGIN = 3 * HOP
 _LOCK = Lock()
 
 
-@torch.inference_mode()
 def spoken(wave: Tensor, threshold: float) -> bool:
-    """Whether a wave (T,) at 16 kHz holds speech: SPOKEN_FRAMES frames (or all of a shorter clip)
-    that are speech with a probability of at least `threshold`. A threshold of 0 asks nothing.
+    """Whether a wave (T,) at 16 kHz holds speech with a `probability` of at least `threshold`. A
+    threshold of 0 asks nothing."""
+    return threshold <= 0 or probability(wave) >= threshold
+
+
+@torch.inference_mode()
+def probability(wave: Tensor) -> float:
+    """How likely a wave (T,) at 16 kHz holds speech: as likely as SPOKEN_FRAMES of its frames (or
+    all of a shorter clip) are each at least.
 
     How loud the speech is makes no difference, down to NOISE_LEVEL."""
-    if threshold <= 0:
-        return True
-    heard = 0
     wave = levelled(wave.float().cpu())
     frames = functional.pad(wave, (0, -len(wave) % FRAME)).split(FRAME)
     with _LOCK:  # the detector remembers the frames before
         detector = _detector()
         detector.reset_states()
-        for frame in frames:
-            heard += float(detector(frame, SAMPLE_RATE)) >= threshold
-            if heard >= min(SPOKEN_FRAMES, len(frames)):
-                return True
-    return False
+        heard = sorted((float(detector(frame, SAMPLE_RATE)) for frame in frames), reverse=True)
+    return heard[min(SPOKEN_FRAMES, len(heard)) - 1] if heard else 0.0
 
 
 def trim(wave: Tensor) -> tuple[Tensor, int]:

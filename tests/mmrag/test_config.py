@@ -186,7 +186,7 @@ def test_training_steps_are_those_of_all_phases(file):
 
 
 ROLES = {
-    "": "workspace:o seed models:o language",
+    "": "workspace:o seed models:o published:o language",
     "tracking": "uri:o experiment:o",
     "synthesize": "lm adapter mentions dev test text everyday_share voices held_out_voices copies "
     "kokoro:o sentences.files:o sentences.held_out sentences.lm sentences.dev sentences.test "
@@ -219,7 +219,7 @@ ROLES = {
     "adapter": "base shape.every shape.heads shape.head_width shape.window shape.encoder_layers "
     "shape.encoder_heads shape.encoder_feed_forward contexts.split contexts.phrases "
     "contexts.retrieved contexts.wrong contexts.mixture contexts.list_length contexts.own "
-    "contexts.k contexts.strides",
+    "contexts.near contexts.k contexts.strides",
     "reproduce": "docs:o utterances sweep_utterances phrases carriers mentions boost shares sizes "
     "strides documents conditions tasks:o whisper:o",
     "whisper": "shape.width shape.heads shape.encoder_layers shape.decoder_layers "

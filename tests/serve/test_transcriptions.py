@@ -85,6 +85,7 @@ def test_openais_client_gets_words_with_their_times(client, long, duration):
         assert times == sorted(times) and times[0] >= 0 and times[-1] <= told.duration
     assert [segment.id for segment in told.segments] == list(range(len(told.segments)))
     assert all(segment.tokens and segment.avg_logprob <= 0 for segment in told.segments)
+    assert all(0 <= segment.no_speech_prob <= 0.25 for segment in told.segments)
     assert told.words[-1].start > 4, "the words of later segments count from the file's start"
 
 

@@ -7,7 +7,13 @@ import pytest
 
 from mmrag.config import Contexts
 from mmrag.retrieval import datastore
-from mmrag.retrieval.contexts import FOREVER, TrainingContexts, read_neighbours, write_neighbours
+from mmrag.retrieval.contexts import (
+    ALIKE,
+    FOREVER,
+    TrainingContexts,
+    read_neighbours,
+    write_neighbours,
+)
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.phrases import Phrases
 from mmrag.retrieval.segment import Description, Segment, windows_of
@@ -207,6 +213,34 @@ def test_a_list_has_its_own_as_often_as_the_settings_say(shown):
         for row, entities in zip(listed(build([0, 1], draw(seed))), ENTITIES, strict=False)
     ]
     assert np.mean(held) == pytest.approx(0.3, abs=0.07)
+
+
+def test_what_sounds_like_a_phrase_is_what_has_keys_like_its_own(tmp_path):
+    said = [(f"s{n}", name, np.array([n])) for n, name in enumerate(["bea", "dea", "xu", "zoo"])]
+    store = fill(tmp_path / "store", said)
+    keys = store.keys_of(np.arange(4)).astype(float)
+    apart = ((keys[:, None] - keys) ** 2).sum(-1) + np.where(np.eye(4), np.inf, 0)
+    names = ["bea", "dea", "xu", "zoo"]
+    expected = {
+        name: [names[n] for n in row[:2]] for name, row in zip(names, apart.argsort(), strict=True)
+    }
+    assert Phrases(store).alike(2) == expected
+    assert all(len(row) == 3 for row in Phrases(store).alike(9).values())
+
+
+@pytest.mark.parametrize("own", [0.0, 1.0])
+def test_a_list_may_hold_what_sounds_like_its_own_and_is_not_said(shown, phrases, own):
+    alike = phrases.alike(ALIKE)
+    build = shown(near=1.0, own=own, list_length=(9, 9))
+    for seed in range(10):
+        for row, entities in zip(listed(build(CHOSEN, draw(seed))), ENTITIES, strict=True):
+            near = {like for name in entities for like in alike.get(name, ())} - set(entities)
+            known = [name for name in entities if name in phrases.names]
+            assert set(row) & set(entities) == (set(known) if own else set())
+            assert len(near & set(row)) >= min(len(near), 9 - len(known))
+    rows = [listed(shown(near=0.3, own=own)(CHOSEN[:1], draw(seed)))[0] for seed in range(200)]
+    held = np.mean([set(alike["name 0"][:2]) <= set(row) for row in rows])
+    assert 0.2 < held < 0.5
 
 
 def test_lists_are_as_long_as_they_may_be_and_short_ones_as_frequent_as_long_ones(shown):

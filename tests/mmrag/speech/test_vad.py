@@ -31,6 +31,14 @@ def test_a_sentence_is_speech_in_every_voice(voice):
     assert vad.spoken(torch.cat((torch.zeros(32_000), wave[:8000])), THRESHOLD)
 
 
+def test_how_likely_somebody_speaks_is_between_nothing_and_certainty():
+    wave = torch.from_numpy(Synthesizer().speak("please call maria", VOICES["test"][0]).wave)
+    likely = vad.probability(wave)
+    assert 0.9 < likely <= 1
+    assert vad.spoken(wave, likely) and not vad.spoken(wave, min(1.0, likely + 1e-6) + 1e-9)
+    assert all(0 <= vad.probability(wave) < 0.5 for wave in clips(6, seed=5))
+
+
 @pytest.mark.parametrize("decibels", [-40, -52, -60, -68])
 @pytest.mark.parametrize("voice", VOICES["test"][:2], ids=lambda voice: voice.id)
 def test_a_sentence_is_speech_however_quiet(voice, decibels):
