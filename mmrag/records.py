@@ -34,6 +34,8 @@ class Utterance:
     offset: float | None = None
     """Second of the recording at which it begins; None where it is all there is to hear."""
     speaker: str = ""
+    age: float | None = None
+    """Of the speaker, years, where the corpus says it."""
     document: str = ""
     """What retrieval excludes as a whole (a book, a call); the utterance's own id by default."""
     domain: str = ""

@@ -25,8 +25,8 @@ WINGS = {
         "score",
     ],
     "speech": [
-        "containers", "decoders", "audio", "vad", "hubert", "targets", "pretraining", "units",
-        "tokenized",
+        "containers", "decoders", "audio", "vad", "hubert", "targets", "crops", "pretraining",
+        "units", "tokenized",
     ],
     "corpora": [
         "voices.speech", "voices.phones", "voices.espeak", "voices.kokoro", "voices.flite",

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -34,6 +35,8 @@ from mmrag.speech.tokenized import Tokenized
 
 SPANISH = "spanish"
 PART_UTTERANCES = 32
+GROWN_UP = 16
+"""Years."""
 LEAST_TOKENS = 12
 """Of an utterance, on average: what a large datastore reads follows from the entries asked for."""
 PHRASES_K = 16
@@ -202,6 +205,42 @@ def robustness(lab: Lab) -> tuple[str, int, list[Point]]:
     return ASSISTANT, lab.settings.sweep_utterances, points
 
 
+def sentences(lab: Lab) -> tuple[str, int, list[Point]]:
+    """Real sentences that nobody trained on, written or spoken, by domain, in voices that nobody
+    trained on."""
+    files = lab.experiment.synthesize.sentences
+    domains = [Path(file).stem for file in files.files] if files else []
+    points = [Point("none", NoRetrieval(), setting=each, domain=each) for each in domains]
+    return EVERYDAY, lab.settings.utterances, points
+
+
+def people(lab: Lab) -> tuple[str, int, list[Point]]:
+    """Recordings of people whom nobody trained on: grown-ups and children apart, where the corpus
+    knows their age."""
+    recorded = [
+        one
+        for one in manifest.read(lab.corpus.path / "test.jsonl")
+        if isinstance(one, Utterance) and not one.id.startswith("test-")  # a planned sentence
+    ]
+    points = []
+    for of in dict.fromkeys(one.domain for one in recorded):
+        groups: dict[str, set[str]] = {}
+        for one in recorded:
+            if one.domain == of:
+                groups.setdefault(_age_group(one.age), set()).add(one.id)
+        points += [
+            Point("none", NoRetrieval(), setting=f"{of}, {group}", domain=of, only=frozenset(ids))
+            for group, ids in sorted(groups.items())
+        ]
+    return EVERYDAY, len(recorded), points
+
+
+def _age_group(age: float | None) -> str:
+    if age is None:
+        return "of unknown age"
+    return f"aged {GROWN_UP} and over" if age >= GROWN_UP else f"under {GROWN_UP}"
+
+
 TASKS: dict[str, Task] = {
     each.__name__: each
     for each in (
@@ -214,6 +253,8 @@ TASKS: dict[str, Task] = {
         window,
         key_encoder,
         robustness,
+        sentences,
+        people,
     )
 }
 

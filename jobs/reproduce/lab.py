@@ -14,6 +14,7 @@ from cluster.stages import (
     transcribe_modes,
 )
 from jobs import build_datastore, models, stage, synthesize, tokenize, tune
+from mmrag import shipped
 from mmrag.artifact import Artifact
 from mmrag.config import KNN, ConfigError, Experiment, RetrievedAttention
 from mmrag.decoding.tune import BOTH, chosen, chosen_attention, distance_scale
@@ -35,6 +36,10 @@ class Point:
     entries: int | None = None
     setting: str | None = None
     """What a sweep varies, in words."""
+    domain: str | None = None
+    """Whose utterances these are, where they are not the task's."""
+    only: frozenset[str] | None = None
+    """Utterances of the domain, by id, where it is not all of them."""
     tokens: Path | None = None
     """The recordings' tokens, or clips, where they are not the test split's own."""
     lists: PhraseLists | None = None
@@ -87,14 +92,24 @@ class Lab:
         self.inputs = {self.heard_by.role: self.heard_by.made, self.tokens.kind: self.tokens}
         self.attention: RetrievedAttention | None = None
         """How the adapter reads a list of phrases; None for a model that has none."""
-        if self.family == OWN:
-            adapter = stage.load(experiment, "adapter", "adapter", "train")
-            adapter.require("lm", self.heard_by.made)
+        adapter = self.adapter() if self.family == OWN else None
+        if adapter is not None:
             self.inputs["adapter"] = adapter
             self.attention = experiment.attention
         about = {"splits": ("lm",), "domain": EVERYDAY, "utterances": DECOY_UTTERANCES}
         self.decoy = self.datastore(decoy, "paired", **about)
         """Everyday sentences, which say nothing about anybody's name; tuning opens them too."""
+
+    def adapter(self) -> Artifact | None:
+        """The adapter of our own language model, if it has one."""
+        base, place = self.experiment.train.base, self.experiment.workspace / "adapter"
+        shipped_one = base is not None and (shipped.find(base) / "adapter").exists()
+        if not (place.exists() or shipped_one):
+            stage.console.print("  no adapter: cross-attention is left out")
+            return None
+        adapter = stage.load(self.experiment, "adapter", "adapter", "train")
+        adapter.require("lm", self.heard_by.made)
+        return adapter
 
     def phrases(
         self, store: Artifact, knn: KNN | None, read: RetrievedAttention | None, lists: PhraseLists

@@ -30,6 +30,8 @@ TITLES = {
     "window": "Overlap of the windows",
     "key_encoder": "Two levels, and who encodes the first",
     "robustness": "Other recordings",
+    "sentences": "Real sentences",
+    "people": "People",
     "no_speech": "Nobody speaks",
 }
 MODEL = "model"

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from cluster import modes
+from cluster.modes import Mode
 from cluster.stages import (
     TranscribedUtterance,
 )
@@ -219,17 +220,23 @@ def _measure(lab: Lab, name: str, task: Task) -> Artifact:
     def work(draft: Draft, tracked: Run) -> None:
         domain, limit, points = task(lab)
         rows, lines = [], []
-        for tokens in dict.fromkeys(point.tokens for point in points):
+        for tokens, of in dict.fromkeys((point.tokens, point.domain) for point in points):
             made = lab.tokens if tokens is None else artifact.load(tokens, lab.tokens.kind)
-            everyone = lab.spoken("test", domain, EVERY, made)
+            everyone = lab.spoken("test", of or domain, EVERY, made)
             spoken = everyone[:limit]
             known = {entity for one in everyone for entity in one.utterance.entities}
-            chosen = {point.name: point for point in points if point.tokens == tokens}
-            heard = lab.transcribe({key: point.how for key, point in chosen.items()}, spoken)
+            chosen = {p.name: p for p in points if (p.tokens, p.domain) == (tokens, of)}
+            first = {key: _first(point.how, chosen) for key, point in chosen.items()}
+            distinct = {key: chosen[key].how for key in dict.fromkeys(first.values())}
+            heard = lab.transcribe(distinct, spoken)
             for key, point in chosen.items():
-                rows.append(_row(lab, name, point, heard[key], known))
+                everybody = heard[first[key]]
+                told = [o for o in everybody if point.only is None or o.utterance in point.only]
+                if not told:
+                    continue
+                rows.append(_row(lab, name, point, told, known))
                 about = {"task": name, "point": key}
-                lines += [json.dumps({**about, **asdict(one)}) + "\n" for one in heard[key]]
+                lines += [json.dumps({**about, **asdict(one)}) + "\n" for one in told]
                 tracked.log({f"wer.{_slug(key)}": rows[-1]["wer"]})
         write_json(draft.path / ROWS, rows)
         (draft.path / TRANSCRIPTS).write_text("".join(lines), encoding="utf-8")
@@ -247,6 +254,11 @@ def _measure(lab: Lab, name: str, task: Task) -> Artifact:
         holds=artifact.nothing,
         force=lab.force,
     )
+
+
+def _first(how: Mode, points: Mapping[str, Point]) -> str:
+    """The first point that transcribes in just this way: it is done once."""
+    return next(key for key, point in points.items() if point.how == how)
 
 
 def _row(

@@ -2,9 +2,10 @@
 
 Fields are `audio_filepath` (relative to the manifest's directory, or absolute; absent from a line
 of text alone), `text`, `offset` and `duration` (seconds: the part of the recording that is meant),
-`speaker`, `entities`, `words` (objects of `text`, `start` and `end`, seconds from the utterance's
-start), `phones` (likewise), `utterance`, `document`, `domain`. Other fields are ignored. Audio is
-not opened here: a line may name a file that does not exist, or that is shorter.
+`speaker`, `age` (of the speaker, years), `entities`, `words` (objects of `text`, `start` and `end`,
+seconds from the utterance's start), `phones` (likewise), `utterance`, `document`, `domain`. Other
+fields are ignored. Audio is not opened here: a line may name a file that does not exist, or that is
+shorter.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ def row(utterance: Utterance, root: Path) -> dict[str, Any]:
         "duration": utterance.duration,
         "text": utterance.text,
         "speaker": utterance.speaker or None,
+        "age": utterance.age,
         "entities": list(utterance.entities) or None,
         "words": [asdict(word) for word in utterance.words] or None,
         "phones": [asdict(phone) for phone in utterance.phones] or None,
@@ -119,6 +121,7 @@ def _parse(line: bytes, number: int, root: Path) -> Utterance:
         duration=duration,
         offset=offset,
         speaker=_speaker(fields),
+        age=_age(fields),
         document=_string(fields, "document") or (id if offset is None else recording),
         domain=_string(fields, "domain") or "",
         entities=tuple(_checked(entity, "entities") for entity in _list(fields, "entities")),
@@ -138,6 +141,13 @@ def _speaker(fields: Mapping[str, Any]) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     return _string(fields, "speaker") or ""
+
+
+def _age(fields: Mapping[str, Any]) -> float | None:
+    """Years; None for what is no such number: corpora also say "twenties"."""
+    value = fields.get("age")
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if known and 0 <= value < math.inf else None
 
 
 def _checked(value: Any, name: str) -> str:

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 import torchaudio
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from mmrag.artifact import sync
 from mmrag.config import Hubert, Pretrain, PretrainRound
 from mmrag.finite import non_finite
 from mmrag.speech.audio import SAMPLE_RATE
+from mmrag.speech.crops import Batch, Reject, draw, rejected
 from mmrag.speech.hubert import HubertEncoder, generator_at, seeded_at
 from mmrag.speech.targets import Phones, Targets, align, mfcc
 
@@ -36,26 +36,8 @@ UNALIGNED_AFTER = 0.15
 """Share of a round's steps before which its own guesses align no clip."""
 CLIP = 1.0
 """Largest gradient norm."""
-PADDING = 0.15
-"""How much shorter than the longest of a group a crop may be that is computed with it."""
 Cluster = Callable[[np.ndarray, int, int], np.ndarray]
 """Features (N, D), number of clusters K, seed -> centroids (K, D)."""
-
-
-def mask_spans(
-    frames: Tensor, probability: float, length: int, generator: torch.Generator
-) -> Tensor:
-    """Frames to hide: bool (B, F) for clips of `frames` (B,), F being the longest.
-
-    Each frame starts a span of `length` with `probability`, one more starts somewhere in each
-    clip, spans may overlap, and a clip's end cuts them off.
-    """
-    clips, longest = len(frames), int(frames.max())
-    starts = torch.rand(clips, longest, generator=generator) < probability
-    sure = torch.rand(clips, generator=generator) * frames
-    starts[torch.arange(clips), sure.long()] = True
-    spans = F.pad(starts, (length - 1, 0)).unfold(1, length, 1).any(-1)
-    return spans & (torch.arange(longest) < frames[:, None])
 
 
 class MaskedPrediction(nn.Module):
@@ -125,96 +107,6 @@ class MaskedPrediction(nn.Module):
         return best[best > 0].tolist()
 
 
-Reject = Callable[[int, str], None]
-"""Told the number of a clip that cannot be used, and why."""
-
-
-def _rejected(reject: Reject | None, clip: int, error: ValueError) -> None:
-    if reject is None:
-        raise error
-    reject(clip, str(error))
-
-
-class Batch(NamedTuple):
-    """Crops for one step: what `MaskedPrediction.forward` takes, and the clips they are from."""
-
-    waves: Tensor
-    lengths: Tensor
-    targets: Tensor
-    mask: Tensor
-    clips: list[int]
-    sequences: list[Tensor | None]
-    """Of each clip whose phones are known and not when they are said."""
-
-    def groups(self, frames: Callable[[int], int]) -> Iterator[Batch]:
-        """Its crops, those of like length together: little is computed for padding. `frames` says
-        how many a clip of so many samples has."""
-        order = self.lengths.argsort(descending=True).tolist()
-        while order:
-            longest = int(self.lengths[order[0]])
-            rows = [row for row in order if self.lengths[row] >= (1 - PADDING) * longest]
-            order = order[len(rows) :]
-            yield Batch(
-                self.waves[rows, :longest],
-                self.lengths[rows],
-                self.targets[rows, : frames(longest)],
-                self.mask[rows, : frames(longest)],
-                [self.clips[row] for row in rows],
-                [self.sequences[row] for row in rows],
-            )
-
-
-def draw(
-    encoder: HubertEncoder,
-    waves: Sequence[Tensor],
-    targets: Targets | Phones,
-    settings: Pretrain,
-    generator: torch.Generator,
-    left_out: Collection[int] = (),
-    reject: Reject | None = None,
-    unaligned: bool = True,
-) -> Batch:
-    """Random crops of random clips, `batch_seconds` in all, and a mask over their frames.
-
-    A clip that is left out is passed over where it is drawn, and so is one that is not aligned,
-    unless `unaligned`: such a one is whole. One that cannot be read, or holds no frame, is told to
-    `reject` and passed over.
-    """
-    longest = round(settings.crop_seconds * SAMPLE_RATE)
-    missing = settings.batch_seconds * SAMPLE_RATE
-    crops, labels, clips, sequences = [], [], [], []
-    while missing > 0:
-        clip = _below(len(waves), generator)
-        sequence = targets.sequence(clip) if isinstance(targets, Phones) else None
-        if clip in left_out or (sequence is not None and not unaligned):
-            continue
-        try:
-            wave = encoder.prepare(waves[clip])
-        except ValueError as error:
-            _rejected(reject, clip, error)
-            continue
-        clips.append(clip)
-        sequences.append(sequence)
-        most = longest if sequence is None else len(wave)
-        spare = max(0, encoder.frames(len(wave)) - encoder.frames(most))
-        first = _below(spare + 1, generator)
-        crop = wave[first * encoder.hop :][:most]
-        crops.append(crop)
-        label = targets[clip][first:][: encoder.frames(len(crop))]
-        labels.append(F.pad(label, (0, encoder.frames(len(crop)) - len(label))))
-        missing -= len(crop)
-    frames = torch.tensor([len(label) for label in labels])
-    mask = mask_spans(frames, settings.mask_probability, settings.mask_length, generator)
-    return Batch(
-        waves=pad_sequence(crops, batch_first=True),
-        lengths=torch.tensor([len(crop) for crop in crops]),
-        targets=pad_sequence(labels, batch_first=True),
-        mask=mask,
-        clips=clips,
-        sequences=sequences,
-    )
-
-
 class Round:
     """What one round of pretraining changes, and what it needs to be taken up again."""
 
@@ -269,7 +161,7 @@ class Round:
                 wave = waves[clip]
                 features.append(self.describe(wave).cpu().numpy())
             except ValueError as error:
-                _rejected(reject, clip, error)
+                rejected(reject, clip, error)
                 continue
             missing -= len(wave)
             if missing <= 0:
@@ -461,12 +353,15 @@ def _ahead(drawn: Callable[[int], Batch], steps: Iterable[int]) -> Iterator[Batc
     """Each step's batch; the next one is drawn meanwhile, in another thread."""
     with ThreadPoolExecutor(1) as thread:
         ahead: deque[Future[Batch]] = deque()
-        for step in steps:
-            ahead.append(thread.submit(drawn, step))
-            if len(ahead) > 1:
-                yield ahead.popleft().result()
-        for last in ahead:
-            yield last.result()
+        try:
+            for step in steps:
+                ahead.append(thread.submit(drawn, step))
+                if len(ahead) > 1:
+                    yield ahead.popleft().result()
+            for last in ahead:
+                yield last.result()
+        finally:
+            thread.shutdown(cancel_futures=True)
 
 
 class HeldOut(NamedTuple):
@@ -495,7 +390,3 @@ def schedule(step: int, steps: int) -> float:
     """Share of the learning rate at `step` (0 = first): a linear rise, then a linear fall."""
     warmup = math.ceil(steps * WARMUP_SHARE)
     return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-
-
-def _below(bound: int, generator: torch.Generator) -> int:
-    return int(torch.randint(bound, (1,), generator=generator))

@@ -89,6 +89,54 @@ def test_entities_of_utterances_that_are_not_transcribed_may_be_heard_too(
     assert asked == split[:2]
     assert (row["entity_false_alarms"], row["entity_precision"]) == (1, 1 / 2)
 
+    asked.clear()
+    some = [
+        Point("none", NoRetrieval(), setting=setting, domain="people", only=frozenset(only))
+        for setting, only in (("first", {"u0"}), ("nobody", {"u9"}), ("both", {"u0", "u1"}))
+    ]
+    run._measure(lab, "people", lambda lab: ("assistant", 2, some))
+    rows = json.loads((tmp_path / ROWS).read_text())
+    assert [(row["setting"], row["utterances"]) for row in rows] == [("first", 1), ("both", 2)]
+    lines = [json.loads(line) for line in (tmp_path / run.TRANSCRIPTS).open()]
+    assert [line["utterance"] for line in lines] == ["u0", "u0", "u1"]
+    assert asked == split[:2], "each is transcribed once"
+
+
+def test_recordings_of_people_make_a_point_an_age_group_and_only_they(tmp_path):
+    rows = [
+        {"utterance": "test-000001", "text": "a planned sentence", "domain": "everyday"},
+        {"utterance": "people-test-000000-0", "text": "one", "domain": "people", "age": 15.5},
+        {"utterance": "people-test-000001-0", "text": "two", "domain": "people", "age": 16},
+        {"utterance": "people-test-000002-0", "text": "three", "domain": "people", "age": 40},
+        {"utterance": "guests-test-000000-0", "text": "four", "domain": "guests"},
+    ]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, limit, points = TASKS["people"](SimpleNamespace(corpus=SimpleNamespace(path=tmp_path)))
+    assert limit == 4
+    assert {point.setting: (point.domain, sorted(point.only)) for point in points} == {
+        "people, aged 16 and over": (
+            *("people", ["people-test-000001-0", "people-test-000002-0"]),
+        ),
+        "people, under 16": ("people", ["people-test-000000-0"]),
+        "guests, of unknown age": ("guests", ["guests-test-000000-0"]),
+    }
+
+
+def test_real_sentences_make_a_point_a_text_file():
+    experiment = config.read(CONFIGS / "train_small.yaml")
+    settings = SimpleNamespace(utterances=7)
+    _, limit, points = TASKS["sentences"](SimpleNamespace(experiment=experiment, settings=settings))
+    assert limit == 7
+    assert [point.domain for point in points] == [
+        "clinc150",
+        "banking77",
+        "restaurant8k",
+        "ljspeech",
+    ]
+    grammar = about()
+    none = SimpleNamespace(experiment=grammar, settings=settings)
+    assert TASKS["sentences"](none)[2] == []
+
 
 def about(**changes) -> Experiment:
     whole = config.read(CONFIGS / "reproduce.yaml")

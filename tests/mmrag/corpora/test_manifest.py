@@ -33,6 +33,7 @@ utterances = st.builds(
     duration=st.none() | seconds,
     offset=st.none() | seconds,
     speaker=names,
+    age=st.none() | st.floats(0, 120),
     document=names.filter(bool),
     domain=names,
     entities=st.lists(names, max_size=3).map(tuple),
@@ -179,6 +180,14 @@ def test_a_speaker_may_be_a_number(tmp_path):
         tmp_path / "manifest.jsonl", {**GOOD, "speaker": 1089}, {"text": "a", "speaker": True}
     )
     assert [getattr(made, "speaker", "rejected") for made in read(path)] == ["1089", "rejected"]
+
+
+@pytest.mark.parametrize(
+    ("age", "kept"), [(31, 31.0), ("twenties", None), (True, None), (-1, None)]
+)
+def test_an_age_is_a_number_of_years_or_is_not_known(tmp_path, age, kept):
+    [one] = read(lines(tmp_path / "manifest.jsonl", {**GOOD, "age": age}))
+    assert one.age == kept
 
 
 def test_windows_line_ends_and_marks_are_read(tmp_path):

@@ -18,7 +18,7 @@ def manifests(tmp_path):
     folder.mkdir()
     tone = 0.3 * np.sin(np.arange(SAMPLE_RATE) / 9)
     soundfile.write(folder / "one.wav", tone, SAMPLE_RATE)
-    said = {"audio_filepath": "one.wav", "text": "we call it bear", "speaker": "0001"}
+    said = {"audio_filepath": "one.wav", "text": "we call it bear", "speaker": "0001", "age": 9}
     lines = [json.dumps(said), "no json", json.dumps({"text": "only text"})]
     (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "dev.jsonl").write_text(json.dumps({**said, "domain": "visitors"}) + "\n")
@@ -50,7 +50,7 @@ def test_a_copy_is_recorded_worse_and_at_another_speed_the_same_each_time(manife
         if split == "lm" and isinstance(one, Rerecorded)
     ]
     said, wave = recordings.record(plain)
-    assert (said.speaker, said.text) == ("0001", "we call it bear")
+    assert (said.speaker, said.text, said.age) == ("0001", "we call it bear", 9)
     np.testing.assert_allclose(wave, 0.3 * np.sin(np.arange(SAMPLE_RATE) / 9), atol=1e-3)
     speeds = {round(SAMPLE_RATE / len(recordings.record(one)[1]), 2) for one in copies}
     assert min(SPEEDS) - 0.05 < min(speeds) < 1 < max(speeds) < max(SPEEDS) + 0.05

@@ -14,13 +14,12 @@ from transformers import HubertConfig, HubertModel
 from mmrag.config import Hubert, Pretrain
 from mmrag.finite import NonFiniteLoss
 from mmrag.records import Timed
+from mmrag.speech.crops import PADDING, draw, mask_spans
 from mmrag.speech.hubert import HubertEncoder, LogMel
 from mmrag.speech.pretraining import (
     STATE,
     HeldOut,
     MaskedPrediction,
-    draw,
-    mask_spans,
     phone_error_rate,
     pretrain,
     schedule,
@@ -402,7 +401,13 @@ class Stopped(Exception):
     pass
 
 
-def run(directory: Path, stop_at: int | None = None, seed: int = 0, norm: str = "layer_norm"):
+def run(
+    directory: Path,
+    stop_at: int | None = None,
+    seed: int = 0,
+    norm: str = "layer_norm",
+    threads: int = 1,
+):
     log = []
 
     def record(step, metrics):
@@ -412,7 +417,8 @@ def run(directory: Path, stop_at: int | None = None, seed: int = 0, norm: str = 
 
     waves = noise((9000, 4000, 7000, 12_000))
     settings = plan(checkpoint_steps=2)
-    encoder = pretrain(shape(norm), settings, waves, seed, directory, kmeans, record)
+    how = {"threads": threads}
+    encoder = pretrain(shape(norm), settings, waves, seed, directory, kmeans, record, **how)
     return encoder, log
 
 
@@ -430,6 +436,15 @@ def test_resumed_pretraining_equals_uninterrupted(tmp_path, uninterrupted, stop_
     torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), atol=0, rtol=0)
     assert log == whole_log[-len(log) :]
     assert log[0][0] <= stop_at + 1
+
+
+def test_threads_share_the_crops_of_a_step_and_learn_the_same(tmp_path, uninterrupted):
+    shared, log = run(tmp_path, threads=2)
+    losses = [metrics["loss"] for _, metrics in uninterrupted[1]]
+    assert [metrics["loss"] for _, metrics in log] == pytest.approx(losses, rel=1e-3)
+    theirs = shared.state_dict()
+    for name, value in uninterrupted[0].state_dict().items():
+        torch.testing.assert_close(value, theirs[name], atol=1e-3, rtol=1e-3)
 
 
 def test_pretraining_logs_every_step_of_every_round(uninterrupted):
@@ -585,6 +600,34 @@ def test_phones_of_other_frames_are_those_at_their_middles():
     middles = [360 + 480 * frame for frame in range(len(framed))]
     assert framed == [next((n for n, end in enumerate(ends, 1) if m < end), 0) for m in middles]
     assert len(phones[0]) > len(framed), "the original is as it was"
+
+
+def test_where_no_clip_can_be_drawn_it_ends_with_an_error():
+    encoder = HubertEncoder.create(shape("group_norm"), seed=0)
+    waves, generator = noise([3000, 3000]), torch.Generator().manual_seed(1)
+    phones = Phones([aligned(("a", 0, 3000)), []], {1: ["a"]})
+    with pytest.raises(ValueError, match="no clip is left to draw"):
+        draw(encoder, waves, phones, plan(), generator, left_out={0}, unaligned=False)
+    assert set(draw(encoder, waves, phones, plan(), generator, left_out={0}).clips) == {1}
+
+
+def test_crops_of_like_length_are_computed_together_and_all_of_them_once():
+    encoder = HubertEncoder.create(shape("group_norm"), seed=0)
+    waves = noise([3000, 16_000, 9000, 15_500, 2900, 400])
+    clips = [aligned(("a", 0, len(wave))) for wave in waves]
+    settings = plan(batch_seconds=8, crop_seconds=0.8)
+    batch = draw(encoder, waves, Phones(clips), settings, torch.Generator().manual_seed(1))
+    groups = list(batch.groups(encoder.frames))
+    assert len(groups) > 1
+    assert sorted(clip for group in groups for clip in group.clips) == sorted(batch.clips)
+    for group in groups:
+        longest = int(group.lengths.max())
+        assert int(group.lengths.min()) >= (1 - PADDING) * longest
+        assert group.waves.shape[1] == longest
+        assert (
+            group.targets.shape == group.mask.shape == (len(group.clips), encoder.frames(longest))
+        )
+    assert sum(int(group.mask.sum()) for group in groups) == int(batch.mask.sum())
 
 
 def steady_phones():
