@@ -32,7 +32,7 @@ STATE = ".pretrain.pt"
 LOGIT_TEMPERATURE = 0.1
 WARMUP_SHARE = 0.08
 """Share of a round's steps in which the learning rate rises."""
-UNALIGNED_AFTER = 0.15
+UNALIGNED_AFTER = 0.4
 """Share of a round's steps before which its own guesses align no clip."""
 CLIP = 1.0
 """Largest gradient norm."""
