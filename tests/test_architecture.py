@@ -32,7 +32,7 @@ WINGS = {
         "voices.speech", "voices.phones", "voices.espeak", "voices.kokoro", "voices.flite",
         "voices.engines", "augment", "manifest", "grammar", "sentences", "synthetic", "recordings",
         "pronunciation", "spanish", "splits", "slue_voxpopuli", "spoken_squad",
-        "librispeech_biasing", "kaldi", "lhotse_cuts", "huggingface", "sources",
+        "passages", "librispeech_biasing", "kaldi", "lhotse_cuts", "huggingface", "sources",
     ],
     "model": [
         "vocabulary", "layers", "cross_attention", "lm", "contract", "states", "pretrained",

@@ -7,36 +7,26 @@ temperatures, gates) is chosen on the dev split.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from random import Random
-from typing import Any
 
 import numpy as np
 
 from cluster import modes
 from cluster.modes import DocumentKNN, NoRetrieval, SubsetKNN
 from cluster.parts import parts, work_off
-from cluster.recording import DegradeRecordings, RenderSpeech
 from cluster.stages import Embed
-from cluster.tracking import Run
-from jobs import build_datastore, models, stage, tokenize, tune
-from jobs.reproduce.lab import ASSISTANT, EVERYDAY, OWN, Lab, Point, TunedDatastore, tuned_datastore
-from mmrag import artifact
-from mmrag.artifact import Artifact, Draft
+from jobs import stage
+from jobs.reproduce import other_speech
+from jobs.reproduce.lab import ASSISTANT, EVERYDAY, OWN, Lab, Point, choose_boost, knn_point, ways
+from mmrag.artifact import Artifact
 from mmrag.config import KNN, RetrievedAttention
-from mmrag.corpora import manifest, spanish
-from mmrag.corpora.voices import flite
+from mmrag.corpora import manifest
 from mmrag.records import Utterance
 from mmrag.retrieval import phrases
 from mmrag.speech.tokenized import Tokenized
 
-SPANISH = "spanish"
-PART_UTTERANCES = 32
-GROWN_UP = 16
-"""Years."""
 LEAST_TOKENS = 12
 """Of an utterance, on average: what a large datastore reads follows from the entries asked for."""
 PHRASES_K = 16
@@ -57,9 +47,9 @@ def domain(lab: Lab) -> tuple[str, int, list[Point]]:
     The datastore has other sentences about them, in other voices: as text, with its recordings,
     or spoken from the text by synthetic voices.
     """
-    points = [Point("none", NoRetrieval()), _knn(lab.text, "text")]
+    points = [Point("none", NoRetrieval()), knn_point(lab.text, "text")]
     for name, store in {"multimodal": lab.multimodal, "spoken": lab.spoken_text}.items():
-        points += _ways(store, name)
+        points += ways(store, name)
     return ASSISTANT, lab.settings.utterances, points
 
 
@@ -70,7 +60,7 @@ def paired_share(lab: Lab) -> tuple[str, int, list[Point]]:
     for share in lab.settings.shares:
         store = lab.multimodal if share == 1 else lab.paired(share)
         setting = f"{share:.0%} of the utterances with audio"
-        points.append(_knn(store, "multimodal", setting=setting))
+        points.append(knn_point(store, "multimodal", setting=setting))
     return ASSISTANT, lab.settings.sweep_utterances, points
 
 
@@ -92,7 +82,7 @@ def dynamic_context(lab: Lab) -> tuple[str, int, list[Point]]:
     knn = _choose_knn(lab, store, dev, lists, None)
     read = lab.attention
     both = None if read is None else _choose_knn(lab, store, dev, lists, read)
-    weight = _choose_boost(lab, dev, lists)
+    weight = choose_boost(lab, dev, lists)
     points = [Point("none", NoRetrieval())]
     for count in lab.settings.phrases:
         lists = _lists(test, everyone, count, lab.experiment.seed)
@@ -119,7 +109,7 @@ def wrong_datastore(lab: Lab) -> tuple[str, int, list[Point]]:
     decoy that they had to leave alone.
     """
     limit, right = lab.settings.utterances, lab.multimodal
-    points = [Point("none", NoRetrieval()), *_ways(replace(right, artifact=lab.decoy), "wrong")]
+    points = [Point("none", NoRetrieval()), *ways(replace(right, artifact=lab.decoy), "wrong")]
     test, everyone = lab.spoken("test", ASSISTANT, limit), _entities(lab)
     middle = sorted(lab.settings.phrases)[len(lab.settings.phrases) // 2]
     lists = _lists(test, everyone, middle, lab.experiment.seed, own=False)
@@ -167,7 +157,7 @@ def key_encoder(lab: Lab) -> tuple[str, int, list[Point]]:
     store, knn = lab.multimodal.artifact, lab.multimodal.knn
     limit = lab.settings.sweep_utterances
     test = lab.spoken("test", ASSISTANT, limit)
-    points = [_knn(lab.multimodal, "multimodal", setting="entries alone")]
+    points = [knn_point(lab.multimodal, "multimodal", setting="entries alone")]
     if lab.family != OWN:
         return ASSISTANT, limit, points  # documents are found by our own models' vectors
     for encoder, title in (("lm", "the language model's states"), ("hubert", "HuBERT features")):
@@ -178,67 +168,6 @@ def key_encoder(lab: Lab) -> tuple[str, int, list[Point]]:
             how = DocumentKNN(store.path, knn, named)
             points.append(Point("knn", how, "multimodal", setting=setting))
     return ASSISTANT, limit, points
-
-
-def robustness(lab: Lab) -> tuple[str, int, list[Point]]:
-    """Noise, a telephone, another synthesizer, and Spanish with a datastore in Spanish.
-
-    The guard of `decode.agreement` throws away what retrieval brings about in Spanish: to a model
-    that has heard English alone it is absurd. Where a datastore speaks another language than the
-    model, the guard has to be off.
-    """
-    points = []
-    for condition in lab.settings.conditions:
-        if condition.startswith("flite") and not flite.installed():
-            stage.console.print(f"  {condition}: left out, flite is not installed")
-            continue
-        if condition == SPANISH and lab.family != OWN:
-            stage.console.print(f"  {condition}: left out, for a model of {lab.family}")
-            continue
-        if condition == SPANISH:
-            made, store = _spanish(lab)
-        else:
-            made, store = _rerecorded(lab, condition), lab.multimodal
-        at = {"setting": condition, "tokens": made.path}
-        ways = [Point("none", NoRetrieval()), *_ways(store, "multimodal")[:2]]
-        points += [replace(point, **at) for point in ways]
-    return ASSISTANT, lab.settings.sweep_utterances, points
-
-
-def sentences(lab: Lab) -> tuple[str, int, list[Point]]:
-    """Real sentences that nobody trained on, written or spoken, by domain, in voices that nobody
-    trained on."""
-    files = lab.experiment.synthesize.sentences
-    domains = [Path(file).stem for file in files.files] if files else []
-    points = [Point("none", NoRetrieval(), setting=each, domain=each) for each in domains]
-    return EVERYDAY, lab.settings.utterances, points
-
-
-def people(lab: Lab) -> tuple[str, int, list[Point]]:
-    """Recordings of people whom nobody trained on: grown-ups and children apart, where the corpus
-    knows their age."""
-    recorded = [
-        one
-        for one in manifest.read(lab.corpus.path / "test.jsonl")
-        if isinstance(one, Utterance) and not one.id.startswith("test-")  # a planned sentence
-    ]
-    points = []
-    for of in dict.fromkeys(one.domain for one in recorded):
-        groups: dict[str, set[str]] = {}
-        for one in recorded:
-            if one.domain == of:
-                groups.setdefault(_age_group(one.age), set()).add(one.id)
-        points += [
-            Point("none", NoRetrieval(), setting=f"{of}, {group}", domain=of, only=frozenset(ids))
-            for group, ids in sorted(groups.items())
-        ]
-    return EVERYDAY, len(recorded), points
-
-
-def _age_group(age: float | None) -> str:
-    if age is None:
-        return "of unknown age"
-    return f"aged {GROWN_UP} and over" if age >= GROWN_UP else f"under {GROWN_UP}"
 
 
 TASKS: dict[str, Task] = {
@@ -252,28 +181,9 @@ TASKS: dict[str, Task] = {
         size,
         window,
         key_encoder,
-        robustness,
-        sentences,
-        people,
+        *other_speech.TASKS,
     )
 }
-
-
-def _knn(store: TunedDatastore, name: str, setting: str | None = None) -> Point:
-    return _ways(replace(store, attention=None), name, setting)[0]
-
-
-def _ways(store: TunedDatastore, name: str, setting: str | None = None) -> list[Point]:
-    """kNN-LM, and where there is something to attend to cross-attention and both."""
-    path = store.artifact.path
-    ways = {"knn": (store.knn, None)}
-    if store.attention is not None:
-        ways |= {"cross_attention": (None, store.attention), "both": (store.both, store.attention)}
-    entries = store.artifact.summary["entries"]
-    return [
-        Point(mode, modes.retrieval_mode(path, *how), name, entries=entries, setting=setting)
-        for mode, how in ways.items()
-    ]
 
 
 def _entities(lab: Lab) -> list[str]:
@@ -342,12 +252,6 @@ def _choose_knn(
     return settings[min(range(len(settings)), key=lambda n: lab.error_rate(heard[str(n)]))]
 
 
-def _choose_boost(lab: Lab, dev: Sequence[Tokenized], lists: Mapping[str, Sequence[str]]) -> float:
-    how = {str(weight): modes.PhraseBoosting(weight, lists) for weight in lab.settings.boost}
-    heard = lab.transcribe(how, dev)
-    return min(lab.settings.boost, key=lambda weight: lab.error_rate(heard[str(weight)]))
-
-
 def _ranked_documents(lab: Lab, test: Sequence[Tokenized], encoder: str) -> dict[str, list[str]]:
     """For each test utterance the datastore split's documents, likest first."""
     stored = lab.spoken("datastore", ASSISTANT, 10**9)
@@ -377,74 +281,3 @@ def _ranked_documents(lab: Lab, test: Sequence[Tokenized], encoder: str) -> dict
         one.utterance.id: [names[document] for document in row]
         for one, row in zip(test, nearest.tolist(), strict=True)
     }
-
-
-def _rerecorded(lab: Lab, condition: str) -> Artifact:
-    """The test split under a condition, tokenized."""
-    test = [
-        one
-        for one in manifest.read(lab.corpus.path / "test.jsonl")
-        if isinstance(one, Utterance) and one.domain == ASSISTANT
-    ][: lab.settings.sweep_utterances]
-    seed = lab.experiment.seed
-    recording = partial(DegradeRecordings, condition=condition, seed=seed)
-    config = {"condition": condition, "utterances": len(test), "seed": seed}
-    return _tokenized(lab, condition, config, {"test": test}, recording)
-
-
-def _spanish(lab: Lab) -> tuple[Artifact, TunedDatastore]:
-    """Spanish speech, tokenized; a datastore of it, and its settings."""
-    size, mentions = lab.settings.sweep_utterances, lab.experiment.synthesize.mentions
-    planned = spanish.plan(size, size, mentions, lab.experiment.seed)
-    config = {"language": SPANISH, "utterances": size, "mentions": mentions}
-    config["seed"] = lab.experiment.seed
-    made = _tokenized(lab, SPANISH, config, planned, RenderSpeech)
-    settings = lab.experiment.tokenize.model_copy(update={"name": made.path.name})
-    about = lab.about(SPANISH, "paired").model_copy(update={"tokenize": settings})
-    store = build_datastore.run(about, lab.force)
-    return made, tuned_datastore(store, tune.run(about, lab.force).path)
-
-
-def _tokenized(
-    lab: Lab,
-    name: str,
-    config: Mapping[str, Any],
-    splits: Mapping[str, Sequence[Any]],
-    recording: Callable[..., Any],
-) -> Artifact:
-    """Recordings of `splits` and their units; `recording`, given the `directory`, is the stage."""
-    experiment = lab.experiment
-
-    def work(draft: Draft, tracked: Run) -> None:
-        record = (recording, {"directory": draft.path})
-        for split, planned in splits.items():
-            shares = parts(planned, lambda _: 1, PART_UTTERANCES, name=split)
-            rows = [draft.path / f".{part.name}.jsonl" for part in shares]
-            todo = [part for part, row in zip(shares, rows, strict=True) if not row.exists()]
-            workers, key = experiment.synthesize.workers, "synthesize.workers"
-            for _ in work_off([record], todo, workers, f"{name} {split}", key):
-                pass
-            (draft.path / f"{split}.jsonl").write_text(
-                "".join(row.read_text(encoding="utf-8") for row in rows), encoding="utf-8"
-            )
-            draft.summary[f"{split}_utterances"] = len(planned)
-
-    directory, inputs = f"conditions/{name}", {"corpus": lab.corpus}
-    made = stage.make(
-        experiment,
-        directory,
-        "corpus",
-        config,
-        inputs,
-        work,
-        bulk=("audio/",),
-        holds=artifact.parts(".*.jsonl"),
-        force=lab.force,
-    )
-    codebook = str(experiment.workspace / "codebook")
-    changes = {"source": str(made.path), "name": f"tokens-{name}", "codebook": codebook}
-    settings = experiment.tokenize.model_copy(update=changes)
-    about = experiment.model_copy(update={"tokenize": settings})
-    if lab.family == OWN:
-        return tokenize.run(about, lab.force)
-    return models.corpus(about, lab.heard_by, lab.force)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cluster.modes import Mode, PhraseLists, phrase_mode
+from cluster.modes import Mode, PhraseBoosting, PhraseLists, phrase_mode, retrieval_mode
 from cluster.stages import (
     TranscribedUtterance,
     transcribe_modes,
@@ -171,3 +171,27 @@ def tuned_datastore(made: Artifact, tuned: Path) -> TunedDatastore:
     read = chosen_attention(tuned)
     both = None if read is None else chosen(tuned, BOTH)
     return TunedDatastore(made, chosen(tuned), read, both, distance_scale(tuned))
+
+
+def ways(store: TunedDatastore, name: str, setting: str | None = None) -> list[Point]:
+    """kNN-LM, and where there is something to attend to cross-attention and both."""
+    how: dict[str, tuple[KNN | None, RetrievedAttention | None]] = {"knn": (store.knn, None)}
+    if store.attention is not None:
+        how |= {"cross_attention": (None, store.attention), "both": (store.both, store.attention)}
+    path, entries = store.artifact.path, store.artifact.summary["entries"]
+    return [
+        Point(mode, retrieval_mode(path, *each), name, entries=entries, setting=setting)
+        for mode, each in how.items()
+    ]
+
+
+def knn_point(store: TunedDatastore, name: str, setting: str | None = None) -> Point:
+    """kNN-LM alone."""
+    return ways(replace(store, attention=None), name, setting)[0]
+
+
+def choose_boost(lab: Lab, dev: Sequence[Tokenized], lists: PhraseLists) -> float:
+    """The weight of phrase boosting, of `reproduce.boost`, of least dev WER."""
+    how = {str(weight): PhraseBoosting(weight, lists) for weight in lab.settings.boost}
+    heard = lab.transcribe(how, dev)
+    return min(lab.settings.boost, key=lambda weight: lab.error_rate(heard[str(weight)]))

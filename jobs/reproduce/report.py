@@ -30,6 +30,7 @@ TITLES = {
     "window": "Overlap of the windows",
     "key_encoder": "Two levels, and who encodes the first",
     "robustness": "Other recordings",
+    "spoken_squad": "Spoken-SQuAD in voices of ours",
     "sentences": "Real sentences",
     "people": "People",
     "no_speech": "Nobody speaks",
@@ -465,6 +466,7 @@ def _plot_bars(path: Path, rows: Sequence[Row]) -> None:
 
 PLOTS: dict[str, Callable[[Path, Sequence[Row]], None]] = {
     "domain": _plot_bars,
+    "spoken_squad": _plot_bars,
     "paired_share": _plot_bars,
     "dynamic_context": _plot_phrases,
     "size": _plot_size,

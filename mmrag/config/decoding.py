@@ -136,6 +136,10 @@ class Reproduce(Section):
     conditions: tuple[Annotated[str, Field(pattern=CONDITION)], ...]
     """Recordings made worse, by another synthesizer, or in another language: `noise-DB`,
     `telephone`, `flite-VOICE`, `spanish`."""
+    passages: Operation[str | None] = None
+    """Spoken-SQuAD's test file, whose passages voices of ours read; None for no such task."""
+    topics: PositiveInt = 3
+    """Of its topics so many are tested, and others to tune on."""
     tasks: Operation[tuple[str, ...] | None] = None
     """Tasks to measure, by name; None for all."""
     whisper: Operation[str | None] = None

@@ -146,6 +146,9 @@ class Pretrain(Section):
     """Frames a masked span covers."""
     seen_weight: float = Field(default=0, ge=0)
     """Weight in the loss of a frame that is not masked; a masked one weighs 1."""
+    balance: float = Field(default=1, ge=0, le=1)
+    """How much oftener a speaker of more clips is drawn: as the number of them to this power. 1
+    draws every clip alike, 0 every speaker."""
     sample_seconds: PositiveFloat
     """Audio whose features k-means sees."""
     leave_out: Correction[tuple[str, ...]] = ()

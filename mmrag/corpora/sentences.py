@@ -29,7 +29,7 @@ def read(files: Sequence[Path | str], held_out: float) -> dict[str, list[tuple[s
     splits: dict[str, list[tuple[str, str]]] = {"lm": [], "dev": [], "test": []}
     seen: set[str] = set()
     for file, _, text in _lines(files):
-        if text not in seen and _reason(text) is None:
+        if text not in seen and refusal(text) is None:
             seen.add(text)
             splits[split_of(text, held_out)].append((text, file.stem))
     return splits
@@ -38,7 +38,7 @@ def read(files: Sequence[Path | str], held_out: float) -> dict[str, list[tuple[s
 def left_out(files: Sequence[Path | str]) -> Iterator[Rejection]:
     """The lines that nobody is to say, and why."""
     for file, number, text in _lines(files):
-        if (reason := _reason(text)) is not None:
+        if (reason := refusal(text)) is not None:
             yield Rejection(f"{printable(file)}:{number}", reason)
 
 
@@ -49,7 +49,7 @@ def _lines(files: Sequence[Path | str]) -> Iterator[tuple[Path, int, str]]:
             yield file, number, fold(spoken(line))
 
 
-def _reason(text: str) -> str | None:
+def refusal(text: str) -> str | None:
     """Why a text is no sentence to be said; None if it is one."""
     if not re.fullmatch(r"[a-z' ]*", text):
         return f"letters that English lacks in {text!r}"

@@ -4,6 +4,7 @@ Knows clips and their classes; what is computed of them is none of its business.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
@@ -89,18 +90,20 @@ def draw(
     left_out: Collection[int] = (),
     reject: Reject | None = None,
     unaligned: bool = True,
+    chances: Tensor | None = None,
 ) -> Batch:
     """Random crops of random clips, `batch_seconds` in all, and a mask over their frames.
 
     A clip that is left out is passed over where it is drawn, and so is one that is not aligned,
-    unless `unaligned`: such a one is whole. One that cannot be read, or holds no frame, is told to
-    `reject` and passed over. ValueError where none is left.
+    unless `unaligned`: such a one is whole. `chances` (N,) has those of each clip, all alike
+    without. One that cannot be read, or holds no frame, is told to `reject` and passed over.
+    ValueError where none is left.
     """
     longest = round(settings.crop_seconds * SAMPLE_RATE)
     missing, missed = settings.batch_seconds * SAMPLE_RATE, 0
     crops, labels, clips, sequences = [], [], [], []
     while missing > 0:
-        clip = _below(len(waves), generator)
+        clip = _one_of(len(waves), chances, generator)
         sequence = targets.sequence(clip) if isinstance(targets, Phones) else None
         if clip in left_out or (sequence is not None and not unaligned):
             missed += 1
@@ -132,6 +135,20 @@ def draw(
         clips=clips,
         sequences=sequences,
     )
+
+
+def balanced(speakers: Sequence[str], balance: float) -> Tensor:
+    """The chance of each clip (N,) float64, where a speaker's are as the number of his clips to the
+    power of `balance`."""
+    counts = Counter(speakers)
+    chances = torch.tensor([counts[one] ** (balance - 1) for one in speakers], dtype=torch.float64)
+    return chances / chances.sum()
+
+
+def _one_of(count: int, chances: Tensor | None, generator: torch.Generator) -> int:
+    if chances is None:
+        return _below(count, generator)
+    return int(torch.multinomial(chances, 1, generator=generator))
 
 
 def _below(bound: int, generator: torch.Generator) -> int:

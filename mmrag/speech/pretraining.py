@@ -23,7 +23,7 @@ from mmrag.artifact import sync
 from mmrag.config import Hubert, Pretrain, PretrainRound
 from mmrag.finite import non_finite
 from mmrag.speech.audio import SAMPLE_RATE
-from mmrag.speech.crops import Batch, Reject, draw, rejected
+from mmrag.speech.crops import Batch, Reject, balanced, draw, rejected
 from mmrag.speech.hubert import HubertEncoder, generator_at, seeded_at
 from mmrag.speech.targets import Phones, Targets, align, mfcc
 
@@ -254,6 +254,7 @@ def pretrain(
     device: torch.device | str = "cpu",
     threads: int = 1,
     names: Sequence[str] | None = None,
+    speakers: Sequence[str] | None = None,
     held_out: Mapping[str, HeldOut] | None = None,
     reject: Reject | None = None,
 ) -> HubertEncoder:
@@ -265,14 +266,16 @@ def pretrain(
     `directory/.pretrain.pt` ends with the weights it would have had without the interruption.
     `log(step, {round, loss, accuracy, learning_rate})` is called after each step; steps count
     from 1 through all rounds. `threads` share the crops of a step: on two cores that is quicker
-    than torch's own, which wait for each other at every product. `names` are the clips' ids. In
-    rounds whose targets are phones, the phone error rate on `held_out` clips, by name, stands in
-    the record of each checkpoint's step as `phone_errors_<name>`. A clip that cannot be read is
-    told to `reject`, if there is one, and left out. Raises ValueError if there is no audio, or a
-    crop holds no frame, NonFiniteLoss before a step is taken on a loss that is no number.
+    than torch's own, which wait for each other at every product. `names` are the clips' ids,
+    `speakers` who says each, by whom they are balanced. In rounds whose targets are phones, the
+    phone error rate on `held_out` clips, by name, stands in the record of each checkpoint's step
+    as `phone_errors_<name>`. A clip that cannot be read is told to `reject`, if there is one, and
+    left out. Raises ValueError if there is no audio, or a crop holds no frame, NonFiniteLoss before
+    a step is taken on a loss that is no number.
     """
     if not len(waves):
         raise ValueError("there is no audio to pretrain on")
+    chances = balanced(speakers, settings.balance) if speakers and settings.balance < 1 else None
     names = names or [str(number) for number in range(len(waves))]
     if unknown := sorted(set(settings.leave_out) - set(names)):
         raise ValueError(f"pretrain.leave_out: no utterance {', '.join(unknown)} to pretrain on")
@@ -318,7 +321,8 @@ def pretrain(
                 generator = generator_at(seed, number, step)
                 unaligned = step >= UNALIGNED_AFTER * plan.steps
                 return draw(
-                    encoder, waves, targets, settings, generator, left_out, leave, unaligned
+                    *(encoder, waves, targets, settings, generator, left_out, leave, unaligned),
+                    chances=chances,
                 )
 
             for batch in _ahead(drawn, range(current.step, plan.steps)):

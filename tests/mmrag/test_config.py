@@ -194,7 +194,7 @@ ROLES = {
     "workers.count:o workers.num_cpus:o workers.num_gpus:o",
     "hubert": "weights front conv_channels stack norm width layers heads feed_forward layer",
     "pretrain": "rounds batch_seconds crop_seconds learning_rate mask_probability mask_length "
-    "seen_weight sample_seconds leave_out:c checkpoint_steps:o num_cpus:o num_gpus:o",
+    "seen_weight balance sample_seconds leave_out:c checkpoint_steps:o num_cpus:o num_gpus:o",
     "tokenize": "name:o source:o codebook:o units sample_seconds min_seconds max_seconds "
     "batch_seconds:o part_seconds:l require_text workers.count:o workers.num_cpus:o "
     "workers.num_gpus:o",
@@ -221,7 +221,7 @@ ROLES = {
     "contexts.retrieved contexts.wrong contexts.mixture contexts.list_length contexts.own "
     "contexts.near contexts.k contexts.strides",
     "reproduce": "docs:o utterances sweep_utterances phrases carriers mentions boost shares sizes "
-    "strides documents conditions tasks:o whisper:o",
+    "strides documents conditions passages:o topics tasks:o whisper:o",
     "whisper": "shape.width shape.heads shape.encoder_layers shape.decoder_layers "
     "shape.feed_forward shape.mel_bands shape.window_seconds shape.tokens shape.pieces "
     "shape.dropout split steps batch learning_rate ctc_weight phone_weight leave_out:c "

@@ -14,7 +14,7 @@ from transformers import HubertConfig, HubertModel
 from mmrag.config import Hubert, Pretrain
 from mmrag.finite import NonFiniteLoss
 from mmrag.records import Timed
-from mmrag.speech.crops import PADDING, draw, mask_spans
+from mmrag.speech.crops import PADDING, balanced, draw, mask_spans
 from mmrag.speech.hubert import HubertEncoder, LogMel
 from mmrag.speech.pretraining import (
     STATE,
@@ -609,6 +609,20 @@ def test_where_no_clip_can_be_drawn_it_ends_with_an_error():
     with pytest.raises(ValueError, match="no clip is left to draw"):
         draw(encoder, waves, phones, plan(), generator, left_out={0}, unaligned=False)
     assert set(draw(encoder, waves, phones, plan(), generator, left_out={0}).clips) == {1}
+
+
+def test_a_speaker_is_drawn_as_the_number_of_his_clips_to_the_power_of_the_balance():
+    speakers = ["many"] * 16 + ["few"] * 4 + ["one"]
+    for balance, shares in ((1, [16, 4, 1]), (0.5, [4, 2, 1]), (0, [1, 1, 1])):
+        chances = balanced(speakers, balance)
+        found = [float(chances[first:last].sum()) for first, last in ((0, 16), (16, 20), (20, 21))]
+        assert found == pytest.approx([share / sum(shares) for share in shares])
+    encoder = HubertEncoder.create(shape("group_norm"), seed=0)
+    waves, clips = noise([4000] * 3), [aligned(("a", 0, 4000))] * 3
+    chances = torch.tensor([0.9, 0.1, 0.0], dtype=torch.float64)
+    settings, generator = plan(batch_seconds=100), torch.Generator().manual_seed(0)
+    drawn = draw(encoder, waves, Phones(clips), settings, generator, chances=chances).clips
+    assert np.mean(np.array(drawn) == 0) == pytest.approx(0.9, abs=0.05) and 2 not in drawn
 
 
 def test_crops_of_like_length_are_computed_together_and_all_of_them_once():
