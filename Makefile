@@ -6,7 +6,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: setup demo serve reproduce train-tiny train-adapter train-small train-whisper test test-slow test-gpu lint format clean mlflow
+.PHONY: setup demo serve reproduce reproduce-small train-tiny train-adapter train-small train-adapter-small train-whisper test test-slow test-gpu lint format clean mlflow
 
 setup: $(INSTALLED)
 
@@ -29,26 +29,32 @@ serve: setup
 reproduce: setup
 	$(BIN)/python -m jobs.reproduce
 
+reproduce-small: setup
+	$(BIN)/python -m jobs.fetch_voices
+	$(BIN)/python -m jobs.reproduce --config jobs/configs/reproduce_small.yaml
+
 # Each stage goes on where a stopped one left off; the last one replaces the package's model.
 train-tiny: setup
 	for stage in synthesize pretrain_hubert tokenize train publish; do \
 		$(BIN)/python -m jobs.$$stage --config jobs/configs/train_tiny.yaml || exit 1; \
 	done
 
-# After train-tiny: the adapter for the package's language model, which stays as it is.
-ADAPTER := $(BIN)/python -m jobs.build_datastore --config jobs/configs/adapter.yaml
-train-adapter: setup
+# After train-tiny or train-small: the adapter for that language model, which stays as it is.
+train-adapter train-adapter-small: setup
 	for stage in synthesize pretrain_hubert tokenize; do \
-		$(BIN)/python -m jobs.$$stage --config jobs/configs/adapter.yaml || exit 1; \
+		$(BIN)/python -m jobs.$$stage --config $(ADAPTER) || exit 1; \
 	done
-	$(ADAPTER) datastore.name=phrases datastore.entries=entities
-	$(ADAPTER) datastore.name=retrieved
-	$(ADAPTER) datastore.name=wrong datastore.splits=[lm] datastore.domain=everyday
+	$(BIN)/python -m jobs.build_datastore --config $(ADAPTER) datastore.name=phrases datastore.entries=entities
+	$(BIN)/python -m jobs.build_datastore --config $(ADAPTER) datastore.name=retrieved
+	$(BIN)/python -m jobs.build_datastore --config $(ADAPTER) datastore.name=wrong \
+		datastore.splits=[lm] datastore.domain=everyday
 	for name in retrieved wrong; do \
-		$(BIN)/python -m jobs.retrieve datastore.name=$$name || exit 1; \
+		$(BIN)/python -m jobs.retrieve --config $(ADAPTER) datastore.name=$$name || exit 1; \
 	done
-	$(BIN)/python -m jobs.train --config jobs/configs/adapter.yaml
-	$(BIN)/python -m jobs.publish --config jobs/configs/adapter.yaml
+	$(BIN)/python -m jobs.train --config $(ADAPTER)
+	$(BIN)/python -m jobs.publish --config $(ADAPTER)
+train-adapter: ADAPTER := jobs/configs/adapter.yaml
+train-adapter-small: ADAPTER := jobs/configs/adapter_small.yaml
 
 # The model that hears people. Its texts and recordings lie below MMRAG_CORPUS (docs/models.md).
 train-small: setup

@@ -20,8 +20,6 @@ from mmrag.speech.targets import Phones, Targets
 
 PADDING = 0.15
 """How much shorter than the longest of a group a crop may be that is computed with it."""
-
-
 MISSES = 100
 """Draws of clips that are of no use, for each clip there is, after which there is none of use."""
 
@@ -47,6 +45,7 @@ Reject = Callable[[int, str], None]
 
 
 def rejected(reject: Reject | None, clip: int, error: ValueError) -> None:
+    """Tell `reject` of a clip that cannot be used; raise `error` where nobody wants to know."""
     if reject is None:
         raise error
     reject(clip, str(error))

@@ -13,7 +13,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from cluster import train
 from cluster.train import deepspeed_config
 from jobs import tokenize
-from mmrag import config, shipped
+from mmrag import config
 from mmrag.config import Experiment
 from mmrag.corpora import sources
 from mmrag.model.cross_attention import Adapter
@@ -25,7 +25,7 @@ CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
 PAPER = sorted((ROOT / "jobs" / "configs" / "paper").glob("*.yaml"))
 """Experiments on the corpora of the paper and its field."""
 DEEPSPEED = sorted((ROOT / "cluster" / "deepspeed").glob("*.json"))
-READING = ["adapter", "tiny"]
+READING = ["adapter", "adapter_small", "tiny"]
 """Experiments that train an adapter."""
 STAGES = {"zero2": 2, "zero3": 3, "zero3_offload": 3}
 
@@ -48,8 +48,8 @@ def parameters(experiment: Experiment) -> int:
 
 
 def test_there_is_an_experiment_of_each_size():
-    names = ["330m", "6.8b", "adapter", "reproduce", "tiny", "train_small"]
-    names += ["train_tiny", "whisper_tiny"]
+    names = ["330m", "6.8b", "adapter", "adapter_small", "reproduce", "reproduce_small", "tiny"]
+    names += ["train_small", "train_tiny", "whisper_tiny"]
     assert [file.stem for file in CONFIGS] == names
     assert [file.stem for file in PAPER] == [
         "librispeech_biasing",
@@ -83,14 +83,15 @@ def test_an_experiment_of_a_published_corpus_writes_every_section_out(file):
     assert yaml.safe_load(file.read_text()).keys() == Experiment.model_fields.keys() - others
 
 
-def test_experiments_that_train_an_adapter_do_so_for_the_tiny_model_as_it_is():
+def test_experiments_that_train_an_adapter_do_so_for_a_model_of_the_package_as_it_is():
     assert [file.stem for file in CONFIGS if config.read(file).adapter is not None] == READING
-    tiny = experiment("train_tiny")
     for name in READING:
         read = experiment(name)
-        assert read.lm == tiny.lm
-        assert read.adapter.shape == experiment("adapter").adapter.shape
-        assert read.train.base == read.hubert.weights == read.tokenize.codebook == shipped.TINY
+        about = "small" if name.endswith("small") else "tiny"
+        trained = experiment(f"train_{about}")
+        assert (read.lm, read.published, trained.published) == (trained.lm, about, about)
+        assert read.train.base == read.hubert.weights == read.tokenize.codebook == f"mmrag:{about}"
+    assert experiment("tiny").adapter.shape == experiment("adapter").adapter.shape
 
 
 @pytest.mark.parametrize("name", READING)
