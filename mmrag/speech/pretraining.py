@@ -25,7 +25,7 @@ from mmrag.finite import non_finite
 from mmrag.speech.audio import SAMPLE_RATE
 from mmrag.speech.crops import Batch, Reject, balanced, draw, rejected
 from mmrag.speech.hubert import HubertEncoder, generator_at, seeded_at
-from mmrag.speech.targets import Phones, Targets, align, mfcc
+from mmrag.speech.targets import Phones, Targets, align, evidence, loud, mfcc
 
 STATE = ".pretrain.pt"
 """What an unfinished pretraining goes on from."""
@@ -78,7 +78,9 @@ class MaskedPrediction(nn.Module):
             if sequence is not None:
                 with torch.no_grad():
                     guesses = self._logits(hidden[row, : frames[row]]).log_softmax(-1).cpu()
-                path = align(guesses, sequence)
+                encoder = self.encoder
+                said = loud(waves[row, : lengths[row]].cpu(), encoder.field, encoder.hop)
+                path = align(evidence(guesses, said), sequence)
                 if path is None:
                     inside[row] = False
                 else:

@@ -18,6 +18,10 @@ from mmrag.speech.audio import SAMPLE_RATE
 from mmrag.speech.hubert import CONVOLUTIONS, window
 
 FIELD, HOP = window(CONVOLUTIONS)
+LEAST_PRIOR = 0.005
+"""Of a class that is hardly guessed at all."""
+LOUD_SILENCE = 5.0
+"""Nats by which silence is less likely where it is loud."""
 
 
 def mfcc(wave: Tensor, field: int = FIELD, hop: int = HOP) -> Tensor:
@@ -120,12 +124,31 @@ class Phones:
         return max(0, math.ceil((seconds * SAMPLE_RATE - self._field / 2) / self._hop))
 
 
+def loud(wave: Tensor, field: int, hop: int) -> Tensor:
+    """Which frames (F,) of a wave (T,) are nearer to its loudest, in decibels, than to its softest:
+    there somebody speaks, whatever the noise."""
+    decibels = 10 * torch.log10(wave.unfold(0, field, hop).square().mean(1) + 1e-10)
+    return decibels > (decibels.quantile(0.95) + decibels.quantile(0.05)) / 2
+
+
+def evidence(guesses: Tensor, loud: Tensor) -> Tensor:
+    """What log-probabilities (F, C) of a clip say for each class, to align by.
+
+    They are divided by their own mean over the clip, as a hybrid recogniser divides by its priors,
+    and silence is less likely by LOUD_SILENCE nats in `loud` frames (F,). Otherwise what is guessed
+    often is guessed ever oftener: between words any frame may be silent, and in the end all are.
+    """
+    weighed = guesses - guesses.exp().mean(0).clamp(min=LEAST_PRIOR).log()
+    weighed[loud, 0] -= LOUD_SILENCE
+    return weighed
+
+
 def align(guesses: Tensor, sequence: Tensor) -> Tensor | None:
     """The likeliest class of each frame, (F,) int64, if the classes of `sequence` (N,) are said in
     their order, each for a frame or more; None if there are fewer frames than that.
 
-    `guesses` (F, C) are log-probabilities. Silence, class 0, may last for no frame at all, and may
-    stand before and after the sequence.
+    `guesses` (F, C) are log-probabilities, or `evidence`. Silence, class 0, may last for no frame
+    at all, and may stand before and after the sequence.
     """
     classes = F.pad(sequence, (1, 1)).numpy()
     classes = classes[np.append(True, (classes[1:] != 0) | (classes[:-1] != 0))]

@@ -24,7 +24,7 @@ from mmrag.speech.pretraining import (
     pretrain,
     schedule,
 )
-from mmrag.speech.targets import Phones, Targets, align, mfcc
+from mmrag.speech.targets import Phones, Targets, align, evidence, loud, mfcc
 from mmrag.speech.units import kmeans
 
 NORMS = ("layer_norm", "group_norm")
@@ -787,6 +787,26 @@ def test_pretraining_learns_a_phone_that_nobody_aligned(tmp_path):
     }
     assert [*measured] == [200, 400], "at checkpoints"
     assert measured[400] == pytest.approx(1 / 5), "all but the phone that was never met"
+
+
+def test_silence_does_not_spread_where_somebody_speaks():
+    """An encoder guesses silence nearly everywhere, and a phone a little more in its place."""
+    said = [0] * 5 + [1] * 6 + [2] * 6 + [0] * 5
+    guesses = torch.full((len(said), 3), 0.02)
+    guesses[:, 0] = 0.9
+    for frame, phone in enumerate(said):
+        guesses[frame, phone] += 0.08
+    guesses = (guesses / guesses.sum(1, keepdim=True)).log()
+    wave = torch.randn(len(said) * HOP + 80, generator=torch.Generator().manual_seed(0))
+    for frame, phone in enumerate(said):
+        wave[frame * HOP : (frame + 1) * HOP + 80] *= 1.0 if phone else 0.01
+    heard = loud(wave, 400, HOP)
+    assert heard[6:16].all() and not heard[:4].any() and not heard[-4:].any()
+    sequence = torch.tensor([1, 0, 2])
+    plain = align(guesses, sequence)
+    weighed = align(evidence(guesses, heard), sequence)
+    assert (plain == 0).sum() > 18, "what the encoder makes of it by itself"
+    assert (weighed == torch.tensor(said)).sum() >= len(said) - 3
 
 
 def test_an_alignment_is_the_likeliest_path_through_the_sequence():
