@@ -445,7 +445,8 @@ def _documents(datastore: Datastore) -> list[tuple[str, int]]:
     living = np.ones(datastore.entries, bool)
     living[datastore.deleted] = False
     counts = np.bincount(datastore.documents[living]) if living.any() else np.empty(0, int)
-    return [(datastore.document_name(n), int(c)) for n, c in enumerate(counts.tolist()) if c]
+    there = np.flatnonzero(counts)
+    return list(zip(datastore.document_names(there), counts[there].tolist(), strict=True))
 
 
 def _count(datastore: Datastore) -> int:

@@ -6,15 +6,22 @@ write at once; `segments.json` names the ones that count, in order, and is repla
     datastore.json                what made the keys: `Description`
     segments.json                 published segments with their entry counts; the deletions' file
     deleted-<n>.npy               (M,) int64, deleted entries
-    segments/<name>/keys.npy      (N, D) float16      tokens.npy     (N,) int32
-                    windows.npy   (N, W) int32        positions.npy  (N,) int32
-                    names.json    [[utterance, document], …]
-                    utterances.npy (N,) int32, index into names.json
+    segments/<name>/
+        keys.npy       (N, D) float16       tokens.npy     (N,) int32
+        windows.npy    (N, W) int32         positions.npy  (N,) int32
+        utterances.npy (N,) int32, ascending: which of the segment's utterances
+        utterance_text.npy, utterance_offsets.npy    the names of its U utterances (`Names`)
+        utterance_documents.npy (U,) int32, which of its L documents
+        document_text.npy, document_offsets.npy      the names of these
+        document_digests.npy (L,) uint64, ascending: their `digest`, to be searched by
+        document_ids.npy     (L,) int32, their numbers in the datastore, given when it is published
 
-An entry's id is its place in the segments laid end to end. Segments are only ever appended and
-deletion only hides, so ids never change. What a function here wrote is flushed when it returns, and
-the list names nothing that is not: a power cut leaves the old list or the new one. `Datastore.of`
-holds segments in memory instead. Nothing here searches, and nothing here knows a model.
+All of these stay mapped: opening a datastore reads the list and the arrays' headers. An entry's id
+is its place in the segments laid end to end, a document's is its number in order of appearance.
+Segments are only ever appended and deletion only hides, so ids never change. What a function here
+wrote is flushed when it returns, and the list names nothing that is not: a power cut leaves the old
+list or the new one. `Datastore.of` holds segments in memory instead. Nothing here searches, and
+nothing here knows a model.
 """
 
 from __future__ import annotations
@@ -23,9 +30,10 @@ import fcntl
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -35,16 +43,17 @@ import numpy as np
 from mmrag import durable
 from mmrag.artifact import write_json
 from mmrag.records import NO_ENTRY, Passages
-from mmrag.retrieval.mapped import open_array
-from mmrag.retrieval.segment import DatastoreError, Description, Segment, prepare
-
-ARRAYS = {
-    "keys": np.float16,
-    "tokens": np.int32,
-    "windows": np.int32,
-    "positions": np.int32,
-    "utterances": np.int32,
-}
+from mmrag.retrieval.columns import Column, spread
+from mmrag.retrieval.segment import DatastoreError, Description, Segment
+from mmrag.retrieval.stored import (
+    ARRAYS,
+    IDS,
+    StoredSegment,
+    arrays_of,
+    numbered,
+    open_mapped,
+    open_segment,
+)
 
 
 def create(directory: Path | str, description: Description) -> None:
@@ -80,12 +89,11 @@ def write_segment(directory: Path | str, name: str, segment: Segment) -> None:
     _check_name(name)
     if any(name == known["name"] for known in _list(directory)["segments"]):
         raise DatastoreError(f"segment {name} of {directory} is published: it cannot be replaced")
-    arrays = _arrays(name, segment, describe(directory))
+    arrays = arrays_of(name, segment, describe(directory))
     aside = directory / f".{name}.{uuid4().hex}"
     aside.mkdir()
     for field, values in arrays.items():
         np.save(aside / f"{field}.npy", values, allow_pickle=False)
-    write_json(aside / "names.json", [list(pair) for pair in segment.names])
     final = directory / "segments" / name
     if final.exists():
         shutil.rmtree(final)
@@ -103,13 +111,20 @@ def publish(directory: Path | str, names: Sequence[str]) -> None:
     with _locked(directory):
         listed = _list(directory)
         taken = {segment["name"] for segment in listed["segments"]}
+        new = []
         for name in names:
             _check_name(name)
             if name in taken:
                 raise DatastoreError(f"segment {name} of {directory} is published already")
             taken.add(name)
-            entries = _stored(directory, name, description).entries
-            listed["segments"].append({"name": name, "entries": entries})
+            new.append(open_segment(directory, name, description, published=False))
+        before = [open_segment(directory, one["name"], description) for one in listed["segments"]]
+        for segment in numbered(before, new):
+            path = directory / "segments" / segment.name
+            aside = path / f".{IDS}.npy"
+            np.save(aside, segment.arrays[IDS], allow_pickle=False)
+            durable.rename(aside, path / f"{IDS}.npy")
+            listed["segments"].append({"name": segment.name, "entries": segment.entries})
         write_json(directory / "segments.json", listed)
 
 
@@ -134,7 +149,7 @@ def delete(directory: Path | str, entries: Iterable[int]) -> None:
 class Datastore:
     """A snapshot of segments: the published ones of a directory, or some in memory.
 
-    Of a directory's, keys and windows stay on disk, memory-mapped.
+    A directory's stay on disk, memory-mapped.
     """
 
     def __init__(self, directory: Path | None, description: Description) -> None:
@@ -160,10 +175,10 @@ class Datastore:
         made = cls(None, description)
         names = [f"part-{number:05d}" for number in range(len(segments))]
         held = [
-            _Held(name, list(segment.names), _arrays(name, segment, description))
+            StoredSegment(name, arrays_of(name, segment, description))
             for name, segment in zip(names, segments, strict=True)
         ]
-        made._take(held, made.deleted)
+        made._take(numbered([], held), made.deleted)
         return made
 
     def refresh(self) -> None:
@@ -175,35 +190,30 @@ class Datastore:
             return
         listed = _list(self.directory)
         new = [
-            _stored(self.directory, segment["name"], self.description, segment["entries"])
+            open_segment(self.directory, segment["name"], self.description, segment["entries"])
             for segment in listed["segments"][len(self._segments) :]
         ]
         self._take([*self._segments, *new], _deleted(self.directory, listed["deleted"]))
 
-    def _take(self, segments: list[_Held], deleted: np.ndarray) -> None:
+    def _take(self, segments: list[StoredSegment], deleted: np.ndarray) -> None:
         """Lay the segments end to end."""
-        names = [pair for segment in segments for pair in segment.names]
-        # The n-th document to appear is document n: appending segments changes no id.
-        documents: dict[str, int] = {}
-        for _, document in names:
-            documents.setdefault(document, len(documents))
-        first_utterance = np.cumsum([0, *(len(segment.names) for segment in segments)])
-        utterances = [segment.arrays["utterances"] for segment in segments]
         self._segments = segments
         self._starts = np.cumsum([0, *(segment.entries for segment in segments)])
-        self._document_ids = documents
-        self._document_names = list(documents)
-        self._utterance_names = [utterance for utterance, _ in names]
-        self.utterances = _concatenate(
-            [own + first for own, first in zip(utterances, first_utterance, strict=False)]
+        self._utterance_starts = np.cumsum([0, *(len(one.utterances) for one in segments)])
+
+        def column(part: Callable[[StoredSegment, Any], np.ndarray]) -> Column:
+            return Column([partial(part, one) for one in segments], self._starts, np.int32)
+
+        firsts = dict(zip(map(id, segments), self._utterance_starts.tolist(), strict=False))
+        self.tokens = column(lambda one, at: one.arrays["tokens"][at])
+        """(N,) int32, the token that follows each key."""
+        self.positions = column(lambda one, at: one.arrays["positions"][at])
+        """(N,) int32, index of that token among its utterance's tokens."""
+        self.utterances = column(
+            lambda one, at: one.arrays["utterances"][at] + np.int32(firsts[id(one)])
         )
         """(N,) int32, each entry's utterance; those of one utterance follow one another."""
-        document_of = np.array([documents[document] for _, document in names], np.int32)
-        self.tokens = _concatenate([segment.arrays["tokens"] for segment in segments])
-        """(N,) int32, the token that follows each key."""
-        self.positions = _concatenate([segment.arrays["positions"] for segment in segments])
-        """(N,) int32, index of that token among its utterance's tokens."""
-        self.documents = document_of[self.utterances]
+        self.documents = column(lambda one, at: one.document_of(one.arrays["utterances"][at]))
         """(N,) int32, each entry's document."""
         self.deleted = deleted
         """(M,) int64, deleted entries, ascending."""
@@ -260,52 +270,80 @@ class Datastore:
 
         The entries of a window follow one another and belong to one utterance.
         """
-        before = self.description.window // 2
-        first = np.searchsorted(self.utterances, self.utterances[entries], side="left")
-        last = np.searchsorted(self.utterances, self.utterances[entries], side="right")
+        before, entries = self.description.window // 2, np.asarray(entries)
+        first, last = np.empty((2, len(entries)), np.int64)
+        for number, here, within in spread(entries, self._starts):
+            own = self._segments[number].arrays["utterances"]
+            for edges, side in ((first, "left"), (last, "right")):
+                edges[here] = self._starts[number] + np.searchsorted(own, own[within], side=side)
         stop = np.minimum(last, entries - before + self.description.window)
         return np.maximum(first, entries - before), stop
 
     def origins(self, entries: np.ndarray) -> list[tuple[str, str]]:
         """Document and utterance that each of `entries` (M,) comes from, by name."""
         self._check(entries)
-        return [
-            (self._document_names[self.documents[entry]], self.utterance_name(entry))
-            for entry in entries
-        ]
+        found: list[tuple[str, str]] = [("", "")] * len(entries)
+        for number, here, within in spread(np.asarray(entries), self._starts):
+            one = self._segments[number]
+            for place, at in zip(np.arange(len(entries))[here].tolist(), within, strict=True):
+                utterance = int(one.arrays["utterances"][at])
+                document = int(one.arrays["utterance_documents"][utterance])
+                found[place] = one.documents[document], one.utterances[utterance]
+        return found
 
     def entries_of(self, documents: Iterable[str]) -> np.ndarray:
         """The entries of documents by name, deleted ones left out: (M,) int64, ascending.
 
         A document that has none here adds none.
         """
-        known = [self._document_ids[name] for name in documents if name in self._document_ids]
-        entries = np.flatnonzero(np.isin(self.documents, known))
-        return np.setdiff1d(entries, self.deleted, assume_unique=True)
+        wanted, found = set(documents), [np.zeros(0, np.int64)]
+        for one, start in zip(self._segments, self._starts.tolist(), strict=False):
+            local = [at for name in wanted if (at := one.document(name)) is not None]
+            if local:
+                own = np.flatnonzero(np.isin(one.arrays["utterance_documents"], local))
+                utterances = one.arrays["utterances"]
+                edges = [np.searchsorted(utterances, own, side=side) for side in ("left", "right")]
+                found += [start + np.arange(*edge) for edge in zip(*edges, strict=True)]
+        return np.setdiff1d(np.concatenate(found), self.deleted, assume_unique=True)
 
     def document_id(self, name: str) -> int | None:
         """The id of a document, None for one that has no entries here."""
-        return self._document_ids.get(name)
+        for one in self._segments:
+            if (local := one.document(name)) is not None:
+                return int(one.arrays[IDS][local])
+        return None
 
     def document_name(self, document: int) -> str:
         """The name of document `document`."""
-        return self._document_names[document]
+        return self.document_names(np.array([document]))[0]
+
+    def document_names(self, documents: np.ndarray) -> list[str]:
+        """The names of documents (M,) by their ids; IndexError for one that there is not."""
+        names: dict[int, str] = {}
+        missing = np.unique(documents)
+        for one in self._segments:
+            at = np.flatnonzero(np.isin(one.arrays[IDS], missing))
+            for local, number in zip(at.tolist(), one.arrays[IDS][at].tolist(), strict=True):
+                names[number] = one.documents[local]
+            missing = missing[~np.isin(missing, one.arrays[IDS][at])]
+            if not len(missing):
+                break
+        if len(missing):
+            raise IndexError(f"{self} has no document {missing[0]}")
+        return [names[number] for number in np.asarray(documents).tolist()]
 
     def utterance_name(self, entry: int) -> str:
         """The id of the utterance that an entry comes from."""
-        return self._utterance_names[self.utterances[entry]]
+        [(_, name)] = self.origins(np.array([entry]))
+        return name
 
     def _gather(self, field: str, entries: np.ndarray) -> np.ndarray:
         """Rows of one of the large arrays: (M,) -> (M, …)."""
         self._check(entries)
         columns = {"keys": self.description.width, "windows": self.description.window}[field]
         rows = np.empty((len(entries), columns), ARRAYS[field])
-        segments = np.searchsorted(self._starts, entries, side="right") - 1
-        order = np.argsort(segments, kind="stable")
-        numbers, firsts = np.unique(segments[order], return_index=True)
-        for number, here in zip(numbers, np.split(order, firsts)[1:], strict=True):
-            stored = self._segments[number].arrays[field]
-            rows[here] = stored[entries[here] - self._starts[number]]
+        for number, here, within in spread(entries, self._starts):
+            rows[here] = self._segments[number].arrays[field][within]
         return rows
 
     def _check(self, entries: np.ndarray) -> None:
@@ -316,90 +354,8 @@ class Datastore:
             )
 
 
-@dataclass(frozen=True)
-class _Held:
-    """One segment of a snapshot; its arrays by field."""
-
-    name: str
-    names: list[tuple[str, str]]
-    arrays: dict[str, np.ndarray]
-
-    @property
-    def entries(self) -> int:
-        return len(self.arrays["tokens"])
-
-
-def _stored(
-    directory: Path, name: str, description: Description, entries: int | None = None
-) -> _Held:
-    """A segment read back: its small arrays in memory, its large ones checked and mapped."""
-    path = directory / "segments" / name
-    if not path.is_dir():
-        raise DatastoreError(f"segment {name} of {directory} is missing")
-    arrays = {field: _map(path / f"{field}.npy") for field in ARRAYS}
-    entries = len(arrays["tokens"]) if entries is None else entries
-    for field, shape in _shapes(entries, description).items():
-        stored = arrays[field]
-        if stored.shape != shape or stored.dtype != ARRAYS[field]:
-            raise DatastoreError(
-                f"{path / field}.npy is damaged: it holds {stored.dtype} {stored.shape}, "
-                f"not {np.dtype(ARRAYS[field])} {shape}"
-            )
-    small = {field: np.array(arrays[field]) for field in ("tokens", "positions", "utterances")}
-    names = [tuple(pair) for pair in _read_json(path / "names.json")]
-    if not _indexes(small["utterances"], len(names)):
-        raise DatastoreError(f"{path} is damaged: an entry's utterance has no name")
-    return _Held(name, names, arrays | small)
-
-
-def _arrays(name: str, segment: Segment, description: Description) -> dict[str, np.ndarray]:
-    """The arrays of a segment as they are stored; ValueError if they do not fit."""
-    for field, shape in _shapes(len(segment.tokens), description).items():
-        given = np.shape(getattr(segment, field))
-        if given != shape:
-            raise ValueError(f"segment {name}: {field} have shape {given}, not {shape}")
-    if not _indexes(segment.utterances, len(segment.names)):
-        raise ValueError(f"segment {name}: an utterance index is not below {len(segment.names)}")
-    with np.errstate(over="ignore"):
-        keys = prepare(segment.keys, description.metric).astype(np.float16)
-    if not np.isfinite(keys).all():
-        raise ValueError(f"segment {name}: a key does not fit float16")
-    return {"keys": keys} | {
-        field: np.asarray(getattr(segment, field)).astype(dtype)
-        for field, dtype in ARRAYS.items()
-        if field != "keys"
-    }
-
-
-def _shapes(entries: int, description: Description) -> dict[str, tuple[int, ...]]:
-    return {
-        "keys": (entries, description.width),
-        "tokens": (entries,),
-        "windows": (entries, description.window),
-        "positions": (entries,),
-        "utterances": (entries,),
-    }
-
-
-def _indexes(indices: np.ndarray, length: int) -> bool:
-    return not len(indices) or bool(0 <= indices.min() <= indices.max() < length)
-
-
-def _concatenate(arrays: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate([np.zeros(0, np.int32), *arrays], dtype=np.int32)
-
-
-def _map(path: Path) -> np.ndarray:
-    try:
-        return open_array(path)
-    except FileNotFoundError:
-        raise DatastoreError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
-        raise DatastoreError(f"{path} is damaged: {error}") from None
-
-
 def _deleted(directory: Path, name: str | None) -> np.ndarray:
-    return np.array(_map(directory / name)) if name else np.zeros(0, np.int64)
+    return np.array(open_mapped(directory / name)) if name else np.zeros(0, np.int64)
 
 
 def _list(directory: Path) -> dict[str, Any]:

@@ -218,7 +218,7 @@ class IndexShard:
         hidden = (candidates < 0) | self._deleted[candidates]
         if excluded is None:
             return hidden
-        documents = self.datastore.documents[self.start : self.stop][candidates]
+        documents = self.datastore.documents[self.start + np.maximum(candidates, 0)]
         return hidden | (documents == excluded[:, None])
 
     def _distances(

@@ -198,8 +198,8 @@ class Phrases:
         # The window around the middle reaches as far to both sides as it can.
         middles = np.setdiff1d((starts + stops) // 2, datastore.deleted)
         self._mentions: dict[str, list[int]] = {}
-        for middle in middles.tolist():
-            name = datastore.document_name(datastore.documents[middle])
+        names = datastore.document_names(datastore.documents[middles])
+        for middle, name in zip(middles.tolist(), names, strict=True):
             self._mentions.setdefault(name, []).append(middle)
         self.names = list(self._mentions)
 

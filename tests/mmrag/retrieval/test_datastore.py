@@ -75,6 +75,35 @@ def test_documents_are_numbered_by_first_appearance_over_all_segments(directory)
     assert [datastore.utterance_name(entry) for entry in (0, 3, 4, 7)] == ["u1", "u2", "u3", "u4"]
 
 
+def test_a_document_keeps_its_number_whichever_segment_names_it(directory):
+    more = [
+        segment(30 + 10 * n, [(f"v{n}", name)]) for n, name in enumerate(("new", "call", "new"))
+    ]
+    for number, one in enumerate(more):
+        write_segment(directory, f"more-{number}", one)
+    publish(directory, ["more-0", "more-1"])
+    publish(directory, ["more-2"])
+    datastore = Datastore.open(directory)
+    np.testing.assert_array_equal(datastore.documents[8:], [3, 3, 1, 1, 3, 3])
+    assert datastore.document_names(np.array([3, 0, 3, 1])) == ["new", "book", "new", "call"]
+    assert datastore.entries_of(["new"]).tolist() == [8, 9, 12, 13]
+    with pytest.raises(IndexError, match="no document 4"):
+        datastore.document_name(4)
+
+
+def test_columns_are_read_like_arrays(directory):
+    datastore = Datastore.open(directory)
+    for name in ("tokens", "positions", "utterances", "documents"):
+        column = getattr(datastore, name)
+        whole = np.asarray(column)
+        assert (len(column), column.shape, column.dtype) == (8, (8,), np.int32)
+        assert column[5] == whole[5]
+        for at in (slice(2, 7, 2), np.array([[7, 0], [4, 4]]), whole > whole.mean(), slice(3, 3)):
+            np.testing.assert_array_equal(column[at], whole[at])
+        with pytest.raises(IndexError, match="places 3 to 8 of 8"):
+            column[np.array([8, 3])]
+
+
 def test_windows_keep_the_shape_asked_for_and_are_padding_where_nothing_was_found(directory):
     windows = Datastore.open(directory).windows(np.array([[0, -1], [5, 7]]))
     assert windows.dtype == np.int32
@@ -211,8 +240,12 @@ def test_damage_is_named(directory):
     with pytest.raises(DatastoreError, match=r"second/keys\.npy is missing"):
         Datastore.open(directory)
     path.write_bytes(whole)
-    (directory / "segments" / "second" / "names.json").write_text("[[")
-    with pytest.raises(DatastoreError, match=r"second/names\.json is damaged"):
+    table = directory / "segments" / "second" / "document_offsets.npy"
+    np.save(table, np.zeros(2, np.int64))
+    with pytest.raises(DatastoreError, match=r"second/document_offsets\.npy is damaged: .*\(3,\)"):
+        Datastore.open(directory)
+    table.write_bytes(b"[[")
+    with pytest.raises(DatastoreError, match=r"second/document_offsets\.npy is damaged"):
         Datastore.open(directory)
 
 
@@ -236,6 +269,7 @@ def test_a_directory_that_is_no_datastore_is_refused(tmp_path):
         ({"keys": np.full((4, 4), 1e6)}, "does not fit float16"),
         ({"keys": np.full((4, 4), np.nan)}, "does not fit float16"),
         ({"utterances": np.array([0, 0, 1, 2])}, "not below 2"),
+        ({"utterances": np.array([1, 1, 0, 0])}, "utterances are not in order"),
     ],
 )
 def test_a_segment_that_does_not_fit_is_refused_before_anything_is_written(
@@ -497,7 +531,7 @@ def maps(directory) -> int:
 
 def test_a_datastore_that_nobody_holds_is_unmapped_and_what_is_held_stays(directory):
     datastore = Datastore.open(directory)
-    assert maps(directory) == 4  # keys and windows of two segments
+    assert maps(directory) == 2 * 12  # every array of two segments
     held = datastore.windows(np.arange(8))
     del datastore
     gc.collect()

@@ -1,0 +1,189 @@
+"""One segment as it is stored: its arrays, those of a directory's mapped, and what names are in it.
+
+`datastore` says which arrays there are and what they mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from mmrag.retrieval.columns import Names, digest
+from mmrag.retrieval.mapped import open_array
+from mmrag.retrieval.segment import DatastoreError, Description, Segment, prepare
+
+ARRAYS = {
+    "keys": np.float16,
+    "tokens": np.int32,
+    "windows": np.int32,
+    "positions": np.int32,
+    "utterances": np.int32,
+}
+"""What each entry has."""
+TABLES = {
+    "utterance_text": np.uint8,
+    "utterance_offsets": np.int64,
+    "utterance_documents": np.int32,
+    "document_text": np.uint8,
+    "document_offsets": np.int64,
+    "document_digests": np.uint64,
+}
+"""What a segment says of its utterances and documents."""
+IDS = "document_ids"
+
+
+@dataclass(frozen=True)
+class StoredSegment:
+    """One segment of a snapshot; its arrays by field, those of a directory's mapped."""
+
+    name: str
+    arrays: dict[str, np.ndarray]
+
+    @property
+    def entries(self) -> int:
+        return len(self.arrays["tokens"])
+
+    @cached_property
+    def utterances(self) -> Names:
+        return Names(self.arrays["utterance_text"], self.arrays["utterance_offsets"])
+
+    @cached_property
+    def documents(self) -> Names:
+        return Names(self.arrays["document_text"], self.arrays["document_offsets"])
+
+    def document(self, name: str) -> int | None:
+        """Which of its documents has this name; None for none."""
+        digests, wanted = self.arrays["document_digests"], np.uint64(digest(name))
+        for at in range(int(np.searchsorted(digests, wanted)), len(digests)):
+            if digests[at] != wanted:
+                break
+            if self.documents[at] == name:
+                return at
+        return None
+
+    def document_of(self, utterances: np.ndarray) -> np.ndarray:
+        """The datastore's numbers of the documents of its utterances, by index."""
+        return self.arrays[IDS][self.arrays["utterance_documents"][utterances]]
+
+
+def numbered(before: Sequence[StoredSegment], new: Sequence[StoredSegment]) -> list[StoredSegment]:
+    """The new segments with numbers for their documents: those that segments before have, and for
+    the others the next, in order of appearance."""
+    following = max((int(one.arrays[IDS].max(initial=-1)) + 1 for one in before), default=0)
+    found: list[StoredSegment] = []
+    given: dict[str, int] = {}
+    for one in new:
+        ids = np.full(len(one.documents), -1, np.int32)
+        digests = one.arrays["document_digests"]
+        for other in before:
+            known = np.isin(digests, other.arrays["document_digests"])
+            for local in np.flatnonzero(known & (ids < 0)).tolist():
+                if (at := other.document(one.documents[local])) is not None:
+                    ids[local] = other.arrays[IDS][at]
+        _, first = np.unique(one.arrays["utterance_documents"], return_index=True)
+        for local in np.argsort(first)[ids[np.argsort(first)] < 0].tolist():
+            number = given.setdefault(one.documents[local], following)
+            following += number == following
+            ids[local] = number
+        found.append(replace(one, arrays=one.arrays | {IDS: ids}))
+    return found
+
+
+def open_segment(
+    directory: Path,
+    name: str,
+    description: Description,
+    entries: int | None = None,
+    published: bool = True,
+) -> StoredSegment:
+    """A segment read back: its arrays mapped, and their shapes checked."""
+    path = directory / "segments" / name
+    if not path.is_dir():
+        raise DatastoreError(f"segment {name} of {directory} is missing")
+    fields = ARRAYS | TABLES | ({IDS: np.int32} if published else {})
+    arrays = {field: open_mapped(path / f"{field}.npy") for field in fields}
+    entries = len(arrays["tokens"]) if entries is None else entries
+    shapes = _shapes(entries, description)
+    shapes |= _table_shapes(len(arrays["utterance_documents"]), len(arrays["document_digests"]))
+    for field, dtype in fields.items():
+        stored, shape = arrays[field], shapes.get(field, arrays[field].shape[:1])
+        if stored.shape != shape or stored.dtype != dtype:
+            raise DatastoreError(
+                f"{path / field}.npy is damaged: it holds {stored.dtype} {stored.shape}, "
+                f"not {np.dtype(dtype)} {shape}"
+            )
+    return StoredSegment(name, arrays)
+
+
+def arrays_of(name: str, segment: Segment, description: Description) -> dict[str, np.ndarray]:
+    """The arrays of a segment as they are stored; ValueError if they do not fit."""
+    for field, shape in _shapes(len(segment.tokens), description).items():
+        given = np.shape(getattr(segment, field))
+        if given != shape:
+            raise ValueError(f"segment {name}: {field} have shape {given}, not {shape}")
+    if not _indexes(segment.utterances, len(segment.names)):
+        raise ValueError(f"segment {name}: an utterance index is not below {len(segment.names)}")
+    if (np.diff(segment.utterances) < 0).any():
+        raise ValueError(f"segment {name}: utterances are not in order")
+    with np.errstate(over="ignore"):
+        keys = prepare(segment.keys, description.metric).astype(np.float16)
+    if not np.isfinite(keys).all():
+        raise ValueError(f"segment {name}: a key does not fit float16")
+    columns = {
+        field: np.asarray(getattr(segment, field)).astype(dtype)
+        for field, dtype in ARRAYS.items()
+        if field != "keys"
+    }
+    return {"keys": keys} | columns | _tables(segment.names)
+
+
+def _tables(names: Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
+    """What a segment says of its utterances and documents: (utterance, document) pairs."""
+    documents = sorted({document for _, document in names}, key=lambda name: (digest(name), name))
+    place = {document: number for number, document in enumerate(documents)}
+    told, about = Names.of(utterance for utterance, _ in names), Names.of(documents)
+    return {
+        "utterance_text": told.text,
+        "utterance_offsets": told.offsets,
+        "utterance_documents": np.array([place[document] for _, document in names], np.int32),
+        "document_text": about.text,
+        "document_offsets": about.offsets,
+        "document_digests": np.array([digest(document) for document in documents], np.uint64),
+    }
+
+
+def _shapes(entries: int, description: Description) -> dict[str, tuple[int, ...]]:
+    return {
+        "keys": (entries, description.width),
+        "tokens": (entries,),
+        "windows": (entries, description.window),
+        "positions": (entries,),
+        "utterances": (entries,),
+    }
+
+
+def _table_shapes(utterances: int, documents: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "utterance_offsets": (utterances + 1,),
+        "utterance_documents": (utterances,),
+        "document_offsets": (documents + 1,),
+        "document_digests": (documents,),
+        IDS: (documents,),
+    }
+
+
+def _indexes(indices: np.ndarray, length: int) -> bool:
+    return not len(indices) or bool(0 <= indices.min() <= indices.max() < length)
+
+
+def open_mapped(path: Path) -> np.ndarray:
+    try:
+        return open_array(path)
+    except FileNotFoundError:
+        raise DatastoreError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise DatastoreError(f"{path} is damaged: {error}") from None
