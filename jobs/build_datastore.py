@@ -47,7 +47,8 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     settings = experiment.datastore
     heard_by = models.named(experiment)
     inputs = {**heard_by.inputs, "source": _source(experiment, heard_by, force)}
-    config = recipe({"seed": experiment.seed, **heard_by.recipe}, settings)
+    made = {"seed": experiment.seed, "format": datastore.FORMAT, **heard_by.recipe}
+    config = recipe(made, settings)
 
     def work(draft: Draft, tracked: Run) -> None:
         description = Description(

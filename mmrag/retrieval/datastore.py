@@ -3,7 +3,7 @@
 A datastore is a directory. Keys and values live in immutable segments, which many processes may
 write at once; `segments.json` names the ones that count, in order, and is replaced by rename.
 
-    datastore.json                what made the keys: `Description`
+    datastore.json                FORMAT, and what made the keys: `Description`
     segments.json                 published segments with their entry counts; the deletions' file
     deleted-<n>.npy               (M,) int64, deleted entries
     segments/<name>/
@@ -55,6 +55,9 @@ from mmrag.retrieval.stored import (
     open_segment,
 )
 
+FORMAT = 2
+"""Of the files below; 1 held every name and number in memory."""
+
 
 def create(directory: Path | str, description: Description) -> None:
     """Make an empty datastore. Finding one of the same description there changes nothing."""
@@ -66,14 +69,21 @@ def create(directory: Path | str, description: Description) -> None:
         return
     durable.make_directory(directory / "segments")
     write_json(directory / "segments.json", {"segments": [], "deleted": None})
-    write_json(directory / "datastore.json", asdict(description))
+    write_json(directory / "datastore.json", {"format": FORMAT, **asdict(description)})
 
 
 def describe(directory: Path | str) -> Description:
     """Read `datastore.json`; DatastoreError if there is none."""
     path = Path(directory) / "datastore.json"
+    fields = _read_json(path)
+    made = fields.pop("format", 1) if isinstance(fields, dict) else None
+    if made is not None and made != FORMAT:
+        raise DatastoreError(
+            f"{Path(directory)} is a datastore of format {made}, and this version reads {FORMAT}: "
+            "build it again"
+        )
     try:
-        return Description(**_read_json(path))
+        return Description(**fields)
     except TypeError as error:
         raise DatastoreError(f"{path} does not describe a datastore: {error}") from None
 

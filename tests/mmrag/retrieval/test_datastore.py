@@ -261,6 +261,23 @@ def test_a_directory_that_is_no_datastore_is_refused(tmp_path):
         Datastore.open(tmp_path)
 
 
+def test_a_datastore_of_another_format_is_refused_by_name(directory):
+    file = directory / "datastore.json"
+    fields = json.loads(file.read_text())
+    for made in (None, 3):
+        changed = {k: v for k, v in fields.items() if k != "format"} | (
+            {"format": made} if made else {}
+        )
+        file.write_text(json.dumps(changed))
+        with pytest.raises(
+            DatastoreError, match=rf"of format {made or 1}, .* reads 2: build it again"
+        ):
+            Datastore.open(directory)
+    file.write_text("[]")
+    with pytest.raises(DatastoreError, match="does not describe a datastore"):
+        Datastore.open(directory)
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
