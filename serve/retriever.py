@@ -34,6 +34,7 @@ from mmrag.decoding.tune import tuned
 from mmrag.recogniser import is_whisper
 from mmrag.records import Utterance
 from mmrag.retrieval import datastore as stored
+from mmrag.retrieval.compaction import compact
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.index import save_index
 from mmrag.retrieval.phrases import Phrases, untuned, utterances
@@ -94,6 +95,7 @@ class Retriever:
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._phrases: OrderedDict[str, Segment] = OrderedDict()
         self._preload = list(settings.preload)
+        self._tidying: set[asyncio.Task] = set()
 
     async def check_health(self) -> None:
         """Open what is preloaded, and call every open shard, which keeps it alive.
@@ -175,6 +177,7 @@ class Retriever:
             entries = one.datastore.entries_of([document])
             await asyncio.to_thread(stored.delete, one.datastore.directory, entries.tolist())
             await self._refreshed(one, name)
+            self._tidy(one.datastore.directory)
             return len(entries), _count(one.datastore)
 
     async def delete(self, name: str) -> None:
@@ -274,6 +277,12 @@ class Retriever:
 
         await asyncio.to_thread(refresh)
 
+    def _tidy(self, directory: Path) -> None:
+        """Merge small segments and erase what was deleted, behind the answer."""
+        task = asyncio.create_task(asyncio.to_thread(_compact, directory))
+        self._tidying.add(task)
+        task.add_done_callback(self._tidying.discard)
+
     def _found(
         self, datastore: Datastore, retriever: ShardedRetriever, uid: str, version: tuple[int, ...]
     ) -> ResolvedDatastore:
@@ -326,6 +335,7 @@ class Retriever:
         if segments:
             await asyncio.to_thread(_publish, one.datastore.directory, segments)
             await self._refreshed(one, name)
+            self._tidy(one.datastore.directory)
         return one.datastore.entries - before, _count(one.datastore)
 
     async def _spoken(self, texts: Sequence[str]) -> list[Segment]:
@@ -432,6 +442,13 @@ def _publish(directory: Path, segments: Sequence[Segment]) -> None:
         name = f"added-{uuid4().hex}"
         stored.write_segment(directory, name, join(segments))
         stored.publish(directory, [name])
+
+
+def _compact(directory: Path) -> None:
+    try:
+        compact(directory)
+    except (DatastoreError, OSError) as error:  # deleted meanwhile, or the disk is full
+        log.warning("%s is not compacted: %s", directory.name, error)
 
 
 def _version(path: Path) -> tuple[int, ...]:

@@ -4,7 +4,8 @@ A datastore is a directory. Keys and values live in immutable segments, which ma
 write at once; `segments.json` names the ones that count, in order, and is replaced by rename.
 
     datastore.json                FORMAT, and what made the keys: `Description`
-    segments.json                 published segments with their entry counts; the deletions' file
+    segments.json                 published segments with their entry counts; the deletions' file;
+                                  how many documents have been numbered
     deleted-<n>.npy               (M,) int64, deleted entries
     segments/<name>/
         keys.npy       (N, D) float16       tokens.npy     (N,) int32
@@ -55,6 +56,7 @@ from mmrag.retrieval.stored import (
     open_segment,
 )
 
+LIST = "segments.json"
 FORMAT = 2
 """Of the files below; 1 held every name and number in memory."""
 
@@ -68,7 +70,7 @@ def create(directory: Path | str, description: Description) -> None:
             raise DatastoreError(f"{directory} already holds a datastore of another description")
         return
     durable.make_directory(directory / "segments")
-    write_json(directory / "segments.json", {"segments": [], "deleted": None})
+    write_json(directory / LIST, {"segments": [], "deleted": None, "documents": 0})
     write_json(directory / "datastore.json", {"format": FORMAT, **asdict(description)})
 
 
@@ -97,7 +99,7 @@ def write_segment(directory: Path | str, name: str, segment: Segment) -> None:
     """
     directory = Path(directory).absolute()
     _check_name(name)
-    if any(name == known["name"] for known in _list(directory)["segments"]):
+    if any(name == known["name"] for known in read_list(directory)["segments"]):
         raise DatastoreError(f"segment {name} of {directory} is published: it cannot be replaced")
     arrays = arrays_of(name, segment, describe(directory))
     aside = directory / f".{name}.{uuid4().hex}"
@@ -118,8 +120,8 @@ def publish(directory: Path | str, names: Sequence[str]) -> None:
     """
     directory = Path(directory).absolute()
     description = describe(directory)
-    with _locked(directory):
-        listed = _list(directory)
+    with locked(directory):
+        listed = read_list(directory)
         taken = {segment["name"] for segment in listed["segments"]}
         new = []
         for name in names:
@@ -129,31 +131,33 @@ def publish(directory: Path | str, names: Sequence[str]) -> None:
             taken.add(name)
             new.append(open_segment(directory, name, description, published=False))
         before = [open_segment(directory, one["name"], description) for one in listed["segments"]]
-        for segment in numbered(before, new):
+        given, listed["documents"] = numbered(before, new, listed["documents"])
+        for segment in given:
             path = directory / "segments" / segment.name
             aside = path / f".{IDS}.npy"
             np.save(aside, segment.arrays[IDS], allow_pickle=False)
             durable.rename(aside, path / f"{IDS}.npy")
             listed["segments"].append({"name": segment.name, "entries": segment.entries})
-        write_json(directory / "segments.json", listed)
+        write_json(directory / LIST, listed)
 
 
 def delete(directory: Path | str, entries: Iterable[int]) -> None:
     """Hide entries, for good; deleting one twice is no error. ValueError for an unknown id."""
     directory = Path(directory).absolute()
-    with _locked(directory):
-        listed = _list(directory)
+    with locked(directory):
+        listed = read_list(directory)
         total = sum(segment["entries"] for segment in listed["segments"])
         gone = np.unique(np.fromiter(entries, np.int64))
         if len(gone) and (gone[0] < 0 or gone[-1] >= total):
             raise ValueError(f"entries {gone[0]} to {gone[-1]}: {directory} has {total} entries")
         before = listed["deleted"]
         number = int(before.removeprefix("deleted-").removesuffix(".npy")) + 1 if before else 0
-        listed["deleted"] = f"deleted-{number}.npy"
-        aside = directory / f".{listed['deleted']}"
-        np.save(aside, np.union1d(_deleted(directory, before), gone), allow_pickle=False)
-        durable.rename(aside, directory / listed["deleted"])
-        write_json(directory / "segments.json", listed)
+        file = f"deleted-{number}.npy"
+        aside = directory / f".{file}"
+        np.save(aside, np.union1d(deleted_entries(directory, listed), gone), allow_pickle=False)
+        durable.rename(aside, directory / file)
+        listed["deleted"] = file
+        write_json(directory / LIST, listed)
 
 
 class Datastore:
@@ -188,7 +192,7 @@ class Datastore:
             StoredSegment(name, arrays_of(name, segment, description))
             for name, segment in zip(names, segments, strict=True)
         ]
-        made._take(numbered([], held), made.deleted)
+        made._take(numbered([], held)[0], made.deleted)
         return made
 
     def refresh(self) -> None:
@@ -198,12 +202,22 @@ class Datastore:
         """
         if self.directory is None:
             return
-        listed = _list(self.directory)
-        new = [
-            open_segment(self.directory, segment["name"], self.description, segment["entries"])
-            for segment in listed["segments"][len(self._segments) :]
-        ]
-        self._take([*self._segments, *new], _deleted(self.directory, listed["deleted"]))
+        held = {segment.name: segment for segment in self._segments}
+        listed = read_list(self.directory)
+        while True:
+            try:
+                segments = [
+                    held.get(one["name"])
+                    or open_segment(self.directory, one["name"], self.description, one["entries"])
+                    for one in listed["segments"]
+                ]
+                deleted = deleted_entries(self.directory, listed)
+                break
+            except DatastoreError:  # merged meanwhile, and swept away?
+                before, listed = listed, read_list(self.directory)
+                if listed == before:
+                    raise
+        self._take(segments, deleted)
 
     def _take(self, segments: list[StoredSegment], deleted: np.ndarray) -> None:
         """Lay the segments end to end."""
@@ -290,7 +304,8 @@ class Datastore:
         return np.maximum(first, entries - before), stop
 
     def origins(self, entries: np.ndarray) -> list[tuple[str, str]]:
-        """Document and utterance that each of `entries` (M,) comes from, by name."""
+        """Document and utterance that each of `entries` (M,) comes from, by name; "" twice for one
+        that was deleted and erased."""
         self._check(entries)
         found: list[tuple[str, str]] = [("", "")] * len(entries)
         for number, here, within in spread(np.asarray(entries), self._starts):
@@ -298,7 +313,8 @@ class Datastore:
             for place, at in zip(np.arange(len(entries))[here].tolist(), within, strict=True):
                 utterance = int(one.arrays["utterances"][at])
                 document = int(one.arrays["utterance_documents"][utterance])
-                found[place] = one.documents[document], one.utterances[utterance]
+                if document >= 0:
+                    found[place] = one.documents[document], one.utterances[utterance]
         return found
 
     def entries_of(self, documents: Iterable[str]) -> np.ndarray:
@@ -364,12 +380,15 @@ class Datastore:
             )
 
 
-def _deleted(directory: Path, name: str | None) -> np.ndarray:
+def deleted_entries(directory: Path, listed: Mapping[str, Any]) -> np.ndarray:
+    """The deleted entries (M,) int64, ascending, as the list says."""
+    name = listed["deleted"]
     return np.array(open_mapped(directory / name)) if name else np.zeros(0, np.int64)
 
 
-def _list(directory: Path) -> dict[str, Any]:
-    return _read_json(directory / "segments.json")
+def read_list(directory: Path) -> dict[str, Any]:
+    """The segments that count, their entries, and the file of deletions."""
+    return _read_json(directory / LIST)
 
 
 def _read_json(path: Path) -> Any:
@@ -387,10 +406,10 @@ def _check_name(name: str) -> None:
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """One process at a time changes the list."""
+def locked(directory: Path, name: str = ".lock") -> Iterator[None]:
+    """One process at a time changes the list, or does what `name` is the lock of."""
     if not directory.is_dir():
         raise DatastoreError(f"{directory} is missing")
-    with (directory / ".lock").open("w") as stream:
+    with (directory / name).open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield

@@ -66,14 +66,19 @@ class StoredSegment:
         return None
 
     def document_of(self, utterances: np.ndarray) -> np.ndarray:
-        """The datastore's numbers of the documents of its utterances, by index."""
-        return self.arrays[IDS][self.arrays["utterance_documents"][utterances]]
+        """The datastore's numbers of the documents of its utterances, by index; -1 for one that is
+        erased."""
+        local = self.arrays["utterance_documents"][utterances]
+        if not len(self.arrays[IDS]):
+            return np.full(np.shape(local), -1, np.int32)
+        return np.where(local < 0, np.int32(-1), self.arrays[IDS][np.maximum(local, 0)])
 
 
-def numbered(before: Sequence[StoredSegment], new: Sequence[StoredSegment]) -> list[StoredSegment]:
+def numbered(
+    before: Sequence[StoredSegment], new: Sequence[StoredSegment], following: int = 0
+) -> tuple[list[StoredSegment], int]:
     """The new segments with numbers for their documents: those that segments before have, and for
-    the others the next, in order of appearance."""
-    following = max((int(one.arrays[IDS].max(initial=-1)) + 1 for one in before), default=0)
+    the others, in order of appearance, the numbers from `following` on; and the next one then."""
     found: list[StoredSegment] = []
     given: dict[str, int] = {}
     for one in new:
@@ -90,7 +95,7 @@ def numbered(before: Sequence[StoredSegment], new: Sequence[StoredSegment]) -> l
             following += number == following
             ids[local] = number
         found.append(replace(one, arrays=one.arrays | {IDS: ids}))
-    return found
+    return found, following
 
 
 def open_segment(
@@ -138,18 +143,20 @@ def arrays_of(name: str, segment: Segment, description: Description) -> dict[str
         for field, dtype in ARRAYS.items()
         if field != "keys"
     }
-    return {"keys": keys} | columns | _tables(segment.names)
+    return {"keys": keys} | columns | tables(segment.names)
 
 
-def _tables(names: Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
-    """What a segment says of its utterances and documents: (utterance, document) pairs."""
-    documents = sorted({document for _, document in names}, key=lambda name: (digest(name), name))
+def tables(names: Sequence[tuple[str, str] | None]) -> dict[str, np.ndarray]:
+    """What a segment says of its utterances and documents: (utterance, document) pairs, None for
+    an utterance that is erased."""
+    known = {pair[1] for pair in names if pair}
+    documents = sorted(known, key=lambda name: (digest(name), name))
     place = {document: number for number, document in enumerate(documents)}
-    told, about = Names.of(utterance for utterance, _ in names), Names.of(documents)
+    told, about = Names.of(pair[0] if pair else "" for pair in names), Names.of(documents)
     return {
         "utterance_text": told.text,
         "utterance_offsets": told.offsets,
-        "utterance_documents": np.array([place[document] for _, document in names], np.int32),
+        "utterance_documents": np.array([place[p[1]] if p else -1 for p in names], np.int32),
         "document_text": about.text,
         "document_offsets": about.offsets,
         "document_digests": np.array([digest(document) for document in documents], np.uint64),

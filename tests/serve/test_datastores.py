@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from signal import SIGKILL
 
 import numpy as np
@@ -84,6 +85,21 @@ def test_documents_are_listed_page_by_page(service, datastore):
             break
         assert len(page["data"]) == 2
     assert seen == names
+
+
+def test_many_small_additions_do_not_end_in_many_small_segments(service, file, datastore):
+    name = datastore("imogen varga")
+    texts = [f"name {letter}" for letter in "bcdefg"] + [NAME]
+    for text in texts:
+        service.request("POST", entries(name), json={"texts": [text]})
+    segments = service.directory / name / "segments"
+    deadline = time.monotonic() + 30
+    while len(list(segments.iterdir())) > 4 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(list(segments.iterdir())) <= 4, "of eight that were written"
+    assert service.text(file, datastore=name) == SENTENCE
+    shown = service.request("GET", f"/v1/datastores/{name}").json()
+    assert shown["documents"] == 1 + len(texts)
 
 
 def test_two_datastores_do_not_mix(service, file, other, datastore):

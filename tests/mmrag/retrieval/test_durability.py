@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mmrag.config import Index
+from mmrag.retrieval.compaction import compact
 from mmrag.retrieval.datastore import Datastore, create, delete, publish, write_segment
 from mmrag.retrieval.index import IndexShard, save_index, saved_shards, shard_directory
 from mmrag.retrieval.segment import Description, Segment, windows_of
@@ -93,12 +94,17 @@ def add(directory: Path) -> None:
     publish(directory, ["second"])
 
 
+def compact_all(directory: Path) -> None:
+    compact(directory, everything=True)
+
+
 def test_every_file_is_flushed_before_the_list_names_it(tmp_path, monkeypatch):
     disk = Disk(monkeypatch)
     directory = tmp_path / "deep" / "store"
     create(directory, DESCRIPTION)
     add(directory)
     delete(directory, [1, 2])
+    compact_all(directory)
     assert disk.lost == []
     flushed = {path for kind, path in disk.steps if kind == "flush"}
     names = {path.name for path in flushed}
@@ -106,7 +112,8 @@ def test_every_file_is_flushed_before_the_list_names_it(tmp_path, monkeypatch):
     for place in (tmp_path, tmp_path / "deep", directory, directory / "segments"):
         assert place in flushed and disk.safe(place), place
     assert disk.steps[-1] == ("flush", directory)
-    assert all(disk.safe(file) for file in directory.rglob("*") if file.name != ".lock")
+    locks = (".lock", ".compacting")
+    assert all(disk.safe(file) for file in directory.rglob("*") if file.name not in locks)
 
 
 def test_an_unflushed_file_would_be_noticed(directory, monkeypatch):
@@ -121,6 +128,7 @@ def test_an_unflushed_file_would_be_noticed(directory, monkeypatch):
     [
         (add, [10, 11, 12, 13], [10, 11, 12, 13, 20, 21, 22, 23]),
         (lambda directory: delete(directory, [1]), [10, 11, 12, 13], [10, 12, 13]),
+        (compact_all, [10, 11, 12, 13], [10, 11, 12, 13]),
     ],
 )
 def test_power_lost_at_any_step_leaves_the_old_list_or_the_new_one(
@@ -130,6 +138,11 @@ def test_power_lost_at_any_step_leaves_the_old_list_or_the_new_one(
         store = Datastore.open(directory)
         return np.delete(store.tokens, store.deleted).tolist()
 
+    if change is compact_all:
+        for first in (30, 40):
+            write_segment(directory, f"more-{first}", segment(first))
+            publish(directory, [f"more-{first}"])
+        delete(directory, range(4, 12))
     for cut in range(100):
         with monkeypatch.context() as patch:
             disk = Disk(patch, cut)
