@@ -25,7 +25,7 @@ from mmrag.retrieval import datastore
 from mmrag.retrieval.columns import Names
 from mmrag.retrieval.datastore import locked, read_list
 from mmrag.retrieval.segment import Description
-from mmrag.retrieval.stored import ARRAYS, IDS, StoredSegment, open_segment, tables
+from mmrag.retrieval.stored import ARRAYS, IDS, StoredSegment, open_segment, seal, tables
 
 FANOUT = 8
 """So many neighbours of a size become one: each entry is written again a logarithm of times."""
@@ -171,6 +171,7 @@ def _write(aside: Path, sources: Sequence[StoredSegment], deleted: np.ndarray) -
                 shift += len(one.utterances)
     for field, values in _tables(sources, edges, gone).items():
         np.save(aside / f"{field}.npy", values, allow_pickle=False)
+    seal(aside)
 
 
 def _forget(windows: np.ndarray, one: StoredSegment, first: int, gone: np.ndarray) -> None:

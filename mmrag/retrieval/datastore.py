@@ -16,6 +16,7 @@ write at once; `segments.json` names the ones that count, in order, and is repla
         document_text.npy, document_offsets.npy      the names of these
         document_digests.npy (L,) uint64, ascending: their `digest`, to be searched by
         document_ids.npy     (L,) int32, their numbers in the datastore, given when it is published
+        checksums.json       of each of these files (`verify`)
 
 All of these stay mapped: opening a datastore reads the list and the arrays' headers. An entry's id
 is its place in the segments laid end to end, a document's is its number in order of appearance.
@@ -54,6 +55,7 @@ from mmrag.retrieval.stored import (
     numbered,
     open_mapped,
     open_segment,
+    seal,
 )
 
 LIST = "segments.json"
@@ -106,6 +108,7 @@ def write_segment(directory: Path | str, name: str, segment: Segment) -> None:
     aside.mkdir()
     for field, values in arrays.items():
         np.save(aside / f"{field}.npy", values, allow_pickle=False)
+    seal(aside)
     final = directory / "segments" / name
     if final.exists():
         shutil.rmtree(final)
@@ -137,6 +140,7 @@ def publish(directory: Path | str, names: Sequence[str]) -> None:
             aside = path / f".{IDS}.npy"
             np.save(aside, segment.arrays[IDS], allow_pickle=False)
             durable.rename(aside, path / f"{IDS}.npy")
+            seal(path, f"{IDS}.npy")
             listed["segments"].append({"name": segment.name, "entries": segment.entries})
         write_json(directory / LIST, listed)
 

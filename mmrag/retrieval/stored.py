@@ -5,13 +5,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from mmrag.artifact import write_json
 from mmrag.retrieval.columns import Names, digest
 from mmrag.retrieval.mapped import open_array
 from mmrag.retrieval.segment import DatastoreError, Description, Segment, prepare
@@ -34,6 +38,8 @@ TABLES = {
 }
 """What a segment says of its utterances and documents."""
 IDS = "document_ids"
+SUMS = "checksums.json"
+"""In a segment: the digest of each of its files."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,34 @@ class StoredSegment:
         if not len(self.arrays[IDS]):
             return np.full(np.shape(local), -1, np.int32)
         return np.where(local < 0, np.int32(-1), self.arrays[IDS][np.maximum(local, 0)])
+
+
+def seal(directory: Path, *names: str) -> None:
+    """Write down the checksums of a segment's files, or of some of them anew."""
+    known = read_checksums(directory) if names else {}
+    write_json(directory / SUMS, known | checksums(directory, names))
+
+
+def checksums(directory: Path, names: Sequence[str] = ()) -> dict[str, str]:
+    """File name -> digest of what is in it, of a segment's arrays, or of some of them."""
+    files = [directory / name for name in names] or sorted(directory.glob("*.npy"))
+
+    def digested(file: Path) -> str:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+    with ThreadPoolExecutor() as pool:  # which hashes without Python's lock
+        return dict(zip((file.name for file in files), pool.map(digested, files), strict=True))
+
+
+def read_checksums(directory: Path) -> dict[str, str]:
+    """What `seal` wrote; DatastoreError if it cannot be read."""
+    try:
+        return dict(json.loads((directory / SUMS).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise DatastoreError(f"{directory / SUMS} is missing") from None
+    except (ValueError, TypeError) as error:
+        raise DatastoreError(f"{directory / SUMS} is damaged: {error}") from None
 
 
 def numbered(

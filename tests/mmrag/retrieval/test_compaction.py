@@ -7,39 +7,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_datastores import DESCRIPTION, fill, segment
 
 from mmrag.config import Index
 from mmrag.retrieval import compaction
 from mmrag.retrieval.compaction import FANOUT, Compacted, compact
 from mmrag.retrieval.datastore import LIST, Datastore, create, delete, publish, write_segment
 from mmrag.retrieval.index import IndexShard
-from mmrag.retrieval.segment import DatastoreError, Description, Segment, windows_of
-
-DESCRIPTION = Description(width=4, window=5, metric="l2", audio="none", identity={"lm": "aaaa"})
-
-
-def segment(number, utterances=2, length=3, documents=("shared", "own")):
-    """Utterances of `length` entries; tokens, keys and names say which they are."""
-    tokens = 1000 * (number + 1) + np.arange(utterances * length)
-    each = np.split(tokens, utterances)
-    names = [
-        (f"utterance-{number}-{n}", documents[n % len(documents)].replace("own", f"own-{number}"))
-        for n in range(utterances)
-    ]
-    return Segment(
-        keys=np.random.default_rng(number).standard_normal((len(tokens), 4)),
-        tokens=tokens,
-        windows=np.concatenate([windows_of(one, 5) for one in each]),
-        positions=np.tile(np.arange(length), utterances),
-        utterances=np.repeat(np.arange(utterances), length),
-        names=names,
-    )
-
-
-def fill(directory, count, first=0):
-    for number in range(first, first + count):
-        write_segment(directory, f"s-{number}", segment(number))
-        publish(directory, [f"s-{number}"])
+from mmrag.retrieval.segment import DatastoreError, Description, Segment
 
 
 @pytest.fixture
