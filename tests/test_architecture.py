@@ -39,8 +39,8 @@ WINGS = {
         "loss", "train", "whisper", "whisper_training",
     ],
     "retrieval": [
-        "segment", "mapped", "columns", "stored", "datastore", "compaction", "verify", "index",
-        "retrievers", "knn", "interpolation", "memory", "entries", "phrases", "contexts",
+        "segment", "mapped", "columns", "stored", "datastore", "snapshots", "compaction", "verify",
+        "index", "retrievers", "knn", "interpolation", "memory", "entries", "phrases", "contexts",
     ],
     "decoding": ["confidence", "boost", "decode", "guard", "align", "engine", "tune"],
     "front door": ["recogniser", "transcribe", "client", "cli"],

@@ -21,7 +21,7 @@ import numpy as np
 
 from mmrag import durable
 from mmrag.artifact import write_json
-from mmrag.retrieval import datastore
+from mmrag.retrieval import datastore, snapshots
 from mmrag.retrieval.columns import Names
 from mmrag.retrieval.datastore import locked, read_list
 from mmrag.retrieval.segment import Description
@@ -62,7 +62,7 @@ def compact(directory: Path | str, everything: bool = False) -> Compacted:
     directory = Path(directory).absolute()
     description = datastore.describe(directory)
     done = Compacted(0, 0, 0)
-    with locked(directory, ".compacting"):
+    with locked(directory, datastore.COMPACTING):
         while runs := _runs(directory, everything):
             for run in runs:
                 erased = _merge(directory, description, run)
@@ -72,22 +72,25 @@ def compact(directory: Path | str, everything: bool = False) -> Compacted:
 
 
 def sweep(directory: Path | str) -> None:
-    """Remove what the list does not name any more; what was written and not yet published stays."""
+    """Remove what neither the list nor a snapshot names any more; what was written and not yet
+    published stays."""
     directory = Path(directory).absolute()
     with locked(directory):
         listed = read_list(directory)
-        kept = {one["name"] for one in listed["segments"]}
+        named = [listed, *snapshots.lists(directory).values()]
+        kept = {one["name"] for each in named for one in each["segments"]}
         ours = {path.name for path in (directory / "segments").glob(f"{MADE}*")}
         for name in {*listed.get("merged", []), *ours} - kept:
             shutil.rmtree(directory / "segments" / name, ignore_errors=True)
         for file in directory.glob("deleted-*.npy"):
-            if file.name != listed["deleted"]:
+            if file.name not in {each["deleted"] for each in named}:
                 file.unlink(missing_ok=True)
         for aside in directory.glob(f".{MADE}*"):
             shutil.rmtree(aside, ignore_errors=True)
-        if listed.pop("merged", None):
+        held = [name for name in listed.pop("merged", []) if name in kept]
+        if held != read_list(directory).get("merged", []):
             durable.sync(directory / "segments")
-            write_json(directory / datastore.LIST, listed)
+            write_json(directory / datastore.LIST, listed | ({"merged": held} if held else {}))
 
 
 def _runs(directory: Path, everything: bool) -> list[list[str]]:
@@ -97,12 +100,14 @@ def _runs(directory: Path, everything: bool) -> list[list[str]]:
     edges = np.cumsum([0, *(one["entries"] for one in segments)])
     gone = np.searchsorted(datastore.deleted_entries(directory, listed), edges)
     pending = np.diff(gone) - [one.get("erased", 0) for one in segments]
+    ends = snapshots.ends(directory)
     runs: list[list[int]] = []
     for tier in range(_tier(LARGEST) + 1):
         run: list[int] = []
         for number, one in enumerate([*segments, None]):
             small = one is not None and one["entries"] < LARGEST and _tier(one["entries"]) <= tier
-            if small and sum(segments[n]["entries"] for n in run) < LARGEST:
+            room = sum(segments[n]["entries"] for n in run) < LARGEST
+            if small and room and not (run and int(edges[number]) in ends):  # it goes back to there
                 run.append(number)
                 continue
             runs += [run] if len(run) >= (2 if everything else FANOUT) else []
@@ -138,6 +143,9 @@ def _merge(directory: Path, description: Description, names: Sequence[str]) -> i
     _write(aside, sources, deleted)
     durable.rename(aside, directory / "segments" / name)
     with locked(directory):
+        if any(start < end < stop for end in snapshots.ends(directory)):  # made meanwhile
+            shutil.rmtree(directory / "segments" / name)
+            return 0
         listed = read_list(directory)
         before = sum(one.get("erased", 0) for one in listed["segments"][place : place + len(names)])
         made = {"name": name, "entries": stop - start, "erased": len(deleted)}

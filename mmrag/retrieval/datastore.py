@@ -7,6 +7,7 @@ write at once; `segments.json` names the ones that count, in order, and is repla
     segments.json                 published segments with their entry counts; the deletions' file;
                                   how many documents have been numbered
     deleted-<n>.npy               (M,) int64, deleted entries
+    snapshots/<name>.json         lists as they once were (`snapshots`)
     segments/<name>/
         keys.npy       (N, D) float16       tokens.npy     (N,) int32
         windows.npy    (N, W) int32         positions.npy  (N,) int32
@@ -59,6 +60,8 @@ from mmrag.retrieval.stored import (
 )
 
 LIST = "segments.json"
+COMPACTING = ".compacting"
+"""The lock of whoever merges segments."""
 FORMAT = 2
 """Of the files below; 1 held every name and number in memory."""
 
@@ -154,14 +157,18 @@ def delete(directory: Path | str, entries: Iterable[int]) -> None:
         gone = np.unique(np.fromiter(entries, np.int64))
         if len(gone) and (gone[0] < 0 or gone[-1] >= total):
             raise ValueError(f"entries {gone[0]} to {gone[-1]}: {directory} has {total} entries")
-        before = listed["deleted"]
-        number = int(before.removeprefix("deleted-").removesuffix(".npy")) + 1 if before else 0
-        file = f"deleted-{number}.npy"
-        aside = directory / f".{file}"
-        np.save(aside, np.union1d(deleted_entries(directory, listed), gone), allow_pickle=False)
-        durable.rename(aside, directory / file)
-        listed["deleted"] = file
-        write_json(directory / LIST, listed)
+        write_deleted(directory, listed, np.union1d(deleted_entries(directory, listed), gone))
+
+
+def write_deleted(directory: Path, listed: dict[str, Any], deleted: np.ndarray) -> None:
+    """Replace the list by `listed`, with these deleted entries (M,); under the list's lock."""
+    taken = [file.stem for file in directory.glob("deleted-*.npy")]
+    number = max((int(name.removeprefix("deleted-")) + 1 for name in taken), default=0)
+    listed["deleted"] = f"deleted-{number}.npy"
+    aside = directory / f".{listed['deleted']}"
+    np.save(aside, deleted.astype(np.int64), allow_pickle=False)
+    durable.rename(aside, directory / listed["deleted"])
+    write_json(directory / LIST, listed)
 
 
 class Datastore:

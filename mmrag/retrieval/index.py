@@ -49,7 +49,9 @@ class IndexShard:
         """Norm of the longest key: bounds FAISS's rounding errors (flat)."""
         self._deleted = np.zeros(index.ntotal, bool)
         self._deletions = 0
-        self.delete(datastore.deleted)
+        self._hidden_here: set[int] = set()
+        """What `delete` was told, and the datastore may not know."""
+        self._hide(datastore.deleted)
 
     @classmethod
     def build(
@@ -132,17 +134,23 @@ class IndexShard:
             self._longest = max(self._longest, float(np.linalg.norm(keys, axis=1).max()))
         self.stop = stop
         self._deleted = np.pad(self._deleted, (0, stop - start))
-        self.delete(self.datastore.deleted)
+        self._hide(self.datastore.deleted)
 
     def refresh(self, last: bool) -> None:
         """Hide what the datastore says was deleted since; the `last` shard takes in what was
-        published since.
+        published since. Where entries are there again that were deleted, the shard is built again.
 
         The datastore itself is refreshed beforehand, once for all of its shards.
         """
         if last:
             self.add(self.stop, self.datastore.entries)
-        self.delete(self.datastore.deleted)
+        hidden = np.array(sorted(self._hidden_here), np.int64)
+        kept = np.count_nonzero(self._deleted[self._local(self.datastore.deleted)])
+        own = np.setdiff1d(hidden, self.datastore.deleted, assume_unique=True)
+        if kept + len(own) < self._deletions:
+            self._build_again()
+            self._hide(hidden)
+        self._hide(self.datastore.deleted)
 
     def delete(self, entries: Iterable[int]) -> None:
         """Never return these again; ids outside the shard are ignored.
@@ -150,10 +158,26 @@ class IndexShard:
         Lasts as long as this object: `datastore.delete` is what makes it permanent.
         """
         given = entries if isinstance(entries, np.ndarray) else np.fromiter(entries, np.int64)
-        local = given.astype(np.int64) - self.start
-        local = np.unique(local[(local >= 0) & (local < len(self._deleted))])
+        self._hidden_here.update((self._local(given) + self.start).tolist())
+        self._hide(given)
+
+    def _hide(self, entries: np.ndarray) -> None:
+        local = self._local(entries)
         self._deletions += int(np.count_nonzero(~self._deleted[local]))
         self._deleted[local] = True
+
+    def _local(self, entries: np.ndarray) -> np.ndarray:
+        """Those of `entries` that the shard has, counted from its first, each once."""
+        local = entries.astype(np.int64) - self.start
+        return np.unique(local[(local >= 0) & (local < len(self._deleted))])
+
+    def _build_again(self) -> None:
+        """From the keys as they are now: those of erased entries were none."""
+        stop, self.stop = self.stop, self.start
+        self._index = _empty(self.datastore, self.settings, seed=0)
+        self._longest = 0.0
+        self._deleted, self._deletions = np.zeros(0, bool), 0
+        self.add(self.start, stop)
 
     @property
     def deletions(self) -> int:
