@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from mmrag import shipped, terminal
+from mmrag import administration, shipped, terminal
 from mmrag.artifact import ArtifactError
 from mmrag.client import Answer, Service, ServiceError
 from mmrag.folders import printable
@@ -79,6 +79,8 @@ def _run(arguments: Sequence[str] | None) -> bool:
     """Whether a file could not be transcribed."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    if "run" in options:
+        return administration.run(options)
     given = [name for name in IN_PROCESS if getattr(options, name) is not None]
     if options.url is not None and given:
         parser.error(f"--url goes without {', '.join(map(_flag, given))}: it is the endpoint's own")
@@ -236,6 +238,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="one JSON object a segment of audio; with --url, one a file",
     )
+    administration.add_commands(commands)
     return parser
 
 

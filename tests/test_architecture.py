@@ -43,7 +43,7 @@ WINGS = {
         "index", "retrievers", "knn", "interpolation", "memory", "entries", "phrases", "contexts",
     ],
     "decoding": ["confidence", "boost", "decode", "guard", "align", "engine", "tune"],
-    "front door": ["recogniser", "transcribe", "client", "cli"],
+    "front door": ["recogniser", "transcribe", "client", "administration", "cli"],
 }  # fmt: skip
 """The wings of mmrag from the ground up, and the modules of each in reading order."""
 BELOW = {
@@ -110,7 +110,7 @@ HOMES = {
     "mlflow": ["cluster.tracking"],
     "requests": ["mmrag.client", "serve.api"],
     "tqdm": ["cluster.progress"],
-    "rich": ["mmrag.cli", "jobs"],
+    "rich": ["mmrag.cli", "mmrag.administration", "jobs"],
     "matplotlib": ["jobs.evaluation_tables", "jobs.reproduce.report"],
     # Ray Data's rows are Arrow's: values are packed on their way between our own processes.
     "pickle": ["cluster.parts"],
