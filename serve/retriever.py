@@ -447,7 +447,7 @@ def _publish(directory: Path, segments: Sequence[Segment]) -> None:
 def _compact(directory: Path) -> None:
     try:
         compact(directory)
-    except (DatastoreError, OSError) as error:  # deleted meanwhile, or the disk is full
+    except (DatastoreError, OSError, ValueError) as error:  # deleted meanwhile, or a full disk
         log.warning("%s is not compacted: %s", directory.name, error)
 
 

@@ -143,10 +143,12 @@ def _merge(directory: Path, description: Description, names: Sequence[str]) -> i
     _write(aside, sources, deleted)
     durable.rename(aside, directory / "segments" / name)
     with locked(directory):
-        if any(start < end < stop for end in snapshots.ends(directory)):  # made meanwhile
+        listed = read_list(directory)
+        there = [one["name"] for one in listed["segments"][place : place + len(names)]]
+        crossed = any(start < end < stop for end in snapshots.ends(directory))
+        if crossed or there != list(names):  # a snapshot, or another datastore, was made meanwhile
             shutil.rmtree(directory / "segments" / name)
             return 0
-        listed = read_list(directory)
         before = sum(one.get("erased", 0) for one in listed["segments"][place : place + len(names)])
         made = {"name": name, "entries": stop - start, "erased": len(deleted)}
         listed["segments"][place : place + len(names)] = [made]

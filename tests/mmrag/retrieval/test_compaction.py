@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from small_datastores import DESCRIPTION, fill, segment
 
 from mmrag.config import Index
-from mmrag.retrieval import compaction
+from mmrag.retrieval import compaction, snapshots
 from mmrag.retrieval.compaction import FANOUT, Compacted, compact
 from mmrag.retrieval.datastore import LIST, Datastore, create, delete, publish, write_segment
 from mmrag.retrieval.index import IndexShard
@@ -136,6 +136,42 @@ def test_what_is_published_and_deleted_meanwhile_is_there(directory, monkeypatch
     monkeypatch.undo()
     assert compact(directory, everything=True).erased == 2
     assert Datastore.open(directory).tokens[7] == 0
+
+
+def test_what_changed_meanwhile_in_its_place_is_left_alone(directory, monkeypatch):
+    really, calls = compaction._write, []
+
+    def overtaken(*arguments):
+        really(*arguments)
+        calls.append(1)
+        if len(calls) == 1:
+            snapshots.create(directory, "monday")
+        if len(calls) == 2:
+            listed = json.loads((directory / LIST).read_text())
+            listed["segments"] = listed["segments"][::-1]
+            (directory / LIST).write_text(json.dumps(listed))
+
+    monkeypatch.setattr(compaction, "_write", overtaken)
+    fill(directory, 1, FANOUT)
+    compact(directory)  # up to the snapshot, which was made at its end
+    assert len(Datastore.open(directory).segments) == 1
+    fill(directory, 2, FANOUT + 1)
+    asked = json.loads((directory / LIST).read_text())["segments"][::-1]
+    monkeypatch.setattr(compaction, "_runs", iterated(compaction._runs))
+    with pytest.raises(StopIteration):
+        compact(directory, everything=True)
+    assert json.loads((directory / LIST).read_text())["segments"] == asked, "as somebody left it"
+
+
+def iterated(really):
+    """Runs once, and then no more."""
+    calls = iter([1])
+
+    def runs(*arguments):
+        next(calls)
+        return really(*arguments)
+
+    return runs
 
 
 def test_two_at_once_take_turns(directory):
