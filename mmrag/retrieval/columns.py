@@ -39,6 +39,16 @@ class Column:
         )
         return whole if dtype is None else whole.astype(dtype)
 
+    def __eq__(self, other: object) -> np.ndarray:
+        """Element by element, as arrays compare."""
+        return np.asarray(self) == other
+
+    __hash__ = None
+
+    def tolist(self) -> list[int]:
+        """All of it, as Python's numbers."""
+        return np.asarray(self).tolist()
+
     def __getitem__(self, places: int | slice | np.ndarray) -> np.ndarray:
         """The values at `places`: of an array's shape, of a mask's count, or one number."""
         if isinstance(places, slice):

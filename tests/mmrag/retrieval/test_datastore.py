@@ -98,6 +98,8 @@ def test_columns_are_read_like_arrays(directory):
         whole = np.asarray(column)
         assert (len(column), column.shape, column.dtype) == (8, (8,), np.int32)
         assert column[5] == whole[5]
+        assert column.tolist() == whole.tolist() == list(column)
+        np.testing.assert_array_equal(column == whole[3], whole == whole[3])
         for at in (slice(2, 7, 2), np.array([[7, 0], [4, 4]]), whole > whole.mean(), slice(3, 3)):
             np.testing.assert_array_equal(column[at], whole[at])
         with pytest.raises(IndexError, match="places 3 to 8 of 8"):
