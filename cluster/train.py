@@ -27,6 +27,7 @@ import torch.distributed
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
+import deepspeed.ops
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
@@ -62,6 +63,9 @@ from mmrag.retrieval.contexts import TrainingContexts, read_neighbours
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.phrases import Phrases
 from mmrag.speech.tokenized import Tokenized, read
+
+# It would have a compiler build, for a minute, what reduces over processors in inference alone.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 CHECKPOINTS = ".checkpoints"
 STATE = "state"
