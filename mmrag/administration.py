@@ -103,10 +103,9 @@ def _show(options: argparse.Namespace) -> bool:
 
     datastore = Datastore.open(options.directory)
     told = _described(datastore)
-    counts = np.bincount(_documents(datastore), minlength=1)
+    documents, counts = datastore.document_counts()
     largest = np.argsort(-counts, kind="stable")[:LISTED]
-    largest = largest[counts[largest] > 0]
-    names = datastore.document_names(largest)
+    names = datastore.document_names(documents[largest])
     told["largest_documents"] = dict(zip(names, counts[largest].tolist(), strict=True))
     told["snapshots"] = [asdict(one) for one in snapshots.every(options.directory)]
     if options.json:
@@ -197,8 +196,6 @@ def _snapshot(options: argparse.Namespace) -> bool:
 
 def _described(datastore: Datastore) -> dict[str, Any]:
     """What there is to tell of a datastore."""
-    import numpy as np
-
     told = datastore.description
     return {
         "audio": told.audio,
@@ -208,19 +205,10 @@ def _described(datastore: Datastore) -> dict[str, Any]:
         "metric": told.metric,
         "entries": datastore.entries,
         "deleted": len(datastore.deleted),
-        "documents": len(np.unique(_documents(datastore))),
+        "documents": len(datastore.document_counts()[0]),
         "segments": len(datastore.segments),
         "bytes": sum(size for _, size in _sizes(datastore)),
     }
-
-
-def _documents(datastore: Datastore) -> Any:
-    """The document of each entry that is not deleted."""
-    import numpy as np
-
-    living = np.ones(datastore.entries, bool)
-    living[datastore.deleted] = False
-    return datastore.documents[living]
 
 
 def _sizes(datastore: Datastore) -> list[tuple[str, int]]:

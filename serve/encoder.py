@@ -22,6 +22,8 @@ from serve.messages import Encoded, EncodedSegment, InvalidRequest
 from serve.model import device, language, locate
 from serve.settings import Settings
 
+CERTAIN = 0.99
+"""Probability of speech from which on the detector looks no further."""
 SLACK = 0.05
 """How far two encodings of one clip may lie apart, in batches of different size."""
 
@@ -72,7 +74,8 @@ class Encoder:
         started = time.perf_counter()
         clips = [torch.from_numpy(np.array(wave)) for wave in waves]
         threshold = self._settings.decode.speech
-        speech = [vad.probability(clip) if threshold > 0 else None for clip in clips]
+        enough = max(threshold, CERTAIN)
+        speech = [vad.probability(clip, enough) if threshold > 0 else None for clip in clips]
         spoken = [n for n, likely in enumerate(speech) if likely is None or likely >= threshold]
         found: list[EncodedSegment | None] = [None] * len(clips)
         if spoken:

@@ -459,11 +459,8 @@ def _version(path: Path) -> tuple[int, ...]:
 
 def _documents(datastore: Datastore) -> list[tuple[str, int]]:
     """Every document with entries that are not deleted, and how many; in order of appearance."""
-    living = np.ones(datastore.entries, bool)
-    living[datastore.deleted] = False
-    counts = np.bincount(datastore.documents[living]) if living.any() else np.empty(0, int)
-    there = np.flatnonzero(counts)
-    return list(zip(datastore.document_names(there), counts[there].tolist(), strict=True))
+    documents, counts = datastore.document_counts()
+    return list(zip(datastore.document_names(documents), counts.tolist(), strict=True))
 
 
 def _count(datastore: Datastore) -> int:

@@ -92,7 +92,8 @@ class Segment(BaseModel):
     avg_logprob: float
     compression_ratio: float
     no_speech_prob: float | None = None
-    """How likely it is that nobody speaks, by the speech detector; null where it is off."""
+    """How likely it is that nobody speaks, by the speech detector, which looks no further where it
+    is below 0.01; null where it is off."""
     confidence: float | None = None
     """Share of the words that is expected to be right; null where the model is not calibrated."""
     unclear: bool = False

@@ -66,15 +66,15 @@ def compact(directory: Path | str, everything: bool = False) -> Compacted:
         while runs := _runs(directory, everything):
             for run in runs:
                 erased = _merge(directory, description, run)
-                done = Compacted(done.merged + len(run), done.made + 1, done.erased + erased)
-        sweep(directory)
+                if erased is not None:
+                    done = Compacted(done.merged + len(run), done.made + 1, done.erased + erased)
+        _sweep(directory)
     return done
 
 
-def sweep(directory: Path | str) -> None:
+def _sweep(directory: Path) -> None:
     """Remove what neither the list nor a snapshot names any more; what was written and not yet
     published stays."""
-    directory = Path(directory).absolute()
     with locked(directory):
         listed = read_list(directory)
         named = [listed, *snapshots.lists(directory).values()]
@@ -100,22 +100,15 @@ def _runs(directory: Path, everything: bool) -> list[list[str]]:
     edges = np.cumsum([0, *(one["entries"] for one in segments)])
     gone = np.searchsorted(datastore.deleted_entries(directory, listed), edges)
     pending = np.diff(gone) - [one.get("erased", 0) for one in segments]
-    ends = snapshots.ends(directory)
+    ends = np.isin(edges[:-1], list(snapshots.ends(directory))).tolist()
+    sizes = [one["entries"] for one in segments]
+    highest = _tier(LARGEST)
     runs: list[list[int]] = []
-    for tier in range(_tier(LARGEST) + 1):
-        run: list[int] = []
-        for number, one in enumerate([*segments, None]):
-            small = one is not None and one["entries"] < LARGEST and _tier(one["entries"]) <= tier
-            room = sum(segments[n]["entries"] for n in run) < LARGEST
-            if small and room and not (run and int(edges[number]) in ends):  # it goes back to there
-                run.append(number)
-                continue
-            runs += [run] if len(run) >= (2 if everything else FANOUT) else []
-            run = [number] if small else []
-        if runs and not everything:
+    for tier in [highest] if everything else range(highest + 1):
+        found = _neighbours(sizes, ends, tier)
+        runs = [run for run in found if len(run) >= (2 if everything else FANOUT)]
+        if runs:
             break
-        if everything and tier < _tier(LARGEST):
-            runs = []
     merged = {number for run in runs for number in run}
     for number, one in enumerate(segments):
         least = 1 if everything else max(1, math.ceil(ERASED_SHARE * one["entries"]))
@@ -124,12 +117,26 @@ def _runs(directory: Path, everything: bool) -> list[list[str]]:
     return [[segments[number]["name"] for number in run] for run in runs]
 
 
+def _neighbours(sizes: Sequence[int], ends: Sequence[bool], tier: int) -> list[list[int]]:
+    """Numbers of segments that stand side by side and are of this tier or a lower one, in runs of
+    little more than LARGEST entries; none goes on where a snapshot ends."""
+    runs: list[list[int]] = [[]]
+    for number, size in enumerate(sizes):
+        small = size < LARGEST and _tier(size) <= tier
+        if not small or ends[number] or sum(sizes[one] for one in runs[-1]) >= LARGEST:
+            runs.append([])
+        if small:
+            runs[-1].append(number)
+    return runs
+
+
 def _tier(entries: int) -> int:
     return int(math.log(max(entries, 1), FANOUT))
 
 
-def _merge(directory: Path, description: Description, names: Sequence[str]) -> int:
-    """Replace neighbouring segments by one; the deleted entries that are no longer in it."""
+def _merge(directory: Path, description: Description, names: Sequence[str]) -> int | None:
+    """Replace neighbouring segments by one: how many deleted entries are no longer in it; None
+    where the list has changed too much for it."""
     listed = read_list(directory)
     place = [one["name"] for one in listed["segments"]].index(names[0])
     edges = np.cumsum([0, *(one["entries"] for one in listed["segments"])])
@@ -148,7 +155,7 @@ def _merge(directory: Path, description: Description, names: Sequence[str]) -> i
         crossed = any(start < end < stop for end in snapshots.ends(directory))
         if crossed or there != list(names):  # a snapshot, or another datastore, was made meanwhile
             shutil.rmtree(directory / "segments" / name)
-            return 0
+            return None
         before = sum(one.get("erased", 0) for one in listed["segments"][place : place + len(names)])
         made = {"name": name, "entries": stop - start, "erased": len(deleted)}
         listed["segments"][place : place + len(names)] = [made]

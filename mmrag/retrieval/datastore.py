@@ -30,7 +30,6 @@ nothing here knows a model.
 from __future__ import annotations
 
 import fcntl
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -56,6 +55,7 @@ from mmrag.retrieval.stored import (
     numbered,
     open_mapped,
     open_segment,
+    read_json,
     seal,
 )
 
@@ -82,7 +82,7 @@ def create(directory: Path | str, description: Description) -> None:
 def describe(directory: Path | str) -> Description:
     """Read `datastore.json`; DatastoreError if there is none."""
     path = Path(directory) / "datastore.json"
-    fields = _read_json(path)
+    fields = read_json(path)
     made = fields.pop("format", 1) if isinstance(fields, dict) else None
     if made is not None and made != FORMAT:
         raise DatastoreError(
@@ -343,6 +343,12 @@ class Datastore:
                 found += [start + np.arange(*edge) for edge in zip(*edges, strict=True)]
         return np.setdiff1d(np.concatenate(found), self.deleted, assume_unique=True)
 
+    def document_counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """The documents (D,) with entries that are not deleted, and how many each has (D,)."""
+        living = np.ones(self.entries, bool)
+        living[self.deleted] = False
+        return np.unique(self.documents[living], return_counts=True)
+
     def document_id(self, name: str) -> int | None:
         """The id of a document, None for one that has no entries here."""
         for one in self._segments:
@@ -399,16 +405,7 @@ def deleted_entries(directory: Path, listed: Mapping[str, Any]) -> np.ndarray:
 
 def read_list(directory: Path) -> dict[str, Any]:
     """The segments that count, their entries, and the file of deletions."""
-    return _read_json(directory / LIST)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DatastoreError(f"{path} is missing") from None
-    except ValueError as error:
-        raise DatastoreError(f"{path} is damaged: {error}") from None
+    return read_json(directory / LIST, dict)
 
 
 def _check_name(name: str) -> None:

@@ -7,7 +7,6 @@ and those that were deleted later are there again.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from mmrag import durable
 from mmrag.artifact import write_json
 from mmrag.retrieval import datastore
 from mmrag.retrieval.segment import DatastoreError
+from mmrag.retrieval.stored import read_json
 
 FOLDER = "snapshots"
 
@@ -74,11 +74,9 @@ def rollback(directory: Path | str, name: str) -> None:
         later = np.arange(entries, start)
         gone = np.union1d(datastore.deleted_entries(directory, was), later)
         held = {one["name"] for one in was["segments"]}
-        merged = [one["name"] for one in listed["segments"] if one not in kept]
-        listed["merged"] = [
-            *(each for each in listed.get("merged", []) if each not in held),
-            *(each for each in merged if each not in held),
-        ]
+        replaced = [one["name"] for one in listed["segments"] if one not in kept]
+        merged = [*listed.get("merged", []), *replaced]
+        listed["merged"] = [name for name in merged if name not in held]
         listed["segments"] = [*was["segments"], *kept]
         datastore.write_deleted(directory, listed, gone)
 
@@ -105,12 +103,9 @@ def ends(directory: Path) -> set[int]:
 
 def _read(directory: Path, name: str) -> dict[str, Any]:
     file = directory / FOLDER / f"{name}.json"
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DatastoreError(f"{directory} has no snapshot {name}") from None
-    except ValueError as error:
-        raise DatastoreError(f"{file} is damaged: {error}") from None
+    if not file.exists():
+        raise DatastoreError(f"{directory} has no snapshot {name}")
+    return read_json(file, dict)
 
 
 def _entries(listed: dict[str, Any]) -> int:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -100,12 +101,20 @@ def checksums(directory: Path, names: Sequence[str] = ()) -> dict[str, str]:
 
 def read_checksums(directory: Path) -> dict[str, str]:
     """What `seal` wrote; DatastoreError if it cannot be read."""
+    return read_json(directory / SUMS, dict)
+
+
+def read_json(path: Path, kind: type = object) -> Any:
+    """What is in a file of JSON; DatastoreError if it is missing, damaged or not of this kind."""
     try:
-        return dict(json.loads((directory / SUMS).read_text(encoding="utf-8")))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DatastoreError(f"{directory / SUMS} is missing") from None
-    except (ValueError, TypeError) as error:
-        raise DatastoreError(f"{directory / SUMS} is damaged: {error}") from None
+        raise DatastoreError(f"{path} is missing") from None
+    except ValueError as error:
+        raise DatastoreError(f"{path} is damaged: {error}") from None
+    if not isinstance(found, kind):
+        raise DatastoreError(f"{path} is damaged: it holds {type(found).__name__}")
+    return found
 
 
 def numbered(
@@ -222,6 +231,7 @@ def _indexes(indices: np.ndarray, length: int) -> bool:
 
 
 def open_mapped(path: Path) -> np.ndarray:
+    """An array, mapped; DatastoreError if it is missing or damaged."""
     try:
         return open_array(path)
     except FileNotFoundError:

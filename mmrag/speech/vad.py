@@ -6,6 +6,7 @@ plausible one. So audio without speech never reaches it.
 
 from __future__ import annotations
 
+import heapq
 import warnings
 from functools import cache
 from threading import Lock
@@ -38,22 +39,26 @@ _LOCK = Lock()
 def spoken(wave: Tensor, threshold: float) -> bool:
     """Whether a wave (T,) at 16 kHz holds speech with a `probability` of at least `threshold`. A
     threshold of 0 asks nothing."""
-    return threshold <= 0 or probability(wave) >= threshold
+    return threshold <= 0 or probability(wave, enough=threshold) >= threshold
 
 
 @torch.inference_mode()
-def probability(wave: Tensor) -> float:
+def probability(wave: Tensor, enough: float = 1.0) -> float:
     """How likely a wave (T,) at 16 kHz holds speech: as likely as SPOKEN_FRAMES of its frames (or
-    all of a shorter clip) are each at least.
+    all of a shorter clip) are each at least. Once that is `enough`, no further frame is looked at.
 
     How loud the speech is makes no difference, down to NOISE_LEVEL."""
     wave = levelled(wave.float().cpu())
     frames = functional.pad(wave, (0, -len(wave) % FRAME)).split(FRAME)
+    likeliest = [0.0] * min(SPOKEN_FRAMES, len(frames))
     with _LOCK:  # the detector remembers the frames before
         detector = _detector()
         detector.reset_states()
-        heard = sorted((float(detector(frame, SAMPLE_RATE)) for frame in frames), reverse=True)
-    return heard[min(SPOKEN_FRAMES, len(heard)) - 1] if heard else 0.0
+        for frame in frames:
+            heapq.heappushpop(likeliest, float(detector(frame, SAMPLE_RATE)))
+            if likeliest[0] >= enough:
+                break
+    return likeliest[0]
 
 
 def trim(wave: Tensor) -> tuple[Tensor, int]:

@@ -36,6 +36,7 @@ def test_how_likely_somebody_speaks_is_between_nothing_and_certainty():
     likely = vad.probability(wave)
     assert 0.9 < likely <= 1
     assert vad.spoken(wave, likely) and not vad.spoken(wave, min(1.0, likely + 1e-6) + 1e-9)
+    assert 0.5 <= vad.probability(wave, enough=0.5) <= likely
     assert all(0 <= vad.probability(wave) < 0.5 for wave in clips(6, seed=5))
 
 
