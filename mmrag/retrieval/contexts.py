@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,7 @@ class TrainingContexts:
             for one in chosen
         ]
         alike = [
-            list(dict.fromkeys(like for name in self._entities[one] for like in self._like(name)))
+            list(dict.fromkeys(chain(*(self._alike.get(name, ()) for name in self._entities[one]))))
             if self._settings.near and draw.random() < self._settings.near
             else []
             for one in chosen
@@ -119,9 +120,6 @@ class TrainingContexts:
             listed = [entry for entry in every if entry is not None][:length]
             rows.append([(entry, 0, FOREVER) for entry in listed])
         return rows
-
-    def _like(self, name: str) -> list[str]:
-        return self._alike.get(name, [])
 
     def _mention(self, phrase: str, draw: np.random.Generator) -> int | None:
         mentions = self._phrases.mentions(phrase)
