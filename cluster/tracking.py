@@ -38,6 +38,7 @@ from cluster.progress import METRICS
 from mmrag import artifact
 from mmrag.artifact import Artifact, ArtifactError
 from mmrag.config import Tracking
+from mmrag.decoding.tune import DEFAULTS
 
 SQLITE = "sqlite:///"
 PARAM_BATCH = 100
@@ -46,8 +47,8 @@ PARAM_LENGTH = 6000
 ALIAS = "production"
 KINDS = ("hubert", "codebook", "lm")
 """What every model has."""
-PLACE = re.compile(r"hubert|codebook|lm|adapter|calibration|tuned/[a-z0-9][a-z0-9_-]*")
-"""Where an artifact may lie in a model; the first part is its kind."""
+PLACE = re.compile(r"hubert|codebook|lm|adapter|calibration|retrieval|tuned/[a-z0-9][a-z0-9_-]*")
+"""Where an artifact may lie in a model; the first part is its kind, but of `retrieval`: tuned."""
 MODEL_URI = re.compile(r"models:/(?P<name>\w[\w. -]*)(@(?P<alias>[\w-]+)|/(?P<version>\d+))")
 RESERVED = re.compile(r"latest|v\d+", re.IGNORECASE)
 """Aliases that MLflow keeps for itself."""
@@ -153,8 +154,8 @@ def register(
     """Upload `models` as a new version of the registered model `name`; give it `alias`.
 
     `models` maps a place to the artifact that goes there: `hubert`, `codebook` and `lm`, and
-    `adapter`, `calibration` and `tuned/<datastore>` where there are any. Returns the version, `"1"`
-    for the first. Nothing is registered unless everything was uploaded.
+    `adapter`, `calibration`, `retrieval` and `tuned/<datastore>` where there are any. Returns the
+    version, `"1"` for the first. Nothing is registered unless everything was uploaded.
 
     Raises ValueError for a name or alias that no URI can hold and for another place, ArtifactError
     for an artifact that is missing or was changed since it was made, ConnectionError if the store
@@ -374,7 +375,8 @@ def _download(
     except mlflow.MlflowException as error:
         raise OSError(f"{named} cannot be downloaded: {_shown(error)}") from error
     for place, digest in fingerprints.items():
-        made = artifact.load(path / place, place.split("/")[0])
+        kind = "tuned" if place == DEFAULTS else place.split("/")[0]
+        made = artifact.load(path / place, kind)
         _check(made, digest, f"{place} of {named}")
 
 

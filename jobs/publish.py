@@ -9,6 +9,7 @@ from cluster.progress import METRICS
 from jobs import stage
 from mmrag import artifact, shipped
 from mmrag.config import Experiment
+from mmrag.decoding.tune import DEFAULTS
 from mmrag.recogniser import CALIBRATION
 
 KINDS = {"hubert": "pretrain_hubert", "codebook": "tokenize", "lm": "train"}
@@ -20,6 +21,7 @@ def run(experiment: Experiment, force: bool = False) -> None:
     """Copy `hubert/`, `codebook/`, `lm/`, `adapter/` if the experiment trains one, and
     `calibration/` if there is one, over the package's model that `published` names.
 
+    What was tuned for the experiment's datastore becomes the model's own settings for any.
     ValueError if they are too large for a package, ArtifactError if they do not belong together.
     """
     made = {kind: stage.load(experiment, kind, kind, by) for kind, by in KINDS.items()}
@@ -31,6 +33,12 @@ def run(experiment: Experiment, force: bool = False) -> None:
     if (experiment.workspace / CALIBRATION).exists():
         made[CALIBRATION] = stage.load(experiment, CALIBRATION, CALIBRATION, "calibrate")
         made[CALIBRATION].require("lm", made["lm"])
+    tuned = f"tuned/{experiment.datastore.name}"
+    if (experiment.workspace / tuned).exists():
+        made[DEFAULTS] = stage.load(experiment, tuned, "tuned", "tune")
+        made[DEFAULTS].require("lm", made["lm"])
+        if "adapter" in made[DEFAULTS].inputs and "adapter" in made:
+            made[DEFAULTS].require("adapter", made["adapter"])
     files = [file for each in made.values() for file in _files(each.path)]
     size = sum(file.stat().st_size for file in files) / 1e6
     if size > LIMIT_MB:
@@ -39,7 +47,7 @@ def run(experiment: Experiment, force: bool = False) -> None:
     if (model / "lm").exists():
         replaced = artifact.load(model / "lm", "lm").fingerprint
         if replaced != made["lm"].fingerprint:  # what was made for it is of no use to the new one
-            for kind in ("adapter", CALIBRATION):
+            for kind in ("adapter", CALIBRATION, DEFAULTS):
                 shutil.rmtree(model / kind, ignore_errors=True)
     for kind, each in made.items():
         shutil.rmtree(model / kind, ignore_errors=True)

@@ -11,6 +11,7 @@ from jobs import publish, stage
 from mmrag import artifact, shipped, terminal
 from mmrag.artifact import Artifact
 from mmrag.config import Experiment, read
+from mmrag.decoding.tune import DEFAULTS
 from mmrag.recogniser import CALIBRATION
 
 NAME = "mmrag"
@@ -22,8 +23,8 @@ def run(
     models: str | None = None,
     alias: str = tracking.ALIAS,
 ) -> str:
-    """Register `hubert/`, `codebook/`, `lm/`, and what there is of `adapter/`, `calibration/` and
-    `tuned/`, as a new version of `name`.
+    """Register `hubert/`, `codebook/`, `lm/`, and what there is of `adapter/`, `calibration/`,
+    `retrieval/` and `tuned/`, as a new version of `name`.
 
     They are the workspace's, or those of `models` (as in `shipped.find`). Returns the version,
     which `alias` names from now on. ArtifactError if they do not belong together.
@@ -55,12 +56,13 @@ def _belonging(experiment: Experiment, models: str | None) -> dict[str, Artifact
     for kind in ("adapter", CALIBRATION):
         if kind in made:
             made[kind].require("lm", made["lm"])
-    for settings in sorted((directory / "tuned").glob("[!.]*")):  # dotted: a stage's scratch
-        tuned = artifact.load(settings, "tuned")
+    settings = sorted((directory / "tuned").glob("[!.]*"))  # dotted: a stage's scratch
+    for place in [*settings, *directory.glob(DEFAULTS)]:
+        tuned = artifact.load(place, "tuned")
         tuned.require("lm", made["lm"])
         if "adapter" in tuned.inputs and "adapter" in made:
             tuned.require("adapter", made["adapter"])
-        made[f"tuned/{settings.name}"] = tuned
+        made[str(place.relative_to(directory))] = tuned
     return made
 
 

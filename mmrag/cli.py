@@ -48,10 +48,6 @@ IN_PROCESS = {
     "device": None,
 }
 """Options that an endpoint decides for itself, and what they are if nobody gives them."""
-UNTUNED = {"k": 16, "weight": 0.3, "temperature": 10.0}
-"""kNN settings for a datastore that nobody tuned."""
-WHOLE = {"k": 8, "stride": 1, "whole": 300}
-"""How it is read."""
 AGREEMENT = -2.5
 """As in `Decode`."""
 CACHE = "MMRAG_CACHE"
@@ -199,7 +195,9 @@ def _parser() -> argparse.ArgumentParser:
         help="neighbours vote (knn), the adapter reads them (cross_attention), or both; default: "
         "knn with a datastore, cross_attention with phrases; with --url, as the endpoint likes",
     )
-    command.add_argument("--weight", type=float, help="kNN weight (default: as tuned, else 0.3)")
+    command.add_argument(
+        "--weight", type=float, help="kNN weight (default: as tuned, else the model's own)"
+    )
     command.add_argument("--beams", type=int, help=f"1 is greedy (default: {IN_PROCESS['beams']})")
     command.add_argument(
         "--max-seconds",
@@ -308,35 +306,35 @@ def _tuned(
     options: argparse.Namespace, datastore: Datastore, mode: str
 ) -> tuple[KNN, RetrievedAttention]:
     """Settings as `jobs.tune` chose them for this datastore, or plain ones, with a word of it."""
-    from mmrag.config import KNN, RetrievedAttention, as_dict
-    from mmrag.decoding.tune import tuned
+    from mmrag.config import as_dict
+    from mmrag.decoding.tune import default, tuned
     from mmrag.recogniser import is_whisper
-    from mmrag.retrieval.phrases import untuned
 
-    knn, read = dict(UNTUNED), RetrievedAttention(**WHOLE)
     foreign = is_whisper(options.models)  # its checkpoint holds nothing of ours
     below = datastore.directory.parent.parent if foreign else _below(options.models)
-    found = tuned(below, datastore.directory)
-    if found is not None:
-        knn = as_dict(found.both if mode == "both" else found.knn)
-        read = found.attention or read
-    else:
-        knn = as_dict(untuned(KNN(**knn), datastore)) if foreign else knn
-        print(f"mmrag: {datastore.directory} is not tuned (jobs.tune): {knn}", file=sys.stderr)
-    if options.weight is not None:
-        knn["weight"] = options.weight
-    return KNN(**knn), read
+    plain = default(below, datastore)
+    found = tuned(below, datastore.directory) or plain
+    knn = found.both if mode == "both" else found.knn
+    if found is plain:
+        where = datastore.directory
+        print(f"mmrag: {where} is not tuned (jobs.tune): {as_dict(knn)}", file=sys.stderr)
+    return _weighed(options, knn), found.attention or plain.attention
+
+
+def _weighed(options: argparse.Namespace, knn: KNN) -> KNN:
+    if options.weight is None:
+        return knn
+    return type(knn)(**knn.model_dump() | {"weight": options.weight})  # checks it
 
 
 def _phrases(options: argparse.Namespace, recogniser: AnyRecogniser) -> dict[str, Any]:
     """The phrases of a file, as a small datastore that is read whole."""
     import numpy as np
 
-    from mmrag.config import KNN, RetrievedAttention
-    from mmrag.recogniser import WhisperRecogniser
+    from mmrag.decoding.tune import default
     from mmrag.retrieval.interpolation import Retrieval
     from mmrag.retrieval.memory import AttentionSource
-    from mmrag.retrieval.phrases import Phrases, remember, untuned
+    from mmrag.retrieval.phrases import Phrases, remember
     from mmrag.retrieval.retrievers import SubsetRetriever
 
     mode = options.retrieval or ("cross_attention" if recogniser.adapter else "knn")
@@ -353,17 +351,14 @@ def _phrases(options: argparse.Namespace, recogniser: AnyRecogniser) -> dict[str
         )
     retriever = SubsetRetriever(datastore, np.arange(datastore.entries))
     found: dict[str, Any] = {"source": retriever}
+    settings = default(_below(options.models), datastore)
     if mode in ("knn", "both"):
-        knn = KNN(**UNTUNED)
-        if options.weight is not None:
-            knn = knn.model_copy(update={"weight": options.weight})
-        if isinstance(recogniser, WhisperRecogniser):
-            knn = untuned(knn, datastore)
-        found["retrieval"] = Retrieval(retriever, knn)
+        knn = settings.both if mode == "both" else settings.knn
+        found["retrieval"] = Retrieval(retriever, _weighed(options, knn))
     if mode in ("cross_attention", "both"):
         windows = Phrases(datastore).first_mentions()
         found["attention"] = AttentionSource(
-            recogniser.window_cache(retriever), RetrievedAttention(**WHOLE), retriever, windows
+            recogniser.window_cache(retriever), settings.attention, retriever, windows
         )
     return found
 

@@ -19,13 +19,14 @@ from mmrag.config import RetrievalMode
 from mmrag.decoding.align import align
 from mmrag.decoding.decode import Clip, Hypothesis
 from mmrag.decoding.engine import Decoded, Engine, Statistics
-from mmrag.recogniser import is_whisper, load_decoder, load_encoder
+from mmrag.decoding.tune import Tuned
+from mmrag.recogniser import load_decoder, load_encoder
 from mmrag.records import Retriever, Transcript, Word
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.entries import read_entries
 from mmrag.retrieval.interpolation import Retrieval
 from mmrag.retrieval.memory import AttentionSource, WindowCache
-from mmrag.retrieval.phrases import WINDOW, Phrases, untuned
+from mmrag.retrieval.phrases import WINDOW, Phrases
 from mmrag.retrieval.retrievers import SECOND, JoinedRetriever, SubsetRetriever
 from mmrag.retrieval.segment import Description, Segment
 from mmrag.speech.tokenized import Tokenized
@@ -37,7 +38,7 @@ from serve.messages import (
     InvalidRequest,
     ResolvedDatastore,
 )
-from serve.model import device, language, locate
+from serve.model import device, language, locate, retrieval_defaults, tuned_below
 from serve.settings import RetrievalDefaults, Settings
 
 KEPT = 32
@@ -62,6 +63,7 @@ class Decoder:
         self._settings = settings
         loaded = locate(settings), device(settings), language(settings)
         self._models = load_decoder(*loaded, adapted=True)
+        self._tuned = tuned_below(settings)
         self._probe = load_encoder(*loaded).encode([torch.from_numpy(probe.wave())])[0]
         self._engine = Engine(
             self._models.lm,
@@ -170,10 +172,6 @@ class Decoder:
             cache = self._models.adapter and self._cache_of(found)
             return _offer(found.retriever, found, cache, found.whole)
         phrases = Datastore.of(self._described(), [listed])
-        defaults = self._settings.retrieval_defaults
-        if is_whisper(self._settings.model):
-            knn = untuned(defaults.knn, phrases)
-            defaults = defaults.model_copy(update={"knn": knn, "both": knn})
         source: Retriever = SubsetRetriever(phrases, np.arange(phrases.entries))
         whole = Phrases(phrases).first_mentions()
         if found is not None:
@@ -181,7 +179,8 @@ class Decoder:
             small = found.whole is not None
             whole = np.concatenate((found.whole, whole + SECOND)) if small else None
         cache = self._models.adapter and self._models.window_cache(source)
-        return _offer(source, found or defaults, cache, whole)
+        settings = found or retrieval_defaults(self._settings, self._tuned, phrases)
+        return _offer(source, settings, cache, whole)
 
     def _cache_of(self, found: ResolvedDatastore) -> WindowCache:
         """The encoded windows of a datastore; entries never change, so they stay when it grows."""
@@ -270,15 +269,15 @@ class _EngineMetrics:
 
 def _offer(
     source: Retriever,
-    defaults: ResolvedDatastore | RetrievalDefaults,
+    settings: ResolvedDatastore | Tuned | RetrievalDefaults,
     cache: WindowCache | None,
     whole: np.ndarray | None,
 ) -> RetrievalSources:
-    votes = {"knn": Retrieval(source, defaults.knn), "both": Retrieval(source, defaults.both)}
+    votes = {"knn": Retrieval(source, settings.knn), "both": Retrieval(source, settings.both)}
     return RetrievalSources(
         source,
         votes,
-        cache and AttentionSource(cache, defaults.attention, source, whole),
+        cache and AttentionSource(cache, settings.attention, source, whole),
     )
 
 

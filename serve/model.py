@@ -8,9 +8,11 @@ import torch
 
 from mmrag import shipped
 from mmrag.config import ConfigError, Tracking
+from mmrag.decoding.tune import Tuned, default
 from mmrag.model import whisper
 from mmrag.recogniser import Outline, is_whisper, outline
-from serve.settings import Settings
+from mmrag.retrieval.datastore import Datastore
+from serve.settings import RetrievalDefaults, Settings
 
 REGISTERED = "models:/"
 
@@ -62,3 +64,11 @@ def tuned_below(settings: Settings) -> Path:
     if is_whisper(settings.model):
         return settings.datastores.parent
     return Path(locate(settings))
+
+
+def retrieval_defaults(
+    settings: Settings, tuned: Path, datastore: Datastore
+) -> Tuned | RetrievalDefaults:
+    """Retrieval parameters of a datastore that nobody tuned any for: as set, else as the models
+    have them in the directory `tuned`. Raises ArtifactError if those are another model's."""
+    return settings.retrieval_defaults or default(tuned, datastore)

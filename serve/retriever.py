@@ -31,13 +31,12 @@ from mmrag import durable
 from mmrag.artifact import ArtifactError
 from mmrag.config import SLUG
 from mmrag.decoding.tune import tuned
-from mmrag.recogniser import is_whisper
 from mmrag.records import Utterance
 from mmrag.retrieval import datastore as stored
 from mmrag.retrieval.compaction import compact
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.index import save_index
-from mmrag.retrieval.phrases import Phrases, untuned, utterances
+from mmrag.retrieval.phrases import Phrases, utterances
 from mmrag.retrieval.segment import DatastoreError, Segment, join
 from mmrag.speech.tokenized import Tokenized
 from serve.handles import by_reference
@@ -50,7 +49,7 @@ from serve.messages import (
     Unavailable,
     UnknownDatastore,
 )
-from serve.model import described, tuned_below
+from serve.model import described, retrieval_defaults, tuned_below
 from serve.settings import Settings
 
 PHRASE_WORDS = 5
@@ -286,20 +285,18 @@ class Retriever:
     def _found(
         self, datastore: Datastore, retriever: ShardedRetriever, uid: str, version: tuple[int, ...]
     ) -> ResolvedDatastore:
-        defaults = self._settings.retrieval_defaults
-        knn, both, read = defaults.knn, defaults.both, defaults.attention
-        if is_whisper(self._settings.model):
-            knn = both = untuned(knn, datastore)
+        defaults = retrieval_defaults(self._settings, self._tuned, datastore)
+        chosen = defaults
         with suppress(ArtifactError):  # another datastore of that name was tuned for
-            if chosen := tuned(self._tuned, datastore.directory):
-                knn, both, read = chosen.knn, chosen.both, chosen.attention or read
+            chosen = tuned(self._tuned, datastore.directory) or defaults
+        read = chosen.attention or defaults.attention
         documents = _documents(datastore)
         whole = None
         if len(documents) <= read.whole:
             names = [document for document, _ in documents]
             whole = Phrases(datastore).first_mentions(names) if names else np.empty(0, np.int64)
         key = f"{uid}-{'-'.join(map(str, version))}"
-        return ResolvedDatastore(key, uid, retriever, knn, both, read, whole)
+        return ResolvedDatastore(key, uid, retriever, chosen.knn, chosen.both, read, whole)
 
     def _require_room(self, name: str) -> None:
         """Raises DatastoreExists, or InvalidRequest where there are as many as there may be."""

@@ -140,7 +140,8 @@ class Settings(Section):
     preload: tuple[str, ...] = ()
     """Datastores whose shards start with the service, not with the first request."""
     decode: Decode
-    retrieval_defaults: RetrievalDefaults
+    retrieval_defaults: RetrievalDefaults | None = None
+    """None for the model's own."""
     limits: Limits
     ingress: Replicas
     encoder: Encoding

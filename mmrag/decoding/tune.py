@@ -23,14 +23,21 @@ from mmrag.model.lm import LM
 from mmrag.model.states import read_states
 from mmrag.model.vocabulary import Vocabulary
 from mmrag.records import Neighbours, Retriever
+from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.interpolation import interpolate, sayable
 from mmrag.retrieval.knn import unsure
+from mmrag.retrieval.phrases import untuned
 from mmrag.speech.tokenized import Tokenized
 
 SETTINGS = "knn.json"
 """The file that holds what was chosen for a datastore."""
 ATTENTION, BOTH = "attention.json", "both.json"
 """How an adapter reads it, and kNN settings for use beside that."""
+DEFAULTS = "retrieval"
+"""The directory in which models have settings for datastores that nobody tuned any for."""
+PLAIN = KNN(k=16, weight=0.5, temperature=1.0, certain=0.99)
+READ = RetrievedAttention(k=8, stride=1, whole=300)
+"""Where the models have none; the temperature is then each datastore's own."""
 TRUE, OTHER = 0, 1
 
 
@@ -93,6 +100,25 @@ def tuned(models: Path, datastore: Path) -> Tuned | None:
         return None
     made = artifact.load(datastore, "datastore")
     artifact.load(directory, "tuned").require("datastore", made)
+    return _all_chosen(directory)
+
+
+def default(models: Path, datastore: Datastore) -> Tuned:
+    """Settings for a datastore that nobody tuned any for: the models' own, in DEFAULTS below them.
+
+    Distances are those of one language model; where it comes without settings, the temperature is
+    a share of the datastore's own distances. Raises ArtifactError if they are another model's.
+    """
+    directory = models / DEFAULTS
+    if not directory.is_dir():
+        knn = untuned(PLAIN, datastore)
+        return Tuned(knn, knn, READ)
+    artifact.load(directory, "tuned").require("lm", artifact.load(models / "lm", "lm"))
+    own = _all_chosen(directory)
+    return replace(own, attention=own.attention or READ)
+
+
+def _all_chosen(directory: Path) -> Tuned:
     both = BOTH if (directory / BOTH).exists() else SETTINGS
     return Tuned(chosen(directory), chosen(directory, both), chosen_attention(directory))
 

@@ -1,5 +1,6 @@
 """A workspace's models become the package's, and the package's are what a workspace starts from."""
 
+import json
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from jobs import publish, stage, train
 from mmrag import artifact, shipped
 from mmrag.artifact import ArtifactError
 from mmrag.config import ConfigError
+from mmrag.decoding.tune import DEFAULTS, SETTINGS
 from mmrag.model import pretrained
 from mmrag.recogniser import CALIBRATION, Recogniser
 
@@ -76,6 +78,25 @@ def test_a_calibration_goes_with_its_language_model_and_with_no_other(workspace,
     file.write_text(file.read_text().replace(lm, "0123456789abcdef"))
     publish.run(experiment)
     assert Recogniser.load(package).calibration is None
+
+
+def test_what_was_tuned_becomes_the_models_own_settings_and_goes_with_its_language_model(
+    borrow, package
+):
+    experiment = borrow("hubert", "codebook", "lm")
+    lm = artifact.load(experiment.workspace / "lm", "lm")
+    place = experiment.workspace / "tuned" / experiment.datastore.name
+    with artifact.create(place, "tuned", {}, {"lm": lm}) as draft:
+        artifact.write_json(draft.path / SETTINGS, {"k": 3})
+    publish.run(experiment)
+    assert json.loads((package / DEFAULTS / SETTINGS).read_text()) == {"k": 3}
+    file = experiment.workspace / "lm" / "artifact.json"
+    file.write_text(file.read_text().replace(lm.fingerprint, "0123456789abcdef"))
+    with pytest.raises(ArtifactError, match=f"was made with lm {lm.fingerprint}"):
+        publish.run(experiment)
+    shutil.rmtree(place)
+    publish.run(experiment)
+    assert not (package / DEFAULTS).exists()
 
 
 def test_models_without_an_adapter_are_published_without_one(workspace, package):

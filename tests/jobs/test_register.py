@@ -64,7 +64,7 @@ def test_the_packages_models_are_registered_by_name(own, tmp_path):
     register.run(own, own.tracking.experiment, shipped.TINY, "trial")
     directory = registered(own, tmp_path / "cache", "@trial")
     found = {path.name for path in directory.iterdir()}
-    assert found == {"hubert", "codebook", "lm", "adapter", "calibration"}
+    assert found == {"hubert", "codebook", "lm", "adapter", "calibration", "retrieval"}
     assert not own.workspace.exists()
 
 
@@ -73,7 +73,7 @@ def test_a_workspace_without_an_adapter_is_registered_without_one(own, tmp_path)
     register.run(own, own.tracking.experiment)
     directory = registered(own, tmp_path / "cache")
     found = {path.name for path in directory.iterdir()}
-    assert found == {"hubert", "codebook", "lm", "calibration"}
+    assert found == {"hubert", "codebook", "lm", "calibration", "retrieval"}
 
 
 def test_an_empty_workspace_registers_what_its_experiment_starts_from(own, tmp_path):

@@ -18,7 +18,7 @@ from whisper_checkpoint import random_whisper
 
 from mmrag import artifact, cli, recogniser
 from mmrag.config import KNN, Index, LanguageModel, as_dict
-from mmrag.decoding.tune import SETTINGS
+from mmrag.decoding.tune import DEFAULTS, SETTINGS
 from mmrag.model.vocabulary import SentencePieces, Vocabulary
 from mmrag.recogniser import CALIBRATION
 from mmrag.retrieval import datastore
@@ -60,8 +60,12 @@ def write_entries(directory, token, identity):
 
 def write_tuned(models, name, made_for):
     """Settings that ignore what is found, tuned for the datastore `made_for`."""
-    inputs = {"datastore": artifact.load(made_for, "datastore")}
-    with artifact.create(models / "tuned" / name, "tuned", {}, inputs) as draft:
+    write_deaf(models / "tuned" / name, {"datastore": artifact.load(made_for, "datastore")})
+
+
+def write_deaf(directory, inputs):
+    """Settings that ignore what is found."""
+    with artifact.create(directory, "tuned", {}, inputs) as draft:
         settings = as_dict(KNN(k=2, weight=0.0, temperature=3))
         (draft.path / SETTINGS).write_text(json.dumps({**settings, "finalists": []}))
 
@@ -261,6 +265,26 @@ def test_tuned_settings_are_used_unless_a_weight_is_given(mmrag, models, clip, t
     assert untuned != plain
     assert mmrag(*arguments, models=moved) == plain
     assert mmrag("--weight", 0.3, *arguments, models=moved) != plain
+
+
+def test_models_own_settings_are_used_where_nothing_was_tuned(mmrag, models, clip, tmp_path):
+    moved = tmp_path / "models"
+    shutil.copytree(models, moved)
+    arguments = ("--json", "--datastore", "contacts", clip)
+    plain, without = mmrag("--json", clip), mmrag(*arguments)
+    write_deaf(moved / DEFAULTS, {"lm": artifact.load(moved / "lm", "lm")})
+    assert mmrag(*arguments, models=moved)[:2] == plain[:2]
+    assert without[1] != plain[1]
+    assert mmrag("--weight", 0.3, *arguments, models=moved)[1] != plain[1]
+
+
+def test_settings_of_another_language_model_are_refused(mmrag, models, clip, tmp_path):
+    moved = tmp_path / "models"
+    shutil.copytree(models, moved)
+    other = artifact.load(moved / "codebook", "codebook")
+    write_deaf(moved / DEFAULTS, {"lm": other})
+    status, _, err = mmrag("--datastore", "contacts", clip, models=moved)
+    assert status == 1 and f"was made with lm {other.fingerprint}" in err
 
 
 def test_settings_tuned_for_another_datastore_are_refused(mmrag, models, clip, tmp_path):
