@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import (
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     model_validator,
@@ -144,6 +145,11 @@ class Pretrain(Section):
     """Share of frames at which a masked span starts."""
     mask_length: PositiveInt
     """Frames a masked span covers."""
+    band_masks: NonNegativeInt = 0
+    """With front mel, runs of bands that are hidden all through a crop (SpecAugment, arXiv
+    1904.08779)."""
+    band_width: PositiveInt = 12
+    """Bands in the longest of them."""
     seen_weight: float = Field(default=0, ge=0)
     """Weight in the loss of a frame that is not masked; a masked one weighs 1."""
     balance: float = Field(default=1, ge=0, le=1)

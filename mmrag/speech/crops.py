@@ -40,6 +40,16 @@ def mask_spans(
     return spans & (torch.arange(longest) < frames[:, None])
 
 
+def mask_bands(
+    clips: int, bands: int, masks: int, width: int, generator: torch.Generator
+) -> Tensor:
+    """Bands to hide: bool (clips, bands), `masks` runs of at most `width` that may overlap."""
+    widths = torch.randint(width + 1, (clips, masks, 1), generator=generator)
+    starts = torch.rand(clips, masks, 1, generator=generator) * (bands - widths + 1)
+    band = torch.arange(bands)
+    return ((band >= starts.long()) & (band < starts.long() + widths)).any(1)
+
+
 Reject = Callable[[int, str], None]
 """Told the number of a clip that cannot be used, and why."""
 
@@ -61,6 +71,8 @@ class Batch(NamedTuple):
     clips: list[int]
     sequences: list[Tensor | None]
     """Of each clip whose phones are known and not when they are said."""
+    bands: Tensor | None = None
+    """Log-mel bands that are hidden, (B, M) bool."""
 
     def groups(self, frames: Callable[[int], int]) -> Iterator[Batch]:
         """Its crops, those of like length together: little is computed for padding. `frames` says
@@ -77,6 +89,7 @@ class Batch(NamedTuple):
                 self.mask[rows, : frames(longest)],
                 [self.clips[row] for row in rows],
                 [self.sequences[row] for row in rows],
+                None if self.bands is None else self.bands[rows],
             )
 
 
@@ -91,7 +104,7 @@ def draw(
     unaligned: bool = True,
     chances: Tensor | None = None,
 ) -> Batch:
-    """Random crops of random clips, `batch_seconds` in all, and a mask over their frames.
+    """Random crops of random clips, `batch_seconds` in all, and masks over their frames and bands.
 
     A clip that is left out is passed over where it is drawn, and so is one that is not aligned,
     unless `unaligned`: such a one is whole. `chances` (N,) has those of each clip, all alike
@@ -126,6 +139,7 @@ def draw(
         missing -= len(crop)
     frames = torch.tensor([len(label) for label in labels])
     mask = mask_spans(frames, settings.mask_probability, settings.mask_length, generator)
+    masks, width = settings.band_masks, min(settings.band_width, encoder.bands)
     return Batch(
         waves=pad_sequence(crops, batch_first=True),
         lengths=torch.tensor([len(crop) for crop in crops]),
@@ -133,6 +147,7 @@ def draw(
         mask=mask,
         clips=clips,
         sequences=sequences,
+        bands=mask_bands(len(crops), encoder.bands, masks, width, generator) if masks else None,
     )
 
 

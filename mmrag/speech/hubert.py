@@ -217,14 +217,20 @@ class HubertEncoder(nn.Module):
         output = self.contextualize(projected, frames, self.layer if layer is None else layer)
         return [row[:count] for row, count in zip(output, frames.tolist(), strict=True)]
 
-    def project(self, waves: Tensor, lengths: Tensor) -> Tensor:
+    @property
+    def bands(self) -> int:
+        """Log-mel bands of a window; 0 where convolutions hear the wave."""
+        return self.model.feature_extractor.bands if self.mel else 0
+
+    def project(self, waves: Tensor, lengths: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Prepared waves (B, T) of `lengths` (B,) samples to transformer inputs (B, F, D).
 
-        Rows beyond a clip's own frames are arbitrary.
+        Rows beyond a clip's own frames are arbitrary. `hidden` (B, bands) bool are log-mel bands
+        that the transformer is not shown.
         """
         if self.mel:
             frames = torch.tensor([self.frames(length) for length in lengths.tolist()])
-            output = self.model.feature_extractor(waves, frames.to(waves.device))
+            output = self.model.feature_extractor(waves, frames.to(waves.device), hidden)
         elif self.architecture["extractor_mode"] == "group_norm":
             # The norm's statistics run over time: a clip has to be alone to be without padding.
             clips = zip(waves, lengths.tolist(), strict=True)
@@ -286,13 +292,15 @@ class LogMel(nn.Module):
 
     def __init__(self, bands: int, field: int, hop: int, stack: int = 1) -> None:
         super().__init__()
+        self.bands = bands
         self.stack = stack
         self.power = torchaudio.transforms.MelSpectrogram(
             SAMPLE_RATE, n_fft=field, hop_length=hop, center=False, n_mels=bands, f_min=20.0
         )
 
-    def forward(self, waves: Tensor, frames: Tensor) -> Tensor:
-        """Waves (B, T), `frames` (B,) of them real, to bands (B, F, stack * M)."""
+    def forward(self, waves: Tensor, frames: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Waves (B, T), `frames` (B,) of them real, to bands (B, F, stack * M); those that are
+        `hidden` (B, M) are at their mean."""
         bands = (self.power(waves) + 1e-4).log().transpose(1, 2)
         bands = bands[:, : bands.shape[1] // self.stack * self.stack]
         windows = frames * self.stack
@@ -301,6 +309,8 @@ class LogMel(nn.Module):
         centred = bands - (bands * inside).sum(1, keepdim=True) / count
         variance = (centred.square() * inside).sum(1, keepdim=True) / count
         scaled = centred / (variance + 1e-5).sqrt()
+        if hidden is not None:
+            scaled = scaled.masked_fill(hidden[:, None], 0.0)
         return scaled.reshape(len(scaled), -1, self.stack * scaled.shape[-1])
 
 

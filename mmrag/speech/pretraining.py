@@ -58,6 +58,7 @@ class MaskedPrediction(nn.Module):
         mask: Tensor,
         seen_weight: float = 0.0,
         sequences: Sequence[Tensor | None] | None = None,
+        bands: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Summed loss, the count it is a sum over, how many masked frames were guessed right, and
         of how many.
@@ -66,10 +67,11 @@ class MaskedPrediction(nn.Module):
         `mask` (B, F) bool, false in the padding. A masked frame counts 1, any other `seen_weight`
         (section 2.3). Logits are cosines over a temperature of 0.1. The targets of a clip with a
         sequence of classes (N,) are what the model itself thinks likeliest for each frame, given
-        that it holds just that sequence; without any where it is too short for it.
+        that it holds just that sequence; without any where it is too short for it. `bands` (B, M)
+        are hidden from the encoder.
         """
         frames = torch.tensor([self.encoder.frames(length) for length in lengths.tolist()])
-        inputs = self.encoder.project(waves, lengths)
+        inputs = self.encoder.project(waves, lengths, bands)
         hidden = self.encoder.contextualize(
             torch.where(mask[..., None], self.mask_embedding, inputs), frames
         )
@@ -210,8 +212,9 @@ class Round:
         sums = []
         for group in share:
             targets, mask = group.targets.to(device), group.mask.to(device)
+            bands = None if group.bands is None else group.bands.to(device)
             told = (group.waves, group.lengths, targets, mask, self.seen_weight, group.sequences)
-            sums.append(torch.stack(self.model(*told)))
+            sums.append(torch.stack(self.model(*told, bands)))
         total = torch.stack(sums).sum(0)
         parameters = list(self.model.parameters())
         gradients = torch.autograd.grad(total[0], parameters, allow_unused=True)
@@ -301,6 +304,8 @@ def pretrain(
         raise ValueError("of no clip it is known when its phones are said")
     if not encoder.frames(round(settings.crop_seconds * SAMPLE_RATE)):
         raise ValueError(f"crop_seconds {settings.crop_seconds} is shorter than one frame")
+    if settings.band_masks and not encoder.bands:
+        raise ValueError("pretrain.band_masks: an encoder without log-mel bands (hubert.front)")
     path = Path(directory) / STATE
     saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
     past = 0

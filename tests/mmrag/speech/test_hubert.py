@@ -14,7 +14,7 @@ from transformers import HubertConfig, HubertModel
 from mmrag.config import Hubert, Pretrain
 from mmrag.finite import NonFiniteLoss
 from mmrag.records import Timed
-from mmrag.speech.crops import PADDING, balanced, draw, mask_spans
+from mmrag.speech.crops import PADDING, balanced, draw, mask_bands, mask_spans
 from mmrag.speech.hubert import HubertEncoder, LogMel
 from mmrag.speech.pretraining import (
     STATE,
@@ -300,6 +300,39 @@ def test_masks_are_whole_spans_inside_the_clip(frames, probability, length, seed
 def test_masks_hide_the_expected_share():
     mask = mask_spans(torch.tensor([20_000]), 0.08, 10, torch.Generator().manual_seed(0))
     assert mask.float().mean().item() == pytest.approx(1 - 0.92**10, abs=0.03)
+
+
+@given(
+    masks=st.integers(1, 3),
+    bands=st.integers(1, 20),
+    width=st.integers(1, 8),
+    seed=st.integers(0, 99),
+)
+def test_hidden_bands_are_runs_of_at_most_the_width(masks, bands, width, seed):
+    width = min(width, bands)
+    hidden = mask_bands(50, bands, masks, width, torch.Generator().manual_seed(seed))
+    assert hidden.shape == (50, bands)
+    runs = ["".join("x" if one else " " for one in row).split() for row in hidden.tolist()]
+    assert all(len(row) <= masks and sum(map(len, row)) <= masks * width for row in runs)
+    if masks == 1:
+        assert max(len(run) for row in runs for run in row) <= width
+
+
+def test_every_band_is_hidden_somewhere_and_most_are_shown():
+    hidden = mask_bands(2000, 20, 2, 4, torch.Generator().manual_seed(0)).float().mean(0)
+    assert hidden.min() > 0.05 and hidden.max() < 0.5
+
+
+def test_hidden_bands_are_at_their_mean_in_every_window_and_the_others_as_they_are():
+    bands = LogMel(20, 400, 160, stack=2)
+    waves = torch.stack(noise([4000, 4000]))
+    hidden = torch.zeros(2, 20, dtype=torch.bool)
+    hidden[0, 3:8] = True
+    frames = torch.tensor([11, 11])
+    shown, masked = (bands(waves, frames, one).view(2, 11, 2, 20) for one in (None, hidden))
+    assert (masked[0, ..., 3:8] == 0).all()
+    hidden = hidden[:, None, None].expand_as(shown)
+    assert torch.equal(masked[~hidden], shown[~hidden])
 
 
 def masked_batch(encoder):
@@ -642,6 +675,27 @@ def test_crops_of_like_length_are_computed_together_and_all_of_them_once():
             group.targets.shape == group.mask.shape == (len(group.clips), encoder.frames(longest))
         )
     assert sum(int(group.mask.sum()) for group in groups) == int(batch.mask.sum())
+
+
+def test_a_group_hides_the_bands_of_its_own_crops():
+    encoder = HubertEncoder.create(shape(front="mel", conv_channels=20), seed=0)
+    waves = noise([3000, 16_000, 9000, 15_500, 2900, 800])
+    phones = Phones([aligned(("a", 0, len(wave))) for wave in waves])
+    settings = plan(batch_seconds=8, crop_seconds=0.8, band_masks=2, band_width=5)
+    batch = draw(encoder, waves, phones, settings, torch.Generator().manual_seed(1))
+    assert batch.bands.shape == (len(batch.clips), encoder.bands) and batch.bands.any()
+
+    def told(one):
+        return zip(one.clips, one.lengths.tolist(), one.bands.tolist(), strict=True)
+
+    groups = list(batch.groups(encoder.frames))
+    assert len(groups) > 1
+    assert sorted(one for group in groups for one in told(group)) == sorted(told(batch))
+
+
+def test_bands_can_only_be_hidden_where_there_are_some(tmp_path):
+    with pytest.raises(ValueError, match=r"band_masks: an encoder without log-mel bands"):
+        train_on_phones(tmp_path, [PHONES], band_masks=1)
 
 
 def steady_phones():
