@@ -32,7 +32,14 @@ from mmrag.model.contract import TextVocabulary
 from mmrag.records import Rejection, Utterance
 from mmrag.retrieval import datastore
 from mmrag.retrieval.datastore import Datastore
-from mmrag.retrieval.index import IndexShard, saved_shards, shard_directory, shard_ranges
+from mmrag.retrieval.held_out import NEAREST
+from mmrag.retrieval.index import (
+    IndexShard,
+    chosen_index,
+    saved_shards,
+    shard_directory,
+    shard_ranges,
+)
 from mmrag.retrieval.segment import DatastoreError, Description
 from mmrag.speech.tokenized import Tokenized
 from mmrag.text import read_lines
@@ -83,12 +90,19 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         known = Datastore.open(draft.path).segments
         datastore.publish(draft.path, [p.name for p in shares if p.name not in known])
         entries = _index(draft.path, settings.index, experiment.seed, settings.workers.num_cpus)
+        shards = [chosen_index(shard) for shard in saved_shards(draft.path)]
         draft.summary |= {
             "entries": entries,
             "utterances": len(read) - len(rejected),
-            "shards": len(saved_shards(draft.path)),
+            "shards": len(shards),
             "rejected": len(rejected),
         }
+        recalls = [recall for _, recall in shards if recall is not None]
+        for why, recall in dict.fromkeys(shards):
+            found = "" if recall is None else f"; recall@{NEAREST} {recall:.3f}"
+            stage.console.print(f"  index {why}{found}", markup=False)
+        if recalls:
+            draft.summary[f"recall_at_{NEAREST}"] = round(min(recalls), 4)
 
     directory = f"datastores/{settings.name}"
     held = artifact.parts("segments/*")

@@ -100,6 +100,8 @@ def _show(options: argparse.Namespace) -> bool:
 
     from mmrag.retrieval import snapshots
     from mmrag.retrieval.datastore import Datastore
+    from mmrag.retrieval.held_out import NEAREST
+    from mmrag.retrieval.index import chosen_index, saved_shards
 
     datastore = Datastore.open(options.directory)
     told = _described(datastore)
@@ -108,6 +110,8 @@ def _show(options: argparse.Namespace) -> bool:
     names = datastore.document_names(documents[largest])
     told["largest_documents"] = dict(zip(names, counts[largest].tolist(), strict=True))
     told["snapshots"] = [asdict(one) for one in snapshots.every(options.directory)]
+    shards = [chosen_index(shard) for shard in saved_shards(options.directory)]
+    told["index"] = [{"chosen": why, f"recall_at_{NEAREST}": recall} for why, recall in shards]
     if options.json:
         print(json.dumps(told))
         return False
@@ -117,6 +121,8 @@ def _show(options: argparse.Namespace) -> bool:
             value = ", ".join(f"{role} {fingerprint}" for role, fingerprint in value.items())
         elif name == "largest_documents":
             value = "\n".join(f"{count:>6,}  {document}" for document, count in value.items())
+        elif name == "index":
+            value = "\n".join(map(_shard, shards))
         elif name == "snapshots":
             value = "\n".join(f"{one['name']}: {one['entries']:,} entries" for one in value)
         elif name == "bytes":
@@ -126,6 +132,11 @@ def _show(options: argparse.Namespace) -> bool:
         table.add_row(name.replace("_", " "), str(value) or "–")
     console.print(table, markup=False)
     return False
+
+
+def _shard(chosen: tuple[str, float | None]) -> str:
+    why, recall = chosen
+    return why if recall is None else f"{why}; recall {recall:.3f}"
 
 
 def _verify(options: argparse.Namespace) -> bool:

@@ -40,7 +40,8 @@ WINGS = {
     ],
     "retrieval": [
         "segment", "mapped", "columns", "stored", "datastore", "snapshots", "compaction", "verify",
-        "index", "retrievers", "knn", "interpolation", "memory", "entries", "phrases", "contexts",
+        "ivf", "sizing", "held_out", "index", "retrievers", "knn", "interpolation", "memory",
+        "entries", "phrases", "contexts",
     ],
     "decoding": ["confidence", "boost", "decode", "guard", "align", "engine", "tune"],
     "front door": ["recogniser", "transcribe", "client", "administration", "cli"],
@@ -85,7 +86,7 @@ HOMES = {
     "transformers": ["mmrag.speech.hubert", "mmrag.model.whisper", "mmrag.model.whisper_training"],
     "huggingface_hub": ["mmrag.model.whisper"],
     "safetensors": ["mmrag.speech.hubert", "mmrag.model.pretrained"],
-    "faiss": ["mmrag.speech.units", "mmrag.retrieval.index"],
+    "faiss": ["mmrag.speech.units", "mmrag.retrieval.ivf", "mmrag.retrieval.index"],
     "sentencepiece": ["mmrag.model.vocabulary"],
     "tokenizers": ["mmrag.model.vocabulary", "mmrag.model.whisper_training"],
     "espeakng_loader": ["mmrag.corpora.voices.espeak"],

@@ -18,12 +18,20 @@ RetrievalMode = Literal["none", "knn", "cross_attention", "both"]
 class Index(Section):
     """How one shard's keys are searched."""
 
-    kind: Literal["flat", "ivfpq"]
+    kind: Literal["auto", "flat", "ivfpq"]
+    """flat compares every key, ivfpq codes of some and then their keys; auto chooses for each shard
+    and says why."""
     shards: PositiveInt
+    entry_bytes: PositiveInt = 136
+    """auto: memory that an entry may take in an index that is built."""
+    min_recall: float | None = Field(default=None, gt=0, le=1)
+    """Recall of the 16 nearest, on held-out queries, below which a shard is not built."""
     lists: PositiveInt = 1024
     """ivfpq: inverted lists."""
     code_bytes: PositiveInt = 64
-    """ivfpq: bytes a key; must divide the key's width."""
+    """ivfpq: bytes a key; must divide the key's width, unless keys are turned."""
+    turned: bool = False
+    """ivfpq: whether keys are turned into eight dimensions a byte before they are coded (OPQ)."""
     probes: PositiveInt = 32
     """ivfpq: lists visited a query."""
     rerank: PositiveInt = 8

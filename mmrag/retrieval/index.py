@@ -3,8 +3,9 @@
 An `IndexShard` covers a contiguous range of entries. FAISS proposes candidates, with the rounding
 of its own fast arithmetic; their distances are then computed again, in float32 from the stored
 keys. Flat goes on proposing until no key that was not proposed could be among the k nearest, so
-its answer is exact and the same however the entries are sharded; IVF-PQ (arXiv 1702.08734) re-ranks
-what its lists and codes let through. Which machine a shard lives on is not known here.
+its answer is exact and the same however the entries are sharded; IVF-PQ re-ranks what its lists and
+codes let through, and how much that is is measured when it is built. Which machine a shard lives on
+is not known here.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from uuid import uuid4
@@ -23,27 +25,34 @@ from mmrag import durable
 from mmrag.artifact import write_json
 from mmrag.config import Index, as_dict
 from mmrag.records import NO_ENTRY, Neighbours
+from mmrag.retrieval import sizing
 from mmrag.retrieval.datastore import Datastore
+from mmrag.retrieval.held_out import NEAREST, HeldOutQueries
+from mmrag.retrieval.ivf import CODE_CENTROIDS, IVFPQ, LIST_POINTS
 from mmrag.retrieval.segment import DatastoreError, distances, prepare
 
 BLOCK = 16_384
 """Keys in memory at once where all of them are walked through."""
-CODE_CENTROIDS = 256
-"""Centroids of one byte of a product-quantized key."""
 
 
 class IndexShard:
     """The searchable entries [start, stop) of a datastore."""
 
     def __init__(
-        self, datastore: Datastore, start: int, settings: Index, index: faiss.Index
+        self, datastore: Datastore, start: int, settings: Index, index: faiss.Index | IVFPQ
     ) -> None:
-        """`index` holds the first `index.ntotal` entries from `start`."""
+        """`index` holds the first `index.ntotal` entries from `start`; `settings` are of a kind
+        that was chosen."""
         _tune()
         self.datastore = datastore
         self.start = start
         self.stop = start + index.ntotal
         self.settings = settings
+        self.why = ""
+        """Why it is indexed as it is."""
+        self.recall: float | None = None
+        """Of the NEAREST entries to held-out queries, as measured when it was built; None where it
+        is exact, or nothing was there to measure it on."""
         self._index = index
         self._longest = 0.0
         """Norm of the longest key: bounds FAISS's rounding errors (flat)."""
@@ -57,12 +66,23 @@ class IndexShard:
     def build(
         cls, datastore: Datastore, start: int, stop: int, settings: Index, seed: int
     ) -> IndexShard:
-        """Index the entries [start, stop).
+        """Index the entries [start, stop), and measure the recall of what is not exact.
 
-        Raises ValueError if an IVF-PQ index cannot be trained on that few keys or that width.
+        Raises ValueError if an IVF-PQ index cannot be trained on that few keys or that width, and
+        for a recall below `settings.min_recall`.
         """
-        shard = cls(datastore, start, settings, _empty(datastore, settings, seed))
+        wanted, why = sizing.chosen(settings, stop - start, datastore.description.width)
+        shard = cls(datastore, start, wanted, _empty(datastore, wanted, seed))
+        shard.why = why
         shard.add(start, stop)
+        if wanted.kind == "ivfpq":
+            shard._measure(tune=settings.kind == "auto")
+        least = settings.min_recall or 0.0
+        if shard.recall is not None and shard.recall < least:
+            raise ValueError(
+                f"entries [{start}, {stop}): recall@{NEAREST} is {shard.recall:.3f} and "
+                f"index.min_recall {least}: more index.probes, index.rerank or code bytes find more"
+            )
         return shard
 
     @classmethod
@@ -83,14 +103,18 @@ class IndexShard:
             )
         settings = Index.model_validate(saved["settings"])
         if settings.kind == "flat":
-            return cls.build(datastore, saved["start"], saved["stop"], settings, seed=0)
-        try:
-            index = faiss.read_index(str(directory / "index.faiss"))
-        except RuntimeError as error:
-            raise DatastoreError(f"{directory / 'index.faiss'} is damaged: {error}") from None
-        if index.ntotal != saved["stop"] - saved["start"]:
-            raise DatastoreError(f"{directory / 'index.faiss'} holds {index.ntotal} entries")
-        return cls(datastore, saved["start"], settings, index)
+            shard = cls.build(datastore, saved["start"], saved["stop"], settings, seed=0)
+        else:
+            file = directory / "index.faiss"
+            try:
+                index = IVFPQ.load(file)
+            except RuntimeError as error:
+                raise DatastoreError(f"{file} is damaged: {error}") from None
+            if index.ntotal != saved["stop"] - saved["start"]:
+                raise DatastoreError(f"{file} holds {index.ntotal} entries")
+            shard = cls(datastore, saved["start"], settings, index)
+        shard.why, shard.recall = chosen_index(directory)
+        return shard
 
     def save(self, directory: Path | str) -> None:
         """Write `shard.json`, and for IVF-PQ `index.faiss`; flat is the datastore's keys alone.
@@ -103,13 +127,15 @@ class IndexShard:
         durable.make_directory(directory.parent)
         aside.mkdir()
         if self.settings.kind == "ivfpq":
-            faiss.write_index(self._index, str(aside / "index.faiss"))
+            self._index.save(aside / "index.faiss")
         fields = {
             "start": self.start,
             "stop": self.stop,
             "metric": self.datastore.description.metric,
             "width": self.datastore.description.width,
             "settings": as_dict(self.settings),
+            "why": self.why,
+            "recall": self.recall,
         }
         write_json(aside / "shard.json", fields)
         shutil.rmtree(directory, ignore_errors=True)
@@ -185,13 +211,19 @@ class IndexShard:
         return self._deletions
 
     def search(
-        self, queries: np.ndarray, k: int, exclude_documents: Sequence[int] | None = None
+        self,
+        queries: np.ndarray,
+        k: int,
+        exclude_documents: Sequence[int] | None = None,
+        settings: Index | None = None,
     ) -> Neighbours:
         """The k nearest entries to each query, as `Retriever.search` says.
 
-        Distances are exact float32; ties go to the lower entry id. Raises ValueError for queries
+        Distances are exact float32; ties go to the lower entry id. `settings` have other probes and
+        rerank than the shard's own. Raises ValueError for queries
         of another width than the keys, or one exclusion too many or too few.
         """
+        settings = settings or self.settings
         metric, width = self.datastore.description.metric, self.datastore.description.width
         if queries.ndim != 2 or queries.shape[1] != width:
             raise ValueError(f"queries of shape {queries.shape}: the keys have width {width}")
@@ -205,12 +237,12 @@ class IndexShard:
         excluded = None if exclude_documents is None else np.asarray(exclude_documents)
         total, deleted = self.stop - self.start, self._deletions
         pending = np.arange(len(queries) if deleted < total else 0)
-        fetch = k * (self.settings.rerank if self.settings.kind == "ivfpq" else 2)
+        fetch = k * (settings.rerank if settings.kind == "ivfpq" else 2)
         fetch = -(-fetch * total // max(total - deleted, 1))  # as if deletions lay evenly
         while len(pending):
             fetch = min(fetch, total)
             asked = queries[pending]
-            proposed, candidates = self._propose(asked, fetch)
+            proposed, candidates = self._propose(asked, fetch, settings.probes)
             hidden = self._hidden(candidates, None if excluded is None else excluded[pending])
             exact = self._distances(asked, candidates, hidden)
             order = np.lexsort((candidates, exact), axis=1)[:, :k]
@@ -227,11 +259,12 @@ class IndexShard:
             fetch *= 4
         return self._neighbours(found, entries)
 
-    def _propose(self, queries: np.ndarray, fetch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _propose(
+        self, queries: np.ndarray, fetch: int, probes: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """FAISS's nearest, ids from 0: its distance of the last (B,), candidates (B, fetch)."""
         if self.settings.kind == "ivfpq":
-            probes = faiss.SearchParametersIVF(nprobe=self.settings.probes)
-            _, candidates = self._index.search(queries, fetch, params=probes)
+            candidates = self._index.search(queries, fetch, probes)
             return np.full(len(queries), np.inf, np.float32), candidates
         proposed, candidates = self._index.search(queries, fetch)
         last = proposed[:, -1]
@@ -251,10 +284,15 @@ class IndexShard:
         """Exact distances (B, fetch) float32, +inf where hidden."""
         exact = np.full(candidates.shape, np.inf, np.float32)
         rows, columns = np.nonzero(~hidden)
-        for block in range(0, len(rows), BLOCK):
-            row, column = rows[block : block + BLOCK], columns[block : block + BLOCK]
-            keys = self.datastore.keys_of(candidates[row, column] + self.start)
-            exact[row, column] = distances(queries[row], keys, self.datastore.description.metric)
+        entries = candidates[rows, columns] + self.start
+        order = np.argsort(entries, kind="stable")  # as they lie on the disk, each read once
+        for block in range(0, len(order), BLOCK):
+            at = order[block : block + BLOCK]
+            wanted, places = np.unique(entries[at], return_inverse=True)
+            keys = self.datastore.keys_of(wanted)[places]
+            exact[rows[at], columns[at]] = distances(
+                queries[rows[at]], keys, self.datastore.description.metric
+            )
         return exact
 
     def _rounding(self, queries: np.ndarray) -> np.ndarray:
@@ -269,6 +307,19 @@ class IndexShard:
         missing.documents[at] = self.datastore.documents[entries[at]]
         return Neighbours(found, missing.tokens, entries, missing.documents)
 
+    def _measure(self, tune: bool) -> None:
+        """Set `recall`; with `tune`, search more until it is good or costs too much."""
+        held_out = HeldOutQueries(self.datastore, self.start, self.stop)
+        self.recall = held_out.recall(self.search)
+        while tune and self.recall is not None and self.recall < sizing.GOOD_RECALL:
+            tried = []
+            for wider in sizing.wider(self.settings, self.stop - self.start):
+                search = partial(self.search, settings=wider)
+                tried.append((held_out.recall(search), wider))
+            if not tried:
+                return
+            self.recall, self.settings = max(tried, key=lambda one: one[0])
+
     def _train(self, start: int, stop: int) -> None:
         """Train IVF-PQ on evenly spaced keys, as many as k-means makes use of."""
         needed, reason = max(
@@ -280,7 +331,7 @@ class IndexShard:
                 f"{reason} needs at least {needed} keys to train on and this shard has "
                 f"{stop - start}: use fewer index.lists, fewer index.shards, or index.kind flat"
             )
-        wanted = min(stop - start, needed * faiss.ClusteringParameters().max_points_per_centroid)
+        wanted = min(stop - start, needed * LIST_POINTS)
         sample = np.linspace(start, stop - 1, wanted).astype(np.int64)
         self._index.train(self.datastore.keys_of(sample))
 
@@ -293,6 +344,12 @@ def shard_directory(datastore: Path, number: int) -> Path:
 def saved_shards(datastore: Path) -> list[Path]:
     """The directories of a datastore's shards, in order of their entries."""
     return sorted((datastore / "index").glob("shard-*"))
+
+
+def chosen_index(shard: Path) -> tuple[str, float | None]:
+    """Why a saved shard is indexed as it is, and the recall that was measured, if any was."""
+    saved = json.loads((shard / "shard.json").read_text())
+    return saved.get("why", ""), saved.get("recall")
 
 
 def save_index(directory: Path | str) -> None:
@@ -323,18 +380,12 @@ def shard_ranges(entries: int, shards: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def _empty(datastore: Datastore, settings: Index, seed: int) -> faiss.Index:
+def _empty(datastore: Datastore, settings: Index, seed: int) -> faiss.Index | IVFPQ:
     width = datastore.description.width
     by_product = datastore.description.metric == "ip"
-    metric = faiss.METRIC_INNER_PRODUCT if by_product else faiss.METRIC_L2
-    if settings.kind == "flat":
-        return faiss.IndexFlat(width, metric)
-    if width % settings.code_bytes:
-        raise ValueError(f"index.code_bytes {settings.code_bytes} does not divide width {width}")
-    coarse = faiss.IndexFlat(width, metric)
-    index = faiss.IndexIVFPQ(coarse, width, settings.lists, settings.code_bytes, 8, metric)
-    index.cp.seed = index.pq.cp.seed = seed % 2**31
-    return index
+    if settings.kind == "ivfpq":
+        return IVFPQ.create(width, by_product, settings, seed)
+    return faiss.IndexFlat(width, faiss.METRIC_INNER_PRODUCT if by_product else faiss.METRIC_L2)
 
 
 def _tune() -> None:

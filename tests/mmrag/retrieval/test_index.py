@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from mmrag.config import Index
 from mmrag.records import Neighbours
+from mmrag.retrieval import sizing
 from mmrag.retrieval.datastore import Datastore, create, delete, publish, write_segment
 from mmrag.retrieval.index import (
     IndexShard,
@@ -256,6 +257,115 @@ def test_too_few_keys_to_train_on_names_the_setting(tmp_path):
     odd = IVFPQ.model_copy(update={"code_bytes": 3})
     with pytest.raises(ValueError, match=r"index\.code_bytes 3 does not divide width 8"):
         IndexShard.build(datastore, 0, 300, odd, seed=0)
+
+
+def clusters(rows, width=8, seed=0):
+    """Keys around a hundred centres, as a language model's states lie."""
+    generator = np.random.default_rng(seed)
+    centres = np.random.default_rng(1).standard_normal((100, width)) * 5
+    return centres[generator.integers(100, size=rows)] + generator.standard_normal((rows, width))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_recall_is_the_share_of_the_nearest_of_other_documents_that_is_found(tmp_path, metric):
+    datastore = make(tmp_path, clusters(800), metric)
+    few = IVFPQ.model_copy(update={"probes": 2, "rerank": 1})
+    shard = IndexShard.build(datastore, 100, 700, few, seed=0)
+    at = np.linspace(100, 699, 256).astype(np.int64)
+    queries, own = datastore.keys_of(at), datastore.documents[at].tolist()
+    found = shard.search(queries, 16, own).entries
+    expected = brute_force(datastore, queries, 16, own, among=np.arange(100, 700)).entries
+    share = np.mean([len(set(a) & set(b)) / 16 for a, b in zip(found, expected, strict=True)])
+    assert shard.recall == pytest.approx(share, abs=1e-6) and shard.recall < 0.99
+    shard.save(tmp_path / "shard")
+    assert IndexShard.load(tmp_path / "shard", datastore).recall == shard.recall
+
+
+def test_any_of_keys_that_are_equal_will_do(tmp_path):
+    datastore = make(tmp_path, np.tile(random_keys(2), (300, 1)))
+    assert IndexShard.build(datastore, 0, 600, IVFPQ, seed=0).recall == 1
+
+
+def test_without_another_document_there_is_no_recall_and_flat_has_none_to_measure(tmp_path):
+    datastore = make(tmp_path, random_keys(300), documents=[0] * 300)
+    assert IndexShard.build(datastore, 0, 300, IVFPQ, seed=0).recall is None
+    assert IndexShard.build(datastore, 0, 300, FLAT, seed=0).recall is None
+
+
+def test_a_shard_that_finds_too_little_is_not_built(tmp_path):
+    datastore = make(tmp_path, random_keys(600))
+    poor = IVFPQ.model_copy(update={"probes": 1, "rerank": 1, "min_recall": 0.9})
+    with pytest.raises(ValueError, match=r"recall@16 is 0\.\d+ and index\.min_recall 0\.9"):
+        IndexShard.build(datastore, 0, 600, poor, seed=0)
+    good = poor.model_copy(update={"probes": 8, "rerank": 64})
+    assert IndexShard.build(datastore, 0, 600, good, seed=0).recall >= 0.9
+
+
+def test_auto_sizes_the_index_and_searches_more_until_it_is_good(tmp_path, monkeypatch):
+    monkeypatch.setattr(sizing, "FLAT_ENTRIES", 500)
+    monkeypatch.setattr(sizing, "SCANNED", 40)
+    monkeypatch.setattr(sizing, "RERANKED", 1)
+    monkeypatch.setattr(sizing, "GOOD_RECALL", 0.999)
+    auto = Index(kind="auto", shards=1, entry_bytes=12)
+    datastore = make(tmp_path, clusters(4000, 16))
+    shard = IndexShard.build(datastore, 0, 4000, auto, seed=0)
+    assert shard.settings.kind == "ivfpq" and "4,000 keys in 256 lists" in shard.why
+    assert shard.settings.code_bytes == 2 and shard.settings.probes > 3
+    assert shard.recall >= sizing.GOOD_RECALL or not sizing.wider(shard.settings, 4000)
+    shard.save(tmp_path / "shard")
+    again = IndexShard.load(tmp_path / "shard", datastore)
+    assert (again.settings, again.why) == (shard.settings, shard.why)
+    assert_same(again.search(clusters(5, 16, 3), 7), shard.search(clusters(5, 16, 3), 7))
+    assert IndexShard.build(datastore, 0, 400, auto, seed=0).settings.kind == "flat"
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_turned_keys_are_found_by_their_exact_distances(tmp_path, metric):
+    datastore = make(tmp_path, clusters(900, 32), metric)
+    turned = IVFPQ.model_copy(update={"code_bytes": 2, "turned": True, "rerank": 900})
+    shard = IndexShard.build(datastore, 0, 900, turned, seed=0)
+    queries = clusters(6, 32, seed=5)
+    assert_same(shard.search(queries, 7), brute_force(datastore, queries, 7))
+    assert shard.recall == 1
+    shard.save(tmp_path / "shard")
+    again = IndexShard.load(tmp_path / "shard", datastore)
+    assert_same(again.search(queries, 7), shard.search(queries, 7))
+    wide = turned.model_copy(update={"code_bytes": 5})
+    with pytest.raises(ValueError, match="stand for 40 dimensions, and keys have 32"):
+        IndexShard.build(datastore, 0, 900, wide, seed=0)
+
+
+def test_what_a_mapped_index_takes_in_is_found_and_saved_with_it(tmp_path):
+    datastore = make(tmp_path / "datastore", random_keys(600))
+    index = IVFPQ.model_copy(update={"rerank": 900})
+    IndexShard.build(datastore, 0, 600, index, seed=0).save(tmp_path / "shard")
+    append(datastore.directory, "three", random_keys(50, seed=7), [9] * 50)
+    append(datastore.directory, "four", random_keys(50, seed=8), [9] * 50)
+    grown = LocalRetriever.load([tmp_path / "shard"], Datastore.open(datastore.directory))
+    queries = random_keys(6, seed=1)
+    expected = brute_force(grown.datastore, queries, 7)
+    assert_same(grown.search(queries, 7), expected)
+    before = (tmp_path / "shard" / "index.faiss").read_bytes()
+    grown.shards[0].save(tmp_path / "whole")
+    assert (tmp_path / "shard" / "index.faiss").read_bytes() == before
+    whole = IndexShard.load(tmp_path / "whole", grown.datastore)
+    assert whole.stop == 700
+    assert_same(whole.search(queries, 7), expected)
+
+
+def test_keys_are_read_as_they_lie_and_each_once(tmp_path, monkeypatch):
+    datastore = make(tmp_path, clusters(600))
+    shard = IndexShard.build(datastore, 0, 600, IVFPQ, seed=0)
+    read, keys_of = [], datastore.keys_of
+
+    def reading(entries):
+        read.append(entries)
+        return keys_of(entries)
+
+    monkeypatch.setattr(datastore, "keys_of", reading)
+    shard.search(np.tile(clusters(1, seed=2), (8, 1)), 4)
+    assert len(read) == 1 and len(read[0]) <= 4 * IVFPQ.rerank
+    assert (np.diff(read[0]) > 0).all()
 
 
 def test_a_search_that_cannot_be_meant_is_refused(tmp_path):
