@@ -86,7 +86,12 @@ HOMES = {
     "transformers": ["mmrag.speech.hubert", "mmrag.model.whisper", "mmrag.model.whisper_training"],
     "huggingface_hub": ["mmrag.model.whisper"],
     "safetensors": ["mmrag.speech.hubert", "mmrag.model.pretrained"],
-    "faiss": ["mmrag.speech.units", "mmrag.retrieval.ivf", "mmrag.retrieval.index"],
+    "faiss": [
+        "mmrag.speech.units",
+        "mmrag.retrieval.ivf",
+        "mmrag.retrieval.index",
+        "jobs.benchmark",
+    ],
     "sentencepiece": ["mmrag.model.vocabulary"],
     "tokenizers": ["mmrag.model.vocabulary", "mmrag.model.whisper_training"],
     "espeakng_loader": ["mmrag.corpora.voices.espeak"],

@@ -11,6 +11,7 @@ from typing import IO, Any
 from jobs.benchmark.endpoint import EndpointError
 
 LOAD, PLAIN = "jobs.benchmark.load", "jobs.benchmark.plain"
+OPENED = "jobs.benchmark.opened"
 
 
 class Process:

@@ -1,4 +1,4 @@
-"""What the service should achieve, and its measurements as people read them."""
+"""Targets, what the service's are, and its measurements as people read them."""
 
 from __future__ import annotations
 
@@ -81,9 +81,18 @@ def rounded(value: Any) -> Any:
     return [rounded(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-def verdict(key: str, result: Any) -> str:
+def verdict(target: Target, result: Any) -> str:
     """Whether a result meets its target, in words."""
-    return "not measured" if result is None else "met" if TARGETS[key].met(result) else "missed"
+    return "not measured" if result is None else "met" if target.met(result) else "missed"
+
+
+def compared(targets: Mapping[str, Target], results: Mapping[str, Any]) -> Table:
+    """A row a target: what was measured, what should have been, and whether it is."""
+    rows = table("Targets", "", "measured", "target", "")
+    for key, target in targets.items():
+        shown = "–" if results[key] is None else target.shown(results[key])
+        rows.add_row(escape(target.title), shown, target.wanted, verdict(target, results[key]))
+    return rows
 
 
 def show(results: Mapping[str, Any]) -> None:
@@ -95,9 +104,7 @@ def show(results: Mapping[str, Any]) -> None:
         console.print(
             f"{about['model']} on {about['cores']} cores; threads: {threads}; {about['rows']} rows"
         )
-    speeds = _table(
-        "Requests", "where", "at a time", "a second", "p50", "p95", "p99", "× real time"
-    )
+    speeds = table("Requests", "where", "at a time", "a second", "p50", "p95", "p99", "× real time")
     rows = [(one["way"], one) for one in results.get("plain", {}).get("levels", ())]
     rows += [("service", one) for one in results["levels"]]
     for where, one in rows:
@@ -114,18 +121,15 @@ def show(results: Mapping[str, Any]) -> None:
     if "transcripts_compared" in results:
         told = results["transcripts_that_differ"], results["transcripts_compared"]
         console.print("{} of {} transcripts differ from the plain process's\n".format(*told))
-    table = _table("Targets", "", "measured", "target", "")
-    for key, target in TARGETS.items():
-        shown = "–" if results[key] is None else target.shown(results[key])
-        table.add_row(escape(target.title), shown, target.wanted, verdict(key, results[key]))
-    console.print(table)
+    console.print(compared(TARGETS, results))
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+def table(title: str, *columns: str) -> Table:
+    """An empty one."""
+    made = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     for column in columns:
-        table.add_column(column)
-    return table
+        made.add_column(column)
+    return made
 
 
 def _counts(found: Mapping[str, int]) -> str:

@@ -300,8 +300,8 @@ def test_percentiles_are_those_of_transcripts_alone():
     ],
 )
 def test_verdicts(key, good, bad):
-    assert (verdict(key, good), verdict(key, bad)) == ("met", "missed")
-    assert verdict(key, None) == "not measured"
+    assert (verdict(TARGETS[key], good), verdict(TARGETS[key], bad)) == ("met", "missed")
+    assert verdict(TARGETS[key], None) == "not measured"
 
 
 def test_every_aim_has_a_row_whatever_was_left_out(capsys):

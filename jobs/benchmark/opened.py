@@ -1,0 +1,58 @@
+"""A process that opens a datastore's shards and says what that cost: `python -m
+jobs.benchmark.opened`. The order comes in as a line of JSON, the answer goes out as one."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import psutil
+
+from mmrag.retrieval.datastore import Datastore
+from mmrag.retrieval.index import IndexShard, saved_shards
+
+SEARCHES, K = 20, 16
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What to open."""
+
+    datastore: str
+    shards: int
+    """So many of its shards, from the first."""
+
+
+def measured(order: Opening) -> dict[str, Any]:
+    """Seconds until the shards can be asked, and the private memory they take once they were."""
+    faiss.omp_set_num_threads(1)
+    warm = faiss.IndexFlatL2(8)
+    warm.add(np.zeros((8, 8), np.float32))
+    warm.search(np.zeros((8, 8), np.float32), 1)
+    before = _private()
+    started = time.perf_counter()
+    datastore = Datastore.open(order.datastore)
+    shards = [IndexShard.load(one, datastore) for one in saved_shards(Path(order.datastore))]
+    shards = shards[: order.shards]
+    seconds = time.perf_counter() - started
+    queries = datastore.keys(0, 16)
+    for _ in range(SEARCHES):
+        for shard in shards:
+            shard.search(queries, K)
+    entries = sum(shard.stop - shard.start for shard in shards)
+    return {"seconds": seconds, "bytes_per_entry": (_private() - before) / entries}
+
+
+def _private() -> int:
+    """Bytes of memory that are this process's alone."""
+    return psutil.Process().memory_full_info().uss
+
+
+if __name__ == "__main__":
+    print(json.dumps(measured(Opening(**json.loads(sys.stdin.readline())))))
