@@ -7,6 +7,7 @@ deleted. What is published belongs to the last shard.
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +39,8 @@ SHARD_CPUS = "evaluate.shard_cpus"
 NAMESPACE = "mmrag"
 """Where in a cluster the actors that processes share have their names."""
 
+log = logging.getLogger(__name__)
+
 _Place = tuple[int, int]
 """A shard and the number of one of its replicas."""
 
@@ -63,14 +66,23 @@ class IndexShardActor:
     The last shard takes in whatever was published since it was saved, also when started again.
     """
 
-    def __init__(self, datastore: Path, shard: Path, idle_seconds: float | None = None) -> None:
-        """Ends itself for good where nobody asks it anything for `idle_seconds`."""
+    def __init__(
+        self,
+        datastore: Path,
+        shard: Path,
+        idle_seconds: float | None = None,
+        local: Path | None = None,
+    ) -> None:
+        """Ends itself for good where nobody asks it anything for `idle_seconds`. With `local`, its
+        keys are copied there, and read where they are until then."""
         self._datastore = Datastore.open(datastore)
         self._shard = IndexShard.load(shard, self._datastore)
         self._last = shard.name == saved_shards(datastore)[-1].name
         self._shard.refresh(self._last)
         self._answering = threading.RLock()
         self._last_asked = time.monotonic()
+        self._local, self._copying = local, threading.Lock()
+        self._localize()
         if idle_seconds is not None:
             ending = partial(self._end_when_idle, idle_seconds)
             threading.Thread(target=ending, daemon=True).start()
@@ -85,6 +97,7 @@ class IndexShardActor:
         """Take in what has been published and deleted since; the shard's range then."""
         self._datastore.refresh()
         self._shard.refresh(self._last)
+        self._localize()
         return self._shard.start, self._shard.stop
 
     @_asked
@@ -114,6 +127,18 @@ class IndexShardActor:
         if len(entries) and entries.max() >= self._datastore.entries:
             self.refresh()
         return self._datastore
+
+    def _localize(self) -> None:
+        """Copy what keys are not on this machine's own disk, behind the answers."""
+        if self._local is not None:
+            threading.Thread(target=self._copy, daemon=True).start()
+
+    def _copy(self) -> None:
+        with self._copying:
+            try:
+                self._datastore.localize(self._local, self._shard.start, self._shard.stop)
+            except (OSError, DatastoreError) as error:
+                log.warning("keys stay where they are: %s", error)
 
     def _end_when_idle(self, seconds: float) -> None:
         while True:
@@ -282,12 +307,14 @@ def serve_shards(
     answer_seconds: float = ANSWER_SECONDS,
     idle_seconds: float | None = None,
     key: str = SHARD_CPUS,
+    local: Path | str | None = None,
 ) -> ShardedRetriever:
     """Start `replicas` actors for each index shard of the datastore and wait until all answer.
 
     Actors with an `owner` are named `<owner>-<shard>-<replica>`: whoever asks for the same owner
     shares them, whatever its `datastore`, and they outlive this process. With `idle_seconds` they
-    end once nobody has asked them anything for that long. Raises DatastoreError if no index is
+    end once nobody has asked them anything for that long; with `local` they copy their keys to that
+    directory on their machines. Raises DatastoreError if no index is
     saved, PlacementError, naming the setting `key` of `num_cpus`, if the cluster cannot hold the
     actors, RayActorError if one cannot load its shard.
     """
@@ -305,7 +332,8 @@ def serve_shards(
                 "lifetime": "detached",
                 "get_if_exists": True,
             }
-        return IndexShardActor.options(**options).remote(datastore, shards[shard], idle_seconds)
+        more = idle_seconds, None if local is None else Path(local)
+        return IndexShardActor.options(**options).remote(datastore, shards[shard], *more)
 
     places = [(shard, replica) for shard in range(len(shards)) for replica in range(replicas)]
     with placing(Demand(key, len(places), num_cpus, lower=key)):

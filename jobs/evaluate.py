@@ -247,7 +247,8 @@ def _sources(
     sources: dict[Path, Retriever | Path] = {path: path for path in _datastores(ways)}
     if settings.retriever == "sharded":
         for path in sources:
-            served = serve_shards(path, settings.replicas, settings.shard_cpus)
+            local = experiment.datastore.local
+            served = serve_shards(path, settings.replicas, settings.shard_cpus, local=local)
             serving.callback(served.close)
             sources[path] = served
     return sources

@@ -262,6 +262,7 @@ class Retriever:
             answer_seconds=settings.answer_seconds,
             idle_seconds=settings.idle_seconds,
             key="retriever.shard_cpus",
+            local=self._settings.local,
         )
 
     async def _refreshed(self, one: OpenDatastore, name: str) -> None:

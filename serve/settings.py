@@ -137,6 +137,9 @@ class Settings(Section):
     device: str
     datastores: Path
     """Directory of the datastores; shared by all machines."""
+    local: Path | None = None
+    """A directory on each machine's own disk to which shards copy their keys, where `datastores` is
+    a share; None to read them where they are."""
     preload: tuple[str, ...] = ()
     """Datastores whose shards start with the service, not with the first request."""
     decode: Decode
@@ -148,11 +151,11 @@ class Settings(Section):
     retriever: RetrieverReplicas
     decoder: Decoding
 
-    @field_validator("datastores", "cache")
+    @field_validator("datastores", "cache", "local")
     @classmethod
-    def _absolute(cls, path: Path) -> Path:
+    def _absolute(cls, path: Path | None) -> Path | None:
         try:
-            return path.expanduser().absolute()
+            return path and path.expanduser().absolute()
         except RuntimeError:  # no HOME, and no account either
             raise ValueError(f"{path}: nobody's home is known here, write the path out") from None
 

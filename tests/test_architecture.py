@@ -39,9 +39,9 @@ WINGS = {
         "loss", "train", "whisper", "whisper_training",
     ],
     "retrieval": [
-        "segment", "mapped", "columns", "stored", "datastore", "snapshots", "compaction", "verify",
-        "ivf", "sizing", "held_out", "index", "retrievers", "knn", "interpolation", "memory",
-        "entries", "phrases", "contexts",
+        "segment", "mapped", "columns", "stored", "local", "datastore", "snapshots", "compaction",
+        "verify", "ivf", "sizing", "held_out", "index", "retrievers", "knn", "interpolation",
+        "memory", "entries", "phrases", "contexts",
     ],
     "decoding": ["confidence", "boost", "decode", "guard", "align", "engine", "tune"],
     "front door": ["recogniser", "transcribe", "client", "administration", "cli"],

@@ -69,6 +69,9 @@ class Datastore(Section):
     batch_tokens: Operation[PositiveInt]
     part_utterances: Layout[PositiveInt]
     """Utterances in one segment."""
+    local: Operation[str | None] = None
+    """A directory on each machine's own disk to which the shards served there copy their keys,
+    where the datastore's is a share; None to read them where they are."""
     index: Index
     workers: Workers
 

@@ -48,6 +48,7 @@ from mmrag import durable
 from mmrag.artifact import write_json
 from mmrag.records import NO_ENTRY, Passages
 from mmrag.retrieval.columns import Column, spread
+from mmrag.retrieval.local import copy_keys
 from mmrag.retrieval.segment import DatastoreError, Description, Segment
 from mmrag.retrieval.stored import (
     ARRAYS,
@@ -186,6 +187,7 @@ class Datastore:
         """Without entries yet; `open` and `of` give it some."""
         self.directory = directory
         self.description = description
+        self._localized: set[str] = set()
         self._take([], np.zeros(0, np.int64))
 
     @classmethod
@@ -234,6 +236,19 @@ class Datastore:
                 if listed == before:
                     raise
         self._take(segments, deleted)
+
+    def localize(self, local: Path, start: int, stop: int) -> None:
+        """Read the keys of the entries [start, stop) from copies in `local`, a directory on this
+        machine's own disk, which are made where they are missing.
+
+        Raises OSError where a copy cannot be written, and DatastoreError for keys that are damaged;
+        what was not copied is read where it is.
+        """
+        for one, first, last in zip(self._segments, self._starts, self._starts[1:], strict=False):
+            if first < stop and last > start and one.name not in self._localized:
+                copied = copy_keys(self.directory / "segments" / one.name, local)
+                one.arrays["keys"] = open_mapped(copied)
+                self._localized.add(one.name)
 
     def _take(self, segments: list[StoredSegment], deleted: np.ndarray) -> None:
         """Lay the segments end to end."""

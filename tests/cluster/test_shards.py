@@ -344,6 +344,26 @@ def test_a_shard_whose_process_dies_is_missing_at_once_and_comes_back(
         assert_dies(actor)
 
 
+def test_shards_copy_their_keys_behind_their_answers(serving, datastore, local, tmp_path):
+    served = serving(datastore, local=tmp_path / "copies")
+    asked = queries(5)
+    assert_same(served.search(asked, 6), local.search(asked, 6))
+    segments = Datastore.open(datastore).segments
+    until(lambda: len(list((tmp_path / "copies").glob("[!.]*.npy"))) == len(segments))
+    assert_same(served.search(asked, 6), local.search(asked, 6))
+
+
+def test_shards_that_cannot_copy_their_keys_answer_all_the_same(
+    serving, datastore, local, tmp_path
+):
+    (tmp_path / "file").touch()
+    served = serving(datastore, local=tmp_path / "file" / "copies")
+    asked = queries(5)
+    assert_same(served.search(asked, 6), local.search(asked, 6))
+    served.refresh()
+    assert not served.ping(5)
+
+
 def test_a_datastore_without_a_saved_index_is_not_served(ray_cluster, tmp_path):
     create(tmp_path, DESCRIPTION)
     with pytest.raises(DatastoreError, match=f"no index of {tmp_path}"):
