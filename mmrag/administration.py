@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -11,14 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from mmrag import shipped
 from mmrag.folders import printable
 
 if TYPE_CHECKING:
+    from mmrag.client import Service
     from mmrag.retrieval.datastore import Datastore
 
 console = Console(highlight=False, soft_wrap=True)
+KEY = "MMRAG_API_KEY"
+"""Environment variable: a command line is everybody's to read."""
+TEXTS = "a text a line: a phrase of up to five words, or a sentence"
 LISTED = 20
 """Documents that `show` names."""
 
@@ -34,10 +41,28 @@ def add_commands(commands: Any) -> None:
         made.set_defaults(run=run)
         return made
 
-    listing = command("list", _list, "the datastores below a directory")
-    listing.add_argument("directory", type=Path, help="where datastores lie side by side")
+    listing = command("list", _list, "the datastores below a directory, or of an endpoint")
+    listing.add_argument("directory", type=Path, nargs="?", help="where they lie side by side")
+    creating = command("create", _create, "make a datastore, empty or of a file's lines")
+    creating.add_argument("directory", type=Path)
+    creating.add_argument("file", type=Path, nargs="?", help=TEXTS)
+    creating.add_argument(
+        "--text-only", action="store_true", help="texts are read, and not said by a synthesizer"
+    )
+    adding = command("add", _add, "put a file's lines into a datastore")
+    adding.add_argument("directory", type=Path)
+    adding.add_argument("file", type=Path, help=TEXTS)
+    searching = command("search", _search, "what is near, token by token, to a text or a recording")
+    searching.add_argument("directory", type=Path)
+    searching.add_argument("query", help="a text, or an audio file of one sentence")
+    searching.add_argument("-k", type=int, default=4, help="neighbours (default: %(default)s)")
+    for one in (creating, adding, searching):
+        one.add_argument(
+            "--models", default=shipped.TINY, help="that key it (default: %(default)s)"
+        )
     for name, run, help in (
         ("show", _show, "what made a datastore, and what is in it"),
+        ("stats", _stats, "how a datastore is filled: segments, documents, index, bytes"),
         ("verify", _verify, "check every byte; exit status 1 where something is wrong"),
     ):
         command(name, run, help).add_argument("directory", type=Path)
@@ -49,6 +74,12 @@ def add_commands(commands: Any) -> None:
     deleting = command("delete", _delete, "delete documents, by name")
     deleting.add_argument("directory", type=Path)
     deleting.add_argument("documents", nargs="+", metavar="DOCUMENT")
+    for one in (listing, creating, adding, deleting):
+        one.add_argument(
+            "--url",
+            help="of a running endpoint, whose datastore's name then stands for the directory; the "
+            f"environment variable {KEY} holds the API key, if it wants one",
+        )
     snapshot = command("snapshot", _snapshot, "give the present state a name, or go back to one")
     snapshot.add_argument("action", choices=("create", "list", "rollback", "drop"))
     snapshot.add_argument("directory", type=Path)
@@ -57,18 +88,31 @@ def add_commands(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> bool:
     """Do what was asked for; whether something is wrong. Errors end the program, by name."""
+    from mmrag.artifact import ArtifactError
+    from mmrag.client import ServiceError
     from mmrag.retrieval.segment import DatastoreError
 
+    known = (ArtifactError, DatastoreError, ServiceError, ImportError, OSError, ValueError)
     try:
         return options.run(options)
-    except (DatastoreError, OSError, ValueError) as error:
+    except known as error:
         sys.exit(f"mmrag: {error}")
+
+
+def _service(options: argparse.Namespace) -> Service:
+    from mmrag.client import Service
+
+    return Service(options.url, os.environ.get(KEY))
 
 
 def _list(options: argparse.Namespace) -> bool:
     from mmrag.retrieval.datastore import Datastore
     from mmrag.retrieval.segment import DatastoreError
 
+    if (options.url is None) == (options.directory is None):
+        raise ValueError("list: a directory, or the --url of an endpoint")
+    if options.url is not None:
+        return _listed(options)
     table = Table(title=f"datastores in {printable(options.directory)}", title_justify="left")
     for name in ("name", "keyed over", "entries", "deleted", "documents", "segments", "MB"):
         table.add_column(name, justify="left" if name in ("name", "keyed over") else "right")
@@ -93,6 +137,89 @@ def _list(options: argparse.Namespace) -> bool:
     if not options.json:
         console.print(table)
     return failed
+
+
+def _listed(options: argparse.Namespace) -> bool:
+    """The datastores of an endpoint."""
+    found = _service(options).datastores()
+    if options.json:
+        for one in found:
+            print(json.dumps(one))
+        return False
+    table = Table(title=f"datastores of {options.url}", title_justify="left")
+    for name in ("name", "keyed over", "entries", "documents"):
+        table.add_column(name, justify="left" if name in ("name", "keyed over") else "right")
+    for one in found:
+        counts = (f"{one[name]:,}" for name in ("entries", "documents"))
+        table.add_row(one["id"], _audio(one["audio"]), *counts)
+    console.print(table)
+    return False
+
+
+def _create(options: argparse.Namespace) -> bool:
+    if options.url is not None:
+        if options.text_only:
+            raise ValueError("--text-only: an endpoint has texts said by its synthesizer")
+        texts = _lines(options.file) if options.file else []
+        made = _service(options).create(str(options.directory), texts)
+        return _told(options, made, f"{options.directory}: {made['entries']:,} entries")
+    from mmrag import contents, recogniser
+
+    models = recogniser.load(options.models)
+    contents.create(options.directory, models, spoken=not options.text_only)
+    added = 0
+    if options.file is not None:
+        added = contents.add(options.directory, _lines(options.file), models)
+    told = {"created": str(options.directory), "added": added}
+    return _told(options, told, f"{printable(options.directory)}: {added:,} entries")
+
+
+def _add(options: argparse.Namespace) -> bool:
+    texts = _lines(options.file)
+    if options.url is not None:
+        told = _service(options).add(str(options.directory), texts)
+    else:
+        from mmrag import contents, recogniser
+
+        told = {"added": contents.add(options.directory, texts, recogniser.load(options.models))}
+    return _told(options, told, f"{printable(options.directory)}: {told['added']:,} entries more")
+
+
+def _search(options: argparse.Namespace) -> bool:
+    from mmrag import contents, recogniser
+    from mmrag.config import Decode
+
+    if options.k < 1:
+        raise ValueError(f"-k {options.k}: at least one neighbour")
+    query = Path(options.query) if Path(options.query).is_file() else options.query
+    decode = Decode(beams=1, length_penalty=0.6, tokens_per_second=16, max_seconds=30)
+    models = recogniser.load(options.models)
+    found = contents.look_up(options.directory, models, query, options.k, decode)
+    if options.json:
+        for one in found:
+            print(json.dumps(asdict(one), ensure_ascii=False))
+        return False
+    table = Table(title=printable(options.directory), title_justify="left")
+    for name in ("before", "says", "distance", "document", "around it"):
+        table.add_column(name, justify="right" if name == "distance" else "left")
+    for one in found:
+        for number, near in enumerate(one.neighbours):
+            shown = (one.token if not number else "", near.token, f"{near.distance:.4g}")
+            table.add_row(*map(escape, (*shown, near.document, near.window)))
+        table.add_section()
+    console.print(table)
+    return False
+
+
+def _lines(file: Path) -> list[str]:
+    from mmrag.text import read_lines
+
+    return [line for _, line in read_lines(file)]
+
+
+def _told(options: argparse.Namespace, told: dict[str, Any], line: str) -> bool:
+    print(json.dumps(told)) if options.json else console.print(line, markup=False)
+    return False
 
 
 def _show(options: argparse.Namespace) -> bool:
@@ -134,6 +261,48 @@ def _show(options: argparse.Namespace) -> bool:
     return False
 
 
+def _stats(options: argparse.Namespace) -> bool:
+    import numpy as np
+
+    from mmrag.retrieval.datastore import Datastore, read_list
+    from mmrag.retrieval.phrases import typical_distance
+
+    datastore = Datastore.open(options.directory)
+    sizes = [one["entries"] for one in read_list(options.directory)["segments"]]
+    _, counts = datastore.document_counts()
+    shares = (5, 50, 95)
+    told = {
+        "entries": datastore.entries,
+        "deleted": len(datastore.deleted),
+        "segments": len(sizes),
+        "segment_entries": dict(zip(("smallest", "largest"), _ends(sizes), strict=True)),
+        "documents": len(counts),
+        "document_entries": {
+            f"p{share}": int(np.percentile(counts, share)) if len(counts) else 0 for share in shares
+        },
+        "typical_distance": typical_distance(datastore),
+        "bytes_per_entry": {
+            name: round(size / max(1, datastore.entries), 1) for name, size in _sizes(datastore)
+        },
+    }
+    if options.json:
+        print(json.dumps(told))
+        return False
+    table = Table(title=printable(options.directory), title_justify="left", show_header=False)
+    for name, value in told.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {one:,}" for key, one in value.items())
+        elif isinstance(value, float):
+            value = f"{value:.4g}"
+        table.add_row(name.replace("_", " "), str(value))
+    console.print(table, markup=False)
+    return False
+
+
+def _ends(sizes: list[int]) -> tuple[int, int]:
+    return (min(sizes), max(sizes)) if sizes else (0, 0)
+
+
 def _shard(chosen: tuple[str, float | None]) -> str:
     why, recall = chosen
     return why if recall is None else f"{why}; recall {recall:.3f}"
@@ -167,6 +336,12 @@ def _compact(options: argparse.Namespace) -> bool:
 
 
 def _delete(options: argparse.Namespace) -> bool:
+    if options.url is not None:
+        service = _service(options)
+        for document in options.documents:
+            told = service.remove(str(options.directory), document)
+            _told(options, told, f"{document}: {told['deleted']} entries deleted")
+        return False
     from mmrag.retrieval.datastore import Datastore, delete
 
     datastore = Datastore.open(options.directory)

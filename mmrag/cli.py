@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from mmrag import administration, shipped, terminal
+from mmrag.administration import KEY
 from mmrag.artifact import ArtifactError
 from mmrag.client import Answer, Service, ServiceError
 from mmrag.folders import printable
@@ -53,8 +54,6 @@ AGREEMENT = -2.5
 CACHE = "MMRAG_CACHE"
 """Environment variable: where spoken phrases are kept, by default in ~/.cache/mmrag."""
 AUDIO = "wav, flac, mp3, ogg, webm, m4a, mp4, 3gp, amr and others, whatever the name"
-KEY = "MMRAG_API_KEY"
-"""Environment variable: a command line is everybody's to read."""
 TINY_SECONDS, WHISPER_SECONDS = 4.0, 30.0
 """Longest segment that mmrag:tiny and a Whisper are given where nobody says so."""
 TAIL_LETTERS = 400

@@ -15,13 +15,13 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import requests
 
 from mmrag.records import Source, Transcript, Word
 
-ROUTE = "/v1/audio/transcriptions"
+ROUTE, DATASTORES = "/v1/audio/transcriptions", "/v1/datastores"
 CONNECT_SECONDS, READ_SECONDS = 5, 300
 """Until somebody answers the phone; between one sign of life and the next."""
 ATTEMPTS = 4
@@ -33,7 +33,7 @@ BLOCK = 2**14
 
 
 class ServiceError(RuntimeError):
-    """The service did not transcribe a file. The message says why."""
+    """The service did not do what it was asked. The message says why."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,42 @@ class Service:
             except (KeyError, TypeError, ValueError) as error:
                 raise ServiceError(f"the answer cannot be understood: {error!r}") from error
         raise ServiceError("the answer ended before the transcript did")
+
+    def datastores(self) -> list[dict[str, Any]]:
+        """The service's datastores, as it describes them. Raises ServiceError."""
+        return self._asked("GET", DATASTORES)["data"]
+
+    def create(self, name: str, texts: Sequence[str]) -> dict[str, Any]:
+        """Make a datastore of texts; what it then is. Raises ServiceError."""
+        return self._asked("POST", DATASTORES, json={"name": name, "texts": list(texts)})
+
+    def add(self, name: str, texts: Sequence[str]) -> dict[str, Any]:
+        """Put texts into a datastore; how many entries were `added`. Raises ServiceError."""
+        place = f"{DATASTORES}/{quote(name, safe='')}/entries"
+        return self._asked("POST", place, json={"texts": list(texts)})
+
+    def remove(self, name: str, document: str) -> dict[str, Any]:
+        """Delete a document; how many entries were `deleted`. Raises ServiceError."""
+        place = f"{DATASTORES}/{quote(name, safe='')}/entries"
+        return self._asked("DELETE", place, params={"document": document})
+
+    def _asked(self, method: str, place: str, **more: Any) -> dict[str, Any]:
+        """A JSON answer."""
+        try:
+            response = self._session.request(
+                *(method, self.url + place),
+                timeout=(CONNECT_SECONDS, READ_SECONDS),
+                allow_redirects=False,
+                **more,
+            )
+        except requests.RequestException as error:
+            raise ServiceError(f"no answer from {self.url}: {_reason(error)}") from error
+        if not response.ok or response.is_redirect:
+            raise ServiceError(self._refusal(response))
+        try:
+            return response.json()
+        except ValueError as error:
+            raise ServiceError(f"the answer of {self.url} is no JSON: {error}") from error
 
     def _accepted(
         self, file: BinaryIO, form: Sequence[tuple[str, str | None]]

@@ -36,7 +36,7 @@ from mmrag.retrieval import datastore as stored
 from mmrag.retrieval.compaction import compact
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.index import save_index
-from mmrag.retrieval.phrases import Phrases, utterances
+from mmrag.retrieval.phrases import PHRASE_WORDS, Phrases, utterances
 from mmrag.retrieval.segment import DatastoreError, Segment, join
 from mmrag.speech.tokenized import Tokenized
 from serve.handles import by_reference
@@ -52,8 +52,6 @@ from serve.messages import (
 from serve.model import described, retrieval_defaults, tuned_below
 from serve.settings import Settings
 
-PHRASE_WORDS = 5
-"""Words of the longest text that is taken for a phrase; longer ones are sentences."""
 PART_SENTENCES, PART_CHARACTERS = 16, 800
 """The most that is spoken, encoded and read at once: other callers' clips wait for it."""
 PARTS_AHEAD = 2

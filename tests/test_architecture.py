@@ -44,7 +44,7 @@ WINGS = {
         "memory", "entries", "phrases", "contexts",
     ],
     "decoding": ["confidence", "boost", "decode", "guard", "align", "engine", "tune"],
-    "front door": ["recogniser", "transcribe", "client", "administration", "cli"],
+    "front door": ["recogniser", "transcribe", "contents", "client", "administration", "cli"],
 }  # fmt: skip
 """The wings of mmrag from the ground up, and the modules of each in reading order."""
 BELOW = {

@@ -32,6 +32,8 @@ SHARE = 0.2
 SAMPLED = 1024
 BATCH = 64
 """Sentences read at once."""
+PHRASE_WORDS = 5
+"""Words of the longest text that counts as a phrase, and not as a sentence."""
 Say = Callable[[Sequence[str]], Iterable[Units]]
 """Sentences -> the units of somebody saying each, in their order; they may come bit by bit."""
 Progress = Callable[[int, int], None]

@@ -2,11 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
+import soundfile
 from small_datastores import DESCRIPTION, fill
 
 from mmrag.cli import main
+from mmrag.corpora.synthetic import assign_voices, render
+from mmrag.corpora.voices.espeak import Synthesizer
 from mmrag.retrieval.datastore import Datastore, create
+from mmrag.speech.audio import SAMPLE_RATE
 
 
 @pytest.fixture
@@ -68,6 +73,86 @@ def test_documents_are_deleted_by_name_and_erased(directory, call):
     ]
     assert call("compact", directory)[1] == ["there is nothing to merge or to erase"]
     assert Datastore.open(directory).entries_of(["own-0"]).tolist() == [3, 4, 5]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A file of texts: two phrases and a sentence."""
+    file = tmp_path_factory.mktemp("texts") / "texts.txt"
+    file.write_text("zanab kuri\nmelodia hartwig\nplease remind me to water the plants tonight\n")
+    return file
+
+
+def test_a_datastore_is_made_of_texts_added_to_and_looked_up_in(tmp_path, call, written):
+    place = tmp_path / "contacts"
+    status, [line], _ = call("create", place, written, "--text-only", "--json")
+    told = json.loads(line)
+    assert status == 0 and told["created"] == str(place) and told["added"] > 10
+    more = tmp_path / "more.txt"
+    more.write_text("odalys brandt\n")
+    status, [line], _ = call("add", place, more)
+    assert status == 0 and line.startswith(f"{place}: ") and line.endswith("entries more")
+    store = Datastore.open(place)
+    assert store.entries > told["added"]
+    status, lines, _ = call("search", place, "please call zanab kuri today", "-k", 2, "--json")
+    found = [json.loads(one) for one in lines]
+    assert status == 0 and all(len(one["neighbours"]) == 2 for one in found)
+    assert found[-1]["token"] == "(end)"
+    nearest = [one["neighbours"][0] for one in found]
+    exact = [one for one in nearest if one["distance"] < 1e-2]
+    named = [one for one in exact if one["document"] == "zanab kuri"]
+    assert len(named) > len(exact) / 2 and all("zanab" in one["window"] for one in named)
+    status, lines, _ = call("search", place, "zanab", "-k", 1)
+    assert status == 0 and any("zanab kuri" in line for line in lines)
+
+
+def test_a_recording_is_looked_up_as_it_is_heard(tmp_path, call, written):
+    place, clip = tmp_path / "contacts", tmp_path / "clip.wav"
+    assert call("create", place, written)[0] == 0
+    [planned] = assign_voices(["please call zanab kuri today"], 0)
+    soundfile.write(clip, render(planned, Synthesizer()).wave, SAMPLE_RATE)
+    status, lines, _ = call("search", place, clip, "--json")
+    found = [json.loads(line) for line in lines]
+    assert status == 0 and len(found) > 5
+    documents = {near["document"] for one in found for near in one["neighbours"]}
+    assert documents <= {"zanab kuri", "melodia hartwig"} | set(written.read_text().splitlines())
+    silent = tmp_path / "silent.wav"
+    soundfile.write(silent, np.zeros(SAMPLE_RATE), SAMPLE_RATE)
+    status, _, errors = call("search", place, silent)
+    assert status == 1 and "nobody speaks" in errors
+
+
+def test_what_cannot_be_put_in_or_looked_up_is_named_and_nothing_is_written(
+    directory, tmp_path, call, written
+):
+    status, _, errors = call("create", directory, written)
+    assert status == 1 and "holds a datastore already" in errors
+    status, _, errors = call("add", directory, written)
+    assert status == 1 and "was keyed by lm aaaa" in errors
+    place = tmp_path / "own"
+    assert call("create", place, "--text-only")[0] == 0
+    bad = tmp_path / "bad.txt"
+    bad.write_text("good enough\nпривет\n")
+    status, _, errors = call("add", place, bad)
+    assert status == 1 and "привет" in errors
+    assert Datastore.open(place).entries == 0
+    status, _, errors = call("add", place, tmp_path / "none.txt")
+    assert status == 1 and "none.txt" in errors
+    status, _, errors = call("search", place, "anything", "-k", 0)
+    assert status == 1 and "-k 0" in errors
+    status, _, errors = call("list")
+    assert status == 1 and "a directory, or the --url" in errors
+
+
+def test_statistics_say_how_a_datastore_is_filled(directory, call):
+    status, [line], _ = call("stats", directory, "--json")
+    told = json.loads(line)
+    assert status == 0
+    assert told["segment_entries"] == {"smallest": 6, "largest": 6}
+    assert told["document_entries"] == {"p5": 3, "p50": 3, "p95": 8}
+    assert told["typical_distance"] > 0 and told["bytes_per_entry"]["keys"] > 0
+    status, lines, _ = call("stats", directory)
+    assert status == 0 and any("typical distance" in line for line in lines)
 
 
 def test_damage_is_found_and_says_so_by_the_exit_status(directory, call):

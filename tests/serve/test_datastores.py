@@ -1,5 +1,6 @@
 """/v1/datastores: what is added is heard in the very next request, until it is deleted."""
 
+import json
 import os
 import shutil
 import time
@@ -8,6 +9,7 @@ from signal import SIGKILL
 import numpy as np
 import pytest
 
+from mmrag import cli
 from mmrag.retrieval import datastore as stored
 from mmrag.retrieval.index import save_index
 from mmrag.retrieval.segment import Description
@@ -339,3 +341,34 @@ def test_what_somebody_else_adds_to_the_directory_is_heard(service, file, datast
     assert service.text(file, datastore="copied") == SENTENCE
     service.request("DELETE", "/v1/datastores/copied")
     assert service.text(file, datastore=name) == SENTENCE
+
+
+def test_the_command_line_looks_after_an_endpoints_datastores(
+    service, file, tmp_path, capsys, request
+):
+    """`mmrag datastore … --url`, as a person at another machine calls it."""
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["datastore", *map(str, arguments), "--url", service.url])
+        said = capsys.readouterr()
+        code = ended.value.code
+        return (code, said.out) if not isinstance(code, str) else (1, code)
+
+    request.addfinalizer(lambda: service.request("DELETE", "/v1/datastores/afar"))
+    names, more = tmp_path / "names.txt", tmp_path / "more.txt"
+    names.write_text("imogen varga\n")
+    more.write_text(f"{NAME}\n")
+    assert call("create", "afar", names)[0] == 0
+    assert call("add", "afar", more, "--json")[0] == 0
+    assert service.text(file, datastore="afar") == SENTENCE
+    status, out = call("list", "--json")
+    [listed] = [one for one in map(json.loads, out.splitlines()) if one["id"] == "afar"]
+    assert status == 0 and listed["documents"] == 2
+    assert "afar" in call("list")[1]
+    status, out = call("delete", "afar", "imogen varga")
+    assert status == 0 and out.startswith("imogen varga: ") and "entries deleted" in out
+    status, said = call("create", "afar", names)
+    assert status == 1 and "there is a datastore 'afar' already" in said
+    status, said = call("add", "nowhere", names)
+    assert status == 1 and "nowhere" in said

@@ -1,0 +1,178 @@
+"""What a person puts into a datastore and looks up in it: texts, said by a synthesizer or read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+
+from mmrag.config import Decode
+from mmrag.model.contract import Speech, TextVocabulary
+from mmrag.model.states import read_states
+from mmrag.recogniser import AnyRecogniser
+from mmrag.records import NO_ENTRY, Utterance
+from mmrag.retrieval import datastore
+from mmrag.retrieval.compaction import compact
+from mmrag.retrieval.datastore import Datastore
+from mmrag.retrieval.entries import read_entries
+from mmrag.retrieval.index import save_index, saved_shards
+from mmrag.retrieval.phrases import BATCH, PHRASE_WORDS, Progress, Say, description, speak
+from mmrag.retrieval.retrievers import LocalRetriever
+from mmrag.retrieval.segment import DatastoreError, Segment
+from mmrag.speech import audio, vad
+from mmrag.speech.tokenized import Tokenized
+from mmrag.transcribe import recognise
+
+
+def create(directory: Path, recogniser: AnyRecogniser, spoken: bool = True) -> None:
+    """Make an empty datastore for texts that a synthesizer says, or, not `spoken`, are read.
+
+    DatastoreError for a directory that holds a datastore already.
+    """
+    if (directory / "datastore.json").exists():
+        raise DatastoreError(f"{directory} holds a datastore already: `add` puts more into it")
+    say = recogniser.synthesizer() if spoken else None
+    datastore.create(directory, description(recogniser.lm, recogniser.keyed_by, say))
+    save_index(directory)
+
+
+def add(
+    directory: Path,
+    texts: Sequence[str],
+    recogniser: AnyRecogniser,
+    progress: Progress | None = None,
+) -> int:
+    """Put texts into a datastore, each a document of its own; the entries they became.
+
+    A phrase of up to PHRASE_WORDS words is put into carrier sentences and its own tokens alone are
+    entries; of a longer text every token is. Raises DatastoreError for a datastore of other models
+    or of recordings, ValueError, before anything is written, for a text that the models cannot
+    listen for.
+    """
+    store = Datastore.open(directory)
+    store.require(recogniser.keyed_by)
+    if store.description.audio == "paired":
+        raise DatastoreError(f"{directory} is keyed over recordings: texts alone do not go into it")
+    texts = list(dict.fromkeys(" ".join(text.split()) for text in texts))
+    if refused := next(filter(None, map(recogniser.vocabulary.refusal, texts)), None):
+        raise ValueError(refused)
+    say = recogniser.synthesizer() if store.description.audio == "spoken" else None
+    phrases = [text for text in texts if len(text.split()) <= PHRASE_WORDS]
+    longer = [text for text in texts if len(text.split()) > PHRASE_WORDS]
+    names, added = [], 0
+    for segment in _segments(phrases, longer, recogniser, say, progress):
+        names.append(f"added-{uuid4().hex}")
+        datastore.write_segment(directory, names[-1], segment)
+        added += len(segment.tokens)
+    datastore.publish(directory, names)
+    compact(directory)
+    return added
+
+
+def _segments(
+    phrases: Sequence[str],
+    longer: Sequence[str],
+    recogniser: AnyRecogniser,
+    say: Say | None,
+    progress: Progress | None,
+) -> Iterator[Segment]:
+    lm, vocabulary = recogniser.lm, recogniser.vocabulary
+    if phrases:
+        yield from speak(phrases, lm, vocabulary, say, progress)
+    window = description(lm, {}, say).window
+    for start in range(0, len(longer), BATCH):
+        batch = longer[start : start + BATCH]
+        said = [vocabulary.spoken(text) for text in batch]
+        heard = [None] * len(said) if say is None else list(say(said))
+        utterances = [
+            Tokenized(Utterance(id=uuid4().hex, text=text, document=document), units)
+            for text, document, units in zip(said, batch, heard, strict=True)
+        ]
+        yield read_entries(lm, vocabulary, utterances, window, "all")
+        if progress is not None:
+            progress(start + len(batch), len(longer))
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """An entry near to where a text has come to."""
+
+    token: str
+    """What it says comes next."""
+    distance: float
+    entry: int
+    document: str
+    window: str
+    """What was said around it."""
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """A token of what was asked about, and what a decoder would have found in its place."""
+
+    token: str
+    neighbours: tuple[Neighbour, ...]
+
+
+def look_up(
+    directory: Path, recogniser: AnyRecogniser, query: str | Path, k: int, settings: Decode
+) -> list[Lookup]:
+    """What a datastore finds before each token of a text, or of what is said in a recording.
+
+    A recording is transcribed without retrieval first, by `settings`. Raises DatastoreError for a
+    datastore of other models, AudioError for a recording that cannot be read, and ValueError for
+    one in which nobody speaks or a text that the models cannot listen for.
+    """
+    store = Datastore.open(directory)
+    store.require(recogniser.keyed_by)
+    retriever = LocalRetriever.load(saved_shards(directory), store)
+    vocabulary = recogniser.vocabulary
+    if isinstance(query, Path):
+        speech, tokens = _heard(recogniser, query, settings)
+    else:
+        if refused := vocabulary.refusal(query):
+            raise ValueError(refused)
+        speech, tokens = None, vocabulary.encode(vocabulary.spoken(query))
+    keys, following, _, _ = read_states(recogniser.lm, vocabulary, [tokens], [speech], logits=False)
+    found = retriever.search(keys.cpu().numpy(), k)
+    windows = retriever.windows(found.entries)
+    looked_up = []
+    for row, token in enumerate(following.tolist()):
+        there = np.flatnonzero(found.entries[row] != NO_ENTRY)
+        origins = retriever.origins(found.entries[row, there])
+        near = [
+            Neighbour(
+                token=_shown(vocabulary, found.tokens[row, at]),
+                distance=float(found.distances[row, at]),
+                entry=int(found.entries[row, at]),
+                document=document,
+                window=vocabulary.decode([int(one) for one in windows[row, at] if one]),
+            )
+            for at, (document, _) in zip(there.tolist(), origins, strict=True)
+        ]
+        looked_up.append(Lookup(_shown(vocabulary, token), tuple(near)))
+    return looked_up
+
+
+def _heard(recogniser: AnyRecogniser, path: Path, settings: Decode) -> tuple[Speech, list[int]]:
+    """A recording's speech as the language model reads it, and the tokens of its transcript."""
+    wave = audio.read(path)
+    seconds = len(wave) / audio.SAMPLE_RATE
+    if seconds > min(settings.max_seconds, recogniser.window_seconds):
+        raise ValueError(
+            f"{path} lasts {seconds:.1f} s: what is looked up is at most {settings.max_seconds:g} s"
+        )
+    if not vad.spoken(wave, settings.speech):
+        raise ValueError(f"{path}: nobody speaks in it")
+    units = recogniser.encode([vad.trim(wave)[0]])
+    [heard] = recognise(recogniser, units, settings)
+    tokens = [token for token in heard.tokens if token != recogniser.vocabulary.eos]
+    return recogniser.vocabulary.speech_input(units[0]), tokens
+
+
+def _shown(vocabulary: TextVocabulary, token: int) -> str:
+    """A piece as a person reads it; that of a word's beginning alone is a space."""
+    return "(end)" if token == vocabulary.eos else vocabulary.decode([int(token)]) or "(space)"
