@@ -45,7 +45,7 @@ _Place = tuple[int, int]
 """A shard and the number of one of its replicas."""
 
 
-def _asked(method: Callable) -> Callable:
+def asked(method: Callable) -> Callable:
     """A method that counts as a call: an idle actor ends itself, but never amid one."""
 
     @wraps(method)
@@ -59,8 +59,28 @@ def _asked(method: Callable) -> Callable:
     return call
 
 
+class Idling:
+    """An actor that ends itself for good where nobody asks it anything for long."""
+
+    def _end_when_idle(self, seconds: float | None) -> None:
+        """Begin to wait for that; None to live on."""
+        self._answering = threading.RLock()
+        self._last_asked = time.monotonic()
+        if seconds is not None:
+            threading.Thread(target=self._wait, args=(seconds,), daemon=True).start()
+
+    def _wait(self, seconds: float) -> None:
+        while True:
+            with self._answering:
+                left = self._last_asked + seconds - time.monotonic()
+                if left <= 0:
+                    ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+                    return
+            time.sleep(left)
+
+
 @ray.remote(max_restarts=-1)
-class IndexShardActor:
+class IndexShardActor(Idling):
     """Holds one shard in memory. Ray starts it again if its process dies.
 
     The last shard takes in whatever was published since it was saved, also when started again.
@@ -79,20 +99,16 @@ class IndexShardActor:
         self._shard = IndexShard.load(shard, self._datastore)
         self._last = shard.name == saved_shards(datastore)[-1].name
         self._shard.refresh(self._last)
-        self._answering = threading.RLock()
-        self._last_asked = time.monotonic()
         self._local, self._copying = local, threading.Lock()
         self._localize()
-        if idle_seconds is not None:
-            ending = partial(self._end_when_idle, idle_seconds)
-            threading.Thread(target=ending, daemon=True).start()
+        self._end_when_idle(idle_seconds)
 
-    @_asked
+    @asked
     def range(self) -> tuple[int, int]:
         """First entry of the shard and the one after its last."""
         return self._shard.start, self._shard.stop
 
-    @_asked
+    @asked
     def refresh(self) -> tuple[int, int]:
         """Take in what has been published and deleted since; the shard's range then."""
         self._datastore.refresh()
@@ -100,24 +116,24 @@ class IndexShardActor:
         self._localize()
         return self._shard.start, self._shard.stop
 
-    @_asked
+    @asked
     def search(
         self, queries: np.ndarray, k: int, exclude_documents: Sequence[int] | None
     ) -> Neighbours:
         """The k nearest of this shard's entries to each query (B, D)."""
         return self._shard.search(queries, k, exclude_documents)
 
-    @_asked
+    @asked
     def windows(self, entries: np.ndarray) -> np.ndarray:
         """Token windows (M, W) around `entries` (M,)."""
         return self._knowing(entries).windows(entries)
 
-    @_asked
+    @asked
     def passages(self, entries: np.ndarray) -> Passages:
         """The windows around `entries` (M,), each token with its own key."""
         return self._knowing(entries).passages(entries)
 
-    @_asked
+    @asked
     def origins(self, entries: np.ndarray) -> list[tuple[str, str]]:
         """Document and utterance that each of `entries` (M,) comes from, by name."""
         return self._knowing(entries).origins(entries)
@@ -139,15 +155,6 @@ class IndexShardActor:
                 self._datastore.localize(self._local, self._shard.start, self._shard.stop)
             except (OSError, DatastoreError) as error:
                 log.warning("keys stay where they are: %s", error)
-
-    def _end_when_idle(self, seconds: float) -> None:
-        while True:
-            with self._answering:
-                left = self._last_asked + seconds - time.monotonic()
-                if left <= 0:
-                    ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
-                    return
-            time.sleep(left)
 
 
 class ShardedRetriever:
@@ -339,12 +346,12 @@ def serve_shards(
     with placing(Demand(key, len(places), num_cpus, lower=key)):
         actors = {place: start(*place) for place in places}  # all of them load at once
         try:
-            ready = {at: _ready(actor, partial(start, *at)) for at, actor in actors.items()}
+            answering = {at: ready(actor, partial(start, *at)) for at, actor in actors.items()}
         except RayActorError:
             for actor in actors.values():  # or those with an owner would live on, asked by nobody
                 ray.kill(actor)
             raise
-    by_shard = [[ready[shard, n] for n in range(replicas)] for shard in range(len(shards))]
+    by_shard = [[answering[shard, n] for n in range(replicas)] for shard in range(len(shards))]
     return ShardedRetriever(
         [[actor for actor, _ in shard] for shard in by_shard],
         [max(span for _, span in shard) for shard in by_shard],
@@ -353,13 +360,14 @@ def serve_shards(
     )
 
 
-def _ready(
-    actor: ActorHandle, again: Callable[[], ActorHandle]
+def ready(
+    actor: ActorHandle, again: Callable[[], ActorHandle], *about: Any
 ) -> tuple[ActorHandle, tuple[int, int]]:
-    """The actor once it answers, and its range; `again` replaces one that was ending."""
+    """The actor once it answers, and its range, of what it is asked `about`; `again` replaces one
+    that was ending."""
     while True:
         try:
-            return actor, ray.get(actor.refresh.remote())
+            return actor, ray.get(actor.refresh.remote(*about))
         except RayActorError as error:
             if error.actor_init_failed:
                 raise

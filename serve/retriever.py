@@ -26,6 +26,7 @@ import numpy as np
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from cluster.pool import PooledRetriever, serve_pooled
 from cluster.shards import ShardedRetriever, serve_shards
 from mmrag import durable
 from mmrag.artifact import ArtifactError
@@ -35,7 +36,7 @@ from mmrag.records import Utterance
 from mmrag.retrieval import datastore as stored
 from mmrag.retrieval.compaction import compact
 from mmrag.retrieval.datastore import Datastore
-from mmrag.retrieval.index import save_index
+from mmrag.retrieval.index import save_index, saved_shards
 from mmrag.retrieval.phrases import PHRASE_WORDS, Phrases, utterances
 from mmrag.retrieval.segment import DatastoreError, Segment, join
 from mmrag.speech.tokenized import Tokenized
@@ -56,6 +57,8 @@ PART_SENTENCES, PART_CHARACTERS = 16, 800
 """The most that is spoken, encoded and read at once: other callers' clips wait for it."""
 PARTS_AHEAD = 2
 """Parts of a request that are on their way at a time: one is spoken while another is read."""
+KEPT_OPEN = 500
+"""Datastores in the pool that a replica has open itself: each maps a dozen files a segment."""
 REMEMBERED = 20_000
 """Phrases of requests that a replica keeps, spoken and read."""
 T = TypeVar("T")
@@ -230,14 +233,19 @@ class Retriever:
         path = self._path(name)
         version = _version(path)
         one = self._open.get(name)
+        if one is not None:
+            self._open[name] = self._open.pop(name)  # the last to be dropped
         if one is not None and one.version == version:
             return one
         uid = hashlib.sha256(f"{self._app} {path} {version[:2]}".encode()).hexdigest()[:16]
         if one is not None and one.uid == uid:
             await self._refreshed(one, name)
             return one
-        self._open[name] = await asyncio.to_thread(self._start, name, path, uid, version)
-        return self._open[name]
+        one = self._open[name] = await asyncio.to_thread(self._start, name, path, uid, version)
+        pooled = [n for n, o in self._open.items() if isinstance(o.retriever, PooledRetriever)]
+        for oldest in pooled[:-KEPT_OPEN]:  # the pool closes its own
+            del self._open[oldest]
+        return one
 
     def _start(self, name: str, path: Path, uid: str, version: tuple[int, ...]) -> OpenDatastore:
         datastore = Datastore.open(path)
@@ -252,6 +260,15 @@ class Retriever:
 
     def _serve(self, datastore: Datastore, uid: str) -> ShardedRetriever:
         settings = self._settings.retriever
+        if self._small(datastore):
+            return serve_pooled(
+                *(datastore.directory, uid, f"mmrag-{self._app}", settings.pool.actors),
+                settings.shard_cpus,
+                round(settings.pool.memory_mb * 1e6),
+                answer_seconds=settings.answer_seconds,
+                idle_seconds=settings.idle_seconds,
+                key="retriever.shard_cpus",
+            )
         return serve_shards(
             datastore.directory,
             settings.shard_replicas,
@@ -263,12 +280,20 @@ class Retriever:
             local=self._settings.local,
         )
 
+    def _small(self, datastore: Datastore) -> bool:
+        """Whether it is one for the pool."""
+        single = len(saved_shards(datastore.directory)) == 1
+        return single and datastore.entries <= self._settings.retriever.pool.entries
+
     async def _refreshed(self, one: OpenDatastore, name: str) -> None:
         """Let the shards and every later request see what has changed on disk."""
 
         def refresh() -> None:
             version = _version(one.datastore.directory)
             one.datastore.refresh()
+            if isinstance(one.retriever, PooledRetriever) and not self._small(one.datastore):
+                one.retriever.close()
+                one.retriever = self._serve(one.datastore, one.uid)
             one.retriever.refresh()
             one.found = self._found(one.datastore, one.retriever, one.uid, version)
             one.version = version

@@ -12,7 +12,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
 from yaml import YAMLError
 
 from mmrag.config import KNN, SLUG, ConfigError, Decode, RetrievedAttention, Section, explain
@@ -70,6 +77,18 @@ class Decoding(Replicas):
     """Hypotheses extended in one step; further requests of the replica wait."""
 
 
+class Pool(Section):
+    """Actors that small datastores share."""
+
+    actors: PositiveInt
+    entries: NonNegativeInt
+    """Of the largest datastore that is in the pool, if it has one shard; larger ones have actors of
+    their own."""
+    memory_mb: PositiveFloat
+    """Keys that one actor holds in memory; beyond, the datastore asked for longest ago is closed
+    until it is asked for again."""
+
+
 class RetrieverReplicas(Replicas):
     """Datastores and their index shards."""
 
@@ -81,6 +100,7 @@ class RetrieverReplicas(Replicas):
     """How long a shard may take to answer before a step goes on without it."""
     idle_seconds: PositiveFloat
     """A shard that nobody has asked for so long ends; it starts again when it is needed."""
+    pool: Pool
 
 
 class Limits(Section):

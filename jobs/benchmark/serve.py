@@ -60,7 +60,7 @@ VICTIMS = {
     "encoder": "ray::ServeReplica:mmrag:encoder",
     "retriever": "ray::ServeReplica:mmrag:retriever",
     "decoder": DECODER,
-    "index shard": "ray::IndexShardActor",
+    "index shard": "ray::DatastorePool",
 }
 """Whom to kill -> what its process is called."""
 progress = Console(stderr=True, highlight=False)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError, RayActorError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError
 
 from cluster import shards
 from cluster.shards import (
@@ -277,8 +277,12 @@ def test_a_shard_that_takes_too_long_counts_as_missing_and_is_left_alone(
 
 def test_a_replica_that_failed_is_asked_again_once_it_answers_a_ping(living, local, monkeypatch):
     sharded = ShardedRetriever([[one] for one in living], RANGES, DESCRIPTION)
+
+    def late(*_, **__):
+        raise GetTimeoutError
+
     with monkeypatch.context() as patch:
-        patch.setattr(sharded, "_answer_seconds", 0)
+        patch.setattr(shards.ray, "get", late)
         assert sharded.search(queries(2), 4).missing_shards == 2
     assert sharded.search(queries(2), 4).missing_shards == 2
     assert sharded.ping(20) == 0

@@ -94,7 +94,7 @@ class Service:
         raise TimeoutError("the service did not become ready")
 
     def processes(self, kind: str) -> list[psutil.Process]:
-        """This session's processes of a deployment ("decoder"), or "IndexShardActor"."""
+        """This session's processes of a deployment ("decoder"), or "DatastorePool"."""
         replica = f"ServeReplica:{APPLICATION}:{kind}"
         found = []
         for process in psutil.Process().children(recursive=True):

@@ -60,8 +60,8 @@ def besieged(service, clip, datastore):
     return run
 
 
-def test_a_killed_index_shard_is_missed_by_nobody_for_long(service, besieged):
-    seen = besieged(lambda: killed(service, "IndexShardActor"))
+def test_a_killed_pool_of_datastores_is_missed_by_nobody_for_long(service, besieged):
+    seen = besieged(lambda: killed(service, "DatastorePool"))
     assert set(seen) <= {200, 503} and seen.count(200) > CALLERS
 
 
@@ -77,7 +77,7 @@ def test_a_killed_replica_costs_nobody_more_than_a_second_try(service, besieged,
 @pytest.mark.timeout(180)
 def test_everything_killed_at_once_comes_back(service, besieged):
     def kill():
-        for part in ("encoder", "decoder", "retriever", "IndexShardActor"):
+        for part in ("encoder", "decoder", "retriever", "DatastorePool"):
             killed(service, part)
 
     seen = besieged(kill)

@@ -405,7 +405,7 @@ def test_processes_are_found_by_title_and_only_among_ones_own(tmp_path):
     with ExitStack() as stack:
         stack.callback((other := subprocess.Popen([title, "60"], executable="sleep")).wait)
         stack.callback(other.kill)
-        with pretended(tmp_path, title, title + ".method", "ray::IndexShardActor") as service:
+        with pretended(tmp_path, title, title + ".method", "ray::DatastorePool") as service:
             assert len(service.processes(title)) == 2
             assert len(service.processes()) == 4
             assert service.memory_mb() > 1
@@ -413,7 +413,7 @@ def test_processes_are_found_by_title_and_only_among_ones_own(tmp_path):
 
 def test_everything_that_was_started_is_stopped_also_after_an_error(tmp_path):
     def fail() -> None:
-        with pretended(tmp_path, "ray::IndexShardActor") as service:
+        with pretended(tmp_path, "ray::DatastorePool") as service:
             left.extend(service.processes())
             raise KeyboardInterrupt
 
