@@ -331,7 +331,7 @@ def serve_shards(
         raise DatastoreError(f"no index of {datastore} is saved")
 
     def start(shard: int, replica: int) -> ActorHandle:
-        options: dict[str, Any] = {"num_cpus": num_cpus}
+        options: dict[str, Any] = {"num_cpus": num_cpus, "scheduling_strategy": "SPREAD"}
         if owner is not None:
             options |= {
                 "name": f"{owner}-{shard}-{replica}",

@@ -71,6 +71,16 @@ def add_commands(commands: Any) -> None:
     compacting.add_argument(
         "--all", action="store_true", help="also where there is little to merge or to erase"
     )
+    indexing = command("index", _index, "index it anew, beside the index that there is")
+    indexing.add_argument("directory", type=Path)
+    indexing.add_argument(
+        "--shards", type=int, default=1, help="in so many shards (default: %(default)s)"
+    )
+    indexing.add_argument("--kind", choices=("auto", "flat"), default="auto")
+    indexing.add_argument(
+        "--entry-bytes", type=int, help="auto: memory that an entry may take, its code and 8 bytes"
+    )
+    indexing.add_argument("--min-recall", type=float, help="below which it is not used")
     deleting = command("delete", _delete, "delete documents, by name")
     deleting.add_argument("directory", type=Path)
     deleting.add_argument("documents", nargs="+", metavar="DOCUMENT")
@@ -335,6 +345,19 @@ def _compact(options: argparse.Namespace) -> bool:
     return False
 
 
+def _index(options: argparse.Namespace) -> bool:
+    from mmrag.config import Index
+    from mmrag.retrieval.index import build_again
+
+    given = {"entry_bytes": options.entry_bytes, "min_recall": options.min_recall}
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = Index(kind=options.kind, shards=options.shards, **given)
+    for shard in build_again(options.directory, settings):
+        told = {"entries": shard.stop - shard.start, "chosen": shard.why, "recall": shard.recall}
+        _told(options, told, _shard((shard.why, shard.recall)))
+    return False
+
+
 def _delete(options: argparse.Namespace) -> bool:
     if options.url is not None:
         service = _service(options)
@@ -400,10 +423,11 @@ def _described(datastore: Datastore) -> dict[str, Any]:
 def _sizes(datastore: Datastore) -> list[tuple[str, int]]:
     """Bytes on the disk: keys, windows, the rest of the segments, the index."""
     sizes = {"keys": 0, "windows": 0, "names and numbers": 0, "index": 0}
+    indexes = {one.name for one in datastore.directory.glob("index*")}
     for file in datastore.directory.rglob("*"):
         if file.is_file():
             kind = file.stem if file.stem in sizes else "names and numbers"
-            kind = "index" if "index" in file.relative_to(datastore.directory).parts else kind
+            kind = "index" if file.relative_to(datastore.directory).parts[0] in indexes else kind
             sizes[kind] += file.stat().st_blocks * 512
     return list(sizes.items())
 

@@ -31,6 +31,8 @@ from mmrag.retrieval.held_out import NEAREST, HeldOutQueries
 from mmrag.retrieval.ivf import CODE_CENTROIDS, IVFPQ, LIST_POINTS
 from mmrag.retrieval.segment import DatastoreError, distances, prepare
 
+INDEX, POINTER = "index", "index.json"
+"""Of a datastore: the directory of its shards, and the file that names another one."""
 BLOCK = 16_384
 """Keys in memory at once where all of them are walked through."""
 
@@ -333,17 +335,53 @@ class IndexShard:
             )
         wanted = min(stop - start, needed * LIST_POINTS)
         sample = np.linspace(start, stop - 1, wanted).astype(np.int64)
-        self._index.train(self.datastore.keys_of(sample))
+        living = np.setdiff1d(sample, self.datastore.deleted)
+        self._index.train(self.datastore.keys_of(living if len(living) >= needed else sample))
 
 
 def shard_directory(datastore: Path, number: int) -> Path:
     """Where a datastore keeps its shard `number`."""
-    return datastore / "index" / f"shard-{number:05d}"
+    return _index_directory(datastore) / f"shard-{number:05d}"
 
 
 def saved_shards(datastore: Path) -> list[Path]:
     """The directories of a datastore's shards, in order of their entries."""
-    return sorted((datastore / "index").glob("shard-*"))
+    return sorted(_index_directory(datastore).glob("shard-*"))
+
+
+def _index_directory(datastore: Path) -> Path:
+    """`index`, or what POINTER names once it was built anew."""
+    try:
+        return datastore / json.loads((datastore / POINTER).read_text())["directory"]
+    except FileNotFoundError:
+        return datastore / INDEX
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatastoreError(f"{datastore / POINTER} is damaged: {error}") from None
+
+
+def build_again(directory: Path | str, settings: Index, seed: int = 0) -> list[IndexShard]:
+    """Index a datastore anew, in `settings.shards` shards, beside the index that there is; what
+    opens the datastore from now on finds the new one.
+
+    Whoever holds the old index may go on; it is removed when the next one is built. Raises what
+    `IndexShard.build` raises, and then the old index stays.
+    """
+    directory = Path(directory).absolute()
+    datastore, current = Datastore.open(directory), _index_directory(directory)
+    fresh = directory / f"{INDEX}-{uuid4().hex[:8]}"
+    built = []
+    try:
+        for number, span in enumerate(shard_ranges(datastore.entries, settings.shards)):
+            built.append(IndexShard.build(datastore, *span, settings, seed))
+            built[-1].save(fresh / f"shard-{number:05d}")
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    write_json(directory / POINTER, {"directory": fresh.name})
+    for old in [directory / INDEX, *directory.glob(f"{INDEX}-*")]:
+        if old not in (fresh, current):
+            shutil.rmtree(old, ignore_errors=True)
+    return built
 
 
 def chosen_index(shard: Path) -> tuple[str, float | None]:
@@ -366,7 +404,7 @@ def save_index(directory: Path | str) -> None:
     shard = IndexShard.build(datastore, 0, datastore.entries, Index(kind="flat", shards=1), seed=0)
     shard.save(shard_directory(aside, 0))
     try:
-        durable.rename(aside / "index", directory / "index")
+        durable.rename(aside / INDEX, directory / INDEX)
     except OSError:  # another process was first
         if not saved_shards(directory):
             raise

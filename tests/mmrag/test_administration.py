@@ -144,6 +144,17 @@ def test_what_cannot_be_put_in_or_looked_up_is_named_and_nothing_is_written(
     assert status == 1 and "a directory, or the --url" in errors
 
 
+def test_an_index_is_built_anew(directory, call):
+    status, lines, _ = call("index", directory, "--shards", 2, "--json")
+    told = [json.loads(line) for line in lines]
+    assert status == 0 and [one["entries"] for one in told] == [9, 9]
+    assert all(one["chosen"].startswith("flat: 9 keys") for one in told)
+    status, [line], _ = call("index", directory)
+    assert status == 0 and line == "flat: 18 keys are soon compared one by one"
+    status, _, errors = call("index", directory, "--shards", 0)
+    assert status == 1 and "shards" in errors
+
+
 def test_statistics_say_how_a_datastore_is_filled(directory, call):
     status, [line], _ = call("stats", directory, "--json")
     told = json.loads(line)

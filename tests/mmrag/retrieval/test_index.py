@@ -9,6 +9,7 @@ from mmrag.retrieval import sizing
 from mmrag.retrieval.datastore import Datastore, create, delete, publish, write_segment
 from mmrag.retrieval.index import (
     IndexShard,
+    build_again,
     save_index,
     saved_shards,
     shard_directory,
@@ -351,6 +352,46 @@ def test_what_a_mapped_index_takes_in_is_found_and_saved_with_it(tmp_path):
     whole = IndexShard.load(tmp_path / "whole", grown.datastore)
     assert whole.stop == 700
     assert_same(whole.search(queries, 7), expected)
+
+
+def test_an_index_is_built_again_in_other_shards_beside_the_one_that_is_in_use(tmp_path):
+    datastore = make(tmp_path, random_keys(600))
+    save_index(tmp_path)
+    in_use, queries = LocalRetriever.load(saved_shards(tmp_path), datastore), random_keys(4, seed=1)
+    append(tmp_path, "three", random_keys(60, seed=5), [9] * 60)
+    delete(tmp_path, [3, 300])
+    build_again(tmp_path, FLAT.model_copy(update={"shards": 3}))
+    again = LocalRetriever.load(saved_shards(tmp_path), Datastore.open(tmp_path))
+    assert [(one.start, one.stop) for one in again.shards] == shard_ranges(660, 3)
+    in_use.refresh()
+    assert_same(again.search(queries, 9), in_use.search(queries, 9))
+    coded = IVFPQ.model_copy(update={"shards": 2, "rerank": 300})
+    first = saved_shards(tmp_path)[0].parent
+    build_again(tmp_path, coded)
+    assert first.exists() and not (tmp_path / "index").exists(), "the one before is in use"
+    found = LocalRetriever.load(saved_shards(tmp_path), Datastore.open(tmp_path))
+    assert_same(found.search(queries, 9), in_use.search(queries, 9))
+    build_again(tmp_path, FLAT)
+    assert not first.exists() and len(saved_shards(tmp_path)) == 1
+
+
+def test_an_index_that_cannot_be_built_leaves_the_one_that_there_is(tmp_path):
+    make(tmp_path, random_keys(100))
+    save_index(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="needs at least 256 keys"):
+        build_again(tmp_path, IVFPQ)
+    assert sorted(tmp_path.iterdir()) == before
+    assert saved_shards(tmp_path)[0].parent.name == "index"
+
+
+def test_a_damaged_pointer_to_the_index_is_named(tmp_path):
+    make(tmp_path, random_keys(20))
+    build_again(tmp_path, FLAT)
+    for content in ("{", "{}", "[]"):
+        (tmp_path / "index.json").write_text(content)
+        with pytest.raises(DatastoreError, match=r"index\.json is damaged"):
+            saved_shards(tmp_path)
 
 
 def test_keys_are_read_as_they_lie_and_each_once(tmp_path, monkeypatch):
