@@ -2,7 +2,7 @@
 
 The manifests after --dev fit the calibration, which is saved beside the models; those after --test
 only tell how well it holds. Each manifest weighs the same: give speech that the models know, and
-speech that they do not.
+speech that they do not. After an `@` stand the domains that are read of one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.table import Table
@@ -41,8 +42,16 @@ BATCH = 16
 CLIPS = 300
 
 
+class Recordings(NamedTuple):
+    """A manifest, or what is of some domains in it."""
+
+    path: Path
+    domains: frozenset[str] = frozenset()
+    """None for all of them."""
+
+
 def run(
-    models: str, dev: Mapping[str, Path], test: Mapping[str, Path], clips: int = CLIPS
+    models: str, dev: Mapping[str, Recordings], test: Mapping[str, Recordings], clips: int = CLIPS
 ) -> Calibration:
     """Fit on the `dev` manifests, by name, save beside the models, and report on both.
 
@@ -53,14 +62,16 @@ def run(
     directory = shipped.find(models)
     recogniser = Recogniser.load(directory, calibrated=False)
     inputs = {"lm": artifact.load(directory / "lm", "lm")}
-    inputs |= {f"dev/{name}": artifact.outside(path) for name, path in dev.items()}
-    judged = {name: judge(recogniser, path, clips) for name, path in dev.items()}
+    inputs |= {f"dev/{name}": artifact.outside(one.path) for name, one in dev.items()}
+    domains = {name: sorted(one.domains) for name, one in dev.items() if one.domains}
+    judged = {name: judge(recogniser, one, clips) for name, one in dev.items()}
     calibration = fit(judged)
     place = directory / CALIBRATION
-    with artifact.create(place, CALIBRATION, {"clips": clips}, inputs, force=True) as draft:
+    config = {"clips": clips, "domains": domains}
+    with artifact.create(place, CALIBRATION, config, inputs, force=True) as draft:
         calibration.save(draft.path)
         draft.summary["unclear"] = round(calibration.unclear, 3)
-    tested = {name: judge(recogniser, path, clips) for name, path in test.items()}
+    tested = {name: judge(recogniser, one, clips) for name, one in test.items()}
     console.print(_summary(calibration, {"dev": judged, "test": tested}))
     for split, sets in {"dev": judged, "test": tested}.items():
         if sets:
@@ -69,10 +80,11 @@ def run(
     return calibration
 
 
-def judge(recogniser: Recogniser, path: Path, clips: int) -> list[Judged]:
+def judge(recogniser: Recogniser, recordings: Recordings, clips: int) -> list[Judged]:
     """The transcripts of clips of a manifest, made without retrieval, and which words are right."""
     judged: list[Judged] = []
-    rows = [one for one in manifest.read(path) if _usable(one)]
+    path, domains = recordings
+    rows = [one for one in manifest.read(path) if _usable(one, domains)]
     chosen = [rows[n] for n in np.linspace(0, len(rows) - 1, min(clips, len(rows))).astype(int)]
     for start in range(0, len(chosen), BATCH):
         read: list[Utterance] = []
@@ -89,9 +101,11 @@ def judge(recogniser: Recogniser, path: Path, clips: int) -> list[Judged]:
             text = " ".join(word.text for word in found)
             wrong = word_error_rate([one.text], [text], resamples=1).rate
             sure = [word.probability for word in found]
-            judged.append(Judged(sure, right(one.text, found), wrong))
+            said = len(spoken(one.text).split())
+            judged.append(Judged(sure, right(one.text, found), wrong, said))
     if not judged:
-        raise ValueError(f"{printable(path)}: no clip with a transcript that could be read")
+        of = f" of {', '.join(sorted(domains))}" if domains else ""
+        raise ValueError(f"{printable(path)}: no clip{of} with a transcript that could be read")
     return judged
 
 
@@ -102,11 +116,12 @@ def right(reference: str, found: Sequence[Word]) -> list[bool]:
     return [all(next(parts, False) for _ in spoken(word.text).split()) for word in found]
 
 
-def _usable(one: Utterance | Rejection) -> bool:
+def _usable(one: Utterance | Rejection, domains: frozenset[str]) -> bool:
     if isinstance(one, Rejection):
         console.print(f"  left out: {one.source}: {one.reason}", markup=False)
         return False
-    return one.audio is not None and bool(spoken(one.text or ""))
+    wanted = not domains or one.domain in domains
+    return wanted and one.audio is not None and bool(spoken(one.text or ""))
 
 
 def _summary(
@@ -114,7 +129,7 @@ def _summary(
 ) -> Table:
     """A row a manifest: how wrong, how sure, and what is marked as unclear."""
     table = Table(title="Confidence", title_justify="left")
-    for column in ("clips", "", "transcripts", "words right", "confidence", "ECE"):
+    for column in ("clips", "", "transcripts", "WER", "words right", "confidence", "ECE"):
         table.add_column(column, justify="left" if column in ("clips", "") else "right")
     table.add_column("bad ones unclear", justify="right")
     table.add_column("good ones unclear", justify="right")
@@ -124,7 +139,8 @@ def _summary(
             bad, good = marked(calibration, judged)
             error = expected_calibration_error(sure, right)
             table.add_row(
-                *(name, split, str(len(judged)), f"{right.mean():.1%}", f"{sure.mean():.1%}"),
+                *(name, split, str(len(judged)), f"{_word_error_rate(judged):.1%}"),
+                *(f"{right.mean():.1%}", f"{sure.mean():.1%}"),
                 *(f"{error:.3f}", _share(bad), _share(good)),
             )
     return table
@@ -152,22 +168,28 @@ def _pooled(calibration: Calibration, judged: Sequence[Judged]) -> tuple[np.ndar
     return np.concatenate(sure), np.concatenate([np.array(one.correct, float) for one in judged])
 
 
+def _word_error_rate(judged: Sequence[Judged]) -> float:
+    errors = sum(one.error_rate * one.reference_words for one in judged)
+    return errors / sum(one.reference_words for one in judged)
+
+
 def _share(share: float) -> str:
     return "–" if np.isnan(share) else f"{share:.1%}"
 
 
-def _named(text: str) -> tuple[str, Path]:
-    name, equals, path = text.partition("=")
-    if not (name and equals and path):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=MANIFEST")
-    return name, Path(path)
+def _named(text: str) -> tuple[str, Recordings]:
+    name, equals, rest = text.partition("=")
+    path, at, domains = rest.partition("@")
+    if not (name and equals and path) or (at and not domains):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=MANIFEST[@DOMAIN,…]")
+    return name, Recordings(Path(path), frozenset(filter(None, domains.split(","))))
 
 
 def main() -> None:
     """Calibrate from the command line."""
     parser = argparse.ArgumentParser(prog="python -m jobs.calibrate", description=__doc__)
     parser.add_argument("--models", default=shipped.TINY, help="default: %(default)s")
-    named = {"nargs": "+", "type": _named, "metavar": "NAME=MANIFEST", "default": []}
+    named = {"nargs": "+", "type": _named, "metavar": "NAME=MANIFEST[@DOMAIN,…]", "default": []}
     parser.add_argument("--dev", required=True, help="what to fit on", **named)
     parser.add_argument("--test", help="what to report on besides", **named)
     parser.add_argument("--clips", type=int, default=CLIPS, help="of each (default: %(default)s)")

@@ -37,6 +37,7 @@ class Judged(NamedTuple):
     """Of its words."""
     error_rate: float
     """Of the transcript: word errors over reference words."""
+    reference_words: int = 1
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Confidence, calibrated on manifests from the command line."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -9,7 +10,7 @@ import soundfile
 from random_models import write_models
 
 from jobs import calibrate
-from jobs.calibrate import right
+from jobs.calibrate import Recordings, right
 from mmrag.config import LanguageModel
 from mmrag.model.vocabulary import SentencePieces, Vocabulary
 from mmrag.recogniser import CALIBRATION, Recogniser
@@ -46,7 +47,7 @@ def manifests(tmp_path, models):
     for name, each in rows.items():
         lines = "".join(json.dumps(row) + "\n" for row in each)
         (tmp_path / f"{name}.jsonl").write_text(lines)
-    return {name: tmp_path / f"{name}.jsonl" for name in rows}
+    return {name: Recordings(tmp_path / f"{name}.jsonl") for name in rows}
 
 
 def heard(recogniser, path):
@@ -84,8 +85,25 @@ def test_the_command_says_what_is_wrong(models, manifests, tmp_path, monkeypatch
         "--dev", f"own={tmp_path / 'empty.jsonl'}"
     )
     wanted = "needs words that are right and words that are wrong"
-    assert wanted in run("--dev", f"strange={manifests['strange']}")
+    assert wanted in run("--dev", f"strange={manifests['strange'].path}")
+    assert "no clip of nowhere with" in run("--dev", f"own={manifests['own'].path}@nowhere")
     assert not (models / CALIBRATION).exists()
+
+
+def test_domains_of_a_manifest_are_read_apart(models, manifests, tmp_path, capsys):
+    rows = []
+    for name, one in manifests.items():
+        for number, line in enumerate(one.path.read_text().splitlines()):
+            fields = {**json.loads(line), "utterance": f"{name}-{number}", "domain": name}
+            rows.append(json.dumps(fields))
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("\n".join(rows) + "\n")
+    apart = {name: Recordings(mixed, frozenset([name])) for name in manifests}
+    made = calibrate.run(str(models), apart, {})
+    assert made == calibrate.run(str(models), manifests, {})
+    assert made.fitted_on == {"own": 6, "strange": 6}
+    rows = re.findall(r"(own|strange) +.? *dev +.? *6 +.? *(\S+)%", capsys.readouterr().out)
+    assert rows == [("own", "0.0"), ("strange", "100.0")] * 2, "word error rates"
 
 
 def test_a_word_is_right_if_all_that_it_is_spoken_as_stands_there():
