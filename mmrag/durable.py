@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 
@@ -28,10 +29,17 @@ def sync(path: Path) -> None:
 def sync_tree(root: Path) -> None:
     """Wait until everything below a directory is on the disk, files before what names them."""
     below = [path for path in root.rglob("*") if not path.is_symlink()]
-    with ThreadPoolExecutor() as pool:  # a disk takes many at once in the time of one
-        list(pool.map(sync, (path for path in below if path.is_file())))
-        list(pool.map(sync, (path for path in below if path.is_dir())))
+    pool = _threads(os.getpid())
+    list(pool.map(sync, (path for path in below if path.is_file())))
+    list(pool.map(sync, (path for path in below if path.is_dir())))
     sync(root)
+
+
+@cache
+def _threads(process: int) -> ThreadPoolExecutor:
+    """Those of a process that flush, as a disk takes many at once in the time of one; a forked one
+    has none of its parent's."""
+    return ThreadPoolExecutor(thread_name_prefix=f"flush-{process}")
 
 
 def make_directory(path: Path) -> None:

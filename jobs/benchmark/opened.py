@@ -46,7 +46,7 @@ def measured(order: Opening) -> dict[str, Any]:
         for shard in shards:
             shard.search(queries, K)
     entries = sum(shard.stop - shard.start for shard in shards)
-    return {"seconds": seconds, "bytes_per_entry": (_private() - before) / entries}
+    return {"seconds": seconds, "private_bytes": _private() - before, "entries": entries}
 
 
 def _private() -> int:

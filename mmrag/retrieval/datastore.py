@@ -56,6 +56,7 @@ from mmrag.retrieval.stored import (
     StoredSegment,
     arrays_of,
     numbered,
+    open_documents,
     open_mapped,
     open_segment,
     read_json,
@@ -142,7 +143,7 @@ def publish(directory: Path | str, names: Sequence[str]) -> None:
                 raise DatastoreError(f"segment {name} of {directory} is published already")
             taken.add(name)
             new.append(open_segment(directory, name, description, published=False))
-        before = [open_segment(directory, one["name"], description) for one in listed["segments"]]
+        before = [open_documents(directory, one["name"]) for one in listed["segments"]]
         given, listed["documents"] = numbered(before, new, listed["documents"])
         for segment in given:
             path = directory / "segments" / segment.name

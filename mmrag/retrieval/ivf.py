@@ -1,9 +1,10 @@
 """Keys as short codes in inverted lists, by FAISS: which of them may be near a query.
 
-IVF-PQ (arXiv 1702.08734): a key is in the list of the centroid next to it, as the product-quantized
-key itself and not what is left of it, so that one table of distances serves all lists of a query
-and none has to be held in memory. Where a code has few bytes for the key's width, the key is turned
-first (OPQ, arXiv 1311.4055), into fewer dimensions.
+IVF-PQ (arXiv 1702.08734): a key is in the list of the centroid next to it, and its code is what it
+differs by, product-quantized. FAISS can hold tables of the centroids' own distances to all codes;
+they would take more memory than the codes, and few lists are visited, so they are left out. Where a
+code has few bytes for the key's width, the key is turned first (OPQ, arXiv 1311.4055), into fewer
+dimensions.
 
 A saved index is mapped, not read: its codes are the page cache's, and belong to all processes of a
 machine. What is added after that lies in memory beside it.
@@ -24,6 +25,9 @@ LIST_POINTS = 64
 """Keys that each list's centroid is trained on, if there are as many."""
 OPQ_POINTS = 65_536
 """Keys that a rotation is trained on, at most."""
+NO_TABLES = -1
+"""Of FAISS: do not compute tables beforehand."""
+MAPPED = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE
 TURNED_DIMENSIONS = 8
 """Dimensions that are left for each byte of a code where keys are turned."""
 
@@ -56,7 +60,7 @@ class IVFPQ:
             )
         coarse = faiss.IndexFlat(turned, metric)
         index = faiss.IndexIVFPQ(coarse, turned, settings.lists, settings.code_bytes, 8, metric)
-        index.by_residual = False
+        index.use_precomputed_table = NO_TABLES
         index.cp.seed = index.pq.cp.seed = seed % 2**31
         index.cp.max_points_per_centroid = LIST_POINTS
         index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1  # no warning
@@ -73,7 +77,7 @@ class IVFPQ:
     @classmethod
     def load(cls, file: Path) -> IVFPQ:
         """What `save` wrote; RuntimeError for a file that is damaged."""
-        return cls(faiss.read_index(str(file), faiss.IO_FLAG_MMAP), file)
+        return cls(faiss.read_index(str(file), MAPPED), file)
 
     @property
     def ntotal(self) -> int:
@@ -119,7 +123,8 @@ class IVFPQ:
         if self._fresh is None:
             faiss.write_index(self._saved, str(file))
             return
-        whole, fresh = faiss.read_index(str(self._file)), faiss.clone_index(self._fresh)
+        whole = faiss.read_index(str(self._file), faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
+        fresh = faiss.clone_index(self._fresh)
         whole.merge_from(fresh, whole.ntotal)
         faiss.write_index(whole, str(file))
 
@@ -136,7 +141,7 @@ def _search(
 
 def _emptied(file: Path) -> faiss.Index:
     """The index of a file, trained as it is and without a key."""
-    index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP)
+    index = faiss.read_index(str(file), MAPPED)
     inverted = faiss.extract_index_ivf(index)
     lists = faiss.ArrayInvertedLists(inverted.nlist, inverted.code_size)
     inverted.replace_invlists(lists, True)

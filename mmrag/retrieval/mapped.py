@@ -9,9 +9,11 @@ made here by `mmap(2)` itself.
 from __future__ import annotations
 
 import ctypes
+import io
 import math
 import mmap
 import os
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,8 @@ _C.mmap.argtypes = (
 )
 _C.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _FAILED = ctypes.c_void_p(-1).value
+HEADER = 128
+"""Bytes that numpy writes before an array of one or two dimensions."""
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -40,19 +44,28 @@ def open_array(path: Path) -> np.ndarray:
     Raises OSError for a file that cannot be read or mapped, ValueError for one that is no npy file,
     holds Python objects or ends too early.
     """
-    with path.open("rb") as stream:
-        version = np.lib.format.read_magic(stream)
-        if version not in _HEADERS:
-            raise ValueError(f"npy format {version[0]}.{version[1]} is not read here")
-        shape, by_column, dtype = _HEADERS[version](stream)
-        if dtype.hasobject:
-            raise ValueError("it holds Python objects")
-        start, size = stream.tell(), os.fstat(stream.fileno()).st_size
+    with path.open("rb", buffering=0) as stream:
+        start, shape, by_column, dtype = _header(stream.read(HEADER))
+        size = os.fstat(stream.fileno()).st_size
         stop = start + math.prod(shape) * dtype.itemsize
         if size < stop:
             raise ValueError(f"it ends after {size} of {stop} bytes")
         contents = np.asarray(_Map(stream.fileno(), stop))
     return contents[start:stop].view(dtype).reshape(shape, order="F" if by_column else "C")
+
+
+@lru_cache(1024)
+def _header(first: bytes) -> tuple[int, tuple[int, ...], bool, np.dtype]:
+    """Where the contents begin, their shape, whether they lie by column, and their type; of the
+    first HEADER bytes of an npy file. Segments of a size have the same."""
+    stream = io.BytesIO(first)
+    version = np.lib.format.read_magic(stream)
+    if version not in _HEADERS:
+        raise ValueError(f"npy format {version[0]}.{version[1]} is not read here")
+    shape, by_column, dtype = _HEADERS[version](stream)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects")
+    return stream.tell(), shape, by_column, dtype
 
 
 class _Map:

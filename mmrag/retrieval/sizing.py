@@ -14,9 +14,9 @@ LISTS = 4
 LISTS_MULTIPLE = 64
 ID_BYTES = 8
 """Of an entry in an inverted list, beside its code."""
-CODE_DIMENSIONS = 8
+CODE_DIMENSIONS = 4
 """Dimensions for a byte of a code, if the memory allows it."""
-SCANNED, MOST_SCANNED = 8_000, 30_000
+SCANNED, MOST_SCANNED = 2_000, 30_000
 """Codes that a query is compared with: where tuning begins, and what it may come to."""
 RERANKED, MOST_RERANKED = 4, 16
 """Likewise of the keys that are read for each neighbour asked for."""
@@ -68,7 +68,8 @@ def wider(settings: Index, entries: int) -> list[Index]:
 
 def _code(width: int, most: int) -> tuple[int, bool]:
     """Bytes of a code, and whether keys are turned into fewer dimensions first."""
-    wanted = max(1, width // CODE_DIMENSIONS)
-    if wanted <= most:
-        return max(each for each in range(1, wanted + 1) if width % each == 0), False
+    wanted = min(most, max(1, width // CODE_DIMENSIONS))
+    whole = max(each for each in range(1, wanted + 1) if width % each == 0)
+    if whole * TURNED_DIMENSIONS >= width:
+        return whole, False
     return min(most, width // TURNED_DIMENSIONS), True

@@ -39,6 +39,8 @@ TABLES = {
 }
 """What a segment says of its utterances and documents."""
 IDS = "document_ids"
+LITTLE = 1 << 22
+"""Bytes that are hashed sooner than threads are started."""
 SUMS = "checksums.json"
 """In a segment: the digest of each of its files."""
 
@@ -95,8 +97,11 @@ def checksums(directory: Path, names: Sequence[str] = ()) -> dict[str, str]:
         with file.open("rb") as stream:
             return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
+    names = [file.name for file in files]
+    if sum(file.stat().st_size for file in files) < LITTLE:
+        return dict(zip(names, map(digested, files), strict=True))
     with ThreadPoolExecutor() as pool:  # which hashes without Python's lock
-        return dict(zip((file.name for file in files), pool.map(digested, files), strict=True))
+        return dict(zip(names, pool.map(digested, files), strict=True))
 
 
 def read_checksums(directory: Path) -> dict[str, str]:
@@ -165,6 +170,23 @@ def open_segment(
                 f"not {np.dtype(dtype)} {shape}"
             )
     return StoredSegment(name, arrays)
+
+
+class _Opened(dict):
+    """The arrays of a segment by field, each mapped when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def __missing__(self, field: str) -> np.ndarray:
+        self[field] = open_mapped(self._path / f"{field}.npy")
+        return self[field]
+
+
+def open_documents(directory: Path, name: str) -> StoredSegment:
+    """A published segment to ask for its documents: what is not needed for that stays unread."""
+    return StoredSegment(name, _Opened(directory / "segments" / name))
 
 
 def arrays_of(name: str, segment: Segment, description: Description) -> dict[str, np.ndarray]:

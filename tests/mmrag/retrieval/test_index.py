@@ -307,7 +307,7 @@ def test_auto_sizes_the_index_and_searches_more_until_it_is_good(tmp_path, monke
     monkeypatch.setattr(sizing, "SCANNED", 40)
     monkeypatch.setattr(sizing, "RERANKED", 1)
     monkeypatch.setattr(sizing, "GOOD_RECALL", 0.999)
-    auto = Index(kind="auto", shards=1, entry_bytes=12)
+    auto = Index(kind="auto", shards=1, entry_bytes=10)
     datastore = make(tmp_path, clusters(4000, 16))
     shard = IndexShard.build(datastore, 0, 4000, auto, seed=0)
     assert shard.settings.kind == "ivfpq" and "4,000 keys in 256 lists" in shard.why

@@ -40,7 +40,13 @@ def test_lists_codes_and_probes_keep_to_what_was_asked_for(entries, width, memor
 
 @pytest.mark.parametrize(
     ("width", "memory", "code", "turned"),
-    [(192, 136, 24, False), (256, 136, 32, False), (4096, 136, 128, True), (256, 24, 16, True)],
+    [
+        (192, 136, 48, False),
+        (256, 136, 64, False),
+        (256, 40, 32, False),
+        (4096, 136, 128, True),
+        (256, 24, 16, True),
+    ],
 )
 def test_wide_keys_are_turned_into_what_their_codes_hold(width, memory, code, turned):
     settings = Index(kind="auto", shards=1, entry_bytes=memory)
