@@ -30,6 +30,9 @@ class Index(Section):
     """ivfpq: inverted lists."""
     code_bytes: PositiveInt = 64
     """ivfpq: bytes a key; must divide the key's width, unless keys are turned."""
+    residual: bool = True
+    """ivfpq: whether a code stands for what a key differs by from its list's centroid, which is
+    nearer to the truth and slower to compare, or for the key itself."""
     turned: bool = False
     """ivfpq: whether keys are turned into eight dimensions a byte before they are coded (OPQ)."""
     probes: PositiveInt = 32

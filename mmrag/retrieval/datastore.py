@@ -68,7 +68,7 @@ COMPACTING = ".compacting"
 """The lock of whoever merges segments."""
 FORMAT = 2
 """Of the files below; 1 held every name and number in memory."""
-MANY_ROWS = 1024
+MANY_ROWS = 4096
 """Rows from which on READERS threads read: a disk answers many requests at a time."""
 READERS = 8
 

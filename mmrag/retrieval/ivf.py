@@ -1,10 +1,10 @@
 """Keys as short codes in inverted lists, by FAISS: which of them may be near a query.
 
-IVF-PQ (arXiv 1702.08734): a key is in the list of the centroid next to it, and its code is what it
-differs by, product-quantized. FAISS can hold tables of the centroids' own distances to all codes;
-they would take more memory than the codes, and few lists are visited, so they are left out. Where a
-code has few bytes for the key's width, the key is turned first (OPQ, arXiv 1311.4055), into fewer
-dimensions.
+IVF-PQ (arXiv 1702.08734): a key is in the list of the centroid next to it, and its code is the key
+itself, product-quantized, or what it differs by from the centroid. For the latter FAISS can hold
+tables of the centroids' distances to all codes, which would take more memory than the codes; they
+are computed for the few lists that are visited. Where a code has few bytes for the key's width, the
+key is turned first (OPQ, arXiv 1311.4055), into fewer dimensions.
 
 A saved index is mapped, not read: its codes are the page cache's, and belong to all processes of a
 machine. What is added after that lies in memory beside it.
@@ -22,7 +22,7 @@ from mmrag.config import Index
 CODE_CENTROIDS = 256
 """Centroids of one byte of a code."""
 LIST_POINTS = 64
-"""Keys that each list's centroid is trained on, if there are as many."""
+"""Keys that each centroid is trained on, if there are as many."""
 OPQ_POINTS = 65_536
 """Keys that a rotation is trained on, at most."""
 NO_TABLES = -1
@@ -61,8 +61,9 @@ class IVFPQ:
         coarse = faiss.IndexFlat(turned, metric)
         index = faiss.IndexIVFPQ(coarse, turned, settings.lists, settings.code_bytes, 8, metric)
         index.use_precomputed_table = NO_TABLES
+        index.by_residual = settings.residual
         index.cp.seed = index.pq.cp.seed = seed % 2**31
-        index.cp.max_points_per_centroid = LIST_POINTS
+        index.cp.max_points_per_centroid = index.pq.cp.max_points_per_centroid = LIST_POINTS
         index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1  # no warning
         if not settings.turned:
             return cls(index)

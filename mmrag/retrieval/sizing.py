@@ -14,7 +14,7 @@ LISTS = 4
 LISTS_MULTIPLE = 64
 ID_BYTES = 8
 """Of an entry in an inverted list, beside its code."""
-CODE_DIMENSIONS = 4
+CODE_DIMENSIONS = 2
 """Dimensions for a byte of a code, if the memory allows it."""
 SCANNED, MOST_SCANNED = 2_000, 30_000
 """Codes that a query is compared with: where tuning begins, and what it may come to."""
@@ -38,6 +38,7 @@ def chosen(settings: Index, entries: int, width: int) -> tuple[Index, str]:
         "lists": lists,
         "code_bytes": code,
         "turned": turned,
+        "residual": turned or width > CODE_DIMENSIONS * code,
         "probes": probes(SCANNED, lists, entries),
         "rerank": RERANKED,
     }

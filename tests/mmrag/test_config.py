@@ -207,8 +207,8 @@ ROLES = {
     "workers.num_gpus:o",
     "datastore": "name:o source:o splits domain utterances audio voices kokoro:o paired_share "
     "metric entries window batch_tokens:o part_utterances:l local:o index.kind index.shards "
-    "index.lists index.entry_bytes index.min_recall index.turned index.code_bytes index.probes "
-    "index.rerank workers.count:o workers.num_cpus:o workers.num_gpus:o",
+    "index.lists index.entry_bytes index.min_recall index.residual index.turned index.code_bytes "
+    "index.probes index.rerank workers.count:o workers.num_cpus:o workers.num_gpus:o",
     "knn": "k weight temperature gate certain query",
     "attention": "k stride whole gate certain",
     "decode": "beams length_penalty tokens_per_second max_seconds speech agreement unclear:o "

@@ -41,8 +41,8 @@ def test_lists_codes_and_probes_keep_to_what_was_asked_for(entries, width, memor
 @pytest.mark.parametrize(
     ("width", "memory", "code", "turned"),
     [
-        (192, 136, 48, False),
-        (256, 136, 64, False),
+        (192, 136, 96, False),
+        (256, 136, 128, False),
         (256, 40, 32, False),
         (4096, 136, 128, True),
         (256, 24, 16, True),
