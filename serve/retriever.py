@@ -13,13 +13,12 @@ import json
 import logging
 import re
 import shutil
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TypeVar
 from uuid import uuid4
 
 import numpy as np
@@ -51,17 +50,13 @@ from serve.messages import (
     UnknownDatastore,
 )
 from serve.model import described, retrieval_defaults, tuned_below
+from serve.parts import PART_SENTENCES, in_order, parts
 from serve.settings import Settings
 
-PART_SENTENCES, PART_CHARACTERS = 16, 800
-"""The most that is spoken, encoded and read at once: other callers' clips wait for it."""
-PARTS_AHEAD = 2
-"""Parts of a request that are on their way at a time: one is spoken while another is read."""
 KEPT_OPEN = 500
 """Datastores in the pool that a replica has open itself: each maps a dozen files a segment."""
 REMEMBERED = 20_000
 """Phrases of requests that a replica keeps, spoken and read."""
-T = TypeVar("T")
 log = logging.getLogger("ray.serve")
 
 
@@ -379,13 +374,13 @@ class Retriever:
         """Recordings as entries, an entry a token of what is said in them."""
         said = [[Utterance(id=uuid4().hex, text=text, document=text)] for text in texts]
         encoding = (self._encoder.encode.remote(wave) for [wave] in waves)
-        encoded = await _in_order(encoding, PART_SENTENCES)
+        encoded = await in_order(encoding, PART_SENTENCES)
         for text, one in zip(texts, encoded, strict=True):
             if one is None:
                 raise InvalidRequest(f"nobody speaks in the recording of {text!r}")
         units = iter([one.units for one in encoded])
-        parts = [[(one, next(units)) for one in part] for part in _parts(said)]
-        return await _in_order(self._read(*zip(*p, strict=True), "all") for p in parts)
+        paired = [[(one, next(units)) for one in part] for part in parts(said)]
+        return await in_order(self._read(*zip(*p, strict=True), "all") for p in paired)
 
     async def _read_spoken(
         self,
@@ -406,7 +401,7 @@ class Retriever:
             units = await self._encoder.synthesize.remote([one.text for one in part])
             return keep(await self._read(part, units, kind))
 
-        return await _in_order(read(part) for part in _parts(groups))
+        return await in_order(read(part) for part in parts(groups))
 
     async def _read(
         self, said: Sequence[Utterance], units: Sequence[Encoded], kind: str
@@ -419,43 +414,6 @@ class Retriever:
         """Each phrase's carrier sentences."""
         said = utterances(phrases, spoken=self._vocabulary.spoken)
         return [list(group) for _, group in groupby(said, lambda one: one.document)]
-
-
-def _parts(groups: Sequence[Sequence[Utterance]]) -> Iterator[list[Utterance]]:
-    """Groups put together, up to PART_SENTENCES and PART_CHARACTERS; one group is always a part."""
-    part: list[Utterance] = []
-    for group in groups:
-        more = [*part, *group]
-        characters = sum(len(one.text) for one in more)
-        if part and (len(more) > PART_SENTENCES or characters > PART_CHARACTERS):
-            yield part
-            more = list(group)
-        part = more
-    if part:
-        yield part
-
-
-async def _in_order(calls: Iterable[Awaitable[T]], at_once: int = PARTS_AHEAD) -> list[T]:
-    """What the calls return, so many of them under way at a time; all are given up if one fails."""
-    results: list[T] = []
-    waiting: deque[asyncio.Future[T]] = deque()
-    try:
-        for call in calls:
-            waiting.append(asyncio.ensure_future(_awaited(call)))
-            if len(waiting) >= at_once:
-                results.append(await waiting[0])
-                waiting.popleft()
-        while waiting:
-            results.append(await waiting[0])
-            waiting.popleft()
-    finally:
-        for one in waiting:
-            one.cancel()
-    return results
-
-
-async def _awaited(call: Awaitable[T]) -> T:
-    return await call
 
 
 def _publish(directory: Path, segments: Sequence[Segment]) -> None:

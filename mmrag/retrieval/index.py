@@ -222,8 +222,8 @@ class IndexShard:
         """The k nearest entries to each query, as `Retriever.search` says.
 
         Distances are exact float32; ties go to the lower entry id. `settings` have other probes and
-        rerank than the shard's own. Raises ValueError for queries
-        of another width than the keys, or one exclusion too many or too few.
+        rerank than the shard's own. Raises ValueError for queries of another width than the keys,
+        or one exclusion too many or too few.
         """
         settings = settings or self.settings
         metric, width = self.datastore.description.metric, self.datastore.description.width
