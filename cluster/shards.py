@@ -97,7 +97,10 @@ class IndexShardActor(Idling):
         keys are copied there, and read where they are until then."""
         self._datastore = Datastore.open(datastore)
         self._shard = IndexShard.load(shard, self._datastore)
-        self._last = shard.name == saved_shards(datastore)[-1].name
+        beside = sorted(
+            shard.parent.glob("shard-*")
+        )  # those of its index, if another was built since
+        self._last = shard.name == beside[-1].name
         self._shard.refresh(self._last)
         self._local, self._copying = local, threading.Lock()
         self._localize()
@@ -321,9 +324,9 @@ def serve_shards(
     Actors with an `owner` are named `<owner>-<shard>-<replica>`: whoever asks for the same owner
     shares them, whatever its `datastore`, and they outlive this process. With `idle_seconds` they
     end once nobody has asked them anything for that long; with `local` they copy their keys to that
-    directory on their machines. Raises DatastoreError if no index is
-    saved, PlacementError, naming the setting `key` of `num_cpus`, if the cluster cannot hold the
-    actors, RayActorError if one cannot load its shard.
+    directory on their machines. Raises DatastoreError if no index is saved, PlacementError, naming
+    the setting `key` of `num_cpus`, if the cluster cannot hold the actors, RayActorError if one
+    cannot load its shard.
     """
     datastore = Path(datastore).absolute()
     shards = saved_shards(datastore)

@@ -26,6 +26,7 @@ from mmrag.records import NO_ENTRY
 from mmrag.retrieval.datastore import Datastore, create, delete, publish, write_segment
 from mmrag.retrieval.index import (
     IndexShard,
+    build_again,
     save_index,
     saved_shards,
     shard_directory,
@@ -499,3 +500,17 @@ def lives(process: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def test_an_actor_of_an_index_that_another_took_the_place_of_goes_on_taking_in(serving, growing):
+    served = serving(growing)
+    build_again(growing, Index(kind="flat", shards=5))
+    for actor in replicas_of(served):
+        ray.kill(actor, no_restart=False)
+    until(lambda: served.search(queries(1), 1).missing_shards)
+    until(lambda: not served.ping(5))
+    append(growing, "later", 15, seed=8)
+    served.refresh()
+    again = serving(growing)
+    assert len(replicas_of(again)) == 5
+    assert_same(served.search(queries(4), 120), again.search(queries(4), 120))
