@@ -5,8 +5,6 @@ nobody else's waiting."""
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +36,16 @@ class DatastorePool(Idling):
         self._end_when_idle(idle_seconds)
 
     @asked
-    def range(self) -> tuple[int, int]:
-        """Answers."""
-        return 0, 0
-
-    @asked
     def opened(self) -> list[str]:
         """The datastores that are open, the one that was asked last at the end."""
         return list(self._open)
 
     @asked
-    def forget(self, uid: str) -> None:
+    def range(self, uid: str, directory: Path) -> None:
+        """Says that the pool is alive; opens nothing."""
+
+    @asked
+    def forget(self, uid: str, directory: Path) -> None:
         """Close a datastore."""
         self._open.pop(uid, None)
 
@@ -69,11 +66,19 @@ class DatastorePool(Idling):
 
     def _retriever(self, uid: str, directory: Path) -> LocalRetriever:
         if uid not in self._open:
+            self._drop_deleted(directory)
             datastore = Datastore.open(directory)
             self._open[uid] = LocalRetriever.load(saved_shards(directory), datastore)
         self._open.move_to_end(uid)
         self._make_room()
         return self._open[uid]
+
+    def _drop_deleted(self, taken: Path) -> None:
+        """Close what is no more: its directory is gone, or `taken` by another datastore."""
+        for uid, one in list(self._open.items()):
+            place = one.datastore.directory
+            if place == taken or not place.exists():
+                del self._open[uid]
 
     def _make_room(self) -> None:
         while len(self._open) > 1 and (
@@ -86,56 +91,29 @@ def _bytes(retriever: LocalRetriever) -> int:
     return retriever.entries * retriever.datastore.description.width * KEY_BYTES
 
 
-@dataclass(frozen=True)
-class Pooled:
-    """A pool's actor, spoken to as if it were the actor of one datastore's only shard."""
-
-    pool: ActorHandle
-    uid: str
-    directory: Path
-
-    @property
-    def range(self) -> Remote:
-        return Remote(self.pool.range.remote)
-
-    @property
-    def refresh(self) -> Remote:
-        return Remote(partial(self.pool.refresh.remote, self.uid, self.directory))
-
-    @property
-    def search(self) -> Remote:
-        return self._of("search")
-
-    @property
-    def windows(self) -> Remote:
-        return self._of("windows")
-
-    @property
-    def passages(self) -> Remote:
-        return self._of("passages")
-
-    @property
-    def origins(self) -> Remote:
-        return self._of("origins")
-
-    def _of(self, method: str) -> Remote:
-        return Remote(partial(self.pool.ask.remote, self.uid, self.directory, method))
-
-
-@dataclass(frozen=True)
-class Remote:
-    """A method that is called in another process."""
-
-    remote: partial[ObjectRef]
-
-
 class PooledRetriever(ShardedRetriever):
-    """The `Retriever` contract over a datastore in a pool, as `ShardedRetriever` keeps it."""
+    """The `Retriever` contract over a datastore in a pool, whose actor holds its only shard."""
+
+    def __init__(
+        self,
+        pool: ActorHandle,
+        uid: str,
+        directory: Path,
+        span: tuple[int, int],
+        answer_seconds: float,
+    ) -> None:
+        """`uid` and `directory` are as the pool knows the datastore, `span` is its range."""
+        super().__init__([[pool]], [span], describe(directory), answer_seconds)
+        self._about = uid, directory
 
     def close(self) -> None:
         """Close the datastore, for everybody who shares the pool; the pool lives on."""
-        for replica in self._replicas[0]:
-            replica.pool.forget.remote(replica.uid)
+        self._call((0, 0), "forget")
+
+    def _call(self, place: tuple[int, int], method: str, *arguments: Any) -> ObjectRef:
+        if method in ("range", "refresh", "forget"):
+            return super()._call(place, method, *self._about)
+        return super()._call(place, "ask", *self._about, method, *arguments)
 
 
 def serve_pooled(
@@ -168,7 +146,6 @@ def serve_pooled(
         return DatastorePool.options(num_cpus=num_cpus, **options).remote(memory, idle_seconds)
 
     datastore = Path(datastore).absolute()
-    description = describe(datastore)
     with placing(Demand(key, 1, num_cpus, lower=key)):
         pool, span = ready(start(), start, uid, datastore)
-    return PooledRetriever([[Pooled(pool, uid, datastore)]], [span], description, answer_seconds)
+    return PooledRetriever(pool, uid, datastore, span, answer_seconds)

@@ -97,10 +97,8 @@ class IndexShardActor(Idling):
         keys are copied there, and read where they are until then."""
         self._datastore = Datastore.open(datastore)
         self._shard = IndexShard.load(shard, self._datastore)
-        beside = sorted(
-            shard.parent.glob("shard-*")
-        )  # those of its index, if another was built since
-        self._last = shard.name == beside[-1].name
+        # Of its own index: another one may have been built since.
+        self._last = shard.name == max(one.name for one in shard.parent.glob("shard-*"))
         self._shard.refresh(self._last)
         self._local, self._copying = local, threading.Lock()
         self._localize()
@@ -259,12 +257,7 @@ class ShardedRetriever:
                 for shard, order in orders.items()
                 if shard not in answers and attempt < len(order)
             ]
-            asked = {
-                (shard, number): getattr(self._replicas[shard][number], method).remote(
-                    *arguments[shard]
-                )
-                for shard, number in places
-            }
+            asked = {place: self._call(place, method, *arguments[place[0]]) for place in places}
             for (shard, _), answer in self._answers(asked, self._answer_seconds).items():
                 answers[shard] = answer
         return answers
@@ -290,11 +283,16 @@ class ShardedRetriever:
     def _ask_everyone(self, method: str, seconds: float) -> dict[_Place, Any]:
         """What each replica answers, also those that failed just now; without those that fail."""
         asked = {
-            (shard, number): getattr(replica, method).remote()
+            (shard, number): self._call((shard, number), method)
             for shard, replicas in enumerate(self._replicas)
-            for number, replica in enumerate(replicas)
+            for number in range(len(replicas))
         }
         return self._answers(asked, seconds)
+
+    def _call(self, place: _Place, method: str, *arguments: Any) -> ObjectRef:
+        """Have a replica work on something."""
+        shard, number = place
+        return getattr(self._replicas[shard][number], method).remote(*arguments)
 
     def _answers(self, asked: Mapping[_Place, ObjectRef], seconds: float) -> dict[_Place, Any]:
         """The answers of living actors that come in time; what they raise is raised here."""

@@ -47,7 +47,7 @@ class Recordings(NamedTuple):
 
     path: Path
     domains: frozenset[str] = frozenset()
-    """None for all of them."""
+    """Empty for all of them."""
 
 
 def run(

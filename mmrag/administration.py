@@ -167,19 +167,16 @@ def _listed(options: argparse.Namespace) -> bool:
 
 
 def _create(options: argparse.Namespace) -> bool:
+    texts = _lines(options.file) if options.file else []
     if options.url is not None:
         if options.text_only:
             raise ValueError("--text-only: an endpoint has texts said by its synthesizer")
-        texts = _lines(options.file) if options.file else []
         made = _service(options).create(str(options.directory), texts)
         return _told(options, made, f"{options.directory}: {made['entries']:,} entries")
     from mmrag import contents, recogniser
 
     models = recogniser.load(options.models)
-    contents.create(options.directory, models, spoken=not options.text_only)
-    added = 0
-    if options.file is not None:
-        added = contents.add(options.directory, _lines(options.file), models)
+    added = contents.create(options.directory, texts, models, spoken=not options.text_only)
     told = {"created": str(options.directory), "added": added}
     return _told(options, told, f"{printable(options.directory)}: {added:,} entries")
 

@@ -19,7 +19,7 @@ from mmrag.retrieval.compaction import compact
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.entries import read_entries
 from mmrag.retrieval.index import save_index, saved_shards
-from mmrag.retrieval.phrases import BATCH, PHRASE_WORDS, Progress, Say, description, speak
+from mmrag.retrieval.phrases import BATCH, Say, description, phrases_and_sentences, speak
 from mmrag.retrieval.retrievers import LocalRetriever
 from mmrag.retrieval.segment import DatastoreError, Segment
 from mmrag.speech import audio, vad
@@ -27,27 +27,29 @@ from mmrag.speech.tokenized import Tokenized
 from mmrag.transcribe import recognise
 
 
-def create(directory: Path, recogniser: AnyRecogniser, spoken: bool = True) -> None:
-    """Make an empty datastore for texts that a synthesizer says, or, not `spoken`, are read.
+def create(
+    directory: Path, texts: Sequence[str], recogniser: AnyRecogniser, spoken: bool = True
+) -> int:
+    """Make a datastore of texts, or of none, that a synthesizer says, or, not `spoken`, are read;
+    the entries they became.
 
-    DatastoreError for a directory that holds a datastore already.
+    DatastoreError for a directory that holds a datastore already, ValueError, before anything is
+    made, for a text that the models cannot listen for.
     """
     if (directory / "datastore.json").exists():
         raise DatastoreError(f"{directory} holds a datastore already: `add` puts more into it")
+    _check(texts, recogniser)
     say = recogniser.synthesizer() if spoken else None
     datastore.create(directory, description(recogniser.lm, recogniser.keyed_by, say))
     save_index(directory)
+    return add(directory, texts, recogniser)
 
 
-def add(
-    directory: Path,
-    texts: Sequence[str],
-    recogniser: AnyRecogniser,
-    progress: Progress | None = None,
-) -> int:
-    """Put texts into a datastore, each a document of its own; the entries they became.
+def add(directory: Path, texts: Sequence[str], recogniser: AnyRecogniser) -> int:
+    """Put texts into a datastore, each a document of its own, those that are there already left
+    out; the entries they became.
 
-    A phrase of up to PHRASE_WORDS words is put into carrier sentences and its own tokens alone are
+    A phrase (`phrases_and_sentences`) is put into carrier sentences and its own tokens alone are
     entries; of a longer text every token is. Raises DatastoreError for a datastore of other models
     or of recordings, ValueError, before anything is written, for a text that the models cannot
     listen for.
@@ -56,14 +58,14 @@ def add(
     store.require(recogniser.keyed_by)
     if store.description.audio == "paired":
         raise DatastoreError(f"{directory} is keyed over recordings: texts alone do not go into it")
-    texts = list(dict.fromkeys(" ".join(text.split()) for text in texts))
-    if refused := next(filter(None, map(recogniser.vocabulary.refusal, texts)), None):
-        raise ValueError(refused)
+    _check(texts, recogniser)
     say = recogniser.synthesizer() if store.description.audio == "spoken" else None
-    phrases = [text for text in texts if len(text.split()) <= PHRASE_WORDS]
-    longer = [text for text in texts if len(text.split()) > PHRASE_WORDS]
+    phrases, longer = (
+        [text for text in some if not len(store.entries_of([text]))]
+        for some in phrases_and_sentences(texts)
+    )
     names, added = [], 0
-    for segment in _segments(phrases, longer, recogniser, say, progress):
+    for segment in _segments(phrases, longer, recogniser, say):
         names.append(f"added-{uuid4().hex}")
         datastore.write_segment(directory, names[-1], segment)
         added += len(segment.tokens)
@@ -72,16 +74,21 @@ def add(
     return added
 
 
+def _check(texts: Sequence[str], recogniser: AnyRecogniser) -> None:
+    """ValueError for the first text that the models cannot listen for."""
+    if refused := next(filter(None, map(recogniser.vocabulary.refusal, texts)), None):
+        raise ValueError(refused)
+
+
 def _segments(
     phrases: Sequence[str],
     longer: Sequence[str],
     recogniser: AnyRecogniser,
     say: Say | None,
-    progress: Progress | None,
 ) -> Iterator[Segment]:
     lm, vocabulary = recogniser.lm, recogniser.vocabulary
     if phrases:
-        yield from speak(phrases, lm, vocabulary, say, progress)
+        yield from speak(phrases, lm, vocabulary, say)
     window = description(lm, {}, say).window
     for start in range(0, len(longer), BATCH):
         batch = longer[start : start + BATCH]
@@ -92,8 +99,6 @@ def _segments(
             for text, document, units in zip(said, batch, heard, strict=True)
         ]
         yield read_entries(lm, vocabulary, utterances, window, "all")
-        if progress is not None:
-            progress(start + len(batch), len(longer))
 
 
 @dataclass(frozen=True)
@@ -133,8 +138,7 @@ def look_up(
     if isinstance(query, Path):
         speech, tokens = _heard(recogniser, query, settings)
     else:
-        if refused := vocabulary.refusal(query):
-            raise ValueError(refused)
+        _check([query], recogniser)
         speech, tokens = None, vocabulary.encode(vocabulary.spoken(query))
     keys, following, _, _ = read_states(recogniser.lm, vocabulary, [tokens], [speech], logits=False)
     found = retriever.search(keys.cpu().numpy(), k)

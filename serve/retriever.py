@@ -36,7 +36,7 @@ from mmrag.retrieval import datastore as stored
 from mmrag.retrieval.compaction import compact
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.index import save_index, saved_shards
-from mmrag.retrieval.phrases import PHRASE_WORDS, Phrases, utterances
+from mmrag.retrieval.phrases import Phrases, phrases_and_sentences, utterances
 from mmrag.retrieval.segment import DatastoreError, Segment, join
 from mmrag.speech.tokenized import Tokenized
 from serve.handles import by_reference
@@ -356,9 +356,7 @@ class Retriever:
 
     async def _spoken(self, texts: Sequence[str]) -> list[Segment]:
         """Texts as entries: a phrase is said in carrier sentences, a sentence as it stands."""
-        texts = list(dict.fromkeys(" ".join(text.split()) for text in texts))
-        phrases = [text for text in texts if len(text.split()) <= PHRASE_WORDS]
-        longer = [text for text in texts if len(text.split()) > PHRASE_WORDS]
+        phrases, longer = phrases_and_sentences(texts)
         spoken = self._vocabulary.spoken
         sentences = [
             [Utterance(id=uuid4().hex, text=spoken(text), document=text)] for text in longer

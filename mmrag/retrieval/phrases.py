@@ -67,6 +67,14 @@ def utterances(
             )
 
 
+def phrases_and_sentences(texts: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Texts that are to be found again: phrases, and the longer ones that are sentences; each once,
+    its words a space apart."""
+    texts = list(dict.fromkeys(" ".join(text.split()) for text in texts))
+    short = {text: len(text.split()) <= PHRASE_WORDS for text in texts}
+    return [text for text in texts if short[text]], [text for text in texts if not short[text]]
+
+
 def read_lists(path: Path) -> dict[str, list[str]]:
     """Utterance id -> its phrases, from a file LISTS.
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -79,7 +80,7 @@ def pools(owner="pool-test"):
 
 
 def opened(served):
-    return ray.get(served._replicas[0][0].pool.opened.remote())
+    return ray.get(served._replicas[0][0].opened.remote())
 
 
 def until(happens, seconds=20):
@@ -103,7 +104,7 @@ def test_more_actors_divide_the_datastores_among_themselves(serving, tmp_path):
     directories = [made(tmp_path / f"of-{n}", 1) for n in range(12)]
     served = [serving(directory, "wide", actors=2) for directory in directories]
     assert sorted(pools("wide")) == ["wide-pool-0", "wide-pool-1"]
-    shares = {one._replicas[0][0].pool: opened(one) for one in served}
+    shares = {one._replicas[0][0]: opened(one) for one in served}
     assert sorted(chain(*shares.values())) == sorted(map(uid, directories))
     for retriever, directory in zip(served, directories, strict=True):
         assert_same(retriever, directory)
@@ -139,7 +140,7 @@ def test_what_was_published_and_deleted_is_known_after_a_refresh(serving, tmp_pa
 def test_a_pool_that_dies_is_missing_and_then_opens_what_it_is_asked_for(serving, tmp_path):
     directory = made(tmp_path / "one")
     served = serving(directory)
-    ray.kill(served._replicas[0][0].pool, no_restart=False)
+    ray.kill(served._replicas[0][0], no_restart=False)
     until(lambda: served.search(queries(1), 1).missing_shards)
     until(lambda: served.ping(5) == 0)
     assert_same(served, directory)
@@ -151,6 +152,20 @@ def test_closing_a_datastore_leaves_the_others_and_the_pool(serving, tmp_path):
     first.close()
     until(lambda: opened(second) == [uid(directories[1])])
     assert_same(second, directories[1])
+
+
+def test_what_was_deleted_or_replaced_is_not_kept_open(serving, tmp_path):
+    gone, replaced, third = (made(tmp_path / name) for name in ("gone", "replaced", "third"))
+    for directory in (gone, replaced):
+        serving(directory)
+    shutil.rmtree(gone)
+    shutil.rmtree(replaced)
+    made(replaced, 1)
+    given = ("f00d", "pool-test", 1, 0.05, MEMORY)
+    served = serve_pooled(replaced, *given, key="retriever.shard_cpus")
+    assert opened(served) == ["f00d"]
+    assert_same(served, replaced)
+    assert_same(serving(third), third)
 
 
 def test_a_pool_that_nobody_asks_ends_for_good(serving, tmp_path):

@@ -94,6 +94,7 @@ def test_a_datastore_is_made_of_texts_added_to_and_looked_up_in(tmp_path, call, 
     assert status == 0 and line.startswith(f"{place}: ") and line.endswith("entries more")
     store = Datastore.open(place)
     assert store.entries > told["added"]
+    assert call("add", place, more)[1] == [f"{place}: 0 entries more"], "it is there already"
     status, lines, _ = call("search", place, "please call zanab kuri today", "-k", 2, "--json")
     found = [json.loads(one) for one in lines]
     assert status == 0 and all(len(one["neighbours"]) == 2 for one in found)
@@ -136,6 +137,9 @@ def test_what_cannot_be_put_in_or_looked_up_is_named_and_nothing_is_written(
     status, _, errors = call("add", place, bad)
     assert status == 1 and "привет" in errors
     assert Datastore.open(place).entries == 0
+    for file, named in ((bad, "привет"), (tmp_path / "none.txt", "none.txt")):
+        status, _, errors = call("create", tmp_path / "never", file)
+        assert status == 1 and named in errors and not (tmp_path / "never").exists()
     status, _, errors = call("add", place, tmp_path / "none.txt")
     assert status == 1 and "none.txt" in errors
     status, _, errors = call("search", place, "anything", "-k", 0)
