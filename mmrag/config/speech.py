@@ -95,6 +95,10 @@ class Hubert(Section):
     stack: PositiveInt | None = None
     """With front mel, windows of 25 ms, 10 ms apart, whose bands make one frame; None for frames of
     one window, 20 ms apart."""
+    convolved: bool = False
+    """With stack, whether a frame is made of its windows by two convolutions, which also hear the
+    windows around it (as Whisper's encoder has them, arXiv 2212.04356), or holds them side by
+    side."""
     norm: Literal["layer_norm", "group_norm"]
     """layer_norm for HuBERT large's arrangement, group_norm for base's."""
     width: PositiveInt
@@ -110,6 +114,8 @@ class Hubert(Section):
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.stack and self.front != "mel":
             raise ValueError(f"stack {self.stack}: front {self.front} has no windows to stack")
+        if self.convolved and not self.stack:
+            raise ValueError("convolved: without stack a frame is one window")
         if self.layer > self.layers:
             raise ValueError(f"layer {self.layer} of an encoder with {self.layers} layers")
         return self
@@ -150,6 +156,9 @@ class Pretrain(Section):
     1904.08779)."""
     band_width: PositiveInt = 12
     """Bands in the longest of them."""
+    band_warp: float = Field(default=0, ge=0, le=0.3)
+    """With front mel, the largest share by which a crop's bands are stretched or squeezed, as
+    another speaker's longer or shorter throat would (VTLP, Jaitly and Hinton 2013)."""
     seen_weight: float = Field(default=0, ge=0)
     """Weight in the loss of a frame that is not masked; a masked one weighs 1."""
     balance: float = Field(default=1, ge=0, le=1)

@@ -73,6 +73,8 @@ class Batch(NamedTuple):
     """Of each clip whose phones are known and not when they are said."""
     bands: Tensor | None = None
     """Log-mel bands that are hidden, (B, M) bool."""
+    warps: Tensor | None = None
+    """What the places of a crop's bands are multiplied by, (B,)."""
 
     def groups(self, frames: Callable[[int], int]) -> Iterator[Batch]:
         """Its crops, those of like length together: little is computed for padding. `frames` says
@@ -90,6 +92,7 @@ class Batch(NamedTuple):
                 [self.clips[row] for row in rows],
                 [self.sequences[row] for row in rows],
                 None if self.bands is None else self.bands[rows],
+                None if self.warps is None else self.warps[rows],
             )
 
 
@@ -140,6 +143,7 @@ def draw(
     frames = torch.tensor([len(label) for label in labels])
     mask = mask_spans(frames, settings.mask_probability, settings.mask_length, generator)
     masks, width = settings.band_masks, min(settings.band_width, encoder.bands)
+    warp = settings.band_warp
     return Batch(
         waves=pad_sequence(crops, batch_first=True),
         lengths=torch.tensor([len(crop) for crop in crops]),
@@ -148,6 +152,7 @@ def draw(
         clips=clips,
         sequences=sequences,
         bands=mask_bands(len(crops), encoder.bands, masks, width, generator) if masks else None,
+        warps=1 + warp * (2 * torch.rand(len(crops), generator=generator) - 1) if warp else None,
     )
 
 

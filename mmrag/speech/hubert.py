@@ -59,6 +59,7 @@ class HubertEncoder(nn.Module):
         normalize: bool,
         mel: bool = False,
         stack: int | None = None,
+        convolved: bool = False,
     ) -> None:
         """Random weights; `create`, `from_published` and `load` are the usual ways in.
 
@@ -66,7 +67,8 @@ class HubertEncoder(nn.Module):
         ignored. `layer` (1 = first) is the transformer layer whose output are the features.
         `normalize` scales each clip to zero mean and unit variance first. `mel` puts as many
         log-mel bands as the convolutions have channels in their place, over the same windows; or,
-        with `stack`, those of so many windows of MEL_FIELD samples, MEL_HOP apart, together.
+        with `stack`, those of so many windows of MEL_FIELD samples, MEL_HOP apart, together:
+        side by side, or `convolved`.
         """
         super().__init__()
         layers = architecture["encoder_num_layers"]
@@ -78,12 +80,17 @@ class HubertEncoder(nn.Module):
         self.normalize = normalize
         self.mel = mel
         self.stack = stack
+        self.convolved = convolved
         self.model = wav2vec2_model(**self.architecture)
         shapes = self.architecture["extractor_conv_layer_config"]
         self.field, self.hop = window([(kernel, stride) for _, kernel, stride in shapes])
         if mel and stack:
             self.model.feature_extractor = LogMel(shapes[-1][0] // stack, MEL_FIELD, MEL_HOP, stack)
             self.field, self.hop = MEL_FIELD + (stack - 1) * MEL_HOP, MEL_HOP * stack
+            if convolved:
+                width = self.architecture["encoder_embed_dim"]
+                projection = ConvolvedWindows(shapes[-1][0] // stack, stack, width)
+                self.model.encoder.feature_projection = projection
         elif mel:
             self.model.feature_extractor = LogMel(shapes[-1][0], self.field, self.hop)
         self.width: int = self.architecture["encoder_embed_dim"]
@@ -120,7 +127,8 @@ class HubertEncoder(nn.Module):
         with seeded_at(seed):
             mel = config.front == "mel"
             normalize = large or mel
-            encoder = cls(architecture, config.layer, normalize, mel=mel, stack=config.stack)
+            front = {"mel": mel, "stack": config.stack, "convolved": config.convolved}
+            encoder = cls(architecture, config.layer, normalize, **front)
             for module in encoder.model.feature_extractor.modules():
                 if isinstance(module, nn.Conv1d):
                     nn.init.kaiming_normal_(module.weight)
@@ -158,6 +166,7 @@ class HubertEncoder(nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         stacked = {"stack": self.stack} if self.stack else {}
+        stacked |= {"convolved": True} if self.convolved else {}
         state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
         save_file(state, directory / "hubert.safetensors")
         write_json(
@@ -222,15 +231,23 @@ class HubertEncoder(nn.Module):
         """Log-mel bands of a window; 0 where convolutions hear the wave."""
         return self.model.feature_extractor.bands if self.mel else 0
 
-    def project(self, waves: Tensor, lengths: Tensor, hidden: Tensor | None = None) -> Tensor:
+    def project(
+        self,
+        waves: Tensor,
+        lengths: Tensor,
+        hidden: Tensor | None = None,
+        warps: Tensor | None = None,
+    ) -> Tensor:
         """Prepared waves (B, T) of `lengths` (B,) samples to transformer inputs (B, F, D).
 
         Rows beyond a clip's own frames are arbitrary. `hidden` (B, bands) bool are log-mel bands
-        that the transformer is not shown.
+        that the transformer is not shown, `warps` (B,) what the bands' places are multiplied by.
         """
         if self.mel:
             frames = torch.tensor([self.frames(length) for length in lengths.tolist()])
-            output = self.model.feature_extractor(waves, frames.to(waves.device), hidden)
+            output = self.model.feature_extractor(waves, frames.to(waves.device), hidden, warps)
+            if self.convolved:
+                return self.model.encoder.feature_projection(output, frames.to(waves.device))
         elif self.architecture["extractor_mode"] == "group_norm":
             # The norm's statistics run over time: a clip has to be alone to be without padding.
             clips = zip(waves, lengths.tolist(), strict=True)
@@ -298,9 +315,18 @@ class LogMel(nn.Module):
             SAMPLE_RATE, n_fft=field, hop_length=hop, center=False, n_mels=bands, f_min=20.0
         )
 
-    def forward(self, waves: Tensor, frames: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """Waves (B, T), `frames` (B,) of them real, to bands (B, F, stack * M); those that are
-        `hidden` (B, M) are at their mean."""
+    def forward(
+        self,
+        waves: Tensor,
+        frames: Tensor,
+        hidden: Tensor | None = None,
+        warps: Tensor | None = None,
+    ) -> Tensor:
+        """Waves (B, T), `frames` (B,) of them real, to bands (B, F, stack * M).
+
+        With `warps` (B,), band m holds what was heard at m times the warp, between two bands or in
+        the last; those that are `hidden` (B, M) are at their mean.
+        """
         bands = (self.power(waves) + 1e-4).log().transpose(1, 2)
         bands = bands[:, : bands.shape[1] // self.stack * self.stack]
         windows = frames * self.stack
@@ -309,9 +335,40 @@ class LogMel(nn.Module):
         centred = bands - (bands * inside).sum(1, keepdim=True) / count
         variance = (centred.square() * inside).sum(1, keepdim=True) / count
         scaled = centred / (variance + 1e-5).sqrt()
+        if warps is not None:
+            places = torch.arange(self.bands, device=waves.device) * warps[:, None]
+            below = places.long().clamp(max=self.bands - 1)
+            above = (below + 1).clamp(max=self.bands - 1)
+            lower, upper = (
+                scaled.gather(2, at[:, None].expand_as(scaled)) for at in (below, above)
+            )
+            scaled = lower.lerp(upper, (places - below).clamp(max=1)[:, None])
         if hidden is not None:
             scaled = scaled.masked_fill(hidden[:, None], 0.0)
         return scaled.reshape(len(scaled), -1, self.stack * scaled.shape[-1])
+
+
+class ConvolvedWindows(nn.Module):
+    """Frames of `stack` windows of bands to the transformer's inputs: a convolution over five
+    windows, and one over a frame's own and one on either side."""
+
+    def __init__(self, bands: int, stack: int, width: int) -> None:
+        super().__init__()
+        self.stack = stack
+        self.windows = nn.Conv1d(bands, width, 5, padding=2)
+        self.frames = nn.Conv1d(width, width, stack + 2, stride=stack, padding=1)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, stacked: Tensor, frames: Tensor) -> Tensor:
+        """Bands (B, F, stack * M), `frames` (B,) of them real, to (B, F, D).
+
+        A clip ends in zeros, as it would alone.
+        """
+        windows = stacked.reshape(len(stacked), stacked.shape[1] * self.stack, -1).transpose(1, 2)
+        inside = torch.arange(windows.shape[2], device=frames.device) < frames[:, None] * self.stack
+        inside = inside[:, None]
+        heard = F.gelu(self.windows(windows * inside)) * inside
+        return self.norm(F.gelu(self.frames(heard)).transpose(1, 2))
 
 
 def _from_bundle(name: str) -> tuple[dict[str, Any], dict[str, Tensor], bool]:

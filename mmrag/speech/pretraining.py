@@ -59,6 +59,7 @@ class MaskedPrediction(nn.Module):
         seen_weight: float = 0.0,
         sequences: Sequence[Tensor | None] | None = None,
         bands: Tensor | None = None,
+        warps: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Summed loss, the count it is a sum over, how many masked frames were guessed right, and
         of how many.
@@ -68,10 +69,10 @@ class MaskedPrediction(nn.Module):
         (section 2.3). Logits are cosines over a temperature of 0.1. The targets of a clip with a
         sequence of classes (N,) are what the model itself thinks likeliest for each frame, given
         that it holds just that sequence; without any where it is too short for it. `bands` (B, M)
-        are hidden from the encoder.
+        are hidden from the encoder, and `warps` (B,) stretch what it hears.
         """
         frames = torch.tensor([self.encoder.frames(length) for length in lengths.tolist()])
-        inputs = self.encoder.project(waves, lengths, bands)
+        inputs = self.encoder.project(waves, lengths, bands, warps)
         hidden = self.encoder.contextualize(
             torch.where(mask[..., None], self.mask_embedding, inputs), frames
         )
@@ -212,9 +213,11 @@ class Round:
         sums = []
         for group in share:
             targets, mask = group.targets.to(device), group.mask.to(device)
-            bands = None if group.bands is None else group.bands.to(device)
+            disguise = (
+                each if each is None else each.to(device) for each in (group.bands, group.warps)
+            )
             told = (group.waves, group.lengths, targets, mask, self.seen_weight, group.sequences)
-            sums.append(torch.stack(self.model(*told, bands)))
+            sums.append(torch.stack(self.model(*told, *disguise)))
         total = torch.stack(sums).sum(0)
         parameters = list(self.model.parameters())
         gradients = torch.autograd.grad(total[0], parameters, allow_unused=True)
@@ -304,8 +307,9 @@ def pretrain(
         raise ValueError("of no clip it is known when its phones are said")
     if not encoder.frames(round(settings.crop_seconds * SAMPLE_RATE)):
         raise ValueError(f"crop_seconds {settings.crop_seconds} is shorter than one frame")
-    if settings.band_masks and not encoder.bands:
-        raise ValueError("pretrain.band_masks: an encoder without log-mel bands (hubert.front)")
+    for name in ("band_masks", "band_warp"):
+        if getattr(settings, name) and not encoder.bands:
+            raise ValueError(f"pretrain.{name}: an encoder without log-mel bands (hubert.front)")
     path = Path(directory) / STATE
     saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
     past = 0

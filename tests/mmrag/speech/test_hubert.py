@@ -134,15 +134,32 @@ def test_a_stacked_frame_holds_its_windows_in_order():
         shape(stack=3)
 
 
-def test_stacked_features_do_not_depend_on_the_batch_and_survive_a_file(tmp_path):
-    encoder = HubertEncoder.create(shape(front="mel", stack=3), seed=0)
-    waves = noise([1200, 9000, 4321])
+@pytest.mark.parametrize(("stack", "convolved"), [(3, False), (3, True), (7, True)])
+def test_stacked_features_do_not_depend_on_the_batch_and_survive_a_file(tmp_path, stack, convolved):
+    encoder = HubertEncoder.create(shape(front="mel", stack=stack, convolved=convolved), seed=0)
+    waves = noise([1400, 9000, 4321])
     batched = encoder.features(waves)
     encoder.save(tmp_path)
     loaded = HubertEncoder.load(tmp_path)
     for wave, features in zip(waves, batched, strict=True):
         torch.testing.assert_close(features, encoder.features([wave])[0], atol=1e-4, rtol=0)
         torch.testing.assert_close(features, loaded.features([wave])[0], atol=1e-4, rtol=0)
+
+
+def test_a_convolved_frame_hears_its_windows_and_three_around_them():
+    encoder = HubertEncoder.create(shape(front="mel", stack=3, convolved=True), seed=0)
+    project, frames = encoder.model.encoder.feature_projection, torch.tensor([9])
+    windows = torch.zeros(27, encoder.bands)
+    silent = project(windows.reshape(1, 9, -1), frames)
+    for window in range(27):
+        heard = windows.clone()
+        heard[window] = 1
+        changed = (project(heard.reshape(1, 9, -1), frames) != silent).any(-1)[0]
+        frame = torch.arange(9)
+        hears = (frame * 3 - 3 <= window) & (window <= frame * 3 + 5)
+        torch.testing.assert_close(changed, hears)
+    with pytest.raises(ValueError, match="convolved: without stack"):
+        shape(front="mel", convolved=True)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -321,6 +338,18 @@ def test_hidden_bands_are_runs_of_at_most_the_width(masks, bands, width, seed):
 def test_every_band_is_hidden_somewhere_and_most_are_shown():
     hidden = mask_bands(2000, 20, 2, 4, torch.Generator().manual_seed(0)).float().mean(0)
     assert hidden.min() > 0.05 and hidden.max() < 0.5
+
+
+def test_warped_bands_are_read_between_the_bands_and_not_beyond_the_last():
+    bands, frames = LogMel(20, 400, 160, stack=2), torch.tensor([11, 11])
+    waves, factors = torch.stack(noise([4000, 4000])), torch.tensor([0.87, 1.15])
+    plain = bands(waves, frames)
+    torch.testing.assert_close(bands(waves, frames, None, torch.ones(2)), plain)
+    warped = bands(waves, frames, None, factors).view(2, 22, 20)
+    for clip, factor in enumerate(factors.tolist()):
+        for heard, window in zip(warped[clip], plain.view(2, 22, 20)[clip], strict=True):
+            wanted = np.interp(np.arange(20) * factor, np.arange(20), window.numpy())
+            assert heard.numpy() == pytest.approx(wanted, abs=1e-5)
 
 
 def test_hidden_bands_are_at_their_mean_in_every_window_and_the_others_as_they_are():
@@ -677,25 +706,29 @@ def test_crops_of_like_length_are_computed_together_and_all_of_them_once():
     assert sum(int(group.mask.sum()) for group in groups) == int(batch.mask.sum())
 
 
-def test_a_group_hides_the_bands_of_its_own_crops():
+def test_a_group_hides_and_warps_the_bands_of_its_own_crops():
     encoder = HubertEncoder.create(shape(front="mel", conv_channels=20), seed=0)
     waves = noise([3000, 16_000, 9000, 15_500, 2900, 800])
     phones = Phones([aligned(("a", 0, len(wave))) for wave in waves])
-    settings = plan(batch_seconds=8, crop_seconds=0.8, band_masks=2, band_width=5)
+    settings = plan(batch_seconds=8, crop_seconds=0.8, band_masks=2, band_width=5, band_warp=0.1)
     batch = draw(encoder, waves, phones, settings, torch.Generator().manual_seed(1))
     assert batch.bands.shape == (len(batch.clips), encoder.bands) and batch.bands.any()
+    assert len(set(batch.warps.tolist())) == len(batch.clips)
+    assert 0.9 <= batch.warps.min() < 1 < batch.warps.max() <= 1.1
 
     def told(one):
-        return zip(one.clips, one.lengths.tolist(), one.bands.tolist(), strict=True)
+        told = (one.lengths, one.bands, one.warps)
+        return zip(one.clips, *(each.tolist() for each in told), strict=True)
 
     groups = list(batch.groups(encoder.frames))
     assert len(groups) > 1
     assert sorted(one for group in groups for one in told(group)) == sorted(told(batch))
 
 
-def test_bands_can_only_be_hidden_where_there_are_some(tmp_path):
-    with pytest.raises(ValueError, match=r"band_masks: an encoder without log-mel bands"):
-        train_on_phones(tmp_path, [PHONES], band_masks=1)
+@pytest.mark.parametrize("name", ["band_masks", "band_warp"])
+def test_bands_can_only_be_hidden_or_warped_where_there_are_some(tmp_path, name):
+    with pytest.raises(ValueError, match=rf"{name}: an encoder without log-mel bands"):
+        train_on_phones(tmp_path, [PHONES], **{name: 1 if name == "band_masks" else 0.1})
 
 
 def steady_phones():
