@@ -23,7 +23,8 @@ from mmrag.retrieval import phrases
 from mmrag.speech import audio, tokenized
 from mmrag.speech.audio import AudioError
 from mmrag.speech.hubert import HubertEncoder
-from mmrag.speech.units import Codebook
+from mmrag.speech.targets import Phones
+from mmrag.speech.units import Codebook, expand, information
 
 CORPUS_SPLITS = ("lm", "text", "adapter", "datastore", "dev", "test")
 WORKERS = "tokenize.workers"
@@ -69,6 +70,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         write_rejections(draft.path / REJECTED, everything)
         write_lists(draft.path, lists)
         _count(draft, len(everything))
+        _measure(draft, splits, HubertEncoder.load(hubert.path))
         tracked.file(draft.path / REJECTED)
         aside(experiment).unlink(missing_ok=True)
 
@@ -265,6 +267,24 @@ def _count(draft: Draft, rejected: int) -> None:
         "units_a_second": round(units / seconds, 1) if seconds else 0.0,
         "rejected": rejected,
     }
+
+
+def _measure(draft: Draft, splits: Splits, encoder: HubertEncoder) -> None:
+    """How much units tell of the phones in each split but the codebook's own, as far as it is known
+    when those are said."""
+    for split, (utterances, _) in list(splits.items())[1:]:
+        phones = Phones([one.phones for one in utterances]).framed(encoder.field, encoder.hop)
+        timed = {one.id: number for number, one in enumerate(utterances) if one.phones}
+        told, said = [], []
+        for part in sorted((draft.path / split).glob("part-*.parquet")) if timed else ():
+            for one in tokenized.read_part(part):
+                if one.utterance.id in timed:
+                    told.append(expand(one.units))
+                    classes = phones[timed[one.utterance.id]].numpy()[: len(told[-1])]
+                    said.append(np.pad(classes, (0, len(told[-1]) - len(classes))))
+        if told:
+            known = information(np.concatenate(told), np.concatenate(said))
+            draft.summary[f"phone_information_{split}"] = round(known, 3)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mmrag.speech.units import Codebook, collapse, expand, kmeans
+from mmrag.speech.units import Codebook, collapse, expand, information, kmeans
 
 FRAME = 0.02
 frame_ids = hnp.arrays(np.int32, st.integers(0, 40), elements=st.integers(0, 3))
@@ -34,6 +34,16 @@ def test_collapse_keeps_the_length_of_each_run():
     assert units.ids.tolist() == [0, 5, 0]
     assert units.durations.tolist() == [2, 3, 1]
     assert units.ids.dtype == units.durations.dtype == np.int32
+
+
+def test_units_tell_all_half_and_nothing_of_classes():
+    classes = np.repeat([0, 1, 2, 3], 50)
+    assert information(classes + 7, classes) == pytest.approx(1)
+    assert information(np.arange(200), classes) == pytest.approx(1)
+    assert information(classes // 2, classes) == pytest.approx(0.5)
+    assert information(np.tile([0, 1], 100), classes) == pytest.approx(0, abs=1e-12)
+    assert np.isnan(information(classes, np.zeros(200)))
+    assert np.isnan(information(np.zeros(0), np.zeros(0)))
 
 
 def test_collapse_refuses_a_batch():
