@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,14 +20,18 @@ from mmrag.folders import printable
 
 if TYPE_CHECKING:
     from mmrag.client import Service
-    from mmrag.retrieval.datastore import Datastore
 
 console = Console(highlight=False, soft_wrap=True)
 KEY = "MMRAG_API_KEY"
 """Environment variable: a command line is everybody's to read."""
 TEXTS = "a text a line: a phrase of up to five words, or a sentence"
-LISTED = 20
-"""Documents that `show` names."""
+SNAPSHOT_TASKS = {
+    "create": ("create_snapshot", "made"),
+    "list": ("list_snapshots", ""),
+    "rollback": ("roll_back", "is what the datastore is again"),
+    "drop": ("drop_snapshot", "dropped"),
+}
+"""Action -> the task of `upkeep`, and what is said of it."""
 
 
 def add_commands(commands: Any) -> None:
@@ -60,12 +64,14 @@ def add_commands(commands: Any) -> None:
         one.add_argument(
             "--models", default=shipped.TINY, help="that key it (default: %(default)s)"
         )
+    kept = []
     for name, run, help in (
         ("show", _show, "what made a datastore, and what is in it"),
         ("stats", _stats, "how a datastore is filled: segments, documents, index, bytes"),
         ("verify", _verify, "check every byte; exit status 1 where something is wrong"),
     ):
-        command(name, run, help).add_argument("directory", type=Path)
+        kept.append(command(name, run, help))
+        kept[-1].add_argument("directory", type=Path)
     compacting = command("compact", _compact, "merge small segments, and erase what was deleted")
     compacting.add_argument("directory", type=Path)
     compacting.add_argument(
@@ -84,16 +90,16 @@ def add_commands(commands: Any) -> None:
     deleting = command("delete", _delete, "delete documents, by name")
     deleting.add_argument("directory", type=Path)
     deleting.add_argument("documents", nargs="+", metavar="DOCUMENT")
-    for one in (listing, creating, adding, deleting):
+    snapshot = command("snapshot", _snapshot, "give the present state a name, or go back to one")
+    snapshot.add_argument("action", choices=("create", "list", "rollback", "drop"))
+    snapshot.add_argument("directory", type=Path)
+    snapshot.add_argument("name", nargs="?", help="of the snapshot; not for list")
+    for one in (listing, creating, adding, deleting, *kept, compacting, snapshot):
         one.add_argument(
             "--url",
             help="of a running endpoint, whose datastore's name then stands for the directory; the "
             f"environment variable {KEY} holds the API key, if it wants one",
         )
-    snapshot = command("snapshot", _snapshot, "give the present state a name, or go back to one")
-    snapshot.add_argument("action", choices=("create", "list", "rollback", "drop"))
-    snapshot.add_argument("directory", type=Path)
-    snapshot.add_argument("name", nargs="?", help="of the snapshot; not for list")
 
 
 def run(options: argparse.Namespace) -> bool:
@@ -116,7 +122,7 @@ def _service(options: argparse.Namespace) -> Service:
 
 
 def _list(options: argparse.Namespace) -> bool:
-    from mmrag.retrieval.datastore import Datastore
+    from mmrag.retrieval import upkeep
     from mmrag.retrieval.segment import DatastoreError
 
     if (options.url is None) == (options.directory is None):
@@ -131,7 +137,7 @@ def _list(options: argparse.Namespace) -> bool:
         if not (path / "datastore.json").is_file():
             continue
         try:
-            told = _described(Datastore.open(path))
+            told = upkeep.summary(path)
         except DatastoreError as error:
             print(f"mmrag: {error}", file=sys.stderr)
             failed = True
@@ -139,7 +145,7 @@ def _list(options: argparse.Namespace) -> bool:
         if options.json:
             print(json.dumps({"name": path.name, **told}))
         numbers = (told[name] for name in ("entries", "deleted", "documents"))
-        size = f"{told['bytes'] / 1e6:.1f}"
+        size = f"{sum(told['bytes'].values()) / 1e6:.1f}"
         table.add_row(
             *(printable(Path(path.name)), _audio(told["audio"]), *(f"{n:,}" for n in numbers)),
             *(str(told["segments"]), size),
@@ -230,37 +236,46 @@ def _told(options: argparse.Namespace, told: dict[str, Any], line: str) -> bool:
 
 
 def _show(options: argparse.Namespace) -> bool:
-    import numpy as np
-
-    from mmrag.retrieval import snapshots
-    from mmrag.retrieval.datastore import Datastore
-    from mmrag.retrieval.held_out import NEAREST
-    from mmrag.retrieval.index import chosen_index, saved_shards
-
-    datastore = Datastore.open(options.directory)
-    told = _described(datastore)
-    documents, counts = datastore.document_counts()
-    largest = np.argsort(-counts, kind="stable")[:LISTED]
-    names = datastore.document_names(documents[largest])
-    told["largest_documents"] = dict(zip(names, counts[largest].tolist(), strict=True))
-    told["snapshots"] = [asdict(one) for one in snapshots.every(options.directory)]
-    shards = [chosen_index(shard) for shard in saved_shards(options.directory)]
-    told["index"] = [{"chosen": why, f"recall_at_{NEAREST}": recall} for why, recall in shards]
+    told = _done(options, "overview")
     if options.json:
         print(json.dumps(told))
         return False
-    table = Table(title=printable(options.directory), title_justify="left", show_header=False)
+    lines = {
+        "identity": lambda made: ", ".join(map(" ".join, made.items())),
+        "largest_documents": lambda counts: "\n".join(
+            f"{count:>6,}  {document}" for document, count in counts.items()
+        ),
+        "index": lambda shards: "\n".join(_shard(*shard.values()) for shard in shards),
+        "snapshots": lambda named: "\n".join(
+            f"{one['name']}: {one['entries']:,} entries" for one in named
+        ),
+        "bytes": lambda sizes: ", ".join(
+            f"{key} {size / 1e6:.1f} MB" for key, size in sizes.items()
+        ),
+    }
+    return _tabled(options, told, lines)
+
+
+def _stats(options: argparse.Namespace) -> bool:
+    told = _done(options, "statistics")
+    if options.json:
+        print(json.dumps(told))
+        return False
+    return _tabled(options, told, {})
+
+
+def _tabled(
+    options: argparse.Namespace, told: dict[str, Any], lines: Mapping[str, Callable[[Any], str]]
+) -> bool:
+    """A row a value, as `lines` or its kind say."""
+    table = Table(title=_named(options), title_justify="left", show_header=False)
     for name, value in told.items():
-        if name == "identity":
-            value = ", ".join(f"{role} {fingerprint}" for role, fingerprint in value.items())
-        elif name == "largest_documents":
-            value = "\n".join(f"{count:>6,}  {document}" for document, count in value.items())
-        elif name == "index":
-            value = "\n".join(map(_shard, shards))
-        elif name == "snapshots":
-            value = "\n".join(f"{one['name']}: {one['entries']:,} entries" for one in value)
-        elif name == "bytes":
-            value = ", ".join(f"{key} {size / 1e6:.1f} MB" for key, size in _sizes(datastore))
+        if name in lines:
+            value = lines[name](value)
+        elif isinstance(value, dict):
+            value = ", ".join(f"{key} {one:,}" for key, one in value.items())
+        elif isinstance(value, float):
+            value = f"{value:.4g}"
         elif isinstance(value, int):
             value = f"{value:,}"
         table.add_row(name.replace("_", " "), str(value) or "–")
@@ -268,78 +283,25 @@ def _show(options: argparse.Namespace) -> bool:
     return False
 
 
-def _stats(options: argparse.Namespace) -> bool:
-    import numpy as np
-
-    from mmrag.retrieval.datastore import Datastore, read_list
-    from mmrag.retrieval.phrases import typical_distance
-
-    datastore = Datastore.open(options.directory)
-    sizes = [one["entries"] for one in read_list(options.directory)["segments"]]
-    _, counts = datastore.document_counts()
-    shares = (5, 50, 95)
-    told = {
-        "entries": datastore.entries,
-        "deleted": len(datastore.deleted),
-        "segments": len(sizes),
-        "segment_entries": dict(zip(("smallest", "largest"), _ends(sizes), strict=True)),
-        "documents": len(counts),
-        "document_entries": {
-            f"p{share}": int(np.percentile(counts, share)) if len(counts) else 0 for share in shares
-        },
-        "typical_distance": typical_distance(datastore),
-        "bytes_per_entry": {
-            name: round(size / max(1, datastore.entries), 1) for name, size in _sizes(datastore)
-        },
-    }
-    if options.json:
-        print(json.dumps(told))
-        return False
-    table = Table(title=printable(options.directory), title_justify="left", show_header=False)
-    for name, value in told.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{key} {one:,}" for key, one in value.items())
-        elif isinstance(value, float):
-            value = f"{value:.4g}"
-        table.add_row(name.replace("_", " "), str(value))
-    console.print(table, markup=False)
-    return False
-
-
-def _ends(sizes: list[int]) -> tuple[int, int]:
-    return (min(sizes), max(sizes)) if sizes else (0, 0)
-
-
-def _shard(chosen: tuple[str, float | None]) -> str:
-    why, recall = chosen
+def _shard(why: str, recall: float | None) -> str:
     return why if recall is None else f"{why}; recall {recall:.3f}"
 
 
 def _verify(options: argparse.Namespace) -> bool:
-    from mmrag.retrieval.verify import verify
-
-    problems = 0
-    for problem in verify(options.directory):
-        problems += 1
+    problems = _done(options, "verify")["problems"]
+    for problem in problems:
         print(json.dumps({"problem": problem}) if options.json else problem)
     if not problems and not options.json:
-        console.print(f"{printable(options.directory)} is whole")
-    return problems > 0
+        console.print(f"{_named(options)} is whole")
+    return bool(problems)
 
 
 def _compact(options: argparse.Namespace) -> bool:
-    from mmrag.retrieval.compaction import compact
-
-    done = compact(options.directory, everything=options.all)
-    if options.json:
-        print(json.dumps(asdict(done)))
-    elif done.made:
-        console.print(
-            f"{done.merged} segments became {done.made}; {done.erased} deleted entries are erased"
-        )
-    else:
-        console.print("there is nothing to merge or to erase")
-    return False
+    done = _done(options, "compact", everything=options.all)
+    line = "there is nothing to merge or to erase"
+    if done["made"]:
+        line = "{merged} segments became {made}; {erased} deleted entries are erased".format(**done)
+    return _told(options, done, line)
 
 
 def _index(options: argparse.Namespace) -> bool:
@@ -351,7 +313,7 @@ def _index(options: argparse.Namespace) -> bool:
     settings = Index(kind=options.kind, shards=options.shards, **given)
     for shard in build_again(options.directory, settings):
         told = {"entries": shard.stop - shard.start, "chosen": shard.why, "recall": shard.recall}
-        _told(options, told, _shard((shard.why, shard.recall)))
+        _told(options, told, _shard(shard.why, shard.recall))
     return False
 
 
@@ -382,51 +344,31 @@ def _delete(options: argparse.Namespace) -> bool:
 
 
 def _snapshot(options: argparse.Namespace) -> bool:
-    from mmrag.retrieval import snapshots
-
     if (options.name is None) != (options.action == "list"):
         how = "without a name" if options.action == "list" else "with a name"
         raise ValueError(f"snapshot {options.action} goes {how}")
+    task, done = SNAPSHOT_TASKS[options.action]
     if options.action == "list":
-        for one in snapshots.every(options.directory):
-            line = f"{one.name}: {one.entries:,} entries, of which {one.deleted:,} are deleted"
-            print(json.dumps(asdict(one)) if options.json else line)
+        for one in _done(options, task)["snapshots"]:
+            line = "{name}: {entries:,} entries, of which {deleted:,} are deleted".format(**one)
+            _told(options, one, line)
         return False
-    getattr(snapshots, options.action)(options.directory, options.name)
-    done = {"create": "made", "rollback": "is what the datastore is again", "drop": "dropped"}
-    told = {"snapshot": options.name, "done": options.action}
-    line = f"snapshot {options.name}: {done[options.action]}"
-    print(json.dumps(told) if options.json else line)
-    return False
+    told = _done(options, task, name=options.name)
+    return _told(options, told, f"snapshot {options.name}: {done}")
 
 
-def _described(datastore: Datastore) -> dict[str, Any]:
-    """What there is to tell of a datastore."""
-    told = datastore.description
-    return {
-        "audio": told.audio,
-        "identity": told.identity,
-        "width": told.width,
-        "window": told.window,
-        "metric": told.metric,
-        "entries": datastore.entries,
-        "deleted": len(datastore.deleted),
-        "documents": len(datastore.document_counts()[0]),
-        "segments": len(datastore.segments),
-        "bytes": sum(size for _, size in _sizes(datastore)),
-    }
+def _done(options: argparse.Namespace, task: str, **given: Any) -> dict[str, Any]:
+    """What a task of `upkeep` tells, done here or by an endpoint."""
+    if options.url is not None:
+        return _service(options).tend(str(options.directory), task, given)
+    from mmrag.retrieval import upkeep
+
+    return getattr(upkeep, task)(options.directory, **given)
 
 
-def _sizes(datastore: Datastore) -> list[tuple[str, int]]:
-    """Bytes on the disk: keys, windows, the rest of the segments, the index."""
-    sizes = {"keys": 0, "windows": 0, "names and numbers": 0, "index": 0}
-    indexes = {one.name for one in datastore.directory.glob("index*")}
-    for file in datastore.directory.rglob("*"):
-        if file.is_file():
-            kind = file.stem if file.stem in sizes else "names and numbers"
-            kind = "index" if file.relative_to(datastore.directory).parts[0] in indexes else kind
-            sizes[kind] += file.stat().st_blocks * 512
-    return list(sizes.items())
+def _named(options: argparse.Namespace) -> str:
+    """A datastore as its user knows it."""
+    return f"{options.directory} of {options.url}" if options.url else printable(options.directory)
 
 
 def _audio(kind: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -117,6 +117,11 @@ class Service:
         """Delete a document; how many entries were `deleted`. Raises ServiceError."""
         place = f"{DATASTORES}/{quote(name, safe='')}/entries"
         return self._asked("DELETE", place, params={"document": document})
+
+    def tend(self, name: str, task: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What a task of `retrieval.upkeep` tells of a datastore. Raises ServiceError."""
+        place = f"{DATASTORES}/{quote(name, safe='')}/upkeep/{task}"
+        return self._asked("POST", place, json=dict(given))
 
     def _asked(self, method: str, place: str, **more: Any) -> dict[str, Any]:
         """A JSON answer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from inspect import signature
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -12,6 +13,7 @@ from starlette.datastructures import UploadFile
 
 from mmrag.config import SLUG
 from mmrag.model.vocabulary import Vocabulary
+from mmrag.retrieval import upkeep
 from serve import forms, middleware, schema
 from serve.errors import ApiError
 from serve.messages import DatastoreSummary
@@ -20,6 +22,7 @@ from serve.settings import Settings
 
 ALL = "/v1/datastores"
 ONE, ENTRIES = f"{ALL}/{{name}}", f"{ALL}/{{name}}/entries"
+UPKEEP = f"{ONE}/upkeep/{{task}}"
 
 
 class Datastores:
@@ -42,6 +45,7 @@ class Datastores:
         router.get(ENTRIES)(self.documents)
         router.post(ENTRIES, openapi_extra=_takes(schema.NewEntries, {}))(self.add)
         router.delete(ENTRIES)(self.remove)
+        router.post(UPKEEP)(self.tend)
         return router
 
     async def datastores(self) -> schema.Datastores:
@@ -93,6 +97,24 @@ class Datastores:
         retriever = self._pipeline.retriever
         deleted, entries = await self._pipeline.call(retriever.remove, name, document)
         return schema.DeletedEntries(datastore=name, deleted=deleted, entries=entries)
+
+    async def tend(
+        self, name: str, task: schema.Task, given: schema.TaskOptions | None = None
+    ) -> dict[str, Any]:
+        """Look at a datastore or keep it in order: what the task tells.
+
+        `overview`, `statistics` and `verify` change nothing; `compact` merges small segments and
+        erases what was deleted (`everything`: also where there is little); snapshots have a `name`.
+        """
+        options = (given or schema.TaskOptions()).model_dump(exclude_none=True)
+        known = list(signature(upkeep.TASKS[task]).parameters.values())[1:]
+        if unknown := options.keys() - {one.name for one in known}:
+            [first, *_] = sorted(unknown)
+            raise ApiError(400, f"{first}: {task} has no such option", None, first)
+        missing = [one.name for one in known if one.default is one.empty]
+        if missing and missing[0] not in options:
+            raise ApiError(422, f"{missing[0]}: {task} needs one", "missing", missing[0])
+        return await self._change(self._pipeline.retriever.tend, name, task, options)
 
     async def _change(self, method: Callable[..., Any], *arguments: object) -> Any:
         """What a method of the retriever makes of texts or recordings; TimeoutError if it does not

@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -33,6 +34,7 @@ from mmrag.config import SLUG
 from mmrag.decoding.tune import tuned
 from mmrag.records import Utterance
 from mmrag.retrieval import datastore as stored
+from mmrag.retrieval import upkeep
 from mmrag.retrieval.compaction import compact
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.index import save_index, saved_shards
@@ -174,6 +176,16 @@ class Retriever:
             await self._refreshed(one, name)
             self._tidy(one.datastore.directory)
             return len(entries), _count(one.datastore)
+
+    async def tend(self, name: str, task: str, given: dict[str, Any]) -> dict[str, Any]:
+        """What a task of `retrieval.upkeep` tells of a datastore; it is called by its name, and not
+        by where it lies. Raises InvalidRequest for what cannot be done."""
+        path = self._path(name)
+        try:
+            told = await asyncio.to_thread(upkeep.TASKS[task], path, **given)
+        except (DatastoreError, ValueError) as error:
+            raise InvalidRequest(str(error).replace(str(path), name)) from None
+        return json.loads(json.dumps(told).replace(str(path), name))
 
     async def delete(self, name: str) -> None:
         """Delete a datastore."""

@@ -22,6 +22,19 @@ ErrorType = Literal[
 ]
 
 
+Task = Literal[
+    "overview",
+    "statistics",
+    "verify",
+    "compact",
+    "list_snapshots",
+    "create_snapshot",
+    "roll_back",
+    "drop_snapshot",
+]
+"""Of `retrieval.upkeep`."""
+
+
 class Error(BaseModel):
     """What went wrong."""
 
@@ -224,6 +237,17 @@ class NewDatastore(NewEntries):
 
     name: str = Field(pattern=SLUG)
     texts: list[str] = []
+
+
+class TaskOptions(BaseModel):
+    """What a task is told."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    everything: bool | None = None
+    """compact: also where there is little to merge or to erase."""
+    name: str | None = None
+    """Of a snapshot."""
 
 
 class Status(BaseModel):

@@ -366,9 +366,47 @@ def test_the_command_line_looks_after_an_endpoints_datastores(
     [listed] = [one for one in map(json.loads, out.splitlines()) if one["id"] == "afar"]
     assert status == 0 and listed["documents"] == 2
     assert "afar" in call("list")[1]
+    shown = json.loads(call("show", "afar", "--json")[1])
+    assert shown["documents"] == 2 and NAME in shown["largest_documents"]
+    assert "spoken" in call("show", "afar")[1]
+    assert json.loads(call("stats", "afar", "--json")[1])["segments"] == 2
+    assert call("verify", "afar")[1] == f"afar of {service.url} is whole\n"
+    assert call("snapshot", "create", "afar", "both")[0] == 0
+    assert json.loads(call("compact", "afar", "--all", "--json")[1])["merged"] == 2
     status, out = call("delete", "afar", "imogen varga")
     assert status == 0 and out.startswith("imogen varga: ") and "entries deleted" in out
     status, said = call("create", "afar", names)
     assert status == 1 and "there is a datastore 'afar' already" in said
     status, said = call("add", "nowhere", names)
     assert status == 1 and "nowhere" in said
+    assert json.loads(call("show", "afar", "--json")[1])["documents"] == 1
+    assert call("snapshot", "rollback", "afar", "both") == (
+        *(0, "snapshot both: is what the datastore is again\n"),
+    )
+    assert json.loads(call("snapshot", "list", "afar", "--json")[1])["name"] == "both"
+    assert json.loads(call("show", "afar", "--json")[1])["documents"] == 2
+    assert service.text(file, datastore="afar") == SENTENCE
+    assert call("snapshot", "drop", "afar", "both")[0] == 0
+    status, said = call("snapshot", "drop", "afar", "both")
+    assert status == 1 and said.endswith("answers 400: afar has no snapshot both")
+    status, said = call("snapshot", "create", "afar", "A B")
+    assert status == 1 and "snapshot name 'A B'" in said
+    assert call("verify", "nowhere")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "status", "param"),
+    [
+        ("polish", {}, 422, "task"),
+        ("verify", {"everything": True}, 400, "everything"),
+        ("compact", {"everything": "perhaps"}, 422, "everything"),
+        ("compact", {"gently": True}, 422, "gently"),
+        ("create_snapshot", {}, 422, "name"),
+    ],
+)
+def test_a_task_with_something_else_is_refused_by_name(
+    service, datastore, task, given, status, param
+):
+    place = f"/v1/datastores/{datastore(NAME)}/upkeep/{task}"
+    answer = service.request("POST", place, json=given)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
