@@ -35,10 +35,13 @@ if TYPE_CHECKING:
     from mmrag.config import KNN, RetrievedAttention
     from mmrag.recogniser import AnyRecogniser
     from mmrag.retrieval.datastore import Datastore
+    from mmrag.retrieval.phrases import Phrases
+    from mmrag.retrieval.shortlist import Shortlist
 
 RETRIEVALS = ("none", "knn", "cross_attention", "both")
 IN_PROCESS = {
     "models": shipped.TINY,
+    "shortlist": None,
     "weight": None,
     "beams": 1,
     "language": None,
@@ -56,6 +59,8 @@ CACHE = "MMRAG_CACHE"
 AUDIO = "wav, flac, mp3, ogg, webm, m4a, mp4, 3gp, amr and others, whatever the name"
 TINY_SECONDS, WHISPER_SECONDS = 4.0, 30.0
 """Longest segment that mmrag:tiny and a Whisper are given where nobody says so."""
+SHORTLIST = 100
+"""Phrases of a long list that a segment is transcribed with."""
 TAIL_LETTERS = 400
 """Letters of a growing transcript that are shown: its end, which has to fit on a small terminal."""
 LINE_SECONDS = 10.0
@@ -189,6 +194,14 @@ def _parser() -> argparse.ArgumentParser:
         "once and remembered",
     )
     command.add_argument(
+        "--shortlist",
+        type=int,
+        metavar="N",
+        help="of very many phrases, listen in each segment for the N that sound most like what was "
+        "heard without them; with a datastore, for those of its documents whose names do; 0: for "
+        f"all (default: {SHORTLIST} of more phrases than are read whole)",
+    )
+    command.add_argument(
         "--retrieval",
         choices=RETRIEVALS,
         help="neighbours vote (knn), the adapter reads them (cross_attention), or both; default: "
@@ -275,6 +288,7 @@ def _found(options: argparse.Namespace, recogniser: AnyRecogniser) -> dict[str, 
     from mmrag.retrieval.index import saved_shards
     from mmrag.retrieval.interpolation import Retrieval
     from mmrag.retrieval.memory import AttentionSource
+    from mmrag.retrieval.phrases import Phrases
     from mmrag.retrieval.retrievers import LocalRetriever
 
     if options.datastore is not None and options.phrases is not None:
@@ -298,7 +312,18 @@ def _found(options: argparse.Namespace, recogniser: AnyRecogniser) -> dict[str, 
         found["retrieval"] = Retrieval(retriever, knn)
     if mode in ("cross_attention", "both"):
         found["attention"] = AttentionSource(recogniser.window_cache(retriever), read, retriever)
+    if options.shortlist:
+        found["shortlist"] = _shortlist(Phrases(datastore), options.shortlist)
     return found
+
+
+def _shortlist(phrases: Phrases, most: int) -> Shortlist:
+    from mmrag.corpora.voices.espeak import Synthesizer
+    from mmrag.retrieval.shortlist import Shortlist
+
+    if most < 0:
+        raise ValueError(f"--shortlist {most}: a number of phrases, or 0 for all")
+    return Shortlist.of(phrases, Synthesizer().pronounce, most)
 
 
 def _tuned(
@@ -354,11 +379,18 @@ def _phrases(options: argparse.Namespace, recogniser: AnyRecogniser) -> dict[str
     if mode in ("knn", "both"):
         knn = settings.both if mode == "both" else settings.knn
         found["retrieval"] = Retrieval(retriever, _weighed(options, knn))
+    phrases = Phrases(datastore)
     if mode in ("cross_attention", "both"):
-        windows = Phrases(datastore).first_mentions()
         found["attention"] = AttentionSource(
-            recogniser.window_cache(retriever), settings.attention, retriever, windows
+            recogniser.window_cache(retriever),
+            settings.attention,
+            retriever,
+            phrases.first_mentions(),
         )
+    many = len(listed) > settings.attention.whole
+    most = options.shortlist if options.shortlist is not None else many * SHORTLIST
+    if most:
+        found["shortlist"] = _shortlist(phrases, most)
     return found
 
 

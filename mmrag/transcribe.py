@@ -22,6 +22,7 @@ from mmrag.recogniser import AnyRecogniser
 from mmrag.records import NO_ENTRY, Retriever, Source, Transcript, Word
 from mmrag.retrieval.interpolation import Retrieval
 from mmrag.retrieval.memory import AttentionSource
+from mmrag.retrieval.shortlist import Shortlist
 from mmrag.speech import audio, vad
 
 
@@ -32,10 +33,12 @@ def transcribe(
     retrieval: Retrieval | None = None,
     source: Retriever | None = None,
     attention: AttentionSource | None = None,
+    shortlist: Shortlist | None = None,
 ) -> Iterator[Transcript]:
     """Transcribe a file of any length, one segment of at most `settings.max_seconds` at a time.
 
-    `source` names where retrieved words come from; it is what `retrieval` and `attention` search.
+    `source` names where retrieved words come from; it is what `retrieval` and `attention` search,
+    all of it, or the phrases of a `shortlist` that a segment may have said.
     Raises AudioError if the file cannot be read or is too short to hold a word.
     """
     for segment in audio.segments(path, min(settings.max_seconds, recogniser.window_seconds)):
@@ -43,7 +46,9 @@ def transcribe(
             yield Transcript("", start=segment.start, end=segment.end)
             continue
         units = recogniser.encode([vad.trim(segment.wave)[0]])
-        [heard] = recognise(recogniser, units, settings, retrieval, attention_sources=[attention])
+        [heard] = recognise(
+            recogniser, units, settings, retrieval, shortlist, attention_sources=[attention]
+        )
         text = recogniser.vocabulary.decode(heard.tokens)
         spoken = words(heard, recogniser.vocabulary, source)
         made = Transcript(text, spoken, segment.start, segment.end, heard.stopped)
@@ -55,30 +60,40 @@ def recognise(
     units: Sequence[Any],
     settings: Decode,
     retrieval: Retrieval | Sequence[Retrieval | None] | None = None,
+    shortlist: Shortlist | None = None,
     **biasing: Any,
 ) -> list[Hypothesis]:
     """Encoded clips to hypotheses, decoded together; `biasing` is handed to `decode`.
 
+    With a `shortlist` they are decoded twice: without what they are given, then with as much of it
+    as sounds like the first transcript. One in which nothing does stays as it was.
     With `settings.agreement`, a transcript made with retrieval that the language model finds too
     unlikely, or that goes round in circles, is made again without.
     """
     vocabulary = recogniser.vocabulary
     ids = [vocabulary.speech_input(one) for one in units]
     limits = [recogniser.longest(recogniser.seconds(one), settings) for one in units]
-    heard = decode(recogniser.lm, vocabulary, ids, limits, settings, retrieval, **biasing)
-    given = retrieval if isinstance(retrieval, Sequence) else [retrieval]
-    helped = any((*given, *(biasing.get("attention_sources") or ())))
-    if not helped or settings.agreement is None:
+
+    def alone(clips: Sequence[int]) -> list[Hypothesis]:
+        few = [ids[n] for n in clips], [limits[n] for n in clips]
+        return decode(recogniser.lm, vocabulary, *few, settings)
+
+    each = retrieval if isinstance(retrieval, Sequence) else [retrieval] * len(units)
+    read = biasing.pop("attention_sources", None) or [None] * len(units)
+    first: list[Hypothesis] = []
+    if shortlist is not None and any((*each, *read)):
+        first = alone(range(len(units)))
+        texts = [vocabulary.decode(one.tokens) for one in first]
+        given = [shortlist.given(*one) for one in zip(texts, each, read, strict=True)]
+        each, read = zip(*given, strict=True)
+    heard = decode(
+        *(recogniser.lm, vocabulary, ids, limits, settings, each), attention_sources=read, **biasing
+    )
+    if not any((*each, *read)) or settings.agreement is None:
         return heard
     doubtful = [n for n, one in enumerate(heard) if not credible(one, settings.agreement)]
-    alone = decode(
-        recogniser.lm,
-        vocabulary,
-        [ids[n] for n in doubtful],
-        [limits[n] for n in doubtful],
-        settings,
-    )
-    for n, one in zip(doubtful, alone, strict=True):
+    again = [first[n] for n in doubtful] if first else alone(doubtful)
+    for n, one in zip(doubtful, again, strict=True):
         heard[n] = one
     return heard
 

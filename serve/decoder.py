@@ -16,6 +16,7 @@ import torch
 from ray.serve import metrics
 
 from mmrag.config import RetrievalMode
+from mmrag.corpora.voices.espeak import Synthesizer
 from mmrag.decoding.align import align
 from mmrag.decoding.decode import Clip, Hypothesis
 from mmrag.decoding.engine import Decoded, Engine, Statistics
@@ -29,6 +30,7 @@ from mmrag.retrieval.memory import AttentionSource, WindowCache
 from mmrag.retrieval.phrases import WINDOW, Phrases
 from mmrag.retrieval.retrievers import SECOND, JoinedRetriever, SubsetRetriever
 from mmrag.retrieval.segment import Description, Segment
+from mmrag.retrieval.shortlist import Shortlist
 from mmrag.speech.tokenized import Tokenized
 from mmrag.transcribe import judged, words
 from serve import probe
@@ -41,6 +43,8 @@ from serve.messages import (
 from serve.model import device, language, locate, retrieval_defaults, tuned_below
 from serve.settings import RetrievalDefaults, Settings
 
+SHORTLIST = 100
+"""Of a request's phrases, where they are too many to be read whole, those that a clip is given."""
 KEPT = 32
 """Datastores and lists whose encoded windows a replica keeps."""
 
@@ -53,6 +57,13 @@ class RetrievalSources:
     votes: dict[RetrievalMode, Retrieval]
     """How neighbours vote, by mode."""
     attention: AttentionSource | None
+    shortlist: Shortlist | None = None
+    """Phrases that are too many to be read whole: a clip is given those that it may have said."""
+
+    def given(self, text: str, mode: RetrievalMode) -> RetrievalSources:
+        """What is offered to a clip whose transcript without it is `text`."""
+        vote, attention = self.shortlist.given(text, self.votes.get(mode), self.attention)
+        return replace(self, votes={mode: vote} if vote else {}, attention=attention)
 
 
 class Decoder:
@@ -79,7 +90,7 @@ class Decoder:
 
     async def transcribe(self, request: DecodeRequest) -> DecodeResult:
         """The transcript of a segment. Given up when the caller is."""
-        sources = await self._sources_of(request)
+        sources = await self._chosen(request)
         job = self._engine.submit(self._clip(request, sources), self._settings.decode.agreement)
         try:
             decoded = await asyncio.shield(asyncio.wrap_future(job.future))
@@ -90,7 +101,7 @@ class Decoder:
 
     async def stream(self, request: DecodeRequest) -> AsyncIterator[str | DecodeResult]:
         """The transcript piece by piece as it is made, then the whole of it."""
-        sources = await self._sources_of(request)
+        sources = await self._chosen(request)
         loop, news = asyncio.get_running_loop(), asyncio.Queue()
 
         def report(tokens: list[int] | None) -> None:
@@ -150,6 +161,20 @@ class Decoder:
             attention=sources.attention if reads else None,
         )
 
+    async def _chosen(self, request: DecodeRequest) -> RetrievalSources | None:
+        """What the clip looks things up in: everything that its request offers, or a shortlist of
+        it, for which it is transcribed without first."""
+        sources = await self._sources_of(request)
+        if sources is None or sources.shortlist is None:
+            return sources
+        job = self._engine.submit(self._clip(request, None))
+        try:
+            decoded = await asyncio.shield(asyncio.wrap_future(job.future))
+        finally:
+            job.cancel()
+        text = self._models.vocabulary.decode(decoded.hypothesis.tokens)
+        return await asyncio.to_thread(sources.given, text, request.mode)
+
     async def _sources_of(self, request: DecodeRequest) -> RetrievalSources | None:
         """What the request's datastore and phrases offer; the same object for the same ones, so
         that clips share searches and encoded windows."""
@@ -162,7 +187,8 @@ class Decoder:
         found, phrases = request.datastore, request.phrases
         key = (found.key if found else "", phrases.key if phrases else "")
         if key not in self._sources:
-            made = self._made(found, await phrases.segment if phrases else None)
+            listed = await phrases.segment if phrases else None
+            made = self._made(found, listed)
             self._sources.setdefault(key, made)
         return _freshen(self._sources, key)
 
@@ -173,14 +199,18 @@ class Decoder:
             return _offer(found.retriever, found, cache, found.whole)
         phrases = Datastore.of(self._described(), [listed])
         source: Retriever = SubsetRetriever(phrases, np.arange(phrases.entries))
-        whole = Phrases(phrases).first_mentions()
+        named = Phrases(phrases)
+        whole = named.first_mentions()
         if found is not None:
             source = JoinedRetriever(found.retriever, source)
             small = found.whole is not None
             whole = np.concatenate((found.whole, whole + SECOND)) if small else None
         cache = self._models.adapter and self._models.window_cache(source)
         settings = found or retrieval_defaults(self._settings, self._tuned, phrases)
-        return _offer(source, settings, cache, whole)
+        offered = _offer(source, settings, cache, whole)
+        if found is not None or len(named.names) <= settings.attention.whole:
+            return offered
+        return replace(offered, shortlist=Shortlist.of(named, Synthesizer().pronounce, SHORTLIST))
 
     def _cache_of(self, found: ResolvedDatastore) -> WindowCache:
         """The encoded windows of a datastore; entries never change, so they stay when it grows."""

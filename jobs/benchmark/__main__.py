@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmark import retrieve
+from jobs.benchmark import phrases, retrieve
 from jobs.benchmark.endpoint import EndpointError
 from jobs.benchmark.serve import FULL, QUICK, Serving, speak
 from jobs.benchmark.targets import rounded, show
@@ -21,7 +21,7 @@ from mmrag import terminal
 def main() -> None:
     """Measure, and print a table or JSON; exit status 1 with one line where that is impossible."""
     parser = argparse.ArgumentParser(prog="python -m jobs.benchmark", description=__doc__)
-    parser.add_argument("part", choices=["serve", "retrieve"], help="what to measure")
+    parser.add_argument("part", choices=list(_MEASURED), help="what to measure")
     parser.add_argument("--quick", action="store_true", help="a few minutes, rougher figures")
     parser.add_argument("--json", action="store_true", help="print one JSON object, not a table")
     parser.add_argument(
@@ -58,8 +58,12 @@ def _retrieve(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     return retrieve.measure(directory, sizes)
 
 
-_MEASURED = {"serve": _serve, "retrieve": _retrieve}
-_SHOWN = {"serve": show, "retrieve": retrieve.show}
+def _phrases(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
+    return phrases.measure(directory, phrases.QUICK if options.quick else phrases.FULL)
+
+
+_MEASURED = {"serve": _serve, "retrieve": _retrieve, "phrases": _phrases}
+_SHOWN = {"serve": show, "retrieve": retrieve.show, "phrases": phrases.show}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from uuid import uuid4
 
@@ -208,9 +209,13 @@ class Phrases:
         # The window around the middle reaches as far to both sides as it can.
         middles = np.setdiff1d((starts + stops) // 2, datastore.deleted)
         self._mentions: dict[str, list[int]] = {}
+        self._spans: dict[str, list[range]] = {}
         names = datastore.document_names(datastore.documents[middles])
-        for middle, name in zip(middles.tolist(), names, strict=True):
+        last = np.searchsorted(starts, middles, side="right") - 1
+        spans = zip(starts[last].tolist(), stops[last].tolist(), strict=True)
+        for middle, span, name in zip(middles.tolist(), spans, names, strict=True):
             self._mentions.setdefault(name, []).append(middle)
+            self._spans.setdefault(name, []).append(range(*span))
         self.names = list(self._mentions)
 
     def mentions(self, phrase: str, most: int | None = None) -> list[int]:
@@ -219,6 +224,11 @@ class Phrases:
         The entry stands in the middle of the phrase, so that its window holds all of it.
         """
         return self._mentions.get(phrase, [])[:most]
+
+    def entries(self, phrases: Iterable[str]) -> np.ndarray:
+        """Every entry (N,) int64 of each phrase, one phrase after the other."""
+        spans = chain.from_iterable(self._spans.get(name, ()) for name in phrases)
+        return np.fromiter(chain.from_iterable(spans), np.int64)
 
     def alike(self, most: int) -> dict[str, list[str]]:
         """The other phrases that sound most like each, at most so many, the likest first.

@@ -17,14 +17,15 @@ from rich.console import Console
 from whisper_checkpoint import random_whisper
 
 from mmrag import artifact, cli, recogniser
-from mmrag.config import KNN, Index, LanguageModel, as_dict
-from mmrag.decoding.tune import DEFAULTS, SETTINGS
+from mmrag.config import KNN, Index, LanguageModel, RetrievedAttention, as_dict
+from mmrag.decoding.tune import DEFAULTS, SETTINGS, Tuned
 from mmrag.model.vocabulary import SentencePieces, Vocabulary
 from mmrag.recogniser import CALIBRATION
 from mmrag.retrieval import datastore
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.index import IndexShard, shard_directory
 from mmrag.retrieval.segment import Description, Segment
+from mmrag.retrieval.shortlist import Shortlist
 from mmrag.speech.audio import SAMPLE_RATE
 
 SHAPE = LanguageModel(width=16, layers=1, heads=2, kv_heads=2, feed_forward=24, tied=False)
@@ -628,6 +629,36 @@ def test_phrases_that_are_spoken_show_how_far_they_are(models, clip, tmp_path, m
         said = capsys.readouterr()
         assert stopped.value.code == 0, said.err
         assert ("speaking the phrases: 6/6 sentences" in said.err) == told
+
+
+@pytest.mark.parametrize(
+    ("asked", "most"), [([], 2), (["--shortlist", "1"], 1), (["--shortlist", "0"], None)]
+)
+def test_a_long_list_is_shortened_for_each_segment(mmrag, clip, tmp_path, monkeypatch, asked, most):
+    names, shortened = tmp_path / "names.txt", []
+    names.write_text("".join(f"maria {word}\n" for word in ("now", "call", "rome")))
+    monkeypatch.setenv(cli.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setattr(cli, "SHORTLIST", 2)
+    few = RetrievedAttention(k=1, stride=1, whole=2)
+    plain = Tuned(KNN(k=1, weight=0.5, temperature=1), KNN(k=1, weight=0.5, temperature=1), few)
+    monkeypatch.setattr("mmrag.decoding.tune.default", lambda *_: plain)
+    given = Shortlist.given
+
+    def watched(self, text, *ways):
+        shortened.append((self.most, text))
+        return given(self, text, *ways)
+
+    monkeypatch.setattr(Shortlist, "given", watched)
+    status, out, err = mmrag("--phrases", names, "--retrieval", "knn", *asked, clip)
+    assert status == 0, err
+    assert out and [short for short, _ in shortened] == ([most] if most else [])
+
+
+def test_a_shortlist_is_a_number_of_phrases(mmrag, clip, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("maria\n")
+    status, _, err = mmrag("--phrases", names, "--retrieval", "knn", "--shortlist", "-1", clip)
+    assert status == 1 and "--shortlist -1: a number of phrases, or 0 for all" in err
 
 
 @pytest.fixture(scope="module")

@@ -465,6 +465,47 @@ def test_clips_that_read_are_recognised_as_if_alone(recogniser, store):
         assert alone.tokens == heard.tokens
 
 
+class Heard:
+    """A shortlist that notes what it is asked for and gives the same to every clip."""
+
+    def __init__(self, *ways):
+        self.texts, self.ways = [], ways
+
+    def given(self, text, retrieval, attention):
+        self.texts.append(text)
+        return self.ways
+
+
+def test_a_shortlist_is_chosen_by_the_transcript_without_it(recogniser, store):
+    reader, reading = reading_from(recogniser, store, np.array([1, 6]))
+    voting = retrieval_from(store)
+    units = reader.encode([torch.randn(n) / 10 for n in (4000, 20000)])
+    plain = recognise(reader, units, OPTIONS)
+    texts = [reader.vocabulary.decode(one.tokens) for one in plain]
+    every = reading_from(recogniser, store)[1]
+    for ways in ((voting, None), (None, reading), (voting, reading), (None, None)):
+        shortlist = Heard(*ways)
+        asked = {"shortlist": shortlist, "attention_sources": [every] * 2}
+        heard = recognise(reader, units, OPTIONS, voting, **asked)
+        read = None if ways[1] is None else [ways[1]] * 2
+        wanted = recognise(reader, units, OPTIONS, ways[0], attention_sources=read)
+        assert [one.tokens for one in heard] == [one.tokens for one in wanted]
+        assert shortlist.texts == texts
+    unasked = Heard(voting, reading)
+    recognise(reader, units, OPTIONS, shortlist=unasked)
+    assert not unasked.texts, "there was nothing to shorten"
+
+
+def test_a_shortlist_that_nobody_believes_leaves_the_first_transcript(recogniser, store):
+    reader, _ = reading_from(recogniser, store)
+    endless = retrieval_that_always_says(recogniser.vocabulary.encode("a")[-1])
+    careful = OPTIONS.model_copy(update={"agreement": -1e-3})
+    units = reader.encode([torch.randn(20000) / 10])
+    [plain] = recognise(reader, units, OPTIONS)
+    [heard] = recognise(reader, units, careful, endless, Heard(endless, None))
+    assert heard.tokens == plain.tokens
+
+
 def test_audio_in_which_nobody_speaks_has_no_transcript(recogniser):
     careful = OPTIONS.model_copy(update={"speech": 0.75})
     transcripts = list(transcribe(noise(25), recogniser, careful))

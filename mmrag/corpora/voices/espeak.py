@@ -14,7 +14,8 @@ import ctypes
 import os
 import threading
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -37,6 +38,7 @@ _NATIVE_RATE = 22_050
 
 # Constants of espeak-ng's speak_lib.h.
 _SYNCHRONOUS, _PHONE_EVENTS, _IN_IPA, _DO_NOT_EXIT = 2, 0x0001, 0x0002, 0x8000
+_PHONEMES_IN_IPA = 2
 _OK, _RATE, _PITCH, _UTF8 = 0, 1, 3, 1
 _END_OF_LIST, _WORD, _PHONE = 0, 1, 7
 
@@ -189,6 +191,37 @@ class Synthesizer:
             timed_phones([(name, ms * slower) for name, ms in phones], duration),
         )
 
+    def pronounce(self, texts: Sequence[str], voice: str = "en-us") -> list[tuple[str, ...]]:
+        """The PHONES that each text is said in, a tenth of a millisecond a name: none for what is
+        not said. Raises ValueError for a voice that espeak-ng does not have."""
+        with _ONE_AT_A_TIME, self._opened(voice) as espeak:
+            read = espeak.espeak_TextToPhonemes
+            read.restype = ctypes.c_char_p
+            read.argtypes = (ctypes.POINTER(ctypes.c_char_p), ctypes.c_int, ctypes.c_int)
+            said = []
+            for text in texts:
+                left, clauses = ctypes.c_char_p(text.encode()), []
+                while left.value:
+                    clauses.append(read(ctypes.byref(left), _UTF8, _PHONEMES_IN_IPA).decode())
+                said.append(inventory.folded(" ".join(clauses)))
+        return said
+
+    @contextmanager
+    def _opened(self, voice: str) -> Iterator[ctypes.CDLL]:
+        """The library, afresh, with a voice."""
+        espeak = ctypes.CDLL(self._library)
+        try:
+            options = _PHONE_EVENTS | _IN_IPA | _DO_NOT_EXIT
+            rate = espeak.espeak_Initialize(_SYNCHRONOUS, 0, bytes(self._data), options)
+            if rate != _NATIVE_RATE:
+                raise RuntimeError(f"espeak-ng gives rate {rate} with its data in {self._data}")
+            if espeak.espeak_SetVoiceByName(voice.encode()) != _OK:
+                raise ValueError(f"espeak-ng has no voice {voice!r}")
+            yield espeak
+        finally:
+            espeak.espeak_Terminate()
+            ctypes.CDLL(None).dlclose(ctypes.c_void_p(espeak._handle))
+
     def _synthesize(
         self, text: str, voice: Voice
     ) -> tuple[np.ndarray, list[tuple[int, int]], list[tuple[str, int]]]:
@@ -216,29 +249,18 @@ class Synthesizer:
                 failures.append(error)
                 return 1
 
-        process = ctypes.CDLL(None)
-        espeak = ctypes.CDLL(self._library)
-        try:
-            options = _PHONE_EVENTS | _IN_IPA | _DO_NOT_EXIT
-            rate = espeak.espeak_Initialize(_SYNCHRONOUS, 0, bytes(self._data), options)
-            if rate != _NATIVE_RATE:
-                raise RuntimeError(f"espeak-ng gives rate {rate} with its data in {self._data}")
+        with self._opened(voice.name) as espeak:
             callback = _Callback(collect)
             espeak.espeak_SetSynthCallback(callback)
-            if espeak.espeak_SetVoiceByName(voice.name.encode()) != _OK:
-                raise ValueError(f"espeak-ng has no voice {voice.name!r}")
             espeak.espeak_SetParameter(_PITCH, voice.pitch, 0)
             espeak.espeak_SetParameter(_RATE, voice.rate, 0)
             espeak.espeak_ng_SetRandSeed(ctypes.c_long(1))
-            process.srand(1)  # some voices draw their noise from the C library
+            ctypes.CDLL(None).srand(1)  # some voices draw their noise from the C library
             encoded = text.encode()
             status = espeak.espeak_Synth(
                 encoded, ctypes.c_size_t(len(encoded) + 1), 0, 0, 0, _UTF8, None, None
             )
             espeak.espeak_Synchronize()
-        finally:
-            espeak.espeak_Terminate()
-            process.dlclose(ctypes.c_void_p(espeak._handle))
         if failures:
             raise failures[0]
         if status != _OK:

@@ -235,6 +235,17 @@ def test_text_that_cannot_be_spoken_is_an_error(synthesizer, text):
         synthesizer.speak(text, WOMAN)
 
 
+def test_texts_are_pronounced_as_they_are_spoken(synthesizer):
+    texts = ["siobhan o'connor", "", "…", "dr smith is 42. thanks!", "siobhan o'connor"]
+    siobhan, *silent, smith, again = synthesizer.pronounce(texts)
+    assert siobhan == again and silent == [(), ()]
+    spoken = synthesizer.speak(texts[0], Voice("any", "en-us")).phones
+    assert siobhan == tuple(phone.text for phone in spoken)
+    assert smith[:3] == ("d", "ɑ", "k") and smith[-1] == "s"
+    with pytest.raises(ValueError, match="no voice 'nowhere'"):
+        synthesizer.pronounce(["a"], "nowhere")
+
+
 def test_a_failure_while_sound_arrives_reaches_the_caller(synthesizer, monkeypatch):
     def fail(address, size):
         raise MemoryError("no room for samples")

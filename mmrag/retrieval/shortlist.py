@@ -1,0 +1,126 @@
+"""Of very many phrases, those that a clip may have said: found by the sound of a first transcript.
+
+Nobody's attention reaches over a hundred thousand names. A transcript that was made without them
+spells a name wrong, and mostly as it sounds: `SoundIndex` compares phones, first the short runs
+that a phrase and the transcript share, then, for the likeliest phrases, how well the whole of each
+fits somewhere into the transcript. The clip is transcribed again with those few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, groupby
+
+import numpy as np
+from rapidfuzz import fuzz, process
+from scipy import sparse
+
+from mmrag.corpora.voices.phones import PHONES, VOWELS
+from mmrag.retrieval.interpolation import Retrieval
+from mmrag.retrieval.memory import AttentionSource
+from mmrag.retrieval.phrases import Phrases
+from mmrag.retrieval.retrievers import SubsetRetriever
+
+ALIGNED = 4800
+"""Phrases that are compared as a whole, by what runs they share with the transcript."""
+RANK = 60
+"""Added to both ranks before they are joined (reciprocal rank fusion, Cormack et al. 2009)."""
+Pronounce = Callable[[Sequence[str]], list[tuple[str, ...]]]
+"""Texts -> the PHONES that each is said in."""
+
+_RUNS = (2, 3, 4)
+"""Classes of phones that follow each other."""
+_ALIKE = "pb tdθð kɡ fv szʃʒ mnŋ l ɹ w j"
+_CLASS = {phone: alike[0] for alike in _ALIKE.split() for phone in alike}
+_CLASS |= {"tʃ": "s", "dʒ": "s"} | dict.fromkeys(VOWELS, "a")
+"""Phones that are heard for one another; `h` is often heard for nothing."""
+_LETTER = {phone: chr(ord("!") + number) for number, phone in enumerate(PHONES)}
+"""A letter for each phone: texts are what rapidfuzz aligns."""
+
+
+class SoundIndex:
+    """Phrases by their sound."""
+
+    def __init__(self, phrases: Sequence[str], pronounce: Pronounce) -> None:
+        self._pronounce = pronounce
+        said = [_once(phones) for phones in pronounce(phrases)]
+        self._spelled = [_spelled(phones) for phones in said]
+        runs = [list(_runs(phones)) for phones in said]
+        self._known = {run: n for n, run in enumerate(sorted(set(chain.from_iterable(runs))))}
+        counts = [len(own) for own in runs]
+        rows = np.fromiter((self._known[run] for run in chain.from_iterable(runs)), np.int64)
+        columns = np.repeat(np.arange(len(runs)), counts)
+        shape = (len(self._known), len(runs))
+        found = sparse.csr_array((np.ones(len(rows), np.float32), (rows, columns)), shape)
+        rarity = np.log((len(runs) + 1) / np.maximum(1, found.sum(axis=1)))
+        self._weights = sparse.csr_array(found.multiply(rarity[:, None]))
+        self._lengths = np.sqrt(np.maximum(self._weights.sum(axis=0), 1e-6))
+
+    def __len__(self) -> int:
+        return len(self._spelled)
+
+    def near(self, text: str, most: int) -> np.ndarray:
+        """The numbers (N,) int64 of at most so many phrases, those that sound most like something
+        in `text` first; none where nothing in it has a sound of theirs."""
+        [said] = map(_once, self._pronounce([text]))
+        heard = [self._known[run] for run in set(_runs(said)) if run in self._known]
+        if not heard:
+            return np.empty(0, np.int64)
+        shared = self._weights[heard].sum(axis=0) / self._lengths
+        kept = min(ALIGNED, int(np.count_nonzero(shared)))
+        likely = np.argpartition(-shared, kept - 1)[:kept]
+        likely = likely[np.lexsort((likely, -shared[likely]))]
+        phrases = [self._spelled[number] for number in likely.tolist()]
+        [fits] = process.cdist([_spelled(said)], phrases, scorer=fuzz.partial_ratio)
+        # Half of a phrase's phones fit by chance; of two that fit as well, the longer says more.
+        fits = (fits / 100 - 0.5) * np.sqrt([len(phrase) for phrase in phrases])
+        by_fit = np.empty(kept, np.int64)
+        by_fit[np.argsort(-fits, kind="stable")] = np.arange(kept)
+        both = 1 / (RANK + np.arange(kept)) + 1 / (RANK + by_fit)
+        return likely[np.argsort(-both, kind="stable")[:most]]
+
+
+@dataclass(frozen=True)
+class Shortlist:
+    """A long list of phrases, of which each clip is given those that it may have said."""
+
+    phrases: Phrases
+    sounds: SoundIndex
+    most: int
+
+    @classmethod
+    def of(cls, phrases: Phrases, pronounce: Pronounce, most: int) -> Shortlist:
+        """ImportError where there is nothing to pronounce them with."""
+        return cls(phrases, SoundIndex(phrases.names, pronounce), most)
+
+    def given(
+        self, text: str, retrieval: Retrieval | None, attention: AttentionSource | None
+    ) -> tuple[Retrieval | None, AttentionSource | None]:
+        """The same ways to look things up, in what a clip may have said alone; None where that is
+        nothing. `text` is its transcript without them."""
+        names = [self.phrases.names[number] for number in self.sounds.near(text, self.most)]
+        if not names:
+            return None, None
+        retriever = SubsetRetriever(self.phrases.datastore, self.phrases.entries(names))
+        windows = self.phrases.first_mentions(names)
+        return (
+            retrieval and replace(retrieval, retriever=retriever),
+            attention and replace(attention, retriever=retriever, entries=windows),
+        )
+
+
+def _once(phones: Sequence[str]) -> tuple[str, ...]:
+    """A phone that follows itself is heard once."""
+    return tuple(phone for phone, _ in groupby(phones))
+
+
+def _spelled(phones: Sequence[str]) -> str:
+    return "".join(map(_LETTER.__getitem__, phones))
+
+
+def _runs(phones: Sequence[str]) -> Iterator[str]:
+    """Every run of _RUNS classes of phones, each once."""
+    classes = "".join(_CLASS.get(phone, "") for phone in phones)
+    for length in _RUNS:
+        yield from {classes[at : at + length] for at in range(len(classes) - length + 1)}
