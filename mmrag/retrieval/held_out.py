@@ -43,12 +43,13 @@ class HeldOutQueries:
 
     def recall(self, search: Search) -> float | None:
         """The share of the NEAREST entries that `search` finds; None where there are none."""
-        found = search(self._queries, NEAREST, self._documents.tolist()).distances
-        hits = (found <= (self._last + TIE * np.abs(self._last))[:, None]).sum(1)
         some = self._there > 0
         if not some.any():
             return None
-        return float((np.minimum(hits, self._there)[some] / self._there[some]).mean())
+        there, last = self._there[some], self._last[some]
+        found = search(self._queries[some], NEAREST, self._documents[some].tolist()).distances
+        hits = (found <= (last + TIE * np.abs(last))[:, None]).sum(1)
+        return float((np.minimum(hits, there) / there).mean())
 
 
 def _nearest(

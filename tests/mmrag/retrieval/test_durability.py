@@ -1,6 +1,8 @@
 """What an acknowledged write leaves on disk when the power goes at any moment."""
 
+import errno
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from mmrag.retrieval.compaction import compact
 from mmrag.retrieval.datastore import Datastore, create, delete, publish, write_segment
 from mmrag.retrieval.index import IndexShard, save_index, saved_shards, shard_directory
 from mmrag.retrieval.segment import Description, Segment, windows_of
+from mmrag.retrieval.verify import verify
 
 DESCRIPTION = Description(width=4, window=3, metric="l2", audio="none", identity={"lm": "aaaa"})
 LIST = "segments.json"
@@ -123,26 +126,61 @@ def test_an_unflushed_file_would_be_noticed(directory, monkeypatch):
     assert any(lost.endswith("keys.npy") for lost in disk.lost)
 
 
-@pytest.mark.parametrize(
+CHANGES = pytest.mark.parametrize(
     ("change", "before", "after"),
     [
         (add, [10, 11, 12, 13], [10, 11, 12, 13, 20, 21, 22, 23]),
         (lambda directory: delete(directory, [1]), [10, 11, 12, 13], [10, 12, 13]),
         (compact_all, [10, 11, 12, 13], [10, 11, 12, 13]),
     ],
+    ids=["add", "delete", "compact"],
 )
+
+
+def living(directory: Path) -> list[int]:
+    """Tokens of the entries that are not deleted."""
+    store = Datastore.open(directory)
+    return np.delete(store.tokens, store.deleted).tolist()
+
+
+def scatter(directory: Path) -> None:
+    """Small segments to merge, and deleted entries to erase."""
+    for first in (30, 40):
+        write_segment(directory, f"more-{first}", segment(first))
+        publish(directory, [f"more-{first}"])
+    delete(directory, range(4, 12))
+
+
+@CHANGES
+def test_a_disk_that_is_full_loses_nothing_and_the_change_is_made_once_there_is_room(
+    directory, change, before, after
+):
+    """No file may grow beyond a limit: the write that would fails, as on a full disk."""
+    if change is compact_all:
+        scatter(directory)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    failures = []
+    for limit in range(0, 2000, 100):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+        try:
+            change(directory)
+        except OSError as error:
+            failures.append(error.errno)
+            continue
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+            assert living(directory) in (before, after)
+        break
+    assert set(failures) == {errno.EFBIG} and living(directory) == after
+    assert list(verify(directory)) == []
+
+
+@CHANGES
 def test_power_lost_at_any_step_leaves_the_old_list_or_the_new_one(
     directory, monkeypatch, change, before, after
 ):
-    def living() -> list[int]:
-        store = Datastore.open(directory)
-        return np.delete(store.tokens, store.deleted).tolist()
-
     if change is compact_all:
-        for first in (30, 40):
-            write_segment(directory, f"more-{first}", segment(first))
-            publish(directory, [f"more-{first}"])
-        delete(directory, range(4, 12))
+        scatter(directory)
     for cut in range(100):
         with monkeypatch.context() as patch:
             disk = Disk(patch, cut)
@@ -150,12 +188,12 @@ def test_power_lost_at_any_step_leaves_the_old_list_or_the_new_one(
                 change(directory)
             except PowerCutError:
                 listed = ("rename", directory / LIST) in disk.steps
-                assert living() == (after if listed else before), disk.steps
+                assert living(directory) == (after if listed else before), disk.steps
                 if not listed:
                     continue
             break
     assert cut > 3
-    assert living() == after
+    assert living(directory) == after
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivfpq"])
