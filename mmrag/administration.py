@@ -62,7 +62,8 @@ def add_commands(commands: Any) -> None:
     searching.add_argument("-k", type=int, default=4, help="neighbours (default: %(default)s)")
     for one in (creating, adding, searching):
         one.add_argument(
-            "--models", default=shipped.TINY, help="that key it (default: %(default)s)"
+            "--models",
+            help=f"that key it (default: {shipped.TINY}); not with --url, where they are its own",
         )
     kept = []
     for name, run, help in (
@@ -94,7 +95,7 @@ def add_commands(commands: Any) -> None:
     snapshot.add_argument("action", choices=("create", "list", "rollback", "drop"))
     snapshot.add_argument("directory", type=Path)
     snapshot.add_argument("name", nargs="?", help="of the snapshot; not for list")
-    for one in (listing, creating, adding, deleting, *kept, compacting, snapshot):
+    for one in (listing, creating, adding, deleting, searching, *kept, compacting, snapshot):
         one.add_argument(
             "--url",
             help="of a running endpoint, whose datastore's name then stands for the directory; the "
@@ -118,6 +119,8 @@ def run(options: argparse.Namespace) -> bool:
 def _service(options: argparse.Namespace) -> Service:
     from mmrag.client import Service
 
+    if getattr(options, "models", None):
+        raise ValueError("--models goes without --url: an endpoint has its own")
     return Service(options.url, os.environ.get(KEY))
 
 
@@ -181,7 +184,7 @@ def _create(options: argparse.Namespace) -> bool:
         return _told(options, made, f"{options.directory}: {made['entries']:,} entries")
     from mmrag import contents, recogniser
 
-    models = recogniser.load(options.models)
+    models = recogniser.load(options.models or shipped.TINY)
     added = contents.create(options.directory, texts, models, spoken=not options.text_only)
     told = {"created": str(options.directory), "added": added}
     return _told(options, told, f"{printable(options.directory)}: {added:,} entries")
@@ -194,34 +197,50 @@ def _add(options: argparse.Namespace) -> bool:
     else:
         from mmrag import contents, recogniser
 
-        told = {"added": contents.add(options.directory, texts, recogniser.load(options.models))}
+        told = {
+            "added": contents.add(
+                options.directory, texts, recogniser.load(options.models or shipped.TINY)
+            )
+        }
     return _told(options, told, f"{printable(options.directory)}: {told['added']:,} entries more")
 
 
 def _search(options: argparse.Namespace) -> bool:
-    from mmrag import contents, recogniser
-    from mmrag.config import Decode
-
     if options.k < 1:
         raise ValueError(f"-k {options.k}: at least one neighbour")
-    query = Path(options.query) if Path(options.query).is_file() else options.query
-    decode = Decode(beams=1, length_penalty=0.6, tokens_per_second=16, max_seconds=30)
-    models = recogniser.load(options.models)
-    found = contents.look_up(options.directory, models, query, options.k, decode)
+    found = _looked_up(options)
     if options.json:
         for one in found:
-            print(json.dumps(asdict(one), ensure_ascii=False))
+            print(json.dumps(one, ensure_ascii=False))
         return False
-    table = Table(title=printable(options.directory), title_justify="left")
+    table = Table(title=_named(options), title_justify="left")
     for name in ("before", "says", "distance", "document", "around it"):
         table.add_column(name, justify="right" if name == "distance" else "left")
     for one in found:
-        for number, near in enumerate(one.neighbours):
-            shown = (one.token if not number else "", near.token, f"{near.distance:.4g}")
-            table.add_row(*map(escape, (*shown, near.document, near.window)))
+        for number, near in enumerate(one["neighbours"]):
+            shown = (one["token"] if not number else "", near["token"], f"{near['distance']:.4g}")
+            table.add_row(*map(escape, (*shown, near["document"], near["window"])))
         table.add_section()
     console.print(table)
     return False
+
+
+def _looked_up(options: argparse.Namespace) -> list[dict[str, Any]]:
+    query = Path(options.query)
+    if options.url is not None:
+        if query.is_file():
+            raise ValueError(f"{query}: an endpoint looks texts up; transcribe it there first")
+        return _service(options).look_up(str(options.directory), options.query, options.k)
+    from mmrag import contents, recogniser
+    from mmrag.config import Decode
+
+    decode = Decode(beams=1, length_penalty=0.6, tokens_per_second=16, max_seconds=30)
+    models, asked = (
+        recogniser.load(options.models or shipped.TINY),
+        query if query.is_file() else options.query,
+    )
+    found = contents.look_up(options.directory, models, asked, options.k, decode)
+    return [asdict(one) for one in found]
 
 
 def _lines(file: Path) -> list[str]:

@@ -118,6 +118,11 @@ class Service:
         place = f"{DATASTORES}/{quote(name, safe='')}/entries"
         return self._asked("DELETE", place, params={"document": document})
 
+    def look_up(self, name: str, text: str, k: int) -> list[dict[str, Any]]:
+        """What a datastore finds before each token of a text. Raises ServiceError."""
+        place = f"{DATASTORES}/{quote(name, safe='')}/search"
+        return self._asked("POST", place, json={"text": text, "k": k})["data"]
+
     def tend(self, name: str, task: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """What a task of `retrieval.upkeep` tells of a datastore. Raises ServiceError."""
         place = f"{DATASTORES}/{quote(name, safe='')}/upkeep/{task}"

@@ -12,8 +12,8 @@ import numpy as np
 from mmrag.config import Decode
 from mmrag.model.contract import Speech, TextVocabulary
 from mmrag.model.states import read_states
-from mmrag.recogniser import AnyRecogniser
-from mmrag.records import NO_ENTRY, Utterance
+from mmrag.recogniser import AnyRecogniser, Decoder
+from mmrag.records import NO_ENTRY, Retriever, Utterance
 from mmrag.retrieval import datastore
 from mmrag.retrieval.compaction import compact
 from mmrag.retrieval.datastore import Datastore
@@ -74,7 +74,7 @@ def add(directory: Path, texts: Sequence[str], recogniser: AnyRecogniser) -> int
     return added
 
 
-def _check(texts: Sequence[str], recogniser: AnyRecogniser) -> None:
+def _check(texts: Sequence[str], recogniser: Decoder) -> None:
     """ValueError for the first text that the models cannot listen for."""
     if refused := next(filter(None, map(recogniser.vocabulary.refusal, texts)), None):
         raise ValueError(refused)
@@ -134,13 +134,26 @@ def look_up(
     store = Datastore.open(directory)
     store.require(recogniser.keyed_by)
     retriever = LocalRetriever.load(saved_shards(directory), store)
-    vocabulary = recogniser.vocabulary
+    speech = None
     if isinstance(query, Path):
-        speech, tokens = _heard(recogniser, query, settings)
-    else:
-        _check([query], recogniser)
-        speech, tokens = None, vocabulary.encode(vocabulary.spoken(query))
-    keys, following, _, _ = read_states(recogniser.lm, vocabulary, [tokens], [speech], logits=False)
+        speech, query = _heard(recogniser, query, settings)
+    return near(retriever, recogniser, query, k, speech)
+
+
+def near(
+    retriever: Retriever,
+    models: Decoder,
+    text: str | Sequence[int],
+    k: int,
+    speech: Speech | None = None,
+) -> list[Lookup]:
+    """What a retriever finds before each token of a text, or of the tokens of a transcript, after
+    `speech`. Raises ValueError for a text that the models cannot listen for."""
+    vocabulary, tokens = models.vocabulary, text
+    if isinstance(text, str):
+        _check([text], models)
+        tokens = vocabulary.encode(vocabulary.spoken(text))
+    keys, following, _, _ = read_states(models.lm, vocabulary, [tokens], [speech], logits=False)
     found = retriever.search(keys.cpu().numpy(), k)
     windows = retriever.windows(found.entries)
     looked_up = []

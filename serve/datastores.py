@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import asdict
 from inspect import signature
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from serve.settings import Settings
 
 ALL = "/v1/datastores"
 ONE, ENTRIES = f"{ALL}/{{name}}", f"{ALL}/{{name}}/entries"
+SEARCH = f"{ONE}/search"
 UPKEEP = f"{ONE}/upkeep/{{task}}"
 
 
@@ -45,6 +47,7 @@ class Datastores:
         router.get(ENTRIES)(self.documents)
         router.post(ENTRIES, openapi_extra=_takes(schema.NewEntries, {}))(self.add)
         router.delete(ENTRIES)(self.remove)
+        router.post(SEARCH)(self.search)
         router.post(UPKEEP)(self.tend)
         return router
 
@@ -97,6 +100,16 @@ class Datastores:
         retriever = self._pipeline.retriever
         deleted, entries = await self._pipeline.call(retriever.remove, name, document)
         return schema.DeletedEntries(datastore=name, deleted=deleted, entries=entries)
+
+    async def search(self, name: str, asked: schema.Query) -> schema.Found:
+        """What a datastore finds before each token of a text, as a decoder would."""
+        limits = self._settings.limits
+        [text] = schema.bounded_texts([asked.text], 1, "text", limits, self._vocabulary)
+        found = await self._pipeline.call(self._pipeline.retriever.resolve, name)
+        decoder = self._pipeline.decoder
+        return schema.Found(
+            data=[asdict(one) for one in await self._change(decoder.look_up, found, text, asked.k)]
+        )
 
     async def tend(
         self, name: str, task: schema.Task, given: schema.TaskOptions | None = None

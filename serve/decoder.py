@@ -16,6 +16,7 @@ import torch
 from ray.serve import metrics
 
 from mmrag.config import RetrievalMode
+from mmrag.contents import Lookup, near
 from mmrag.corpora.voices.espeak import Synthesizer
 from mmrag.decoding.align import align
 from mmrag.decoding.decode import Clip, Hypothesis
@@ -133,6 +134,17 @@ class Decoder:
                 lambda: read_entries(models.lm, models.vocabulary, spoken, WINDOW, kind)
             )
         )
+
+    async def look_up(self, found: ResolvedDatastore, text: str, k: int) -> list[Lookup]:
+        """What a datastore finds before each token of a text; InvalidRequest for one that the model
+        cannot listen for."""
+        models = self._models
+        try:
+            return await asyncio.wrap_future(
+                self._engine.call(lambda: near(found.retriever, models, text, k))
+            )
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from None
 
     async def describe(self) -> tuple[Description, bool]:
         """What datastores of this model are, and whether it can read them (an adapter)."""

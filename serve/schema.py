@@ -239,6 +239,41 @@ class NewDatastore(NewEntries):
     texts: list[str] = []
 
 
+class Query(BaseModel):
+    """What to look up."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: str
+    k: int = Field(default=4, ge=1, le=100)
+    """Neighbours."""
+
+
+class Neighbour(BaseModel):
+    """An entry near to where a text has come to: what it says comes next, and what was said around
+    it."""
+
+    token: str
+    distance: float
+    entry: int
+    document: str
+    window: str
+
+
+class Lookup(BaseModel):
+    """A token, and what a decoder would have found in its place."""
+
+    token: str
+    neighbours: list[Neighbour]
+
+
+class Found(BaseModel):
+    """Every token of a text."""
+
+    object: Literal["list"] = "list"
+    data: list[Lookup]
+
+
 class TaskOptions(BaseModel):
     """What a task is told."""
 

@@ -371,6 +371,12 @@ def test_the_command_line_looks_after_an_endpoints_datastores(
     assert "spoken" in call("show", "afar")[1]
     assert json.loads(call("stats", "afar", "--json")[1])["segments"] == 2
     assert call("verify", "afar")[1] == f"afar of {service.url} is whole\n"
+    found = [json.loads(line) for line in call("search", "afar", NAME, "--json")[1].splitlines()]
+    assert {near["document"] for one in found for near in one["neighbours"]} >= {NAME}
+    assert NAME in call("search", "afar", NAME)[1]
+    assert "--models goes without --url" in call("search", "afar", NAME, "--models", "x")[1]
+    assert "an endpoint looks texts up" in call("search", "afar", names)[1]
+    assert call("search", "afar", "東京")[0] == 1
     assert call("snapshot", "create", "afar", "both")[0] == 0
     assert json.loads(call("compact", "afar", "--all", "--json")[1])["merged"] == 2
     status, out = call("delete", "afar", "imogen varga")
