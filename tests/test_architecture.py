@@ -41,7 +41,7 @@ WINGS = {
     "retrieval": [
         "segment", "mapped", "columns", "stored", "local", "datastore", "snapshots", "compaction",
         "verify", "ivf", "sizing", "held_out", "index", "retrievers", "knn", "interpolation",
-        "memory", "entries", "phrases", "contexts",
+        "memory", "entries", "phrases", "upkeep", "shortlist", "contexts",
     ],
     "decoding": ["confidence", "boost", "decode", "guard", "align", "engine", "tune"],
     "front door": ["recogniser", "transcribe", "contents", "client", "administration", "cli"],

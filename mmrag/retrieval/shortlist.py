@@ -16,7 +16,6 @@ import numpy as np
 from rapidfuzz import fuzz, process
 from scipy import sparse
 
-from mmrag.corpora.voices.phones import PHONES, VOWELS
 from mmrag.retrieval.interpolation import Retrieval
 from mmrag.retrieval.memory import AttentionSource
 from mmrag.retrieval.phrases import Phrases
@@ -27,16 +26,16 @@ ALIGNED = 4800
 RANK = 60
 """Added to both ranks before they are joined (reciprocal rank fusion, Cormack et al. 2009)."""
 Pronounce = Callable[[Sequence[str]], list[tuple[str, ...]]]
-"""Texts -> the PHONES that each is said in."""
+"""Texts -> the phones that each is said in, in IPA."""
 
 _RUNS = (2, 3, 4)
 """Classes of phones that follow each other."""
 _ALIKE = "pb tdθð kɡ fv szʃʒ mnŋ l ɹ w j"
 _CLASS = {phone: alike[0] for alike in _ALIKE.split() for phone in alike}
-_CLASS |= {"tʃ": "s", "dʒ": "s"} | dict.fromkeys(VOWELS, "a")
-"""Phones that are heard for one another; `h` is often heard for nothing."""
-_LETTER = {phone: chr(ord("!") + number) for number, phone in enumerate(PHONES)}
-"""A letter for each phone: texts are what rapidfuzz aligns."""
+_CLASS |= {"tʃ": "s", "dʒ": "s", "h": ""}
+"""Consonants that are heard for one another; `h` is often heard for nothing."""
+_VOWEL = "a"
+"""The class of all others."""
 
 
 class SoundIndex:
@@ -45,7 +44,9 @@ class SoundIndex:
     def __init__(self, phrases: Sequence[str], pronounce: Pronounce) -> None:
         self._pronounce = pronounce
         said = [_once(phones) for phones in pronounce(phrases)]
-        self._spelled = [_spelled(phones) for phones in said]
+        known = sorted(set(chain.from_iterable(said)))
+        self._letters = {phone: chr(ord("!") + number) for number, phone in enumerate(known)}
+        self._spelled = [self._spell(phones) for phones in said]
         runs = [list(_runs(phones)) for phones in said]
         self._known = {run: n for n, run in enumerate(sorted(set(chain.from_iterable(runs))))}
         counts = [len(own) for own in runs]
@@ -72,13 +73,17 @@ class SoundIndex:
         likely = np.argpartition(-shared, kept - 1)[:kept]
         likely = likely[np.lexsort((likely, -shared[likely]))]
         phrases = [self._spelled[number] for number in likely.tolist()]
-        [fits] = process.cdist([_spelled(said)], phrases, scorer=fuzz.partial_ratio)
+        [fits] = process.cdist([self._spell(said)], phrases, scorer=fuzz.partial_ratio)
         # Half of a phrase's phones fit by chance; of two that fit as well, the longer says more.
         fits = (fits / 100 - 0.5) * np.sqrt([len(phrase) for phrase in phrases])
         by_fit = np.empty(kept, np.int64)
         by_fit[np.argsort(-fits, kind="stable")] = np.arange(kept)
         both = 1 / (RANK + np.arange(kept)) + 1 / (RANK + by_fit)
         return likely[np.argsort(-both, kind="stable")[:most]]
+
+    def _spell(self, phones: Sequence[str]) -> str:
+        """A letter for each phone, a blank for one that no phrase has: rapidfuzz aligns texts."""
+        return "".join(self._letters.get(phone, " ") for phone in phones)
 
 
 @dataclass(frozen=True)
@@ -115,12 +120,8 @@ def _once(phones: Sequence[str]) -> tuple[str, ...]:
     return tuple(phone for phone, _ in groupby(phones))
 
 
-def _spelled(phones: Sequence[str]) -> str:
-    return "".join(map(_LETTER.__getitem__, phones))
-
-
 def _runs(phones: Sequence[str]) -> Iterator[str]:
     """Every run of _RUNS classes of phones, each once."""
-    classes = "".join(_CLASS.get(phone, "") for phone in phones)
+    classes = "".join(_CLASS.get(phone, _VOWEL) for phone in phones)
     for length in _RUNS:
         yield from {classes[at : at + length] for at in range(len(classes) - length + 1)}
