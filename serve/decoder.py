@@ -44,7 +44,7 @@ from serve.messages import (
 from serve.model import device, language, locate, retrieval_defaults, tuned_below
 from serve.settings import RetrievalDefaults, Settings
 
-SHORTLIST = 100
+SHORTLIST = 10
 """Of a request's phrases, where they are too many to be read whole, those that a clip is given."""
 KEPT = 32
 """Datastores and lists whose encoded windows a replica keeps."""

@@ -37,7 +37,7 @@ from mmrag.transcribe import recognise
 SEED = 1
 LENGTHS = (10, 50, 100, 300)
 """Of shortlists whose recall is measured."""
-READ = 100
+READ = 10
 """Of the shortlists that requests are transcribed with."""
 DECODE = Decode(beams=1, length_penalty=0.6, tokens_per_second=16, max_seconds=30)
 progress = Console(stderr=True, highlight=False)

@@ -30,12 +30,12 @@ Pronounce = Callable[[Sequence[str]], list[tuple[str, ...]]]
 
 _RUNS = (2, 3, 4)
 """Classes of phones that follow each other."""
-_ALIKE = "pb tdθð kɡ fv szʃʒ mnŋ l ɹ w j"
-_CLASS = {phone: alike[0] for alike in _ALIKE.split() for phone in alike}
-_CLASS |= {"tʃ": "s", "dʒ": "s", "h": ""}
-"""Consonants that are heard for one another; `h` is often heard for nothing."""
-_VOWEL = "a"
-"""The class of all others."""
+_ALIKE = (
+    *("i ɪ eɪ ɛ æ", "ɑ ʌ ə ɜ aɪ aʊ", "ɔ ʊ u oʊ ɔɪ"),
+    *("p b", "t d θ ð", "k ɡ", "f v", "s z ʃ ʒ tʃ dʒ", "m n ŋ", "l", "ɹ", "w", "j"),
+)
+_CLASS = {phone: alike[0] for alike in _ALIKE for phone in alike.split()}
+"""Phones that are heard for one another. Others are none: `h` is often heard for nothing."""
 
 
 class SoundIndex:
@@ -122,6 +122,6 @@ def _once(phones: Sequence[str]) -> tuple[str, ...]:
 
 def _runs(phones: Sequence[str]) -> Iterator[str]:
     """Every run of _RUNS classes of phones, each once."""
-    classes = "".join(_CLASS.get(phone, _VOWEL) for phone in phones)
+    classes = "".join(_CLASS.get(phone, "") for phone in phones)
     for length in _RUNS:
         yield from {classes[at : at + length] for at in range(len(classes) - length + 1)}
