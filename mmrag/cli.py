@@ -60,7 +60,7 @@ AUDIO = "wav, flac, mp3, ogg, webm, m4a, mp4, 3gp, amr and others, whatever the 
 TINY_SECONDS, WHISPER_SECONDS = 4.0, 30.0
 """Longest segment that mmrag:tiny and a Whisper are given where nobody says so."""
 SHORTLIST = 10
-"""Phrases of a long list that a segment is transcribed with."""
+"""As in `retrieval.shortlist`."""
 TAIL_LETTERS = 400
 """Letters of a growing transcript that are shown: its end, which has to fit on a small terminal."""
 LINE_SECONDS = 10.0

@@ -31,7 +31,7 @@ from mmrag.retrieval.memory import AttentionSource, WindowCache
 from mmrag.retrieval.phrases import WINDOW, Phrases
 from mmrag.retrieval.retrievers import SECOND, JoinedRetriever, SubsetRetriever
 from mmrag.retrieval.segment import Description, Segment
-from mmrag.retrieval.shortlist import Shortlist
+from mmrag.retrieval.shortlist import SHORTLIST, Shortlist
 from mmrag.speech.tokenized import Tokenized
 from mmrag.transcribe import judged, words
 from serve import probe
@@ -44,8 +44,6 @@ from serve.messages import (
 from serve.model import device, language, locate, retrieval_defaults, tuned_below
 from serve.settings import RetrievalDefaults, Settings
 
-SHORTLIST = 10
-"""Of a request's phrases, where they are too many to be read whole, those that a clip is given."""
 KEPT = 32
 """Datastores and lists whose encoded windows a replica keeps."""
 

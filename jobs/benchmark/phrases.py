@@ -29,7 +29,7 @@ from mmrag.recogniser import Recogniser
 from mmrag.retrieval.memory import AttentionSource
 from mmrag.retrieval.phrases import Phrases, remember
 from mmrag.retrieval.retrievers import SubsetRetriever
-from mmrag.retrieval.shortlist import Shortlist, SoundIndex
+from mmrag.retrieval.shortlist import SHORTLIST, Shortlist, SoundIndex
 from mmrag.score.entities import entity_recall
 from mmrag.score.rates import word_error_rate
 from mmrag.transcribe import recognise
@@ -37,8 +37,6 @@ from mmrag.transcribe import recognise
 SEED = 1
 LENGTHS = (10, 50, 100, 300)
 """Of shortlists whose recall is measured."""
-READ = 10
-"""Of the shortlists that requests are transcribed with."""
 DECODE = Decode(beams=1, length_penalty=0.6, tokens_per_second=16, max_seconds=30)
 progress = Console(stderr=True, highlight=False)
 TARGETS = {
@@ -175,7 +173,7 @@ def _transcribed(
     settings = default(shipped.find(shipped.TINY), datastore)
     windows = phrases.first_mentions()
     reading = AttentionSource(recogniser.window_cache(every), settings.attention, every, windows)
-    shortlist = Shortlist.of(phrases, Synthesizer().pronounce, READ)
+    shortlist = Shortlist.of(phrases, Synthesizer().pronounce, SHORTLIST)
     units, read = [one.units for one in requests], [reading] * len(requests)
     texts = {"none": [one.heard for one in requests]}
     for way, own in (("search", None), ("shortlist", shortlist)):
@@ -209,7 +207,7 @@ def show(results: dict[str, Any]) -> None:
     ways = {
         "none": "no phrases",
         "search": "searched for at every word",
-        "shortlist": f"the {READ} likeliest read",
+        "shortlist": f"the {SHORTLIST} likeliest read",
     }
     heard = table("Transcripts (cross-attention)", "phrases", "", "WER", "said phrases found")
     for one in results["transcripts"]:

@@ -21,6 +21,8 @@ from mmrag.retrieval.memory import AttentionSource
 from mmrag.retrieval.phrases import Phrases
 from mmrag.retrieval.retrievers import SubsetRetriever
 
+SHORTLIST = 10
+"""Phrases that a segment is given where nobody says how many."""
 ALIGNED = 4800
 """Phrases that are compared as a whole, by what runs they share with the transcript."""
 RANK = 60

@@ -64,7 +64,7 @@ def statistics(directory: Path) -> Told:
     """How a datastore is filled."""
     datastore = Datastore.open(directory)
     sizes = [one["entries"] for one in read_list(directory)["segments"]] or [0]
-    _, counts = datastore.document_counts()
+    documents, counts = datastore.document_counts()
     counts = counts if len(counts) else np.zeros(1, np.int64)
     sizes_of = _sizes(datastore).items()
     each = max(1, datastore.entries)
@@ -73,7 +73,7 @@ def statistics(directory: Path) -> Told:
         "deleted": len(datastore.deleted),
         "segments": len(datastore.segments),
         "segment_entries": {"smallest": min(sizes), "largest": max(sizes)},
-        "documents": len(datastore.document_counts()[0]),
+        "documents": len(documents),
         "document_entries": {f"p{share}": int(np.percentile(counts, share)) for share in SHARES},
         "typical_distance": typical_distance(datastore),
         "bytes_per_entry": {name: round(size / each, 1) for name, size in sizes_of},
