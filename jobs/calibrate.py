@@ -188,7 +188,7 @@ def _named(text: str) -> tuple[str, Recordings]:
 def main() -> None:
     """Calibrate from the command line."""
     parser = argparse.ArgumentParser(prog="python -m jobs.calibrate", description=__doc__)
-    parser.add_argument("--models", default=shipped.TINY, help="default: %(default)s")
+    parser.add_argument("--models", default=shipped.DEFAULT, help="default: %(default)s")
     named = {"nargs": "+", "type": _named, "metavar": "NAME=MANIFEST[@DOMAIN,…]", "default": []}
     parser.add_argument("--dev", required=True, help="what to fit on", **named)
     parser.add_argument("--test", help="what to report on besides", **named)

@@ -20,6 +20,7 @@ from jobs import stage, tokenize
 from mmrag import shipped
 from mmrag.artifact import Artifact, Draft, nothing
 from mmrag.config import Experiment, recipe
+from mmrag.corpora import augment
 from mmrag.corpora.pronunciation import Pronunciation
 from mmrag.records import Rejection, Utterance
 from mmrag.speech import audio
@@ -133,6 +134,7 @@ def _pretrain(experiment: Experiment, directory: Path) -> None:
         speakers=[one.speaker for one in spoken],
         held_out=held_out,
         reject=reject,
+        recorder=augment.rough,
     )
     encoder.save(directory)
 

@@ -63,7 +63,7 @@ def add_commands(commands: Any) -> None:
     for one in (creating, adding, searching):
         one.add_argument(
             "--models",
-            help=f"that key it (default: {shipped.TINY}); not with --url, where they are its own",
+            help=f"that key it (default: {shipped.DEFAULT}); not with --url, where they are its own",
         )
     kept = []
     for name, run, help in (
@@ -184,7 +184,7 @@ def _create(options: argparse.Namespace) -> bool:
         return _told(options, made, f"{options.directory}: {made['entries']:,} entries")
     from mmrag import contents, recogniser
 
-    models = recogniser.load(options.models or shipped.TINY)
+    models = recogniser.load(options.models or shipped.DEFAULT)
     added = contents.create(options.directory, texts, models, spoken=not options.text_only)
     told = {"created": str(options.directory), "added": added}
     return _told(options, told, f"{printable(options.directory)}: {added:,} entries")
@@ -199,7 +199,7 @@ def _add(options: argparse.Namespace) -> bool:
 
         told = {
             "added": contents.add(
-                options.directory, texts, recogniser.load(options.models or shipped.TINY)
+                options.directory, texts, recogniser.load(options.models or shipped.DEFAULT)
             )
         }
     return _told(options, told, f"{printable(options.directory)}: {told['added']:,} entries more")
@@ -236,7 +236,7 @@ def _looked_up(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     decode = Decode(beams=1, length_penalty=0.6, tokens_per_second=16, max_seconds=30)
     models, asked = (
-        recogniser.load(options.models or shipped.TINY),
+        recogniser.load(options.models or shipped.DEFAULT),
         query if query.is_file() else options.query,
     )
     found = contents.look_up(options.directory, models, asked, options.k, decode)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 RETRIEVALS = ("none", "knn", "cross_attention", "both")
 IN_PROCESS = {
-    "models": shipped.TINY,
+    "models": shipped.DEFAULT,
     "shortlist": None,
     "weight": None,
     "beams": 1,
@@ -57,8 +57,8 @@ AGREEMENT = -2.5
 CACHE = "MMRAG_CACHE"
 """Environment variable: where spoken phrases are kept, by default in ~/.cache/mmrag."""
 AUDIO = "wav, flac, mp3, ogg, webm, m4a, mp4, 3gp, amr and others, whatever the name"
-TINY_SECONDS, WHISPER_SECONDS = 4.0, 30.0
-"""Longest segment that mmrag:tiny and a Whisper are given where nobody says so."""
+WHISPER_SECONDS = 30.0
+"""Longest segment that a Whisper is given where nobody says so."""
 SHORTLIST = 10
 """As in `retrieval.shortlist`."""
 TAIL_LETTERS = 400
@@ -103,7 +103,7 @@ def _here(options: argparse.Namespace) -> bool:
         if options.max_seconds is None:
             options.max_seconds = min(recogniser.window_seconds, WHISPER_SECONDS)
             if not recognisers.is_whisper(options.models):
-                options.max_seconds = TINY_SECONDS
+                options.max_seconds = shipped.segment_seconds(options.models)
         found = _found(options, recogniser)
         settings = Decode(
             beams=options.beams,
@@ -214,8 +214,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--max-seconds",
         type=_max_seconds,
-        help="split longer audio in pauses; mmrag:tiny has heard single sentences and loses itself "
-        f"in longer segments (default: {TINY_SECONDS:g}; for a Whisper, its window)",
+        help="split longer audio in pauses; models that have heard single sentences lose "
+        f"themselves in longer segments (default: {shipped.segment_seconds(shipped.DEFAULT):g} for "
+        f"{shipped.DEFAULT}, {shipped.segment_seconds(shipped.TINY):g} for others; for a Whisper, "
+        "its window)",
     )
     command.add_argument(
         "--speech-threshold",

@@ -1,4 +1,4 @@
-"""Models that come with the package: `mmrag:tiny` names the one in `models/tiny/`."""
+"""Models that come with the package: `mmrag:small` names the one in `models/small/`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from pathlib import Path
 DIRECTORY = Path(__file__).parent / "models"
 PREFIX = "mmrag:"
 TINY = "mmrag:tiny"
+"""Small enough for tests and the demo."""
+DEFAULT = "mmrag:small"
+"""What transcribes where nobody names a model."""
+SEGMENT_SECONDS = {DEFAULT: 8.0}
+"""The longest segments that a model has learned to read, other than those of `segment_seconds`."""
 
 
 def find(name: Path | str) -> Path:
@@ -23,3 +28,8 @@ def find(name: Path | str) -> Path:
     if directory.parent != DIRECTORY or directory.name not in shipped:
         raise ValueError(f"no model {text!r} in the package, which has {shipped}")
     return directory
+
+
+def segment_seconds(name: Path | str) -> float:
+    """The longest segment that a model is given where nobody says so."""
+    return SEGMENT_SECONDS.get(str(name), 4.0)

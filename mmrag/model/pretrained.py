@@ -87,6 +87,8 @@ def load(directory: Path, device: torch.device | str = "cpu") -> tuple[LM, Vocab
         raise CheckpointError(f"{directory}: {SHAPE} and the vocabulary differ in size")
     with torch.device("meta"):
         lm = LM(LanguageModel(**fields), vocabulary.size)
+    if torch.device(device).type == "cpu":  # float16 is how weights are kept, and slow there
+        tensors = {n: t.float() if t.dtype == torch.float16 else t for n, t in tensors.items()}
     try:
         lm.load_state_dict(tensors, assign=True)
     except RuntimeError as error:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,6 +62,10 @@ def rejected(reject: Reject | None, clip: int, error: ValueError) -> None:
     reject(clip, str(error))
 
 
+Recorder = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+"""A waveform (T,) float32 as it sounds where it is recorded anew, as long as it was."""
+
+
 class Batch(NamedTuple):
     """Crops for one step: what `MaskedPrediction.forward` takes, and the clips they are from."""
 
@@ -106,13 +111,15 @@ def draw(
     reject: Reject | None = None,
     unaligned: bool = True,
     chances: Tensor | None = None,
+    record: Recorder | None = None,
 ) -> Batch:
     """Random crops of random clips, `batch_seconds` in all, and masks over their frames and bands.
 
     A clip that is left out is passed over where it is drawn, and so is one that is not aligned,
     unless `unaligned`: such a one is whole. `chances` (N,) has those of each clip, all alike
-    without. One that cannot be read, or holds no frame, is told to `reject` and passed over.
-    ValueError where none is left.
+    without. `record` makes the share `settings.rough` of the crops sound otherwise. A clip that
+    cannot be read, or holds no frame, is told to `reject` and passed over. ValueError where none
+    is left.
     """
     longest = round(settings.crop_seconds * SAMPLE_RATE)
     missing, missed = settings.batch_seconds * SAMPLE_RATE, 0
@@ -136,6 +143,9 @@ def draw(
         spare = max(0, encoder.frames(len(wave)) - encoder.frames(most))
         first = _below(spare + 1, generator)
         crop = wave[first * encoder.hop :][:most]
+        if record and sequence is None and _happens(settings.rough, generator):
+            elsewhere = np.random.default_rng(_below(2**62, generator))
+            crop = encoder.prepare(torch.from_numpy(record(crop.cpu().numpy(), elsewhere)))
         crops.append(crop)
         label = targets[clip][first:][: encoder.frames(len(crop))]
         labels.append(F.pad(label, (0, encoder.frames(len(crop)) - len(label))))
@@ -168,6 +178,10 @@ def _one_of(count: int, chances: Tensor | None, generator: torch.Generator) -> i
     if chances is None:
         return _below(count, generator)
     return int(torch.multinomial(chances, 1, generator=generator))
+
+
+def _happens(chance: float, generator: torch.Generator) -> bool:
+    return chance > 0 and float(torch.rand(1, generator=generator)) < chance
 
 
 def _below(bound: int, generator: torch.Generator) -> int:

@@ -23,7 +23,7 @@ from mmrag.artifact import sync
 from mmrag.config import Hubert, Pretrain, PretrainRound
 from mmrag.finite import non_finite
 from mmrag.speech.audio import SAMPLE_RATE
-from mmrag.speech.crops import Batch, Reject, balanced, draw, rejected
+from mmrag.speech.crops import Batch, Recorder, Reject, balanced, draw, rejected
 from mmrag.speech.hubert import HubertEncoder, generator_at, seeded_at
 from mmrag.speech.targets import Phones, Targets, align, evidence, loud, mfcc
 
@@ -265,6 +265,7 @@ def pretrain(
     speakers: Sequence[str] | None = None,
     held_out: Mapping[str, HeldOut] | None = None,
     reject: Reject | None = None,
+    recorder: Recorder | None = None,
 ) -> HubertEncoder:
     """An encoder of shape `config`, pretrained on `waves`: (T_i,) each, at 16 kHz.
 
@@ -277,7 +278,7 @@ def pretrain(
     than torch's own, which wait for each other at every product. `names` are the clips' ids,
     `speakers` who says each, by whom they are balanced. In rounds whose targets are phones, the
     phone error rate on `held_out` clips, by name, stands in the record of each checkpoint's step
-    as `phone_errors_<name>`. A clip that cannot be read is told to `reject`, if there is one, and
+    as `phone_errors_<name>`. `recorder` makes crops sound otherwise (`settings.rough`). A clip that cannot be read is told to `reject`, if there is one, and
     left out. Raises ValueError if there is no audio, or a crop holds no frame, NonFiniteLoss before
     a step is taken on a loss that is no number.
     """
@@ -307,6 +308,8 @@ def pretrain(
         raise ValueError("of no clip it is known when its phones are said")
     if not encoder.frames(round(settings.crop_seconds * SAMPLE_RATE)):
         raise ValueError(f"crop_seconds {settings.crop_seconds} is shorter than one frame")
+    if settings.rough and recorder is None:
+        raise ValueError("pretrain.rough: nobody records anything anew")
     for name in ("band_masks", "band_warp"):
         if getattr(settings, name) and not encoder.bands:
             raise ValueError(f"pretrain.{name}: an encoder without log-mel bands (hubert.front)")
@@ -334,6 +337,7 @@ def pretrain(
                 return draw(
                     *(encoder, waves, targets, settings, generator, left_out, leave, unaligned),
                     chances=chances,
+                    record=recorder,
                 )
 
             for batch in _ahead(drawn, range(current.step, plan.steps)):

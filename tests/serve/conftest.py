@@ -141,6 +141,7 @@ def service(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """The service with one replica of everything and an upload limit that is met quickly."""
     directory = tmp_path_factory.mktemp("served") / "datastores"
     given = {
+        "model": shipped.TINY,
         "datastores": str(directory),
         "cache": str(directory.parent / "models"),
         "limits": {"upload_mb": 2, "requests": 32, "texts": 50, "timeout_seconds": SECONDS},

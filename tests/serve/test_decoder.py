@@ -50,7 +50,7 @@ def test_only_a_list_too_long_to_be_read_is_shortened(ray_cluster, wave, monkeyp
     monkeypatch.setattr(Shortlist, "given", watched)
 
     async def heard():
-        decoder = Decoder(read({"retrieval_defaults": DEFAULTS}))
+        decoder = Decoder(read({"model": shipped.TINY, "retrieval_defaults": DEFAULTS}))
         plain = await decoder.transcribe(DecodeRequest(units))
         for mode in ("cross_attention", "knn"):
             request = DecodeRequest(units, mode=mode, phrases=phrases)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from mmrag import shipped
 from mmrag.config import ConfigError
 from serve.app import build
 from serve.settings import CONFIG, api_keys, http_options, read
@@ -13,7 +14,7 @@ from serve.settings import CONFIG, api_keys, http_options, read
 def test_the_file_is_complete_and_stays_on_this_machine(monkeypatch, tmp_path):
     monkeypatch.setenv("MMRAG_RUNS", str(tmp_path))
     settings = read({})
-    assert settings.model == "mmrag:tiny" and settings.datastores.is_relative_to(tmp_path)
+    assert settings.model == shipped.DEFAULT and settings.datastores.is_relative_to(tmp_path)
     assert http_options()["host"] == "127.0.0.1"
     [application] = OmegaConf.load(CONFIG)["applications"]
     assert application["import_path"] == f"{build.__module__}:{build.__name__}"

@@ -664,6 +664,32 @@ def test_phones_of_other_frames_are_those_at_their_middles():
     assert len(phones[0]) > len(framed), "the original is as it was"
 
 
+def test_a_share_of_the_crops_is_recorded_anew_and_normalised_again():
+    encoder = HubertEncoder.create(shape("layer_norm"), seed=0)
+    waves = noise([4000] * 3)
+    phones = Phones([aligned(("a", 0, 4000))] * 2 + [[]], {2: ["a"]})
+
+    def drawn(rough, seed=0):
+        made = plan(batch_seconds=60, rough=rough)
+        generator = torch.Generator().manual_seed(seed)
+        return draw(encoder, waves, phones, made, generator, record=lambda wave, _: wave**3)
+
+    every, some, none = drawn(1), drawn(0.25), drawn(0)
+    prepared = [encoder.prepare(wave) for wave in waves]
+    changed = [encoder.prepare(prepared[clip] ** 3) for clip in (0, 1)]
+    for clip, crop in zip(every.clips, every.waves, strict=True):
+        torch.testing.assert_close(crop, changed[clip] if clip < 2 else prepared[2])
+    for clip, crop in zip(none.clips, none.waves, strict=True):
+        torch.testing.assert_close(crop, prepared[clip])
+    of_aligned = [
+        not torch.allclose(crop, prepared[clip])
+        for clip, crop in zip(some.clips, some.waves, strict=True)
+        if clip < 2
+    ]
+    assert np.mean(of_aligned) == pytest.approx(0.25, abs=0.1)
+    assert torch.equal(drawn(0.25).waves, some.waves), "the same each time"
+
+
 def test_where_no_clip_can_be_drawn_it_ends_with_an_error():
     encoder = HubertEncoder.create(shape("group_norm"), seed=0)
     waves, generator = noise([3000, 3000]), torch.Generator().manual_seed(1)
