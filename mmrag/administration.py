@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mmrag import shipped
+from mmrag import shipped, terminal
 from mmrag.folders import printable
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def add_commands(commands: Any) -> None:
     for one in (creating, adding, searching):
         one.add_argument(
             "--models",
-            help=f"that key it (default: {shipped.DEFAULT}); not with --url, where they are its own",
+            help=f"that key it (default: {shipped.DEFAULT}); not with --url, which has its own",
         )
     kept = []
     for name, run, help in (
@@ -185,7 +185,10 @@ def _create(options: argparse.Namespace) -> bool:
     from mmrag import contents, recogniser
 
     models = recogniser.load(options.models or shipped.DEFAULT)
-    added = contents.create(options.directory, texts, models, spoken=not options.text_only)
+    with terminal.progress("putting texts in") as progress:
+        added = contents.create(
+            options.directory, texts, models, not options.text_only, progress=progress
+        )
     told = {"created": str(options.directory), "added": added}
     return _told(options, told, f"{printable(options.directory)}: {added:,} entries")
 
@@ -197,11 +200,9 @@ def _add(options: argparse.Namespace) -> bool:
     else:
         from mmrag import contents, recogniser
 
-        told = {
-            "added": contents.add(
-                options.directory, texts, recogniser.load(options.models or shipped.DEFAULT)
-            )
-        }
+        models = recogniser.load(options.models or shipped.DEFAULT)
+        with terminal.progress("putting texts in") as progress:
+            told = {"added": contents.add(options.directory, texts, models, progress)}
     return _told(options, told, f"{printable(options.directory)}: {told['added']:,} entries more")
 
 

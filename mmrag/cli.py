@@ -10,9 +10,8 @@ import argparse
 import json
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from mmrag import administration, shipped, terminal
@@ -63,8 +61,6 @@ SHORTLIST = 10
 """As in `retrieval.shortlist`."""
 TAIL_LETTERS = 400
 """Letters of a growing transcript that are shown: its end, which has to fit on a small terminal."""
-LINE_SECONDS = 10.0
-"""Where standard error is no terminal to draw a bar on, a line is printed this often."""
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -371,7 +367,7 @@ def _phrases(options: argparse.Namespace, recogniser: AnyRecogniser) -> dict[str
     listed = _listed(options.phrases)
     identity = recogniser.keyed_by
     say = recogniser.synthesizer()
-    with _progress("speaking the phrases") as progress:
+    with terminal.progress("speaking the phrases") as progress:
         datastore = remember(
             _cache(), listed, recogniser.lm, recogniser.vocabulary, identity, say, progress
         )
@@ -404,29 +400,6 @@ def _cache() -> Path:
         raise ValueError(
             f"there is no home directory to keep spoken phrases in: set {CACHE} to a directory"
         ) from None
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows on standard error how far something is that calls what is yielded with (done, all)."""
-    shown = Console(stderr=True)
-    if shown.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        with Progress(*columns, TimeRemainingColumn(), console=shown, transient=True) as bar:
-            task = bar.add_task(title, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-        return
-    started = spoke = time.monotonic()
-
-    def tell(done: int, total: int) -> None:
-        nonlocal spoke
-        now = time.monotonic()
-        last = done == total and now - started >= LINE_SECONDS
-        if last or now - spoke >= LINE_SECONDS:
-            spoke = now
-            print(f"mmrag: {title}: {done}/{total} sentences", file=sys.stderr, flush=True)
-
-    yield tell
 
 
 def _listed(file: Path) -> list[str]:

@@ -19,7 +19,7 @@ from mmrag.retrieval.compaction import compact
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.entries import read_entries
 from mmrag.retrieval.index import save_index, saved_shards
-from mmrag.retrieval.phrases import BATCH, Say, description, phrases_and_sentences, speak
+from mmrag.retrieval.phrases import BATCH, Progress, Say, description, phrases_and_sentences, speak
 from mmrag.retrieval.retrievers import LocalRetriever
 from mmrag.retrieval.segment import DatastoreError, Segment
 from mmrag.speech import audio, vad
@@ -28,10 +28,14 @@ from mmrag.transcribe import recognise
 
 
 def create(
-    directory: Path, texts: Sequence[str], recogniser: AnyRecogniser, spoken: bool = True
+    directory: Path,
+    texts: Sequence[str],
+    recogniser: AnyRecogniser,
+    spoken: bool = True,
+    progress: Progress | None = None,
 ) -> int:
     """Make a datastore of texts, or of none, that a synthesizer says, or, not `spoken`, are read;
-    the entries they became.
+    the entries they became. `progress` is told how many sentences of how many are read.
 
     DatastoreError for a directory that holds a datastore already, ValueError, before anything is
     made, for a text that the models cannot listen for.
@@ -42,12 +46,17 @@ def create(
     say = recogniser.synthesizer() if spoken else None
     datastore.create(directory, description(recogniser.lm, recogniser.keyed_by, say))
     save_index(directory)
-    return add(directory, texts, recogniser)
+    return add(directory, texts, recogniser, progress)
 
 
-def add(directory: Path, texts: Sequence[str], recogniser: AnyRecogniser) -> int:
+def add(
+    directory: Path,
+    texts: Sequence[str],
+    recogniser: AnyRecogniser,
+    progress: Progress | None = None,
+) -> int:
     """Put texts into a datastore, each a document of its own, those that are there already left
-    out; the entries they became.
+    out; the entries they became. `progress` is as in `create`.
 
     A phrase (`phrases_and_sentences`) is put into carrier sentences and its own tokens alone are
     entries; of a longer text every token is. Raises DatastoreError for a datastore of other models
@@ -65,7 +74,7 @@ def add(directory: Path, texts: Sequence[str], recogniser: AnyRecogniser) -> int
         for some in phrases_and_sentences(texts)
     )
     names, added = [], 0
-    for segment in _segments(phrases, longer, recogniser, say):
+    for segment in _segments(phrases, longer, recogniser, say, progress):
         names.append(f"added-{uuid4().hex}")
         datastore.write_segment(directory, names[-1], segment)
         added += len(segment.tokens)
@@ -85,10 +94,20 @@ def _segments(
     longer: Sequence[str],
     recogniser: AnyRecogniser,
     say: Say | None,
+    progress: Progress | None,
 ) -> Iterator[Segment]:
     lm, vocabulary = recogniser.lm, recogniser.vocabulary
+    read = 0
+
+    def told(done: int, of_phrases: int) -> None:
+        nonlocal read
+        read = done
+        if progress is not None:
+            progress(done, of_phrases + len(longer))
+
     if phrases:
-        yield from speak(phrases, lm, vocabulary, say)
+        yield from speak(phrases, lm, vocabulary, say, told)
+    every = read + len(longer)
     window = description(lm, {}, say).window
     for start in range(0, len(longer), BATCH):
         batch = longer[start : start + BATCH]
@@ -99,6 +118,9 @@ def _segments(
             for text, document, units in zip(said, batch, heard, strict=True)
         ]
         yield read_entries(lm, vocabulary, utterances, window, "all")
+        read += len(batch)
+        if progress is not None:
+            progress(read, every)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""What a command owes whoever started it: an end without a traceback, whatever their terminal.
+"""What a command owes whoever started it: how far it is, an end without a traceback, whatever their
+terminal.
 
 Knows nothing of what the command does.
 """
@@ -9,11 +10,17 @@ import codecs
 import io
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 INTERRUPTED, NOBODY_READS = 130, 141
 """Exit statuses as a shell gives them: 128 and the number of the signal."""
+LINE_SECONDS = 10.0
+"""Where standard error is no terminal to draw a bar on, a line is printed this often."""
 
 
 @contextmanager
@@ -54,6 +61,29 @@ def shows(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows on standard error how far something is that calls what is yielded with (done, all)."""
+    shown = Console(stderr=True)
+    if shown.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Progress(*columns, TimeRemainingColumn(), console=shown, transient=True) as bar:
+            task = bar.add_task(title, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    started = spoke = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal spoke
+        now = time.monotonic()
+        last = done == total and now - started >= LINE_SECONDS
+        if last or now - spoke >= LINE_SECONDS:
+            spoke = now
+            print(f"mmrag: {title}: {done}/{total} sentences", file=sys.stderr, flush=True)
+
+    yield tell
 
 
 def _flush() -> None:

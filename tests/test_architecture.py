@@ -35,8 +35,8 @@ WINGS = {
         "passages", "librispeech_biasing", "kaldi", "lhotse_cuts", "huggingface", "sources",
     ],
     "model": [
-        "vocabulary", "layers", "cross_attention", "lm", "contract", "states", "pretrained",
-        "loss", "train", "whisper", "whisper_training",
+        "vocabulary", "layers", "cross_attention", "lm", "contract", "states", "precision",
+        "pretrained", "loss", "train", "whisper", "whisper_training",
     ],
     "retrieval": [
         "segment", "mapped", "columns", "stored", "local", "datastore", "snapshots", "compaction",
@@ -117,7 +117,7 @@ HOMES = {
     "mlflow": ["cluster.tracking"],
     "requests": ["mmrag.client", "serve.api"],
     "tqdm": ["cluster.progress"],
-    "rich": ["mmrag.cli", "mmrag.administration", "jobs"],
+    "rich": ["mmrag.terminal", "mmrag.cli", "mmrag.administration", "jobs"],
     "matplotlib": ["jobs.evaluation_tables", "jobs.reproduce.report"],
     # Ray Data's rows are Arrow's: values are packed on their way between our own processes.
     "pickle": ["cluster.parts"],

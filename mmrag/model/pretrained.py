@@ -20,6 +20,7 @@ from mmrag import shipped
 from mmrag.config import CrossAttention, LanguageModel, as_dict
 from mmrag.model.cross_attention import Adapter
 from mmrag.model.lm import LM
+from mmrag.model.precision import computed_in
 from mmrag.model.vocabulary import BOS, EOS, Vocabulary
 
 WEIGHTS, SHAPE = "lm.safetensors", "lm.json"
@@ -73,7 +74,10 @@ def save(
 
 
 def load(directory: Path, device: torch.device | str = "cpu") -> tuple[LM, Vocabulary]:
-    """Read what `save` wrote, in evaluation mode; CheckpointError names what is wrong."""
+    """Read what `save` wrote, in evaluation mode; CheckpointError names what is wrong.
+
+    Weights in a format that the device would emulate become float32: several times quicker.
+    """
     directory = Path(directory)
     try:
         fields = json.loads((directory / SHAPE).read_text())
@@ -87,8 +91,7 @@ def load(directory: Path, device: torch.device | str = "cpu") -> tuple[LM, Vocab
         raise CheckpointError(f"{directory}: {SHAPE} and the vocabulary differ in size")
     with torch.device("meta"):
         lm = LM(LanguageModel(**fields), vocabulary.size)
-    if torch.device(device).type == "cpu":  # float16 is how weights are kept, and slow there
-        tensors = {n: t.float() if t.dtype == torch.float16 else t for n, t in tensors.items()}
+    tensors = {name: t.to(computed_in(t.dtype, device)) for name, t in tensors.items()}
     try:
         lm.load_state_dict(tensors, assign=True)
     except RuntimeError as error:

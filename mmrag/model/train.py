@@ -19,6 +19,7 @@ from mmrag.config import Format, Phase, Train
 from mmrag.finite import NonFiniteLoss, non_finite
 from mmrag.model.cross_attention import Windows
 from mmrag.model.loss import IGNORE, Batch, Objective, combine
+from mmrag.model.precision import has_bf16
 from mmrag.model.vocabulary import PAD, Vocabulary
 from mmrag.records import Rejection
 from mmrag.speech.tokenized import Tokenized
@@ -316,9 +317,7 @@ def precision(wanted: str, device: torch.device) -> torch.dtype:
     A processor without bf16 instructions emulates them, tens of times slower than float32.
     """
     if wanted == "auto":
-        capable = torch.cpu.get_capabilities()
-        fast = device.type == "cuda" or capable.get("amx_bf16") or capable.get("avx512_bf16")
-        wanted = "bf16" if fast else "fp32"
+        wanted = "bf16" if has_bf16(device) else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[wanted]
 
 

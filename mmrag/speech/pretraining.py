@@ -278,9 +278,10 @@ def pretrain(
     than torch's own, which wait for each other at every product. `names` are the clips' ids,
     `speakers` who says each, by whom they are balanced. In rounds whose targets are phones, the
     phone error rate on `held_out` clips, by name, stands in the record of each checkpoint's step
-    as `phone_errors_<name>`. `recorder` makes crops sound otherwise (`settings.rough`). A clip that cannot be read is told to `reject`, if there is one, and
-    left out. Raises ValueError if there is no audio, or a crop holds no frame, NonFiniteLoss before
-    a step is taken on a loss that is no number.
+    as `phone_errors_<name>`. `recorder` makes crops sound otherwise (`settings.rough`). A clip that
+    cannot be read is told to `reject`, if there is one, and left out. Raises ValueError if there is
+    no audio, or a crop holds no frame, NonFiniteLoss before a step is taken on a loss that is no
+    number.
     """
     if not len(waves):
         raise ValueError("there is no audio to pretrain on")

@@ -1,12 +1,14 @@
 """`mmrag datastore`, as a person or a script calls it."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import soundfile
 from small_datastores import DESCRIPTION, fill
 
+from mmrag import terminal
 from mmrag.cli import main
 from mmrag.corpora.synthetic import assign_voices, render
 from mmrag.corpora.voices.espeak import Synthesizer
@@ -83,9 +85,14 @@ def written(tmp_path_factory):
     return file
 
 
-def test_a_datastore_is_made_of_texts_added_to_and_looked_up_in(tmp_path, call, written):
+def test_a_datastore_is_made_of_texts_added_to_and_looked_up_in(
+    tmp_path, call, written, monkeypatch
+):
     place = tmp_path / "contacts"
-    status, [line], _ = call("create", place, written, "--text-only", "--json")
+    monkeypatch.setattr(terminal, "LINE_SECONDS", 0.0)
+    status, [line], said = call("create", place, written, "--text-only", "--json")
+    read = re.findall(r"putting texts in: (\d+)/(\d+) sentences", said)
+    assert len(read) > 2 and read[-1][0] == read[-1][1] and len({of for _, of in read}) == 1
     told = json.loads(line)
     assert status == 0 and told["created"] == str(place) and told["added"] > 10
     more = tmp_path / "more.txt"

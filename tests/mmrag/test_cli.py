@@ -16,7 +16,7 @@ from random_models import write_calibration, write_models
 from rich.console import Console
 from whisper_checkpoint import random_whisper
 
-from mmrag import artifact, cli, recogniser
+from mmrag import artifact, cli, recogniser, terminal
 from mmrag.config import KNN, Index, LanguageModel, RetrievedAttention, as_dict
 from mmrag.decoding.tune import DEFAULTS, SETTINGS, Tuned
 from mmrag.model.vocabulary import SentencePieces, Vocabulary
@@ -591,37 +591,11 @@ def test_to_ask_an_endpoint_no_models_are_loaded(endpoint, clip):
     assert "call maria" in done.stdout
 
 
-def test_a_bar_is_drawn_where_there_is_a_terminal(monkeypatch):
-    drawn = io.StringIO()
-    terminal = Console(file=drawn, force_terminal=True, width=80)
-    monkeypatch.setattr(cli, "Console", lambda **_: terminal)
-    with cli._progress("speaking the phrases") as progress:
-        progress(3, 40)
-        progress(40, 40)
-    assert "speaking the phrases" in drawn.getvalue()
-    assert "40/40" in drawn.getvalue()
-
-
-def test_a_line_is_printed_now_and_then_where_there_is_none(monkeypatch, capsys):
-    now = [0.0]
-    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
-    with cli._progress("speaking the phrases") as progress:
-        for done in range(1, 31):
-            now[0] = done * 1.0
-            progress(done, 30)
-    assert capsys.readouterr().err.splitlines() == [
-        f"mmrag: speaking the phrases: {done}/30 sentences" for done in (10, 20, 30)
-    ]
-    with cli._progress("speaking the phrases") as progress:
-        progress(1, 1)
-    assert capsys.readouterr().err == "", "what is done at once needs no word"
-
-
 def test_phrases_that_are_spoken_show_how_far_they_are(models, clip, tmp_path, monkeypatch, capsys):
     phrases = tmp_path / "names.txt"
     phrases.write_text("maria\nmaria now\n")
     monkeypatch.setenv(cli.CACHE, str(tmp_path / "cache"))
-    monkeypatch.setattr(cli, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(terminal, "LINE_SECONDS", 0.0)
     arguments = ["transcribe", str(clip), "--models", str(models), "--phrases", str(phrases)]
     for told in (True, False):
         with pytest.raises(SystemExit) as stopped:

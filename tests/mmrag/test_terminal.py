@@ -1,5 +1,6 @@
 """How the command ends: never with a traceback, whatever the terminal, the user or the machine."""
 
+import io
 import json
 import os
 import signal
@@ -8,8 +9,9 @@ import sys
 import time
 
 import pytest
+from rich.console import Console
 
-from mmrag import cli, shipped
+from mmrag import cli, shipped, terminal
 from mmrag.artifact import load
 
 MAIN = "from mmrag.cli import main; main()"
@@ -165,3 +167,29 @@ def test_an_artifact_reads_the_same_in_a_locale_of_few_letters(tmp_path):
         [sys.executable, "-c", code, path], env={**os.environ, **NARROW}, capture_output=True
     )
     assert told.stdout.decode().strip() == load(path, "lm").fingerprint, told.stderr
+
+
+def test_a_bar_is_drawn_where_there_is_a_terminal(monkeypatch):
+    drawn = io.StringIO()
+    shown = Console(file=drawn, force_terminal=True, width=80)
+    monkeypatch.setattr(terminal, "Console", lambda **_: shown)
+    with terminal.progress("speaking the phrases") as progress:
+        progress(3, 40)
+        progress(40, 40)
+    assert "speaking the phrases" in drawn.getvalue()
+    assert "40/40" in drawn.getvalue()
+
+
+def test_a_line_is_printed_now_and_then_where_there_is_none(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    with terminal.progress("speaking the phrases") as progress:
+        for done in range(1, 31):
+            now[0] = done * 1.0
+            progress(done, 30)
+    assert capsys.readouterr().err.splitlines() == [
+        f"mmrag: speaking the phrases: {done}/30 sentences" for done in (10, 20, 30)
+    ]
+    with terminal.progress("speaking the phrases") as progress:
+        progress(1, 1)
+    assert capsys.readouterr().err == "", "what is done at once needs no word"

@@ -259,6 +259,21 @@ def saved(request, tmp_path):
     return tmp_path / "lm", lm
 
 
+@pytest.mark.parametrize("bf16", [True, False])
+def test_weights_are_computed_in_what_the_processor_has(saved, monkeypatch, bf16):
+    directory, lm = saved
+    capable = {"avx512_bf16": bf16}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capable)
+    for stored in (torch.float16, torch.bfloat16, torch.float32):
+        tensors = {name: t.to(stored) for name, t in lm.state_dict().items()}
+        pretrained.save(directory, lm.config, VOCABULARY, tensors.items())
+        loaded, _ = pretrained.load(directory)
+        emulated = stored == torch.float16 or (stored == torch.bfloat16 and not bf16)
+        for name, t in loaded.state_dict().items():
+            assert t.dtype == (torch.float32 if emulated else stored)
+            assert torch.equal(t, tensors[name].to(t.dtype))
+
+
 def test_a_saved_model_is_loaded_as_it_was(saved):
     directory, lm = saved
     loaded, vocabulary = pretrained.load(directory)
