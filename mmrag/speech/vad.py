@@ -24,14 +24,14 @@ SPOKEN_FRAMES = 5
 """Frames with speech that make a clip speech: 160 ms, a short syllable."""
 HOP = 160
 """Samples of which one loudness is measured: 10 ms."""
-QUIET_DECIBELS = 30.0
+QUIET_DECIBELS = 40.0
 """So far below the loud parts of a clip (95th percentile) nobody speaks yet, or any more."""
 QUIET_LEVEL, USUAL_LEVEL = 10 ** (-45 / 20), 10 ** (-20 / 20)
 """Root mean square of the loud parts of a clip: what lies below the first is brought to the second,
 where the detector, which is deaf below some -50 dBFS, and the encoder hear as they were trained."""
 NOISE_LEVEL = 10 ** (-85 / 20)
 """Below it there is nothing to hear but the last digits of 16-bit samples."""
-MARGIN = 3 * HOP
+MARGIN = 10 * HOP
 """Samples kept on either side of what is loud: a consonant starts softly."""
 _LOCK = Lock()
 
