@@ -194,8 +194,8 @@ ROLES = {
     "workers.count:o workers.num_cpus:o workers.num_gpus:o",
     "hubert": "weights front conv_channels stack convolved norm width layers heads feed_forward "
     "layer",
-    "pretrain": "rounds rough batch_seconds crop_seconds learning_rate mask_probability mask_length "
-    "band_masks band_width band_warp seen_weight balance sample_seconds leave_out:c "
+    "pretrain": "rounds batch_seconds crop_seconds learning_rate mask_probability mask_length "
+    "rough band_masks band_width band_warp seen_weight balance sample_seconds leave_out:c "
     "checkpoint_steps:o num_cpus:o num_gpus:o",
     "tokenize": "name:o source:o codebook:o units sample_seconds min_seconds max_seconds "
     "batch_seconds:o part_seconds:l require_text workers.count:o workers.num_cpus:o "

@@ -38,7 +38,7 @@ class Ready:
 @pytest.mark.parametrize("listed", [NAMES, NAMES[:3]])
 def test_only_a_list_too_long_to_be_read_is_shortened(ray_cluster, wave, monkeypatch, listed):
     models = Recogniser.load(shipped.find(shipped.TINY))
-    [units] = models.encode([torch.from_numpy(wave("please call siobhan o'connor today"))])
+    [units] = models.encode([torch.from_numpy(wave("please call siobhan o'connor now"))])
     parts = speak(listed, models.lm, models.vocabulary, models.synthesizer())
     phrases, shortened = PhraseList("names", Ready(join(list(parts)))), []
     given = Shortlist.given
