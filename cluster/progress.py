@@ -8,22 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from mmrag import terminal
 from mmrag.artifact import Held
 
 METRICS = "metrics.jsonl"
 POLL_SECONDS = 1.0
-LINE_SECONDS = 10.0
-"""Where there is no terminal to draw a bar on, a line is printed this often."""
 
 
 class MetricsWriter:
@@ -119,20 +114,12 @@ def following(directory: Path, log: Callable[[dict[str, Any]], None]) -> Iterato
 @contextmanager
 def bar(total: int, title: str) -> Iterator[Callable[[], None]]:
     """A progress bar over `total` parts; call what it yields after each of them."""
-    if sys.stderr.isatty():
-        with tqdm(total=total, desc=f"  {title}", unit="part", leave=False) as drawn:
-            yield drawn.update
-        return
-    started = spoke = time.monotonic()
     done = 0
+    with terminal.progress(title, "parts", before="  ") as tell:
 
-    def count() -> None:
-        nonlocal done, spoke
-        done += 1
-        now = time.monotonic()
-        last = done == total and now - started >= LINE_SECONDS
-        if last or now - spoke >= LINE_SECONDS:
-            spoke = now
-            print(f"  {title}: {done}/{total} parts", file=sys.stderr, flush=True)
+        def count() -> None:
+            nonlocal done
+            done += 1
+            tell(done, total)
 
-    yield count
+        yield count

@@ -64,8 +64,13 @@ def shows(text: str) -> bool:
 
 
 @contextmanager
-def progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows on standard error how far something is that calls what is yielded with (done, all)."""
+def progress(
+    title: str, unit: str = "sentences", before: str = "mmrag: "
+) -> Iterator[Callable[[int, int], None]]:
+    """Shows on standard error how far something is that calls what is yielded with (done, all).
+
+    `before` begins each line, where there is no terminal to draw a bar on.
+    """
     shown = Console(stderr=True)
     if shown.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -81,7 +86,7 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
         last = done == total and now - started >= LINE_SECONDS
         if last or now - spoke >= LINE_SECONDS:
             spoke = now
-            print(f"mmrag: {title}: {done}/{total} sentences", file=sys.stderr, flush=True)
+            print(f"{before}{title}: {done}/{total} {unit}", file=sys.stderr, flush=True)
 
     yield tell
 

@@ -116,7 +116,6 @@ HOMES = {
     "deepspeed": ["cluster.train"],
     "mlflow": ["cluster.tracking"],
     "requests": ["mmrag.client", "serve.api"],
-    "tqdm": ["cluster.progress"],
     "rich": ["mmrag.terminal", "mmrag.cli", "mmrag.administration", "jobs"],
     "matplotlib": ["jobs.evaluation_tables", "jobs.reproduce.report"],
     # Ray Data's rows are Arrow's: values are packed on their way between our own processes.

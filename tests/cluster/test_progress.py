@@ -15,6 +15,7 @@ from cluster.progress import (
     last_record,
     records,
 )
+from mmrag import terminal
 
 
 def write(directory: Path, steps: range, **fields) -> None:
@@ -96,7 +97,7 @@ def test_metrics_are_one_json_object_a_line(tmp_path):
 
 
 def test_without_a_terminal_progress_is_told_in_lines(monkeypatch, capsys):
-    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(terminal, "LINE_SECONDS", 0.0)
     assert not sys.stderr.isatty()
     with bar(2, "speaking") as count:
         count()

@@ -751,6 +751,11 @@ def test_a_group_hides_and_warps_the_bands_of_its_own_crops():
     assert sorted(one for group in groups for one in told(group)) == sorted(told(batch))
 
 
+def test_crops_are_not_recorded_anew_where_nobody_records(tmp_path):
+    with pytest.raises(ValueError, match=r"pretrain\.rough: nobody records anything anew"):
+        train_on_phones(tmp_path, [PHONES], rough=0.5)
+
+
 @pytest.mark.parametrize("name", ["band_masks", "band_warp"])
 def test_bands_can_only_be_hidden_or_warped_where_there_are_some(tmp_path, name):
     with pytest.raises(ValueError, match=rf"{name}: an encoder without log-mel bands"):
