@@ -40,8 +40,8 @@ WINGS = {
     ],
     "retrieval": [
         "segment", "mapped", "columns", "stored", "local", "datastore", "snapshots", "compaction",
-        "verify", "ivf", "sizing", "held_out", "index", "retrievers", "knn", "interpolation",
-        "memory", "entries", "phrases", "upkeep", "shortlist", "contexts",
+        "verify", "gpu", "scalar", "ivf", "sizing", "held_out", "index", "retrievers", "knn",
+        "interpolation", "memory", "entries", "phrases", "upkeep", "shortlist", "contexts",
     ],
     "decoding": ["confidence", "boost", "decode", "guard", "align", "engine", "tune"],
     "front door": ["recogniser", "transcribe", "contents", "client", "administration", "cli"],
@@ -88,6 +88,8 @@ HOMES = {
     "safetensors": ["mmrag.speech.hubert", "mmrag.model.pretrained"],
     "faiss": [
         "mmrag.speech.units",
+        "mmrag.retrieval.gpu",
+        "mmrag.retrieval.scalar",
         "mmrag.retrieval.ivf",
         "mmrag.retrieval.index",
         "jobs.benchmark",

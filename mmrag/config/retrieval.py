@@ -22,7 +22,7 @@ class Index(Section):
     """flat compares every key, ivfpq codes of some and then their keys; auto chooses for each shard
     and says why."""
     shards: PositiveInt
-    entry_bytes: PositiveInt = 136
+    entry_bytes: PositiveInt = 336
     """auto: memory that an entry may take in an index that is built."""
     min_recall: float | None = Field(default=None, gt=0, le=1)
     """Recall of the 16 nearest, on held-out queries, below which a shard is not built."""
@@ -35,10 +35,21 @@ class Index(Section):
     nearer to the truth and slower to compare, or for the key itself."""
     turned: bool = False
     """ivfpq: whether keys are turned into eight dimensions a byte before they are coded (OPQ)."""
+    fast_scan: bool = False
+    """ivfpq: whether codes of half a byte, twice as many, are compared in registers: quicker, and
+    not mapped but read by every process that opens the index."""
+    scalar_bits: Literal[0, 4, 6, 8] = 0
+    """ivfpq: bits a dimension of the longer codes that choose whose keys are read; 0 for none."""
     probes: PositiveInt = 32
     """ivfpq: lists visited a query."""
+    refine: PositiveInt = 16
+    """ivfpq with scalar_bits: candidates whose longer codes are compared, for each neighbour asked
+    for."""
     rerank: PositiveInt = 8
-    """ivfpq: candidates fetched for each neighbour asked for, then re-ranked exactly."""
+    """ivfpq: candidates whose keys are read for each neighbour asked for, and re-ranked exactly."""
+    gpu: Operation[bool | None] = None
+    """ivfpq: whether lists and codes lie on this machine's GPU, where they are trained, filled and
+    searched; None where FAISS finds one that has such codes."""
 
 
 class Datastore(Section):

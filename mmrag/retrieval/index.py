@@ -4,8 +4,8 @@ An `IndexShard` covers a contiguous range of entries. FAISS proposes candidates,
 of its own fast arithmetic; their distances are then computed again, in float32 from the stored
 keys. Flat goes on proposing until no key that was not proposed could be among the k nearest, so
 its answer is exact and the same however the entries are sharded; IVF-PQ re-ranks what its lists and
-codes let through, and how much that is is measured when it is built. Which machine a shard lives on
-is not known here.
+codes let through, and how much that is is measured when it is built, as lists and codes may lie on
+a GPU (`gpu`). Which machine a shard lives on is not known here.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from mmrag import durable
 from mmrag.artifact import write_json
 from mmrag.config import Index, as_dict
 from mmrag.records import NO_ENTRY, Neighbours
-from mmrag.retrieval import sizing
+from mmrag.retrieval import gpu, sizing
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.held_out import NEAREST, HeldOutQueries
-from mmrag.retrieval.ivf import CODE_CENTROIDS, IVFPQ, LIST_POINTS
+from mmrag.retrieval.ivf import CODE_CENTROIDS, CODES, IVFPQ, LIST_POINTS, TURNED_DIMENSIONS
 from mmrag.retrieval.segment import DatastoreError, distances, prepare
 
 INDEX, POINTER = "index", "index.json"
@@ -107,19 +107,18 @@ class IndexShard:
         if settings.kind == "flat":
             shard = cls.build(datastore, saved["start"], saved["stop"], settings, seed=0)
         else:
-            file = directory / "index.faiss"
             try:
-                index = IVFPQ.load(file)
+                index = IVFPQ.load(directory, settings, _on_gpu(datastore, settings))
             except RuntimeError as error:
-                raise DatastoreError(f"{file} is damaged: {error}") from None
+                raise DatastoreError(f"{directory} is damaged: {error}") from None
             if index.ntotal != saved["stop"] - saved["start"]:
-                raise DatastoreError(f"{file} holds {index.ntotal} entries")
+                raise DatastoreError(f"{directory / CODES} holds {index.ntotal} entries")
             shard = cls(datastore, saved["start"], settings, index)
         shard.why, shard.recall = chosen_index(directory)
         return shard
 
     def save(self, directory: Path | str) -> None:
-        """Write `shard.json`, and for IVF-PQ `index.faiss`; flat is the datastore's keys alone.
+        """Write `shard.json`, and for IVF-PQ its codes; flat is the datastore's keys alone.
 
         The directory is written aside, flushed and renamed: if it exists, it is whole.
         """
@@ -129,7 +128,7 @@ class IndexShard:
         durable.make_directory(directory.parent)
         aside.mkdir()
         if self.settings.kind == "ivfpq":
-            self._index.save(aside / "index.faiss")
+            self._index.save(aside)
         fields = {
             "start": self.start,
             "stop": self.stop,
@@ -221,9 +220,9 @@ class IndexShard:
     ) -> Neighbours:
         """The k nearest entries to each query, as `Retriever.search` says.
 
-        Distances are exact float32; ties go to the lower entry id. `settings` have other probes and
-        rerank than the shard's own. Raises ValueError for queries of another width than the keys,
-        or one exclusion too many or too few.
+        Distances are exact float32; ties go to the lower entry id. `settings` have other
+        probes, refine and rerank than the shard's own. Raises ValueError for queries of another
+        width than the keys, or one exclusion too many or too few.
         """
         settings = settings or self.settings
         metric, width = self.datastore.description.metric, self.datastore.description.width
@@ -244,7 +243,7 @@ class IndexShard:
         while len(pending):
             fetch = min(fetch, total)
             asked = queries[pending]
-            proposed, candidates = self._propose(asked, fetch, settings.probes)
+            proposed, candidates = self._propose(asked, fetch, settings)
             hidden = self._hidden(candidates, None if excluded is None else excluded[pending])
             exact = self._distances(asked, candidates, hidden)
             order = np.lexsort((candidates, exact), axis=1)[:, :k]
@@ -262,11 +261,11 @@ class IndexShard:
         return self._neighbours(found, entries)
 
     def _propose(
-        self, queries: np.ndarray, fetch: int, probes: int
+        self, queries: np.ndarray, fetch: int, settings: Index
     ) -> tuple[np.ndarray, np.ndarray]:
         """FAISS's nearest, ids from 0: its distance of the last (B,), candidates (B, fetch)."""
         if self.settings.kind == "ivfpq":
-            candidates = self._index.search(queries, fetch, probes)
+            candidates = self._index.search(queries, fetch, settings)
             return np.full(len(queries), np.inf, np.float32), candidates
         proposed, candidates = self._index.search(queries, fetch)
         last = proposed[:, -1]
@@ -422,8 +421,14 @@ def _empty(datastore: Datastore, settings: Index, seed: int) -> faiss.Index | IV
     width = datastore.description.width
     by_product = datastore.description.metric == "ip"
     if settings.kind == "ivfpq":
-        return IVFPQ.create(width, by_product, settings, seed)
+        on_gpu = _on_gpu(datastore, settings)
+        return IVFPQ.create(width, by_product, settings, seed, on_gpu)
     return faiss.IndexFlat(width, faiss.METRIC_INNER_PRODUCT if by_product else faiss.METRIC_L2)
+
+
+def _on_gpu(datastore: Datastore, settings: Index) -> bool:
+    coded = TURNED_DIMENSIONS * settings.code_bytes
+    return gpu.used(settings, coded if settings.turned else datastore.description.width)
 
 
 def _tune() -> None:

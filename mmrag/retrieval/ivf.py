@@ -6,8 +6,12 @@ tables of the centroids' distances to all codes, which would take more memory th
 are computed for the few lists that are visited. Where a code has few bytes for the key's width, the
 key is turned first (OPQ, arXiv 1311.4055), into fewer dimensions.
 
+What the codes propose may be compared again by longer ones, of some bits a dimension (`scalar`),
+so that fewer keys have to be read.
+
 A saved index is mapped, not read: its codes are the page cache's, and belong to all processes of a
-machine. What is added after that lies in memory beside it.
+machine. What is added after that lies in memory beside it. On a GPU, and where codes are compared
+in registers (fast-scan, arXiv 1812.09162), the whole index is read, and grows in place.
 """
 
 from __future__ import annotations
@@ -18,7 +22,10 @@ import faiss
 import numpy as np
 
 from mmrag.config import Index
+from mmrag.retrieval import gpu, scalar
 
+CODES, SCALARS = "index.faiss", "scalar.faiss"
+"""Files of a saved index: lists and codes, and the longer codes."""
 CODE_CENTROIDS = 256
 """Centroids of one byte of a code."""
 LIST_POINTS = 64
@@ -35,17 +42,28 @@ TURNED_DIMENSIONS = 8
 class IVFPQ:
     """Candidates among many keys, numbered from 0 as they were added."""
 
-    def __init__(self, index: faiss.Index, file: Path | None = None) -> None:
-        """`index` as `create` makes it; with `file` mapped from there, and not to be added to."""
-        self._saved = index
+    def __init__(
+        self,
+        index: faiss.Index,
+        scalars: faiss.Index | None = None,
+        file: Path | None = None,
+        on_gpu: bool = False,
+    ) -> None:
+        """`index` as `create` makes it, and the longer codes of the same keys, if there are any;
+        with `file` both are mapped, `index` from there, and not to be added to."""
+        self._saved = _Part(index, scalars)
         self._file = file
-        self._fresh: faiss.Index | None = None
+        self._fresh: _Part | None = None
+        self._on_gpu = on_gpu
 
     @classmethod
-    def create(cls, width: int, by_product: bool, settings: Index, seed: int) -> IVFPQ:
+    def create(
+        cls, width: int, by_product: bool, settings: Index, seed: int, on_gpu: bool = False
+    ) -> IVFPQ:
         """Untrained, for keys (N, width) compared by inner product or else by L2.
 
-        ValueError where a code's bytes do not divide what they stand for.
+        ValueError where a code's bytes do not divide what they stand for, or the GPU has no such
+        codes.
         """
         metric = faiss.METRIC_INNER_PRODUCT if by_product else faiss.METRIC_L2
         turned = TURNED_DIMENSIONS * settings.code_bytes if settings.turned else width
@@ -59,31 +77,40 @@ class IVFPQ:
                 f"dimensions, and keys have {width}"
             )
         coarse = faiss.IndexFlat(turned, metric)
-        index = faiss.IndexIVFPQ(coarse, turned, settings.lists, settings.code_bytes, 8, metric)
-        index.use_precomputed_table = NO_TABLES
+        index = _lists(coarse, turned, metric, settings)
         index.by_residual = settings.residual
         index.cp.seed = index.pq.cp.seed = seed % 2**31
         index.cp.max_points_per_centroid = index.pq.cp.max_points_per_centroid = LIST_POINTS
         index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1  # no warning
-        if not settings.turned:
-            return cls(index)
-        rotation = faiss.OPQMatrix(width, settings.code_bytes, turned)
-        rotation.max_train_points = OPQ_POINTS
-        whole = faiss.IndexPreTransform(rotation, index)
-        for part in (coarse, index, rotation):
-            part.this.disown()
-        index.own_fields = whole.own_fields = True
-        return cls(whole)
+        index.own_fields = True
+        coarse.this.disown()
+        whole = index
+        if settings.turned:
+            rotation = faiss.OPQMatrix(width, settings.code_bytes, turned)
+            rotation.max_train_points = OPQ_POINTS
+            whole = faiss.IndexPreTransform(rotation, index)
+            whole.own_fields = True
+            for part in (index, rotation):
+                part.this.disown()
+        scalars = scalar.create(width, metric, settings.scalar_bits)
+        return cls(gpu.to_gpu(whole) if on_gpu else whole, scalars, on_gpu=on_gpu)
 
     @classmethod
-    def load(cls, file: Path) -> IVFPQ:
-        """What `save` wrote; RuntimeError for a file that is damaged."""
-        return cls(faiss.read_index(str(file), MAPPED), file)
+    def load(cls, directory: Path, settings: Index, on_gpu: bool = False) -> IVFPQ:
+        """What `save` wrote; RuntimeError for a file that is damaged or missing."""
+        file, mapped = directory / CODES, not (on_gpu or settings.fast_scan)
+        index = faiss.read_index(str(file), MAPPED if mapped else 0)
+        scalars = scalar.load(directory / SCALARS, mapped) if settings.scalar_bits else None
+        if scalars is not None and scalars.ntotal != index.ntotal:
+            raise RuntimeError(f"{scalars.ntotal} and {index.ntotal} codes")
+        return cls(
+            gpu.to_gpu(index) if on_gpu else index, scalars, file if mapped else None, on_gpu
+        )
 
     @property
     def ntotal(self) -> int:
         """How many keys there are."""
-        return self._saved.ntotal + (self._fresh.ntotal if self._fresh else 0)
+        return sum(part.ntotal for part in self._parts)
 
     @property
     def is_trained(self) -> bool:
@@ -100,44 +127,109 @@ class IVFPQ:
             self._saved.add(keys)
             return
         if self._fresh is None:
-            self._fresh = _emptied(self._file)
+            self._fresh = _Part(_emptied(self._file), self._saved.emptied_scalars())
         self._fresh.add(keys)
 
-    def search(self, queries: np.ndarray, fetch: int, probes: int) -> np.ndarray:
-        """The keys whose codes are nearest, in the `probes` lists next to each query: (B, fetch),
-        -1 where there are no more."""
-        distances, found = _search(self._saved, queries, fetch, probes)
-        if self._fresh is None:
-            return found
-        others, newer = _search(self._fresh, queries, fetch, probes)
-        newer[newer >= 0] += self._saved.ntotal
-        distances = np.concatenate([distances, others], axis=1)
-        if self._saved.metric_type == faiss.METRIC_INNER_PRODUCT:
-            distances = -distances
-        found = np.concatenate([found, newer], axis=1)
-        distances[found < 0] = np.inf
+    def search(self, queries: np.ndarray, fetch: int, settings: Index) -> np.ndarray:
+        """The keys whose codes are nearest, in the `settings.probes` lists next to each query:
+        (B, fetch), -1 where there are no more."""
+        parts, shift = [], 0
+        for part in self._parts:
+            distances, found = part.search(queries, fetch, settings, self._on_gpu)
+            if part.by_product:
+                distances = -distances
+            distances[found < 0] = np.inf
+            found[found >= 0] += shift
+            parts.append((distances, found))
+            shift += part.ntotal
+        if len(parts) == 1:
+            return parts[0][1]
+        distances, found = (np.concatenate(each, axis=1) for each in zip(*parts, strict=True))
         nearest = np.argsort(distances, axis=1, kind="stable")[:, :fetch]
         return np.take_along_axis(found, nearest, axis=1)
 
-    def save(self, file: Path) -> None:
-        """Write everything into `file`."""
-        if self._fresh is None:
-            faiss.write_index(self._saved, str(file))
-            return
-        whole = faiss.read_index(str(self._file), faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
-        fresh = faiss.clone_index(self._fresh)
-        whole.merge_from(fresh, whole.ntotal)
-        faiss.write_index(whole, str(file))
+    def save(self, directory: Path) -> None:
+        """Write everything into files of a directory that is there."""
+        index, scalars = self._saved.index, self._saved.scalars
+        if self._fresh is not None:
+            index = faiss.read_index(str(self._file), faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
+            index.merge_from(faiss.clone_index(self._fresh.index), index.ntotal)
+            if scalars is not None:
+                scalars = scalar.load(self._file.with_name(SCALARS), mapped=False)
+                scalars.merge_from(faiss.clone_index(self._fresh.scalars), 0)
+        faiss.write_index(gpu.to_cpu(index) if self._on_gpu else index, str(directory / CODES))
+        if scalars is not None:
+            faiss.write_index(scalars, str(directory / SCALARS))
+
+    @property
+    def _parts(self) -> list[_Part]:
+        return [self._saved] if self._fresh is None else [self._saved, self._fresh]
 
 
-def _search(
-    index: faiss.Index, queries: np.ndarray, fetch: int, probes: int
-) -> tuple[np.ndarray, np.ndarray]:
-    lists = faiss.SearchParametersIVF(nprobe=probes)
-    if isinstance(index, faiss.IndexPreTransform):
-        turned = faiss.SearchParametersPreTransform(index_params=lists)
-        return index.search(queries, fetch, params=turned)
-    return index.search(queries, fetch, params=lists)
+class _Part:
+    """Lists and codes, and the longer codes of the same keys."""
+
+    def __init__(self, index: faiss.Index, scalars: faiss.Index | None) -> None:
+        self.index = index
+        self.scalars = scalars
+
+    @property
+    def ntotal(self) -> int:
+        return self.index.ntotal
+
+    @property
+    def is_trained(self) -> bool:
+        return self.index.is_trained
+
+    @property
+    def by_product(self) -> bool:
+        return self.index.metric_type == faiss.METRIC_INNER_PRODUCT
+
+    def train(self, keys: np.ndarray) -> None:
+        self.index.train(keys)
+        if self.scalars is not None:
+            self.scalars.train(keys)
+
+    def add(self, keys: np.ndarray) -> None:
+        self.index.add(keys)
+        if self.scalars is not None:
+            self.scalars.add(keys)
+
+    def emptied_scalars(self) -> faiss.Index | None:
+        return None if self.scalars is None else scalar.emptied(self.scalars)
+
+    def search(
+        self, queries: np.ndarray, fetch: int, settings: Index, on_gpu: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """FAISS's distances and numbers (B, fetch); number -1 where there are no more."""
+        lists = faiss.SearchParametersIVF(nprobe=settings.probes)
+        if isinstance(self.index, faiss.IndexPreTransform):
+            lists = faiss.SearchParametersPreTransform(index_params=lists)
+        factor = max(1.0, settings.refine / settings.rerank) if self.scalars is not None else 1.0
+        most = int(gpu.MOST_FOUND / factor) if on_gpu else fetch
+        asked = min(fetch, most)
+        if self.scalars is None or not self.ntotal:
+            distances, found = self.index.search(queries, asked, params=lists)
+        else:
+            refined = faiss.IndexRefineSearchParameters(k_factor=factor, base_index_params=lists)
+            both = faiss.IndexRefine(self.index, self.scalars)
+            distances, found = both.search(queries, asked, params=refined)
+        missing = (0, 0), (0, fetch - asked)
+        return np.pad(distances, missing), np.pad(found, missing, constant_values=-1)
+
+
+def _lists(coarse: faiss.Index, width: int, metric: int, settings: Index) -> faiss.Index:
+    """An empty index with lists by `coarse`."""
+    if settings.fast_scan:
+        halves = 2 * settings.code_bytes
+        if width % halves:
+            raise ValueError(
+                f"index.fast_scan: {halves} codes of half a byte do not divide width {width}"
+            )
+        return faiss.IndexIVFPQFastScan(coarse, width, settings.lists, halves, 4, metric)
+    index = faiss.IndexIVFPQ(coarse, width, settings.lists, settings.code_bytes, 8, metric)
+    index.use_precomputed_table = NO_TABLES
+    return index
 
 
 def _emptied(file: Path) -> faiss.Index:

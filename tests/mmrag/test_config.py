@@ -209,7 +209,8 @@ ROLES = {
     "datastore": "name:o source:o splits domain utterances audio voices kokoro:o paired_share "
     "metric entries window batch_tokens:o part_utterances:l local:o index.kind index.shards "
     "index.lists index.entry_bytes index.min_recall index.residual index.turned index.code_bytes "
-    "index.probes index.rerank workers.count:o workers.num_cpus:o workers.num_gpus:o",
+    "index.fast_scan index.scalar_bits index.probes index.refine index.rerank index.gpu:o "
+    "workers.count:o workers.num_cpus:o workers.num_gpus:o",
     "knn": "k weight temperature gate certain query",
     "attention": "k stride whole gate certain",
     "decode": "beams length_penalty tokens_per_second max_seconds speech agreement unclear:o "

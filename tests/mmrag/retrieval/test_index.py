@@ -1,3 +1,4 @@
+import faiss
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -5,7 +6,7 @@ from hypothesis import strategies as st
 
 from mmrag.config import Index
 from mmrag.records import Neighbours
-from mmrag.retrieval import sizing
+from mmrag.retrieval import gpu, sizing
 from mmrag.retrieval.datastore import Datastore, create, delete, publish, write_segment
 from mmrag.retrieval.index import (
     IndexShard,
@@ -20,7 +21,28 @@ from mmrag.retrieval.segment import DatastoreError, Description, Segment, distan
 
 FLAT = Index(kind="flat", shards=1)
 IVFPQ = Index(kind="ivfpq", shards=1, lists=8, code_bytes=4, probes=8, rerank=8)
+KINDS = {
+    "flat": FLAT,
+    "ivfpq": IVFPQ,
+    "with longer codes": IVFPQ.model_copy(update={"scalar_bits": 8}),
+    "with short longer codes": IVFPQ.model_copy(update={"scalar_bits": 4, "refine": 300}),
+    "fast-scan": IVFPQ.model_copy(update={"fast_scan": True}),
+    "fast-scan with longer codes": IVFPQ.model_copy(update={"fast_scan": True, "scalar_bits": 6}),
+    "gpu": IVFPQ.model_copy(update={"gpu": True}),
+    "gpu with longer codes": IVFPQ.model_copy(update={"gpu": True, "scalar_bits": 8}),
+}
 METRICS = ["l2", "ip", "cosine"]
+EVERYTHING = {"rerank": 300, "refine": 300}
+
+
+@pytest.fixture(params=KINDS, ids=list(KINDS))
+def index(request, monkeypatch):
+    """Settings of each kind; what a GPU would hold is a copy in memory."""
+    if "gpu" in request.param:
+        monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+        monkeypatch.setattr(gpu, "to_gpu", faiss.clone_index)
+        monkeypatch.setattr(gpu, "to_cpu", faiss.clone_index)
+    return KINDS[request.param]
 
 
 def append(directory, name, keys, documents):
@@ -135,7 +157,6 @@ def test_more_equal_keys_than_were_fetched_come_in_the_order_of_their_ids(tmp_pa
         np.testing.assert_array_equal(found.entries, [[0, 1, 2, 3]] * 3)
 
 
-@pytest.mark.parametrize("index", [FLAT, IVFPQ], ids=["flat", "ivfpq"])
 def test_an_excluded_document_is_passed_over_however_much_of_it_is_near(tmp_path, index):
     keys = random_keys(600)
     keys[:300] *= 0.01
@@ -148,18 +169,18 @@ def test_an_excluded_document_is_passed_over_however_much_of_it_is_near(tmp_path
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_ivfpq_that_visits_and_reranks_everything_is_exact(tmp_path, metric):
+def test_what_visits_and_reranks_everything_is_exact(tmp_path, metric, index):
     datastore = make(tmp_path, random_keys(300), metric)
-    index = IVFPQ.model_copy(update={"rerank": 300})
     queries = random_keys(6, seed=1)
-    shard = IndexShard.build(datastore, 0, 300, index, seed=0)
+    everything = index.model_copy(update=EVERYTHING)
+    shard = IndexShard.build(datastore, 0, 300, everything, seed=0)
     assert_same(shard.search(queries, 7), brute_force(datastore, queries, 7))
 
 
-def test_ivfpq_gives_exact_distances_and_finds_most_neighbours(tmp_path):
+def test_distances_are_exact_and_most_neighbours_are_found(tmp_path, index):
     datastore = make(tmp_path, random_keys(600))
     queries = random_keys(20, seed=1)
-    found = IndexShard.build(datastore, 0, 600, IVFPQ, seed=0).search(queries, 5)
+    found = IndexShard.build(datastore, 0, 600, index, seed=0).search(queries, 5)
     expected = brute_force(datastore, queries, 5)
     recall = np.mean(
         [len(set(a) & set(b)) / 5 for a, b in zip(found.entries, expected.entries, strict=True)]
@@ -170,7 +191,6 @@ def test_ivfpq_gives_exact_distances_and_finds_most_neighbours(tmp_path):
     assert (np.diff(found.distances) >= 0).all()
 
 
-@pytest.mark.parametrize("index", [FLAT, IVFPQ], ids=["flat", "ivfpq"])
 def test_a_saved_shard_answers_as_before(tmp_path, index):
     datastore = make(tmp_path / "datastore", random_keys(600))
     shard = IndexShard.build(datastore, 100, 600, index, seed=0)
@@ -209,7 +229,6 @@ def test_a_shard_whose_saving_was_cut_short_does_not_count_as_saved(tmp_path, mo
     assert [path.name for path in (tmp_path / "index").iterdir()] == ["shard-00000"]
 
 
-@pytest.mark.parametrize("index", [FLAT, IVFPQ], ids=["flat", "ivfpq"])
 def test_an_added_entry_is_found_and_a_deleted_one_never_again(tmp_path, index):
     datastore = make(tmp_path / "datastore", random_keys(300))
     retriever = LocalRetriever(datastore, [IndexShard.build(datastore, 0, 300, index, seed=0)])
@@ -336,19 +355,20 @@ def test_turned_keys_are_found_by_their_exact_distances(tmp_path, metric):
         IndexShard.build(datastore, 0, 900, wide, seed=0)
 
 
-def test_what_a_mapped_index_takes_in_is_found_and_saved_with_it(tmp_path):
+def test_what_a_saved_index_takes_in_is_found_and_saved_with_it(tmp_path, index):
     datastore = make(tmp_path / "datastore", random_keys(600))
-    index = IVFPQ.model_copy(update={"rerank": 900})
-    IndexShard.build(datastore, 0, 600, index, seed=0).save(tmp_path / "shard")
+    everything = index.model_copy(update={"rerank": 900, "refine": 900})
+    IndexShard.build(datastore, 0, 600, everything, seed=0).save(tmp_path / "shard")
     append(datastore.directory, "three", random_keys(50, seed=7), [9] * 50)
     append(datastore.directory, "four", random_keys(50, seed=8), [9] * 50)
     grown = LocalRetriever.load([tmp_path / "shard"], Datastore.open(datastore.directory))
     queries = random_keys(6, seed=1)
     expected = brute_force(grown.datastore, queries, 7)
     assert_same(grown.search(queries, 7), expected)
-    before = (tmp_path / "shard" / "index.faiss").read_bytes()
+    files = sorted((tmp_path / "shard").glob("*.faiss"))
+    before = [file.read_bytes() for file in files]
     grown.shards[0].save(tmp_path / "whole")
-    assert (tmp_path / "shard" / "index.faiss").read_bytes() == before
+    assert [file.read_bytes() for file in files] == before
     whole = IndexShard.load(tmp_path / "whole", grown.datastore)
     assert whole.stop == 700
     assert_same(whole.search(queries, 7), expected)
@@ -407,6 +427,87 @@ def test_keys_are_read_as_they_lie_and_each_once(tmp_path, monkeypatch):
     shard.search(np.tile(clusters(1, seed=2), (8, 1)), 4)
     assert len(read) == 1 and len(read[0]) <= 4 * IVFPQ.rerank
     assert (np.diff(read[0]) > 0).all()
+
+
+def test_longer_codes_choose_whose_keys_are_read(tmp_path, monkeypatch):
+    """Of 48 candidates by poor codes, 6 keys are read, and hardly anything is missed."""
+    datastore, queries = make(tmp_path, clusters(2000, 16)), clusters(40, 16, seed=5)
+    exact = brute_force(datastore, queries, 3).entries
+    poor = IVFPQ.model_copy(update={"code_bytes": 2, "rerank": 2, "refine": 16})
+    read, keys_of = [], datastore.keys_of
+    monkeypatch.setattr(datastore, "keys_of", lambda asked: read.append(asked) or keys_of(asked))
+
+    def found(settings):
+        shard = IndexShard.build(datastore, 0, 2000, settings, seed=0)
+        read.clear()
+        hits = [len(set(a) & set(b)) for a, b in zip(one(shard), exact.tolist(), strict=True)]
+        return np.mean(hits) / 3, sum(map(len, read)) / len(queries)
+
+    def one(shard):
+        return [shard.search(query[None], 3).entries[0].tolist() for query in queries]
+
+    (many, keys), (few, fewer), (chosen, chosen_keys) = (
+        found(poor.model_copy(update=each)) for each in ({"rerank": 16}, {}, {"scalar_bits": 8})
+    )
+    assert (keys, fewer, chosen_keys) == (48, 6, 6)
+    assert few < many - 0.1 and chosen > many - 0.01
+
+
+def test_a_damaged_file_of_an_index_is_named(tmp_path):
+    datastore = make(tmp_path / "datastore", random_keys(600))
+    settings = KINDS["with longer codes"]
+    for damaged in ("index.faiss", "scalar.faiss"):
+        directory = tmp_path / damaged
+        IndexShard.build(datastore, 0, 600, settings, seed=0).save(directory)
+        file = directory / damaged
+        for content in (b"", file.read_bytes()[:200], None):
+            file.unlink() if content is None else file.write_bytes(content)
+            with pytest.raises(DatastoreError, match="is damaged"):
+                IndexShard.load(directory, datastore)
+
+
+def test_longer_codes_of_another_index_are_refused(tmp_path):
+    datastore, settings = make(tmp_path / "data", random_keys(900)), KINDS["with longer codes"]
+    IndexShard.build(datastore, 0, 900, settings, seed=0).save(tmp_path / "long")
+    IndexShard.build(datastore, 0, 600, settings, seed=0).save(tmp_path / "short")
+    (tmp_path / "long" / "scalar.faiss").rename(tmp_path / "short" / "scalar.faiss")
+    with pytest.raises(DatastoreError, match="900 and 600 codes"):
+        IndexShard.load(tmp_path / "short", datastore)
+
+
+def test_a_gpu_is_asked_for_where_there_is_one_that_has_such_codes(tmp_path, monkeypatch):
+    datastore = make(tmp_path, random_keys(300))
+    wanted = IVFPQ.model_copy(update={"gpu": True})
+    with pytest.raises(ValueError, match=r"index\.gpu: FAISS finds no GPU here"):
+        IndexShard.build(datastore, 0, 300, wanted, seed=0)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    for update, why in (
+        ({"fast_scan": True}, r"index\.fast_scan"),
+        ({"residual": False}, r"index\.residual"),
+        ({"probes": 4000}, r"index\.probes 4000"),
+        ({"code_bytes": 5, "turned": True}, "no codes of 5 bytes for 40 dimensions"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            gpu.used(wanted.model_copy(update=update), 40 if "turned" in update else 8)
+        assert not gpu.used(IVFPQ.model_copy(update=update), 40 if "turned" in update else 8)
+    assert gpu.used(IVFPQ, 8) and not gpu.used(IVFPQ.model_copy(update={"gpu": False}), 8)
+
+
+def test_a_gpu_finds_no_more_than_it_can(tmp_path, monkeypatch):
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(gpu, "to_gpu", faiss.clone_index)
+    monkeypatch.setattr(gpu, "MOST_FOUND", 40)
+    datastore = make(tmp_path, random_keys(600), documents=[0] * 300 + [1] * 300)
+    for kind in ("gpu", "gpu with longer codes"):
+        shard = IndexShard.build(datastore, 0, 600, KINDS[kind], seed=0)
+        found = shard.search(random_keys(3, seed=1), 300, [0, 1, -1])
+        assert (found.entries >= 0).sum(1).max() <= 40
+
+
+def test_half_bytes_that_do_not_divide_the_width_are_refused(tmp_path):
+    odd = IVFPQ.model_copy(update={"code_bytes": 8, "fast_scan": True})
+    with pytest.raises(ValueError, match="16 codes of half a byte do not divide width 8"):
+        IndexShard.build(make(tmp_path, random_keys(300)), 0, 300, odd, seed=0)
 
 
 def test_a_search_that_cannot_be_meant_is_refused(tmp_path):

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmrag.config import Index
-from mmrag.retrieval import sizing
+from mmrag.retrieval import scalar, sizing
 
 AUTO = Index(kind="auto", shards=1)
 
@@ -31,7 +31,8 @@ def test_lists_codes_and_probes_keep_to_what_was_asked_for(entries, width, memor
     chosen, why = sizing.chosen(settings, entries, width)
     assert chosen.kind == "ivfpq"
     assert 3.7 * np.sqrt(entries) <= chosen.lists <= 16 * np.sqrt(entries)
-    assert chosen.code_bytes + sizing.ID_BYTES <= memory
+    longer = scalar.code_bytes(width, chosen.scalar_bits)
+    assert chosen.code_bytes + longer + sizing.ID_BYTES <= memory
     turned = sizing.TURNED_DIMENSIONS * chosen.code_bytes
     assert turned <= width if chosen.turned else width % chosen.code_bytes == 0
     assert chosen.probes / chosen.lists * entries <= sizing.MOST_SCANNED + entries / chosen.lists
@@ -39,30 +40,39 @@ def test_lists_codes_and_probes_keep_to_what_was_asked_for(entries, width, memor
 
 
 @pytest.mark.parametrize(
-    ("width", "memory", "code", "turned"),
+    ("width", "memory", "code", "turned", "bits"),
     [
-        (192, 136, 96, False),
-        (256, 136, 128, False),
-        (256, 40, 32, False),
-        (4096, 136, 128, True),
-        (256, 24, 16, True),
+        (192, 336, 48, False, 8),
+        (256, 336, 64, False, 8),
+        (320, 336, 80, False, 6),
+        (256, 200, 64, False, 4),
+        (192, 136, 96, False, 0),
+        (256, 136, 128, False, 0),
+        (256, 40, 32, False, 0),
+        (4096, 136, 128, True, 0),
+        (256, 24, 16, True, 0),
     ],
 )
-def test_wide_keys_are_turned_into_what_their_codes_hold(width, memory, code, turned):
+def test_wide_keys_are_turned_into_what_their_codes_hold(width, memory, code, turned, bits):
     settings = Index(kind="auto", shards=1, entry_bytes=memory)
     chosen, why = sizing.chosen(settings, 10**6, width)
-    assert (chosen.code_bytes, chosen.turned) == (code, turned)
+    assert (chosen.code_bytes, chosen.turned, chosen.scalar_bits) == (code, turned, bits)
     assert ("after a rotation" in why) == turned
+    assert (f"and again in {width * bits // 8}, {bits} bits each" in why) == bool(bits)
 
 
-def test_what_is_tried_next_grows_one_thing_at_a_time_as_far_as_it_may():
-    settings, _ = sizing.chosen(AUTO, 10**6, 256)
+@pytest.mark.parametrize(("memory", "kept"), [(336, "CHOSEN"), (136, "RERANKED")])
+def test_what_is_tried_next_grows_one_thing_at_a_time_as_far_as_it_may(memory, kept):
+    auto = Index(kind="auto", shards=1, entry_bytes=memory)
+    settings, _ = sizing.chosen(auto, 10**6, 256)
+    assert settings.rerank == getattr(sizing, kept)
     seen = [settings]
     while wider := sizing.wider(seen[-1], 10**6):
         for one in wider:
-            grown = {"probes": one.probes, "rerank": one.rerank}
-            assert one == seen[-1].model_copy(update=grown)
-            assert (one.probes > seen[-1].probes) != (one.rerank > seen[-1].rerank)
+            changed = {name for name, value in one if value != getattr(seen[-1], name)}
+            assert len(changed) == 1 and changed <= {"probes", "refine", "rerank"}
+            assert all(getattr(one, name) > getattr(seen[-1], name) for name in changed)
         seen.append(wider[0])
-    assert seen[-1].rerank == sizing.MOST_RERANKED
+    assert seen[-1].rerank == getattr(sizing, f"MOST_{kept}")
     assert seen[-1].probes == sizing.probes(sizing.MOST_SCANNED, settings.lists, 10**6)
+    assert (seen[-1].refine == sizing.MOST_REFINED) == bool(settings.scalar_bits)
