@@ -48,8 +48,8 @@ class Index(Section):
     rerank: PositiveInt = 8
     """ivfpq: candidates whose keys are read for each neighbour asked for, and re-ranked exactly."""
     gpu: Operation[bool | None] = None
-    """ivfpq: whether lists and codes lie on this machine's GPU, where they are trained, filled and
-    searched; None where FAISS finds one that has such codes."""
+    """ivfpq: whether lists and codes are trained and filled on this machine's GPU; None where FAISS
+    finds one that has such codes, and so for searching wherever the index is opened, unless False."""
 
 
 class Datastore(Section):

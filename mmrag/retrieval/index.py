@@ -107,8 +107,9 @@ class IndexShard:
         if settings.kind == "flat":
             shard = cls.build(datastore, saved["start"], saved["stop"], settings, seed=0)
         else:
+            here = settings.model_copy(update={"gpu": None}) if settings.gpu else settings
             try:
-                index = IVFPQ.load(directory, settings, _on_gpu(datastore, settings))
+                index = IVFPQ.load(directory, settings, _on_gpu(datastore, here))
             except RuntimeError as error:
                 raise DatastoreError(f"{directory} is damaged: {error}") from None
             if index.ntotal != saved["stop"] - saved["start"]:

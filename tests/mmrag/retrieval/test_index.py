@@ -493,6 +493,39 @@ def test_a_gpu_is_asked_for_where_there_is_one_that_has_such_codes(tmp_path, mon
     assert gpu.used(IVFPQ, 8) and not gpu.used(IVFPQ.model_copy(update={"gpu": False}), 8)
 
 
+def test_what_was_built_on_a_gpu_is_searched_by_cores_elsewhere(tmp_path, monkeypatch):
+    datastore, queries = make(tmp_path / "data", random_keys(600)), random_keys(4, seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(faiss, "get_num_gpus", lambda: 1)
+        patch.setattr(gpu, "to_gpu", faiss.clone_index)
+        patch.setattr(gpu, "to_cpu", faiss.clone_index)
+        shard = IndexShard.build(datastore, 0, 600, KINDS["gpu"], seed=0)
+        shard.save(tmp_path / "shard")
+    again = IndexShard.load(tmp_path / "shard", datastore)
+    assert_same(again.search(queries, 6), shard.search(queries, 6))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_real_gpu_finds_what_the_cores_find(tmp_path, metric, monkeypatch):
+    """Needs faiss-gpu in the place of faiss-cpu."""
+    if not faiss.get_num_gpus():
+        pytest.skip("FAISS finds no GPU here")
+    datastore, queries = make(tmp_path, clusters(4000, 32), metric), clusters(40, 32, seed=5)
+    for update in ({}, {"scalar_bits": 8}, {"turned": True}):
+        wanted = IVFPQ.model_copy(update={"gpu": True, "refine": 64, **update})
+        shard = IndexShard.build(datastore, 0, 4000, wanted, seed=0)
+        shard.save(tmp_path / "shard")
+        with monkeypatch.context() as patch:
+            patch.setattr(faiss, "get_num_gpus", lambda: 0)
+            cores = IndexShard.load(tmp_path / "shard", datastore)
+        expected = brute_force(datastore, queries, 8).entries
+        for one in (shard, cores):
+            found = one.search(queries, 8).entries
+            hits = [len(set(a) & set(b)) for a, b in zip(found, expected, strict=True)]
+            assert np.mean(hits) / 8 > 0.9
+
+
 def test_a_gpu_finds_no_more_than_it_can(tmp_path, monkeypatch):
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
     monkeypatch.setattr(gpu, "to_gpu", faiss.clone_index)
