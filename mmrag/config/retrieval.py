@@ -49,7 +49,7 @@ class Index(Section):
     """ivfpq: candidates whose keys are read for each neighbour asked for, and re-ranked exactly."""
     gpu: Operation[bool | None] = None
     """ivfpq: whether lists and codes are trained and filled on this machine's GPU; None where FAISS
-    finds one that has such codes, and so for searching wherever the index is opened, unless False."""
+    finds one that has such codes. Unless False, they are searched on one where they are opened."""
 
 
 class Datastore(Section):
