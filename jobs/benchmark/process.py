@@ -11,7 +11,8 @@ from typing import IO, Any
 from jobs.benchmark.endpoint import EndpointError
 
 LOAD, PLAIN = "jobs.benchmark.load", "jobs.benchmark.plain"
-OPENED = "jobs.benchmark.opened"
+OPENED, BUILT = "jobs.benchmark.opened", "jobs.benchmark.built"
+DECODED = "jobs.benchmark.decoded"
 
 
 class Process:
