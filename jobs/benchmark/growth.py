@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FORMATS = (".svg", ".png")
 
@@ -20,6 +23,11 @@ def check(path: Path) -> None:
 
 
 def plot(path: Path, growth: Sequence[Mapping[str, Any]]) -> None:
+    """Write `figure`; the path's suffix says in which format."""
+    figure(growth).savefig(path, dpi=150)
+
+
+def figure(growth: Sequence[Mapping[str, Any]]) -> Figure:
     """Milliseconds a query against entries, both on logarithmic axes: of comparing every key, of
     the index, and as the root of the entries would have it."""
     from matplotlib.figure import Figure
@@ -27,8 +35,8 @@ def plot(path: Path, growth: Sequence[Mapping[str, Any]]) -> None:
 
     entries = np.array([one["entries"] for one in growth])
     ours = np.array([one["ms_a_query"] for one in growth])
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
-    axes = figure.subplots()
+    drawn = Figure(figsize=(7, 4.4), layout="constrained")
+    axes = drawn.subplots()
     lines = (
         ("every key compared", [one["flat_ms_a_query"] for one in growth], "#9aa5b1", "o-"),
         ("the index of kind auto", ours, "#2f6db3", "o-"),
@@ -53,4 +61,4 @@ def plot(path: Path, growth: Sequence[Mapping[str, Any]]) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    return drawn
