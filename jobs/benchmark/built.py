@@ -18,7 +18,7 @@ from typing import Any
 
 import faiss
 
-from jobs.benchmark.process import BUILT, Process
+from jobs.benchmark.process import BUILT, SHARING, Process
 from jobs.benchmark.progress import Progress
 from mmrag import retrieval
 from mmrag.artifact import write_json
@@ -61,7 +61,7 @@ def built(order: Building) -> dict[str, Any]:
         if same and len(shards_of(order.index)) == order.shards:
             order.progress(f"{order.index} is there already")
             return found
-    with Process(BUILT, order) as process:
+    with Process(BUILT, order, **SHARING) as process:
         measured = process.result()
     write_json(record, wanted | measured)
     return measured

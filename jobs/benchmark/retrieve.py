@@ -27,7 +27,7 @@ from jobs.benchmark.built import AUTO, Building, built, shards_of
 from jobs.benchmark.decoded import ALONE, FLAT, IVFPQ, OURS, Decoding
 from jobs.benchmark.keys import SyntheticKeys
 from jobs.benchmark.opened import Opening
-from jobs.benchmark.process import DECODED, OPENED, Process
+from jobs.benchmark.process import DECODED, OPENED, SHARING, Process
 from jobs.benchmark.progress import Progress
 from jobs.benchmark.targets import Target, compared, table
 from mmrag import shipped
@@ -330,7 +330,7 @@ def _decoded(
         seconds=sizes.decode_seconds,
         progress=tell,
     )
-    with Process(DECODED, order) as process:
+    with Process(DECODED, order, **SHARING) as process:
         decoded = process.result()
     speeds = decoded["tokens_per_second"]
     ratios = {name: speeds[OURS] / speeds[name] for name in (FLAT, IVFPQ)}

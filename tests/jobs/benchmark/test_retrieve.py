@@ -89,7 +89,7 @@ def test_an_index_is_built_again_only_for_other_code_or_entries(imitation, tmp_p
     class Child:
         """As `Process`, in this one."""
 
-        def __init__(self, module, told):
+        def __init__(self, module, told, **environment):
             orders.append(told)
 
         def __enter__(self):
