@@ -31,7 +31,7 @@ def figure(growth: Sequence[Mapping[str, Any]]) -> Figure:
     """Milliseconds a query against entries, both on logarithmic axes: of comparing every key, of
     the index, and as the root of the entries would have it."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
     entries = np.array([one["entries"] for one in growth])
     ours = np.array([one["ms_a_query"] for one in growth])
@@ -40,19 +40,19 @@ def figure(growth: Sequence[Mapping[str, Any]]) -> Figure:
     lines = (
         ("every key compared", [one["flat_ms_a_query"] for one in growth], "#9aa5b1", "o-"),
         ("the index of kind auto", ours, "#2f6db3", "o-"),
-        ("√N, from its first", ours[0] * np.sqrt(entries / entries[0]), "#c2410c", "--"),
+        ("in proportion to √N", ours[0] * np.sqrt(entries / entries[0]), "#c2410c", "--"),
     )
     for name, times, colour, style in lines:
         axes.plot(entries, times, style, color=colour, label=name, linewidth=2)
     for times, colour, below in ((lines[0][1], "#5f6b78", False), (ours, "#2f6db3", True)):
         for at, time in zip(entries, times, strict=True):
-            place = {"xytext": (0, -15 if below else 8), "textcoords": "offset points"}
+            place = {"xytext": (0, -19 if below else 9), "textcoords": "offset points"}
             axes.annotate(f"{time:.3g}", (at, time), **place, ha="center", color=colour)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.margins(x=0.08, y=0.15)
     axes.set_xticks(entries, [f"{count:,}" for count in entries])
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("entries of one shard")
