@@ -69,30 +69,21 @@ class Decoding:
     progress: Progress
 
 
-def measured(order: Decoding, alone: bool = True) -> dict[str, Any]:
+def measured(order: Decoding) -> dict[str, Any]:
     """Tokens a second of each way, median of the repeats; the recall of the other's codes; how many
     transcripts of the engine are those of the hook over every key, of how many.
 
-    `alone` keeps this process, once everything is built, on one core.
+    Keeps this process on one core once everything is built.
     """
     torch.set_num_threads(1)
-    tell = order.progress
     recogniser = Recogniser.load(shipped.find(order.model))
-    tell(f"hearing {order.clips} clips")
+    order.progress(f"hearing {order.clips} clips")
     clips = _clips(recogniser, order.clips)
-    store, peer = Datastore.open(order.datastore), Path(order.peer)
+    store = Datastore.open(order.datastore)
     faiss.omp_set_num_threads(1)  # our shards set FAISS up for as many threads as there are now
     retriever = LocalRetriever.load(shards_of(order.index), store)
-    faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))
-    tell("indexing for kNN-LM as a hook")
-    tokens = hooked.values(store, peer / "values")
-    indexes = {
-        FLAT: hooked.flat(store, tell),
-        IVFPQ: hooked.ivfpq(store, peer / "ivfpq.faiss", tell),
-    }
-    if alone:
-        _stay_on_one_core()
-    faiss.omp_set_num_threads(1)
+    tokens, indexes = _peer(order, store)
+    _stay_on_one_core()
     knn = default(shipped.find(order.model), store).knn
     knn = knn.model_copy(update={"k": order.k, "gate": None, "certain": None, "query": "speech"})
     ours = Retrieval(retriever, knn)
@@ -117,6 +108,16 @@ def measured(order: Decoding, alone: bool = True) -> dict[str, Any]:
         "transcripts_compared": len(compared),
         "knn": {"k": knn.k, "weight": knn.weight, "temperature": knn.temperature},
     }
+
+
+def _peer(order: Decoding, store: Datastore) -> tuple[np.ndarray, dict[str, faiss.Index]]:
+    """The hook's tokens and its indexes, built with every core."""
+    peer, tell = Path(order.peer), order.progress
+    faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))
+    flat = hooked.flat(store, tell)
+    ivfpq = hooked.ivfpq(store, peer / "ivfpq.faiss", tell)
+    faiss.omp_set_num_threads(1)
+    return hooked.values(store, peer / "values"), {FLAT: flat, IVFPQ: ivfpq}
 
 
 def _clips(recogniser: Recogniser, count: int) -> list[Clip]:

@@ -103,7 +103,7 @@ def values(store: Datastore, file: Path) -> np.ndarray:
 
 def flat(store: Datastore, tell: Callable[[str], None]) -> faiss.Index:
     """All keys in float32 and in memory, each compared with a query."""
-    tell("its flat index")
+    tell(f"hook: a flat index of {store.entries:,} keys")
     width = store.description.width
     index = faiss.IndexFlatL2(width)
     index.codes.resize(store.entries * width * 4)  # once: growing takes twice the memory
@@ -126,7 +126,7 @@ def ivfpq(store: Datastore, file: Path, tell: Callable[[str], None]) -> faiss.In
             tell(f"{file} is there already")
             index.nprobe = PROBES
             return index
-    tell(f"its IVFPQ index, {lists:,} lists and {code} bytes a key")
+    tell(f"hook: an IVFPQ index of {lists:,} lists and {code} bytes a key")
     index = faiss.IndexIVFPQ(faiss.IndexFlatL2(width), width, lists, code, 8)
     wanted = min(store.entries, max(lists, 256) * SAMPLED)
     sample = np.linspace(0, store.entries - 1, wanted).astype(np.int64)
