@@ -31,7 +31,7 @@ def figure(growth: Sequence[Mapping[str, Any]]) -> Figure:
     """Milliseconds a query against entries, both on logarithmic axes: of comparing every key, of
     the index, and as the root of the entries would have it."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     entries = np.array([one["entries"] for one in growth])
     ours = np.array([one["ms_a_query"] for one in growth])
@@ -54,7 +54,8 @@ def figure(growth: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_xticks(entries, [f"{count:,}" for count in entries])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("entries of one shard")
     axes.set_ylabel("milliseconds a query, one core")
     axes.grid(which="major", color="#e3e7eb", linewidth=0.8)

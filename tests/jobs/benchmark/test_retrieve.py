@@ -165,7 +165,7 @@ def test_ten_million_entries_have_targets_of_their_own(capsys):
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 def test_everything_is_measured_and_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(retrieve, "QUICK", SMALL)
     plotted = tmp_path / "growth.png"
