@@ -119,7 +119,7 @@ HOMES = {
     "mlflow": ["cluster.tracking"],
     "requests": ["mmrag.client", "serve.api"],
     "rich": ["mmrag.terminal", "mmrag.cli", "mmrag.administration", "jobs"],
-    "matplotlib": ["jobs.evaluation_tables", "jobs.reproduce.report"],
+    "matplotlib": ["jobs.evaluation_tables", "jobs.reproduce.report", "jobs.benchmark.growth"],
     # Ray Data's rows are Arrow's: values are packed on their way between our own processes.
     "pickle": ["cluster.parts"],
 }

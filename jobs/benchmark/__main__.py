@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmark import phrases, retrieve
+from jobs.benchmark import growth, phrases, retrieve
 from jobs.benchmark.endpoint import EndpointError
 from jobs.benchmark.serve import FULL, QUICK, Serving, speak
 from jobs.benchmark.targets import rounded, show
@@ -30,9 +30,20 @@ def main() -> None:
     parser.add_argument(
         "--entries",
         type=int,
-        help="retrieve: the largest datastore that is searched; 1 kB of disk an entry",
+        help="retrieve: the largest datastore; 1 kB of disk and of memory an entry",
+    )
+    parser.add_argument(
+        "--directory",
+        type=Path,
+        help="retrieve: where what is searched is kept, and taken from if it is there already",
+    )
+    parser.add_argument(
+        "--plot", type=Path, help="retrieve: a file (.svg, .png) for time against entries"
     )
     options = parser.parse_args()
+    for option, part in _OF_ONE_PART.items():
+        if getattr(options, option) is not None and part != options.part:
+            parser.error(f"--{option} is an option of {part}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     try:
         with tempfile.TemporaryDirectory() as directory:
@@ -53,15 +64,23 @@ def _serve(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
 def _retrieve(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     sizes = retrieve.QUICK if options.quick else retrieve.FULL
     if options.entries is not None:
+        if options.entries < 1:
+            raise ValueError(f"--entries {options.entries}")
         grown = [*(size for size in sizes.growth if size < options.entries), options.entries]
         sizes = replace(sizes, growth=tuple(grown))
-    return retrieve.measure(directory, sizes)
+    if options.plot is not None:
+        growth.check(options.plot)
+    results = retrieve.measure(directory, sizes, options.directory)
+    if options.plot is not None:
+        growth.plot(options.plot, results["growth"])
+    return results
 
 
 def _phrases(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     return phrases.measure(directory, phrases.QUICK if options.quick else phrases.FULL)
 
 
+_OF_ONE_PART = {"url": "serve", "entries": "retrieve", "directory": "retrieve", "plot": "retrieve"}
 _MEASURED = {"serve": _serve, "retrieve": _retrieve, "phrases": _phrases}
 _SHOWN = {"serve": show, "retrieve": retrieve.show, "phrases": phrases.show}
 

@@ -13,8 +13,9 @@ from typing import Any
 import faiss
 import numpy as np
 
+from jobs.benchmark.built import shards_of
 from mmrag.retrieval.datastore import Datastore
-from mmrag.retrieval.index import IndexShard, saved_shards
+from mmrag.retrieval.index import IndexShard
 
 SEARCHES, K = 20, 16
 
@@ -24,8 +25,10 @@ class Opening:
     """What to open."""
 
     datastore: str
+    index: str
+    """The directory of the shards' directories."""
     shards: int
-    """So many of its shards, from the first."""
+    """So many of them, from the first."""
 
 
 def measured(order: Opening) -> dict[str, Any]:
@@ -37,8 +40,8 @@ def measured(order: Opening) -> dict[str, Any]:
     before = _private()
     started = time.perf_counter()
     datastore = Datastore.open(order.datastore)
-    shards = [IndexShard.load(one, datastore) for one in saved_shards(Path(order.datastore))]
-    shards = shards[: order.shards]
+    chosen = shards_of(order.index)[: order.shards]
+    shards = [IndexShard.load(one, datastore) for one in chosen]
     seconds = time.perf_counter() - started
     queries = datastore.keys(0, 16)
     for _ in range(SEARCHES):

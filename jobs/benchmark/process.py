@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -11,18 +12,24 @@ from typing import IO, Any
 from jobs.benchmark.endpoint import EndpointError
 
 LOAD, PLAIN = "jobs.benchmark.load", "jobs.benchmark.plain"
-OPENED = "jobs.benchmark.opened"
+OPENED, BUILT = "jobs.benchmark.opened", "jobs.benchmark.built"
+DECODED = "jobs.benchmark.decoded"
+SHARING = {"OMP_WAIT_POLICY": "passive"}
+"""Of a process that builds with every core: its threads do not spin while one of them waits for a
+core that something else has."""
 
 
 class Process:
     """A child that takes JSON in and gives JSON out; it does not outlive the `with` block."""
 
-    def __init__(self, module: str, told: Any) -> None:
+    def __init__(self, module: str, told: Any, **environment: str) -> None:
+        """`environment` are variables that it has beside ours."""
         self.module = module
         self._child = subprocess.Popen(
             [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            env=os.environ | environment,
             start_new_session=True,  # Ctrl-C is ours alone
         )
         self._input: IO[bytes] = self._child.stdin

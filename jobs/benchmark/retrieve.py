@@ -1,7 +1,8 @@
 """How well, how fast and in how much memory a large datastore is searched and written to.
 
 The keys are synthetic, and lie as the shipped model's own do (`keys`). Searches have one core; the
-index is what `index.kind: auto` makes of one shard.
+index is what `index.kind: auto` makes of one shard. Datastores and indexes are the large part of a
+long run: where they are kept, the next run goes on with those that are there (`built`).
 """
 
 from __future__ import annotations
@@ -11,22 +12,25 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 from rich.console import Console
+from rich.table import Table
 
 from cluster.connection import connection
 from cluster.shards import serve_shards
+from jobs.benchmark.built import AUTO, Building, built, shards_of
+from jobs.benchmark.decoded import ALONE, FLAT, IVFPQ, OURS, Decoding
 from jobs.benchmark.keys import SyntheticKeys
 from jobs.benchmark.opened import Opening
-from jobs.benchmark.process import OPENED, Process
+from jobs.benchmark.process import DECODED, OPENED, SHARING, Process
+from jobs.benchmark.progress import Progress
 from jobs.benchmark.targets import Target, compared, table
 from mmrag import shipped
-from mmrag.config import Index
 from mmrag.retrieval import datastore
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.index import (
@@ -43,7 +47,8 @@ QUERIES, BATCH, SMALL_BATCH = 512, 32, 16
 """Queries that recall is measured on, and how many are asked at once."""
 CHUNK = 250_000
 """Keys compared at once where all of them are."""
-AUTO = Index(kind="auto", shards=1)
+TOLD = 1_000_000
+"""Keys from one word about how far it is to the next."""
 SHARDS, SERVED, SERVED_ENTRIES = 8, 4, 2000
 ADDED = 100
 """Entries added at once."""
@@ -52,7 +57,6 @@ import sys
 from mmrag.retrieval.compaction import compact
 compact(sys.argv[1], everything=True)
 """
-progress = Console(stderr=True, highlight=False)
 TARGETS = {
     "recall_at_16": Target(
         "of the 16 nearest of the largest, found", "≥ 0.95", lambda r: r >= 0.95, "{:.3f}".format
@@ -61,6 +65,12 @@ TARGETS = {
         f"the largest, over comparing every key, batch {BATCH}",
         "≥ 20 at 1 M",
         lambda ratio: ratio >= 20,
+        "{:.1f} x".format,
+    ),
+    "against_knn_transformers": Target(
+        "kNN-LM, tokens decoded a second: over the faster of two hooks",
+        "≥ 10",
+        lambda ratio: ratio >= 10,
         "{:.1f} x".format,
     ),
     "growth_exponent": Target(
@@ -76,7 +86,10 @@ TARGETS = {
         "{:.1f} bytes".format,
     ),
     "open_seconds": Target(
-        f"{SHARDS} shards opened", "≤ 2 s at 10 M", lambda r: r <= 2, "{:.2f} s".format
+        f"{SHARDS} shards of the largest opened",
+        "≤ 2 s at 10 M",
+        lambda r: r <= 2,
+        "{:.2f} s".format,
     ),
     "remote_overhead_ms": Target(
         f"{SERVED} shards behind actors, over the slowest of them",
@@ -102,6 +115,15 @@ TARGETS = {
 }
 
 
+TEN_MILLION = 10_000_000
+OF_TEN_MILLION = {
+    "speedup_over_flat": replace(
+        TARGETS["speedup_over_flat"], wanted="≥ 100 at 10 M", met=lambda ratio: ratio >= 100
+    ),
+}
+"""Targets in place of those above, where the largest is that large."""
+
+
 @dataclass(frozen=True)
 class Sizes:
     """How many entries, and how long to measure."""
@@ -110,16 +132,41 @@ class Sizes:
     """Entries of the datastores that are searched, ascending."""
     searches: int
     add_seconds: float
+    clips: int
+    """Clips that are decoded, and as many as `rows` at once."""
+    rows: int
+    decodings: int
+    """Of each way to decode."""
+    decode_seconds: float
+    """After which a way that takes a clip at a time begins no other."""
 
 
-FULL = Sizes(growth=(100_000, 316_000, 1_000_000), searches=300, add_seconds=10)
-QUICK = Sizes(growth=(50_000, 200_000), searches=100, add_seconds=3)
+FULL = Sizes(
+    growth=(100_000, 316_000, 1_000_000),
+    searches=300,
+    add_seconds=10,
+    clips=64,
+    rows=32,
+    decodings=5,
+    decode_seconds=30,
+)
+QUICK = Sizes(
+    growth=(50_000, 200_000),
+    searches=100,
+    add_seconds=3,
+    clips=32,
+    rows=16,
+    decodings=3,
+    decode_seconds=10,
+)
 
 
-def measure(directory: Path, sizes: Sizes) -> dict[str, Any]:
-    """Everything, below `directory`."""
+def measure(directory: Path, sizes: Sizes, kept: Path | None = None) -> dict[str, Any]:
+    """Everything. What is searched lies below `kept`, if it is given, and stays there; the rest,
+    and what is written to, below `directory`."""
     faiss.omp_set_num_threads(1)
-    progress.print("reading sentences for keys to imitate")
+    tell = Progress()
+    tell("reading sentences for keys to imitate")
     keys = SyntheticKeys(shipped.TINY, SEED)
     results: dict[str, Any] = {
         "width": keys.width,
@@ -127,30 +174,39 @@ def measure(directory: Path, sizes: Sizes) -> dict[str, Any]:
         "growth": [],
     }
     for entries in sizes.growth:
-        progress.print(f"{entries:,} entries")
-        place = directory / f"of-{entries}"
-        keys.write(place, entries, SEED)
-        results["growth"].append(_searched(keys, place, entries, sizes))
+        tell(f"{entries:,} entries")
+        place = (kept or directory) / f"of-{entries}"
+        keys.write(place, entries, SEED, tell)
+        row, queries, exact = _searched(keys, place, sizes, tell)
+        results["growth"].append(row)
     results |= _largest(results["growth"])
-    progress.print(f"{SHARDS} shards")
-    results |= _opened(place, sizes.growth[-1])
-    progress.print(f"{SERVED} shards behind actors")
+    tell(f"{SHARDS} shards")
+    results |= _opened(place, tell)
+    results |= _decoded(place, queries, exact, sizes, tell)
+    tell(f"{SERVED} shards behind actors")
     results |= _served(keys, directory / "served", sizes)
-    progress.print("written to while it is searched")
+    tell("written to while it is searched")
     results |= _written(keys, directory / "written", sizes)
+    tell("done")
     return results
 
 
-def _searched(keys: SyntheticKeys, place: Path, entries: int, sizes: Sizes) -> dict[str, Any]:
-    """One shard with all entries: built, and searched beside an exact one."""
+def _searched(
+    keys: SyntheticKeys, place: Path, sizes: Sizes, tell: Progress
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """One shard with all entries: built, and searched beside an exact one. Also the queries and
+    the entries (QUERIES, K) that are nearest to them."""
+    tell("one shard")
+    whole = Building(str(place), str(place / "in-1"), 1, tell)
+    cost = built(whole)
     store = Datastore.open(place)
-    started = time.perf_counter()
-    shard = IndexShard.build(store, 0, entries, AUTO, SEED)
-    built = time.perf_counter() - started
-    shard.save(shard_directory(place, 0))
-    shard = IndexShard.load(shard_directory(place, 0), store)
+    entries = store.entries
+    [saved] = shards_of(whole.index)
+    shard = IndexShard.load(saved, store)
     queries = keys.draw(QUERIES, SEED + 1_000_000)
-    exact, flat = _exact(store, queries)
+    tell("every key compared")
+    exact, flat = _exact(store, queries, tell)
+    tell("searched")
     found, ours = _by_batches(lambda batch: shard.search(batch, K).entries, queries, BATCH)
     hits = [len(set(a) & set(b)) / K for a, b in zip(exact.tolist(), found.tolist(), strict=True)]
     read = _counted(store)
@@ -161,12 +217,14 @@ def _searched(keys: SyntheticKeys, place: Path, entries: int, sizes: Sizes) -> d
         shard.search(asked, K)
         times.append(1e3 * (time.perf_counter() - started))
     settings = shard.settings
-    return {
+    scanned = settings.probes * entries / settings.lists
+    row = {
         "entries": entries,
         "why": shard.why,
         "probes": settings.probes,
         "rerank": settings.rerank,
-        "build_seconds": built,
+        "build_seconds": cost["seconds"],
+        "build_peak_bytes": cost["peak_bytes"],
         "recall_when_built": shard.recall,
         "recall_at_16": float(np.mean(hits)),
         "flat_ms_a_query": 1e3 * flat / QUERIES,
@@ -174,24 +232,29 @@ def _searched(keys: SyntheticKeys, place: Path, entries: int, sizes: Sizes) -> d
         "speedup_over_flat": flat / ours,
         "p50_ms": float(np.percentile(times, 50)),
         "p99_ms": float(np.percentile(times, 99)),
-        "codes_scanned": settings.probes * entries / settings.lists,
+        "codes_scanned": scanned if settings.kind == "ivfpq" else 0,
         "keys_read": read["keys"] / sizes.searches / SMALL_BATCH,
     }
+    return row, queries, exact
 
 
 def _largest(growth: list[dict[str, Any]]) -> dict[str, Any]:
     """What is said of the largest datastore, and how time grew up to it."""
     first, last = growth[0], growth[-1]
     names = ("recall_at_16", "speedup_over_flat", "p50_ms", "p99_ms")
-    ratio = np.log(last["ms_a_query"] / first["ms_a_query"])
-    exponent = ratio / np.log(last["entries"] / first["entries"])
-    return {name: last[name] for name in names} | {"growth_exponent": float(exponent)}
+    exponent = None
+    if len(growth) > 1:
+        slower = np.log(last["ms_a_query"] / first["ms_a_query"])
+        exponent = float(slower / np.log(last["entries"] / first["entries"]))
+    return {name: last[name] for name in names} | {"growth_exponent": exponent}
 
 
-def _exact(store: Datastore, queries: np.ndarray) -> tuple[np.ndarray, float]:
+def _exact(store: Datastore, queries: np.ndarray, tell: Progress) -> tuple[np.ndarray, float]:
     """The nearest entries (Q, K) by comparing every key, and the seconds of the comparing alone."""
     best, among, seconds = np.zeros((len(queries), 0)), np.zeros((len(queries), 0), np.int64), 0.0
     for start in range(0, store.entries, CHUNK):
+        if start and start % TOLD == 0:
+            tell(f"{start:,} of {store.entries:,} keys compared")
         flat = faiss.IndexFlatL2(queries.shape[1])
         flat.add(store.keys(start, min(start + CHUNK, store.entries)))
         started = time.perf_counter()
@@ -228,12 +291,13 @@ def _counted(store: Datastore) -> dict[str, int]:
     return count
 
 
-def _opened(place: Path, entries: int) -> dict[str, Any]:
+def _opened(place: Path, tell: Progress) -> dict[str, Any]:
     """The same entries in SHARDS shards, opened by processes of their own."""
-    _shard(place, entries, SHARDS)
+    order = Building(str(place), str(place / f"in-{SHARDS}"), SHARDS, tell)
+    built(order)
     opened = []
     for shards in (SHARDS, 1):
-        with Process(OPENED, Opening(str(place), shards)) as process:
+        with Process(OPENED, Opening(str(place), order.index, shards)) as process:
             opened.append(process.result())
     everything, single = opened
     more = everything["private_bytes"] - single["private_bytes"]
@@ -243,12 +307,35 @@ def _opened(place: Path, entries: int) -> dict[str, Any]:
     }
 
 
-def _shard(place: Path, entries: int, shards: int) -> None:
-    """Index a datastore anew, in so many shards."""
-    store = Datastore.open(place)
-    for number, (start, stop) in enumerate(shard_ranges(entries, shards)):
-        shard = IndexShard.build(store, start, stop, AUTO, SEED)
-        shard.save(shard_directory(place, number))
+def _decoded(
+    place: Path, queries: np.ndarray, exact: np.ndarray, sizes: Sizes, tell: Progress
+) -> dict[str, Any]:
+    """Clips decoded with the largest datastore, by the engine and by kNN-LM as a hook."""
+    tell("decoding with the largest")
+    peer = place / "hooked"
+    peer.mkdir(exist_ok=True)
+    files = {"queries": peer / "queries.npy", "nearest": peer / "nearest.npy"}
+    for file, values in zip(files.values(), (queries, exact), strict=True):
+        np.save(file, values, allow_pickle=False)
+    order = Decoding(
+        model=shipped.TINY,
+        datastore=str(place),
+        index=str(place / "in-1"),
+        peer=str(peer),
+        **{name: str(file) for name, file in files.items()},
+        k=K,
+        clips=sizes.clips,
+        rows=sizes.rows,
+        repeats=sizes.decodings,
+        seconds=sizes.decode_seconds,
+        progress=tell,
+    )
+    with Process(DECODED, order, **SHARING) as process:
+        decoded = process.result()
+    speeds = decoded["tokens_per_second"]
+    ratios = {name: speeds[OURS] / speeds[name] for name in (FLAT, IVFPQ)}
+    named = {f"against_knn_transformers_{name}": ratio for name, ratio in ratios.items()}
+    return {"decoded": decoded, **named, "against_knn_transformers": min(ratios.values())}
 
 
 def _served(keys: SyntheticKeys, place: Path, sizes: Sizes) -> dict[str, Any]:
@@ -256,8 +343,9 @@ def _served(keys: SyntheticKeys, place: Path, sizes: Sizes) -> dict[str, Any]:
     many that work at a time are more than there are cores."""
     entries = SERVED * SERVED_ENTRIES
     keys.write(place, entries, SEED + 1)
-    _shard(place, entries, SERVED)
     store = Datastore.open(place)
+    for number, span in enumerate(shard_ranges(entries, SERVED)):
+        IndexShard.build(store, *span, AUTO, SEED).save(shard_directory(place, number))
     shards = [IndexShard.load(each, store) for each in saved_shards(place)]
     queries = keys.draw(QUERIES, SEED + 3)
     with connection():
@@ -352,21 +440,48 @@ def show(results: dict[str, Any]) -> None:
         f"sentence {near['real']:.3g} among the model's own, {near['synthetic']:.3g} among as many "
         "of these"
     )
-    grown = table(
-        "One shard, one core", "entries", "index", "codes", "keys read", "recall", "flat", "ours"
-    )
+    measures = ("index", "codes", "keys read", "recall", "flat", "ours", "p50", "p99")
+    grown = table("One shard, one core", "entries", *measures)
     for one in results["growth"]:
         kind = one["why"].partition(":")[0]
-        times = (f"{one[name]:.3g} ms" for name in ("flat_ms_a_query", "ms_a_query"))
+        names = ("flat_ms_a_query", "ms_a_query", "p50_ms", "p99_ms")
+        times = (f"{one[name]:.3g} ms" for name in names)
         counts = (f"{one[name]:,.0f}" for name in ("codes_scanned", "keys_read"))
         recall = f"{one['recall_at_16']:.3f}"
         grown.add_row(f"{one['entries']:,}", kind, *counts, recall, *times)
     console.print(grown)
-    for one in results["growth"]:
-        console.print(f"{one['why']}; built in {one['build_seconds']:.0f} s", markup=False)
-    last = results["growth"][-1]
     console.print(
-        f"batches of {SMALL_BATCH}: median {last['p50_ms']:.1f} ms, 99th percentile "
-        f"{last['p99_ms']:.1f} ms\n"
+        f"flat and ours: a query of batches of {BATCH}; p50 and p99: whole batches of "
+        f"{SMALL_BATCH}; codes and keys read: a query"
     )
-    console.print(compared(TARGETS, results))
+    for one in results["growth"]:
+        cost = f"{one['build_seconds']:.0f} s, {one['build_peak_bytes'] / 1e9:.1f} GB at most"
+        console.print(f"{one['why']}; built in {cost}", markup=False)
+    console.print(_decoding(results))
+    alike = "{transcripts_alike} of {transcripts_compared}".format(**results["decoded"])
+    console.print(f"{alike} transcripts of the engine are those of the hook over every key\n")
+    targets = TARGETS | (OF_TEN_MILLION if _entries(results) >= TEN_MILLION else {})
+    console.print(compared(targets, results))
+
+
+def _entries(results: dict[str, Any]) -> int:
+    """Of the largest datastore."""
+    return results["growth"][-1]["entries"]
+
+
+def _decoding(results: dict[str, Any]) -> Table:
+    """How fast clips are decoded in which way."""
+    decoded = results["decoded"]
+    speeds, recall = decoded["tokens_per_second"], results["recall_at_16"]
+    heading = f"Greedy decoding, {_entries(results):,} entries, k {decoded['knn']['k']}, one core"
+    rows = table(heading, "", "tokens a second", "recall", "ours is")
+    for name, title, found in (
+        (ALONE, "engine, without a datastore", None),
+        (OURS, "engine, kNN-LM at every step", recall),
+        (FLAT, "hook, a clip at a time, flat", 1.0),
+        (IVFPQ, "hook, a clip at a time, IVFPQ", decoded["ivfpq_recall"]),
+    ):
+        ratio = results.get(f"against_knn_transformers_{name}")
+        told = "–" if found is None else f"{found:.3f}", "" if ratio is None else f"{ratio:.1f} x"
+        rows.add_row(title, f"{speeds[name]:,.0f}", *told)
+    return rows
