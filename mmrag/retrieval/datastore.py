@@ -138,7 +138,7 @@ def publish(directory: Path | str, names: Sequence[str]) -> None:
         listed = read_list(directory)
         _check_unpublished(directory, listed, names)
         new = [open_segment(directory, name, description) for name in names]
-        before = [open_documents(directory, one) for one in listed["segments"]]
+        before = open_documents(directory, listed["segments"])
         given, listed["documents"] = numbered(before, new, listed["documents"])
         for one in given:
             overwrite(segment_file(directory, one.name), IDS, one.arrays[IDS])
@@ -436,9 +436,8 @@ def read_list(directory: Path) -> dict[str, Any]:
 
 def write_list(directory: Path, listed: Mapping[str, Any]) -> None:
     """Replace the list, a segment a line; under its lock."""
-    lines = ",\n".join(map(json.dumps, listed["segments"]))
-    rest = json.dumps({key: value for key, value in listed.items() if key != "segments"})
-    durable.write_text(directory / LIST, f'{{"segments": [\n{lines}\n], {rest[1:]}\n')
+    text = json.dumps(listed).replace("}, {", "},\n{")  # names have no braces
+    durable.write_text(directory / LIST, f"{text}\n")
 
 
 def listing(segment: StoredSegment) -> dict[str, Any]:

@@ -123,6 +123,8 @@ def numbered(
             if not len(theirs):
                 continue
             known = theirs.take(theirs.searchsorted(digests), mode="clip") == digests
+            if not known.any():
+                continue
             for local in np.flatnonzero(known & (ids < 0)).tolist():
                 if (at := other.document(one.documents[local])) is not None:
                     ids[local] = other.arrays[IDS][at]
@@ -156,41 +158,49 @@ def open_segment(
                 f"{path} is damaged: its {field} are {found.dtype} {found.shape}, "
                 f"not {np.dtype(dtype)} {shape}"
             )
-    _require_listed(path, stored, listed)
+    if listed:
+        _require_listed(path, stored, listed["header"])
     return StoredSegment(name, arrays, stored.header.digest)
 
 
 class _Opened(dict):
-    """The arrays of a published segment by field, opened when one is asked for that is not known
+    """The arrays of a published segment by field, opened when one is asked for that is not there
     yet."""
 
-    def __init__(self, path: Path, listed: Mapping[str, Any]) -> None:
+    def __init__(self, directory: Path, listed: Mapping[str, Any]) -> None:
         super().__init__()
-        self._path, self._listed = path, listed
-        few = _few_digests(path, listed["header"])
-        if few is not None:
-            self["document_digests"] = few
+        self._directory, self._listed = directory, listed
 
     def __missing__(self, field: str) -> np.ndarray:
-        stored = _open(self._path)
-        _require_listed(self._path, stored, self._listed)
-        self.update(stored.arrays)
+        self.update(_open_listed(self._directory, self._listed["name"], self._listed["header"]))
         return self[field]
 
 
+def open_documents(directory: Path, listed: Sequence[Mapping[str, Any]]) -> list[StoredSegment]:
+    """Published segments to ask for their documents: what is not needed for that stays unread."""
+    place, found = str(directory), []
+    for one in listed:
+        arrays = _Opened(directory, one)
+        few = _few_digests(place, one["name"], one["header"])
+        if few is not None:
+            arrays["document_digests"] = few
+        found.append(StoredSegment(one["name"], arrays, one["header"]))
+    return found
+
+
 @lru_cache(4096)
-def _few_digests(path: Path, header: str) -> np.ndarray | None:
-    """The document digests of the segment with this header, in memory; None for more than FEW."""
-    stored = _open(path)
-    _require_listed(path, stored, {"header": header})
-    found = stored.arrays["document_digests"]
+def _few_digests(directory: str, name: str, header: str) -> np.ndarray | None:
+    """The document digests of a published segment, in memory; None for more than FEW."""
+    found = _open_listed(Path(directory), name, header)["document_digests"]
     return found.copy() if len(found) <= FEW else None
 
 
-def open_documents(directory: Path, listed: Mapping[str, Any]) -> StoredSegment:
-    """A published segment to ask for its documents: what is not needed for that stays unread."""
-    opened = _Opened(segment_file(directory, listed["name"]), listed)
-    return StoredSegment(listed["name"], opened, listed["header"])
+def _open_listed(directory: Path, name: str, header: str) -> dict[str, np.ndarray]:
+    """The arrays of the segment that was published with this header."""
+    path = segment_file(directory, name)
+    stored = _open(path)
+    _require_listed(path, stored, header)
+    return stored.arrays
 
 
 def _open(path: Path) -> Tensors:
@@ -203,10 +213,10 @@ def _open(path: Path) -> Tensors:
         raise DatastoreError(f"{path} is damaged: {error}") from None
 
 
-def _require_listed(path: Path, stored: Tensors, listed: Mapping[str, Any] | None) -> None:
-    """The header says what is in a file, so that a list names its contents, too."""
-    if listed is not None and stored.header.digest != listed["header"]:
-        raise DatastoreError(f"{path} is not the segment that was published")
+def _require_listed(path: Path, stored: Tensors, header: str) -> None:
+    """The header has a digest of what is in a file, and the list that of the header."""
+    if stored.header.digest != header:
+        raise DatastoreError(f"{path} is not the segment that was published: its header is another")
 
 
 def arrays_of(name: str, segment: Segment, description: Description) -> dict[str, np.ndarray]:

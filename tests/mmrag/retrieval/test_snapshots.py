@@ -53,11 +53,11 @@ def test_what_a_snapshot_names_stays_until_it_is_dropped(directory):
     snapshots.create(directory, "monday")
     delete(directory, np.arange(18))
     compact(directory, everything=True)
-    content = b"".join(file.read_bytes() for file in directory.rglob("*.npy"))
+    content = b"".join(file.read_bytes() for file in directory.rglob("*.safetensors"))
     assert b"utterance-1-1" in content
     snapshots.drop(directory, "monday")
     compact(directory)
-    content = b"".join(file.read_bytes() for file in directory.rglob("*.npy"))
+    content = b"".join(file.read_bytes() for file in directory.rglob("*.safetensors"))
     assert b"utterance-1-1" not in content
     assert len(list((directory / "segments").iterdir())) == 1
     assert len(list(directory.glob("deleted-*.npy"))) == 1
