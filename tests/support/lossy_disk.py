@@ -34,7 +34,8 @@ class LossyDisk:
         self._names: dict[int, dict[str, int]] = {}
         for path in (root, *root.rglob("*")):
             self._flushed(path)
-        patch.setattr(os, "fsync", lambda one: self._step() or self._flushed(f"/proc/self/fd/{one}"))
+        for name in ("fsync", "fdatasync"):
+            patch.setattr(os, name, self._flush)
         for name in ("rename", "replace", "unlink", "mkdir", "rmdir"):
             patch.setattr(os, name, self._counted(getattr(os, name)))
 
@@ -44,6 +45,10 @@ class LossyDisk:
         self._left(self._hold(self._root), self._after, self._chance.choice([0, 0.5, 1]))
         for descriptor in self._held.values():
             os.close(descriptor)
+
+    def _flush(self, descriptor: int) -> None:
+        self._step()
+        self._flushed(f"/proc/self/fd/{descriptor}")
 
     def _counted(self, change):
         def counted(*arguments, **named):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from small_datastores import store_arrays, stored_arrays
 
+from mmrag.retrieval import stored
 from mmrag.retrieval.datastore import Datastore, create, delete, publish, write_segment
 from mmrag.retrieval.segment import (
     DatastoreError,
@@ -234,7 +235,10 @@ def test_a_datastore_keyed_by_another_lm_is_refused_by_both_fingerprints(directo
         ({"keys": np.zeros((4, 5), np.float16)}, r"its keys are float16 \(4, 5\), not .*\(4, 4\)"),
         ({"tokens": np.zeros(3, np.int32)}, r"its tokens are int32 \(3,\), not int32 \(4,\)"),
         ({"tokens": np.zeros(4, np.int64)}, r"its tokens are int64 \(4,\), not int32 \(4,\)"),
-        ({"document_offsets": np.zeros(2, np.int64)}, r"document_offsets are int64 \(2,\), .*\(3,\)"),
+        (
+            {"document_offsets": np.zeros(2, np.int64)},
+            r"_offsets are int64 \(2,\), .*\(3,\)",
+        ),
         ({"document_ids": np.zeros(1, np.int32)}, r"document_ids are int32 \(1,\), not .*\(2,\)"),
         ({"more": np.zeros(1, np.int32)}, "it has the arrays .*more"),
     ],
@@ -253,7 +257,7 @@ def test_a_damaged_or_missing_file_is_named(directory):
         with pytest.raises(DatastoreError, match=r"second\.safetensors is damaged"):
             Datastore.open(directory)
     file.unlink()
-    with pytest.raises(DatastoreError, match="segment second of .* is missing"):
+    with pytest.raises(DatastoreError, match=r"segment second of .* is missing"):
         Datastore.open(directory)
 
 
@@ -502,7 +506,7 @@ def test_a_refresh_that_fails_changes_nothing(directory):
     publish(directory, ["third"])
     path = segment_file(directory, "third")
     path.rename(path.with_suffix(".gone"))
-    with pytest.raises(DatastoreError, match="segment third of .* is missing"):
+    with pytest.raises(DatastoreError, match=r"segment third of .* is missing"):
         datastore.refresh()
     assert (datastore.entries, datastore.segments) == (8, ["first", "second"])
     path.with_suffix(".gone").rename(path)
@@ -555,6 +559,41 @@ def test_a_thousand_segments_are_mapped_once_and_keep_no_file_open(tmp_path, mon
 
 def maps(directory) -> int:
     return Path("/proc/self/maps").read_text().count(str(directory / "segments"))
+
+
+ADDED = {"third": "letter", "fourth": "diary", "fifth": "book", "sixth": "letter"}
+"""Segment -> its document; "book" is in segments before."""
+
+
+def add(directory, name):
+    write_segment(directory, name, segment(30, [("u5", ADDED[name])]))
+    publish(directory, [name])
+
+
+def test_publishing_reads_what_is_new_and_segments_that_have_its_documents(directory, monkeypatch):
+    read, really = set(), stored.open_tensors
+    monkeypatch.setattr(stored, "open_tensors", lambda path: read.add(path.stem) or really(path))
+    for name, expected in {
+        "third": {"first", "second", "third"},
+        "fourth": {"third", "fourth"},
+        "fifth": {"first", "fourth", "fifth"},
+        "sixth": {"third", "fifth", "sixth"},
+    }.items():
+        read.clear()
+        add(directory, name)
+        assert read == expected
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_documents_have_their_numbers_whether_digests_are_kept_or_read(
+    directory, monkeypatch, kept
+):
+    monkeypatch.setattr(stored, "FEW", kept)
+    for name in ADDED:
+        add(directory, name)
+    store = Datastore.open(directory)
+    assert store.documents.tolist() == [0, 0, 1, 1, 2, 2, 0, 0, 3, 3, 4, 4, 0, 0, 3, 3]
+    assert [store.document_name(n) for n in range(5)] == ["book", "call", "news", "letter", "diary"]
 
 
 def test_a_datastore_that_nobody_holds_is_unmapped_and_what_is_held_stays(directory):

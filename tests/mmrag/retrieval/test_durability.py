@@ -33,13 +33,16 @@ class Disk:
         self.lost: list[str] = []
         """What a list named before it was safe."""
         self._cut = cut
-        fsync, rename, replace = os.fsync, os.rename, os.replace
+        rename, replace = os.rename, os.replace
 
-        def watched_fsync(descriptor: int) -> None:
-            self._step("flush", Path(os.readlink(f"/proc/self/fd/{descriptor}")))
-            fsync(descriptor)
-            status = os.fstat(descriptor)
-            self.flushed[status.st_ino] = status.st_mtime_ns
+        def watched_flush(real):
+            def flush(descriptor: int) -> None:
+                self._step("flush", Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+                real(descriptor)
+                status = os.fstat(descriptor)
+                self.flushed[status.st_ino] = status.st_mtime_ns
+
+            return flush
 
         def watched(real):
             def move(source, target, **options) -> None:
@@ -49,7 +52,8 @@ class Disk:
 
             return move
 
-        patch.setattr(os, "fsync", watched_fsync)
+        patch.setattr(os, "fsync", watched_flush(os.fsync))
+        patch.setattr(os, "fdatasync", watched_flush(os.fdatasync))
         patch.setattr(os, "rename", watched(rename))
         patch.setattr(os, "replace", watched(replace))
 
@@ -205,7 +209,9 @@ def seen(directory: Path) -> Living:
     entries = np.setdiff1d(np.arange(store.entries), store.deleted)
     documents = [document for document, _ in store.origins(entries)]
     numbers = store.documents[entries].tolist()
-    assert len(set(documents)) == len(set(numbers)) == len(set(zip(documents, numbers, strict=True)))
+    assert (
+        len(set(documents)) == len(set(numbers)) == len(set(zip(documents, numbers, strict=True)))
+    )
     told = zip(store.tokens[entries].tolist(), documents, numbers, strict=True)
     return dict(zip(entries.tolist(), told, strict=True))
 

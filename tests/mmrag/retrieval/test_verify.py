@@ -32,7 +32,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(directory, merged):
     files = sorted(directory.glob("segments/*"))
     assert len(files) == (1 if merged else 3)
     for file in files:
-        for byte in range(0, file.stat().st_size, 7):
+        for byte in range(0, file.stat().st_size, 13):
             flip(file, byte)
             problems = list(verify(directory))
             assert problems and all(str(file) in one for one in problems), byte
