@@ -122,7 +122,8 @@ def test_every_file_is_flushed_before_the_list_names_it(tmp_path, monkeypatch):
 
 def test_an_unflushed_file_would_be_noticed(directory, monkeypatch):
     disk = Disk(monkeypatch)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    for flush in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, flush, lambda descriptor: None)
     add(directory)
     segments = directory / "segments"
     assert {str(segments), str(segments / "second.safetensors")} <= set(disk.lost)
