@@ -138,7 +138,8 @@ def publish(directory: Path | str, names: Sequence[str]) -> None:
         listed = read_list(directory)
         _check_unpublished(directory, listed, names)
         new = [open_segment(directory, name, description) for name in names]
-        before = open_documents(directory, listed["segments"])
+        digests = [np.zeros(0, np.uint64), *(one.arrays["document_digests"] for one in new)]
+        before = open_documents(directory, listed["segments"], np.concatenate(digests))
         given, listed["documents"] = numbered(before, new, listed["documents"])
         for one in given:
             overwrite(segment_file(directory, one.name), IDS, one.arrays[IDS])

@@ -123,8 +123,6 @@ def numbered(
             if not len(theirs):
                 continue
             known = theirs.take(theirs.searchsorted(digests), mode="clip") == digests
-            if not known.any():
-                continue
             for local in np.flatnonzero(known & (ids < 0)).tolist():
                 if (at := other.document(one.documents[local])) is not None:
                     ids[local] = other.arrays[IDS][at]
@@ -167,8 +165,10 @@ class _Opened(dict):
     """The arrays of a published segment by field, opened when one is asked for that is not there
     yet."""
 
-    def __init__(self, directory: Path, listed: Mapping[str, Any]) -> None:
-        super().__init__()
+    def __init__(
+        self, directory: Path, listed: Mapping[str, Any], digests: np.ndarray | None
+    ) -> None:
+        super().__init__({} if digests is None else {"document_digests": digests})
         self._directory, self._listed = directory, listed
 
     def __missing__(self, field: str) -> np.ndarray:
@@ -176,16 +176,21 @@ class _Opened(dict):
         return self[field]
 
 
-def open_documents(directory: Path, listed: Sequence[Mapping[str, Any]]) -> list[StoredSegment]:
-    """Published segments to ask for their documents: what is not needed for that stays unread."""
-    place, found = str(directory), []
-    for one in listed:
-        arrays = _Opened(directory, one)
-        few = _few_digests(place, one["name"], one["header"])
-        if few is not None:
-            arrays["document_digests"] = few
-        found.append(StoredSegment(one["name"], arrays, one["header"]))
-    return found
+def open_documents(
+    directory: Path, listed: Sequence[Mapping[str, Any]], digests: np.ndarray
+) -> list[StoredSegment]:
+    """Those published segments that have, or may have, documents of these digests (M,), in order;
+    what is not asked for stays unread."""
+    place = str(directory)
+    kept = [_few_digests(place, one["name"], one["header"]) for one in listed]
+    few = [np.zeros(0, np.uint64) if one is None else one for one in kept]
+    owners = np.repeat(np.arange(len(few)), [len(one) for one in few])
+    found = set(owners[np.isin(np.concatenate([digests[:0], *few]), digests)].tolist())
+    return [
+        StoredSegment(one["name"], _Opened(directory, one, kept[number]), one["header"])
+        for number, one in enumerate(listed)
+        if number in found or kept[number] is None
+    ]
 
 
 @lru_cache(4096)
