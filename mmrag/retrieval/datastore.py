@@ -111,7 +111,7 @@ def write_segment(directory: Path | str, name: str, segment: Segment) -> None:
 
     Safe in many processes at once. A segment of that name that was never published is replaced.
     Keys are prepared for the datastore's metric here. Raises ValueError if the segment does not
-    fit the datastore, DatastoreError if the name is published already.
+    fit the datastore, DatastoreError if the name is published already, or a snapshot has it.
     """
     directory = Path(directory).absolute()
     _check_name(name)
@@ -129,8 +129,8 @@ def write_segment(directory: Path | str, name: str, segment: Segment) -> None:
 def publish(directory: Path | str, names: Sequence[str]) -> None:
     """Append written segments, in this order: all of them appear at once, or none.
 
-    Raises ValueError for a name that is malformed or given twice, DatastoreError for a segment
-    that is published already, missing or damaged.
+    Raises ValueError for a name that is malformed, DatastoreError for a segment that is published
+    already, given twice, missing or damaged.
     """
     directory = Path(directory).absolute()
     description = describe(directory)
