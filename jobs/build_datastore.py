@@ -41,6 +41,7 @@ from mmrag.retrieval.index import (
     shard_ranges,
 )
 from mmrag.retrieval.segment import DatastoreError, Description
+from mmrag.retrieval.stored import segment_file
 from mmrag.speech.tokenized import Tokenized
 from mmrag.text import read_lines
 
@@ -73,8 +74,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         utterances = [one for one in read if isinstance(one, Tokenized)]
         rejected = [one for one in read if isinstance(one, Rejection)]
         shares = parts(utterances, lambda _: 1, settings.part_utterances)
-        segments = draft.path / "segments"
-        todo = [part for part in shares if not (segments / part.name).exists()]
+        todo = [part for part in shares if not segment_file(draft.path, part.name).exists()]
         write = {"models": heard_by.name, "language": heard_by.language, "settings": settings}
         stages = [(WriteEntries, {**write, "directory": draft.path})]
         if settings.audio == "spoken":

@@ -11,7 +11,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mmrag.config.section import Recipe
-from mmrag.durable import sync, sync_tree
+from mmrag.durable import sync, sync_tree, write_text
 from mmrag.folders import printable, walk
 
 FILE = "artifact.json"
@@ -315,14 +314,7 @@ def fingerprint(
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that `path` holds the old text or the new one, never half; both on the disk."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(path)
-    sync(path.parent)
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

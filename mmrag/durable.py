@@ -59,5 +59,20 @@ def rename(aside: Path, final: Path) -> None:
         sync_tree(aside)
     else:
         sync(aside)
+    place(aside, final)
+
+
+def place(aside: Path, final: Path) -> None:
+    """`rename` of what is flushed already."""
     aside.rename(final)
     sync(final.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it holds the old text or the new one, never half."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    place(aside, path)

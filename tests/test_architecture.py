@@ -39,8 +39,9 @@ WINGS = {
         "pretrained", "loss", "train", "whisper", "whisper_training",
     ],
     "retrieval": [
-        "segment", "mapped", "columns", "stored", "local", "datastore", "snapshots", "compaction",
-        "verify", "gpu", "scalar", "ivf", "sizing", "held_out", "index", "retrievers", "knn",
+        "segment", "mapped", "tensors", "columns", "stored", "local", "datastore", "snapshots",
+        "compaction", "verify", "gpu", "scalar", "ivf", "sizing", "held_out", "index",
+        "retrievers", "knn",
         "interpolation", "memory", "entries", "phrases", "upkeep", "shortlist", "contexts",
     ],
     "decoding": ["confidence", "boost", "decode", "guard", "align", "engine", "tune"],

@@ -9,9 +9,7 @@ and what is deleted as it was.
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,12 +18,12 @@ from uuid import uuid4
 import numpy as np
 
 from mmrag import durable
-from mmrag.artifact import write_json
 from mmrag.retrieval import datastore, snapshots
 from mmrag.retrieval.columns import Names
-from mmrag.retrieval.datastore import locked, read_list
+from mmrag.retrieval.datastore import listing, locked, read_list, write_list
 from mmrag.retrieval.segment import Description
-from mmrag.retrieval.stored import ARRAYS, IDS, StoredSegment, open_segment, seal, tables
+from mmrag.retrieval.stored import ARRAYS, IDS, StoredSegment, open_segment, segment_file, tables
+from mmrag.retrieval.tensors import write_tensors
 
 FANOUT = 8
 """So many neighbours of a size become one: each entry is written again a logarithm of times."""
@@ -79,18 +77,18 @@ def _sweep(directory: Path) -> None:
         listed = read_list(directory)
         named = [listed, *snapshots.lists(directory).values()]
         kept = {one["name"] for each in named for one in each["segments"]}
-        ours = {path.name for path in (directory / "segments").glob(f"{MADE}*")}
+        ours = {path.stem for path in (directory / "segments").glob(f"{MADE}*")}
         for name in {*listed.get("merged", []), *ours} - kept:
-            shutil.rmtree(directory / "segments" / name, ignore_errors=True)
+            segment_file(directory, name).unlink(missing_ok=True)
         for file in directory.glob("deleted-*.npy"):
             if file.name not in {each["deleted"] for each in named}:
                 file.unlink(missing_ok=True)
         for aside in directory.glob(f".{MADE}*"):
-            shutil.rmtree(aside, ignore_errors=True)
+            aside.unlink(missing_ok=True)
         held = [name for name in listed.pop("merged", []) if name in kept]
         if held != read_list(directory).get("merged", []):
             durable.sync(directory / "segments")
-            write_json(directory / datastore.LIST, listed | ({"merged": held} if held else {}))
+            write_list(directory, listed | ({"merged": held} if held else {}))
 
 
 def _runs(directory: Path, everything: bool) -> list[list[str]]:
@@ -143,24 +141,24 @@ def _merge(directory: Path, description: Description, names: Sequence[str]) -> i
     start, stop = int(edges[place]), int(edges[place + len(names)])
     deleted = datastore.deleted_entries(directory, listed)
     deleted = deleted[(deleted >= start) & (deleted < stop)] - start
-    sources = [open_segment(directory, name, description) for name in names]
+    run = listed["segments"][place : place + len(names)]
+    sources = [open_segment(directory, one["name"], description, one) for one in run]
     name = f"{MADE}{uuid4().hex}"
     aside = directory / f".{name}"
-    aside.mkdir()
     _write(aside, sources, deleted)
-    durable.rename(aside, directory / "segments" / name)
+    durable.place(aside, segment_file(directory, name))
+    made = listing(open_segment(directory, name, description)) | {"erased": len(deleted)}
     with locked(directory):
         listed = read_list(directory)
         there = [one["name"] for one in listed["segments"][place : place + len(names)]]
         crossed = any(start < end < stop for end in snapshots.ends(directory))
         if crossed or there != list(names):  # a snapshot, or another datastore, was made meanwhile
-            shutil.rmtree(directory / "segments" / name)
+            segment_file(directory, name).unlink()
             return None
         before = sum(one.get("erased", 0) for one in listed["segments"][place : place + len(names)])
-        made = {"name": name, "entries": stop - start, "erased": len(deleted)}
         listed["segments"][place : place + len(names)] = [made]
         listed["merged"] = [*listed.get("merged", []), *names]
-        write_json(directory / datastore.LIST, listed)
+        write_list(directory, listed)
     return len(deleted) - before
 
 
@@ -169,26 +167,32 @@ def _write(aside: Path, sources: Sequence[StoredSegment], deleted: np.ndarray) -
     edges = np.cumsum([0, *(one.entries for one in sources)])
     gone = np.zeros(edges[-1], bool)
     gone[deleted] = True
-    for field, dtype in ARRAYS.items():
-        shape = (int(edges[-1]), *sources[0].arrays[field].shape[1:])
-        with _Rows(aside / f"{field}.npy", shape, dtype) as rows:
-            shift = 0
-            for one, (start, stop) in zip(sources, pairwise(edges.tolist()), strict=True):
-                for first in range(start, stop, BLOCK):
-                    last = min(first + BLOCK, stop)
-                    values = np.array(one.arrays[field][first - start : last - start])
-                    if field == "utterances":  # which is where entries belong, and nothing they say
-                        values += np.int32(shift)
-                        rows.write(values)
-                        continue
-                    if field == "windows":
-                        _forget(values, one, first - start, gone[start:stop])
-                    values[gone[first:last]] = 0
-                    rows.write(values)
-                shift += len(one.utterances)
-    for field, values in _tables(sources, edges, gone).items():
-        np.save(aside / f"{field}.npy", values, allow_pickle=False)
-    seal(aside)
+    told = _tables(sources, edges, gone)
+
+    def blocks(field: str) -> Iterator[np.ndarray]:
+        if field in told:
+            yield told[field]
+            return
+        shift = 0
+        for one, (start, stop) in zip(sources, pairwise(edges.tolist()), strict=True):
+            for first in range(start, stop, BLOCK):
+                last = min(first + BLOCK, stop)
+                values = np.array(one.arrays[field][first - start : last - start])
+                if field == "utterances":  # which is where entries belong, and nothing they say
+                    yield values + np.int32(shift)
+                    continue
+                if field == "windows":
+                    _forget(values, one, first - start, gone[start:stop])
+                values[gone[first:last]] = 0
+                yield values
+            shift += len(one.utterances)
+
+    rows = {
+        field: (np.dtype(dtype), (int(edges[-1]), *sources[0].arrays[field].shape[1:]))
+        for field, dtype in ARRAYS.items()
+    }
+    rest = {field: (values.dtype, values.shape) for field, values in told.items()}
+    write_tensors(aside, rows | rest, blocks, changing=[IDS])
 
 
 def _forget(windows: np.ndarray, one: StoredSegment, first: int, gone: np.ndarray) -> None:
@@ -226,34 +230,3 @@ def _tables(
     made = tables(pairs)
     names = Names(made["document_text"], made["document_offsets"])
     return made | {IDS: np.array([numbers[name] for name in names], np.int32)}
-
-
-class _Rows:
-    """An npy file that is written row by row; rows of zeros are left out of it where they can."""
-
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: type) -> None:
-        self._stream = path.open("wb")
-        fields = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype))}
-        header = {**fields, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(self._stream, header)
-        self._dtype = np.dtype(dtype)
-
-    def __enter__(self) -> _Rows:
-        return self
-
-    def write(self, rows: np.ndarray) -> None:
-        """The next rows (M, …)."""
-        rows = np.ascontiguousarray(rows, self._dtype)
-        empty = ~rows.reshape(len(rows), -1).any(axis=1) if rows.size else np.zeros(len(rows), bool)
-        edges = np.flatnonzero(np.diff(empty)) + 1
-        for first, last in pairwise([0, *edges.tolist(), len(rows)]):
-            part = rows[first:last]
-            if len(part) and empty[first]:
-                self._stream.seek(part.nbytes, 1)
-            else:
-                self._stream.write(part.tobytes())
-
-    def __exit__(self, *_: object) -> None:
-        with suppress(ValueError):
-            self._stream.truncate()  # rows of zeros at the end, too, are part of it
-            self._stream.close()

@@ -4,35 +4,37 @@ A datastore is a directory. Keys and values live in immutable segments, which ma
 write at once; `segments.json` names the ones that count, in order, and is replaced by rename.
 
     datastore.json                FORMAT, and what made the keys: `Description`
-    segments.json                 published segments with their entry counts; the deletions' file;
+    segments.json                 published segments, their entry counts and digests; the deletions;
                                   how many documents have been numbered
     deleted-<n>.npy               (M,) int64, deleted entries
     snapshots/<name>.json         lists as they once were (`snapshots`)
-    segments/<name>/
-        keys.npy       (N, D) float16       tokens.npy     (N,) int32
-        windows.npy    (N, W) int32         positions.npy  (N,) int32
-        utterances.npy (N,) int32, ascending: which of the segment's utterances
-        utterance_text.npy, utterance_offsets.npy    the names of its U utterances (`Names`)
-        utterance_documents.npy (U,) int32, which of its L documents
-        document_text.npy, document_offsets.npy      the names of these
-        document_digests.npy (L,) uint64, ascending: their `digest`, to be searched by
-        document_ids.npy     (L,) int32, their numbers in the datastore, given when it is published
-        checksums.json       of each of these files (`verify`)
+    segments/<name>.safetensors   a segment, its arrays in one file (`tensors`):
+        keys       (N, D) float16
+        tokens     (N,) int32
+        windows    (N, W) int32
+        positions  (N,) int32
+        utterances (N,) int32, ascending: which of the segment's utterances
+        utterance_text, utterance_offsets    the names of its U utterances (`Names`)
+        utterance_documents (U,) int32, which of its L documents
+        document_text, document_offsets      the names of these
+        document_digests (L,) uint64, ascending: their `digest`, to be searched by
+        document_ids     (L,) int32, their numbers in the datastore, given when it is published
 
-All of these stay mapped: opening a datastore reads the list and the arrays' headers. An entry's id
-is its place in the segments laid end to end, a document's is its number in order of appearance.
-Segments are only ever appended and deletion only hides, so ids never change. What a function here
-wrote is flushed when it returns, and the list names nothing that is not: a power cut leaves the old
-list or the new one. `Datastore.of` holds segments in memory instead. Nothing here searches, and
-nothing here knows a model.
+A file's header has the digest of each of these arrays but the last, and the list has that of the
+header and that of the numbers. All of them stay mapped: opening a datastore reads the list and the
+files' headers. An entry's id is its place in the segments laid end to end, a document's is its
+number in order of appearance. Segments are only ever appended and deletion only hides, so ids never
+change. What a function here wrote is flushed when it returns, and the list names nothing that is
+not: a power cut leaves the old list or the new one. `Datastore.of` holds segments in memory
+instead. Nothing here searches, and nothing here knows a model.
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -60,14 +62,16 @@ from mmrag.retrieval.stored import (
     open_mapped,
     open_segment,
     read_json,
-    seal,
+    segment_file,
+    write_file,
 )
+from mmrag.retrieval.tensors import digest, overwrite
 
 LIST = "segments.json"
 COMPACTING = ".compacting"
 """The lock of whoever merges segments."""
-FORMAT = 2
-"""Of the files below; 1 held every name and number in memory."""
+FORMAT = 3
+"""Of the files below; 1 held every name and number in memory, 2 had a directory a segment."""
 MANY_ROWS = 4096
 """Rows from which on READERS threads read: a disk answers many requests at a time."""
 READERS = 8
@@ -82,7 +86,7 @@ def create(directory: Path | str, description: Description) -> None:
             raise DatastoreError(f"{directory} already holds a datastore of another description")
         return
     durable.make_directory(directory / "segments")
-    write_json(directory / LIST, {"segments": [], "deleted": None, "documents": 0})
+    write_list(directory, {"segments": [], "deleted": None, "documents": 0})
     write_json(directory / "datastore.json", {"format": FORMAT, **asdict(description)})
 
 
@@ -107,52 +111,40 @@ def write_segment(directory: Path | str, name: str, segment: Segment) -> None:
 
     Safe in many processes at once. A segment of that name that was never published is replaced.
     Keys are prepared for the datastore's metric here. Raises ValueError if the segment does not
-    fit the datastore, DatastoreError if the name is published already.
+    fit the datastore, DatastoreError if the name is published already, or a snapshot has it.
     """
     directory = Path(directory).absolute()
     _check_name(name)
-    if any(name == known["name"] for known in read_list(directory)["segments"]):
-        raise DatastoreError(f"segment {name} of {directory} is published: it cannot be replaced")
     arrays = arrays_of(name, segment, describe(directory))
     aside = directory / f".{name}.{uuid4().hex}"
-    aside.mkdir()
-    for field, values in arrays.items():
-        np.save(aside / f"{field}.npy", values, allow_pickle=False)
-    seal(aside)
-    final = directory / "segments" / name
-    if final.exists():
-        shutil.rmtree(final)
-    durable.rename(aside, final)
+    try:
+        write_file(aside, arrays)
+        with locked(directory):
+            _check_unpublished(directory, read_list(directory), [name])
+            durable.place(aside, segment_file(directory, name))
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def publish(directory: Path | str, names: Sequence[str]) -> None:
     """Append written segments, in this order: all of them appear at once, or none.
 
-    Raises ValueError for a name that is malformed or given twice, DatastoreError for a segment
-    that is published already, missing or damaged.
+    Raises ValueError for a name that is malformed, DatastoreError for a segment that is published
+    already, given twice, missing or damaged.
     """
     directory = Path(directory).absolute()
     description = describe(directory)
     with locked(directory):
         listed = read_list(directory)
-        taken = {segment["name"] for segment in listed["segments"]}
-        new = []
-        for name in names:
-            _check_name(name)
-            if name in taken:
-                raise DatastoreError(f"segment {name} of {directory} is published already")
-            taken.add(name)
-            new.append(open_segment(directory, name, description, published=False))
-        before = [open_documents(directory, one["name"]) for one in listed["segments"]]
+        _check_unpublished(directory, listed, names)
+        new = [open_segment(directory, name, description) for name in names]
+        digests = [np.zeros(0, np.uint64), *(one.arrays["document_digests"] for one in new)]
+        before = open_documents(directory, listed["segments"], np.concatenate(digests))
         given, listed["documents"] = numbered(before, new, listed["documents"])
-        for segment in given:
-            path = directory / "segments" / segment.name
-            aside = path / f".{IDS}.npy"
-            np.save(aside, segment.arrays[IDS], allow_pickle=False)
-            durable.rename(aside, path / f"{IDS}.npy")
-            seal(path, f"{IDS}.npy")
-            listed["segments"].append({"name": segment.name, "entries": segment.entries})
-        write_json(directory / LIST, listed)
+        for one in given:
+            overwrite(segment_file(directory, one.name), IDS, one.arrays[IDS])
+            listed["segments"].append(listing(one))
+        write_list(directory, listed)
 
 
 def delete(directory: Path | str, entries: Iterable[int]) -> None:
@@ -175,7 +167,7 @@ def write_deleted(directory: Path, listed: dict[str, Any], deleted: np.ndarray) 
     aside = directory / f".{listed['deleted']}"
     np.save(aside, deleted.astype(np.int64), allow_pickle=False)
     durable.rename(aside, directory / listed["deleted"])
-    write_json(directory / LIST, listed)
+    write_list(directory, listed)
 
 
 class Datastore:
@@ -227,7 +219,7 @@ class Datastore:
             try:
                 segments = [
                     held.get(one["name"])
-                    or open_segment(self.directory, one["name"], self.description, one["entries"])
+                    or open_segment(self.directory, one["name"], self.description, one)
                     for one in listed["segments"]
                 ]
                 deleted = deleted_entries(self.directory, listed)
@@ -247,7 +239,7 @@ class Datastore:
         """
         for one, first, last in zip(self._segments, self._starts, self._starts[1:], strict=False):
             if first < stop and last > start and one.name not in self._localized:
-                copied = copy_keys(self.directory / "segments" / one.name, local)
+                copied = copy_keys(segment_file(self.directory, one.name), local)
                 one.arrays["keys"] = open_mapped(copied)
                 self._localized.add(one.name)
 
@@ -443,9 +435,32 @@ def read_list(directory: Path) -> dict[str, Any]:
     return read_json(directory / LIST, dict)
 
 
+def write_list(directory: Path, listed: Mapping[str, Any]) -> None:
+    """Replace the list, a segment a line; under its lock."""
+    text = json.dumps(listed).replace("}, {", "},\n{")  # names have no braces
+    durable.write_text(directory / LIST, f"{text}\n")
+
+
+def listing(segment: StoredSegment) -> dict[str, Any]:
+    """What the list says of a segment whose documents have their numbers."""
+    digests = {"header": segment.digest, "numbers": digest([segment.arrays[IDS]])}
+    return {"name": segment.name, "entries": segment.entries, **digests}
+
+
 def _check_name(name: str) -> None:
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
         raise ValueError(f"segment name {name!r}: small letters, digits, _ and - only")
+
+
+def _check_unpublished(directory: Path, listed: Mapping[str, Any], names: Sequence[str]) -> None:
+    """ValueError for a name that is malformed, DatastoreError for one that is given twice, was
+    published, or was merged and is still named by a snapshot."""
+    taken = {*listed.get("merged", []), *(one["name"] for one in listed["segments"])}
+    for name in names:
+        _check_name(name)
+        if name in taken:
+            raise DatastoreError(f"segment {name} of {directory} is published already")
+        taken.add(name)
 
 
 @contextmanager

@@ -11,36 +11,42 @@ import hashlib
 from pathlib import Path
 from uuid import uuid4
 
+import numpy as np
+
 from mmrag import durable
 from mmrag.retrieval.segment import DatastoreError
-from mmrag.retrieval.stored import read_checksums
-
-KEYS = "keys.npy"
-BLOCK = 1 << 22
-"""Bytes copied at once."""
+from mmrag.retrieval.tensors import blocks_of, read_header
 
 
 def copy_keys(segment: Path, local: Path) -> Path:
-    """The file below `local` with a segment's keys, copied and checked if it is not there yet.
+    """The npy file below `local` with the keys in a segment's file, copied and checked if it is not
+    there yet.
 
     Many processes may do so at once. Raises OSError where the copy cannot be written, and
     DatastoreError for keys that are not as they were written.
     """
-    checksum = read_checksums(segment)[KEYS]
-    copied = local / f"{checksum}.npy"
-    if copied.exists():
-        return copied
-    local.mkdir(parents=True, exist_ok=True)
-    aside = local / f".{checksum}.{uuid4().hex}"
-    read = hashlib.blake2b(digest_size=16)
-    try:
-        with (segment / KEYS).open("rb") as source, aside.open("wb") as sink:
-            while block := source.read(BLOCK):
-                read.update(block)
-                sink.write(block)
-        if read.hexdigest() != checksum:
-            raise DatastoreError(f"{segment / KEYS} is not as it was written")
-        durable.rename(aside, copied)
-    finally:
-        aside.unlink(missing_ok=True)
+    with segment.open("rb") as source:
+        try:
+            header = read_header(source)
+        except ValueError as error:
+            raise DatastoreError(f"{segment} is damaged: {error}") from None
+        digest, (dtype, shape) = header.digests["keys"], header.arrays["keys"]
+        copied = local / f"{digest}-{shape[1]}.npy"
+        if copied.exists():
+            return copied
+        local.mkdir(parents=True, exist_ok=True)
+        aside = local / f".{copied.stem}.{uuid4().hex}"
+        read = hashlib.blake2b(digest_size=16)
+        try:
+            with aside.open("wb") as sink:
+                fields = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(sink, fields)
+                for block in blocks_of(source, header, "keys"):
+                    read.update(block)
+                    sink.write(block)
+            if read.hexdigest() != digest:
+                raise DatastoreError(f"{segment}: its keys are not as they were written")
+            durable.rename(aside, copied)
+        finally:
+            aside.unlink(missing_ok=True)
     return copied

@@ -50,8 +50,14 @@ def open_array(path: Path) -> np.ndarray:
         stop = start + math.prod(shape) * dtype.itemsize
         if size < stop:
             raise ValueError(f"it ends after {size} of {stop} bytes")
-        contents = np.asarray(_Map(stream.fileno(), stop))
+        contents = map_bytes(stream.fileno(), stop)
     return contents[start:stop].view(dtype).reshape(shape, order="F" if by_column else "C")
+
+
+def map_bytes(descriptor: int, size: int) -> np.ndarray:
+    """The first `size` bytes (size,) uint8 of an open file, read-only; they stay mapped when it is
+    closed. OSError for a file that cannot be mapped."""
+    return np.asarray(_Map(descriptor, size))
 
 
 @lru_cache(1024)

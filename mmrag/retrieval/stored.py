@@ -5,21 +5,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mmrag.artifact import write_json
 from mmrag.retrieval.columns import Names, digest
 from mmrag.retrieval.mapped import open_array
 from mmrag.retrieval.segment import DatastoreError, Description, Segment, prepare
+from mmrag.retrieval.tensors import Tensors, open_tensors, write_tensors
 
 ARRAYS = {
     "keys": np.float16,
@@ -39,10 +37,9 @@ TABLES = {
 }
 """What a segment says of its utterances and documents."""
 IDS = "document_ids"
-LITTLE = 1 << 22
-"""Bytes that are hashed sooner than threads are started."""
-SUMS = "checksums.json"
-"""In a segment: the digest of each of its files."""
+"""The numbers of its documents in the datastore: -1 each, until it is published."""
+FEW = 512
+"""Documents of a segment whose digests a process keeps, once it has read them."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,8 @@ class StoredSegment:
 
     name: str
     arrays: dict[str, np.ndarray]
+    digest: str = ""
+    """Of its file's header; none of one in memory."""
 
     @property
     def entries(self) -> int:
@@ -83,30 +82,17 @@ class StoredSegment:
         return np.where(local < 0, np.int32(-1), self.arrays[IDS][np.maximum(local, 0)])
 
 
-def seal(directory: Path, *names: str) -> None:
-    """Write down the checksums of a segment's files, or of some of them anew."""
-    known = read_checksums(directory) if names else {}
-    write_json(directory / SUMS, known | checksums(directory, names))
+def segment_file(directory: Path, name: str) -> Path:
+    """Where a segment is stored."""
+    return directory / "segments" / f"{name}.safetensors"
 
 
-def checksums(directory: Path, names: Sequence[str] = ()) -> dict[str, str]:
-    """File name -> digest of what is in it, of a segment's arrays, or of some of them."""
-    files = [directory / name for name in names] or sorted(directory.glob("*.npy"))
-
-    def digested(file: Path) -> str:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-    names = [file.name for file in files]
-    if sum(file.stat().st_size for file in files) < LITTLE:
-        return dict(zip(names, map(digested, files), strict=True))
-    with ThreadPoolExecutor() as pool:  # which hashes without Python's lock
-        return dict(zip(names, pool.map(digested, files), strict=True))
-
-
-def read_checksums(directory: Path) -> dict[str, str]:
-    """What `seal` wrote; DatastoreError if it cannot be read."""
-    return read_json(directory / SUMS, dict)
+def write_file(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write the arrays of a segment that is not published yet, flushed: its documents have no
+    numbers."""
+    whole = {**arrays, IDS: np.full(len(arrays["document_digests"]), -1, np.int32)}
+    specified = {field: (values.dtype, values.shape) for field, values in whole.items()}
+    write_tensors(path, specified, lambda field: [whole[field]], changing=[IDS])
 
 
 def read_json(path: Path, kind: type = object) -> Any:
@@ -133,7 +119,10 @@ def numbered(
         ids = np.full(len(one.documents), -1, np.int32)
         digests = one.arrays["document_digests"]
         for other in before:
-            known = np.isin(digests, other.arrays["document_digests"])
+            theirs = other.arrays["document_digests"]
+            if not len(theirs):
+                continue
+            known = theirs.take(theirs.searchsorted(digests), mode="clip") == digests
             for local in np.flatnonzero(known & (ids < 0)).tolist():
                 if (at := other.document(one.documents[local])) is not None:
                     ids[local] = other.arrays[IDS][at]
@@ -147,46 +136,92 @@ def numbered(
 
 
 def open_segment(
-    directory: Path,
-    name: str,
-    description: Description,
-    entries: int | None = None,
-    published: bool = True,
+    directory: Path, name: str, description: Description, listed: Mapping[str, Any] | None = None
 ) -> StoredSegment:
-    """A segment read back: its arrays mapped, and their shapes checked."""
-    path = directory / "segments" / name
-    if not path.is_dir():
+    """A segment read back: its arrays mapped, their shapes checked, and that it is the one that was
+    `listed`; None for one that is not published."""
+    path = segment_file(directory, name)
+    if not path.is_file():
         raise DatastoreError(f"segment {name} of {directory} is missing")
-    fields = ARRAYS | TABLES | ({IDS: np.int32} if published else {})
-    arrays = {field: open_mapped(path / f"{field}.npy") for field in fields}
-    entries = len(arrays["tokens"]) if entries is None else entries
-    shapes = _shapes(entries, description)
+    stored = _open(path)
+    arrays, fields = stored.arrays, ARRAYS | TABLES | {IDS: np.int32}
+    if arrays.keys() != fields.keys() or stored.header.digests.keys() != fields.keys() - {IDS}:
+        raise DatastoreError(f"{path} is damaged: it has the arrays {', '.join(arrays)}")
+    shapes = _shapes(listed["entries"] if listed else len(arrays["tokens"]), description)
     shapes |= _table_shapes(len(arrays["utterance_documents"]), len(arrays["document_digests"]))
     for field, dtype in fields.items():
-        stored, shape = arrays[field], shapes.get(field, arrays[field].shape[:1])
-        if stored.shape != shape or stored.dtype != dtype:
+        found, shape = arrays[field], shapes.get(field, arrays[field].shape[:1])
+        if found.shape != shape or found.dtype != dtype:
             raise DatastoreError(
-                f"{path / field}.npy is damaged: it holds {stored.dtype} {stored.shape}, "
+                f"{path} is damaged: its {field} are {found.dtype} {found.shape}, "
                 f"not {np.dtype(dtype)} {shape}"
             )
-    return StoredSegment(name, arrays)
+    if listed:
+        _require_listed(path, stored, listed["header"])
+    return StoredSegment(name, arrays, stored.header.digest)
 
 
 class _Opened(dict):
-    """The arrays of a segment by field, each mapped when it is asked for."""
+    """The arrays of a published segment by field, opened when one is asked for that is not there
+    yet."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._path = path
+    def __init__(
+        self, directory: Path, listed: Mapping[str, Any], digests: np.ndarray | None
+    ) -> None:
+        super().__init__({} if digests is None else {"document_digests": digests})
+        self._directory, self._listed = directory, listed
 
     def __missing__(self, field: str) -> np.ndarray:
-        self[field] = open_mapped(self._path / f"{field}.npy")
+        self.update(_open_listed(self._directory, self._listed["name"], self._listed["header"]))
         return self[field]
 
 
-def open_documents(directory: Path, name: str) -> StoredSegment:
-    """A published segment to ask for its documents: what is not needed for that stays unread."""
-    return StoredSegment(name, _Opened(directory / "segments" / name))
+def open_documents(
+    directory: Path, listed: Sequence[Mapping[str, Any]], digests: np.ndarray
+) -> list[StoredSegment]:
+    """Those published segments that have, or may have, documents of these digests (M,), in order;
+    what is not asked for stays unread."""
+    place = str(directory)
+    kept = [_few_digests(place, one["name"], one["header"]) for one in listed]
+    few = [np.zeros(0, np.uint64) if one is None else one for one in kept]
+    owners = np.repeat(np.arange(len(few)), [len(one) for one in few])
+    found = set(owners[np.isin(np.concatenate([digests[:0], *few]), digests)].tolist())
+    return [
+        StoredSegment(one["name"], _Opened(directory, one, kept[number]), one["header"])
+        for number, one in enumerate(listed)
+        if number in found or kept[number] is None
+    ]
+
+
+@lru_cache(4096)
+def _few_digests(directory: str, name: str, header: str) -> np.ndarray | None:
+    """The document digests of a published segment, in memory; None for more than FEW."""
+    found = _open_listed(Path(directory), name, header)["document_digests"]
+    return found.copy() if len(found) <= FEW else None
+
+
+def _open_listed(directory: Path, name: str, header: str) -> dict[str, np.ndarray]:
+    """The arrays of the segment that was published with this header."""
+    path = segment_file(directory, name)
+    stored = _open(path)
+    _require_listed(path, stored, header)
+    return stored.arrays
+
+
+def _open(path: Path) -> Tensors:
+    """The arrays of a file; DatastoreError if it is missing or damaged."""
+    try:
+        return open_tensors(path)
+    except FileNotFoundError:
+        raise DatastoreError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise DatastoreError(f"{path} is damaged: {error}") from None
+
+
+def _require_listed(path: Path, stored: Tensors, header: str) -> None:
+    """The header has a digest of what is in a file, and the list that of the header."""
+    if stored.header.digest != header:
+        raise DatastoreError(f"{path} is not the segment that was published: its header is another")
 
 
 def arrays_of(name: str, segment: Segment, description: Description) -> dict[str, np.ndarray]:

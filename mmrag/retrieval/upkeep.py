@@ -19,6 +19,7 @@ from mmrag.retrieval.datastore import Datastore, read_list
 from mmrag.retrieval.held_out import NEAREST
 from mmrag.retrieval.index import chosen_index, saved_shards
 from mmrag.retrieval.phrases import typical_distance
+from mmrag.retrieval.stored import segment_file
 
 LISTED = 20
 """Documents that an overview names."""
@@ -123,12 +124,24 @@ TASKS: dict[str, Callable[..., Told]] = {
 
 
 def _sizes(datastore: Datastore) -> dict[str, int]:
-    """Bytes on the disk: keys, windows, the rest of the segments, the index."""
+    """Bytes on the disk: keys, windows, the rest of the segments, the index. What a segment's file
+    takes there, where erased rows take nothing, is shared out as its arrays share its length."""
+    directory, told = datastore.directory, datastore.description
     sizes = {"keys": 0, "windows": 0, "names and numbers": 0, "index": 0}
-    indexes = {one.name for one in datastore.directory.glob("index*")}
-    for file in datastore.directory.rglob("*"):
-        if file.is_file():
-            kind = file.stem if file.stem in sizes else "names and numbers"
-            kind = "index" if file.relative_to(datastore.directory).parts[0] in indexes else kind
-            sizes[kind] += file.stat().st_blocks * 512
+    indexes = {one.name for one in directory.glob("index*")}
+    entries = {
+        segment_file(directory, one["name"]): one["entries"]
+        for one in read_list(directory)["segments"]
+    }
+    for file in directory.rglob("*"):
+        if not file.is_file():
+            continue
+        found = file.stat()
+        taken = left = found.st_blocks * 512
+        for kind, row in (("keys", 2 * told.width), ("windows", 4 * told.window)):
+            share = taken * row * entries.get(file, 0) // max(1, found.st_size)
+            sizes[kind] += share
+            left -= share
+        indexed = file.relative_to(directory).parts[0] in indexes
+        sizes["index" if indexed else "names and numbers"] += left
     return sizes

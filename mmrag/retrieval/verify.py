@@ -12,7 +12,8 @@ import numpy as np
 
 from mmrag.retrieval import datastore
 from mmrag.retrieval.segment import DatastoreError
-from mmrag.retrieval.stored import IDS, SUMS, StoredSegment, checksums, open_segment, read_checksums
+from mmrag.retrieval.stored import IDS, StoredSegment, open_segment, segment_file
+from mmrag.retrieval.tensors import blocks_of, digest, read_header
 
 
 def verify(directory: Path | str) -> Iterator[str]:
@@ -24,12 +25,12 @@ def verify(directory: Path | str) -> Iterator[str]:
     description = datastore.describe(directory)
     listed = datastore.read_list(directory)
     for one in listed["segments"]:
-        path = directory / "segments" / one["name"]
+        path = segment_file(directory, one["name"])
         try:
-            segment = open_segment(directory, one["name"], description, one["entries"])
-            yield from _changed(path)
+            segment = open_segment(directory, one["name"], description, one)
+            yield from (f"{path}: {problem}" for problem in _changed(path, one["numbers"]))
             yield from (f"{path}: {problem}" for problem in _contradictions(segment, listed))
-        except DatastoreError as error:
+        except (DatastoreError, OSError) as error:
             yield str(error)
     try:
         deleted = datastore.deleted_entries(directory, listed)
@@ -42,19 +43,13 @@ def verify(directory: Path | str) -> Iterator[str]:
         yield f"{directory / listed['deleted']}: not ascending entries below {entries}"
 
 
-def _changed(path: Path) -> Iterator[str]:
-    """Files of a segment that are not as they were written."""
-    try:
-        written = read_checksums(path)
-    except DatastoreError as error:
-        yield str(error)
-        return
-    found = checksums(path)
-    for name in sorted(written.keys() | found.keys()):
-        if name not in found:
-            yield f"{path / name} is missing"
-        elif written.get(name) != found[name]:
-            yield f"{path / name} is not as it was written: its checksum in {SUMS} is another"
+def _changed(path: Path, numbers: str) -> Iterator[str]:
+    """Arrays of a segment that are not as they were written, every byte read."""
+    with path.open("rb") as stream:
+        header = read_header(stream)
+        for name, written in (header.digests | {IDS: numbers}).items():
+            if digest(blocks_of(stream, header, name)) != written:
+                yield f"its {name} are not as they were written: their digest is another"
 
 
 def _contradictions(segment: StoredSegment, listed: dict) -> Iterator[str]:

@@ -179,7 +179,7 @@ def test_statistics_say_how_a_datastore_is_filled(directory, call):
 
 def test_damage_is_found_and_says_so_by_the_exit_status(directory, call):
     assert call("verify", directory)[:2] == (0, [f"{directory} is whole"])
-    file = directory / "segments" / "s-1" / "keys.npy"
+    file = directory / "segments" / "s-1.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)

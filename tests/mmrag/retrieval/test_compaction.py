@@ -15,6 +15,7 @@ from mmrag.retrieval.compaction import FANOUT, Compacted, compact
 from mmrag.retrieval.datastore import LIST, Datastore, create, delete, publish, write_segment
 from mmrag.retrieval.index import IndexShard
 from mmrag.retrieval.segment import DatastoreError, Description, Segment
+from mmrag.retrieval.stored import segment_file
 
 
 @pytest.fixture
@@ -195,7 +196,7 @@ def test_one_that_was_stopped_leaves_nothing_behind_for_long(directory, monkeypa
     def fails(*arguments):
         raise KeyboardInterrupt
 
-    for name in ("_write", "write_json"):
+    for name in ("_write", "write_list"):
         with monkeypatch.context() as patch:
             patch.setattr(compaction, name, fails)
             with pytest.raises(KeyboardInterrupt):
@@ -221,8 +222,9 @@ def test_a_reader_that_is_overtaken_reads_the_new_list(directory, monkeypatch):
 
     monkeypatch.setattr(module, "open_segment", overtaken)
     assert Datastore.open(directory).entries == 6 * FANOUT
-    (directory / "segments" / Datastore.open(directory).segments[0] / "keys.npy").unlink()
-    with pytest.raises(DatastoreError, match=r"keys\.npy is missing"):
+    [merged] = Datastore.open(directory).segments
+    segment_file(directory, merged).unlink()
+    with pytest.raises(DatastoreError, match=rf"segment {merged} of .* is missing"):
         Datastore.open(directory)
 
 
@@ -254,7 +256,7 @@ def test_rows_of_zeros_take_no_room(tmp_path):
     publish(tmp_path, ["only"])
     delete(tmp_path, np.arange(100, 600))
     compact(tmp_path)
-    [file] = (tmp_path / "segments").glob("*/keys.npy")
+    [file] = (tmp_path / "segments").iterdir()
     assert file.stat().st_size > 600 * 4096
     assert file.stat().st_blocks * 512 < 150 * 4096
 

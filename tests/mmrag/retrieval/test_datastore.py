@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_datastores import store_arrays, stored_arrays
 
+from mmrag.retrieval import stored
 from mmrag.retrieval.datastore import Datastore, create, delete, publish, write_segment
 from mmrag.retrieval.segment import (
     DatastoreError,
@@ -20,6 +22,7 @@ from mmrag.retrieval.segment import (
     prepare,
     windows_of,
 )
+from mmrag.retrieval.stored import segment_file
 
 IDENTITY = {"lm": "aaaa", "vocabulary": "bbbb"}
 DESCRIPTION = Description(width=4, window=3, metric="l2", audio="paired", identity=IDENTITY)
@@ -226,36 +229,46 @@ def test_a_datastore_keyed_by_another_lm_is_refused_by_both_fingerprints(directo
         datastore.require({"codebook": "dddd"})
 
 
-def test_damage_is_named(directory):
-    path = directory / "segments" / "second" / "keys.npy"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-1])
-    with pytest.raises(DatastoreError, match=r"second/keys\.npy is damaged"):
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"keys": np.zeros((4, 5), np.float16)}, r"its keys are float16 \(4, 5\), not .*\(4, 4\)"),
+        ({"tokens": np.zeros(3, np.int32)}, r"its tokens are int32 \(3,\), not int32 \(4,\)"),
+        ({"tokens": np.zeros(4, np.int64)}, r"its tokens are int64 \(4,\), not int32 \(4,\)"),
+        (
+            {"document_offsets": np.zeros(2, np.int64)},
+            r"_offsets are int64 \(2,\), .*\(3,\)",
+        ),
+        ({"document_ids": np.zeros(1, np.int32)}, r"document_ids are int32 \(1,\), not .*\(2,\)"),
+        ({"more": np.zeros(1, np.int32)}, "it has the arrays .*more"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_named(directory, change, problem):
+    store_arrays(directory, "second", stored_arrays(directory, "second") | change)
+    with pytest.raises(DatastoreError, match=rf"second\.safetensors is damaged: .*{problem}"):
         Datastore.open(directory)
-    np.save(path, np.zeros((4, 5), np.float16))
-    with pytest.raises(DatastoreError, match=r"second/keys\.npy is damaged: .*\(4, 5\)"):
-        Datastore.open(directory)
-    np.save(path, np.array([{}] * 4, object), allow_pickle=True)
-    with pytest.raises(DatastoreError, match=r"second/keys\.npy is damaged"):
-        Datastore.open(directory)
-    path.unlink()
-    with pytest.raises(DatastoreError, match=r"second/keys\.npy is missing"):
-        Datastore.open(directory)
-    path.write_bytes(whole)
-    table = directory / "segments" / "second" / "document_offsets.npy"
-    np.save(table, np.zeros(2, np.int64))
-    with pytest.raises(DatastoreError, match=r"second/document_offsets\.npy is damaged: .*\(3,\)"):
-        Datastore.open(directory)
-    table.write_bytes(b"[[")
-    with pytest.raises(DatastoreError, match=r"second/document_offsets\.npy is damaged"):
+
+
+def test_a_damaged_or_missing_file_is_named(directory):
+    file = segment_file(directory, "second")
+    whole = file.read_bytes()
+    for damaged in (whole[:-1], whole + b"0", whole[:5], b"", b"\xff" * 100):
+        file.write_bytes(damaged)
+        with pytest.raises(DatastoreError, match=r"second\.safetensors is damaged"):
+            Datastore.open(directory)
+    file.unlink()
+    with pytest.raises(DatastoreError, match=r"segment second of .* is missing"):
         Datastore.open(directory)
 
 
 def test_a_segment_replaced_behind_the_lists_back_is_noticed(directory):
-    path = directory / "segments" / "first" / "tokens.npy"
-    np.save(path, np.zeros(3, np.int32))
-    with pytest.raises(DatastoreError, match=r"first/tokens\.npy is damaged: .*\(3,\), .*\(4,\)"):
+    first, second = (segment_file(directory, name) for name in ("first", "second"))
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(DatastoreError, match=r"second\.safetensors is not the segment that was"):
         Datastore.open(directory)
+    write_segment(directory, "third", segment(30, [("u5", "letter")]))
+    with pytest.raises(DatastoreError, match=r"second\.safetensors is not the segment that was"):
+        publish(directory, ["third"])
 
 
 def test_a_directory_that_is_no_datastore_is_refused(tmp_path):
@@ -266,13 +279,13 @@ def test_a_directory_that_is_no_datastore_is_refused(tmp_path):
 def test_a_datastore_of_another_format_is_refused_by_name(directory):
     file = directory / "datastore.json"
     fields = json.loads(file.read_text())
-    for made in (None, 3):
+    for made in (None, 2):
         changed = {k: v for k, v in fields.items() if k != "format"} | (
             {"format": made} if made else {}
         )
         file.write_text(json.dumps(changed))
         with pytest.raises(
-            DatastoreError, match=rf"of format {made or 1}, .* reads 2: build it again"
+            DatastoreError, match=rf"of format {made or 1}, .* reads 3: build it again"
         ):
             Datastore.open(directory)
     file.write_text("[]")
@@ -296,7 +309,7 @@ def test_a_segment_that_does_not_fit_is_refused_before_anything_is_written(
 ):
     with pytest.raises(ValueError, match=problem):
         write_segment(directory, "third", replace(FIRST, **change))
-    assert not (directory / "segments" / "third").exists()
+    assert not segment_file(directory, "third").exists()
 
 
 def test_a_segment_leaves_no_scratch_behind(directory):
@@ -491,9 +504,9 @@ def test_a_refresh_that_fails_changes_nothing(directory):
     datastore = Datastore.open(directory)
     write_segment(directory, "third", segment(30, [("u5", "letter")]))
     publish(directory, ["third"])
-    path = directory / "segments" / "third" / "windows.npy"
+    path = segment_file(directory, "third")
     path.rename(path.with_suffix(".gone"))
-    with pytest.raises(DatastoreError, match=r"third/windows\.npy is missing"):
+    with pytest.raises(DatastoreError, match=r"segment third of .* is missing"):
         datastore.refresh()
     assert (datastore.entries, datastore.segments) == (8, ["first", "second"])
     path.with_suffix(".gone").rename(path)
@@ -548,9 +561,44 @@ def maps(directory) -> int:
     return Path("/proc/self/maps").read_text().count(str(directory / "segments"))
 
 
+ADDED = {"third": "letter", "fourth": "diary", "fifth": "book", "sixth": "letter"}
+"""Segment -> its document; "book" is in segments before."""
+
+
+def add(directory, name):
+    write_segment(directory, name, segment(30, [("u5", ADDED[name])]))
+    publish(directory, [name])
+
+
+def test_publishing_reads_what_is_new_and_segments_that_have_its_documents(directory, monkeypatch):
+    read, really = set(), stored.open_tensors
+    monkeypatch.setattr(stored, "open_tensors", lambda path: read.add(path.stem) or really(path))
+    for name, expected in {
+        "third": {"first", "second", "third"},
+        "fourth": {"third", "fourth"},
+        "fifth": {"first", "fourth", "fifth"},
+        "sixth": {"third", "fifth", "sixth"},
+    }.items():
+        read.clear()
+        add(directory, name)
+        assert read == expected
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_documents_have_their_numbers_whether_digests_are_kept_or_read(
+    directory, monkeypatch, kept
+):
+    monkeypatch.setattr(stored, "FEW", kept)
+    for name in ADDED:
+        add(directory, name)
+    store = Datastore.open(directory)
+    assert store.documents.tolist() == [0, 0, 1, 1, 2, 2, 0, 0, 3, 3, 4, 4, 0, 0, 3, 3]
+    assert [store.document_name(n) for n in range(5)] == ["book", "call", "news", "letter", "diary"]
+
+
 def test_a_datastore_that_nobody_holds_is_unmapped_and_what_is_held_stays(directory):
     datastore = Datastore.open(directory)
-    assert maps(directory) == 2 * 12  # every array of two segments
+    assert maps(directory) == 2, "a map a segment"
     held = datastore.windows(np.arange(8))
     del datastore
     gc.collect()

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_datastores import flip, place_of
 
 from mmrag.retrieval.datastore import Datastore, create, publish, write_segment
 from mmrag.retrieval.local import copy_keys
 from mmrag.retrieval.segment import DatastoreError, Description, Segment
+from mmrag.retrieval.stored import segment_file
 
 ROWS = 50
 
@@ -44,7 +46,7 @@ def test_only_the_segments_of_the_entries_are_copied_and_then_read(share, tmp_pa
     store.localize(local, 60, 101)
     assert len(copies(local)) == 2
     for name in ("two", "three"):
-        (share / "segments" / name / "keys.npy").unlink()  # still mapped by the first to open it
+        segment_file(share, name).unlink()  # still mapped by the first to open it
     np.testing.assert_array_equal(store.keys(0, 150), keys)
     for path in local.iterdir():
         assert np.load(path).tolist() in [keys[at : at + ROWS].tolist() for at in (50, 100)]
@@ -52,20 +54,19 @@ def test_only_the_segments_of_the_entries_are_copied_and_then_read(share, tmp_pa
 
 def test_a_copy_is_made_once_and_by_its_contents(share, tmp_path):
     local = tmp_path / "local"
-    first = copy_keys(share / "segments" / "one", local)
+    first = copy_keys(segment_file(share, "one"), local)
     times = first.stat().st_mtime_ns
     other = tmp_path / "other"
     create(other, Description(8, 2, "l2", "none", {}))
     add(other, "one")
-    assert copy_keys(other / "segments" / "one", local) == first
+    assert copy_keys(segment_file(other, "one"), local) == first
     assert first.stat().st_mtime_ns == times and copies(local) == [first.name]
 
 
 def test_many_may_copy_at_once(share, tmp_path):
     with ThreadPoolExecutor(8) as pool:
-        made = set(
-            pool.map(lambda _: copy_keys(share / "segments" / "two", tmp_path / "l"), "x" * 8)
-        )
+        two = segment_file(share, "two")
+        made = set(pool.map(lambda _: copy_keys(two, tmp_path / "l"), "x" * 8))
     assert copies(tmp_path / "l") == [made.pop().name] and not made
 
 
@@ -81,12 +82,10 @@ def test_what_is_published_later_is_copied_when_asked_for(share, tmp_path):
 
 
 def test_damaged_keys_are_not_copied(share, tmp_path):
-    file = share / "segments" / "two" / "keys.npy"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
+    file = segment_file(share, "two")
+    flip(file, place_of(file, "keys"))
     store = Datastore.open(share)
-    with pytest.raises(DatastoreError, match=r"two/keys\.npy is not as it was written"):
+    with pytest.raises(DatastoreError, match=r"two\.safetensors: its keys are not as they were"):
         store.localize(tmp_path / "local", 0, 150)
     assert len(copies(tmp_path / "local")) == 1, "what came before it"
 

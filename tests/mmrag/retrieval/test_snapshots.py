@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from small_datastores import DESCRIPTION, fill
+from small_datastores import DESCRIPTION, fill, segment
 
 from mmrag.config import Index
 from mmrag.retrieval import snapshots
 from mmrag.retrieval.compaction import compact
-from mmrag.retrieval.datastore import Datastore, create, delete
+from mmrag.retrieval.datastore import Datastore, create, delete, publish, write_segment
 from mmrag.retrieval.index import IndexShard
 from mmrag.retrieval.segment import DatastoreError
 from mmrag.retrieval.snapshots import Snapshot
@@ -53,14 +53,26 @@ def test_what_a_snapshot_names_stays_until_it_is_dropped(directory):
     snapshots.create(directory, "monday")
     delete(directory, np.arange(18))
     compact(directory, everything=True)
-    content = b"".join(file.read_bytes() for file in directory.rglob("*.npy"))
+    content = b"".join(file.read_bytes() for file in directory.rglob("*.safetensors"))
     assert b"utterance-1-1" in content
     snapshots.drop(directory, "monday")
     compact(directory)
-    content = b"".join(file.read_bytes() for file in directory.rglob("*.npy"))
+    content = b"".join(file.read_bytes() for file in directory.rglob("*.safetensors"))
     assert b"utterance-1-1" not in content
     assert len(list((directory / "segments").iterdir())) == 1
     assert len(list(directory.glob("deleted-*.npy"))) == 1
+
+
+def test_what_a_snapshot_names_is_neither_replaced_nor_published_again(directory):
+    was = living(directory)
+    snapshots.create(directory, "monday")
+    compact(directory, everything=True)
+    with pytest.raises(DatastoreError, match=r"segment s-0 of .* is published already"):
+        write_segment(directory, "s-0", segment(9))
+    with pytest.raises(DatastoreError, match=r"segment s-0 of .* is published already"):
+        publish(directory, ["s-0"])
+    snapshots.rollback(directory, "monday")
+    assert living(directory) == was and list(verify(directory)) == []
 
 
 def test_snapshots_are_listed_and_named_strictly(directory):
