@@ -256,6 +256,9 @@ def test_a_shard_that_takes_too_long_counts_as_missing_and_is_left_alone(
 ):
     @ray.remote(num_cpus=0.1)
     class Stuck:
+        def address(self):
+            return None
+
         def search(self, queries, k, exclude_documents):
             time.sleep(120)
 
@@ -279,11 +282,11 @@ def test_a_shard_that_takes_too_long_counts_as_missing_and_is_left_alone(
 def test_a_replica_that_failed_is_asked_again_once_it_answers_a_ping(living, local, monkeypatch):
     sharded = ShardedRetriever([[one] for one in living], RANGES, DESCRIPTION)
 
-    def late(*_, **__):
+    def late(_):
         raise GetTimeoutError
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards.ray, "get", late)
+        patch.setattr(sharded, "_call", lambda *_: late)
         assert sharded.search(queries(2), 4).missing_shards == 2
     assert sharded.search(queries(2), 4).missing_shards == 2
     assert sharded.ping(20) == 0
@@ -419,8 +422,10 @@ def test_what_is_published_and_deleted_is_served_after_a_refresh_by_every_replic
 def test_an_actor_that_starts_again_has_taken_in_what_was_published_since(serving, growing):
     served = serving(growing)
     append(growing, "later", 15, seed=8)
+    ended = [pid_of(actor) for actor in replicas_of(served)]
     for actor in replicas_of(served):
         ray.kill(actor, no_restart=False)
+    until(lambda: not any(map(lives, ended)))
     after = LocalRetriever.load(saved_shards(growing), Datastore.open(growing))
     until(lambda: not served.ping(5))
     assert_same(served.search(queries(1), 120), after.search(queries(1), 120))
