@@ -368,8 +368,9 @@ def serve_shards(
 ) -> ShardedRetriever:
     """Start `replicas` actors for each index shard of the datastore and wait until all answer.
 
-    Actors with an `owner` are named `<owner>-<shard>-<replica>`: whoever asks for the same owner
-    shares them, whatever its `datastore`, and they outlive this process. With `idle_seconds` they
+    Actors with an `owner` are named `<owner>-<index>-<shard>-<replica>`: whoever asks for the same
+    owner shares them, whatever its `datastore`, until another index is built, and they outlive this
+    process. With `idle_seconds` they
     end once nobody has asked them anything for that long; with `local` they copy their keys to that
     directory on their machines. Raises DatastoreError if no index is saved, PlacementError, naming
     the setting `key` of `num_cpus`, if the cluster cannot hold the actors, RayActorError if one
@@ -384,7 +385,7 @@ def serve_shards(
         options: dict[str, Any] = {"num_cpus": num_cpus, "scheduling_strategy": "SPREAD"}
         if owner is not None:
             options |= {
-                "name": f"{owner}-{shard}-{replica}",
+                "name": f"{owner}-{shards[shard].parent.name}-{shard}-{replica}",
                 "namespace": NAMESPACE,
                 "lifetime": "detached",
                 "get_if_exists": True,
