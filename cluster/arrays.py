@@ -28,13 +28,13 @@ class RefusedError(Exception):
 
 
 def pack(arrays: Sequence[np.ndarray]) -> bytes:
-    """Arrays as one message; ValueError for what is not plain numbers."""
+    """Arrays as one message; ValueError for what is not plain numbers, or too many."""
     parts = []
     for array in arrays:
-        if array.dtype.str not in DTYPES:
-            raise ValueError(f"an array of {array.dtype} is not sent")
+        if array.dtype.str not in DTYPES or array.nbytes > LARGEST:
+            raise ValueError(f"an array of {array.dtype} of {array.nbytes} bytes is not sent")
         parts.append(_ARRAY.pack(array.dtype.str.encode(), array.ndim))
-        parts.append(struct.pack(f"<{array.ndim}Q", *array.shape))
+        parts.append(struct.pack(f"<{array.ndim}I", *array.shape))
         parts.append(array.tobytes())
     return b"".join(parts)
 
@@ -45,10 +45,10 @@ def unpack(message: bytes | bytearray) -> list[np.ndarray]:
     while at < len(message):
         try:
             code, axes = _ARRAY.unpack_from(message, at)
-            shape = struct.unpack_from(f"<{axes}Q", message, at + _ARRAY.size)
+            shape = struct.unpack_from(f"<{axes}I", message, at + _ARRAY.size)
         except struct.error as error:
             raise ValueError(f"a message ends amid a shape: {error}") from None
-        at += _ARRAY.size + 8 * axes
+        at += _ARRAY.size + 4 * axes
         name, count = code.decode("ascii", "replace"), math.prod(shape)
         if name not in DTYPES:
             raise ValueError(f"an array of {name!r} was received")

@@ -3,6 +3,7 @@
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -34,13 +35,11 @@ def test_what_is_no_plain_number_is_not_sent(array):
 
 @given(st.binary(max_size=60))
 def test_bytes_that_nobody_packed_are_arrays_or_an_error(received):
-    try:
-        unpack(received)
-    except ValueError as error:
-        assert "message" in str(error) or "was received" in str(error)
+    with suppress(ValueError):
+        assert all(one.dtype.str in DTYPES for one in unpack(received))
 
 
-@pytest.mark.parametrize("missing", [1, 8, 20])
+@pytest.mark.parametrize("missing", [1, 8, 24, 26, 30])
 def test_a_message_that_was_cut_off_is_an_error(missing):
     message = pack([np.arange(3)])
     with pytest.raises(ValueError, match="a message ends amid"):
@@ -134,11 +133,10 @@ def test_an_actor_that_ended_is_not_asked(channel):
 def test_who_lacks_the_token_gets_no_answer(channel, token):
     address = ray.get(channel._actor.address.remote())
     assert repr(address.token) not in repr(address)
-    with socket.create_connection((address.host, address.port)) as stranger:
+    with socket.create_connection((address.host, address.port)) as stranger, suppress(OSError):
         stranger.sendall(token)
-        with pytest.raises(OSError):
-            send(stranger, pack([np.array([1]), np.array(0.0)]), 5)
-            receive(stranger, 1, time.monotonic() + 10)
+        send(stranger, pack([np.array([1]), np.array(0.0)]), 5)
+        pytest.fail(f"{receive(stranger, 1, time.monotonic() + 10)} was received")
     assert asked(channel, [1]) == [2]
 
 
