@@ -1,4 +1,5 @@
-"""A datastore served by actors: one or more for each index shard, asked all at once.
+"""A datastore served by actors: one or more for each index shard, asked all at once; what is
+searched for over a connection to each (`channel`), everything else through Ray.
 
 The datastore may grow and shrink while it is served: `refresh` takes in what was published and
 deleted. What is published belongs to the last shard.
@@ -375,6 +376,12 @@ def serve_shards(
     directory on their machines. Raises DatastoreError if no index is saved, PlacementError, naming
     the setting `key` of `num_cpus`, if the cluster cannot hold the actors, RayActorError if one
     cannot load its shard.
+
+    Replicas of a shard start one after the other, and Ray's SPREAD puts what starts in a row on one
+    node after the other. A placement group would promise what that only tries, but actors that are
+    shared, come and go by themselves do not fit in one: what an idle actor had stays reserved until
+    somebody removes the group, which kills those that are asked; and two processes that serve at
+    once cannot share its name, as `get_if_exists` has them share an actor's.
     """
     datastore = Path(datastore).absolute()
     shards = saved_shards(datastore)

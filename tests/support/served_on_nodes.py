@@ -49,7 +49,7 @@ def main(directory: Path) -> dict:
         with searching(twice, keys) as with_two, searching(single, keys) as with_one:
             time.sleep(2)
             nodes.remove_node(workers[gone], allow_graceful=False)
-            until(lambda: 1 in with_one["missing"])
+            until(lambda: any(with_one["missing"]))
             until(lambda: with_one["missing"][-1] == 0)
             until(lambda: not twice.ping(5))
             time.sleep(2)
