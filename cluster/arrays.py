@@ -83,7 +83,9 @@ def receive(connection: socket.socket, size: int, deadline: float | None) -> byt
     received = bytearray(size)
     left = memoryview(received)
     while left:
-        connection.settimeout(None if deadline is None else max(1e-3, deadline - time.monotonic()))
+        if deadline is not None and time.monotonic() >= deadline:
+            raise TimeoutError(f"{len(left)} of {size} bytes have not come in time")
+        connection.settimeout(None if deadline is None else max(1e-6, deadline - time.monotonic()))
         count = connection.recv_into(left)
         if not count:
             raise ConnectionError("the other process closed the connection")
