@@ -4,16 +4,29 @@ nobody else's waiting."""
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
+from cluster.channel import Address
+from cluster.idling import Idling, asked
 from cluster.placement import Demand, placing
-from cluster.shards import ANSWER_SECONDS, NAMESPACE, Idling, ShardedRetriever, asked, ready
+from cluster.shards import (
+    ANSWER_SECONDS,
+    NAMESPACE,
+    ShardedRetriever,
+    arrays_of,
+    listener,
+    question_of,
+    ready,
+)
+from cluster.turns import Turns
 from mmrag.retrieval.datastore import Datastore, describe
 from mmrag.retrieval.index import saved_shards
 from mmrag.retrieval.retrievers import LocalRetriever
@@ -24,21 +37,40 @@ MOST_OPEN = 500
 """Datastores that one actor holds open at most: each maps a dozen files a segment."""
 
 
-@ray.remote(max_restarts=-1)
+MOST_ASKED = 64
+"""Calls through Ray that one actor knows of at a time, to take them in turn; more wait unseen."""
+
+
+@ray.remote(max_restarts=-1, max_concurrency=MOST_ASKED)
 class DatastorePool(Idling):
     """Searches small datastores. Ray starts it again if its process dies; it opens anew what it is
-    asked for then."""
+    asked for then.
+
+    One datastore is worked on at a time, and they take turns: whoever searches one of them all the
+    time keeps the others' waiting for one search of its own, not for all of them.
+    """
 
     def __init__(self, memory: int, idle_seconds: float | None = None) -> None:
         """`memory` are bytes that keys may take; the one asked for last stays whatever it takes."""
         self._memory = memory
         self._open: OrderedDict[str, LocalRetriever] = OrderedDict()
+        self._turns = Turns()
         self._end_when_idle(idle_seconds)
+        self._listener = listener(self._found)
+
+    def address(self) -> Address | None:
+        """Where it may be asked for `search` directly; None where it does not listen."""
+        return self._listener and self._listener.address
 
     @asked
     def opened(self) -> list[str]:
         """The datastores that are open, the one that was asked last at the end."""
         return list(self._open)
+
+    @asked
+    def waiting(self) -> dict[str, int]:
+        """How many calls about each datastore wait, in the order of their turns."""
+        return self._turns.waiting()
 
     @asked
     def range(self, uid: str, directory: Path) -> None:
@@ -47,22 +79,32 @@ class DatastorePool(Idling):
     @asked
     def forget(self, uid: str, directory: Path) -> None:
         """Close a datastore."""
-        self._open.pop(uid, None)
+        with self._turns.of(uid):
+            self._open.pop(uid, None)
 
     @asked
     def refresh(self, uid: str, directory: Path) -> tuple[int, int]:
         """Take in what has been published and deleted since; the datastore's range then."""
-        known = uid in self._open
-        retriever = self._retriever(uid, directory)
-        if known:
-            retriever.refresh()
-            self._make_room()
-        return 0, retriever.entries
+        with self._turns.of(uid):
+            known = uid in self._open
+            retriever = self._retriever(uid, directory)
+            if known:
+                retriever.refresh()
+                self._make_room()
+            return 0, retriever.entries
 
     @asked
     def ask(self, uid: str, directory: Path, method: str, *arguments: Any) -> Any:
         """What a method of the datastore's retriever answers."""
-        return getattr(self._retriever(uid, directory), method)(*arguments)
+        with self._turns.of(uid):
+            return getattr(self._retriever(uid, directory), method)(*arguments)
+
+    def _found(
+        self, uid: np.ndarray, directory: np.ndarray, *question: np.ndarray
+    ) -> list[np.ndarray]:
+        """A datastore's `search`, as it is asked for directly."""
+        about = uid.tobytes().decode(), Path(os.fsdecode(directory.tobytes()))
+        return arrays_of(self.ask(*about, "search", *question_of(question)))
 
     def _retriever(self, uid: str, directory: Path) -> LocalRetriever:
         if uid not in self._open:
@@ -108,12 +150,16 @@ class PooledRetriever(ShardedRetriever):
 
     def close(self) -> None:
         """Close the datastore, for everybody who shares the pool; the pool lives on."""
-        self._call((0, 0), "forget")
+        self._remote((0, 0), "forget")
 
-    def _call(self, place: tuple[int, int], method: str, *arguments: Any) -> ObjectRef:
+    def _question(self, *arguments: Any) -> list[np.ndarray]:
+        about = [np.frombuffer(os.fsencode(each), np.uint8) for each in self._about]
+        return [*about, *super()._question(*arguments)]
+
+    def _remote(self, place: tuple[int, int], method: str, *arguments: Any) -> ObjectRef:
         if method in ("range", "refresh", "forget"):
-            return super()._call(place, method, *self._about)
-        return super()._call(place, "ask", *self._about, method, *arguments)
+            return super()._remote(place, method, *self._about)
+        return super()._remote(place, "ask", *self._about, method, *arguments)
 
 
 def serve_pooled(

@@ -1,4 +1,5 @@
-"""A datastore served by actors: one or more for each index shard, asked all at once.
+"""A datastore served by actors: one or more for each index shard, asked all at once; what is
+searched for over a connection to each (`channel`), everything else through Ray.
 
 The datastore may grow and shrink while it is served: `refresh` takes in what was published and
 deleted. What is published belongs to the last shard.
@@ -11,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 
+from cluster.channel import Address, BrokenError, Channel, Listener, RefusedError, channel_to
+from cluster.idling import Idling, asked
 from cluster.placement import Demand, placing
 from mmrag.records import Neighbours, Passages, merge
 from mmrag.retrieval.datastore import Datastore, describe
@@ -43,40 +46,8 @@ log = logging.getLogger(__name__)
 
 _Place = tuple[int, int]
 """A shard and the number of one of its replicas."""
-
-
-def asked(method: Callable) -> Callable:
-    """A method that counts as a call: an idle actor ends itself, but never amid one."""
-
-    @wraps(method)
-    def call(self: Any, *arguments: Any) -> Any:
-        with self._answering:
-            try:
-                return method(self, *arguments)
-            finally:
-                self._last_asked = time.monotonic()
-
-    return call
-
-
-class Idling:
-    """An actor that ends itself for good where nobody asks it anything for long."""
-
-    def _end_when_idle(self, seconds: float | None) -> None:
-        """Begin to wait for that; None to live on."""
-        self._answering = threading.RLock()
-        self._last_asked = time.monotonic()
-        if seconds is not None:
-            threading.Thread(target=self._wait, args=(seconds,), daemon=True).start()
-
-    def _wait(self, seconds: float) -> None:
-        while True:
-            with self._answering:
-                left = self._last_asked + seconds - time.monotonic()
-                if left <= 0:
-                    ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
-                    return
-            time.sleep(left)
+_Asked = Callable[[float], Any]
+"""Waits so many seconds for an answer; raises what a replica that fails is known by."""
 
 
 @ray.remote(max_restarts=-1)
@@ -102,7 +73,14 @@ class IndexShardActor(Idling):
         self._shard.refresh(self._last)
         self._local, self._copying = local, threading.Lock()
         self._localize()
+        self._alone = threading.RLock()
+        """What a shard is asked for directly comes in threads of its own."""
         self._end_when_idle(idle_seconds)
+        self._listener = listener(self._found)
+
+    def address(self) -> Address | None:
+        """Where it may be asked for `search` directly; None where it does not listen."""
+        return self._listener and self._listener.address
 
     @asked
     def range(self) -> tuple[int, int]:
@@ -112,32 +90,41 @@ class IndexShardActor(Idling):
     @asked
     def refresh(self) -> tuple[int, int]:
         """Take in what has been published and deleted since; the shard's range then."""
-        self._datastore.refresh()
-        self._shard.refresh(self._last)
-        self._localize()
-        return self._shard.start, self._shard.stop
+        with self._alone:
+            self._datastore.refresh()
+            self._shard.refresh(self._last)
+            self._localize()
+            return self._shard.start, self._shard.stop
 
     @asked
     def search(
         self, queries: np.ndarray, k: int, exclude_documents: Sequence[int] | None
     ) -> Neighbours:
         """The k nearest of this shard's entries to each query (B, D)."""
-        return self._shard.search(queries, k, exclude_documents)
+        with self._alone:
+            return self._shard.search(queries, k, exclude_documents)
 
     @asked
     def windows(self, entries: np.ndarray) -> np.ndarray:
         """Token windows (M, W) around `entries` (M,)."""
-        return self._knowing(entries).windows(entries)
+        with self._alone:
+            return self._knowing(entries).windows(entries)
 
     @asked
     def passages(self, entries: np.ndarray) -> Passages:
         """The windows around `entries` (M,), each token with its own key."""
-        return self._knowing(entries).passages(entries)
+        with self._alone:
+            return self._knowing(entries).passages(entries)
 
     @asked
     def origins(self, entries: np.ndarray) -> list[tuple[str, str]]:
         """Document and utterance that each of `entries` (M,) comes from, by name."""
-        return self._knowing(entries).origins(entries)
+        with self._alone:
+            return self._knowing(entries).origins(entries)
+
+    def _found(self, *question: np.ndarray) -> list[np.ndarray]:
+        """`search`, as it is asked for directly."""
+        return arrays_of(self.search(*question_of(question)))
 
     def _knowing(self, entries: np.ndarray) -> Datastore:
         """The datastore with these entries; another replica may have found them before it."""
@@ -156,6 +143,26 @@ class IndexShardActor(Idling):
                 self._datastore.localize(self._local, self._shard.start, self._shard.stop)
             except (OSError, DatastoreError) as error:
                 log.warning("keys stay where they are: %s", error)
+
+
+def listener(answer: Callable[..., Sequence[np.ndarray]]) -> Listener | None:
+    """Where an actor is asked directly; None where this node's address cannot be listened on."""
+    try:
+        return Listener(answer)
+    except OSError as error:
+        log.warning("searches go through Ray: %s", error)
+        return None
+
+
+def question_of(arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, int, np.ndarray | None]:
+    """`search`'s arguments as they were received."""
+    queries, k, *excluded = arrays
+    return queries, k.item(), excluded[0] if excluded else None
+
+
+def arrays_of(found: Neighbours) -> list[np.ndarray]:
+    """What was found as it is sent; no shard is missing in one actor's answer."""
+    return [found.distances, found.tokens, found.entries, found.documents]
 
 
 class ShardedRetriever:
@@ -182,6 +189,18 @@ class ShardedRetriever:
         self._turn = itertools.count()
         self._failed: dict[_Place, float] = {}
         """When a replica failed, by the clock that machines share: a retriever may be sent."""
+        self._open_channels()
+
+    def _open_channels(self) -> None:
+        self._channels = [[channel_to(one) for one in shard] for shard in self._replicas]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without channels: another process has its own."""
+        return {name: value for name, value in vars(self).items() if name != "_channels"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open_channels()
 
     @property
     def entries(self) -> int:
@@ -289,19 +308,50 @@ class ShardedRetriever:
         }
         return self._answers(asked, seconds)
 
-    def _call(self, place: _Place, method: str, *arguments: Any) -> ObjectRef:
-        """Have a replica work on something."""
+    def _call(self, place: _Place, method: str, *arguments: Any) -> _Asked:
+        """Have a replica work on something: what is searched for is asked directly if it can be."""
+        if method == "search":
+            question = self._question(*arguments)
+            if pending := self._channel(place).ask(question, self._answer_seconds):
+                return partial(self._found, pending, place, arguments)
+        answer = self._remote(place, method, *arguments)
+        return lambda seconds: ray.get(answer, timeout=seconds)
+
+    def _question(
+        self, queries: np.ndarray, k: int, exclude_documents: Sequence[int] | None
+    ) -> list[np.ndarray]:
+        """`search`'s arguments as they are sent."""
+        excluded = [] if exclude_documents is None else [np.asarray(exclude_documents)]
+        return [np.asarray(queries), np.asarray(k), *excluded]
+
+    def _found(
+        self, pending: Callable, place: _Place, arguments: tuple, seconds: float
+    ) -> Neighbours:
+        """What a replica that was asked directly found; what it raises, it is asked for again."""
+        deadline = time.monotonic() + seconds
+        try:
+            return Neighbours(*pending(seconds))
+        except RefusedError:
+            left = max(0.0, deadline - time.monotonic())
+            return ray.get(self._remote(place, "search", *arguments), timeout=left)
+
+    def _channel(self, place: _Place) -> Channel:
+        shard, number = place
+        return self._channels[shard][number]
+
+    def _remote(self, place: _Place, method: str, *arguments: Any) -> ObjectRef:
+        """Have a replica work on something, through Ray."""
         shard, number = place
         return getattr(self._replicas[shard][number], method).remote(*arguments)
 
-    def _answers(self, asked: Mapping[_Place, ObjectRef], seconds: float) -> dict[_Place, Any]:
+    def _answers(self, asked: Mapping[_Place, _Asked], seconds: float) -> dict[_Place, Any]:
         """The answers of living actors that come in time; what they raise is raised here."""
         answers, deadline = {}, time.monotonic() + seconds
         for place, answer in asked.items():
             try:
-                answers[place] = ray.get(answer, timeout=max(0.0, deadline - time.monotonic()))
+                answers[place] = answer(max(0.0, deadline - time.monotonic()))
                 self._failed.pop(place, None)
-            except (RayActorError, GetTimeoutError):
+            except (BrokenError, RayActorError, GetTimeoutError):
                 self._failed[place] = time.time()
         return answers
 
@@ -319,12 +369,19 @@ def serve_shards(
 ) -> ShardedRetriever:
     """Start `replicas` actors for each index shard of the datastore and wait until all answer.
 
-    Actors with an `owner` are named `<owner>-<shard>-<replica>`: whoever asks for the same owner
-    shares them, whatever its `datastore`, and they outlive this process. With `idle_seconds` they
+    Actors with an `owner` are named `<owner>-<index>-<shard>-<replica>`: whoever asks for the same
+    owner shares them, whatever its `datastore`, until another index is built, and they outlive this
+    process. With `idle_seconds` they
     end once nobody has asked them anything for that long; with `local` they copy their keys to that
     directory on their machines. Raises DatastoreError if no index is saved, PlacementError, naming
     the setting `key` of `num_cpus`, if the cluster cannot hold the actors, RayActorError if one
     cannot load its shard.
+
+    Replicas of a shard start one after the other, and Ray's SPREAD puts what starts in a row on one
+    node after the other. A placement group would promise what that only tries, but actors that are
+    shared, come and go by themselves do not fit in one: what an idle actor had stays reserved until
+    somebody removes the group, which kills those that are asked; and two processes that serve at
+    once cannot share its name, as `get_if_exists` has them share an actor's.
     """
     datastore = Path(datastore).absolute()
     shards = saved_shards(datastore)
@@ -335,7 +392,7 @@ def serve_shards(
         options: dict[str, Any] = {"num_cpus": num_cpus, "scheduling_strategy": "SPREAD"}
         if owner is not None:
             options |= {
-                "name": f"{owner}-{shard}-{replica}",
+                "name": f"{owner}-{shards[shard].parent.name}-{shard}-{replica}",
                 "namespace": NAMESPACE,
                 "lifetime": "detached",
                 "get_if_exists": True,

@@ -1,10 +1,14 @@
 """Small datastores in shared actors answer as each would in one process."""
 
 import hashlib
+import math
+import os
 import pickle
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
@@ -12,11 +16,13 @@ import numpy as np
 import pytest
 import ray
 from small_datastores import DESCRIPTION, fill
+from small_datastores import segment as small_segment
 
 from cluster.pool import KEY_BYTES, PooledRetriever, serve_pooled
-from cluster.shards import NAMESPACE
-from mmrag.retrieval.datastore import Datastore, create, delete
-from mmrag.retrieval.index import save_index, saved_shards
+from cluster.shards import NAMESPACE, serve_shards
+from mmrag.config import Index
+from mmrag.retrieval.datastore import Datastore, create, delete, publish, write_segment
+from mmrag.retrieval.index import build_again, save_index, saved_shards
 from mmrag.retrieval.retrievers import LocalRetriever
 from mmrag.retrieval.segment import DatastoreError
 
@@ -182,3 +188,141 @@ def test_a_datastore_that_cannot_be_opened_is_named(serving, tmp_path):
     with pytest.raises(DatastoreError, match=r"other/segments\.json is damaged"):
         serving(other)
     assert len(pools()) == 1, "the pool lives on"
+
+
+def hold(pool, opened: Path) -> None:
+    """Whatever the pool is asked about waits until `opened` is there, and is noted in order."""
+
+    def noting(self, opened):
+        retriever, self.order = self._retriever, []
+
+        def held(uid, directory):
+            self.order.append(uid)
+            while not opened.exists():
+                time.sleep(0.01)
+            return retriever(uid, directory)
+
+        self._retriever = held
+
+    ray.get(pool.__ray_call__.remote(noting, opened))
+
+
+@pytest.mark.parametrize("directly", [True, False])
+def test_a_datastore_that_is_searched_all_the_time_keeps_another_waiting_for_one_search(
+    serving, tmp_path, directly
+):
+    """Of its own: in all for the one that is going on, and one of each that waits."""
+    flooded, quiet, third = (made(tmp_path / name, 1) for name in ("flooded", "quiet", "third"))
+    served = {one: serving(one, "fair") for one in (flooded, quiet, third)}
+    pool, channel = served[quiet]._replicas[0][0], served[quiet]._channels[0][0]
+    until(lambda: served[quiet].search(queries(1), 1).missing_shards == 0 and channel._free)
+    if not directly:
+        channel._free.clear()
+        channel._blocked = math.inf
+    hold(pool, tmp_path / "open")
+    asked = [*[flooded] * 20, quiet, third, quiet]
+    with ThreadPoolExecutor(len(asked)) as threads:
+        answers = []
+        for number, directory in enumerate(asked):
+            answers.append(threads.submit(served[directory].search, queries(1), 1))
+            until(lambda n=number: sum(ray.get(pool.waiting.remote()).values()) == n)
+        (tmp_path / "open").touch()
+        assert all(answer.result(20).missing_shards == 0 for answer in answers)
+    order = ray.get(pool.__ray_call__.remote(lambda self: self.order))
+    names = {uid(one): one.name for one in (flooded, quiet, third)}
+    first = [names[one] for one in order[:6]]
+    assert first == ["flooded", "flooded", "quiet", "third", "flooded", "quiet"]
+    assert len(order) == len(asked)
+
+
+def pooled(root: Path, count: int, entries: int) -> list[Path]:
+    """So many datastores of so many entries, whose tokens differ from all others'."""
+    directories = [root / f"of-{number}" for number in range(count)]
+    for number, directory in enumerate(directories):
+        create(directory, DESCRIPTION)
+        write_segment(directory, "all", small_segment(number, utterances=entries // 5, length=5))
+        publish(directory, ["all"])
+        save_index(directory)
+    return directories
+
+
+def assert_finds_its_own(served: PooledRetriever, directory: Path) -> None:
+    """Each key's nearest entry is its own, of this datastore and no other."""
+    store = Datastore.open(directory)
+    entries = np.array([0, store.entries // 2, store.entries - 1])
+    keys = np.concatenate([store.keys(entry, entry + 1) for entry in entries])
+    found = served.search(keys, 1)
+    assert found.missing_shards == 0
+    assert found.entries[:, 0].tolist() == entries.tolist()
+    assert found.tokens[:, 0].tolist() == store.tokens[entries].tolist()
+    assert not found.distances.any()
+
+
+def test_many_datastores_are_searched_in_the_memory_of_a_few(serving, tmp_path):
+    directories = pooled(tmp_path, 50, entries=20)
+    room = 10 * 20 * DESCRIPTION.width * KEY_BYTES
+    served = [serving(one, "many", memory=room) for one in directories]
+    assert opened(served[0]) == [uid(one) for one in directories[-10:]]
+    for turn in range(2):
+        for number in np.random.default_rng(turn).permutation(50):
+            assert_finds_its_own(served[number], directories[number])
+            assert len(opened(served[number])) == 10
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_thousand_small_datastores_beside_a_large_one(serving, tmp_path):
+    """All of them are right while two of them are searched without a pause, the large one among
+    those; the pool holds a hundred open, in their memory."""
+    large = tmp_path / "large"
+    large_entries = fill_large(large)
+    directories = pooled(tmp_path, 1000, entries=200)
+    room = 100 * 200 * DESCRIPTION.width * KEY_BYTES
+    apart = serve_shards(large, 1, 0.05)
+    served = [serving(one, "thousand", memory=room) for one in directories]
+    pool = served[0]._replicas[0][0]
+    assert len(opened(served[0])) == 100
+    over = threading.Event()
+
+    def search_on(retriever):
+        searches = 0
+        while not over.is_set():
+            assert retriever.search(queries(32), 5).missing_shards == 0
+            searches += 1
+        return searches
+
+    with ThreadPoolExecutor(3) as threads:
+        busy = [threads.submit(search_on, one) for one in (apart, served[7], served[7])]
+        try:
+            before = private_bytes(pool)
+            for turn in range(2):
+                for number in np.random.default_rng(turn).permutation(1000):
+                    assert_finds_its_own(served[number], directories[number])
+                assert len(opened(served[0])) <= 100
+                assert uid(directories[7]) in opened(served[0]), "it is asked for all the time"
+            grown = private_bytes(pool) - before
+        finally:
+            over.set()
+        assert all(one.result(60) for one in busy)
+    assert apart.entries == large_entries
+    apart.close()
+    assert grown < 100e6, "what is closed is given back"
+
+
+def fill_large(directory: Path) -> int:
+    """A million entries in two shards, exactly searched; a minute's building."""
+    create(directory, DESCRIPTION)
+    for number in range(10):
+        part = small_segment(number, utterances=10_000, length=10)
+        write_segment(directory, f"part-{number}", part)
+    publish(directory, [f"part-{number}" for number in range(10)])
+    build_again(directory, Index(kind="flat", shards=2))
+    return Datastore.open(directory).entries
+
+
+def private_bytes(pool) -> int:
+    def read(_):
+        pages = [int(value) for value in Path("/proc/self/statm").read_text().split()]
+        return (pages[1] - pages[2]) * os.sysconf("SC_PAGE_SIZE")
+
+    return ray.get(pool.__ray_call__.remote(read))

@@ -1,9 +1,11 @@
 """A datastore served by actors answers as it would in one process, and without the dead ones."""
 
+import math
 import os
 import pickle
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from signal import SIGKILL
 
@@ -256,6 +258,9 @@ def test_a_shard_that_takes_too_long_counts_as_missing_and_is_left_alone(
 ):
     @ray.remote(num_cpus=0.1)
     class Stuck:
+        def address(self):
+            return None
+
         def search(self, queries, k, exclude_documents):
             time.sleep(120)
 
@@ -279,11 +284,11 @@ def test_a_shard_that_takes_too_long_counts_as_missing_and_is_left_alone(
 def test_a_replica_that_failed_is_asked_again_once_it_answers_a_ping(living, local, monkeypatch):
     sharded = ShardedRetriever([[one] for one in living], RANGES, DESCRIPTION)
 
-    def late(*_, **__):
+    def late(_):
         raise GetTimeoutError
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards.ray, "get", late)
+        patch.setattr(sharded, "_call", lambda *_: late)
         assert sharded.search(queries(2), 4).missing_shards == 2
     assert sharded.search(queries(2), 4).missing_shards == 2
     assert sharded.ping(20) == 0
@@ -419,8 +424,10 @@ def test_what_is_published_and_deleted_is_served_after_a_refresh_by_every_replic
 def test_an_actor_that_starts_again_has_taken_in_what_was_published_since(serving, growing):
     served = serving(growing)
     append(growing, "later", 15, seed=8)
+    ended = [pid_of(actor) for actor in replicas_of(served)]
     for actor in replicas_of(served):
         ray.kill(actor, no_restart=False)
+    until(lambda: not any(map(lives, ended)))
     after = LocalRetriever.load(saved_shards(growing), Datastore.open(growing))
     until(lambda: not served.ping(5))
     assert_same(served.search(queries(1), 120), after.search(queries(1), 120))
@@ -455,7 +462,7 @@ def test_an_owners_actors_are_shared_and_outlive_the_process_that_started_them(
     assert [pid_of(actor) for actor in replicas_of(again)] == started
     named = ray.util.list_named_actors(all_namespaces=True)
     for number in range(2):
-        assert {"name": f"shared-{number}-0", "namespace": NAMESPACE} in named
+        assert {"name": f"shared-index-{number}-0", "namespace": NAMESPACE} in named
     apart = serving(datastore, owner="other")
     assert not {pid_of(actor) for actor in replicas_of(apart)} & {*started}
 
@@ -487,8 +494,8 @@ def test_actors_that_nobody_asks_end_for_good_and_those_asked_live_on(serving, d
     until(lambda: not any(map(lives, processes)))
     assert [pid_of(actor) for actor in replicas_of(kept)] == alive
     names = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
-    assert {"kept-0-0", "kept-1-0"} <= names
-    assert not {"idle-0-0", "idle-1-0"} & names
+    assert {"kept-index-0-0", "kept-index-1-0"} <= names
+    assert not {"idle-index-0-0", "idle-index-1-0"} & names
     for actor in replicas_of(idle):
         with pytest.raises(ActorDiedError):
             ray.get(actor.range.remote(), timeout=10)
@@ -514,3 +521,129 @@ def test_an_actor_of_an_index_that_another_took_the_place_of_goes_on_taking_in(s
     again = serving(growing)
     assert len(replicas_of(again)) == 5
     assert_same(served.search(queries(4), 120), again.search(queries(4), 120))
+
+
+def test_an_index_that_was_built_again_in_other_shards_has_actors_of_its_own(serving, growing):
+    """Under the same owner, too: shards of both would hold entries twice."""
+    served = serving(growing, owner="rebuilt")
+    before = served.search(queries(4), 120)
+    build_again(growing, Index(kind="flat", shards=5))
+    again = serving(growing, owner="rebuilt")
+    assert [len(replicas_of(one)) for one in (served, again)] == [2, 5]
+    append(growing, "later", 15, seed=8)
+    for one in (served, again):
+        assert_same(one.search(queries(4), 90), before.top(90))
+        one.refresh()
+    after = LocalRetriever.load(saved_shards(growing), Datastore.open(growing))
+    for one in (served, again):
+        assert_same(one.search(queries(4), 120), after.search(queries(4), 120))
+
+
+def reached_directly(served: ShardedRetriever) -> ShardedRetriever:
+    """The same, once every actor is asked over a connection."""
+
+    def all_connected() -> bool:
+        served.search(queries(0), 1)
+        return all(channel._free for shard in served._channels for channel in shard)
+
+    until(all_connected)
+    return served
+
+
+def reached_through_ray(served: ShardedRetriever) -> ShardedRetriever:
+    """The same, with no connection to be had."""
+    for channel in (channel for shard in served._channels for channel in shard):
+        channel._blocked = math.inf
+        channel._free.clear()
+    return served
+
+
+WAYS = pytest.mark.parametrize("reached", [reached_directly, reached_through_ray])
+
+
+def test_what_is_searched_goes_past_ray_once_the_way_is_known(serving, datastore, local):
+    served = reached_directly(serving(datastore))
+    served._remote = None
+    asked = queries(5)
+    for excluded in (None, np.array([0, 1, -1, 4, 2])):
+        assert_same(served.search(asked, 6, excluded), local.search(asked, 6, excluded))
+
+
+@WAYS
+def test_searches_of_many_threads_are_not_mistaken_for_each_other(
+    serving, datastore, local, reached
+):
+    served = reached(serving(datastore))
+    asked = [queries(seed) for seed in range(40)]
+    with ThreadPoolExecutor(8) as threads:
+        for found, own in zip(
+            threads.map(lambda q: served.search(q, 6), asked), asked, strict=True
+        ):
+            assert_same(found, local.search(own, 6))
+
+
+@WAYS
+def test_a_mistake_is_the_same_error_either_way(serving, datastore, reached):
+    served = reached(serving(datastore))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="the keys have width 6"):
+            served.search(np.zeros((2, WIDTH + 1), np.float32), 3)
+        with pytest.raises(ValueError, match="1 exclusions for 2 queries"):
+            served.search(queries(0, 2), 3, [4])
+        with pytest.raises(TypeError):
+            served.search(queries(0, 2), 2.5)
+
+
+def hold_searches(actor: ActorHandle, begun: Path) -> None:
+    """The actor's searches take a minute from now on; one that has begun leaves its process id."""
+
+    def hold(self, begun: Path) -> None:
+        def held(*_):
+            begun.write_text(str(os.getpid()))
+            time.sleep(60)
+
+        self._shard.search = held
+
+    ray.get(actor.__ray_call__.remote(hold, begun))
+
+
+@WAYS
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_shard_that_is_killed_amid_a_search(
+    serving, datastore, local, tmp_path, reached, replicas
+):
+    """Another replica answers in its place; without one it is counted, and the others answer."""
+    served = reached(serving(datastore, replicas))
+    turn, asked, begun = next(served._turn), queries(5), tmp_path / "begun"
+    hold_searches(served._replicas[0][(turn + 1) % replicas], begun)
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(served.search, asked, 6)
+        until(lambda: begun.exists() and begun.read_text())
+        os.kill(int(begun.read_text()), SIGKILL)
+        found = answer.result(ANSWER_SECONDS / 2)
+    if replicas == 2:
+        assert_same(found, local.search(asked, 6))
+    else:
+        assert found.missing_shards == 1
+        assert np.array_equal(found.entries, local.shards[1].search(asked, 6).entries)
+    until(lambda: not served.ping(5))
+    until(lambda: not served.search(asked, 6).missing_shards)
+    assert_same(served.search(asked, 6), local.search(asked, 6))
+
+
+@WAYS
+def test_when_every_replica_of_every_shard_is_killed_searches_say_so_until_they_are_back(
+    serving, datastore, local, reached
+):
+    served = reached(serving(datastore, replicas=2))
+    ended = [pid_of(actor) for actor in replicas_of(served)]
+    for process in ended:
+        os.kill(process, SIGKILL)
+    until(lambda: not any(map(lives, ended)))
+    began = time.monotonic()
+    found = served.search(queries(5), 6)
+    assert time.monotonic() - began < ANSWER_SECONDS
+    assert found.missing_shards == 2 and (found.entries == NO_ENTRY).all()
+    until(lambda: not served.search(queries(5), 6).missing_shards)
+    for _ in range(2):
+        assert_same(served.search(queries(5), 6), local.search(queries(5), 6))
