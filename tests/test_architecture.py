@@ -40,8 +40,8 @@ WINGS = {
     ],
     "retrieval": [
         "segment", "mapped", "columns", "stored", "local", "datastore", "snapshots", "compaction",
-        "verify", "ivf", "sizing", "held_out", "index", "retrievers", "knn", "interpolation",
-        "memory", "entries", "phrases", "upkeep", "shortlist", "contexts",
+        "verify", "ivf", "sizing", "held_out", "index", "reindexing", "retrievers", "knn",
+        "interpolation", "memory", "entries", "phrases", "upkeep", "shortlist", "contexts",
     ],
     "decoding": ["confidence", "boost", "decode", "guard", "align", "engine", "tune"],
     "front door": ["recogniser", "transcribe", "contents", "client", "administration", "cli"],

@@ -20,6 +20,8 @@ SCANNED, MOST_SCANNED = 2_000, 30_000
 """Codes that a query is compared with: where tuning begins, and what it may come to."""
 RERANKED, MOST_RERANKED = 4, 16
 """Likewise of the keys that are read for each neighbour asked for."""
+GIVEN = "as the settings say"
+"""Why a kind was chosen that is not auto's choice."""
 GOOD_RECALL = 0.97
 """Where tuning ends before that."""
 
@@ -27,7 +29,7 @@ GOOD_RECALL = 0.97
 def chosen(settings: Index, entries: int, width: int) -> tuple[Index, str]:
     """Settings for so many keys of that width, and why. Those of another kind than auto stay."""
     if settings.kind != "auto":
-        return settings, f"{settings.kind}, as the settings say"
+        return settings, f"{settings.kind}, {GIVEN}"
     if entries <= FLAT_ENTRIES:
         told = f"flat: {entries:,} keys are soon compared one by one"
         return settings.model_copy(update={"kind": "flat"}), told

@@ -71,7 +71,7 @@ def test_documents_are_deleted_by_name_and_erased(directory, call):
     assert status == 1 and "no document 'nobody'" in errors
     assert lines == ["shared: 9 entries deleted", "own-1: 3 entries deleted"]
     assert call("compact", directory, "--all", "--json")[1] == [
-        json.dumps({"merged": 3, "made": 1, "erased": 12})
+        json.dumps({"merged": 3, "made": 1, "erased": 12, "index": None})
     ]
     assert call("compact", directory)[1] == ["there is nothing to merge or to erase"]
     assert Datastore.open(directory).entries_of(["own-0"]).tolist() == [3, 4, 5]
