@@ -24,7 +24,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from cluster.placement import Demand, placing
 from mmrag.records import Neighbours, Passages, merge
 from mmrag.retrieval.datastore import Datastore, describe
-from mmrag.retrieval.index import IndexShard, saved_shards
+from mmrag.retrieval.index import INDEX, IndexShard, saved_shards
 from mmrag.retrieval.segment import DatastoreError, Description
 
 ANSWER_SECONDS = 30.0
@@ -320,7 +320,8 @@ def serve_shards(
     """Start `replicas` actors for each index shard of the datastore and wait until all answer.
 
     Actors with an `owner` are named `<owner>-<shard>-<replica>`: whoever asks for the same owner
-    shares them, whatever its `datastore`, and they outlive this process. With `idle_seconds` they
+    shares them, whatever its `datastore`, and they outlive this process. Those of an index that was
+    built anew have others' names, with what its directory is called. With `idle_seconds` they
     end once nobody has asked them anything for that long; with `local` they copy their keys to that
     directory on their machines. Raises DatastoreError if no index is saved, PlacementError, naming
     the setting `key` of `num_cpus`, if the cluster cannot hold the actors, RayActorError if one
@@ -330,12 +331,13 @@ def serve_shards(
     shards = saved_shards(datastore)
     if not shards:
         raise DatastoreError(f"no index of {datastore} is saved")
+    index = shards[0].parent.name.removeprefix(INDEX)
 
     def start(shard: int, replica: int) -> ActorHandle:
         options: dict[str, Any] = {"num_cpus": num_cpus, "scheduling_strategy": "SPREAD"}
         if owner is not None:
             options |= {
-                "name": f"{owner}-{shard}-{replica}",
+                "name": f"{owner}{index}-{shard}-{replica}",
                 "namespace": NAMESPACE,
                 "lifetime": "detached",
                 "get_if_exists": True,

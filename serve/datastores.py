@@ -17,6 +17,7 @@ from mmrag.model.vocabulary import Vocabulary
 from mmrag.retrieval import upkeep
 from serve import forms, middleware, schema
 from serve.errors import ApiError
+from serve.housekeeping import APART
 from serve.messages import DatastoreSummary
 from serve.pipeline import Pipeline
 from serve.settings import Settings
@@ -116,8 +117,9 @@ class Datastores:
     ) -> dict[str, Any]:
         """Look at a datastore or keep it in order: what the task tells.
 
-        `overview`, `statistics` and `verify` change nothing; `compact` merges small segments and
-        erases what was deleted (`everything`: also where there is little); snapshots have a `name`.
+        `overview`, `statistics` and `verify` change nothing; `compact` merges small segments,
+        erases what was deleted (`everything`: also where there is little) and indexes anew where
+        much has changed, `index` always (in so many `shards`); snapshots have a `name`.
         """
         options = (given or schema.TaskOptions()).model_dump(exclude_none=True)
         known = list(signature(upkeep.TASKS[task]).parameters.values())[1:]
@@ -127,7 +129,14 @@ class Datastores:
         missing = [one.name for one in known if one.default is one.empty]
         if missing and missing[0] not in options:
             raise ApiError(422, f"{missing[0]}: {task} needs one", "missing", missing[0])
-        return await self._change(self._pipeline.retriever.tend, name, task, options)
+        try:
+            return await self._change(self._pipeline.retriever.tend, name, task, options)
+        except TimeoutError:
+            if task not in APART:
+                raise
+            longest = f"{self._settings.limits.timeout_seconds:g} s"
+            message = f"{task} takes longer than {longest} and goes on: overview tells of its end"
+            raise ApiError(504, message, "timeout") from None
 
     async def _change(self, method: Callable[..., Any], *arguments: object) -> Any:
         """What a method of the retriever makes of texts or recordings; TimeoutError if it does not

@@ -2,16 +2,19 @@
 
 import json
 import os
+import re
 import shutil
+import threading
 import time
 from signal import SIGKILL
 
 import numpy as np
 import pytest
+import ray
 
 from mmrag import cli
 from mmrag.retrieval import datastore as stored
-from mmrag.retrieval.index import save_index
+from mmrag.retrieval.index import index_directory, save_index
 from mmrag.retrieval.segment import Description
 
 SENTENCE = "please call priya raghavan tomorrow"
@@ -343,6 +346,54 @@ def test_what_somebody_else_adds_to_the_directory_is_heard(service, file, datast
     assert service.text(file, datastore=name) == SENTENCE
 
 
+def test_an_index_that_is_built_anew_is_taken_up_while_everybody_is_answered(
+    service, file, datastore, tmp_path
+):
+    """First by hand, then behind the answer to an addition that left it behind."""
+    name = datastore(NAME)
+    assert service.text(file, datastore=name) == SENTENCE
+    directory, stop, heard = service.directory / name, threading.Event(), []
+
+    def listen():
+        while not stop.is_set():
+            heard.append(service.transcribe(file, datastore=name))
+
+    def searched():
+        """The indexes whose shards have actors."""
+        named = [one["name"] for one in ray.util.list_named_actors(all_namespaces=True)]
+        found = (re.search(r"mmrag-shard-\w+?(-\w{8})?-\d-\d$", one) for one in named)
+        return {f"index{one[1]}" for one in found if one and one[1]}
+
+    def until(condition):
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    try:
+        place = f"/v1/datastores/{name}/upkeep/index"
+        built = service.request("POST", place, json={"shards": 2})
+        assert built.status_code == 200, built.text
+        assert [one["chosen"].split(":")[0] for one in built.json()["shards"]] == ["flat"] * 2
+        by_hand = index_directory(directory).name
+        until(lambda: by_hand in searched())
+        texts = ["please call Imogen Varga today", "my meeting with Odalys Brandt is at noon"]
+        added = service.request("POST", entries(name), json={"texts": texts})
+        assert added.status_code == 200, added.text
+        until(lambda: index_directory(directory).name != by_hand)
+        until(lambda: index_directory(directory).name in searched())
+    finally:
+        stop.set()
+        listener.join()
+    assert {one.status_code for one in heard} == {200}
+    assert {one.json()["text"] for one in heard} == {SENTENCE}
+    assert service.text(file, datastore=name) == SENTENCE
+    near = service.request("POST", f"/v1/datastores/{name}/search", json={"text": texts[0]})
+    assert texts[0] in {one["document"] for t in near.json()["data"] for one in t["neighbours"]}
+
+
 def test_the_command_line_looks_after_an_endpoints_datastores(
     service, file, tmp_path, capsys, request
 ):
@@ -379,6 +430,9 @@ def test_the_command_line_looks_after_an_endpoints_datastores(
     assert call("search", "afar", "東京")[0] == 1
     assert call("snapshot", "create", "afar", "both")[0] == 0
     assert json.loads(call("compact", "afar", "--all", "--json")[1])["merged"] == 2
+    status, out = call("index", "afar", "--shards", 2)
+    assert (status, out.count("flat: "), len(out.splitlines())) == (0, 2, 2)
+    assert len(json.loads(call("show", "afar", "--json")[1])["index"]) == 2
     status, out = call("delete", "afar", "imogen varga")
     assert status == 0 and out.startswith("imogen varga: ") and "entries deleted" in out
     status, said = call("create", "afar", names)
@@ -403,6 +457,8 @@ def test_the_command_line_looks_after_an_endpoints_datastores(
 @pytest.mark.parametrize(
     ("task", "given", "status", "param"),
     [
+        ("index", {"shards": 0}, 422, "shards"),
+        ("index", {"everything": True}, 400, "everything"),
         ("polish", {}, 422, "task"),
         ("verify", {"everything": True}, 400, "everything"),
         ("compact", {"everything": "perhaps"}, 422, "everything"),
