@@ -232,18 +232,14 @@ def _search(options: argparse.Namespace) -> bool:
 
 def _looked_up(options: argparse.Namespace) -> list[dict[str, Any]]:
     query = Path(options.query)
+    asked = query if query.is_file() else options.query
     if options.url is not None:
-        if query.is_file():
-            raise ValueError(f"{query}: an endpoint looks texts up; transcribe it there first")
-        return _service(options).look_up(str(options.directory), options.query, options.k)
+        return _service(options).look_up(str(options.directory), asked, options.k)
     from mmrag import contents, recogniser
     from mmrag.config import Decode
 
     decode = Decode(beams=1, length_penalty=0.6, tokens_per_second=16, max_seconds=30)
-    models, asked = (
-        recogniser.load(options.models or shipped.DEFAULT),
-        query if query.is_file() else options.query,
-    )
+    models = recogniser.load(options.models or shipped.DEFAULT)
     found = contents.look_up(options.directory, models, asked, options.k, decode)
     return [asdict(one) for one in found]
 

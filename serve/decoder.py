@@ -38,6 +38,7 @@ from serve import probe
 from serve.messages import (
     DecodeRequest,
     DecodeResult,
+    Encoded,
     InvalidRequest,
     ResolvedDatastore,
 )
@@ -133,13 +134,18 @@ class Decoder:
             )
         )
 
-    async def look_up(self, found: ResolvedDatastore, text: str, k: int) -> list[Lookup]:
-        """What a datastore finds before each token of a text; InvalidRequest for one that the model
-        cannot listen for."""
-        models = self._models
+    async def look_up(self, found: ResolvedDatastore, asked: str | Encoded, k: int) -> list[Lookup]:
+        """What a datastore finds before each token of a text, or of what is said, as it is
+        transcribed without it; InvalidRequest for a text that the model cannot listen for."""
+        models, vocabulary = self._models, self._models.vocabulary
+        query, speech = asked, None
+        if not isinstance(asked, str):
+            heard = (await self._alone(DecodeRequest(asked))).hypothesis
+            query = [token for token in heard.tokens if token != vocabulary.eos]
+            speech = vocabulary.speech_input(asked)
         try:
             return await asyncio.wrap_future(
-                self._engine.call(lambda: near(found.retriever, models, text, k))
+                self._engine.call(lambda: near(found.retriever, models, query, k, speech))
             )
         except ValueError as error:
             raise InvalidRequest(str(error)) from None
@@ -150,13 +156,17 @@ class Decoder:
 
     async def check_health(self) -> None:
         """Transcribe the probe; RuntimeError if it does not read as it did at the start."""
-        job = self._engine.submit(self._clip(DecodeRequest(self._probe), None))
-        try:
-            decoded = await asyncio.shield(asyncio.wrap_future(job.future))
-        finally:
-            job.cancel()
+        decoded = await self._alone(DecodeRequest(self._probe))
         if decoded.hypothesis.tokens != self._expected:
             raise RuntimeError("the decoder no longer transcribes the probe as it did")
+
+    async def _alone(self, request: DecodeRequest) -> Decoded:
+        """A clip transcribed without retrieval. Given up when the caller is."""
+        job = self._engine.submit(self._clip(request, None))
+        try:
+            return await asyncio.shield(asyncio.wrap_future(job.future))
+        finally:
+            job.cancel()
 
     def _clip(self, request: DecodeRequest, sources: RetrievalSources | None) -> Clip:
         decode = self._settings.decode
@@ -177,11 +187,7 @@ class Decoder:
         sources = await self._sources_of(request)
         if sources is None or sources.shortlist is None:
             return sources
-        job = self._engine.submit(self._clip(request, None))
-        try:
-            decoded = await asyncio.shield(asyncio.wrap_future(job.future))
-        finally:
-            job.cancel()
+        decoded = await self._alone(request)
         text = self._models.vocabulary.decode(decoded.hypothesis.tokens)
         return await asyncio.to_thread(sources.given, text, request.mode)
 

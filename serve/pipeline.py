@@ -18,6 +18,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from mmrag.config import RetrievalMode
+from mmrag.contents import Lookup
 from mmrag.recogniser import is_whisper
 from mmrag.records import Word
 from mmrag.speech import audio
@@ -25,12 +26,14 @@ from serve.handles import SizedHandle, by_reference
 from serve.messages import (
     DecodeRequest,
     DecodeResult,
+    Encoded,
     EncodedSegment,
     InvalidRequest,
     OutputOptions,
     PhraseList,
     ResolvedDatastore,
     Unavailable,
+    weight,
 )
 from serve.settings import Settings
 
@@ -143,6 +146,20 @@ class Pipeline:
         """An upload cut into waves, as the encoder takes them."""
         return [segment.wave.numpy() async for segment in _each(self._segments(data))]
 
+    async def encode(self, wave: np.ndarray) -> EncodedSegment | None:
+        """A wave's units; None where nobody speaks."""
+        encoder = self._encoder.of(None if self._large else wave.nbytes)
+        return await self.call(encoder.encode, wave)
+
+    async def look_up(self, name: str, asked: str | Encoded, k: int) -> list[Lookup]:
+        """What a datastore finds before each token of a text, or of what is said.
+
+        Raises UnknownDatastore, DatastoreError or InvalidRequest where that cannot be.
+        """
+        found = await self.call(self.retriever.resolve, name)
+        size = len(asked.encode()) if isinstance(asked, str) else weight(asked)
+        return await self.call(self._decoder.of(size).look_up, found, asked, k)
+
     async def call(self, method: Callable[..., Any], *arguments: object) -> Any:
         """Call a deployment, again if its replica dies meanwhile.
 
@@ -168,9 +185,7 @@ class Pipeline:
         where: tuple[float, float] = (0.0, 0.0)
         try:
             async for segment in _each(self._segments(data)):
-                wave = segment.wave.numpy()
-                encoder = self._encoder.of(None if self._large else wave.nbytes)
-                ahead = asyncio.create_task(self.call(encoder.encode, wave))
+                ahead = asyncio.create_task(self.encode(segment.wave.numpy()))
                 done, encoding = encoding, ahead
                 if done is not None:
                     yield *where, await done

@@ -6,13 +6,15 @@ import re
 import shutil
 import threading
 import time
+from dataclasses import asdict
 from signal import SIGKILL
 
 import numpy as np
 import pytest
 import ray
 
-from mmrag import cli
+from mmrag import cli, contents
+from mmrag import recogniser as recognisers
 from mmrag.retrieval import datastore as stored
 from mmrag.retrieval.index import index_directory, save_index
 from mmrag.retrieval.segment import Description
@@ -394,6 +396,47 @@ def test_an_index_that_is_built_anew_is_taken_up_while_everybody_is_answered(
     assert texts[0] in {one["document"] for t in near.json()["data"] for one in t["neighbours"]}
 
 
+def test_a_recording_is_looked_up_as_it_is_in_a_directory(
+    service, file, clip, write, wave, datastore, refused, tmp_path
+):
+    name = datastore(NAME, "imogen varga")
+
+    def search(data, **form):
+        place = f"/v1/datastores/{name}/search"
+        return service.request("POST", place, files={"file": ("a", data)}, data=form)
+
+    def compared(found):
+        """Token, and of each neighbour what does not hang on rounding."""
+        return [
+            (one["token"], [(n["entry"], n["document"], n["window"]) for n in one["neighbours"]])
+            for one in found
+        ]
+
+    (tmp_path / "clip").write_bytes(file)
+    settings = service.settings.decode
+    recogniser = recognisers.load(service.settings.model)
+    own = contents.look_up(service.directory / name, recogniser, tmp_path / "clip", 3, settings)
+    answer = search(file, k=3)
+    assert answer.status_code == 200, answer.text
+    found = answer.json()["data"]
+    assert compared(found) == compared([asdict(one) for one in own]) and len(found) > 5
+    apart = [n["distance"] for one in found for n in one["neighbours"]]
+    np.testing.assert_allclose(apart, [n.distance for o in own for n in o.neighbours], rtol=1e-3)
+    ogg = search(write(wave(SENTENCE), "OGG", subtype="VORBIS"))
+    assert ogg.status_code == 200 and len(ogg.json()["data"][0]["neighbours"]) == 4
+    silent = write(np.zeros(16_000, np.float32), "WAV")
+    assert "nobody speaks" in refused(search(silent), 400, None, "file")
+    refused(search(clip(SENTENCE, SENTENCE, SENTENCE)), 413, "too_long", "file")
+    refused(search(b"no audio"), 400, "unreadable_audio", "file")
+    refused(search(file, k=0), 422, "greater_than_equal", "k")
+    refused(search(file, text="a"), 400, "unknown", "text")
+    place = f"/v1/datastores/{name}/search"
+    empty = service.request("POST", place, json={"text": "  "})
+    assert "nothing to look up" in refused(empty, 400, None, "text")
+    none = service.request("POST", place, files={"k": (None, "3")})
+    refused(none, 422, "value_error", "file")
+
+
 def test_the_command_line_looks_after_an_endpoints_datastores(
     service, file, tmp_path, capsys, request
 ):
@@ -426,7 +469,13 @@ def test_the_command_line_looks_after_an_endpoints_datastores(
     assert {near["document"] for one in found for near in one["neighbours"]} >= {NAME}
     assert NAME in call("search", "afar", NAME)[1]
     assert "--models goes without --url" in call("search", "afar", NAME, "--models", "x")[1]
-    assert "an endpoint looks texts up" in call("search", "afar", names)[1]
+    recording = tmp_path / "call.flac"
+    recording.write_bytes(file)
+    status, out = call("search", "afar", recording, "-k", 2, "--json")
+    looked_up = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and all(len(one["neighbours"]) == 2 for one in looked_up)
+    assert {near["document"] for one in looked_up for near in one["neighbours"]} >= {NAME}
+    assert "answers 400: uploaded audio" in call("search", "afar", names)[1]
     assert call("search", "afar", "東京")[0] == 1
     assert call("snapshot", "create", "afar", "both")[0] == 0
     assert json.loads(call("compact", "afar", "--all", "--json")[1])["merged"] == 2
