@@ -70,18 +70,21 @@ class Service:
         datastore: str | None = None,
         phrases: Sequence[str] = (),
         retrieval: str | None = None,
+        shortlist: int | None = None,
     ) -> Iterator[str | Answer]:
         """The text of a file piece by piece, then the answer, which is what counts: a segment may
         have been made again.
 
-        `datastore` is a name on the service, `phrases` are listened for in this file alone. Raises
-        OSError if the file cannot be read, else ServiceError.
+        `datastore` is a name on the service, `phrases` are listened for in this file alone; of many
+        of either, in each segment for a `shortlist` of so many. Raises OSError if the file cannot
+        be read, else ServiceError.
         """
         form = [  # what is None is not sent
             ("stream", "true"),
             ("include[]", "retrieval"),
             ("datastore", datastore),
             ("retrieval", retrieval),
+            ("shortlist", None if shortlist is None else str(shortlist)),
             *(("context[]", phrase) for phrase in phrases),
         ]
         with path.open("rb") as file, self._accepted(file, form) as response:

@@ -50,6 +50,8 @@ class TranscriptionOptions:
 
     datastore: str | None = None
     phrases: Sequence[str] = ()
+    shortlist: int | None = None
+    """As in `DecodeRequest`."""
     retrieval: RetrievalMode | None = None
     """None: kNN-LM and cross-attention where there is something to look up."""
     output: OutputOptions = field(default_factory=OutputOptions)
@@ -202,6 +204,7 @@ class Pipeline:
 
         Raises UnknownDatastore, DatastoreError or InvalidRequest where that cannot be.
         """
+        self._check_shortlist(options)
         found: ResolvedDatastore | None = None
         phrase_list: PhraseList | None = None
         mode = options.retrieval or "both"
@@ -213,7 +216,11 @@ class Pipeline:
             if options.retrieval not in (None, "none"):
                 raise InvalidRequest(f"retrieval {options.retrieval} needs a datastore or context")
             mode = "none"
-        elif options.retrieval is None and not await self.reads():
+        if options.shortlist and phrase_list is None and found.phrases is None:
+            name = options.datastore
+            message = f"shortlist: the documents of {name!r} are no phrases"
+            raise InvalidRequest(message, "shortlist")
+        if options.retrieval is None and mode != "none" and not await self.reads():
             mode = "knn"
         return lambda encoded: DecodeRequest(
             units=encoded.units,
@@ -221,8 +228,21 @@ class Pipeline:
             mode=mode,
             datastore=found,
             phrases=phrase_list,
+            shortlist=options.shortlist,
             output=options.output,
         )
+
+    def _check_shortlist(self, options: TranscriptionOptions) -> None:
+        """InvalidRequest where it would have no effect."""
+        if options.shortlist is None:
+            return
+        given = [bool(options.datastore), bool(options.phrases)]
+        if options.retrieval == "none" or not any(given):
+            message = "shortlist: there is nothing to look up that it shortens"
+            raise InvalidRequest(message, "shortlist")
+        if all(given):
+            message = "shortlist: of a datastore or of context, and not of both"
+            raise InvalidRequest(message, "shortlist")
 
     async def _phrase_list(self, phrases: Sequence[str]) -> PhraseList:
         """Phrases as entries, put where every decoder finds them.

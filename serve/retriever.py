@@ -36,7 +36,7 @@ from mmrag.retrieval import datastore as stored
 from mmrag.retrieval import upkeep
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.index import index_directory, save_index, saved_shards
-from mmrag.retrieval.phrases import Phrases
+from mmrag.retrieval.phrases import Phrases, are_phrases
 from mmrag.retrieval.segment import DatastoreError, Segment, join
 from mmrag.retrieval.snapshots import SnapshotError
 from serve.additions import Additions
@@ -84,7 +84,7 @@ class Retriever:
         self._settings = settings
         self._decoder = by_reference(decoder)
         known = described(settings)
-        self._keyed_by = known.keyed_by
+        self._keyed_by, self._vocabulary = known.keyed_by, known.vocabulary
         self._additions = Additions(by_reference(encoder), self._decoder, known.vocabulary)
         self._tuned = tuned_below(settings)
         self._app = serve.get_replica_context().app_name
@@ -351,7 +351,9 @@ class Retriever:
             names = [document for document, _ in documents]
             whole = Phrases(datastore).first_mentions(names) if names else np.empty(0, np.int64)
         key = f"{uid}-{'-'.join(map(str, version))}-{index}"
-        return ResolvedDatastore(key, uid, retriever, chosen.knn, chosen.both, read, whole)
+        listed = are_phrases(datastore, self._vocabulary, [document for document, _ in documents])
+        found = key, uid, retriever, chosen.knn, chosen.both, read, whole
+        return ResolvedDatastore(*found, datastore.directory if listed else None)
 
     def _require_room(self, name: str) -> None:
         """Raises DatastoreExists, or InvalidRequest where there are as many as there may be."""

@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from dataclasses import asdict
+from random import Random
 from signal import SIGKILL
 
 import numpy as np
@@ -15,9 +16,11 @@ import ray
 
 from mmrag import cli, contents
 from mmrag import recogniser as recognisers
+from mmrag.corpora.synthetic import make_names
 from mmrag.retrieval import datastore as stored
 from mmrag.retrieval.index import index_directory, save_index
-from mmrag.retrieval.segment import Description
+from mmrag.retrieval.phrases import WINDOW
+from mmrag.retrieval.segment import Description, Segment, windows_of
 
 SENTENCE = "please call priya raghavan tomorrow"
 NAME = "priya raghavan"
@@ -346,6 +349,65 @@ def test_what_somebody_else_adds_to_the_directory_is_heard(service, file, datast
     assert service.text(file, datastore="copied") == SENTENCE
     service.request("DELETE", "/v1/datastores/copied")
     assert service.text(file, datastore=name) == SENTENCE
+
+
+LONG = "quentin ashdown"
+"""Of a long list, the name that is said."""
+
+
+@pytest.fixture
+def contacts(service):
+    """Some hundred names, more than any model reads whole: LONG as it is read, and others whose
+    keys say nothing, which takes less time than reading them."""
+    made = make_names(1)
+    families = sorted(name for group in made.family.values() for name in group)
+    draw, models = Random(0), recognisers.load(service.settings.model)
+    names = sorted({f"{draw.choice(made.first)} {draw.choice(families)}" for _ in range(400)})
+    directory = service.directory / "contacts"
+    contents.create(directory, [LONG], models, spoken=False)
+    said = [np.array(models.vocabulary.encode(name)) for name in names]
+    counts = [len(tokens) for tokens in said]
+    others = Segment(
+        keys=np.random.default_rng(0).normal(0, 9, (sum(counts), models.lm.width)),
+        tokens=np.concatenate(said),
+        windows=np.concatenate([windows_of(tokens, WINDOW) for tokens in said]),
+        positions=np.concatenate([np.arange(count) for count in counts]),
+        utterances=np.repeat(np.arange(len(said)), counts),
+        names=[(name, name) for name in names],
+    )
+    stored.write_segment(directory, "others", others)
+    stored.publish(directory, ["others"])
+    yield "contacts"
+    service.request("DELETE", "/v1/datastores/contacts")
+
+
+def test_of_many_phrases_those_are_read_that_may_have_been_said(
+    service, file, clip, contacts, datastore, refused
+):
+    call = clip(f"please call {LONG} tomorrow")
+    assert LONG not in service.text(call)
+    for asked in ({}, {"shortlist": 3}, {"retrieval": "knn"}):
+        told = service.transcribe(call, datastore=contacts, include=["retrieval"], **asked)
+        assert told.status_code == 200, told.text
+        assert told.json()["text"] == f"please call {LONG} tomorrow"
+        changed = [word["source"]["document"] for word in told.json()["words"] if word["changed"]]
+        assert set(changed) == {LONG}
+    assert service.transcribe(call, datastore=contacts, shortlist=0).status_code == 200
+    added = service.request("POST", entries(contacts), json={"texts": ["tamsin pryce"]})
+    assert added.json()["added"] > 0
+    assert LONG in service.text(call, datastore=contacts), "the list is another one now"
+    few = datastore(NAME)
+    assert service.text(file, datastore=few, shortlist=1) == SENTENCE
+    assert LONG in service.text(call, context=[LONG, "imogen varga"], shortlist=1)
+    both = service.transcribe(file, datastore=few, context=[NAME], shortlist=1)
+    assert "not of both" in refused(both, 400, None, "shortlist")
+    alone = service.transcribe(file, shortlist=1)
+    assert "nothing to look up" in refused(alone, 400, None, "shortlist")
+    negative = service.transcribe(file, datastore=few, shortlist=-1)
+    refused(negative, 422, "greater_than_equal", "shortlist")
+    sentences = datastore("please call priya raghavan tomorrow at noon or in the evening")
+    no_list = service.transcribe(file, datastore=sentences, shortlist=2)
+    assert "are no phrases" in refused(no_list, 400, None, "shortlist")
 
 
 def test_an_index_that_is_built_anew_is_taken_up_while_everybody_is_answered(
