@@ -166,6 +166,21 @@ def test_an_index_is_built_anew(directory, call):
     assert status == 1 and "shards" in errors
 
 
+def test_compaction_indexes_anew_what_fell_behind_and_says_so(directory, call):
+    call("index", directory, "--shards", 2)
+    fill(directory, 3, first=10)
+    status, lines, _ = call("compact", directory)
+    assert status == 0 and lines == [
+        "indexed anew, since 18 entries were added to the 18 that were indexed:",
+        *["flat: 18 keys are soon compared one by one"] * 2,
+    ]
+    assert call("compact", directory)[1] == ["there is nothing to merge or to erase"]
+    fill(directory, 3, first=20)
+    status, [line], _ = call("compact", directory, "--all", "--json")
+    told = json.loads(line)
+    assert (told["merged"], [one["entries"] for one in told["index"]["shards"]]) == (9, [27, 27])
+
+
 def test_statistics_say_how_a_datastore_is_filled(directory, call):
     status, [line], _ = call("stats", directory, "--json")
     told = json.loads(line)

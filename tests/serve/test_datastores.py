@@ -300,6 +300,9 @@ def test_a_damaged_datastore_is_refused_and_the_others_are_listed(
     (service.directory / broken / "segments.json").write_text("{")
     refused(service.transcribe(file, datastore=broken), 503, "unusable")
     refused(service.request("GET", f"/v1/datastores/{broken}"), 503, "unusable")
+    for task in ("overview", "compact", "index"):
+        tended = service.request("POST", f"/v1/datastores/{broken}/upkeep/{task}", json={})
+        refused(tended, 503, "unusable")
     every = service.request("GET", "/v1/datastores")
     assert every.status_code == 200, every.text
     assert good in [one["id"] for one in every.json()["data"]]
