@@ -37,6 +37,7 @@ from mmrag.retrieval import upkeep
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.index import index_directory, save_index, saved_shards
 from mmrag.retrieval.phrases import Phrases, are_phrases
+from mmrag.retrieval.reindexing import behind
 from mmrag.retrieval.segment import DatastoreError, Segment, join
 from mmrag.retrieval.snapshots import SnapshotError
 from serve.additions import Additions
@@ -185,7 +186,7 @@ class Retriever:
         cannot be done, DatastoreError if it is damaged."""
         path, work = self._path(name), upkeep.TASKS[task]
         try:
-            if task in APART:
+            if task in APART and (task != "compact" or await asyncio.to_thread(behind, path)):
                 return await self._housekeeping.apart(work, path, given)
             told = await asyncio.to_thread(work, path, **given)
         except (SnapshotError, ValueError) as error:

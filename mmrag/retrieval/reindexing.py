@@ -87,7 +87,8 @@ def _outgrown(last: dict, entries: int, width: int) -> str | None:
     chosen, _ = sizing.chosen(asked_for(last), size, width)
     if chosen.kind == last["settings"]["kind"]:
         return None
-    return f"the last shard has grown to {size:,} entries, too many for {last['settings']['kind']}"
+    kind = last["settings"]["kind"]
+    return f"the last shard has grown to {size:,} entries, for which auto does not choose {kind}"
 
 
 def _grown(shards: list[dict], entries: int) -> str | None:

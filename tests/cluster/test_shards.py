@@ -514,3 +514,12 @@ def test_an_actor_of_an_index_that_another_took_the_place_of_goes_on_taking_in(s
     again = serving(growing)
     assert len(replicas_of(again)) == 5
     assert_same(served.search(queries(4), 120), again.search(queries(4), 120))
+
+
+def test_an_index_that_was_built_anew_has_actors_of_its_own_whoever_owns_them(serving, growing):
+    before = serving(growing, owner="rebuilt")
+    build_again(growing, Index(kind="flat", shards=3))
+    after = serving(growing, owner="rebuilt")
+    assert [len(replicas_of(one)) for one in (before, after)] == [2, 3]
+    assert not {pid_of(one) for one in replicas_of(before)} & set(map(pid_of, replicas_of(after)))
+    assert_same(before.search(queries(4), 60), after.search(queries(4), 60))
