@@ -73,7 +73,10 @@ def add_commands(commands: Any) -> None:
     ):
         kept.append(command(name, run, help))
         kept[-1].add_argument("directory", type=Path)
-    compacting = command("compact", _compact, "merge small segments, and erase what was deleted")
+    compacting = command(
+        *("compact", _compact),
+        "merge small segments, erase what was deleted, and index it anew where much has changed",
+    )
     compacting.add_argument("directory", type=Path)
     compacting.add_argument(
         "--all", action="store_true", help="also where there is little to merge or to erase"
@@ -95,7 +98,8 @@ def add_commands(commands: Any) -> None:
     snapshot.add_argument("action", choices=("create", "list", "rollback", "drop"))
     snapshot.add_argument("directory", type=Path)
     snapshot.add_argument("name", nargs="?", help="of the snapshot; not for list")
-    for one in (listing, creating, adding, deleting, searching, *kept, compacting, snapshot):
+    changing = (creating, adding, deleting, compacting, indexing, snapshot)
+    for one in (listing, searching, *kept, *changing):
         one.add_argument(
             "--url",
             help="of a running endpoint, whose datastore's name then stands for the directory; the "
@@ -228,18 +232,14 @@ def _search(options: argparse.Namespace) -> bool:
 
 def _looked_up(options: argparse.Namespace) -> list[dict[str, Any]]:
     query = Path(options.query)
+    asked = query if query.is_file() else options.query
     if options.url is not None:
-        if query.is_file():
-            raise ValueError(f"{query}: an endpoint looks texts up; transcribe it there first")
-        return _service(options).look_up(str(options.directory), options.query, options.k)
+        return _service(options).look_up(str(options.directory), asked, options.k)
     from mmrag import contents, recogniser
     from mmrag.config import Decode
 
     decode = Decode(beams=1, length_penalty=0.6, tokens_per_second=16, max_seconds=30)
-    models, asked = (
-        recogniser.load(options.models or shipped.DEFAULT),
-        query if query.is_file() else options.query,
-    )
+    models = recogniser.load(options.models or shipped.DEFAULT)
     found = contents.look_up(options.directory, models, asked, options.k, decode)
     return [asdict(one) for one in found]
 
@@ -318,22 +318,22 @@ def _verify(options: argparse.Namespace) -> bool:
 
 def _compact(options: argparse.Namespace) -> bool:
     done = _done(options, "compact", everything=options.all)
-    line = "there is nothing to merge or to erase"
+    lines = []
     if done["made"]:
-        line = "{merged} segments became {made}; {erased} deleted entries are erased".format(**done)
-    return _told(options, done, line)
+        line = "{merged} segments became {made}; {erased} deleted entries are erased"
+        lines.append(line.format(**done))
+    if again := done["index"]:
+        lines.append(f"indexed anew, since {again['why']}:")
+        lines += [_shard(one["chosen"], one["recall"]) for one in again["shards"]]
+    return _told(options, done, "\n".join(lines) or "there is nothing to merge or to erase")
 
 
 def _index(options: argparse.Namespace) -> bool:
-    from mmrag.config import Index
-    from mmrag.retrieval.index import build_again
-
     given = {"entry_bytes": options.entry_bytes, "min_recall": options.min_recall}
     given = {name: value for name, value in given.items() if value is not None}
-    settings = Index(kind=options.kind, shards=options.shards, **given)
-    for shard in build_again(options.directory, settings):
-        told = {"entries": shard.stop - shard.start, "chosen": shard.why, "recall": shard.recall}
-        _told(options, told, _shard(shard.why, shard.recall))
+    done = _done(options, "index", kind=options.kind, shards=options.shards, **given)
+    for one in done["shards"]:
+        _told(options, one, _shard(one["chosen"], one["recall"]))
     return False
 
 

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 RETRIEVALS = ("none", "knn", "cross_attention", "both")
 IN_PROCESS = {
     "models": shipped.DEFAULT,
-    "shortlist": None,
     "weight": None,
     "beams": 1,
     "language": None,
@@ -134,7 +133,8 @@ def _there(options: argparse.Namespace) -> bool:
         sys.exit(f"mmrag: {error}")
     failed = False
     for file in options.files:
-        parts = service.transcribe(file, options.datastore, phrases, options.retrieval)
+        asked = options.datastore, phrases, options.retrieval, options.shortlist
+        parts = service.transcribe(file, *asked)
         try:
             answer = _followed(parts, visibly=console.is_terminal and not options.json)
         except (ServiceError, OSError) as error:

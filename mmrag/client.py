@@ -70,18 +70,21 @@ class Service:
         datastore: str | None = None,
         phrases: Sequence[str] = (),
         retrieval: str | None = None,
+        shortlist: int | None = None,
     ) -> Iterator[str | Answer]:
         """The text of a file piece by piece, then the answer, which is what counts: a segment may
         have been made again.
 
-        `datastore` is a name on the service, `phrases` are listened for in this file alone. Raises
-        OSError if the file cannot be read, else ServiceError.
+        `datastore` is a name on the service, `phrases` are listened for in this file alone; of many
+        of either, in each segment for a `shortlist` of so many. Raises OSError if the file cannot
+        be read, else ServiceError.
         """
         form = [  # what is None is not sent
             ("stream", "true"),
             ("include[]", "retrieval"),
             ("datastore", datastore),
             ("retrieval", retrieval),
+            ("shortlist", None if shortlist is None else str(shortlist)),
             *(("context[]", phrase) for phrase in phrases),
         ]
         with path.open("rb") as file, self._accepted(file, form) as response:
@@ -118,10 +121,19 @@ class Service:
         place = f"{DATASTORES}/{quote(name, safe='')}/entries"
         return self._asked("DELETE", place, params={"document": document})
 
-    def look_up(self, name: str, text: str, k: int) -> list[dict[str, Any]]:
-        """What a datastore finds before each token of a text. Raises ServiceError."""
+    def look_up(self, name: str, query: str | Path, k: int) -> list[dict[str, Any]]:
+        """What a datastore finds before each token of a text, or of what is said in a recording.
+
+        Raises OSError if the recording cannot be read, else ServiceError.
+        """
         place = f"{DATASTORES}/{quote(name, safe='')}/search"
-        return self._asked("POST", place, json={"text": text, "k": k})["data"]
+        if isinstance(query, str):
+            return self._asked("POST", place, json={"text": query, "k": k})["data"]
+        with query.open("rb") as file, self._accepted(file, [("k", str(k))], place) as response:
+            try:
+                return self._understood(response)["data"]
+            except requests.RequestException as error:
+                raise ServiceError(f"the answer broke off: {_reason(error)}") from error
 
     def tend(self, name: str, task: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """What a task of `retrieval.upkeep` tells of a datastore. Raises ServiceError."""
@@ -141,17 +153,20 @@ class Service:
             raise ServiceError(f"no answer from {self.url}: {_reason(error)}") from error
         if not response.ok or response.is_redirect:
             raise ServiceError(self._refusal(response))
+        return self._understood(response)
+
+    def _understood(self, response: requests.Response) -> dict[str, Any]:
         try:
             return response.json()
         except ValueError as error:
             raise ServiceError(f"the answer of {self.url} is no JSON: {error}") from error
 
     def _accepted(
-        self, file: BinaryIO, form: Sequence[tuple[str, str | None]]
+        self, file: BinaryIO, form: Sequence[tuple[str, str | None]], place: str = ROUTE
     ) -> requests.Response:
         """The successful response to an upload, its body yet to be read."""
         attempts = 1
-        while (response := self._sent(file, form)).status_code != 200:
+        while (response := self._sent(file, form, place)).status_code != 200:
             with response:
                 if response.status_code != 429 or attempts == ATTEMPTS:
                     raise ServiceError(self._refusal(response))
@@ -159,11 +174,13 @@ class Service:
             attempts += 1
         return response
 
-    def _sent(self, file: BinaryIO, form: Sequence[tuple[str, str | None]]) -> requests.Response:
+    def _sent(
+        self, file: BinaryIO, form: Sequence[tuple[str, str | None]], place: str
+    ) -> requests.Response:
         upload = _Upload(file, form)
         try:
             return self._session.post(
-                self.url + ROUTE,
+                self.url + place,
                 data=upload,
                 headers={"Content-Type": upload.kind},
                 stream=True,

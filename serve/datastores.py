@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from inspect import signature
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
+import numpy as np
 from fastapi import APIRouter, Query, Request
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 
 from mmrag.config import SLUG
@@ -17,7 +18,8 @@ from mmrag.model.vocabulary import Vocabulary
 from mmrag.retrieval import upkeep
 from serve import forms, middleware, schema
 from serve.errors import ApiError
-from serve.messages import DatastoreSummary
+from serve.housekeeping import APART
+from serve.messages import DatastoreSummary, Encoded
 from serve.pipeline import Pipeline
 from serve.settings import Settings
 
@@ -25,6 +27,9 @@ ALL = "/v1/datastores"
 ONE, ENTRIES = f"{ALL}/{{name}}", f"{ALL}/{{name}}/entries"
 SEARCH = f"{ONE}/search"
 UPKEEP = f"{ONE}/upkeep/{{task}}"
+
+
+Body = TypeVar("Body", bound=BaseModel)
 
 
 class Datastores:
@@ -39,15 +44,18 @@ class Datastores:
         """All of them."""
         router = APIRouter()
         name = {"name": {"type": "string", "pattern": SLUG}}
-        made = _takes(schema.NewDatastore, name)
+        many = {"file": {"type": "string", "format": "binary"}, "text": {"type": "string"}}
+        said = {name: {"type": "array", "items": one} for name, one in many.items()}
+        made = _takes(schema.NewDatastore, name | said, [*name, *said])
+        clip = {"file": many["file"], "k": schema.Query.model_json_schema()["properties"]["k"]}
         router.get(ALL)(self.datastores)
         router.post(ALL, status_code=201, openapi_extra=made)(self.create)
         router.get(ONE)(self.datastore)
         router.delete(ONE)(self.delete)
         router.get(ENTRIES)(self.documents)
-        router.post(ENTRIES, openapi_extra=_takes(schema.NewEntries, {}))(self.add)
+        router.post(ENTRIES, openapi_extra=_takes(schema.NewEntries, said, list(said)))(self.add)
         router.delete(ENTRIES)(self.remove)
-        router.post(SEARCH)(self.search)
+        router.post(SEARCH, openapi_extra=_takes(schema.Query, clip, ["file"]))(self.search)
         router.post(UPKEEP)(self.tend)
         return router
 
@@ -101,23 +109,22 @@ class Datastores:
         deleted, entries = await self._pipeline.call(retriever.remove, name, document)
         return schema.DeletedEntries(datastore=name, deleted=deleted, entries=entries)
 
-    async def search(self, name: str, asked: schema.Query) -> schema.Found:
-        """What a datastore finds before each token of a text, as a decoder would."""
-        limits = self._settings.limits
-        [text] = schema.bounded_texts([asked.text], 1, "text", limits, self._vocabulary)
-        found = await self._pipeline.call(self._pipeline.retriever.resolve, name)
-        decoder = self._pipeline.decoder
-        return schema.Found(
-            data=[asdict(one) for one in await self._change(decoder.look_up, found, text, asked.k)]
-        )
+    async def search(self, name: str, request: Request) -> schema.Found:
+        """What a datastore finds before each token of a text, or of what is said in a recording, as
+        a decoder would."""
+        async with asyncio.timeout(self._settings.limits.timeout_seconds):
+            query, k = await self._query(request)
+            found = await self._pipeline.look_up(name, query, k)
+        return schema.Found(data=[asdict(one) for one in found])
 
     async def tend(
         self, name: str, task: schema.Task, given: schema.TaskOptions | None = None
     ) -> dict[str, Any]:
         """Look at a datastore or keep it in order: what the task tells.
 
-        `overview`, `statistics` and `verify` change nothing; `compact` merges small segments and
-        erases what was deleted (`everything`: also where there is little); snapshots have a `name`.
+        `overview`, `statistics` and `verify` change nothing; `compact` merges small segments,
+        erases what was deleted (`everything`: also where there is little) and indexes anew where
+        much has changed, `index` always (in so many `shards`); snapshots have a `name`.
         """
         options = (given or schema.TaskOptions()).model_dump(exclude_none=True)
         known = list(signature(upkeep.TASKS[task]).parameters.values())[1:]
@@ -127,7 +134,14 @@ class Datastores:
         missing = [one.name for one in known if one.default is one.empty]
         if missing and missing[0] not in options:
             raise ApiError(422, f"{missing[0]}: {task} needs one", "missing", missing[0])
-        return await self._change(self._pipeline.retriever.tend, name, task, options)
+        try:
+            return await self._change(self._pipeline.retriever.tend, name, task, options)
+        except TimeoutError:
+            if task not in APART:
+                raise
+            longest = f"{self._settings.limits.timeout_seconds:g} s"
+            message = f"{task} takes longer than {longest} and goes on: overview tells of its end"
+            raise ApiError(504, message, "timeout") from None
 
     async def _change(self, method: Callable[..., Any], *arguments: object) -> Any:
         """What a method of the retriever makes of texts or recordings; TimeoutError if it does not
@@ -135,12 +149,47 @@ class Datastores:
         async with asyncio.timeout(self._settings.limits.timeout_seconds):
             return await self._pipeline.call(method, *arguments)
 
+    async def _query(self, request: Request) -> tuple[str | Encoded, int]:
+        """What is to be looked up, from JSON or a form, and how many neighbours."""
+        if not _is_form(request):
+            asked = _checked(schema.Query, await request.body())
+            limits = self._settings.limits
+            texts = schema.bounded_texts([asked.text], 1, "text", limits, self._vocabulary)
+            if not texts:
+                raise ApiError(400, "text: nothing to look up", None, "text")
+            return texts[0], asked.k
+        form = await request.form(max_files=forms.MORE_FIELDS, max_fields=forms.MORE_FIELDS)
+        forms.check_fields(form, ("file", "k"), ())
+        if not isinstance(form.get("file"), UploadFile):
+            raise ApiError(422, "file: send a file", "value_error", "file")
+        given = {name: form[name] for name in ("k",) if name in form}
+        k = _checked(schema.Query, {"text": "", **given}).k
+        [wave], _ = await self._recording(form["file"], self._settings.limits.audio_seconds)
+        encoded = await self._pipeline.encode(wave)
+        if encoded is None:
+            raise ApiError(400, "file: nobody speaks in the recording", None, "file")
+        return encoded.units, k
+
+    async def _recording(self, upload: UploadFile, room: float) -> tuple[list[np.ndarray], float]:
+        """The one wave of a recording, and its seconds, of which there is `room` for so many."""
+        content = await upload.read()
+        seconds = await self._pipeline.seconds(content)
+        if seconds > room:
+            longest = f"{self._settings.limits.audio_seconds:g} s"
+            raise ApiError(413, f"more than {longest} of audio at a time", "too_long", "file")
+        waves = await self._pipeline.waves(content)
+        if len(waves) != 1:
+            longest = self._settings.decode.max_seconds
+            message = f"a recording is longer than {longest:g} s: cut it up"
+            raise ApiError(413, message, "too_long", "file")
+        return waves, seconds
+
     async def _additions(
         self, request: Request, kind: type[schema.NewEntries]
     ) -> tuple[schema.NewEntries, list[list[Any]] | None]:
         """What is to be added, from JSON or a form; with the waves of each recording, if any."""
         limits, data, param = self._settings.limits, [], "texts"
-        if request.headers["content-type"].lower().startswith(middleware.FORM):
+        if _is_form(request):
             most = limits.texts + forms.MORE_FIELDS
             form = await request.form(max_files=most, max_fields=most)
             param, single = "text", kind.model_fields.keys() - {"texts"}
@@ -152,13 +201,7 @@ class Datastores:
             given["texts"] = form.getlist("text")
         else:
             given = await request.body()
-        try:
-            asked = kind.model_validate_json(given) if isinstance(given, bytes) else kind(**given)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            named = ".".join(map(str, problem["loc"])) or None
-            message = f"{named or 'body'}: {problem['msg']}"
-            raise ApiError(422, message, problem["type"], named) from None
+        asked = _checked(kind, given)
         texts = schema.bounded_texts(asked.texts, limits.texts, param, limits, self._vocabulary)
         asked = asked.model_copy(update={"texts": texts})
         if not data:
@@ -169,24 +212,30 @@ class Datastores:
             raise ApiError(400, message, None, "text")
         recordings, seconds = [], 0.0
         for one in data:
-            content = await one.read()
-            seconds += await self._pipeline.seconds(content)
-            if seconds > limits.audio_seconds:
-                message = f"more than {limits.audio_seconds:g} s of audio at a time"
-                raise ApiError(413, message, "too_long", "file")
-            recordings.append(await self._pipeline.waves(content))
-            if len(recordings[-1]) != 1:
-                longest = self._settings.decode.max_seconds
-                message = f"a recording is longer than {longest:g} s: cut it up"
-                raise ApiError(413, message, "too_long", "file")
+            waves, own = await self._recording(one, limits.audio_seconds - seconds)
+            seconds += own
+            recordings.append(waves)
         return asked, recordings
 
 
-def _takes(kind: type[schema.NewEntries], form: dict[str, Any]) -> dict[str, Any]:
-    """The OpenAPI description of a body that is JSON of this kind, or a form with recordings."""
-    many = {"file": {"type": "string", "format": "binary"}, "text": {"type": "string"}}
-    fields = form | {name: {"type": "array", "items": one} for name, one in many.items()}
-    recordings = {"type": "object", "properties": fields, "required": list(fields)}
+def _is_form(request: Request) -> bool:
+    return request.headers["content-type"].lower().startswith(middleware.FORM)
+
+
+def _checked(kind: type[Body], given: bytes | dict[str, Any]) -> Body:
+    """A body of this kind; ApiError (422), which names the field, for another."""
+    try:
+        return kind.model_validate_json(given) if isinstance(given, bytes) else kind(**given)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        named = ".".join(map(str, problem["loc"])) or None
+        message = f"{named or 'body'}: {problem['msg']}"
+        raise ApiError(422, message, problem["type"], named) from None
+
+
+def _takes(kind: type[Body], form: dict[str, Any], required: Sequence[str]) -> dict[str, Any]:
+    """The OpenAPI description of a body that is JSON of this kind, or a form of these fields."""
+    recordings = {"type": "object", "properties": form, "required": list(required)}
     content = {middleware.JSON: kind.model_json_schema(), middleware.FORM: recordings}
     kinds = {name: {"schema": one} for name, one in content.items()}
     return {"requestBody": {"required": True, "content": kinds}}

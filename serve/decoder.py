@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,13 +31,14 @@ from mmrag.retrieval.memory import AttentionSource, WindowCache
 from mmrag.retrieval.phrases import WINDOW, Phrases
 from mmrag.retrieval.retrievers import SECOND, JoinedRetriever, SubsetRetriever
 from mmrag.retrieval.segment import Description, Segment
-from mmrag.retrieval.shortlist import SHORTLIST, Shortlist
+from mmrag.retrieval.shortlist import SHORTLIST, Remembered, Shortlist
 from mmrag.speech.tokenized import Tokenized
 from mmrag.transcribe import judged, words
 from serve import probe
 from serve.messages import (
     DecodeRequest,
     DecodeResult,
+    Encoded,
     InvalidRequest,
     ResolvedDatastore,
 )
@@ -56,12 +57,14 @@ class RetrievalSources:
     votes: dict[RetrievalMode, Retrieval]
     """How neighbours vote, by mode."""
     attention: AttentionSource | None
-    shortlist: Shortlist | None = None
-    """Phrases that are too many to be read whole: a clip is given those that it may have said."""
+    phrases: Callable[[], Phrases] | None = None
+    """What may be made a shortlist of; None where that is no list of phrases alone."""
+    many: bool = False
+    """Whether they are too many to be read whole."""
 
-    def given(self, text: str, mode: RetrievalMode) -> RetrievalSources:
+    def given(self, shortlist: Shortlist, text: str, mode: RetrievalMode) -> RetrievalSources:
         """What is offered to a clip whose transcript without it is `text`."""
-        vote, attention = self.shortlist.given(text, self.votes.get(mode), self.attention)
+        vote, attention = shortlist.given(text, self.votes.get(mode), self.attention)
         return replace(self, votes={mode: vote} if vote else {}, attention=attention)
 
 
@@ -83,6 +86,9 @@ class Decoder:
         )
         self._sources: OrderedDict[tuple[str, str], RetrievalSources] = OrderedDict()
         self._window_caches: OrderedDict[str, WindowCache] = OrderedDict()
+        self._shortlists: OrderedDict[str, tuple[str, asyncio.Task[Shortlist]]] = OrderedDict()
+        """The last of each datastore or list, and of which of its versions it is."""
+        self._pronounce = Remembered(lambda texts: Synthesizer().pronounce(texts))
         self._metrics = _EngineMetrics()
         clip = self._clip(DecodeRequest(self._probe), None)
         self._expected = self._engine.submit(clip).future.result().hypothesis.tokens
@@ -133,13 +139,18 @@ class Decoder:
             )
         )
 
-    async def look_up(self, found: ResolvedDatastore, text: str, k: int) -> list[Lookup]:
-        """What a datastore finds before each token of a text; InvalidRequest for one that the model
-        cannot listen for."""
-        models = self._models
+    async def look_up(self, found: ResolvedDatastore, asked: str | Encoded, k: int) -> list[Lookup]:
+        """What a datastore finds before each token of a text, or of what is said, as it is
+        transcribed without it; InvalidRequest for a text that the model cannot listen for."""
+        models, vocabulary = self._models, self._models.vocabulary
+        query, speech = asked, None
+        if not isinstance(asked, str):
+            heard = (await self._alone(DecodeRequest(asked))).hypothesis
+            query = [token for token in heard.tokens if token != vocabulary.eos]
+            speech = vocabulary.speech_input(asked)
         try:
             return await asyncio.wrap_future(
-                self._engine.call(lambda: near(found.retriever, models, text, k))
+                self._engine.call(lambda: near(found.retriever, models, query, k, speech))
             )
         except ValueError as error:
             raise InvalidRequest(str(error)) from None
@@ -150,13 +161,17 @@ class Decoder:
 
     async def check_health(self) -> None:
         """Transcribe the probe; RuntimeError if it does not read as it did at the start."""
-        job = self._engine.submit(self._clip(DecodeRequest(self._probe), None))
-        try:
-            decoded = await asyncio.shield(asyncio.wrap_future(job.future))
-        finally:
-            job.cancel()
+        decoded = await self._alone(DecodeRequest(self._probe))
         if decoded.hypothesis.tokens != self._expected:
             raise RuntimeError("the decoder no longer transcribes the probe as it did")
+
+    async def _alone(self, request: DecodeRequest) -> Decoded:
+        """A clip transcribed without retrieval. Given up when the caller is."""
+        job = self._engine.submit(self._clip(request, None))
+        try:
+            return await asyncio.shield(asyncio.wrap_future(job.future))
+        finally:
+            job.cancel()
 
     def _clip(self, request: DecodeRequest, sources: RetrievalSources | None) -> Clip:
         decode = self._settings.decode
@@ -175,15 +190,37 @@ class Decoder:
         """What the clip looks things up in: everything that its request offers, or a shortlist of
         it, for which it is transcribed without first."""
         sources = await self._sources_of(request)
-        if sources is None or sources.shortlist is None:
+        most = request.shortlist
+        if most is None:
+            most = SHORTLIST if sources is not None and sources.many else 0
+        if not most or sources is None:
             return sources
-        job = self._engine.submit(self._clip(request, None))
-        try:
-            decoded = await asyncio.shield(asyncio.wrap_future(job.future))
-        finally:
-            job.cancel()
+        if sources.phrases is None:
+            raise InvalidRequest(
+                "shortlist: it is made of a datastore whose documents are phrases, or of context"
+            )
+        shortlist = replace(await self._shortlist_of(request, sources.phrases), most=most)
+        decoded = await self._alone(request)
         text = self._models.vocabulary.decode(decoded.hypothesis.tokens)
-        return await asyncio.to_thread(sources.given, text, request.mode)
+        return await asyncio.to_thread(sources.given, shortlist, text, request.mode)
+
+    async def _shortlist_of(
+        self, request: DecodeRequest, phrases: Callable[[], Phrases]
+    ) -> Shortlist:
+        """The sounds of a datastore's phrases, or of a list's; made once a version, in a thread,
+        whoever waits for them."""
+        found = request.datastore
+        place, version = (found.uid, found.key) if found else (request.phrases.key, "")
+        if self._shortlists.get(place, (None,))[0] != version:
+            making = asyncio.to_thread(lambda: Shortlist.of(phrases(), self._pronounce, SHORTLIST))
+            self._shortlists[place] = version, asyncio.create_task(making)
+        _, made = _freshen(self._shortlists, place)
+        try:
+            return await asyncio.shield(made)
+        except Exception:
+            if self._shortlists.get(place, (None, None))[1] is made:
+                del self._shortlists[place]
+            raise
 
     async def _sources_of(self, request: DecodeRequest) -> RetrievalSources | None:
         """What the request's datastore and phrases offer; the same object for the same ones, so
@@ -206,7 +243,15 @@ class Decoder:
         """What a datastore, a request's phrases, or both together offer."""
         if listed is None:
             cache = self._models.adapter and self._cache_of(found)
-            return _offer(found.retriever, found, cache, found.whole)
+            offered = _offer(found.retriever, found, cache, found.whole)
+            if found.phrases is None:
+                return offered
+            directory = found.phrases
+            return replace(
+                offered,
+                phrases=lambda: Phrases(Datastore.open(directory)),
+                many=found.whole is None,
+            )
         phrases = Datastore.of(self._described(), [listed])
         source: Retriever = SubsetRetriever(phrases, np.arange(phrases.entries))
         named = Phrases(phrases)
@@ -218,9 +263,10 @@ class Decoder:
         cache = self._models.adapter and self._models.window_cache(source)
         settings = found or retrieval_defaults(self._settings, self._tuned, phrases)
         offered = _offer(source, settings, cache, whole)
-        if found is not None or len(named.names) <= settings.attention.whole:
+        if found is not None:
             return offered
-        return replace(offered, shortlist=Shortlist.of(named, Synthesizer().pronounce, SHORTLIST))
+        many = len(named.names) > settings.attention.whole
+        return replace(offered, phrases=lambda: named, many=many)
 
     def _cache_of(self, found: ResolvedDatastore) -> WindowCache:
         """The encoded windows of a datastore; entries never change, so they stay when it grows."""

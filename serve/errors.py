@@ -79,7 +79,7 @@ def explained(error: Exception) -> ApiError:
         case ClientDisconnect():
             return ApiError(400, "the upload broke off")
         case InvalidRequest():
-            return ApiError(400, str(error))
+            return ApiError(400, str(error), None, error.param)
         case TimeoutError():
             return ApiError(504, "the request took too long", "timeout")
         case BackPressureError():

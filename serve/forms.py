@@ -32,6 +32,10 @@ EVIDENCE = "retrieval"
 _Texts = list[str] | None
 _Granularities = list[schema.Granularity] | None
 _CONTEXT = "phrases to listen for in this request"
+_SHORTLIST = (
+    "of many phrases, listen in each segment for so many that sound most like what was heard "
+    "without them; 0: for all; else for ten, where there are more phrases than are read whole"
+)
 
 
 @dataclass
@@ -63,6 +67,7 @@ class TranscriptionForm:
     context_: Annotated[_Texts, Form(alias="context[]", description=_CONTEXT)] = None
     keywords: Annotated[_Texts, Form(description="another name of `context`")] = None
     keywords_: Annotated[_Texts, Form(alias="keywords[]")] = None
+    shortlist: Annotated[int | None, Form(ge=0, le=1000, description=_SHORTLIST)] = None
     retrieval: Annotated[RetrievalMode | None, Form()] = None
 
     @property

@@ -6,6 +6,7 @@ Whatever may be large goes by reference (`handles`).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from ray import ObjectRef
@@ -41,6 +42,11 @@ class DatastoreExists(ValueError):
 class InvalidRequest(ValueError):
     """A request that cannot be served as it stands; the message says why."""
 
+    def __init__(self, message: str, param: str | None = None) -> None:
+        """`param` is the field that is wrong, where one is."""
+        super().__init__(message)
+        self.param = param
+
 
 @dataclass(frozen=True)
 class ResolvedDatastore:
@@ -56,6 +62,8 @@ class ResolvedDatastore:
     attention: RetrievedAttention
     whole: np.ndarray | None
     """(N,) entries whose windows are read without a search, for a small datastore."""
+    phrases: Path | None = None
+    """Where it lies, if its documents are phrases."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,9 @@ class DecodeRequest:
     mode: RetrievalMode = "none"
     datastore: ResolvedDatastore | None = None
     phrases: PhraseList | None = None
+    shortlist: int | None = None
+    """Phrases that are listened for at most, of those of the datastore or the list; 0: all of them;
+    None: a few where there are more than are read whole."""
     output: OutputOptions = field(default_factory=OutputOptions)
 
     @property

@@ -18,6 +18,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from mmrag.config import RetrievalMode
+from mmrag.contents import Lookup
 from mmrag.recogniser import is_whisper
 from mmrag.records import Word
 from mmrag.speech import audio
@@ -25,12 +26,14 @@ from serve.handles import SizedHandle, by_reference
 from serve.messages import (
     DecodeRequest,
     DecodeResult,
+    Encoded,
     EncodedSegment,
     InvalidRequest,
     OutputOptions,
     PhraseList,
     ResolvedDatastore,
     Unavailable,
+    weight,
 )
 from serve.settings import Settings
 
@@ -47,6 +50,8 @@ class TranscriptionOptions:
 
     datastore: str | None = None
     phrases: Sequence[str] = ()
+    shortlist: int | None = None
+    """As in `DecodeRequest`."""
     retrieval: RetrievalMode | None = None
     """None: kNN-LM and cross-attention where there is something to look up."""
     output: OutputOptions = field(default_factory=OutputOptions)
@@ -143,6 +148,20 @@ class Pipeline:
         """An upload cut into waves, as the encoder takes them."""
         return [segment.wave.numpy() async for segment in _each(self._segments(data))]
 
+    async def encode(self, wave: np.ndarray) -> EncodedSegment | None:
+        """A wave's units; None where nobody speaks."""
+        encoder = self._encoder.of(None if self._large else wave.nbytes)
+        return await self.call(encoder.encode, wave)
+
+    async def look_up(self, name: str, asked: str | Encoded, k: int) -> list[Lookup]:
+        """What a datastore finds before each token of a text, or of what is said.
+
+        Raises UnknownDatastore, DatastoreError or InvalidRequest where that cannot be.
+        """
+        found = await self.call(self.retriever.resolve, name)
+        size = len(asked.encode()) if isinstance(asked, str) else weight(asked)
+        return await self.call(self._decoder.of(size).look_up, found, asked, k)
+
     async def call(self, method: Callable[..., Any], *arguments: object) -> Any:
         """Call a deployment, again if its replica dies meanwhile.
 
@@ -168,9 +187,7 @@ class Pipeline:
         where: tuple[float, float] = (0.0, 0.0)
         try:
             async for segment in _each(self._segments(data)):
-                wave = segment.wave.numpy()
-                encoder = self._encoder.of(None if self._large else wave.nbytes)
-                ahead = asyncio.create_task(self.call(encoder.encode, wave))
+                ahead = asyncio.create_task(self.encode(segment.wave.numpy()))
                 done, encoding = encoding, ahead
                 if done is not None:
                     yield *where, await done
@@ -187,6 +204,7 @@ class Pipeline:
 
         Raises UnknownDatastore, DatastoreError or InvalidRequest where that cannot be.
         """
+        self._check_shortlist(options)
         found: ResolvedDatastore | None = None
         phrase_list: PhraseList | None = None
         mode = options.retrieval or "both"
@@ -198,7 +216,11 @@ class Pipeline:
             if options.retrieval not in (None, "none"):
                 raise InvalidRequest(f"retrieval {options.retrieval} needs a datastore or context")
             mode = "none"
-        elif options.retrieval is None and not await self.reads():
+        if options.shortlist and phrase_list is None and found.phrases is None:
+            name = options.datastore
+            message = f"shortlist: the documents of {name!r} are no phrases"
+            raise InvalidRequest(message, "shortlist")
+        if options.retrieval is None and mode != "none" and not await self.reads():
             mode = "knn"
         return lambda encoded: DecodeRequest(
             units=encoded.units,
@@ -206,8 +228,21 @@ class Pipeline:
             mode=mode,
             datastore=found,
             phrases=phrase_list,
+            shortlist=options.shortlist,
             output=options.output,
         )
+
+    def _check_shortlist(self, options: TranscriptionOptions) -> None:
+        """InvalidRequest where it would have no effect."""
+        if options.shortlist is None:
+            return
+        given = [bool(options.datastore), bool(options.phrases)]
+        if options.retrieval == "none" or not any(given):
+            message = "shortlist: there is nothing to look up that it shortens"
+            raise InvalidRequest(message, "shortlist")
+        if all(given):
+            message = "shortlist: of a datastore or of context, and not of both"
+            raise InvalidRequest(message, "shortlist")
 
     async def _phrase_list(self, phrases: Sequence[str]) -> PhraseList:
         """Phrases as entries, put where every decoder finds them.

@@ -14,16 +14,16 @@ import logging
 import re
 import shutil
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 
 from cluster.pool import PooledRetriever, serve_pooled
@@ -32,33 +32,34 @@ from mmrag import durable
 from mmrag.artifact import ArtifactError
 from mmrag.config import SLUG
 from mmrag.decoding.tune import tuned
-from mmrag.records import Utterance
 from mmrag.retrieval import datastore as stored
 from mmrag.retrieval import upkeep
-from mmrag.retrieval.compaction import compact
 from mmrag.retrieval.datastore import Datastore
-from mmrag.retrieval.index import save_index, saved_shards
-from mmrag.retrieval.phrases import Phrases, phrases_and_sentences, utterances
+from mmrag.retrieval.index import index_directory, save_index, saved_shards
+from mmrag.retrieval.phrases import Phrases, are_phrases
+from mmrag.retrieval.reindexing import behind
 from mmrag.retrieval.segment import DatastoreError, Segment, join
-from mmrag.speech.tokenized import Tokenized
+from mmrag.retrieval.snapshots import SnapshotError
+from serve.additions import Additions
 from serve.handles import by_reference
+from serve.housekeeping import APART, Housekeeping
 from serve.messages import (
     DatastoreExists,
     DatastoreSummary,
-    Encoded,
     InvalidRequest,
     ResolvedDatastore,
     Unavailable,
     UnknownDatastore,
 )
 from serve.model import described, retrieval_defaults, tuned_below
-from serve.parts import PART_SENTENCES, in_order, parts
 from serve.settings import Settings
 
 KEPT_OPEN = 500
 """Datastores in the pool that a replica has open itself: each maps a dozen files a segment."""
 REMEMBERED = 20_000
 """Phrases of requests that a replica keeps, spoken and read."""
+SHARD_CPUS = "retriever.shard_cpus"
+"""The setting of what each actor of a datastore reserves."""
 log = logging.getLogger("ray.serve")
 
 
@@ -70,6 +71,8 @@ class OpenDatastore:
     retriever: ShardedRetriever
     uid: str
     version: tuple[int, ...]
+    index: str
+    """The directory of the index that the retriever searches, or of one before it."""
     found: ResolvedDatastore
 
 
@@ -80,10 +83,10 @@ class Retriever:
         self, settings: Settings, encoder: DeploymentHandle, decoder: DeploymentHandle
     ) -> None:
         self._settings = settings
-        self._encoder = by_reference(encoder)
         self._decoder = by_reference(decoder)
         known = described(settings)
         self._keyed_by, self._vocabulary = known.keyed_by, known.vocabulary
+        self._additions = Additions(by_reference(encoder), self._decoder, known.vocabulary)
         self._tuned = tuned_below(settings)
         self._app = serve.get_replica_context().app_name
         self._root = settings.datastores
@@ -92,7 +95,8 @@ class Retriever:
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._phrases: OrderedDict[str, Segment] = OrderedDict()
         self._preload = list(settings.preload)
-        self._tidying: set[asyncio.Task] = set()
+        self._housekeeping = Housekeeping(settings.retriever.shard_cpus, SHARD_CPUS)
+        self._taking_up: dict[str, asyncio.Task] = {}
 
     async def check_health(self) -> None:
         """Open what is preloaded, and call every open shard, which keeps it alive.
@@ -106,7 +110,7 @@ class Retriever:
                 one.retriever.ping, self._settings.retriever.answer_seconds
             )
             if missing:
-                await asyncio.to_thread(self._serve, one.datastore, one.uid)
+                await asyncio.to_thread(self._serve, one.datastore, one.uid, one.index)
                 self._open.pop(name, None)
 
     async def resolve(self, name: str) -> ResolvedDatastore:
@@ -134,14 +138,14 @@ class Retriever:
     async def create(self, name: str, texts: Sequence[str]) -> DatastoreSummary:
         """Make a datastore of these texts; DatastoreExists if the name is taken."""
         self._require_room(name)
-        return await self._create(name, await self._spoken(texts))
+        return await self._create(name, await self._additions.spoken(texts))
 
     async def create_paired(
         self, name: str, texts: Sequence[str], waves: Sequence[Sequence[np.ndarray]]
     ) -> DatastoreSummary:
         """Make a datastore of recordings and what is said in them."""
         self._require_room(name)
-        return await self._create(name, await self._paired(texts, waves))
+        return await self._create(name, await self._additions.paired(texts, waves))
 
     async def add(self, name: str, texts: Sequence[str]) -> tuple[int, int]:
         """Add texts, those that are there already left out: entries added, and all there are.
@@ -151,7 +155,7 @@ class Retriever:
         async with self._locks[name]:
             one = await self._opened(name)
             new = [t for t in texts if not len(one.datastore.entries_of([t]))]
-            return await self._append(one, name, await self._spoken(new))
+            return await self._append(one, name, await self._additions.spoken(new))
 
     async def add_paired(
         self, name: str, texts: Sequence[str], waves: Sequence[Sequence[np.ndarray]]
@@ -159,7 +163,7 @@ class Retriever:
         """Add recordings and what is said in them."""
         async with self._locks[name]:
             one = await self._opened(name)
-            return await self._append(one, name, await self._paired(texts, waves))
+            return await self._append(one, name, await self._additions.paired(texts, waves))
 
     async def documents(self, name: str, after: int, limit: int) -> list[tuple[str, int]]:
         """`limit` documents, from number `after` on, with their entries; deleted ones left out."""
@@ -174,18 +178,24 @@ class Retriever:
             entries = one.datastore.entries_of([document])
             await asyncio.to_thread(stored.delete, one.datastore.directory, entries.tolist())
             await self._refreshed(one, name)
-            self._tidy(one.datastore.directory)
+            self._housekeeping.tidy(one.datastore.directory)
             return len(entries), _count(one.datastore)
 
     async def tend(self, name: str, task: str, given: dict[str, Any]) -> dict[str, Any]:
-        """What a task of `retrieval.upkeep` tells of a datastore; it is called by its name, and not
-        by where it lies. Raises InvalidRequest for what cannot be done."""
-        path = self._path(name)
+        """What a task of `retrieval.upkeep` tells of a datastore. Raises InvalidRequest for what
+        cannot be done, DatastoreError if it is damaged."""
+        path, work = self._path(name), upkeep.TASKS[task]
         try:
-            told = await asyncio.to_thread(upkeep.TASKS[task], path, **given)
-        except (DatastoreError, ValueError) as error:
-            raise InvalidRequest(str(error).replace(str(path), name)) from None
-        return json.loads(json.dumps(told).replace(str(path), name))
+            if task in APART and (task != "compact" or await asyncio.to_thread(behind, path)):
+                return await self._housekeeping.apart(work, path, given)
+            told = await asyncio.to_thread(work, path, **given)
+        except (SnapshotError, ValueError) as error:
+            raise InvalidRequest(str(error)) from None
+        if task == "roll_back":  # to what the index may have left out
+            self._housekeeping.tidy(path)
+        if "problems" in told:  # which are said of files
+            told = {"problems": [one.replace(str(path), name) for one in told["problems"]]}
+        return told
 
     async def delete(self, name: str) -> None:
         """Delete a datastore."""
@@ -208,13 +218,11 @@ class Retriever:
         found = {phrase: self._phrases[phrase] for phrase in phrases if phrase in self._phrases}
         new = [phrase for phrase in phrases if phrase not in found]
 
-        def keep(segment: Segment) -> Segment:
-            made = _by_document(segment)
-            self._phrases |= made
+        def keep(made: dict[str, Segment]) -> None:
+            self._phrases.update(made)
             found.update(made)
-            return segment
 
-        await self._read_spoken(self._carried(new), "entities", keep)
+        await self._additions.phrases(new, keep)
         if missing := [phrase for phrase in phrases if phrase not in found]:
             raise InvalidRequest(f"nothing to listen for in {missing[0]!r}")
         for phrase in phrases:
@@ -242,11 +250,12 @@ class Retriever:
         one = self._open.get(name)
         if one is not None:
             self._open[name] = self._open.pop(name)  # the last to be dropped
-        if one is not None and one.version == version:
-            return one
-        uid = hashlib.sha256(f"{self._app} {path} {version[:2]}".encode()).hexdigest()[:16]
+        uid = _digest(self._app, path, version[:2])
         if one is not None and one.uid == uid:
-            await self._refreshed(one, name)
+            if index_directory(path).name != one.index and name not in self._taking_up:
+                self._taking_up[name] = asyncio.create_task(self._take_up(name, one))
+            if one.version != version:
+                await self._refreshed(one, name)
             return one
         one = self._open[name] = await asyncio.to_thread(self._start, name, path, uid, version)
         pooled = [n for n, o in self._open.items() if isinstance(o.retriever, PooledRetriever)]
@@ -258,23 +267,40 @@ class Retriever:
         datastore = Datastore.open(path)
         datastore.require(self._keyed_by)
         save_index(path)
-        retriever = self._serve(datastore, uid)
+        index = index_directory(path).name
+        retriever = self._serve(datastore, uid, index)
         # The first search: a shard that is not there shows here, and not in a transcript.
         if datastore.entries and retriever.search(datastore.keys(0, 1), 1).missing_shards:
             raise Unavailable(f"datastore {name!r}: a shard does not answer")
-        found = self._found(datastore, retriever, uid, version)
-        return OpenDatastore(datastore, retriever, uid, version, found)
+        found = self._found(datastore, retriever, uid, version, index)
+        return OpenDatastore(datastore, retriever, uid, version, index, found)
 
-    def _serve(self, datastore: Datastore, uid: str) -> ShardedRetriever:
+    async def _take_up(self, name: str, one: OpenDatastore) -> None:
+        """Search the index that was built beside the one in use. Its actors start while the others
+        answer; those end when nobody has asked them for long."""
+        try:
+            index = index_directory(one.datastore.directory).name
+            retriever = await asyncio.to_thread(self._serve, one.datastore, one.uid, index)
+            async with self._locks[name]:
+                if self._open.get(name) is one:
+                    one.retriever, one.index = retriever, index
+                    await self._refreshed(one, name)
+        except (DatastoreError, RayError, OSError, ValueError) as error:  # deleted, or no room
+            log.warning("%s is searched by its old index: %s", name, error)
+        finally:
+            del self._taking_up[name]
+
+    def _serve(self, datastore: Datastore, uid: str, index: str) -> ShardedRetriever:
         settings = self._settings.retriever
         if self._small(datastore):
+            pooled = _digest(uid, index)  # which the pool has not opened with another index
             return serve_pooled(
-                *(datastore.directory, uid, f"mmrag-{self._app}", settings.pool.actors),
+                *(datastore.directory, pooled, f"mmrag-{self._app}", settings.pool.actors),
                 settings.shard_cpus,
                 round(settings.pool.memory_mb * 1e6),
                 answer_seconds=settings.answer_seconds,
                 idle_seconds=settings.idle_seconds,
-                key="retriever.shard_cpus",
+                key=SHARD_CPUS,
             )
         return serve_shards(
             datastore.directory,
@@ -283,7 +309,7 @@ class Retriever:
             owner=f"mmrag-shard-{uid}",
             answer_seconds=settings.answer_seconds,
             idle_seconds=settings.idle_seconds,
-            key="retriever.shard_cpus",
+            key=SHARD_CPUS,
             local=self._settings.local,
         )
 
@@ -300,21 +326,20 @@ class Retriever:
             one.datastore.refresh()
             if isinstance(one.retriever, PooledRetriever) and not self._small(one.datastore):
                 one.retriever.close()
-                one.retriever = self._serve(one.datastore, one.uid)
+                one.retriever = self._serve(one.datastore, one.uid, one.index)
             one.retriever.refresh()
-            one.found = self._found(one.datastore, one.retriever, one.uid, version)
+            one.found = self._found(one.datastore, one.retriever, one.uid, version, one.index)
             one.version = version
 
         await asyncio.to_thread(refresh)
 
-    def _tidy(self, directory: Path) -> None:
-        """Merge small segments and erase what was deleted, behind the answer."""
-        task = asyncio.create_task(asyncio.to_thread(_compact, directory))
-        self._tidying.add(task)
-        task.add_done_callback(self._tidying.discard)
-
     def _found(
-        self, datastore: Datastore, retriever: ShardedRetriever, uid: str, version: tuple[int, ...]
+        self,
+        datastore: Datastore,
+        retriever: ShardedRetriever,
+        uid: str,
+        version: tuple[int, ...],
+        index: str,
     ) -> ResolvedDatastore:
         defaults = retrieval_defaults(self._settings, self._tuned, datastore)
         chosen = defaults
@@ -326,8 +351,10 @@ class Retriever:
         if len(documents) <= read.whole:
             names = [document for document, _ in documents]
             whole = Phrases(datastore).first_mentions(names) if names else np.empty(0, np.int64)
-        key = f"{uid}-{'-'.join(map(str, version))}"
-        return ResolvedDatastore(key, uid, retriever, chosen.knn, chosen.both, read, whole)
+        key = f"{uid}-{'-'.join(map(str, version))}-{index}"
+        listed = are_phrases(datastore, self._vocabulary, [document for document, _ in documents])
+        found = key, uid, retriever, chosen.knn, chosen.both, read, whole
+        return ResolvedDatastore(*found, datastore.directory if listed else None)
 
     def _require_room(self, name: str) -> None:
         """Raises DatastoreExists, or InvalidRequest where there are as many as there may be."""
@@ -363,67 +390,8 @@ class Retriever:
         if segments:
             await asyncio.to_thread(_publish, one.datastore.directory, segments)
             await self._refreshed(one, name)
-            self._tidy(one.datastore.directory)
+            self._housekeeping.tidy(one.datastore.directory)
         return one.datastore.entries - before, _count(one.datastore)
-
-    async def _spoken(self, texts: Sequence[str]) -> list[Segment]:
-        """Texts as entries: a phrase is said in carrier sentences, a sentence as it stands."""
-        phrases, longer = phrases_and_sentences(texts)
-        spoken = self._vocabulary.spoken
-        sentences = [
-            [Utterance(id=uuid4().hex, text=spoken(text), document=text)] for text in longer
-        ]
-        return [
-            *await self._read_spoken(self._carried(phrases), "entities"),
-            *await self._read_spoken(sentences, "all"),
-        ]
-
-    async def _paired(
-        self, texts: Sequence[str], waves: Sequence[Sequence[np.ndarray]]
-    ) -> list[Segment]:
-        """Recordings as entries, an entry a token of what is said in them."""
-        said = [[Utterance(id=uuid4().hex, text=text, document=text)] for text in texts]
-        encoding = (self._encoder.encode.remote(wave) for [wave] in waves)
-        encoded = await in_order(encoding, PART_SENTENCES)
-        for text, one in zip(texts, encoded, strict=True):
-            if one is None:
-                raise InvalidRequest(f"nobody speaks in the recording of {text!r}")
-        units = iter([one.units for one in encoded])
-        paired = [[(one, next(units)) for one in part] for part in parts(said)]
-        return await in_order(self._read(*zip(*p, strict=True), "all") for p in paired)
-
-    async def _read_spoken(
-        self,
-        groups: Sequence[Sequence[Utterance]],
-        kind: str,
-        keep: Callable[[Segment], Segment] = lambda segment: segment,
-    ) -> list[Segment]:
-        """Groups of sentences, spoken by the encoder and read by the decoder, as entries.
-
-        A group stays together. `keep` is called with each segment as soon as it is there. Raises
-        InvalidRequest for a text that cannot be spoken, before anything is spoken.
-        """
-        for one in (one for group in groups for one in group):
-            if refusal := self._vocabulary.refusal(one.document):
-                raise InvalidRequest(refusal)
-
-        async def read(part: Sequence[Utterance]) -> Segment:
-            units = await self._encoder.synthesize.remote([one.text for one in part])
-            return keep(await self._read(part, units, kind))
-
-        return await in_order(read(part) for part in parts(groups))
-
-    async def _read(
-        self, said: Sequence[Utterance], units: Sequence[Encoded], kind: str
-    ) -> Segment:
-        """The entries of utterances, given their units."""
-        spoken = [Tokenized(one, own) for one, own in zip(said, units, strict=True)]
-        return await self._decoder.entries.remote(spoken, kind)
-
-    def _carried(self, phrases: Sequence[str]) -> list[list[Utterance]]:
-        """Each phrase's carrier sentences."""
-        said = utterances(phrases, spoken=self._vocabulary.spoken)
-        return [list(group) for _, group in groupby(said, lambda one: one.document)]
 
 
 def _publish(directory: Path, segments: Sequence[Segment]) -> None:
@@ -433,11 +401,9 @@ def _publish(directory: Path, segments: Sequence[Segment]) -> None:
         stored.publish(directory, [name])
 
 
-def _compact(directory: Path) -> None:
-    try:
-        compact(directory)
-    except (DatastoreError, OSError, ValueError) as error:  # deleted meanwhile, or a full disk
-        log.warning("%s is not compacted: %s", directory.name, error)
+def _digest(*about: object) -> str:
+    """Of what a datastore is, as the actors know it."""
+    return hashlib.sha256(" ".join(map(str, about)).encode()).hexdigest()[:16]
 
 
 def _version(path: Path) -> tuple[int, ...]:
@@ -459,20 +425,3 @@ def _count(datastore: Datastore) -> int:
 def _stored(name: str, datastore: Datastore) -> DatastoreSummary:
     documents = len(_documents(datastore))
     return DatastoreSummary(name, _count(datastore), documents, datastore.description.audio)
-
-
-def _by_document(segment: Segment) -> dict[str, Segment]:
-    """A segment cut into one a document."""
-    found = {}
-    for document in dict.fromkeys(document for _, document in segment.names):
-        own = [n for n, (_, of) in enumerate(segment.names) if of == document]
-        rows = np.isin(segment.utterances, own)
-        found[document] = Segment(
-            keys=segment.keys[rows],
-            tokens=segment.tokens[rows],
-            windows=segment.windows[rows],
-            positions=segment.positions[rows],
-            utterances=np.searchsorted(own, segment.utterances[rows]),
-            names=[segment.names[n] for n in own],
-        )
-    return found

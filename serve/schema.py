@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mmrag.config import SLUG
 from mmrag.model.vocabulary import Vocabulary
+from mmrag.retrieval import upkeep
 from serve.errors import ApiError
 from serve.settings import Limits
 
@@ -20,18 +21,7 @@ Granularity = Literal["word", "segment"]
 ErrorType = Literal[
     "invalid_request_error", "authentication_error", "rate_limit_error", "server_error"
 ]
-
-
-Task = Literal[
-    "overview",
-    "statistics",
-    "verify",
-    "compact",
-    "list_snapshots",
-    "create_snapshot",
-    "roll_back",
-    "drop_snapshot",
-]
+Task = Literal[*upkeep.TASKS]
 """Of `retrieval.upkeep`."""
 
 
@@ -283,6 +273,14 @@ class TaskOptions(BaseModel):
     """compact: also where there is little to merge or to erase."""
     name: str | None = None
     """Of a snapshot."""
+    shards: int | None = Field(default=None, ge=1)
+    """index: in so many."""
+    kind: Literal["auto", "flat"] | None = None
+    """index: as it is chosen, or every key compared."""
+    entry_bytes: int | None = Field(default=None, ge=1)
+    """index: memory that an entry may take."""
+    min_recall: float | None = Field(default=None, gt=0, le=1)
+    """index: below which it is not used."""
 
 
 class Status(BaseModel):

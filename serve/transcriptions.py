@@ -57,6 +57,7 @@ class Transcriptions:
         options = TranscriptionOptions(
             datastore=form.datastore,
             phrases=form.phrases(self._settings, self._vocabulary),
+            shortlist=form.shortlist,
             retrieval=form.retrieval,
             output=form.output,
         )

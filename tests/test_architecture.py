@@ -41,7 +41,7 @@ WINGS = {
     "retrieval": [
         "segment", "mapped", "tensors", "columns", "stored", "local", "datastore", "snapshots",
         "compaction", "verify", "gpu", "scalar", "ivf", "sizing", "held_out", "index",
-        "retrievers", "knn",
+        "reindexing", "retrievers", "knn",
         "interpolation", "memory", "entries", "phrases", "upkeep", "shortlist", "contexts",
     ],
     "decoding": ["confidence", "boost", "decode", "guard", "align", "engine", "tune"],

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import faiss
@@ -33,6 +34,8 @@ from mmrag.retrieval.segment import DatastoreError, distances, prepare
 
 INDEX, POINTER = "index", "index.json"
 """Of a datastore: the directory of its shards, and the file that names another one."""
+LEFT_OUT = "left_out.npy"
+"""Of a saved shard: its entries, counted from its first, that its lists do not hold."""
 BLOCK = 16_384
 """Keys in memory at once where all of them are walked through."""
 
@@ -50,6 +53,8 @@ class IndexShard:
         self.start = start
         self.stop = start + index.ntotal
         self.settings = settings
+        self.asked = settings
+        """What was chosen from: the settings as they were given."""
         self.why = ""
         """Why it is indexed as it is."""
         self.recall: float | None = None
@@ -60,6 +65,8 @@ class IndexShard:
         """Norm of the longest key: bounds FAISS's rounding errors (flat)."""
         self._deleted = np.zeros(index.ntotal, bool)
         self._deletions = 0
+        self._left_out = np.zeros(0, np.int64)
+        """Entries, counted from the first, that were deleted before they would have been coded."""
         self._hidden_here: set[int] = set()
         """What `delete` was told, and the datastore may not know."""
         self._hide(datastore.deleted)
@@ -75,7 +82,7 @@ class IndexShard:
         """
         wanted, why = sizing.chosen(settings, stop - start, datastore.description.width)
         shard = cls(datastore, start, wanted, _empty(datastore, wanted, seed))
-        shard.why = why
+        shard.asked, shard.why = settings, why
         shard.add(start, stop)
         if wanted.kind == "ivfpq":
             shard._measure(tune=settings.kind == "auto")
@@ -91,10 +98,7 @@ class IndexShard:
     def load(cls, directory: Path | str, datastore: Datastore) -> IndexShard:
         """The shard saved in `directory`; DatastoreError if it is not one of `datastore`."""
         directory = Path(directory)
-        try:
-            saved = json.loads((directory / "shard.json").read_text())
-        except (FileNotFoundError, json.JSONDecodeError) as error:
-            raise DatastoreError(f"{directory} holds no index shard: {error}") from None
+        saved = read_shard(directory)
         description = datastore.description
         expected = (description.metric, description.width)
         if (saved["metric"], saved["width"]) != expected or saved["stop"] > datastore.entries:
@@ -115,6 +119,11 @@ class IndexShard:
             if index.ntotal != saved["stop"] - saved["start"]:
                 raise DatastoreError(f"{directory / CODES} holds {index.ntotal} entries")
             shard = cls(datastore, saved["start"], settings, index)
+            shard._left_out = left_out(directory)
+            back = np.setdiff1d(shard._left_out + shard.start, datastore.deleted)
+            if len(back):  # a snapshot was gone back to since
+                shard._build_again()
+        shard.asked = asked_for(saved)
         shard.why, shard.recall = chosen_index(directory)
         return shard
 
@@ -130,12 +139,14 @@ class IndexShard:
         aside.mkdir()
         if self.settings.kind == "ivfpq":
             self._index.save(aside)
+            np.save(aside / LEFT_OUT, self._left_out, allow_pickle=False)
         fields = {
             "start": self.start,
             "stop": self.stop,
             "metric": self.datastore.description.metric,
             "width": self.datastore.description.width,
             "settings": as_dict(self.settings),
+            "asked": as_dict(self.asked),
             "why": self.why,
             "recall": self.recall,
         }
@@ -158,8 +169,13 @@ class IndexShard:
             self._train(start, stop)
         for block in range(start, stop, BLOCK):
             keys = self.datastore.keys(block, min(block + BLOCK, stop))
-            self._index.add(keys)
             self._longest = max(self._longest, float(np.linalg.norm(keys, axis=1).max()))
+            if self.settings.kind == "ivfpq":
+                deleted = self.datastore.deleted
+                first, last = np.searchsorted(deleted, (block, block + len(keys)))
+                keys[deleted[first:last] - block] = np.nan  # numbered by FAISS, and in no list
+                self._left_out = np.append(self._left_out, deleted[first:last] - self.start)
+            self._index.add(keys)
         self.stop = stop
         self._deleted = np.pad(self._deleted, (0, stop - start))
         self._hide(self.datastore.deleted)
@@ -205,6 +221,7 @@ class IndexShard:
         self._index = _empty(self.datastore, self.settings, seed=0)
         self._longest = 0.0
         self._deleted, self._deletions = np.zeros(0, bool), 0
+        self._left_out = np.zeros(0, np.int64)
         self.add(self.start, stop)
 
     @property
@@ -240,7 +257,8 @@ class IndexShard:
         total, deleted = self.stop - self.start, self._deletions
         pending = np.arange(len(queries) if deleted < total else 0)
         fetch = k * (settings.rerank if settings.kind == "ivfpq" else 2)
-        fetch = -(-fetch * total // max(total - deleted, 1))  # as if deletions lay evenly
+        there = total - len(self._left_out)
+        fetch = -(-fetch * there // max(total - deleted, 1))  # as if deletions lay evenly
         while len(pending):
             fetch = min(fetch, total)
             asked = queries[pending]
@@ -333,24 +351,26 @@ class IndexShard:
                 f"{reason} needs at least {needed} keys to train on and this shard has "
                 f"{stop - start}: use fewer index.lists, fewer index.shards, or index.kind flat"
             )
-        wanted = min(stop - start, needed * LIST_POINTS)
-        sample = np.linspace(start, stop - 1, wanted).astype(np.int64)
-        living = np.setdiff1d(sample, self.datastore.deleted)
-        self._index.train(self.datastore.keys_of(living if len(living) >= needed else sample))
+        entries = np.arange(start, stop)
+        living = np.setdiff1d(entries, self.datastore.deleted, assume_unique=True)
+        among = living if len(living) >= needed else entries
+        wanted = min(len(among), needed * LIST_POINTS)
+        places = np.linspace(0, len(among) - 1, wanted).astype(np.int64)
+        self._index.train(self.datastore.keys_of(among[places]))
 
 
 def shard_directory(datastore: Path, number: int) -> Path:
     """Where a datastore keeps its shard `number`."""
-    return _index_directory(datastore) / f"shard-{number:05d}"
+    return index_directory(datastore) / f"shard-{number:05d}"
 
 
 def saved_shards(datastore: Path) -> list[Path]:
     """The directories of a datastore's shards, in order of their entries."""
-    return sorted(_index_directory(datastore).glob("shard-*"))
+    return sorted(index_directory(datastore).glob("shard-*"))
 
 
-def _index_directory(datastore: Path) -> Path:
-    """`index`, or what POINTER names once it was built anew."""
+def index_directory(datastore: Path) -> Path:
+    """`index`, or what POINTER names once it was built anew: never the same again."""
     try:
         return datastore / json.loads((datastore / POINTER).read_text())["directory"]
     except FileNotFoundError:
@@ -364,10 +384,10 @@ def build_again(directory: Path | str, settings: Index, seed: int = 0) -> list[I
     opens the datastore from now on finds the new one.
 
     Whoever holds the old index may go on; it is removed when the next one is built. Raises what
-    `IndexShard.build` raises, and then the old index stays.
+    `IndexShard.build` raises, and then the old index stays. One at a time (`reindexing`).
     """
     directory = Path(directory).absolute()
-    datastore, current = Datastore.open(directory), _index_directory(directory)
+    datastore, current = Datastore.open(directory), index_directory(directory)
     fresh = directory / f"{INDEX}-{uuid4().hex[:8]}"
     built = []
     try:
@@ -386,12 +406,40 @@ def build_again(directory: Path | str, settings: Index, seed: int = 0) -> list[I
 
 def chosen_index(shard: Path) -> tuple[str, float | None]:
     """Why a saved shard is indexed as it is, and the recall that was measured, if any was."""
-    saved = json.loads((shard / "shard.json").read_text())
+    saved = read_shard(shard)
     return saved.get("why", ""), saved.get("recall")
 
 
+def read_shard(shard: Path) -> dict[str, Any]:
+    """What is written of a saved shard; DatastoreError if there is none."""
+    try:
+        return json.loads((shard / "shard.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        raise DatastoreError(f"{shard} holds no index shard: {error}") from None
+
+
+def asked_for(saved: Mapping[str, Any]) -> Index:
+    """The settings that a saved shard was built with, `auto` where that chose."""
+    if "asked" in saved:
+        return Index.model_validate(saved["asked"])
+    settings = Index.model_validate(saved["settings"])  # of shards that did not say
+    chosen = not saved.get("why", "").endswith(sizing.GIVEN)
+    return settings.model_copy(update={"kind": "auto"}) if chosen else settings
+
+
+def left_out(shard: Path) -> np.ndarray:
+    """The entries (M,) int64 of a saved shard, counted from its first, that it does not hold."""
+    try:
+        return np.load(shard / LEFT_OUT, allow_pickle=False)
+    except FileNotFoundError:
+        return np.zeros(0, np.int64)
+    except ValueError as error:
+        raise DatastoreError(f"{shard / LEFT_OUT} is damaged: {error}") from None
+
+
 def save_index(directory: Path | str) -> None:
-    """Index what is published so far in one flat shard, unless shards are saved there already.
+    """Index what is published so far in one flat shard, unless shards are saved there already; what
+    it grows to, `auto` chooses (`reindexing`).
 
     Makes a datastore that was just created, which may be empty, one that `LocalRetriever.load`
     opens; what is published afterwards, its last shard takes in. Safe in many processes at once.
@@ -402,6 +450,7 @@ def save_index(directory: Path | str) -> None:
     datastore = Datastore.open(directory)
     aside = directory / f".index.{uuid4().hex}"
     shard = IndexShard.build(datastore, 0, datastore.entries, Index(kind="flat", shards=1), seed=0)
+    shard.asked = Index(kind="auto", shards=1)
     shard.save(shard_directory(aside, 0))
     try:
         durable.rename(aside / INDEX, directory / INDEX)

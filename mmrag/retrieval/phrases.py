@@ -31,6 +31,8 @@ WINDOW = 20
 SHARE = 0.2
 """Of the typical distance among a datastore's keys: the temperature where nobody tuned one."""
 SAMPLED = 1024
+LOOKED_AT = 64
+"""Entries that tell whether a datastore is one of phrases."""
 BATCH = 64
 """Sentences read at once."""
 PHRASE_WORDS = 5
@@ -194,6 +196,20 @@ def untuned(settings: KNN, datastore: Datastore) -> KNN:
     and no gate."""
     share = SHARE * typical_distance(datastore)
     return settings.model_copy(update={"temperature": share, "gate": None})
+
+
+def are_phrases(datastore: Datastore, vocabulary: Vocabulary, documents: Sequence[str]) -> bool:
+    """Whether documents, which are all that a datastore has, are phrases: called what is said in
+    them, which is short. Of their entries a few are looked at."""
+    if not documents or any(len(name.split()) > PHRASE_WORDS for name in documents):
+        return False
+    entries = np.linspace(0, datastore.entries - 1, min(LOOKED_AT, datastore.entries))
+    entries = np.setdiff1d(entries.astype(np.int64), datastore.deleted)
+    windows = datastore.windows(entries).tolist()
+    return all(
+        vocabulary.decode([token for token in window if token]).strip() in vocabulary.spoken(name)
+        for window, (name, _) in zip(windows, datastore.origins(entries), strict=True)
+    )
 
 
 class Phrases:

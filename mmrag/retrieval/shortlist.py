@@ -27,6 +27,8 @@ ALIGNED = 4800
 """Phrases that are compared as a whole, by what runs they share with the transcript."""
 RANK = 60
 """Added to both ranks before they are joined (reciprocal rank fusion, Cormack et al. 2009)."""
+REMEMBERED = 500_000
+"""Texts whose phones are kept."""
 Pronounce = Callable[[Sequence[str]], list[tuple[str, ...]]]
 """Texts -> the phones that each is said in, in IPA."""
 
@@ -38,6 +40,26 @@ _ALIKE = (
 )
 _CLASS = {phone: alike[0] for alike in _ALIKE for phone in alike.split()}
 """Phones that are heard for one another. Others are none: `h` is often heard for nothing."""
+
+
+class Remembered:
+    """Says each text once: a long list that changed by a phrase is pronounced in no time."""
+
+    def __init__(self, pronounce: Pronounce, most: int = REMEMBERED) -> None:
+        """At most about so many are remembered, and then none."""
+        self._pronounce = pronounce
+        self._most = most
+        self._said: dict[str, tuple[str, ...]] = {}
+
+    def __call__(self, texts: Sequence[str]) -> list[tuple[str, ...]]:
+        """The phones of each text, as `Pronounce`. From any thread."""
+        found = {text: said for text in texts if (said := self._said.get(text)) is not None}
+        new = list(dict.fromkeys(text for text in texts if text not in found))
+        found |= zip(new, self._pronounce(new), strict=True)
+        if len(self._said) + len(new) > self._most:
+            self._said = {}
+        self._said |= {text: found[text] for text in new}
+        return [found[text] for text in texts]
 
 
 class SoundIndex:

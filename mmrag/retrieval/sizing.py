@@ -29,6 +29,8 @@ RERANKED, MOST_RERANKED = 4, 16
 """Likewise of the keys that are read, where there are no longer codes."""
 CHOSEN, MOST_CHOSEN = 2, 8
 """Likewise, where longer codes have chosen them."""
+GIVEN = "as the settings say"
+"""Why a kind was chosen that is not auto's choice."""
 GOOD_RECALL = 0.96
 """Where tuning ends before that."""
 
@@ -36,7 +38,7 @@ GOOD_RECALL = 0.96
 def chosen(settings: Index, entries: int, width: int) -> tuple[Index, str]:
     """Settings for so many keys of that width, and why. Those of another kind than auto stay."""
     if settings.kind != "auto":
-        return settings, f"{settings.kind}, as the settings say"
+        return settings, f"{settings.kind}, {GIVEN}"
     if entries <= FLAT_ENTRIES:
         told = f"flat: {entries:,} keys are soon compared one by one"
         return settings.model_copy(update={"kind": "flat"}), told

@@ -23,6 +23,10 @@ from mmrag.retrieval.stored import read_json
 FOLDER = "snapshots"
 
 
+class SnapshotError(DatastoreError):
+    """There is no snapshot of that name, or one already; the datastore is as good as it was."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A state of a datastore."""
@@ -36,7 +40,7 @@ class Snapshot:
 def create(directory: Path | str, name: str) -> Snapshot:
     """Give the datastore's present state a name.
 
-    ValueError for a name that is malformed, DatastoreError for one that is taken.
+    ValueError for a name that is malformed, SnapshotError for one that is taken.
     """
     directory = Path(directory).absolute()
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", name):
@@ -46,7 +50,7 @@ def create(directory: Path | str, name: str) -> Snapshot:
         durable.make_directory(directory / FOLDER)
         file = directory / FOLDER / f"{name}.json"
         if file.exists():
-            raise DatastoreError(f"{directory} has a snapshot {name} already")
+            raise SnapshotError(f"{directory.name} has a snapshot {name} already")
         write_json(file, {key: listed[key] for key in ("segments", "deleted", "documents")})
         return _described(directory, name, listed)
 
@@ -59,7 +63,7 @@ def every(directory: Path | str) -> list[Snapshot]:
 
 
 def rollback(directory: Path | str, name: str) -> None:
-    """Make the datastore what it was; DatastoreError for a snapshot that there is not.
+    """Make the datastore what it was; SnapshotError for a snapshot that there is not.
 
     Whoever holds the datastore open sees it at the next refresh.
     """
@@ -82,7 +86,8 @@ def rollback(directory: Path | str, name: str) -> None:
 
 
 def drop(directory: Path | str, name: str) -> None:
-    """Forget a snapshot; what it alone named is removed when the datastore is next compacted."""
+    """Forget a snapshot, SnapshotError if there is none; what it alone named is removed when the
+    datastore is next compacted."""
     directory = Path(directory).absolute()
     with datastore.locked(directory):
         _read(directory, name)
@@ -104,7 +109,7 @@ def ends(directory: Path) -> set[int]:
 def _read(directory: Path, name: str) -> dict[str, Any]:
     file = directory / FOLDER / f"{name}.json"
     if not file.exists():
-        raise DatastoreError(f"{directory} has no snapshot {name}")
+        raise SnapshotError(f"{directory.name} has no snapshot {name}")
     return read_json(file, dict)
 
 

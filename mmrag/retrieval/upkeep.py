@@ -6,18 +6,19 @@ The command line does them where the directory is, an endpoint for whoever asks 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mmrag.retrieval import compaction, snapshots
+from mmrag.config import Index
+from mmrag.retrieval import compaction, reindexing, snapshots
 from mmrag.retrieval import verify as checks
 from mmrag.retrieval.datastore import Datastore, read_list
 from mmrag.retrieval.held_out import NEAREST
-from mmrag.retrieval.index import chosen_index, saved_shards
+from mmrag.retrieval.index import IndexShard, chosen_index, saved_shards
 from mmrag.retrieval.phrases import typical_distance
 from mmrag.retrieval.stored import segment_file
 
@@ -87,8 +88,25 @@ def verify(directory: Path) -> Told:
 
 
 def compact(directory: Path, everything: bool = False) -> Told:
-    """Small segments merged and deleted entries erased, `everything` also where there is little."""
-    return asdict(compaction.compact(directory, everything=everything))
+    """Small segments merged and deleted entries erased, `everything` also where there is little;
+    and the index built again where it has fallen behind."""
+    done = asdict(compaction.compact(directory, everything=everything))
+    again = reindexing.catch_up(directory)
+    return done | {"index": again and {"why": again.why, "shards": _shards(again.shards)}}
+
+
+def index(
+    directory: Path,
+    shards: int = 1,
+    kind: str = "auto",
+    entry_bytes: int | None = None,
+    min_recall: float | None = None,
+) -> Told:
+    """The datastore indexed anew, beside the index that there is, with these settings."""
+    given = {"entry_bytes": entry_bytes, "min_recall": min_recall}
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = Index(kind=kind, shards=shards, **given)
+    return {"shards": _shards(reindexing.index_anew(directory, settings))}
 
 
 def list_snapshots(directory: Path) -> Told:
@@ -116,11 +134,17 @@ def drop_snapshot(directory: Path, name: str) -> Told:
 TASKS: dict[str, Callable[..., Told]] = {
     task.__name__: task
     for task in (
-        *(overview, statistics, verify, compact),
+        *(overview, statistics, verify, compact, index),
         *(list_snapshots, create_snapshot, roll_back, drop_snapshot),
     )
 }
 """What an endpoint does for whoever asks."""
+
+
+def _shards(built: Sequence[IndexShard]) -> list[Told]:
+    return [
+        {"entries": one.stop - one.start, "chosen": one.why, "recall": one.recall} for one in built
+    ]
 
 
 def _sizes(datastore: Datastore) -> dict[str, int]:

@@ -71,7 +71,7 @@ def test_documents_are_deleted_by_name_and_erased(directory, call):
     assert status == 1 and "no document 'nobody'" in errors
     assert lines == ["shared: 9 entries deleted", "own-1: 3 entries deleted"]
     assert call("compact", directory, "--all", "--json")[1] == [
-        json.dumps({"merged": 3, "made": 1, "erased": 12})
+        json.dumps({"merged": 3, "made": 1, "erased": 12, "index": None})
     ]
     assert call("compact", directory)[1] == ["there is nothing to merge or to erase"]
     assert Datastore.open(directory).entries_of(["own-0"]).tolist() == [3, 4, 5]
@@ -164,6 +164,21 @@ def test_an_index_is_built_anew(directory, call):
     assert status == 0 and line == "flat: 18 keys are soon compared one by one"
     status, _, errors = call("index", directory, "--shards", 0)
     assert status == 1 and "shards" in errors
+
+
+def test_compaction_indexes_anew_what_fell_behind_and_says_so(directory, call):
+    call("index", directory, "--shards", 2)
+    fill(directory, 3, first=10)
+    status, lines, _ = call("compact", directory)
+    assert status == 0 and lines == [
+        "indexed anew, since 18 entries were added to the 18 that were indexed:",
+        *["flat: 18 keys are soon compared one by one"] * 2,
+    ]
+    assert call("compact", directory)[1] == ["there is nothing to merge or to erase"]
+    fill(directory, 3, first=20)
+    status, [line], _ = call("compact", directory, "--all", "--json")
+    told = json.loads(line)
+    assert (told["merged"], [one["entries"] for one in told["index"]["shards"]]) == (9, [27, 27])
 
 
 def test_statistics_say_how_a_datastore_is_filled(directory, call):

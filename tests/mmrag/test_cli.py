@@ -628,7 +628,8 @@ def test_a_long_list_is_shortened_for_each_segment(mmrag, clip, tmp_path, monkey
     assert out and [short for short, _ in shortened] == ([most] if most else [])
 
 
-def test_a_shortlist_is_a_number_of_phrases(mmrag, clip, tmp_path):
+def test_a_shortlist_is_a_number_of_phrases(mmrag, clip, tmp_path, monkeypatch):
+    monkeypatch.setenv(cli.CACHE, str(tmp_path / "cache"))
     names = tmp_path / "names.txt"
     names.write_text("maria\n")
     status, _, err = mmrag("--phrases", names, "--retrieval", "knn", "--shortlist", "-1", clip)

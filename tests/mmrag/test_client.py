@@ -209,9 +209,8 @@ def test_events_of_a_kind_that_nobody_knows_are_passed_over(endpoint, clip):
 
 
 def test_the_form_holds_the_file_as_it_is_and_what_was_asked_for(endpoint, clip):
-    transcribed(
-        endpoint, clip, datastore="contacts", phrases=["zoë kuri", "rome"], retrieval="both"
-    )
+    asked = {"datastore": "contacts", "phrases": ["zoë kuri", "rome"], "retrieval": "both"}
+    transcribed(endpoint, clip, **asked, shortlist=0)
     [(path, headers, sent)] = endpoint.asked
     assert path == "/v1/audio/transcriptions"
     assert "Authorization" not in headers
@@ -222,6 +221,7 @@ def test_the_form_holds_the_file_as_it_is_and_what_was_asked_for(endpoint, clip)
         "context[]": ["zoë kuri".encode(), b"rome"],
         "datastore": [b"contacts"],
         "retrieval": [b"both"],
+        "shortlist": [b"0"],
     }
 
 

@@ -2,17 +2,25 @@
 
 import json
 import os
+import re
 import shutil
+import threading
 import time
+from dataclasses import asdict
+from random import Random
 from signal import SIGKILL
 
 import numpy as np
 import pytest
+import ray
 
-from mmrag import cli
+from mmrag import cli, contents
+from mmrag import recogniser as recognisers
+from mmrag.corpora.synthetic import make_names
 from mmrag.retrieval import datastore as stored
-from mmrag.retrieval.index import save_index
-from mmrag.retrieval.segment import Description
+from mmrag.retrieval.index import index_directory, save_index
+from mmrag.retrieval.phrases import WINDOW
+from mmrag.retrieval.segment import Description, Segment, windows_of
 
 SENTENCE = "please call priya raghavan tomorrow"
 NAME = "priya raghavan"
@@ -292,6 +300,9 @@ def test_a_damaged_datastore_is_refused_and_the_others_are_listed(
     (service.directory / broken / "segments.json").write_text("{")
     refused(service.transcribe(file, datastore=broken), 503, "unusable")
     refused(service.request("GET", f"/v1/datastores/{broken}"), 503, "unusable")
+    for task in ("overview", "compact", "index"):
+        tended = service.request("POST", f"/v1/datastores/{broken}/upkeep/{task}", json={})
+        refused(tended, 503, "unusable")
     every = service.request("GET", "/v1/datastores")
     assert every.status_code == 200, every.text
     assert good in [one["id"] for one in every.json()["data"]]
@@ -343,6 +354,154 @@ def test_what_somebody_else_adds_to_the_directory_is_heard(service, file, datast
     assert service.text(file, datastore=name) == SENTENCE
 
 
+LONG = "quentin ashdown"
+"""Of a long list, the name that is said."""
+
+
+@pytest.fixture
+def contacts(service):
+    """Some hundred names, more than any model reads whole: LONG as it is read, and others whose
+    keys say nothing, which takes less time than reading them."""
+    made = make_names(1)
+    families = sorted(name for group in made.family.values() for name in group)
+    draw, models = Random(0), recognisers.load(service.settings.model)
+    names = sorted({f"{draw.choice(made.first)} {draw.choice(families)}" for _ in range(400)})
+    directory = service.directory / "contacts"
+    contents.create(directory, [LONG], models, spoken=False)
+    said = [np.array(models.vocabulary.encode(name)) for name in names]
+    counts = [len(tokens) for tokens in said]
+    others = Segment(
+        keys=np.random.default_rng(0).normal(0, 9, (sum(counts), models.lm.width)),
+        tokens=np.concatenate(said),
+        windows=np.concatenate([windows_of(tokens, WINDOW) for tokens in said]),
+        positions=np.concatenate([np.arange(count) for count in counts]),
+        utterances=np.repeat(np.arange(len(said)), counts),
+        names=[(name, name) for name in names],
+    )
+    stored.write_segment(directory, "others", others)
+    stored.publish(directory, ["others"])
+    yield "contacts"
+    service.request("DELETE", "/v1/datastores/contacts")
+
+
+def test_of_many_phrases_those_are_read_that_may_have_been_said(
+    service, file, clip, contacts, datastore, refused
+):
+    call = clip(f"please call {LONG} tomorrow")
+    assert LONG not in service.text(call)
+    for asked in ({}, {"shortlist": 3}, {"retrieval": "knn"}):
+        told = service.transcribe(call, datastore=contacts, include=["retrieval"], **asked)
+        assert told.status_code == 200, told.text
+        assert told.json()["text"] == f"please call {LONG} tomorrow"
+        changed = [word["source"]["document"] for word in told.json()["words"] if word["changed"]]
+        assert set(changed) == {LONG}
+    assert service.transcribe(call, datastore=contacts, shortlist=0).status_code == 200
+    added = service.request("POST", entries(contacts), json={"texts": ["tamsin pryce"]})
+    assert added.json()["added"] > 0
+    assert LONG in service.text(call, datastore=contacts), "the list is another one now"
+    few = datastore(NAME)
+    assert service.text(file, datastore=few, shortlist=1) == SENTENCE
+    assert LONG in service.text(call, context=[LONG, "imogen varga"], shortlist=1)
+    both = service.transcribe(file, datastore=few, context=[NAME], shortlist=1)
+    assert "not of both" in refused(both, 400, None, "shortlist")
+    alone = service.transcribe(file, shortlist=1)
+    assert "nothing to look up" in refused(alone, 400, None, "shortlist")
+    negative = service.transcribe(file, datastore=few, shortlist=-1)
+    refused(negative, 422, "greater_than_equal", "shortlist")
+    sentences = datastore("please call priya raghavan tomorrow at noon or in the evening")
+    no_list = service.transcribe(file, datastore=sentences, shortlist=2)
+    assert "are no phrases" in refused(no_list, 400, None, "shortlist")
+
+
+def test_an_index_that_is_built_anew_is_taken_up_while_everybody_is_answered(
+    service, file, datastore, tmp_path
+):
+    """First by hand, then behind the answer to an addition that left it behind."""
+    name = datastore(NAME)
+    assert service.text(file, datastore=name) == SENTENCE
+    directory, stop, heard = service.directory / name, threading.Event(), []
+
+    def listen():
+        while not stop.is_set():
+            heard.append(service.transcribe(file, datastore=name))
+
+    def searched():
+        """The indexes whose shards have actors."""
+        named = [one["name"] for one in ray.util.list_named_actors(all_namespaces=True)]
+        found = (re.search(r"mmrag-shard-\w+?(-\w{8})?-\d-\d$", one) for one in named)
+        return {f"index{one[1]}" for one in found if one and one[1]}
+
+    def until(condition):
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    try:
+        place = f"/v1/datastores/{name}/upkeep/index"
+        built = service.request("POST", place, json={"shards": 2})
+        assert built.status_code == 200, built.text
+        assert [one["chosen"].split(":")[0] for one in built.json()["shards"]] == ["flat"] * 2
+        by_hand = index_directory(directory).name
+        until(lambda: by_hand in searched())
+        texts = ["please call Imogen Varga today", "my meeting with Odalys Brandt is at noon"]
+        added = service.request("POST", entries(name), json={"texts": texts})
+        assert added.status_code == 200, added.text
+        until(lambda: index_directory(directory).name != by_hand)
+        until(lambda: index_directory(directory).name in searched())
+    finally:
+        stop.set()
+        listener.join()
+    assert {one.status_code for one in heard} == {200}
+    assert {one.json()["text"] for one in heard} == {SENTENCE}
+    assert service.text(file, datastore=name) == SENTENCE
+    near = service.request("POST", f"/v1/datastores/{name}/search", json={"text": texts[0]})
+    assert texts[0] in {one["document"] for t in near.json()["data"] for one in t["neighbours"]}
+
+
+def test_a_recording_is_looked_up_as_it_is_in_a_directory(
+    service, file, clip, write, wave, datastore, refused, tmp_path
+):
+    name = datastore(NAME, "imogen varga")
+
+    def search(data, **form):
+        place = f"/v1/datastores/{name}/search"
+        return service.request("POST", place, files={"file": ("a", data)}, data=form)
+
+    def compared(found):
+        """Token, and of each neighbour what does not hang on rounding."""
+        return [
+            (one["token"], [(n["entry"], n["document"], n["window"]) for n in one["neighbours"]])
+            for one in found
+        ]
+
+    (tmp_path / "clip").write_bytes(file)
+    settings = service.settings.decode
+    recogniser = recognisers.load(service.settings.model)
+    own = contents.look_up(service.directory / name, recogniser, tmp_path / "clip", 3, settings)
+    answer = search(file, k=3)
+    assert answer.status_code == 200, answer.text
+    found = answer.json()["data"]
+    assert compared(found) == compared([asdict(one) for one in own]) and len(found) > 5
+    apart = [n["distance"] for one in found for n in one["neighbours"]]
+    np.testing.assert_allclose(apart, [n.distance for o in own for n in o.neighbours], rtol=1e-3)
+    ogg = search(write(wave(SENTENCE), "OGG", subtype="VORBIS"))
+    assert ogg.status_code == 200 and len(ogg.json()["data"][0]["neighbours"]) == 4
+    silent = write(np.zeros(16_000, np.float32), "WAV")
+    assert "nobody speaks" in refused(search(silent), 400, None, "file")
+    refused(search(clip(SENTENCE, SENTENCE, SENTENCE)), 413, "too_long", "file")
+    refused(search(b"no audio"), 400, "unreadable_audio", "file")
+    refused(search(file, k=0), 422, "greater_than_equal", "k")
+    refused(search(file, text="a"), 400, "unknown", "text")
+    place = f"/v1/datastores/{name}/search"
+    empty = service.request("POST", place, json={"text": "  "})
+    assert "nothing to look up" in refused(empty, 400, None, "text")
+    none = service.request("POST", place, files={"k": (None, "3")})
+    refused(none, 422, "value_error", "file")
+
+
 def test_the_command_line_looks_after_an_endpoints_datastores(
     service, file, tmp_path, capsys, request
 ):
@@ -375,10 +534,19 @@ def test_the_command_line_looks_after_an_endpoints_datastores(
     assert {near["document"] for one in found for near in one["neighbours"]} >= {NAME}
     assert NAME in call("search", "afar", NAME)[1]
     assert "--models goes without --url" in call("search", "afar", NAME, "--models", "x")[1]
-    assert "an endpoint looks texts up" in call("search", "afar", names)[1]
+    recording = tmp_path / "call.flac"
+    recording.write_bytes(file)
+    status, out = call("search", "afar", recording, "-k", 2, "--json")
+    looked_up = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and all(len(one["neighbours"]) == 2 for one in looked_up)
+    assert {near["document"] for one in looked_up for near in one["neighbours"]} >= {NAME}
+    assert "answers 400: uploaded audio" in call("search", "afar", names)[1]
     assert call("search", "afar", "東京")[0] == 1
     assert call("snapshot", "create", "afar", "both")[0] == 0
     assert json.loads(call("compact", "afar", "--all", "--json")[1])["merged"] == 2
+    status, out = call("index", "afar", "--shards", 2)
+    assert (status, out.count("flat: "), len(out.splitlines())) == (0, 2, 2)
+    assert len(json.loads(call("show", "afar", "--json")[1])["index"]) == 2
     status, out = call("delete", "afar", "imogen varga")
     assert status == 0 and out.startswith("imogen varga: ") and "entries deleted" in out
     status, said = call("create", "afar", names)
@@ -403,6 +571,8 @@ def test_the_command_line_looks_after_an_endpoints_datastores(
 @pytest.mark.parametrize(
     ("task", "given", "status", "param"),
     [
+        ("index", {"shards": 0}, 422, "shards"),
+        ("index", {"everything": True}, 400, "everything"),
         ("polish", {}, 422, "task"),
         ("verify", {"everything": True}, 400, "everything"),
         ("compact", {"everything": "perhaps"}, 422, "everything"),

@@ -5,13 +5,23 @@ import asyncio
 import pytest
 import torch
 
-from mmrag import shipped
+from mmrag import contents, shipped
+from mmrag.corpora.voices.espeak import Synthesizer
 from mmrag.recogniser import Recogniser
+from mmrag.retrieval.datastore import Datastore
+from mmrag.retrieval.index import saved_shards
 from mmrag.retrieval.phrases import speak
+from mmrag.retrieval.retrievers import LocalRetriever
 from mmrag.retrieval.segment import join
 from mmrag.retrieval.shortlist import Shortlist
 from serve.decoder import SHORTLIST, Decoder
-from serve.messages import DecodeRequest, DecodeResult, PhraseList
+from serve.messages import (
+    DecodeRequest,
+    DecodeResult,
+    InvalidRequest,
+    PhraseList,
+    ResolvedDatastore,
+)
 from serve.settings import read
 
 NAMES = ("aoibheann khan", "granit xhaka", "siobhan o'connor", "reece magann")
@@ -62,3 +72,56 @@ def test_only_a_list_too_long_to_be_read_is_shortened(ray_cluster, wave, monkeyp
 
     plain = asyncio.run(heard())
     assert shortened == ([(SHORTLIST, plain)] * 4 if listed == NAMES else [])
+
+
+def test_the_sounds_of_a_datastore_are_looked_up_once_a_version(
+    ray_cluster, tmp_path, wave, monkeypatch
+):
+    models = Recogniser.load(shipped.find(shipped.TINY))
+    [units] = models.encode([torch.from_numpy(wave("please call siobhan o'connor now"))])
+    contents.create(tmp_path / "names", NAMES, models, spoken=False)
+    pronounced, shortened = [], []
+    pronounce, given = Synthesizer.pronounce, Shortlist.given
+
+    def watched(self, texts):
+        pronounced.append(list(texts))
+        return pronounce(self, texts)
+
+    def noted(self, *arguments):
+        shortened.append((self.most, len(self.phrases.names)))
+        return given(self, *arguments)
+
+    monkeypatch.setattr(Synthesizer, "pronounce", watched)
+    monkeypatch.setattr(Shortlist, "given", noted)
+    settings = read({"model": shipped.TINY, "retrieval_defaults": DEFAULTS})
+    ways = settings.retrieval_defaults
+
+    def resolved(key, directory=tmp_path / "names"):
+        store = Datastore.open(tmp_path / "names")
+        retriever = LocalRetriever.load(saved_shards(store.directory), store)
+        found = key, "uid", retriever, ways.knn, ways.both, ways.attention, None, directory
+        return ResolvedDatastore(*found)
+
+    async def heard():
+        decoder = Decoder(settings)
+
+        async def ask(found, **more):
+            request = DecodeRequest(units, mode="cross_attention", datastore=found, **more)
+            assert "siobhan o'connor" in (await decoder.transcribe(request)).text
+
+        first = resolved("first")
+        await asyncio.gather(*(ask(first) for _ in range(3)))
+        assert [texts for texts in pronounced if len(texts) > 1] == [list(NAMES)]
+        assert shortened == [(SHORTLIST, len(NAMES))] * 3
+        await ask(first, shortlist=2)
+        await ask(first, shortlist=0)
+        assert shortened[3:] == [(2, len(NAMES))]
+        contents.add(tmp_path / "names", ["wojciech nowak"], models)
+        await ask(resolved("second"))
+        assert shortened[4:] == [(SHORTLIST, len(NAMES) + 1)]
+        assert ["wojciech nowak"] in pronounced
+        assert [texts for texts in pronounced if len(texts) > 1] == [list(NAMES)]
+        with pytest.raises(InvalidRequest, match="shortlist: it is made of"):
+            await ask(resolved("no phrases", None), shortlist=2)
+
+    asyncio.run(heard())

@@ -16,6 +16,7 @@ from mmrag.retrieval.phrases import (
     CARRIERS,
     WINDOW,
     Phrases,
+    are_phrases,
     description,
     read_lists,
     remember,
@@ -293,3 +294,39 @@ def test_whoever_waits_for_phrases_is_told_of_every_sentence(lm, tmp_path, speak
     assert told == [(done, total) for done in range(1, total + 1)]
     remember(*arguments, progress=lambda *counts: told.append(counts))
     assert len(told) == total, "what is remembered is there at once"
+
+
+class Lettered:
+    """A vocabulary whose tokens are letters."""
+
+    def decode(self, tokens):
+        return "".join(map(chr, tokens))
+
+    def spoken(self, text):
+        return text.lower()
+
+
+@pytest.mark.parametrize(
+    ("said", "phrases"),
+    [
+        ({"Maria Lopez": "maria lopez", "Rome": "rome"}, True),
+        ({"Maria Lopez": "maria lopez", "call-17": "she is in rome"}, False),
+        ({"one two three four five six": "one two three four five six"}, False),
+        ({}, False),
+    ],
+)
+def test_documents_are_phrases_where_they_are_called_what_is_said(tmp_path, said, phrases):
+    datastore.create(tmp_path, Description(4, WINDOW, "l2", "none", {}))
+    for number, (name, text) in enumerate(said.items()):
+        tokens = np.array([*map(ord, text)])
+        one = Segment(
+            keys=np.zeros((len(tokens), 4)),
+            tokens=tokens,
+            windows=windows_of(tokens, WINDOW),
+            positions=np.arange(len(tokens)),
+            utterances=np.zeros(len(tokens), int),
+            names=[(f"u{number}", name)],
+        )
+        datastore.write_segment(tmp_path, f"s-{number}", one)
+    datastore.publish(tmp_path, [f"s-{number}" for number in range(len(said))])
+    assert are_phrases(Datastore.open(tmp_path), Lettered(), list(said)) == phrases

@@ -10,7 +10,7 @@ from mmrag.corpora.synthetic import make_names
 from mmrag.corpora.voices.espeak import Synthesizer
 from mmrag.retrieval.interpolation import Retrieval
 from mmrag.retrieval.phrases import Phrases
-from mmrag.retrieval.shortlist import Shortlist, SoundIndex
+from mmrag.retrieval.shortlist import Remembered, Shortlist, SoundIndex
 from tests.mmrag.retrieval.test_phrases import SPOKEN, store_of
 
 MISHEARD = {
@@ -83,3 +83,21 @@ def test_a_clip_is_given_every_entry_of_the_phrases_that_it_may_have_said(tmp_pa
     names = {datastore.document_name(number) for number in found.documents[0] if number >= 0}
     assert names == {"maria"}
     assert shortlist.given("", Retrieval(None, ANY), None) == (None, None)
+
+
+def test_a_list_that_grew_by_a_phrase_is_not_pronounced_again(pronounce):
+    asked = []
+
+    def watched(texts):
+        asked.append(list(texts))
+        return pronounce(texts)
+
+    remembered = Remembered(watched, most=4)
+    texts = ["rome", "maria", "rome"]
+    assert remembered(texts) == pronounce(texts)
+    assert remembered(["maria", "oslo"]) == pronounce(["maria", "oslo"])
+    assert asked == [["rome", "maria"], ["oslo"]]
+    more = ["lima", "cairo", "rome"]
+    assert remembered(more) == pronounce(more) and asked[-1] == ["lima", "cairo"]
+    assert remembered(["oslo"]) == pronounce(["oslo"])
+    assert asked[-1] == ["oslo"], "so many are remembered, and no more"

@@ -1,0 +1,117 @@
+"""Texts and recordings as entries: spoken by the encoder, read by the decoder, a part at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from uuid import uuid4
+
+import numpy as np
+from ray.serve.handle import DeploymentHandle
+
+from mmrag.model.vocabulary import Vocabulary
+from mmrag.records import Utterance
+from mmrag.retrieval.phrases import phrases_and_sentences, utterances
+from mmrag.retrieval.segment import Segment
+from mmrag.speech.tokenized import Tokenized
+from serve.messages import Encoded, InvalidRequest
+from serve.parts import PART_SENTENCES, in_order, parts
+
+
+class Additions:
+    """What is to become entries of a datastore, or of one request."""
+
+    def __init__(
+        self, encoder: DeploymentHandle, decoder: DeploymentHandle, vocabulary: Vocabulary
+    ) -> None:
+        """Both are called by reference (`handles`)."""
+        self._encoder = encoder
+        self._decoder = decoder
+        self._vocabulary = vocabulary
+
+    async def spoken(self, texts: Sequence[str]) -> list[Segment]:
+        """Texts as entries: a phrase is said in carrier sentences, a sentence as it stands."""
+        phrases, longer = phrases_and_sentences(texts)
+        spoken = self._vocabulary.spoken
+        sentences = [
+            [Utterance(id=uuid4().hex, text=spoken(text), document=text)] for text in longer
+        ]
+        return [
+            *await self._read_spoken(self._carried(phrases), "entities"),
+            *await self._read_spoken(sentences, "all"),
+        ]
+
+    async def paired(
+        self, texts: Sequence[str], waves: Sequence[Sequence[np.ndarray]]
+    ) -> list[Segment]:
+        """Recordings as entries, an entry a token of what is said in them."""
+        said = [[Utterance(id=uuid4().hex, text=text, document=text)] for text in texts]
+        encoding = (self._encoder.encode.remote(wave) for [wave] in waves)
+        encoded = await in_order(encoding, PART_SENTENCES)
+        for text, one in zip(texts, encoded, strict=True):
+            if one is None:
+                raise InvalidRequest(f"nobody speaks in the recording of {text!r}")
+        units = iter([one.units for one in encoded])
+        paired = [[(one, next(units)) for one in part] for part in parts(said)]
+        return await in_order(self._read(*zip(*p, strict=True), "all") for p in paired)
+
+    async def phrases(
+        self, phrases: Sequence[str], keep: Callable[[dict[str, Segment]], None]
+    ) -> None:
+        """Phrases as entries, of which `keep` is told as soon as some are there: each phrase's."""
+
+        def cut(segment: Segment) -> Segment:
+            keep(_by_document(segment))
+            return segment
+
+        await self._read_spoken(self._carried(phrases), "entities", cut)
+
+    async def _read_spoken(
+        self,
+        groups: Sequence[Sequence[Utterance]],
+        kind: str,
+        keep: Callable[[Segment], Segment] = lambda segment: segment,
+    ) -> list[Segment]:
+        """Groups of sentences, spoken by the encoder and read by the decoder, as entries.
+
+        A group stays together. `keep` is called with each segment as soon as it is there. Raises
+        InvalidRequest for a text that cannot be spoken, before anything is spoken.
+        """
+        for one in (one for group in groups for one in group):
+            if refusal := self._vocabulary.refusal(one.document):
+                raise InvalidRequest(refusal)
+
+        async def read(part: Sequence[Utterance]) -> Segment:
+            units = await self._encoder.synthesize.remote([one.text for one in part])
+            return keep(await self._read(part, units, kind))
+
+        return await in_order(read(part) for part in parts(groups))
+
+    async def _read(
+        self, said: Sequence[Utterance], units: Sequence[Encoded], kind: str
+    ) -> Segment:
+        """The entries of utterances, given their units."""
+        spoken = [Tokenized(one, own) for one, own in zip(said, units, strict=True)]
+        return await self._decoder.entries.remote(spoken, kind)
+
+    def _carried(self, phrases: Sequence[str]) -> list[list[Utterance]]:
+        """Each phrase's carrier sentences."""
+        said = utterances(phrases, spoken=self._vocabulary.spoken)
+        return [list(group) for _, group in groupby(said, lambda one: one.document)]
+
+
+def _by_document(segment: Segment) -> dict[str, Segment]:
+    """A segment cut into one a document."""
+    found = {}
+    for document in dict.fromkeys(document for _, document in segment.names):
+        own = [n for n, (_, of) in enumerate(segment.names) if of == document]
+        rows = np.isin(segment.utterances, own)
+        found[document] = Segment(
+            keys=segment.keys[rows],
+            tokens=segment.tokens[rows],
+            windows=segment.windows[rows],
+            positions=segment.positions[rows],
+            utterances=np.searchsorted(own, segment.utterances[rows]),
+            names=[segment.names[n] for n in own],
+        )
+    return found
