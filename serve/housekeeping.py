@@ -88,7 +88,7 @@ class Housekeeping:
             log.warning("%s is not indexed anew: %s", directory.name, error)
         except ValueError as error:
             self._given_up.add(directory)
-            log.error("%s cannot be indexed anew, by hand alone: %s", directory.name, error)
+            log.error("%s cannot be indexed anew, and stays as it is: %s", directory.name, error)
         finally:
             del self._building[directory]
 
