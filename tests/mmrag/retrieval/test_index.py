@@ -248,6 +248,21 @@ def test_an_added_entry_is_found_and_a_deleted_one_never_again(tmp_path, index):
     assert 300 not in reloaded.search(newcomer, 301).entries
 
 
+def test_deleted_entries_are_numbered_and_not_found_by_an_index_built_after(tmp_path, index):
+    datastore = make(tmp_path, random_keys(600))
+    gone = np.arange(0, 600, 7)
+    delete(tmp_path, gone)
+    datastore.refresh()
+    everything = index.model_copy(update={"rerank": 600, "refine": 600})
+    shard = IndexShard.build(datastore, 0, 600, everything, seed=0)
+    shard.save(tmp_path / "shard")
+    queries = random_keys(5, seed=1)
+    expected = brute_force(datastore, queries, 9)
+    for one in (shard, IndexShard.load(tmp_path / "shard", datastore)):
+        assert_same(one.search(queries, 9), expected)
+        assert (one.search(queries, 600).entries >= 0).sum(1).max() == 600 - len(gone)
+
+
 @pytest.mark.parametrize("entries", [0, 3])
 def test_an_empty_batch_and_too_few_entries_give_missing_neighbours(tmp_path, entries):
     retriever = flat(make(tmp_path, random_keys(entries)), shards=2)

@@ -80,7 +80,7 @@ def opened(directory):
 def held(retriever):
     """Entries in the lists of a retriever's only shard."""
     parts = (retriever.shards[0]._index._saved, retriever.shards[0]._index._fresh)
-    lists = [part.invlists for part in parts if part is not None]
+    lists = [part.index.invlists for part in parts if part is not None]
     return sum(one.list_size(number) for one in lists for number in range(one.nlist))
 
 
@@ -245,6 +245,6 @@ def test_deleted_entries_that_lie_together_leave_enough_to_train_on(coded):
     compact(coded.directory, everything=True)
     catch_up(coded.directory)
     [shard] = opened(coded.directory).shards
-    lists = shard._index._saved
+    lists = shard._index._saved.index
     centroids = lists.quantizer.reconstruct_n(0, lists.nlist)
     assert np.linalg.norm(centroids, axis=1).min() > 0.1, "no list is of erased keys"
