@@ -361,6 +361,7 @@ def serve_shards(
     replicas: int,
     num_cpus: float,
     *,
+    num_gpus: float = 0.0,
     owner: str | None = None,
     answer_seconds: float = ANSWER_SECONDS,
     idle_seconds: float | None = None,
@@ -388,7 +389,11 @@ def serve_shards(
         raise DatastoreError(f"no index of {datastore} is saved")
 
     def start(shard: int, replica: int) -> ActorHandle:
-        options: dict[str, Any] = {"num_cpus": num_cpus, "scheduling_strategy": "SPREAD"}
+        options: dict[str, Any] = {
+            "num_cpus": num_cpus,
+            "num_gpus": num_gpus,
+            "scheduling_strategy": "SPREAD",
+        }
         if owner is not None:
             options |= {
                 "name": f"{owner}-{shards[shard].parent.name}-{shard}-{replica}",
@@ -400,7 +405,8 @@ def serve_shards(
         return IndexShardActor.options(**options).remote(datastore, shards[shard], *more)
 
     places = [(shard, replica) for shard in range(len(shards)) for replica in range(replicas)]
-    with placing(Demand(key, len(places), num_cpus, lower=key)):
+    lower = f"{key} or {key.removesuffix('cpus')}gpus" if num_gpus else key
+    with placing(Demand(key, len(places), num_cpus, num_gpus, lower=lower)):
         actors = {place: start(*place) for place in places}  # all of them load at once
         try:
             answering = {at: ready(actor, partial(start, *at)) for at, actor in actors.items()}

@@ -229,9 +229,9 @@ def _shards(experiment: Experiment, ways: Sequence[EvaluationMode]) -> list[Dema
     if settings.retriever != "sharded" or not count:
         return []
     actors = count * settings.replicas
-    return [
-        Demand(SHARD_CPUS, actors, settings.shard_cpus, lower=f"{SHARD_CPUS} or evaluate.replicas")
-    ]
+    each = settings.shard_cpus, settings.shard_gpus
+    lower = f"{SHARD_CPUS}{', evaluate.shard_gpus' if each[1] else ''} or evaluate.replicas"
+    return [Demand(SHARD_CPUS, actors, *each, lower=lower)]
 
 
 def _datastores(ways: Sequence[EvaluationMode]) -> list[Path]:
@@ -248,7 +248,13 @@ def _sources(
     if settings.retriever == "sharded":
         for path in sources:
             local = experiment.datastore.local
-            served = serve_shards(path, settings.replicas, settings.shard_cpus, local=local)
+            served = serve_shards(
+                path,
+                settings.replicas,
+                settings.shard_cpus,
+                num_gpus=settings.shard_gpus,
+                local=local,
+            )
             serving.callback(served.close)
             sources[path] = served
     return sources

@@ -306,6 +306,7 @@ class Retriever:
             datastore.directory,
             settings.shard_replicas,
             settings.shard_cpus,
+            num_gpus=settings.shard_gpus,
             owner=f"mmrag-shard-{uid}",
             answer_seconds=settings.answer_seconds,
             idle_seconds=settings.idle_seconds,

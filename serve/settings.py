@@ -94,6 +94,8 @@ class RetrieverReplicas(Replicas):
 
     shard_cpus: float = Field(gt=0)
     """CPUs a shard's actor reserves."""
+    shard_gpus: float = Field(default=0.0, ge=0)
+    """GPUs that it reserves, and searches its lists and codes on."""
     shard_replicas: PositiveInt
     """Copies of each shard."""
     answer_seconds: PositiveFloat

@@ -95,6 +95,8 @@ class Evaluate(Section):
     """Copies of each shard's actor."""
     shard_cpus: Operation[float] = Field(gt=0)
     """CPUs a shard's actor reserves."""
+    shard_gpus: Operation[float] = Field(default=0.0, ge=0)
+    """GPUs that it reserves, and searches its lists and codes on (`index.gpu`)."""
     resamples: PositiveInt
     """Bootstrap resamples behind each confidence interval."""
     workers: Workers

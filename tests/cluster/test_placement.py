@@ -99,6 +99,10 @@ def test_index_shards_that_find_no_room_are_refused(ray_cluster, tmp_path, monke
         PlacementError, match=r"^retriever\.shard_cpus: 6 workers of 0\.5 CPUs each"
     ):
         serve_shards(tmp_path, replicas=2, num_cpus=0.5, key="retriever.shard_cpus")
+    with pytest.raises(
+        PlacementError, match=r"1 GPU each .* Lower retriever\.shard_cpus or retriever\.shard_gpus"
+    ):
+        serve_shards(tmp_path, 1, 0.1, num_gpus=1, key="retriever.shard_cpus")
 
 
 @ray.remote(num_cpus=2)
