@@ -373,9 +373,9 @@ def serve_shards(
     Actors with an `owner` are named `<owner>-<index>-<shard>-<replica>`: whoever asks for the same
     owner shares them, whatever its `datastore`, until another index is built, and they outlive this
     process. With `idle_seconds` they end once nobody has asked them anything for that long; with
-    `local` they copy their keys to that directory on their machines. Raises DatastoreError if no index is saved, PlacementError, naming
-    the setting `key` of `num_cpus`, if the cluster cannot hold the actors, RayActorError if one
-    cannot load its shard.
+    `local` they copy their keys to that directory on their machines. Raises DatastoreError if no
+    index is saved, PlacementError, naming the setting `key` of `num_cpus`, if the cluster cannot
+    hold the actors, RayActorError if one cannot load its shard.
 
     Replicas of a shard start one after the other, and Ray's SPREAD puts what starts in a row on one
     node after the other. A placement group would promise what that only tries, but actors that are

@@ -217,9 +217,8 @@ ROLES = {
     "batch_seconds:o",
     "tune": "k weight temperature gate certain query finalists utterances attention both_weight "
     "decoy harm",
-    "evaluate": "split domain modes datastores lists retriever:o replicas:o shard_cpus:o shard_gpus:o "
-    "resamples "
-    "workers.count:o workers.num_cpus:o workers.num_gpus:o",
+    "evaluate": "split domain modes datastores lists retriever:o replicas:o shard_cpus:o "
+    "shard_gpus:o resamples workers.count:o workers.num_cpus:o workers.num_gpus:o",
     "adapter": "base shape.every shape.heads shape.head_width shape.window shape.encoder_layers "
     "shape.encoder_heads shape.encoder_feed_forward contexts.split contexts.phrases "
     "contexts.retrieved contexts.wrong contexts.mixture contexts.list_length contexts.own "
