@@ -336,9 +336,10 @@ class IndexShard:
             for wider in sizing.wider(self.settings, self.stop - self.start):
                 search = partial(self.search, settings=wider)
                 tried.append((held_out.recall(search), wider))
-            if not tried:
+            recall, wider = max(tried, key=lambda one: one[0], default=(-np.inf, self.settings))
+            if recall - self.recall < sizing.LEAST_GAIN:
                 return
-            self.recall, self.settings = max(tried, key=lambda one: one[0])
+            self.recall, self.settings = recall, wider
 
     def _train(self, start: int, stop: int) -> None:
         """Train IVF-PQ on evenly spaced keys, as many as k-means makes use of."""

@@ -33,6 +33,8 @@ GIVEN = "as the settings say"
 """Why a kind was chosen that is not auto's choice."""
 GOOD_RECALL = 0.96
 """Where tuning ends before that."""
+LEAST_GAIN = 0.01
+"""Of recall: what twice as much of something has to find more, or tuning ends."""
 
 
 def chosen(settings: Index, entries: int, width: int) -> tuple[Index, str]:

@@ -341,6 +341,7 @@ def test_auto_sizes_the_index_and_searches_more_until_it_is_good(tmp_path, monke
     monkeypatch.setattr(sizing, "SCANNED", 40)
     monkeypatch.setattr(sizing, "RERANKED", 1)
     monkeypatch.setattr(sizing, "GOOD_RECALL", 0.999)
+    monkeypatch.setattr(sizing, "LEAST_GAIN", 0)
     auto = Index(kind="auto", shards=1, entry_bytes=10)
     datastore = make(tmp_path, clusters(4000, 16))
     shard = IndexShard.build(datastore, 0, 4000, auto, seed=0)
@@ -352,6 +353,21 @@ def test_auto_sizes_the_index_and_searches_more_until_it_is_good(tmp_path, monke
     assert (again.settings, again.why) == (shard.settings, shard.why)
     assert_same(again.search(clusters(5, 16, 3), 7), shard.search(clusters(5, 16, 3), 7))
     assert IndexShard.build(datastore, 0, 400, auto, seed=0).settings.kind == "flat"
+
+
+def test_auto_does_not_pay_for_what_finds_hardly_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(sizing, "FLAT_ENTRIES", 500)
+    monkeypatch.setattr(sizing, "GOOD_RECALL", 1.1)
+    datastore = make(tmp_path, clusters(4000, 16))
+
+    def built(least):
+        monkeypatch.setattr(sizing, "LEAST_GAIN", least)
+        return IndexShard.build(datastore, 0, 4000, Index(kind="auto", shards=1), seed=0)
+
+    first = sizing.chosen(Index(kind="auto", shards=1), 4000, 16)[0]
+    kept, grown = built(0.5), built(-1)
+    assert kept.settings == first
+    assert sizing.wider(grown.settings, 4000) == [] and grown.recall >= kept.recall
 
 
 @pytest.mark.parametrize("metric", METRICS)
