@@ -428,8 +428,8 @@ def test_an_index_that_is_built_anew_is_taken_up_while_everybody_is_answered(
     def searched():
         """The indexes whose shards have actors."""
         named = [one["name"] for one in ray.util.list_named_actors(all_namespaces=True)]
-        found = (re.search(r"mmrag-shard-\w+?(-\w{8})?-\d-\d$", one) for one in named)
-        return {f"index{one[1]}" for one in found if one and one[1]}
+        found = (re.search(r"mmrag-shard-\w+-(index-\w{8})-\d-\d$", one) for one in named)
+        return {one[1] for one in found if one}
 
     def until(condition):
         deadline = time.monotonic() + 60
