@@ -4,7 +4,7 @@ An `IndexShard` covers a contiguous range of entries. FAISS proposes candidates,
 of its own fast arithmetic; their distances are then computed again, in float32 from the stored
 keys. Flat goes on proposing until no key that was not proposed could be among the k nearest, so
 its answer is exact and the same however the entries are sharded; IVF-PQ re-ranks what its lists and
-codes let through, and how much that is is measured when it is built, as lists and codes may lie on
+codes let through, and how much that is is measured when it is built. Its lists and codes may lie on
 a GPU (`gpu`). Which machine a shard lives on is not known here.
 """
 
@@ -31,6 +31,7 @@ from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.held_out import NEAREST, HeldOutQueries
 from mmrag.retrieval.ivf import CODE_CENTROIDS, CODES, IVFPQ, LIST_POINTS, TURNED_DIMENSIONS
 from mmrag.retrieval.segment import DatastoreError, distances, prepare
+from mmrag.retrieval.stored import open_mapped
 
 INDEX, POINTER = "index", "index.json"
 """Of a datastore: the directory of its shards, and the file that names another one."""
@@ -408,7 +409,7 @@ def build_again(directory: Path | str, settings: Index, seed: int = 0) -> list[I
 def chosen_index(shard: Path) -> tuple[str, float | None]:
     """Why a saved shard is indexed as it is, and the recall that was measured, if any was."""
     saved = read_shard(shard)
-    return saved.get("why", ""), saved.get("recall")
+    return saved["why"], saved["recall"]
 
 
 def read_shard(shard: Path) -> dict[str, Any]:
@@ -421,21 +422,13 @@ def read_shard(shard: Path) -> dict[str, Any]:
 
 def asked_for(saved: Mapping[str, Any]) -> Index:
     """The settings that a saved shard was built with, `auto` where that chose."""
-    if "asked" in saved:
-        return Index.model_validate(saved["asked"])
-    settings = Index.model_validate(saved["settings"])  # of shards that did not say
-    chosen = not saved.get("why", "").endswith(sizing.GIVEN)
-    return settings.model_copy(update={"kind": "auto"}) if chosen else settings
+    return Index.model_validate(saved["asked"])
 
 
 def left_out(shard: Path) -> np.ndarray:
-    """The entries (M,) int64 of a saved shard, counted from its first, that it does not hold."""
-    try:
-        return np.load(shard / LEFT_OUT, allow_pickle=False)
-    except FileNotFoundError:
-        return np.zeros(0, np.int64)
-    except ValueError as error:
-        raise DatastoreError(f"{shard / LEFT_OUT} is damaged: {error}") from None
+    """The entries (M,) int64 of a saved IVF-PQ shard, counted from its first, that it does not
+    hold."""
+    return open_mapped(shard / LEFT_OUT)
 
 
 def save_index(directory: Path | str) -> None:

@@ -29,8 +29,6 @@ RERANKED, MOST_RERANKED = 4, 16
 """Likewise of the keys that are read, where there are no longer codes."""
 CHOSEN, MOST_CHOSEN = 2, 8
 """Likewise, where longer codes have chosen them."""
-GIVEN = "as the settings say"
-"""Why a kind was chosen that is not auto's choice."""
 GOOD_RECALL = 0.96
 """Where tuning ends before that."""
 LEAST_GAIN = 0.01
@@ -40,7 +38,7 @@ LEAST_GAIN = 0.01
 def chosen(settings: Index, entries: int, width: int) -> tuple[Index, str]:
     """Settings for so many keys of that width, and why. Those of another kind than auto stay."""
     if settings.kind != "auto":
-        return settings, f"{settings.kind}, {GIVEN}"
+        return settings, f"{settings.kind}, as the settings say"
     if entries <= FLAT_ENTRIES:
         told = f"flat: {entries:,} keys are soon compared one by one"
         return settings.model_copy(update={"kind": "flat"}), told

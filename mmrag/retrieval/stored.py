@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -38,6 +38,7 @@ TABLES = {
 """What a segment says of its utterances and documents."""
 IDS = "document_ids"
 """The numbers of its documents in the datastore: -1 each, until it is published."""
+Opened = TypeVar("Opened")
 FEW = 512
 """Documents of a segment whose digests a process keeps, once it has read them."""
 
@@ -143,7 +144,7 @@ def open_segment(
     path = segment_file(directory, name)
     if not path.is_file():
         raise DatastoreError(f"segment {name} of {directory} is missing")
-    stored = _open(path)
+    stored = _opened(open_tensors, path)
     arrays, fields = stored.arrays, ARRAYS | TABLES | {IDS: np.int32}
     if arrays.keys() != fields.keys() or stored.header.digests.keys() != fields.keys() - {IDS}:
         raise DatastoreError(f"{path} is damaged: it has the arrays {', '.join(arrays)}")
@@ -203,19 +204,9 @@ def _few_digests(directory: str, name: str, header: str) -> np.ndarray | None:
 def _open_listed(directory: Path, name: str, header: str) -> dict[str, np.ndarray]:
     """The arrays of the segment that was published with this header."""
     path = segment_file(directory, name)
-    stored = _open(path)
+    stored = _opened(open_tensors, path)
     _require_listed(path, stored, header)
     return stored.arrays
-
-
-def _open(path: Path) -> Tensors:
-    """The arrays of a file; DatastoreError if it is missing or damaged."""
-    try:
-        return open_tensors(path)
-    except FileNotFoundError:
-        raise DatastoreError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
-        raise DatastoreError(f"{path} is damaged: {error}") from None
 
 
 def _require_listed(path: Path, stored: Tensors, header: str) -> None:
@@ -289,8 +280,13 @@ def _indexes(indices: np.ndarray, length: int) -> bool:
 
 def open_mapped(path: Path) -> np.ndarray:
     """An array, mapped; DatastoreError if it is missing or damaged."""
+    return _opened(open_array, path)
+
+
+def _opened(opening: Callable[[Path], Opened], path: Path) -> Opened:
+    """What is in a file; DatastoreError if it is missing or damaged."""
     try:
-        return open_array(path)
+        return opening(path)
     except FileNotFoundError:
         raise DatastoreError(f"{path} is missing") from None
     except (OSError, ValueError) as error:

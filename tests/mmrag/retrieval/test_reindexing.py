@@ -132,18 +132,6 @@ def test_flat_as_somebody_wanted_it_stays_flat(tmp_path, monkeypatch):
     assert behind(tmp_path) is None
 
 
-def test_shards_saved_before_they_said_so_are_taken_for_what_was_chosen(tmp_path, monkeypatch):
-    make(tmp_path, random_keys(400))
-    for settings, kind in ((FLAT, "flat"), (Index(kind="auto", shards=1), "auto")):
-        build_again(tmp_path, settings)
-        [place] = saved_shards(tmp_path)
-        saved = json.loads((place / "shard.json").read_text())
-        del saved["asked"]
-        (place / "shard.json").write_text(json.dumps(saved))
-        [shard] = opened(tmp_path).shards
-        assert shard.asked.kind == kind
-
-
 def test_what_is_searched_added_and_deleted_while_it_is_built_is_right(coded, monkeypatch):
     directory, queries = coded.directory, random_keys(4, seed=1)
     delete(directory, range(200))
