@@ -208,15 +208,17 @@ def _searched(
     exact, flat = _exact(store, queries, tell)
     tell("searched")
     found, ours = _by_batches(lambda batch: shard.search(batch, K).entries, queries, BATCH)
-    hits = [len(set(a) & set(b)) / K for a, b in zip(exact.tolist(), found.tolist(), strict=True)]
-    read = _counted(store)
+    settings, recall = shard.settings, _recall(exact, found)
+    # Beside reading the keys of all that the longer codes choose among:
+    every = settings.model_copy(update={"rerank": max(settings.rerank, settings.refine)})
+    found, _ = _by_batches(lambda b: shard.search(b, K, settings=every).entries, queries, BATCH)
+    lost, read = _recall(exact, found) - recall, _counted(store)
     times = []
     for number in range(sizes.searches):
         asked = keys.draw(SMALL_BATCH, SEED + 2_000_000 + number)
         started = time.perf_counter()
         shard.search(asked, K)
         times.append(1e3 * (time.perf_counter() - started))
-    settings = shard.settings
     scanned = settings.probes * entries / settings.lists
     row = {
         "entries": entries,
@@ -226,7 +228,9 @@ def _searched(
         "build_seconds": cost["seconds"],
         "build_peak_bytes": cost["peak_bytes"],
         "recall_when_built": shard.recall,
-        "recall_at_16": float(np.mean(hits)),
+        "recall_at_16": recall,
+        "recall_lost_by_longer_codes": lost,
+        "keys_saved_by_longer_codes": 1 - settings.rerank / every.rerank,
         "flat_ms_a_query": 1e3 * flat / QUERIES,
         "ms_a_query": 1e3 * ours / QUERIES,
         "speedup_over_flat": flat / ours,
@@ -236,6 +240,12 @@ def _searched(
         "keys_read": read["keys"] / sizes.searches / SMALL_BATCH,
     }
     return row, queries, exact
+
+
+def _recall(exact: np.ndarray, found: np.ndarray) -> float:
+    """The share of the nearest entries (Q, K) that were found."""
+    pairs = zip(exact.tolist(), found.tolist(), strict=True)
+    return float(np.mean([len(set(a) & set(b)) / K for a, b in pairs]))
 
 
 def _largest(growth: list[dict[str, Any]]) -> dict[str, Any]:
@@ -456,7 +466,9 @@ def show(results: dict[str, Any]) -> None:
     )
     for one in results["growth"]:
         cost = f"{one['build_seconds']:.0f} s, {one['build_peak_bytes'] / 1e9:.1f} GB at most"
-        console.print(f"{one['why']}; built in {cost}", markup=False)
+        saved, lost = (one[f"{name}_by_longer_codes"] for name in ("keys_saved", "recall_lost"))
+        chose = f"longer codes leave {saved:.0%} of keys unread and lose {lost:.4f} of recall"
+        console.print(f"{one['why']}; built in {cost}; {chose}", markup=False)
     console.print(_decoding(results))
     alike = "{transcripts_alike} of {transcripts_compared}".format(**results["decoded"])
     console.print(f"{alike} transcripts of the engine are those of the hook over every key\n")
