@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mmrag.model.lm import LMOutput
+from mmrag.model.pages import PagePool
 
 Speech = Any
 """A clip as `TextVocabulary.speech_input` gives it: only the model looks inside."""
@@ -23,15 +24,21 @@ Speech = Any
 class DecoderCache(Protocol):
     """What a model keeps of B rows between two steps."""
 
-    lengths: Tensor
-    """(B,) tokens read."""
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) tokens read."""
+        ...
 
-    def select(self, rows: Tensor) -> DecoderCache:
-        """The cache of `rows` (R,), which may repeat."""
+    def select(self, rows: Tensor | Sequence[int]) -> DecoderCache:
+        """The cache of `rows` (R,), which may repeat; this one's rows end here."""
         ...
 
     def join(self, other: DecoderCache) -> DecoderCache:
-        """The rows of both."""
+        """The rows of both, which are of one pool and end here."""
+        ...
+
+    def release(self) -> None:
+        """All rows end: what they took is free."""
         ...
 
 
@@ -44,8 +51,14 @@ class SpeechDecoder(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def cache(self, speech: Sequence[Speech | None], capacity: int) -> DecoderCache:
-        """An empty cache of a row a clip, with room for `capacity` tokens; None for no speech."""
+    def pool(self, tokens: int, growing: bool = False) -> PagePool:
+        """Room for `tokens` of all rows together, for as many caches as share it."""
+        ...
+
+    def cache(
+        self, speech: Sequence[Speech | None], capacity: int, pool: PagePool | None = None
+    ) -> DecoderCache:
+        """An empty cache of a row a clip, of at most `capacity` tokens each; None for no speech."""
         ...
 
     def __call__(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmrag.config import LanguageModel
+from mmrag.model.pages import ReadPlan, StepPlan, attend_causally, attend_step, write
 
 INIT_STD = 0.02
 
@@ -64,89 +65,44 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.to(x.dtype)
 
 
-class Cache:
-    """Keys and values of the tokens seen so far, for B independent rows.
-
-    Each row has its own length, so rows of different length share a batch without padding masks:
-    a row writes at its own next position, and a query attends to positions up to its own. What a
-    shorter row's padding wrote is overwritten before any query can reach it.
-    """
-
-    def __init__(self, config: LanguageModel, rows: int, capacity: int, like: Tensor) -> None:
-        width = config.head_width or config.width // config.heads
-        shape = (config.layers, rows, config.kv_heads, capacity, width)
-        self.keys = like.new_zeros(shape)
-        self.values = like.new_zeros(shape)
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=like.device)
-
-    @property
-    def capacity(self) -> int:
-        """Tokens a row has room for."""
-        return self.keys.shape[3]
-
-    def write(
-        self, layer: int, positions: Tensor, keys: Tensor, values: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Store (B, H, T, width) at `positions` (B, T); return all of the layer's, so far."""
-        rows = torch.arange(len(positions), device=positions.device)[:, None]
-        self.keys[layer][rows, :, positions] = keys.transpose(1, 2)
-        self.values[layer][rows, :, positions] = values.transpose(1, 2)
-        end = int(positions.max()) + 1
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-
-    def select(self, rows: Tensor) -> Cache:
-        """The cache of `rows` (R,), which may repeat: for beams, and to drop finished rows."""
-        chosen = object.__new__(Cache)
-        chosen.keys = self.keys[:, rows]
-        chosen.values = self.values[:, rows]
-        chosen.lengths = self.lengths[rows]
-        return chosen
-
-    def join(self, other: Cache) -> Cache:
-        """The rows of both, with room for what either had room for."""
-        both = object.__new__(Cache)
-        room = max(self.capacity, other.capacity)
-        for name in ("keys", "values"):
-            parts = [getattr(cache, name) for cache in (self, other)]
-            padded = [functional.pad(part, (0, 0, 0, room - part.shape[3])) for part in parts]
-            setattr(both, name, torch.cat(padded, 1))
-        both.lengths = torch.cat((self.lengths, other.lengths))
-        return both
-
-
 class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads."""
 
-    def __init__(self, config: LanguageModel, layer: int) -> None:
+    def __init__(self, config: LanguageModel) -> None:
         super().__init__()
-        self.layer = layer
         self.width = config.head_width or config.width // config.heads
-        self.grouped = config.kv_heads != config.heads
+        self.heads, self.kv_heads = config.heads, config.kv_heads
         inner, kv_inner = config.heads * self.width, config.kv_heads * self.width
         self.q = Linear(config.width, inner, bias=config.qkv_bias)
         self.k = Linear(config.width, kv_inner, bias=config.qkv_bias)
         self.v = Linear(config.width, kv_inner, bias=config.qkv_bias)
         self.out = Linear(inner, config.width, std=INIT_STD / (2 * config.layers) ** 0.5)
+        self.qkv: nn.Module | None = None
+        """One map in place of `q`, `k` and `v`, where the weights were prepared for decoding."""
 
     def forward(
         self,
         x: Tensor,
         angles: tuple[Tensor, Tensor],
-        positions: Tensor,
-        cache: Cache | None,
-        mask: Tensor | None,
+        pages: tuple[Tensor, Tensor] | None,
+        plan: ReadPlan | None,
     ) -> Tensor:
-        """x (B, T, D) -> (B, T, D). `mask` (B, 1, T, seen) is None for plain causal attention."""
-        q, k = self._rotated(x, angles)
-        v = self.v(x).unflatten(-1, (-1, self.width)).transpose(1, 2)
-        if cache is not None:
-            seen_k, seen_v = cache.write(self.layer, positions, k, v)
-            if mask is not None:
-                k, v = seen_k, seen_v
-        mixed = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
-        )
+        """x (B, T, D) -> (B, T, D); with a plan, beside what its rows have in a layer's `pages`."""
+        q, k, v = self._rotated(x, angles)
+        mixed = attend_causally(q, k, v, pages, plan)
         return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def step(
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        pages: tuple[Tensor, Tensor],
+        plan: StepPlan,
+    ) -> Tensor:
+        """`forward` for one token a row: x (R, D) -> (R, D); `angles` are of (R, 1, width)."""
+        q, k, v = (one.unflatten(-1, (-1, self.width)) for one in self._projected(x))
+        write(pages, plan.written, rotate(k, *angles), v)
+        return self.out(attend_step(pages, rotate(q, *angles), plan).flatten(1))
 
     def weights(self, x: Tensor, angles: tuple[Tensor, Tensor], last: int) -> Tensor:
         """Where the `last` positions of x (B, T, D) look: (B, H, last, T) float32, rows sum to 1.
@@ -154,20 +110,27 @@ class Attention(nn.Module):
         `forward` never holds them, which is why it is fast; these are what it computes without a
         cache.
         """
-        q, k = self._rotated(x, angles)
+        q, k, _ = self._rotated(x, angles)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         scores = q[:, :, -last:] @ k.transpose(2, 3) / self.width**0.5
         time = x.shape[1]
         seen = torch.ones(last, time, dtype=torch.bool, device=x.device).tril(time - last)
         return scores.float().masked_fill(~seen, -torch.inf).softmax(-1)
 
-    def _rotated(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Queries (B, H, T, width) and keys (B, KV, T, width), turned by their positions."""
-        q, k = (
-            project(x).unflatten(-1, (-1, self.width)).transpose(1, 2)
-            for project in (self.q, self.k)
+    def _rotated(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, width), keys and values (B, KV, T, width), the first two turned by
+        their positions."""
+        q, k, v = (
+            one.unflatten(-1, (-1, self.width)).transpose(1, 2) for one in self._projected(x)
         )
-        return rotate(q, *angles), rotate(k, *angles)
+        return rotate(q, *angles), rotate(k, *angles), v
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values of x, heads side by side."""
+        if self.qkv is None:
+            return self.q(x), self.k(x), self.v(x)
+        sizes = [heads * self.width for heads in (self.heads, self.kv_heads, self.kv_heads)]
+        return self.qkv(x).split(sizes, -1)
 
 
 class SwiGLU(nn.Module):
@@ -179,6 +142,12 @@ class SwiGLU(nn.Module):
         self.gate = Linear(width, inner)
         self.up = Linear(width, inner)
         self.down = Linear(inner, width, std=std)
+        self.gate_up: nn.Module | None = None
+        """One map in place of `gate` and `up`, where the weights were prepared for decoding."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(functional.silu(self.gate(x)) * self.up(x))
+        if self.gate_up is None:
+            gate, up = self.gate(x), self.up(x)
+        else:
+            gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(functional.silu(gate) * up)

@@ -7,7 +7,7 @@ knows ids and positions; it knows neither text nor units nor datastores.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,13 @@ from mmrag.model.cross_attention import Memory
 from mmrag.model.layers import (
     INIT_STD,
     Attention,
-    Cache,
     Embedding,
     Linear,
     RMSNorm,
     SwiGLU,
     rotary,
 )
+from mmrag.model.pages import PagedCache, PagePool, ReadPlan, StepPlan
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class LMOutput:
 class Block(nn.Module):
     """Attention and feed-forward, each normalised first and added to what came in."""
 
-    def __init__(self, config: LanguageModel, layer: int) -> None:
+    def __init__(self, config: LanguageModel) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
-        self.attention = Attention(config, layer)
+        self.attention = Attention(config)
         self.feed_forward_norm = RMSNorm(config.width, config.norm_eps)
         self.feed_forward = SwiGLU(
             config.width, config.feed_forward, INIT_STD / (2 * config.layers) ** 0.5
@@ -61,12 +61,23 @@ class Block(nn.Module):
         self,
         x: Tensor,
         angles: tuple[Tensor, Tensor],
-        positions: Tensor,
-        cache: Cache | None,
-        mask: Tensor | None,
+        pages: tuple[Tensor, Tensor] | None,
+        plan: ReadPlan | None,
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, D) -> the block's output and the normalised input of its feed-forward."""
-        x = x + self.attention(self.attention_norm(x), angles, positions, cache, mask)
+        x = x + self.attention(self.attention_norm(x), angles, pages, plan)
+        key = self.feed_forward_norm(x)
+        return x + self.feed_forward(key), key
+
+    def step(
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        pages: tuple[Tensor, Tensor],
+        plan: StepPlan,
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` for one token a row: x (R, D)."""
+        x = x + self.attention.step(self.attention_norm(x), angles, pages, plan)
         key = self.feed_forward_norm(x)
         return x + self.feed_forward(key), key
 
@@ -79,9 +90,11 @@ class LM(nn.Module):
         self.config = config
         self.vocabulary = vocabulary
         self.embedding = Embedding(vocabulary, config.width)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
-        self.head = None if config.tied else Linear(config.width, vocabulary)
+        self.head: nn.Module | None = None if config.tied else Linear(config.width, vocabulary)
+        self.block_step: Callable[..., tuple[Tensor, Tensor]] | None = None
+        """`Block.step`, compiled, where this model was prepared for decoding."""
 
     @property
     def width(self) -> int:
@@ -93,9 +106,20 @@ class LM(nn.Module):
         """Where the weights are."""
         return self.embedding.weight.device
 
-    def cache(self, speech: Sequence[Any], capacity: int) -> Cache:
-        """An empty cache of a row a clip; this model reads the speech in its prompt."""
-        return Cache(self.config, len(speech), capacity, like=self.embedding.weight)
+    def pool(self, tokens: int, growing: bool = False) -> PagePool:
+        """Pages for `tokens` of this model, all rows together."""
+        config = self.config
+        width = config.head_width or config.width // config.heads
+        like = self.embedding.weight
+        return PagePool(config.layers, config.kv_heads, width, tokens, like, growing)
+
+    def cache(
+        self, speech: Sequence[Any], capacity: int, pool: PagePool | None = None
+    ) -> PagedCache:
+        """An empty cache of a row a clip; this model reads the speech in its prompt. Without a
+        pool it gets its own, which grows."""
+        rows = len(speech)
+        return PagedCache(pool or self.pool(rows * capacity, growing=True), rows, capacity)
 
     def read(self, ids: Tensor, speech: Sequence[Any], at: Tensor) -> LMOutput:
         """Whole sequences, the speech in them, as in `forward`."""
@@ -104,7 +128,7 @@ class LM(nn.Module):
     def forward(
         self,
         ids: Tensor,
-        cache: Cache | None = None,
+        cache: PagedCache | None = None,
         lengths: Tensor | None = None,
         at: Tensor | None = None,
         memory: Memory | None = None,
@@ -115,31 +139,40 @@ class LM(nn.Module):
         `lengths` (T by default). `at` (B, T) bool chooses the positions whose logits are
         computed; None for all. `memory` is read after the layers that its blocks follow.
         """
+        if cache is not None and ids.shape[1] == 1 and memory is None and self.block_step:
+            return self._step(ids, cache)
         rows, time = ids.shape
-        start = cache.lengths if cache is not None else ids.new_zeros(rows)
-        positions = start[:, None] + torch.arange(time, device=ids.device)
-        if cache is not None and int(start.max()) + time > cache.capacity:
-            raise ValueError(f"{int(start.max()) + time} tokens in a cache of {cache.capacity}")
-        mask = None
-        if cache is not None and start.any():
-            seen = torch.arange(int(positions.max()) + 1, device=ids.device)
-            mask = seen[None, None, None, :] <= positions[:, None, :, None]
+        plan = None if cache is None else cache.plan(time, lengths)
+        if plan is None:
+            positions = torch.arange(time, device=ids.device).expand(rows, time)
+        else:
+            positions = plan.positions
 
         angles = self._angles(positions)
         x = self.embedding(ids)
         looked = []
         for layer, block in enumerate(self.blocks):
-            x, key = block(x, angles, positions, cache, mask)
+            pages = None if cache is None else cache.pool.layers[layer]
+            x, key = block(x, angles, pages, plan)
             if memory is not None and layer in memory.layers:
                 x, attention = memory.read(layer, x, key)
                 looked.append(attention)
         hidden = self.norm(x)
 
-        if cache is not None:
-            cache.lengths = start + (time if lengths is None else lengths)
         wanted = hidden.flatten(0, 1) if at is None else hidden[at]
         looked_at = torch.stack(looked) if looked else None
         return LMOutput(self._project(wanted), key, x, hidden, looked_at)
+
+    def _step(self, ids: Tensor, cache: PagedCache) -> LMOutput:
+        """One token a row (R, 1), each block compiled."""
+        plan = cache.step()
+        cos, sin = self._angles(plan.positions[:, None])
+        angles = cos[:, 0], sin[:, 0]
+        x = self.embedding(ids[:, 0])
+        for layer, block in enumerate(self.blocks):
+            x, key = self.block_step(block, x, angles, cache.pool.layers[layer], plan)
+        hidden = self.norm(x)
+        return LMOutput(self._project(hidden), key[:, None], x[:, None], hidden[:, None])
 
     def attention(self, ids: Tensor, last: int) -> Tensor:
         """Where the `last` positions of `ids` (B, T) look: (L, B, H, last, T) float32.
@@ -157,7 +190,7 @@ class LM(nn.Module):
         for layer, block in enumerate(self.blocks, start=1):
             weights.append(block.attention.weights(block.attention_norm(x), angles, last))
             if layer < len(self.blocks):
-                x, _ = block(x, angles, positions, None, None)
+                x, _ = block(x, angles, None, None)
         return torch.stack(weights)
 
     def speech_attention(
@@ -178,8 +211,9 @@ class LM(nn.Module):
         return self._project(self.norm(states))
 
     def _project(self, hidden: Tensor) -> Tensor:
-        head = self.embedding if self.head is None else self.head
-        return functional.linear(hidden, head.weight).float()
+        if self.head is None:
+            return functional.linear(hidden, self.embedding.weight).float()
+        return self.head(hidden).float()
 
 
 def parameter_count(config: LanguageModel, vocabulary: int) -> int:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmrag.config import LanguageModel
-from mmrag.model.layers import Cache
 from mmrag.model.lm import LMOutput
+from mmrag.model.pages import PagedCache, PagePool, ReadPlan, attend_causally
 from mmrag.model.vocabulary import Vocabulary
 from mmrag.speech.audio import SAMPLE_RATE
 
@@ -232,26 +232,34 @@ class WhisperVocabulary:
 
 
 class WhisperCache:
-    """Keys and values of the tokens and of the speech, for B rows."""
+    """The tokens of B rows in pages, and the speech of the clips that they are of, projected once.
 
-    def __init__(self, own: Cache, keys: Tensor, values: Tensor, heard: Tensor) -> None:
-        """`keys`, `values` (L, B, H, F, width) of the encoder's states; `heard` (B, F) bool."""
+    A clip's speech stays where it is while its rows change places or become more; it is laid out
+    anew where clips join, and where the last row of one has left.
+    """
+
+    def __init__(
+        self, own: PagedCache, keys: Tensor, values: Tensor, heard: Tensor, clips: np.ndarray
+    ) -> None:
+        """`keys`, `values` (L, C, H, F, width) of the encoder's states of C clips; `heard` (C, F)
+        bool; `clips` (B,) the clip that each row is of, in ascending order."""
         self.own = own
         self.keys, self.values, self.heard = keys, values, heard
+        self.clips = clips
+        if len(heard) and set(range(len(heard))) - set(clips.tolist()):
+            kept, self.clips = np.unique(clips, return_inverse=True)
+            index = torch.from_numpy(kept).to(heard.device)
+            self.keys, self.values, self.heard = keys[:, index], values[:, index], heard[index]
 
     @property
     def lengths(self) -> Tensor:
         """(B,) tokens read."""
         return self.own.lengths
 
-    @lengths.setter
-    def lengths(self, lengths: Tensor) -> None:
-        self.own.lengths = lengths
-
-    def select(self, rows: Tensor) -> WhisperCache:
-        """The cache of `rows` (R,), which may repeat."""
-        chosen = self.own.select(rows)
-        return WhisperCache(chosen, self.keys[:, rows], self.values[:, rows], self.heard[rows])
+    def select(self, rows: Tensor | Sequence[int]) -> WhisperCache:
+        """The cache of `rows` (R,), which may repeat and keep the clips' order."""
+        clips = self.clips[np.asarray(rows, np.int64)]
+        return WhisperCache(self.own.select(rows), self.keys, self.values, self.heard, clips)
 
     def join(self, other: WhisperCache) -> WhisperCache:
         """The rows of both; speech of different length is padded."""
@@ -265,8 +273,14 @@ class WhisperCache:
             return keys, values, functional.pad(cache.heard, (0, missing))
 
         keys, values, heard = zip(padded(self), padded(other), strict=True)
+        clips = np.concatenate((self.clips, other.clips + len(self.heard)))
         own = self.own.join(other.own)
-        return WhisperCache(own, torch.cat(keys, 1), torch.cat(values, 1), torch.cat(heard))
+        speech = torch.cat(keys, 1), torch.cat(values, 1), torch.cat(heard)
+        return WhisperCache(own, *speech, clips)
+
+    def release(self) -> None:
+        """Give the tokens' pages back: the rows end."""
+        self.own.release()
 
 
 class Whisper(nn.Module):
@@ -343,8 +357,20 @@ class Whisper(nn.Module):
             for own, seconds, language in zip(states, lengths, languages, strict=True)
         ]
 
-    def cache(self, speech: Sequence[EncodedAudio | None], capacity: int) -> WhisperCache:
-        """An empty cache of a row a clip, its speech projected once; None for no speech."""
+    def pool(self, tokens: int, growing: bool = False) -> PagePool:
+        """Pages for `tokens` of this model, all rows together; speech is kept beside them."""
+        shape, weight = self._shape, self._decoder.embed_tokens.weight
+        width = self.width // self.heads
+        return PagePool(shape.layers, self.heads, width, tokens, weight, growing)
+
+    def cache(
+        self,
+        speech: Sequence[EncodedAudio | None],
+        capacity: int,
+        pool: PagePool | None = None,
+    ) -> WhisperCache:
+        """An empty cache of a row a clip, its speech projected once; None for no speech. Without a
+        pool it gets its own, which grows."""
         weight = self._decoder.embed_tokens.weight
         frames = max((len(one.states) for one in speech if one is not None), default=0)
         states = weight.new_zeros(len(speech), frames, self.width)
@@ -361,8 +387,9 @@ class Whisper(nn.Module):
             for layer in self._decoder.layers
         ]
         keys, values = (torch.stack(one) for one in zip(*projected, strict=True))
-        own = Cache(self._shape, len(speech), capacity, like=weight)
-        return WhisperCache(own, keys, values, heard)
+        rows = len(speech)
+        own = PagedCache(pool or self.pool(rows * capacity, growing=True), rows, capacity)
+        return WhisperCache(own, keys, values, heard, np.arange(rows))
 
     def forward(
         self,
@@ -372,28 +399,28 @@ class Whisper(nn.Module):
         at: Tensor | None = None,
     ) -> LMOutput:
         """Read `ids` (B, T) where each row stands, padded on the right as `lengths` (B,) says."""
-        x = self._run(ids, cache)
+        x = self._run(ids, cache, lengths)
         hidden = self._decoder.layer_norm(x)
-        cache.lengths = cache.lengths + (ids.shape[1] if lengths is None else lengths)
         wanted = hidden.flatten(0, 1) if at is None else hidden[at]
         logits = self.model.proj_out(wanted).float()
         return LMOutput(logits, hidden, x, hidden)
 
-    def _run(self, ids: Tensor, cache: WhisperCache, looked: list[Tensor] | None = None) -> Tensor:
+    def _run(
+        self,
+        ids: Tensor,
+        cache: WhisperCache,
+        lengths: Tensor | None = None,
+        looked: list[Tensor] | None = None,
+    ) -> Tensor:
         """The last layer's output (B, T, D); `looked` gets each layer's attention to speech."""
-        time, start = ids.shape[1], cache.lengths
-        positions = start[:, None] + torch.arange(time, device=ids.device)
-        if int(start.max()) + time > cache.own.capacity:
-            raise ValueError(f"{int(start.max()) + time} tokens in a cache of {cache.own.capacity}")
+        plan = cache.own.plan(ids.shape[1], lengths)
         known = self._decoder.embed_positions.weight
         # Padding may reach beyond the last position; nobody looks at what is read there.
         x = self._decoder.embed_tokens(ids) * self._decoder.embed_scale
-        x = x + known[positions.clamp(max=len(known) - 1)]
-        seen = torch.arange(int(positions.max()) + 1, device=ids.device)
-        mask = seen[None, None, None, :] <= positions[:, None, :, None]
+        x = x + known[plan.positions.clamp(max=len(known) - 1)]
         for number, layer in enumerate(self._decoder.layers):
             read = layer.self_attn_layer_norm(x)
-            x = x + self._attend(layer, number, read, positions, cache, mask)
+            x = x + self._attend(layer, read, cache.own.pool.layers[number], plan)
             asking = layer.encoder_attn_layer_norm(x)
             if looked is not None:
                 looked.append(self._weights(layer, asking, cache.keys[number]))
@@ -414,7 +441,7 @@ class Whisper(nn.Module):
         ids = torch.tensor([[*prompt, *tokens[:-1]]], device=self.device)
         cache = self.cache([speech], ids.shape[1])
         looked: list[Tensor] = []
-        self._run(ids, cache, looked)
+        self._run(ids, cache, looked=looked)
         weights = torch.cat(looked, 1)[0, :, -len(tokens) :, : speech.frames]
         return weights / weights.sum(-1, keepdim=True)
 
@@ -425,13 +452,7 @@ class Whisper(nn.Module):
         return scores.float().softmax(-1)
 
     def _attend(
-        self,
-        layer: nn.Module,
-        number: int,
-        x: Tensor,
-        positions: Tensor,
-        cache: WhisperCache,
-        mask: Tensor,
+        self, layer: nn.Module, x: Tensor, pages: tuple[Tensor, Tensor], plan: ReadPlan
     ) -> Tensor:
         """Self-attention over what each row has read."""
         attention = layer.self_attn
@@ -439,24 +460,32 @@ class Whisper(nn.Module):
             self._split(project(x))
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        keys, values = cache.own.write(number, positions, keys, values)
-        mixed = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        mixed = attend_causally(queries, keys, values, pages, plan)
         return attention.out_proj(mixed.transpose(1, 2).flatten(2))
 
     def _listen(self, layer: nn.Module, number: int, x: Tensor, cache: WhisperCache) -> Tensor:
-        """Attention to the speech; a row without any gets nothing from it."""
+        """Attention to the speech, of all rows of a clip at once; a row without any gets nothing
+        from it."""
         attention = layer.encoder_attn
         if not cache.heard.shape[1]:
             return attention.out_proj(torch.zeros_like(x))
-        queries = self._split(attention.q_proj(x))
-        keys, values = cache.keys[number], cache.values[number]
-        spoken = cache.heard.any(1)
-        mask = None
-        if not cache.heard.all():
-            mask = (cache.heard | ~spoken[:, None])[:, None, None, :]
-        mixed = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-        mixed = mixed.transpose(1, 2).flatten(2) * spoken[:, None, None]
-        return attention.out_proj(mixed)
+        clips, heard = cache.clips, cache.heard
+        rows, time = len(x), x.shape[1]
+        beams = int(np.bincount(clips).max())
+        first = np.searchsorted(clips, np.arange(len(heard)))
+        inside = torch.from_numpy(clips * beams + np.arange(rows) - first[clips]).to(x.device)
+        queries = self._split(attention.q_proj(x))  # (B, H, T, width)
+        asked = queries.new_zeros(len(heard) * beams, *queries.shape[1:])
+        asked = asked.index_copy(0, inside, queries).unflatten(0, (-1, beams))
+        asked = asked.transpose(1, 2).flatten(2, 3)  # (C, H, beams x T, width)
+        spoken = heard.any(1)
+        mask = (heard | ~spoken[:, None])[:, None, None, :]
+        mixed = functional.scaled_dot_product_attention(
+            asked, cache.keys[number], cache.values[number], attn_mask=mask
+        )
+        mixed = (mixed * spoken[:, None, None, None]).unflatten(2, (beams, time))
+        mixed = mixed.transpose(1, 2).flatten(0, 1)[inside]
+        return attention.out_proj(mixed.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, H, T, width)."""

@@ -9,7 +9,6 @@ import torch
 
 from mmrag.config import CrossAttention, LanguageModel
 from mmrag.model.cross_attention import GATE_GAIN, Adapter, IdentityLinear, Memory, Windows
-from mmrag.model.layers import Cache
 from mmrag.model.lm import LM
 from mmrag.records import Passages
 from mmrag.retrieval.memory import WindowCache
@@ -287,7 +286,7 @@ def test_reading_through_a_cache_is_reading_at_once(every):
     start = 2
     memory = memory_of(adapter, lm, draw_windows(), start, time=TIME - start)
     whole = lm(ids, memory=memory)
-    cache = Cache(lm.config, ROWS, TIME, like=lm.embedding.weight)
+    cache = lm.cache([None] * ROWS, TIME)
     last = torch.full((ROWS,), start)
     outputs = [lm(ids[:, : start + 1], cache, memory=memory.at(last))]
     for place in range(start + 1, TIME):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmrag.config import LanguageModel
-from mmrag.model.layers import INIT_STD, Attention, Cache, Linear, RMSNorm, SwiGLU, rotary, rotate
+from mmrag.model.layers import INIT_STD, Attention, Linear, RMSNorm, SwiGLU, rotary, rotate
 from mmrag.model.lm import Block
 
 
@@ -29,20 +29,20 @@ def draw(*sizes, seed=0):
 def attention_of(config, seed=0):
     """Attention with weights large enough for every one of them to matter."""
     torch.manual_seed(seed)
-    layer = Attention(config, layer=0)
+    layer = Attention(config)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.copy_(torch.randn_like(parameter) / 2)
     return layer
 
 
-def places(rows, time, start=0):
-    return torch.arange(start, start + time).expand(rows, time)
+def places(rows, time):
+    return torch.arange(time).expand(rows, time)
 
 
-def attend(layer, x, cache=None, mask=None, start=0):
-    positions = places(len(x), x.shape[1], start)
-    return layer(x, rotary(positions, layer.width, 100.0), positions, cache, mask)
+def attend(layer, x):
+    positions = places(len(x), x.shape[1])
+    return layer(x, rotary(positions, layer.width, 100.0), None, None)
 
 
 def test_rms_norm_divides_by_the_root_mean_square():
@@ -125,41 +125,6 @@ def test_a_head_may_be_wider_than_its_share():
     assert attend(layer, draw(2, 3, 16)).shape == (2, 3, 16)
 
 
-def test_rows_of_different_length_write_at_their_own_positions():
-    cache = Cache(shape(kv_heads=2), rows=2, capacity=6, like=torch.zeros(1))
-    first, positions = draw(2, 2, 3, 4), places(2, 3)
-    cache.write(1, positions, first, -first)
-    second, positions = draw(2, 2, 1, 4, seed=1), torch.tensor([[3], [1]])
-    keys, values = cache.write(1, positions, second, -second)
-    assert keys.shape == (2, 2, 4, 4)
-    assert torch.equal(keys[0], torch.cat((first[0], second[0]), 1))
-    assert torch.equal(
-        keys[1, :, :3], torch.stack((first[1, :, 0], second[1, :, 0], first[1, :, 2]), 1)
-    )
-    assert torch.equal(values, -keys)
-    assert not cache.keys[0].any(), "another layer's keys were written"
-    assert cache.capacity == 6
-
-
-def test_selected_rows_are_copies_with_their_own_lengths():
-    cache = Cache(shape(), rows=3, capacity=2, like=torch.zeros(1))
-    cache.keys.copy_(draw(*cache.keys.shape))
-    cache.values.copy_(draw(*cache.values.shape, seed=1))
-    cache.lengths = torch.tensor([2, 1, 0])
-    chosen = cache.select(torch.tensor([2, 0, 0]))
-    assert chosen.lengths.tolist() == [0, 2, 2]
-    for name in ("keys", "values"):
-        assert torch.equal(getattr(chosen, name), getattr(cache, name)[:, [2, 0, 0]])
-    chosen.keys[:, 1] = 0
-    assert chosen.keys[:, 2].any()
-    assert cache.keys[:, 0].any()
-
-
-def test_a_cache_has_the_dtype_of_the_weights():
-    cache = Cache(shape(), rows=1, capacity=2, like=torch.zeros(1, dtype=torch.bfloat16))
-    assert cache.keys.dtype == cache.values.dtype == torch.bfloat16
-
-
 def test_swiglu_gates_one_projection_with_another():
     torch.manual_seed(0)
     layer, x = SwiGLU(16, 24, std=0.1), draw(2, 3, 16)
@@ -173,7 +138,7 @@ def test_swiglu_gates_one_projection_with_another():
 def test_what_is_added_to_the_stream_starts_smaller_in_a_deeper_model(layers):
     torch.manual_seed(0)
     config = shape(width=128, feed_forward=256, layers=layers, qkv_bias=True)
-    attention, feed_forward = Attention(config, 0), Block(config, 0).feed_forward
+    attention, feed_forward = Attention(config), Block(config).feed_forward
     residual = INIT_STD / math.sqrt(2 * layers)
     for linear, std in (
         (attention.q, INIT_STD),
@@ -184,41 +149,3 @@ def test_what_is_added_to_the_stream_starts_smaller_in_a_deeper_model(layers):
         assert linear.weight.std().item() == pytest.approx(std, rel=0.05)
     assert not attention.q.bias.any()
     assert Linear(2, 2).bias is None
-
-
-def filled(rows, capacity, seed):
-    """A cache of random numbers, as full as its rows are long: 0, 1, ..."""
-    cache = Cache(shape(kv_heads=2), rows, capacity, like=torch.zeros(1))
-    cache.keys.copy_(draw(*cache.keys.shape, seed=seed))
-    cache.values.copy_(draw(*cache.values.shape, seed=seed + 1))
-    cache.lengths = torch.arange(rows)
-    return cache
-
-
-@pytest.mark.parametrize(("mine", "theirs"), [(4, 7), (7, 4), (5, 5)])
-def test_joined_caches_hold_the_rows_of_both_and_have_room_for_the_longer(mine, theirs):
-    one, other = filled(3, mine, seed=1), filled(2, theirs, seed=3)
-    both = one.join(other)
-    assert both.capacity == max(mine, theirs)
-    assert both.lengths.tolist() == [0, 1, 2, 0, 1]
-    for name in ("keys", "values"):
-        joined = getattr(both, name)
-        assert torch.equal(joined[:, :3, :, :mine], getattr(one, name))
-        assert torch.equal(joined[:, 3:, :, :theirs], getattr(other, name))
-    both.keys.zero_()
-    assert one.keys.any() and other.keys.any(), "they are copies"
-
-
-def test_rows_of_joined_caches_go_on_as_they_would_have_alone():
-    layer, config = attention_of(shape(kv_heads=2)), shape(kv_heads=2)
-    lengths, capacities, seen = (2, 5), (4, 9), []
-    for length, capacity in zip(lengths, capacities, strict=True):
-        seen.append(Cache(config, 1, capacity, like=torch.zeros(1)))
-        attend(layer, draw(1, length, 16, seed=length), seen[-1])
-    new, positions = draw(2, 1, 16, seed=9), torch.tensor([[2], [5]])
-    mask = (torch.arange(6) <= positions)[:, None, None]
-    joined = seen[0].join(seen[1])
-    together = layer(new, rotary(positions, layer.width, 100.0), positions, joined, mask)
-    for row, length in enumerate(lengths):
-        whole = torch.cat((draw(1, length, 16, seed=length), new[row : row + 1]), 1)
-        torch.testing.assert_close(together[row, 0], attend(layer, whole)[0, -1])

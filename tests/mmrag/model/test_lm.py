@@ -6,7 +6,6 @@ from random_models import perturb
 from torch.nn import functional
 
 from mmrag.config import LanguageModel
-from mmrag.model.layers import Cache
 from mmrag.model.lm import LM, parameter_count
 
 VOCABULARY = 23
@@ -43,7 +42,7 @@ def close(got, expected):
 
 def cached(lm, ids, chunks, capacity=None):
     """Logits (T, V), keys and hidden (T, D) of one row, read in chunks of these sizes."""
-    cache = Cache(lm.config, 1, capacity or len(ids), like=lm.embedding.weight)
+    cache = lm.cache([None] * 1, capacity or len(ids))
     outputs, start = [], 0
     for size in chunks:
         outputs.append(lm(ids[None, start : start + size], cache))
@@ -75,7 +74,8 @@ def test_reading_token_by_token_is_reading_at_once(kv_heads):
 
 def test_rows_padded_on_the_right_are_read_as_if_alone():
     """Prompts of different length, then chunks of different length, whatever the padding is."""
-    lm, cache = random_lm(), Cache(shape(), 3, 16, like=torch.zeros(1))
+    lm = random_lm()
+    cache = lm.cache([None] * 3, 16)
     ids = draw_ids(3, 14)
     read = [0, 0, 0]
     for step, lengths in enumerate([(5, 2, 0), (1, 1, 3), (1, 4, 2), (1, 1, 1)]):
@@ -105,7 +105,7 @@ def test_a_whole_padded_batch_needs_no_cache_to_be_read_row_by_row():
 def test_a_selected_cache_goes_on_as_the_rows_it_was_taken_from(rows):
     lm, ids = random_lm(), draw_ids(3, 6)
     lengths = torch.tensor([6, 3, 4])
-    cache = Cache(lm.config, 3, 8, like=lm.embedding.weight)
+    cache = lm.cache([None] * 3, 8)
     lm(ids, cache, lengths)
     following = draw_ids(len(rows), 2, seed=1)
     got = lm(following, cache.select(torch.tensor(rows))).logits.view(len(rows), 2, -1)
@@ -167,7 +167,8 @@ def test_attention_of_the_last_positions_is_the_end_of_everyones():
 
 
 def test_a_cache_too_small_is_an_error_and_says_how_much_is_needed():
-    lm, cache = random_lm(), Cache(shape(), 1, 6, like=torch.zeros(1))
+    lm = random_lm()
+    cache = lm.cache([None], 6)
     lm(draw_ids(1, 4), cache)
     with pytest.raises(ValueError, match="7 tokens in a cache of 6"):
         lm(draw_ids(1, 3), cache)
