@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -89,7 +90,7 @@ def _here(options: argparse.Namespace) -> bool:
     from mmrag import recogniser as recognisers
     from mmrag.config import Decode
     from mmrag.retrieval.segment import DatastoreError
-    from mmrag.speech.audio import AudioError
+    from mmrag.speech.audio import AudioError, stated
     from mmrag.transcribe import transcribe
 
     try:
@@ -114,12 +115,30 @@ def _here(options: argparse.Namespace) -> bool:
     failed = False
     for file in options.files:
         try:
-            for transcript in transcribe(file, recogniser, settings, **found):
-                _print(file, transcript, options.json)
+            seconds = stated(file)
+            made = transcribe(file, recogniser, settings, **found)
+            _print_each(file, made, options.json, seconds)
         except (AudioError, OSError) as error:
             _say(str(error))
             failed = True
     return failed
+
+
+def _print_each(
+    file: Path, transcripts: Iterator[Transcript], as_json: bool, seconds: float | None
+) -> None:
+    """Print transcripts as they come; meanwhile a terminal says how far they are of all `seconds`,
+    and how much faster than the recording plays."""
+    of = "" if seconds is None else f" of {seconds:.0f}"
+    name = _visible(printable(file))
+    with terminal.status_line() as show:
+        started = time.perf_counter()
+        show(f"0{of} s: {name}")
+        for transcript in transcripts:
+            show("")
+            _print(file, transcript, as_json)
+            pace = transcript.end / (time.perf_counter() - started)
+            show(f"{transcript.end:.0f}{of} s, {pace:.1f} times real time: {name}")
 
 
 def _there(options: argparse.Namespace) -> bool:

@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 INTERRUPTED, NOBODY_READS = 130, 141
 """Exit statuses as a shell gives them: 128 and the number of the signal."""
@@ -89,6 +91,22 @@ def progress(
             print(f"{before}{title}: {done}/{total} {unit}", file=sys.stderr, flush=True)
 
     yield tell
+
+
+@contextmanager
+def status_line() -> Iterator[Callable[[str], None]]:
+    """Shows on standard error, if that is a terminal, the last line that what is yielded was called
+    with. An empty one leaves its place to others, and so does the end, unless all of it took longer
+    than LINE_SECONDS."""
+    shown = Console(stderr=True)
+    if not shown.is_terminal:
+        yield lambda line: None
+        return
+    own = {"redirect_stdout": False, "redirect_stderr": False}  # results are none of its business
+    with Live(console=shown, transient=True, auto_refresh=False, **own) as live:
+        started = time.monotonic()
+        yield lambda line: live.update(Text(line, "dim", no_wrap=True), refresh=True)
+        live.transient = time.monotonic() - started < LINE_SECONDS
 
 
 def _flush() -> None:

@@ -8,22 +8,31 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from mmrag.config import Decode
+from mmrag.decoding.align import align, audible
 from mmrag.decoding.confidence import Calibration
 from mmrag.decoding.decode import Choice, Hypothesis, decode
 from mmrag.decoding.guard import credible
+from mmrag.decoding.stitch import Stitcher
 from mmrag.model.contract import TextVocabulary
 from mmrag.recogniser import AnyRecogniser
-from mmrag.records import NO_ENTRY, Retriever, Source, Transcript, Word
+from mmrag.records import NO_ENTRY, Retriever, Source, Timed, Transcript, Word
 from mmrag.retrieval.interpolation import Retrieval
 from mmrag.retrieval.memory import AttentionSource
 from mmrag.retrieval.shortlist import Shortlist
-from mmrag.speech import audio, vad
+from mmrag.speech import cutting, vad
+from mmrag.speech.audio import SAMPLE_RATE, AudioError
+from mmrag.speech.cutting import Segment
+
+BATCH_SECONDS = 60.0
+"""Audio that is transcribed at once, where nobody says how much."""
 
 
 def transcribe(
@@ -34,25 +43,114 @@ def transcribe(
     source: Retriever | None = None,
     attention: AttentionSource | None = None,
     shortlist: Shortlist | None = None,
+    batch_seconds: float = BATCH_SECONDS,
 ) -> Iterator[Transcript]:
-    """Transcribe a file of any length, one segment of at most `settings.max_seconds` at a time.
+    """Transcribe a file of any length in segments of at most `settings.max_seconds`, in order.
+
+    `batch_seconds` of it are read, encoded and decoded at a time (one segment at least), and so
+    much of it is in memory. It is cut in pauses; where nobody pauses for so long, neighbouring
+    segments hear the same words, which are given once.
 
     `source` names where retrieved words come from; it is what `retrieval` and `attention` search,
     all of it, or the phrases of a `shortlist` that a segment may have said.
-    Raises AudioError if the file cannot be read or is too short to hold a word.
+    Raises AudioError if the file cannot be read or is too short to hold a word; where it breaks
+    off, what was said before has been given.
     """
-    for segment in audio.segments(path, min(settings.max_seconds, recogniser.window_seconds)):
-        if not vad.spoken(segment.wave, settings.speech):
-            yield Transcript("", start=segment.start, end=segment.end)
+    longest = min(settings.max_seconds, recogniser.window_seconds)
+    found = cutting.segments(path, longest, overlap=cutting.overlap(longest))
+    stitcher: Stitcher[Transcript] = Stitcher()
+    try:
+        for batch in _batches(found, batch_seconds):
+            heard = _heard(batch, recogniser, settings, retrieval, source, attention, shortlist)
+            for segment, made, timed in heard:
+                where = segment.start, segment.before, segment.after
+                yield from starmap(_kept, stitcher.add(made, timed, *where))
+    except AudioError:
+        yield from starmap(_kept, stitcher.rest())
+        raise
+
+
+def _batches(segments: Iterator[Segment], batch_seconds: float) -> Iterator[list[Segment]]:
+    """Segments of `batch_seconds` together, or a longer one; also of a file that breaks off."""
+    batch: list[Segment] = []
+    seconds = 0.0
+    try:
+        for segment in segments:
+            own = len(segment.wave) / SAMPLE_RATE
+            if batch and seconds + own > batch_seconds:
+                yield batch
+                batch, seconds = [], 0.0
+            batch.append(segment)
+            seconds += own
+    except AudioError:
+        if batch:
+            yield batch
+        raise
+    yield batch
+
+
+def _heard(
+    segments: Sequence[Segment],
+    recogniser: AnyRecogniser,
+    settings: Decode,
+    retrieval: Retrieval | None,
+    source: Retriever | None,
+    attention: AttentionSource | None,
+    shortlist: Shortlist | None,
+) -> Iterator[tuple[Segment, Transcript, list[Timed]]]:
+    """Each segment with all that is heard in it; its words' times where it shares some audio."""
+    spoken = [n for n, one in enumerate(segments) if vad.spoken(one.wave, settings.speech)]
+    clips = {n: vad.trim(segments[n].wave) for n in spoken}
+    units = recogniser.encode([wave for wave, _ in clips.values()]) if clips else []
+    reads = [attention] * len(units)
+    decoded = (
+        recognise(recogniser, units, settings, retrieval, shortlist, attention_sources=reads)
+        if units
+        else []
+    )
+    each = dict(zip(spoken, zip(units, decoded, strict=True), strict=True))
+    for n, segment in enumerate(segments):
+        if n not in each:
+            yield segment, Transcript("", start=segment.start, end=segment.end), []
             continue
-        units = recogniser.encode([vad.trim(segment.wave)[0]])
-        [heard] = recognise(
-            recogniser, units, settings, retrieval, shortlist, attention_sources=[attention]
-        )
+        encoded, heard = each[n]
         text = recogniser.vocabulary.decode(heard.tokens)
-        spoken = words(heard, recogniser.vocabulary, source)
-        made = Transcript(text, spoken, segment.start, segment.end, heard.stopped)
-        yield judged(made, recogniser.calibration, settings)
+        found = words(heard, recogniser.vocabulary, source)
+        made = Transcript(text, found, segment.start, segment.end, heard.stopped)
+        made = judged(made, recogniser.calibration, settings)
+        timed: list[Timed] = []
+        if made.words and (segment.before or segment.after):
+            wave, skipped = clips[n]
+            begins = segment.start - segment.before + skipped / SAMPLE_RATE
+            timed = _timed(recogniser, encoded, heard, wave, made.words, begins)
+        yield segment, made, timed
+
+
+def _timed(
+    recogniser: AnyRecogniser,
+    encoded: Any,
+    heard: Hypothesis,
+    wave: Tensor,
+    spoken: Sequence[Word],
+    begins: float,
+) -> list[Timed]:
+    """When words were said in a recording, of which `wave` begins at second `begins`."""
+    times = recogniser.times(encoded)
+    speech = recogniser.vocabulary.speech_input(encoded)
+    models = recogniser.lm, recogniser.vocabulary
+    spans = align(*models, speech, times, heard.tokens, audible(wave, times)) + begins
+    return [
+        Timed(word.text, float(start), float(end))
+        for word, (start, end) in zip(spoken, spans, strict=True)
+    ]
+
+
+def _kept(made: Transcript, counted: slice) -> Transcript:
+    """A transcript with those of its words that count."""
+    kept = made.words[counted]
+    if len(kept) == len(made.words):
+        return made
+    return replace(made, text=" ".join(word.text for word in kept), words=kept)
 
 
 def recognise(

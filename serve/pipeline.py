@@ -21,7 +21,7 @@ from mmrag.config import RetrievalMode
 from mmrag.contents import Lookup
 from mmrag.recogniser import is_whisper
 from mmrag.records import Word
-from mmrag.speech import audio
+from mmrag.speech import audio, cutting
 from serve.handles import SizedHandle, by_reference
 from serve.messages import (
     DecodeRequest,
@@ -176,8 +176,8 @@ class Pipeline:
                 await asyncio.sleep(PAUSE_SECONDS * 2**attempt)
         raise Unavailable("a part of the service does not answer: try again")
 
-    def _segments(self, data: bytes) -> Iterator[audio.Segment]:
-        return audio.segments(data, self.settings.decode.max_seconds)
+    def _segments(self, data: bytes) -> Iterator[cutting.Segment]:
+        return cutting.segments(data, self.settings.decode.max_seconds)
 
     async def _encoded(
         self, data: bytes

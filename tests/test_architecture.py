@@ -25,8 +25,8 @@ WINGS = {
         "score",
     ],
     "speech": [
-        "containers", "decoders", "audio", "vad", "hubert", "targets", "crops", "pretraining",
-        "units", "tokenized",
+        "containers", "decoders", "audio", "cutting", "vad", "hubert", "targets", "crops",
+        "pretraining", "units", "tokenized",
     ],
     "corpora": [
         "voices.speech", "voices.phones", "voices.espeak", "voices.kokoro", "voices.flite",
@@ -44,7 +44,9 @@ WINGS = {
         "reindexing", "retrievers", "knn",
         "interpolation", "memory", "entries", "phrases", "upkeep", "shortlist", "contexts",
     ],
-    "decoding": ["confidence", "boost", "decode", "guard", "align", "engine", "tune"],
+    "decoding": [
+        "confidence", "boost", "decode", "guard", "align", "stitch", "engine", "tune",
+    ],
     "front door": ["recogniser", "transcribe", "contents", "client", "administration", "cli"],
 }  # fmt: skip
 """The wings of mmrag from the ground up, and the modules of each in reading order."""

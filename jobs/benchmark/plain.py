@@ -1,7 +1,7 @@
 """The same models in one plain process, without a service: `python -m jobs.benchmark.plain`.
 
 What an endpoint is measured against. Callers are threads; each takes the bytes of a recording
-through `audio.segments`, `mmrag.speech.vad`, HuBERT and `mmrag.decoding.engine`, and has its
+through `cutting.segments`, `mmrag.speech.vad`, HuBERT and `mmrag.decoding.engine`, and has its
 transcript before it takes the next. An order comes in as a line of JSON, the answers go out as one.
 """
 
@@ -28,7 +28,7 @@ from mmrag.decoding.decode import Clip
 from mmrag.decoding.engine import Engine
 from mmrag.recogniser import Recogniser
 from mmrag.records import Units
-from mmrag.speech import audio, vad
+from mmrag.speech import cutting, vad
 from mmrag.speech.audio import SAMPLE_RATE
 
 Listen = Callable[[Tensor], Units]
@@ -85,7 +85,7 @@ class Baseline:
     def transcribe(self, data: bytes, listen: Listen) -> str:
         """A recording's transcript."""
         recogniser, texts = self._recogniser, []
-        for segment in audio.segments(data, self._decode.max_seconds):
+        for segment in cutting.segments(data, self._decode.max_seconds):
             if not vad.spoken(segment.wave, self._decode.speech):
                 continue
             units = listen(vad.trim(segment.wave)[0])

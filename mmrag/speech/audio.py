@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from torchaudio.transforms import Resample
 
 from mmrag.folders import printable, walk
@@ -48,24 +47,12 @@ LOWEST_RATE, HIGHEST_RATE = 1_000, 384_000
 LARGEST_FILTER = 2**24
 """Coefficients of the resampling filter. Rates with next to no factor in common with 16 kHz
 (15,999 Hz) would need billions; every rate in real use needs a small fraction of this."""
-PAUSE_SAMPLES = SAMPLE_RATE // 10
-"""Width of the window whose energy decides where to cut: a pause, not a stop consonant."""
-HOP_SAMPLES = SAMPLE_RATE // 100
 CANCELLED = 0.05
 """Energy of the channels' mean over the mean of their energies, below which they cancel each other.
 It is 1/2 for two unrelated channels and 0 for a channel and its negative."""
 SPAN_SLACK = 0.1
 """Seconds by which a stated length may differ from the decoded one: so much do tools disagree about
 a compressed file."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A part of a longer recording: `wave` (T,) at 16 kHz, `start` and `end` in seconds."""
-
-    wave: torch.Tensor
-    start: float
-    end: float
 
 
 @dataclass(frozen=True)
@@ -186,6 +173,13 @@ def extent(source: Path | str | bytes, enough: float = math.inf) -> tuple[float,
         return seconds, max(decoder.rate * decoder.channels for decoder in decoders)
 
 
+def stated(source: Path | str | bytes) -> float | None:
+    """Seconds of audio by the header; None if only decoding tells. Raises AudioError if it cannot
+    be opened."""
+    with opened(source) as decoders:
+        return _total(decoders)
+
+
 def read(
     source: Path | str | bytes,
     span: Span = WHOLE,
@@ -240,67 +234,22 @@ def spans(
     return results
 
 
-def segments(
-    source: Path | str | bytes,
-    max_seconds: float,
-    min_seconds: float = 0.1,
-    span: Span = WHOLE,
-) -> Iterator[Segment]:
-    """Cut `source`, or a span of it, at its quietest places into segments of `min_seconds` to
-    `max_seconds`; times count from the span's start.
+def blocks(
+    source: Path | str | bytes, span: Span = WHOLE, *, min_seconds: float = 0.0
+) -> Iterator[torch.Tensor]:
+    """What `read` gives, piece by piece (T,), at any input rate: resampling is streamed, too, and
+    no more than three blocks of the decoder's are in memory.
 
-    The cut falls in the second half of what still fits, where a tenth of a second has the least
-    energy (of equals the latest). Audio within the limit is one segment. Concatenated, the
-    segments are `read(source)` sample for sample, at any input rate: resampling is streamed too,
-    and at no time is more than about `max_seconds + min_seconds` plus three blocks in memory.
-
-    Raises AudioError as `read` does, truncation and NaN only when they are met; ValueError if
-    `min_seconds` is more than half of `max_seconds`, which would leave nowhere to cut.
+    Raises AudioError as `read` does, truncation and NaN only when they are met.
     """
-    limit, least = int(max_seconds * SAMPLE_RATE), math.ceil(min_seconds * SAMPLE_RATE)
-    if limit < 2 * PAUSE_SAMPLES or 2 * least > limit:
-        raise ValueError(
-            f"cannot cut segments of {min_seconds} to {max_seconds} s: the longest must be at "
-            f"least 0.2 s and twice the shortest"
-        )
-    name = named(source)
+    name, samples = named(source), 0
     with opened(source) as decoders:
         _check_headers(name, decoders)
         _check_length(name, _total(decoders), span, min_seconds, None)
-        start, pending = 0, torch.empty(0)
         for block in _Window(name, decoders, span).stream(span):
-            pending = torch.cat([pending, block])
-            while len(pending) > limit + least:  # what follows the cut is long enough, too
-                segment, pending = _split(pending, limit, least, start)
-                start += len(segment.wave)
-                yield segment
-        _check_samples(name, start + len(pending), min_seconds, None)
-        while len(pending) > limit:
-            segment, pending = _split(pending, limit, least, start)
-            start += len(segment.wave)
-            yield segment
-        yield Segment(pending, start / SAMPLE_RATE, (start + len(pending)) / SAMPLE_RATE)
-
-
-def _split(wave: torch.Tensor, limit: int, least: int, start: int) -> tuple[Segment, torch.Tensor]:
-    """Cut `wave`, longer than `limit` samples: its first segment, and the rest.
-
-    `start` is the sample of the recording at which `wave` begins.
-    """
-    lowest, highest = max(least, limit // 2), min(limit, len(wave) - least)
-    cut = lowest + _quietest(wave[lowest:highest])
-    segment = Segment(wave[:cut].clone(), start / SAMPLE_RATE, (start + cut) / SAMPLE_RATE)
-    return segment, wave[cut:]
-
-
-def _quietest(wave: torch.Tensor) -> int:
-    """Middle of the (last) window of `wave` with the least energy."""
-    window = min(PAUSE_SAMPLES, len(wave))
-    if window == 0:
-        return 0
-    energy = F.avg_pool1d(wave.square()[None], window, stride=HOP_SAMPLES)[0]
-    last = len(energy) - 1 - int(energy.flip(0).argmin())
-    return last * HOP_SAMPLES + window // 2
+            samples += len(block)
+            yield block
+    _check_samples(name, samples, min_seconds, None)
 
 
 class _Window:

@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from mmrag.config import KNN, Index, LanguageModel, RetrievedAttention, as_dict
 from mmrag.decoding.tune import DEFAULTS, SETTINGS, Tuned
 from mmrag.model.vocabulary import SentencePieces, Vocabulary
 from mmrag.recogniser import CALIBRATION
+from mmrag.records import Transcript
 from mmrag.retrieval import datastore
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.index import IndexShard, shard_directory
@@ -179,6 +181,55 @@ def test_long_audio_is_split(mmrag, tmp_path):
     assert len(answers) >= 3
     assert answers[-1]["end"] == 2.5
     assert all(answer["end"] - answer["start"] <= 1 for answer in answers)
+
+
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def long(tmp_path):
+    """Two minutes of noise."""
+    path = tmp_path / "long.wav"
+    soundfile.write(path, np.random.default_rng(0).standard_normal(1_920_000) / 10, SAMPLE_RATE)
+    return path
+
+
+@pytest.mark.parametrize("line_seconds", [0.0, 1e6])
+def test_a_terminal_shows_how_far_a_long_file_is_and_how_fast(
+    mmrag, long, monkeypatch, line_seconds
+):
+    screen = Screen()
+    monkeypatch.setattr(terminal, "LINE_SECONDS", line_seconds)
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    status, out, _ = mmrag(long, threshold=0.75)
+    shown = screen.getvalue()
+    assert status == 0 and "(nothing said)" in out and "real time" not in out
+    first, *_, last = re.findall(r"(\d+) of 120 s(?:, \d+\.\d times real time)?", shown)
+    assert (first, last) == ("0", "120")
+    assert str(long)[:20] in shown
+    assert shown.endswith("\x1b[2K") == (line_seconds > 0), "only of a long run something stays"
+
+
+def test_a_pipe_gets_results_alone(mmrag, long):
+    status, out, err = mmrag("--json", long, threshold=0.75)
+    assert (status, err) == (0, "")
+    assert all(json.loads(line)["text"] == "" for line in out.splitlines())
+
+
+def test_what_was_transcribed_before_an_interruption_is_printed(mmrag, long, monkeypatch):
+    from mmrag import transcribe
+
+    def interrupted(*arguments, **more):
+        yield from (Transcript("", start=n, end=n + 1.0) for n in range(2))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transcribe, "transcribe", interrupted)
+    status, out, err = mmrag("--json", long)
+    assert (status, err) == (130, "mmrag: interrupted\n")
+    assert [json.loads(line)["end"] for line in out.splitlines()] == [1.0, 2.0]
 
 
 def test_files_that_cannot_be_read_are_named_and_the_others_transcribed(mmrag, clip, tmp_path):

@@ -1,5 +1,6 @@
 import io
 import math
+from collections import deque
 from dataclasses import replace
 from itertools import pairwise
 
@@ -19,22 +20,25 @@ from mmrag.config import (
     LanguageModel,
     RetrievedAttention,
 )
+from mmrag.corpora import synthetic
+from mmrag.corpora.voices.espeak import Synthesizer
 from mmrag.decoding.decode import Choice, Hypothesis
 from mmrag.decoding.guard import LOOPS, credible, loops
+from mmrag.decoding.stitch import Stitcher
 from mmrag.model import pretrained
 from mmrag.model.cross_attention import Adapter
 from mmrag.model.lm import LM
 from mmrag.model.states import read_states
 from mmrag.model.vocabulary import EOS, SentencePieces, Vocabulary
 from mmrag.recogniser import Recogniser
-from mmrag.records import Neighbours, Units
+from mmrag.records import Neighbours, Timed, Units
 from mmrag.retrieval import datastore
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.interpolation import Retrieval
 from mmrag.retrieval.memory import AttentionSource
 from mmrag.retrieval.retrievers import LocalRetriever
 from mmrag.retrieval.segment import Description, Segment, windows_of
-from mmrag.speech import audio
+from mmrag.speech import cutting, vad
 from mmrag.speech.audio import SAMPLE_RATE, AudioError
 from mmrag.speech.hubert import HubertEncoder
 from mmrag.speech.units import Codebook
@@ -164,12 +168,102 @@ def test_a_long_recording_gives_several_transcripts_that_cover_it(recogniser):
         assert [word.text for word in one.words] == one.text.split()
 
 
+def spoken_in_parts(seconds, pause=0.5, seed=0):
+    """Noise that pauses every three seconds, as the bytes of a WAV file."""
+    wave = np.random.default_rng(seed).standard_normal(round(seconds * SAMPLE_RATE)) * 0.1
+    wave[np.arange(len(wave)) % (3 * SAMPLE_RATE) >= (3 - pause) * SAMPLE_RATE] = 0
+    stream = io.BytesIO()
+    soundfile.write(stream, wave.astype(np.float32), SAMPLE_RATE, format="WAV", subtype="FLOAT")
+    return stream.getvalue()
+
+
 def test_a_transcript_is_what_its_segment_alone_would_give(recogniser):
-    whole = list(transcribe(noise(25), recogniser, OPTIONS))
-    for segment, transcript in zip(audio.segments(noise(25), 20), whole, strict=True):
-        [heard] = recognise(recogniser, recogniser.encode([segment.wave]), OPTIONS)
+    data, options = spoken_in_parts(25), OPTIONS.model_copy(update={"max_seconds": 5})
+    whole = list(transcribe(data, recogniser, options))
+    assert len(whole) > 5
+    for segment, transcript in zip(cutting.segments(data, 5, overlap=1), whole, strict=True):
+        wave, _ = vad.trim(segment.wave)
+        [heard] = recognise(recogniser, recogniser.encode([wave]), OPTIONS)
         assert recogniser.vocabulary.decode(heard.tokens) == transcript.text
         assert heard.stopped == transcript.stopped
+
+
+@pytest.mark.parametrize("make", [spoken_in_parts, noise])
+def test_segments_transcribed_together_are_transcribed_as_if_one_by_one(recogniser, store, make):
+    """In pauses as where nobody pauses, with retrieval."""
+    options = OPTIONS.model_copy(update={"max_seconds": 2})
+    retrieval = retrieval_from(store)
+
+    def made(batch_seconds):
+        found = transcribe(
+            make(14), recogniser, options, retrieval, store, batch_seconds=batch_seconds
+        )
+        return [
+            (one.text, one.start, one.end, one.stopped, [w.source.entry for w in one.words])
+            for one in found
+        ]
+
+    assert made(0.1) == made(5.0) == made(1e6)
+
+
+class Noting:
+    """A recogniser's encoder that notes how many seconds it is given at once."""
+
+    def __init__(self, monkeypatch, recogniser):
+        self.seconds = []
+        encode = type(recogniser).encode
+
+        def noting(own, waves):
+            self.seconds.append(sum(map(len, waves)) / SAMPLE_RATE)
+            return encode(own, waves)
+
+        monkeypatch.setattr(type(recogniser), "encode", noting)
+
+
+def test_segments_are_batched_by_their_seconds(recogniser, monkeypatch):
+    noting = Noting(monkeypatch, recogniser)
+    options = OPTIONS.model_copy(update={"max_seconds": 4})
+    segments = len(list(cutting.segments(spoken_in_parts(30), 4, overlap=1)))
+    for most, batches in ((0.1, [segments]), (7.0, range(5, 8)), (60.0, [1])):
+        noting.seconds.clear()
+        assert list(transcribe(spoken_in_parts(30), recogniser, options, batch_seconds=most))
+        assert len(noting.seconds) in batches
+        assert max(noting.seconds) <= max(most, 4.0)
+
+
+def test_no_more_than_a_batch_is_read_ahead_of_what_is_given(recogniser, monkeypatch, tmp_path):
+    read = 0.0
+
+    def segments(*arguments, cut=cutting.segments, **more):
+        nonlocal read
+        for segment in cut(*arguments, **more):
+            read = segment.end
+            yield segment
+
+    monkeypatch.setattr(cutting, "segments", segments)
+    options = OPTIONS.model_copy(update={"max_seconds": 4, "speech": 0.75})
+    for minutes in (1, 4):
+        path = tmp_path / "long.flac"
+        soundfile.write(path, np.zeros(minutes * 60 * SAMPLE_RATE, np.float32), SAMPLE_RATE)
+        ends, ahead = [0.0], 0.0
+        for transcript in transcribe(path, recogniser, options, batch_seconds=10.0):
+            assert transcript.start == ends[-1]
+            ends.append(transcript.end)
+            ahead = max(ahead, read - transcript.start)
+        assert ends[-1] == 60 * minutes
+        assert 8 <= ahead <= 10 + 4
+
+
+def test_what_was_said_before_a_recording_breaks_off_is_given(recogniser, tmp_path):
+    path, wave = tmp_path / "broken.flac", np.zeros(40 * SAMPLE_RATE, np.float32)
+    wave[:] = np.random.default_rng(0).standard_normal(len(wave)) / 10
+    soundfile.write(path, wave, SAMPLE_RATE)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    given, options = [], OPTIONS.model_copy(update={"max_seconds": 4})
+    made = transcribe(path, recogniser, options)
+    with pytest.raises(AudioError, match="breaks off after"):
+        deque(map(given.append, made))
+    assert given[-1].end > 10 and all(one.end == after.start for one, after in pairwise(given))
 
 
 def test_clips_recognised_together_are_recognised_as_if_alone(recogniser, store):
@@ -590,3 +684,63 @@ def test_a_synthesizers_sentences_are_heard_in_batches_and_given_as_they_are(mon
     assert batches == [2]
     assert len(list(said)) == 2
     assert batches == [2, 1]
+
+
+JOINED = (
+    "the curious rabbit ran by the window",
+    "is the helmet still on the old farm",
+    "we felt angry because they saw a ghost",
+    "what time is it in buxbury on friday",
+)
+
+
+def sentences_joined(pause, seed=0):
+    """Somebody saying JOINED, `pause` seconds between them: a wave (T,), and its words' times."""
+    spoken, at, parts = [], 0.0, []
+    for planned in synthetic.assign_voices(JOINED, seed):
+        speech = synthetic.render(planned, Synthesizer())
+        wave = np.concatenate([speech.wave, np.zeros(round(pause * SAMPLE_RATE), np.float32)])
+        spoken += [Timed(one.text, one.start + at, one.end + at) for one in speech.words]
+        parts.append(wave)
+        at += len(wave) / SAMPLE_RATE
+    return np.concatenate(parts), spoken
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("max_seconds", [2.5, 3.0, 4.0, 6.0])
+def test_words_at_the_seams_of_speech_come_out_once(pause, max_seconds):
+    """Heard by somebody who hears every whole word, and half of one as something else."""
+    wave, spoken = sentences_joined(pause)
+    stream = io.BytesIO()
+    soundfile.write(stream, wave, SAMPLE_RATE, format="WAV", subtype="FLOAT")
+    stitcher, found, in_speech = Stitcher(), [], 0
+    overlap = cutting.overlap(max_seconds)
+    for segment in cutting.segments(stream.getvalue(), max_seconds, overlap=overlap):
+
+        def inside(word, begins=segment.start - segment.before, ends=segment.end + segment.after):
+            return (min(word.end, ends) - max(word.start, begins)) / (word.end - word.start)
+
+        heard = [
+            replace(word, text=word.text if inside(word) > 0.7 else "uh")
+            for word in spoken
+            if inside(word) > 0.3
+        ]
+        in_speech += bool(segment.after)
+        found += stitcher.add(heard, heard, segment.start, segment.before, segment.after)
+    said = [word.text for heard, counted in (*found, *stitcher.rest()) for word in heard[counted]]
+    assert said == " ".join(JOINED).split()
+    assert in_speech or pause or max_seconds > 4, "nobody paused for long enough"
+
+
+def test_a_model_hears_sentences_with_short_pauses_once_each():
+    recogniser = Recogniser.load(shipped.find(shipped.TINY))
+    wave, _ = sentences_joined(0.3)
+    stream = io.BytesIO()
+    soundfile.write(stream, wave, SAMPLE_RATE, format="WAV", subtype="FLOAT")
+    options = OPTIONS.model_copy(
+        update={"tokens_per_second": 16, "max_seconds": 4.0, "speech": 0.75}
+    )
+    heard = list(transcribe(stream.getvalue(), recogniser, options))
+    assert len(heard) == len(JOINED)
+    right = [one.text == text for one, text in zip(heard, JOINED, strict=True)]
+    assert sum(right) >= 3, "one of them it does not get right in this voice"

@@ -1,8 +1,7 @@
-"""Audio in any common format becomes mono 16 kHz, whole or in segments, or a clear error."""
+"""Audio in any common format becomes mono 16 kHz, whole or block by block, or a clear error."""
 
 import io
 import os
-import resource
 import struct
 from pathlib import Path
 
@@ -10,11 +9,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torchaudio.transforms import Resample
 
-from mmrag.speech import audio
+from mmrag.speech import audio, cutting
 from mmrag.speech.audio import SAMPLE_RATE, AudioError, Span
 
 
@@ -88,7 +85,7 @@ def test_a_span_is_cut_out_of_the_whole_to_the_sample(rate, how):
         expected = whole[span.first : span.last]
         torch.testing.assert_close(wave, expected, atol=1e-5, rtol=0)
         torch.testing.assert_close(audio.read(source, span), expected, atol=1e-5, rtol=0)
-        parts = [part.wave for part in audio.segments(source, 1.0, span=span)]
+        parts = [part.wave for part in cutting.segments(source, 1.0, span=span)]
         torch.testing.assert_close(torch.cat(parts), expected, atol=1e-5, rtol=0)
 
 
@@ -137,7 +134,7 @@ def test_a_fiftieth_of_a_second_is_audio():
     source = encoded(tone(0.02))
     assert audio.read(source).shape == (320,)
     with pytest.raises(AudioError, match=r"0.020 s, shorter than 0.1 s"):
-        list(audio.segments(source, 30.0))
+        list(cutting.segments(source, 30.0))
 
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 22_050, 44_100, 48_000])
@@ -147,65 +144,6 @@ def test_streamed_resampling_equals_resampling_the_whole(rate, seconds):
     source = encoded(samples.astype(np.float32), rate, subtype="FLOAT")
     whole = Resample(rate, SAMPLE_RATE)(torch.from_numpy(samples[:, 0].astype(np.float32)))
     torch.testing.assert_close(audio.read(source), whole, atol=1e-6, rtol=0)
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    samples=st.integers(8_000, 30_000),
-    max_seconds=st.floats(0.2, 1.0),
-    share=st.floats(0.0, 0.5),
-    rate=st.sampled_from([SAMPLE_RATE, 8_000, 11_025]),
-    seed=st.integers(0, 99),
-)
-def test_segments_lose_nothing_and_keep_their_limits(samples, max_seconds, share, rate, seed):
-    noise = np.random.default_rng(seed).uniform(-0.5, 0.5, samples).astype(np.float32)
-    source = encoded(noise, rate, subtype="FLOAT")
-    min_seconds = share * max_seconds * 0.99
-    parts = list(audio.segments(source, max_seconds, min_seconds))
-    assert torch.equal(torch.cat([part.wave for part in parts]), audio.read(source))
-    assert parts[0].start == 0.0
-    for part, following in zip(parts, [*parts[1:], None], strict=True):
-        length = part.end - part.start
-        assert length == pytest.approx(len(part.wave) / SAMPLE_RATE)
-        assert min_seconds - 1e-9 <= length <= max_seconds + 1e-9
-        assert following is None or following.start == part.end
-
-
-def test_short_audio_is_one_segment():
-    [segment] = audio.segments(encoded(tone(3.0)), max_seconds=3.0)
-    assert (segment.start, segment.end) == (0.0, 3.0)
-    assert torch.equal(segment.wave, audio.read(encoded(tone(3.0))))
-
-
-def test_the_cut_falls_in_the_pause():
-    samples = tone(10.0)
-    samples[int(3.9 * SAMPLE_RATE) : int(4.2 * SAMPLE_RATE)] = 0.0
-    samples[int(7.6 * SAMPLE_RATE) : int(7.9 * SAMPLE_RATE)] *= 0.01
-    parts = list(audio.segments(encoded(samples), max_seconds=5.0))
-    assert len(parts) == 3
-    assert 3.9 < parts[0].end < 4.2 and 7.6 < parts[1].end < 7.9
-
-
-def test_two_hours_are_split_in_bounded_memory(tmp_path):
-    path, rate, minutes = tmp_path / "long.flac", 8_000, 120
-    minute = np.tile(np.concatenate([tone(4.5, rate), np.zeros((4_000, 1), np.float32)]), (12, 1))
-    with soundfile.SoundFile(path, "w", rate, 1, compression_level=0) as file:
-        for _ in range(minutes):
-            file.write(minute)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    end, samples = 0.0, 0
-    for segment in audio.segments(path, max_seconds=28.0):
-        assert segment.start == end and segment.end - segment.start <= 28.0
-        assert segment.end == 7200.0 or segment.end % 5 > 4.5, "cut inside a tone"
-        end, samples = segment.end, samples + len(segment.wave)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert end == audio.duration(path) == 7200.0 and samples == 7200 * SAMPLE_RATE
-    assert grown < 150 * 1024, "KiB; the whole recording would take 450 MiB"
-
-
-def test_impossible_segment_lengths_are_refused():
-    with pytest.raises(ValueError, match="twice the shortest"):
-        list(audio.segments(encoded(tone(1.0)), max_seconds=1.0, min_seconds=0.6))
 
 
 def broken_flac() -> bytes:
@@ -254,7 +192,7 @@ def test_bad_audio_is_refused_with_its_name_and_the_reason(case, tmp_path):
             audio.read(source)
         assert str(raised.value).startswith(f"{name}: ")
         with pytest.raises(AudioError, match=reason):
-            list(audio.segments(source, 30.0))
+            list(cutting.segments(source, 30.0))
 
 
 def test_paths_that_are_no_audio_file_are_refused(tmp_path):

@@ -1,0 +1,171 @@
+"""A recording of any length to segments that a model can hear: cut in pauses, or in speech so that
+both sides hear what the cut fell into.
+
+Knows samples alone; what is said at a cut in speech is for `mmrag.decoding.stitch` to put together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from mmrag.speech import audio
+from mmrag.speech.audio import SAMPLE_RATE, WHOLE, Span
+
+PAUSE_SAMPLES = SAMPLE_RATE // 10
+"""Width of the window whose energy decides where to cut: a pause, not a stop consonant."""
+HOP_SAMPLES = SAMPLE_RATE // 100
+PAUSE_DECIBELS = 25.0
+"""A window this far below the loudest ones may be part of a pause."""
+LONGEST_CLOSURE = SAMPLE_RATE * 3 // 20
+"""So long is it quiet within words, at most; where it is quiet for longer, nobody speaks."""
+LONG_PAUSE = SAMPLE_RATE * 2 // 5
+"""So long is a pause between sentences; longer ones are no better."""
+SILENCE = 1e-7
+"""Mean square of a window below which there is nothing to hear, whatever is around it."""
+OVERLAP_SECONDS = 2.0
+"""What neighbours share where they are cut in speech: some words whole, at the slowest pace."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a longer recording: `wave` (T,) at 16 kHz, `start` and `end` in seconds.
+
+    Where it was cut in speech, its wave goes on for `after` seconds behind its end, and that of the
+    next begins `before` seconds ahead of its start: both hold the same words.
+    """
+
+    wave: torch.Tensor
+    start: float
+    end: float
+    before: float = 0.0
+    after: float = 0.0
+
+
+def overlap(max_seconds: float) -> float:
+    """What neighbours among segments of at most `max_seconds` share where nobody pauses."""
+    return min(OVERLAP_SECONDS, max_seconds / 3)
+
+
+def segments(
+    source: Path | str | bytes,
+    max_seconds: float,
+    min_seconds: float = 0.1,
+    span: Span = WHOLE,
+    overlap: float = 0.0,
+) -> Iterator[Segment]:
+    """Cut `source`, or a span of it, at its quietest places into segments of `min_seconds` to
+    `max_seconds`; times count from the span's start.
+
+    The cut falls in the second half of what still fits, where a tenth of a second has the least
+    energy (of equals the latest). Audio within the limit is one segment. Concatenated, the
+    segments are `read(source)` sample for sample, at any input rate: resampling is streamed too,
+    and at no time is more than about `max_seconds + min_seconds` plus three blocks in memory.
+
+    With an `overlap` (seconds, a third of `max_seconds` at most) the cut falls in the longest pause
+    of the last three quarters (of long ones the last); where nobody pauses, neighbours share so
+    much around the quietest place (`Segment.after`), and are still no longer than `max_seconds`.
+
+    Raises AudioError as `read` does, truncation and NaN only when they are met; ValueError if
+    `min_seconds` is more than half of `max_seconds`, which would leave nowhere to cut, or
+    `overlap` more than a third.
+    """
+    limit, least = int(max_seconds * SAMPLE_RATE), math.ceil(min_seconds * SAMPLE_RATE)
+    if limit < 2 * PAUSE_SAMPLES or 2 * least > limit:
+        raise ValueError(
+            f"cannot cut segments of {min_seconds} to {max_seconds} s: the longest must be at "
+            f"least 0.2 s and twice the shortest"
+        )
+    cutter = _Cutter(limit, least, int(overlap * SAMPLE_RATE) // 2)
+    for block in audio.blocks(source, span, min_seconds=min_seconds):
+        cutter.pending = torch.cat([cutter.pending, block])
+        while len(cutter.pending) > limit + least:  # what follows the cut is long enough, too
+            yield cutter.cut()
+    while len(cutter.pending) > limit:
+        yield cutter.cut()
+    yield cutter.rest()
+
+
+class _Cutter:
+    """What of a recording has not been cut yet, and where the next cut falls. All in samples."""
+
+    def __init__(self, limit: int, least: int, half_overlap: int) -> None:
+        if 6 * half_overlap > limit:
+            raise ValueError(f"an overlap of {2 * half_overlap} samples in segments of {limit}")
+        self.pending = torch.empty(0)
+        self.position = 0
+        """Where `pending` begins."""
+        self._limit, self._least, self._half = limit, least, half_overlap
+        self._before = 0
+        """How much of `pending` lies before the next segment's start."""
+
+    def cut(self) -> Segment:
+        """The first segment of `pending`, which is longer than the limit."""
+        highest = min(self._limit, len(self.pending) - self._least)
+        lowest = max(self._least, self._limit // 2)
+        pause = self._pause(highest) if self._half else None
+        if pause is not None or not self._half:
+            cut = lowest + _quietest(self.pending[lowest:highest]) if pause is None else pause
+            return self._segment(cut, 0)
+        highest = max(lowest + 1, min(highest, self._limit - self._half))
+        return self._segment(lowest + _quietest(self.pending[lowest:highest]), self._half)
+
+    def rest(self) -> Segment:
+        """All of `pending`."""
+        return self._segment(len(self.pending), 0)
+
+    def _segment(self, cut: int, shared: int) -> Segment:
+        """`pending` up to its sample `cut`, which both neighbours get `shared` samples around."""
+        start, end = self.position + self._before, self.position + cut
+        wave = self.pending[: cut + shared].clone()
+        made = Segment(
+            wave,
+            start / SAMPLE_RATE,
+            end / SAMPLE_RATE,
+            self._before / SAMPLE_RATE,
+            shared / SAMPLE_RATE,
+        )
+        self.pending = self.pending[cut - shared :]
+        self.position, self._before = end - shared, shared
+        return made
+
+    def _pause(self, highest: int) -> int | None:
+        """Middle of the longest pause in the last three quarters of what fits; of those that are
+        long enough, the last."""
+        energy = _energy(self.pending[: self._limit])
+        quiet = (energy < SILENCE) | (energy < energy.max() * 10 ** (-PAUSE_DECIBELS / 10))
+        lowest = max(self._least, 2 * self._before, self._limit // 4) // HOP_SAMPLES
+        windows = quiet[lowest : max(0, highest - PAUSE_SAMPLES) // HOP_SAMPLES + 1]
+        middle = _longest_run(windows)
+        return None if middle is None else (lowest + middle) * HOP_SAMPLES + PAUSE_SAMPLES // 2
+
+
+def _longest_run(quiet: torch.Tensor) -> int | None:
+    """Middle of the (last) longest run of True in `quiet` (T,) that is a pause."""
+    edges = torch.diff(quiet.int(), prepend=torch.zeros(1).int(), append=torch.zeros(1).int())
+    starts, ends = (edges == 1).nonzero()[:, 0], (edges == -1).nonzero()[:, 0]
+    lengths = ((ends - starts) * HOP_SAMPLES + PAUSE_SAMPLES).clamp(max=LONG_PAUSE)
+    if not len(lengths) or int(lengths.max()) < LONGEST_CLOSURE:
+        return None
+    longest = len(lengths) - 1 - int(lengths.flip(0).argmax())
+    return int(starts[longest] + ends[longest]) // 2
+
+
+def _energy(wave: torch.Tensor) -> torch.Tensor:
+    """Mean square of each window of PAUSE_SAMPLES of `wave`, HOP_SAMPLES apart."""
+    return F.avg_pool1d(wave.square()[None], PAUSE_SAMPLES, stride=HOP_SAMPLES)[0]
+
+
+def _quietest(wave: torch.Tensor) -> int:
+    """Middle of the (last) window of `wave` with the least energy."""
+    window = min(PAUSE_SAMPLES, len(wave))
+    if window == 0:
+        return 0
+    energy = F.avg_pool1d(wave.square()[None], window, stride=HOP_SAMPLES)[0]
+    last = len(energy) - 1 - int(energy.flip(0).argmin())
+    return last * HOP_SAMPLES + window // 2
