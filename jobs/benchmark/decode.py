@@ -402,14 +402,22 @@ def grids(results: Mapping[str, Any]) -> list[Grid]:
         for name, one in listed.items()
     ]
     growth = [
-        (one["title"], power(one["exponent"]), _points(one)) for one in results["growth"].values()
+        (
+            one["title"],
+            power(one["exponent"]),
+            _points(one["sizes"], one["ms"]),
+            power(one["read_exponent"]),
+            _points(one["sizes"], one["read_ms"]),
+        )
+        for one in results["growth"].values()
     ]
+    grown = ("with", "a step as", "ms", "reading the prompts as", "ms")
     return [
         Grid(f"Batch sizes, {SWEPT} requests or a batch", columns, swept),
         Grid(f"{results['requests']} requests waiting at the start", columns, best),
         Grid(about, ("", "ms"), single),
         Grid("Boosted phrases", ("", "time over none", "made in"), boosted),
-        Grid("How the time of a step grows", ("with", "as", "ms a step"), growth),
+        Grid("How time grows", grown, growth),
     ]
 
 
@@ -422,6 +430,8 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
         *small,
         f"A model of {results['parameters'] / 1e6:.1f} M parameters with random weights "
         f"{computes}.",
+        "Of transformers, generate has the requests sorted by length, and continuous batching "
+        "the attention of torch; both have the batch size that they are fastest with here.",
         f"{wide['alike']} of {wide['compared']} greedy tokens in float32 are those of generate.",
         f"A step of a lone request takes {told(roof['step_ms'])} ms and reads "
         f"{roof['weight_bytes'] / 1e6:,.0f} MB of weights; memory delivers "
@@ -443,9 +453,8 @@ def show(results: Mapping[str, Any]) -> None:
         console.print(f"{key}: {reason}", markup=False)
 
 
-def _points(one: Mapping[str, Any]) -> str:
-    pairs = zip(one["sizes"], one["ms"], strict=True)
-    return ", ".join(f"{size:,}: {ms:.3g}" for size, ms in pairs)
+def _points(sizes: Sequence[int], times: Sequence[float]) -> str:
+    return ", ".join(f"{size:,}: {ms:.3g}" for size, ms in zip(sizes, times, strict=True))
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -54,8 +54,8 @@ class Axes:
 def measure(
     directory: Path, lm: LM, axes: Axes, tell: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
-    """For each axis its `title`, `sizes`, `ms` (median of a step), `read_ms` (of the prompts) and
-    the `exponent` of a line through the logarithms of sizes and times."""
+    """For each axis its `title`, `sizes`, `ms` (median of a step), `read_ms` (of the prompts), and
+    `exponent` and `read_exponent` of lines through the logarithms of sizes and times."""
     rows, prompt = axes.rows, axes.prompt
     grown = {
         "batch": _axis(
@@ -89,7 +89,8 @@ def _axis(title: str, cases: Iterable[Case]) -> dict[str, Any]:
         read.append(1e3 * reading)
         steps.append(1e3 * float(np.median(times)))
     measured = {"title": title, "sizes": sizes, "ms": steps, "read_ms": read}
-    return {**measured, "exponent": exponent(sizes, steps)}
+    grown = {"exponent": exponent(sizes, steps), "read_exponent": exponent(sizes, read)}
+    return {**measured, **grown}
 
 
 def _asked(rows: int, prompt: int, axes: Axes, lm: LM) -> list[Request]:

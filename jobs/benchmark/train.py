@@ -200,8 +200,11 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
     """Sentences about what was measured."""
     small = ["Quick: a tiny model, for which the target is not meant."] * results["quick"]
     run, skipped = results["steps"]["run"], results["steps"]["skipped"]
-    said = f"Precision {results['precision']}; {run} steps a run, the first {skipped} not counted."
-    return [*small, said]
+    return [
+        *small,
+        "The bare loops have neither Ray nor DeepSpeed, and find their micro-batches made.",
+        f"Precision {results['precision']}; {run} steps a run, the first {skipped} not counted.",
+    ]
 
 
 def show(results: Mapping[str, Any]) -> None:
