@@ -232,3 +232,12 @@ def test_a_page_is_written_of_its_subjects_where_there_is_a_place_for_it(
     with pytest.raises(SystemExit) as stopped:
         __main__.main()
     assert said in capsys.readouterr().err + str(stopped.value)
+
+
+def test_a_measurement_goes_to_the_page_and_to_the_terminal(results, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(decode, "measure", lambda _, sizes: {**results, "quick": sizes.quick})
+    arguments = ["benchmark", "decode", "--quick", "--json", "--docs", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    __main__.main()
+    assert json.loads(capsys.readouterr().out)["requests"] == 5
+    assert "## Decoding" in (tmp_path / "performance.md").read_text()
