@@ -22,7 +22,7 @@ from rich.console import Console
 from jobs.benchmark import scaling
 from jobs.benchmark.bandwidth import read_bandwidth, weight_bytes
 from jobs.benchmark.grids import Grid, power
-from jobs.benchmark.machine import described, threads
+from jobs.benchmark.machine import threads
 from jobs.benchmark.progress import Progress
 from jobs.benchmark.repeats import at_least, at_most, interleaved, ratio, spread, told, worst
 from jobs.benchmark.scaling import Axes
@@ -187,7 +187,6 @@ class Decoding:
             "tokens": _tokens(self.asked),
             "computes": self._chosen(self.lm),
             "quick": self.sizes.quick,
-            "machine": described(),
             "reasons": {},
         }
         for part in (self.throughput, self.single, self.roofline, self.beams, self.phrases):

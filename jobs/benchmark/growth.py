@@ -69,7 +69,7 @@ def panels(grown: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Milliseconds a decoding step against each thing that grows, on logarithmic axes, with the
     line whose slope is the exponent."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     drawn = Figure(figsize=(10, 6.4), layout="constrained")
     places = drawn.subplots(2, -(-len(grown) // 2), squeeze=False).ravel()
@@ -84,8 +84,13 @@ def panels(grown: Mapping[str, Mapping[str, Any]]) -> Figure:
         axes.set_ylim(times.min() / 2, times.max() * 2)
         axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_yticks(times[[0, -1]], [f"{time:.3g}" for time in times[[0, -1]]])
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        for at, time in zip(sizes, times, strict=True):
+            place = {"xytext": (0, 9), "textcoords": "offset points"}
+            axes.annotate(f"{time:.3g}", (at, time), **place, ha="center", color="#2f6db3")
+        axes.margins(x=0.08)
         axes.set_xlabel(one["title"])
         axes.set_ylabel("ms a step")
         axes.grid(which="major", color="#e3e7eb", linewidth=0.8)

@@ -15,7 +15,7 @@ from typing import Any
 
 from jobs.benchmark import decode, growth, train
 from jobs.benchmark.grids import Grid
-from jobs.benchmark.machine import told
+from jobs.benchmark.machine import described, told
 from jobs.benchmark.targets import rounded, verdict
 from mmrag import terminal
 from mmrag.artifact import write_json
@@ -47,7 +47,8 @@ def write(docs: Path, subject: str, results: Mapping[str, Any]) -> None:
     file = docs / FIGURES
     figures = json.loads(file.read_text()) if file.exists() else {"reasons": {}}
     measured = {key: value for key, value in results.items() if key != "reasons"}
-    figures["reasons"] |= results["reasons"]
+    measured = {"machine": described(), **measured}
+    figures["reasons"] |= results.get("reasons", {})
     write_json(file, {**figures, subject: rounded(measured)})
     rewrite(docs)
 

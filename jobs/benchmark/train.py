@@ -23,7 +23,7 @@ from cluster.progress import records
 from cluster.train import fit
 from jobs.benchmark.bare import BareTraining
 from jobs.benchmark.grids import Grid
-from jobs.benchmark.machine import described, threads
+from jobs.benchmark.machine import threads
 from jobs.benchmark.process import BARE, Process
 from jobs.benchmark.progress import Progress
 from jobs.benchmark.repeats import at_least, ratio, spread, told
@@ -120,7 +120,6 @@ def measure(directory: Path, sizes: Sizes) -> dict[str, Any]:
     bare = [way for way in speeds if way != OURS]
     faster = max(bare, key=lambda way: np.median(speeds[way]))
     return {
-        "machine": described(),
         "quick": sizes.quick,
         "parameters": parameter_count(experiment.lm, vocabulary.size),
         "precision": experiment.train.precision,
