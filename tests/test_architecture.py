@@ -42,9 +42,13 @@ WINGS = {
         "segment", "mapped", "tensors", "columns", "stored", "local", "datastore", "snapshots",
         "compaction", "verify", "gpu", "scalar", "ivf", "sizing", "held_out", "index",
         "reindexing", "retrievers", "knn",
-        "interpolation", "memory", "entries", "phrases", "upkeep", "shortlist", "contexts",
+        "interpolation", "searching", "memory", "entries", "phrases", "upkeep", "shortlist",
+        "contexts",
     ],
-    "decoding": ["confidence", "boost", "decode", "guard", "align", "engine", "tune"],
+    "decoding": [
+        "confidence", "boost", "hypotheses", "candidates", "beams", "rows", "decode", "guard",
+        "align", "engine", "tune",
+    ],
     "front door": ["recogniser", "transcribe", "contents", "client", "administration", "cli"],
 }  # fmt: skip
 """The wings of mmrag from the ground up, and the modules of each in reading order."""
