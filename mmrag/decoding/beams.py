@@ -40,6 +40,9 @@ class Clip:
     """Phrases to favour."""
     context: Sequence[int] = ()
     """Text that stands before the speech in the prompt."""
+    fallback: tuple[float, ...] = ()
+    """Temperatures at which the engine makes a transcript again, one after the other, until it
+    believes what it gets."""
 
     @property
     def queries_with_text(self) -> bool:

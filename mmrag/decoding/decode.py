@@ -77,11 +77,13 @@ class Batch:
     """Clips that are decoded together, a token a step."""
 
     def __init__(self, lm: SpeechDecoder, vocabulary: TextVocabulary, pool: Any = None) -> None:
-        """`pool` is what the model's caches take their pages from; None for memory of their own."""
+        """`pool` is what the model's caches take their pages from; None for one that grows."""
         self.retrieval_seconds = 0.0
         """Spent looking things up, so far."""
         self._lm = lm
         self._vocabulary = vocabulary
+        if pool is None and hasattr(lm, "pool"):
+            pool = lm.pool(0, growing=True)
         self._pool = pool
         self._history = History()
         self._allowed = torch.from_numpy(vocabulary.transcript_ids()).to(lm.device)

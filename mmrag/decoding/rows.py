@@ -145,8 +145,8 @@ class Rows:
             elif part is not None:
                 setattr(self, name, None)
         if len(rows):
+            self._cache = self._cache.select(rows.tolist())
             index = torch.from_numpy(rows).to(self._lm.device)
-            self._cache = self._cache.select(index)
             self.ids, self.lengths, self._last = (
                 one[index] for one in (self.ids, self.lengths, self._last)
             )
@@ -247,7 +247,7 @@ class _TextOnlyStates:
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, which may repeat."""
-        self._cache = self._cache.select(torch.tensor(rows, device=self._cache.lengths.device))
+        self._cache = self._cache.select(rows)
 
     def join(self, other: _TextOnlyStates) -> None:
         """Go on with the rows of `other`, too."""

@@ -26,7 +26,7 @@ class DecoderCache(Protocol):
     lengths: Tensor
     """(B,) tokens read."""
 
-    def select(self, rows: Tensor) -> DecoderCache:
+    def select(self, rows: Tensor | Sequence[int]) -> DecoderCache:
         """The cache of `rows` (R,), which may repeat."""
         ...
 
