@@ -42,10 +42,12 @@ WINGS = {
         "segment", "mapped", "tensors", "columns", "stored", "local", "datastore", "snapshots",
         "compaction", "verify", "gpu", "scalar", "ivf", "sizing", "held_out", "index",
         "reindexing", "retrievers", "knn",
-        "interpolation", "memory", "entries", "phrases", "upkeep", "shortlist", "contexts",
+        "interpolation", "searching", "memory", "entries", "phrases", "upkeep", "shortlist",
+        "contexts",
     ],
     "decoding": [
-        "confidence", "boost", "decode", "guard", "align", "stitch", "engine", "tune",
+        "confidence", "boost", "hypotheses", "candidates", "beams", "rows", "decode", "guard",
+        "align", "stitch", "engine", "tune",
     ],
     "front door": ["recogniser", "transcribe", "contents", "client", "administration", "cli"],
 }  # fmt: skip

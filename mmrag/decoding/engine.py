@@ -1,15 +1,17 @@
 """A thread that decodes: clips that arrive join the batch between two steps and leave it when done.
 
 The online decoder and anything else that has many callers and one language model. A step is never
-run by a caller's thread, and a clip that makes a step fail is found out and fails alone. The clips
-that read must all read with one adapter. Knows nothing of audio, HTTP or other processes.
+run by a caller's thread, and a clip that makes a step fail is found out and fails alone. Clips are
+let in as they came, as many as there is memory for; a long prompt is read a part at a time, beside
+the steps of the others, and shorter ones may be read before it is done. The clips that read must
+all read with one adapter. Knows nothing of audio, HTTP or other processes.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -17,16 +19,25 @@ from typing import Any, TypeVar
 
 import torch
 
-from mmrag.decoding.decode import Batch, BeamSearch, Clip, Hypothesis
-from mmrag.decoding.guard import credible
+from mmrag.decoding.decode import Batch, BeamSearch, Clip, Hypothesis, Prompt
+from mmrag.decoding.guard import credible, trust
 from mmrag.model.lm import LM
 from mmrag.model.vocabulary import Vocabulary
 
 T = TypeVar("T")
 
+PREFILL_TOKENS = 256
+"""Of prompts, read beside a step."""
+IDLE = 8
+"""So many times as much is read where no row waits for it."""
+
 
 class EngineClosed(RuntimeError):
     """The engine has been closed: nothing more will be decoded."""
+
+
+class ClipTooLong(ValueError):
+    """A clip may need more memory than the engine has for all of them."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,18 @@ class Job:
     missing_shards: int = 0
     heard: int = 0
     """Tokens that `hear` was told."""
+    doubted: list[Hypothesis] = field(default_factory=list)
+    """Transcripts that were not believed, and made again with the same help."""
+    size: tuple[int, int] | None = None
+    """Tokens of its prompt, and pages that it may need; None until it is to be let in."""
+    prompt: Prompt | None = None
+    """Its prompt while it is read a part at a time."""
+
+    @property
+    def listens(self) -> bool:
+        """Whether `hear` is told of what is made now."""
+        again = self.alone or self.doubted
+        return self.hear is not None and self.clip.beams == 1 and not again
 
     @property
     def cancelled(self) -> bool:
@@ -88,17 +111,34 @@ class Job:
 class Engine:
     """Decodes clips together, at most `rows` hypotheses at a time; further clips wait in order."""
 
-    def __init__(self, lm: LM, vocabulary: Vocabulary, rows: int, threads: int = 1) -> None:
-        """`threads` are those that a step's matrix products may use."""
+    def __init__(
+        self,
+        lm: LM,
+        vocabulary: Vocabulary,
+        rows: int,
+        threads: int = 1,
+        cache_tokens: int | None = None,
+        prefill_tokens: int = PREFILL_TOKENS,
+    ) -> None:
+        """`threads` are those that a step's matrix products may use.
+
+        `cache_tokens` is the memory of all clips together, where the model keeps its own in pages:
+        a clip is let in when what it may need at most is free. None for as much as they need. Of
+        prompts, `prefill_tokens` are read at most beside a step.
+        """
         self._lm = lm
         self._vocabulary = vocabulary
+        paged = cache_tokens is not None and hasattr(lm, "pool")
+        self._pool = lm.pool(cache_tokens) if paged else None
+        self._pages = self._pool.free if paged else 0
+        self._prefill_tokens = prefill_tokens
         self._room = rows
         self._threads = threads
         self._wake = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._work: deque[tuple[Callable[[], Any], Future]] = deque()
         self._closed = False
-        self._batch = Batch(lm, vocabulary)
+        self._batch = Batch(lm, vocabulary, self._pool)
         self._jobs: dict[Job, BeamSearch | None] = {}
         """Those that were let in, in order; None until they have joined the batch."""
         self._statistics = Statistics()
@@ -113,7 +153,9 @@ class Engine:
     ) -> Job:
         """Hand in a clip; `job.future` will hold what it says, or the error that decoding raised.
 
-        With `agreement`, as in `Decode`, an incredible transcript is made again without retrieval.
+        With `agreement`, as in `Decode`, an incredible transcript is made again without retrieval,
+        and then at the temperatures of `Clip.fallback`; if none is credible, the least incredible
+        without retrieval is it.
         `hear` is called by the engine's thread with all tokens so far whenever there is a new one
         that will stay (one beam); not while a transcript is made again. It must not block; where it
         raises, the clip fails. Raises EngineClosed after `close`.
@@ -187,41 +229,121 @@ class Engine:
 
     def _leave(self, job: Job) -> None:
         search = self._jobs.pop(job)
+        self._drop_prompt(job)
         if search is not None:
             self._batch.leave(search)
 
+    def _drop_prompt(self, job: Job) -> None:
+        if job.prompt is not None:
+            job.prompt.release()
+            job.prompt = None
+
     def _admit(self) -> None:
-        """Let in the first of those waiting, as many as there is room for; one always fits."""
+        """Let in the first of those waiting, as many as there is room for; one always fits.
+
+        Nobody overtakes one that has to wait for room: what runs has a limit, and leaves room.
+        """
         with self._wake:
             while self._waiting:
                 job = self._waiting[0]
-                room = self._room - sum(other.clip.beams for other in self._jobs)
-                apart = job.apart or any(other.apart for other in self._jobs)
-                if not job.cancelled and self._jobs and (apart or job.clip.beams > room):
+                error = None if job.cancelled else self._measure(job)
+                if not (job.cancelled or error) and self._jobs and not self._fits(job):
                     break
                 self._waiting.popleft()
-                if not job.cancelled:
+                if error:
+                    _fail(job.future, error)
+                elif not job.cancelled:
                     self._jobs[job] = None
 
+    def _measure(self, job: Job) -> Exception | None:
+        """Find out how large a clip is; the error if it cannot be told, or will never fit."""
+        if job.size is None:
+            try:
+                job.size = self._size(job.clip)
+            except Exception as error:
+                return error
+        if self._pool is not None and job.size[1] > self._pages:
+            return ClipTooLong(
+                f"a prompt of {job.size[0]} tokens, {job.clip.beams} beams and at most "
+                f"{job.clip.limit} tokens each need {job.size[1]} pages of the "
+                f"{self._pages} that there are"
+            )
+        return None
+
+    def _size(self, clip: Clip) -> tuple[int, int]:
+        """Tokens of a clip's prompt, and pages that it needs at worst."""
+        prompts = [self._vocabulary.prompt(clip.speech, clip.context)]
+        if clip.queries_with_text:
+            prompts.append(self._vocabulary.prompt(None))
+        pages = 0
+        if self._pool is not None:
+            for prompt in prompts:
+                pages += self._pool.pages_for(len(prompt) + clip.limit)
+                # Another beam shares full pages alone, and is copied before one that ends is gone.
+                pages += (clip.beams - 1) * (self._pool.pages_for(clip.limit) + 2)
+        return len(prompts[0]), pages
+
+    def _fits(self, job: Job) -> bool:
+        """Whether there is room for a clip beside those that were let in."""
+        if job.apart or any(other.apart for other in self._jobs):
+            return False
+        rows = sum(other.clip.beams for other in (job, *self._jobs))
+        pages = sum(other.size[1] for other in (job, *self._jobs))
+        return rows <= self._room and (self._pool is None or pages <= self._pages)
+
     def _step(self) -> None:
-        """One step for the batch and the first for those that join; tell what is new."""
+        """One step for the batch, and the first for those whose prompts are read; tell what is
+        new."""
         rows = self._batch.rows
         try:
             self._batch.step()
         except Exception as error:  # whose it is shows when each is decoded by itself
             self._decode_apart(error)
             return
-        rows += self._join([job for job, search in self._jobs.items() if search is None])
+        rows += self._read()
         self._count(steps=int(rows > 0), rows=rows)
         for job, search in list(self._jobs.items()):
+            if search is None:
+                continue
             try:
                 if search.over:
                     self._finish(job, search)
-                else:
-                    self._tell(job, search.live[0].tokens)
+                elif job.listens:
+                    self._tell(job, search.tokens)
             except Exception as error:  # of `hear`
                 self._leave(job)
                 _fail(job.future, error)
+
+    def _read(self) -> int:
+        """Read prompts of those that were let in, as `deal` says; how many joined the batch."""
+        unread = [job for job, search in self._jobs.items() if search is None]
+        if not unread:
+            return 0
+        left = [job.size[0] if job.prompt is None else job.prompt.left for job in unread]
+        budget = self._prefill_tokens * (1 if self._batch.rows else IDLE)
+        part, others = deal(left, budget)
+        whole = [unread[number] for number in others]
+        longest = max(left[number] for number in (0, *others))
+        together = longest * (1 + len(whole)) <= budget and unread[0].prompt is None
+        if part == left[0] and together:
+            return self._join([unread[0], *whole])
+        return self._read_part(unread[0], part) + self._join(whole)
+
+    def _read_part(self, job: Job, tokens: int) -> int:
+        """Read so many tokens of a prompt; 1 if the clip has joined the batch with the last."""
+        try:
+            if job.prompt is None:
+                job.prompt = self._batch.prompt([job.clip])
+            if tokens < job.prompt.left:
+                job.prompt.read(tokens)
+                return 0
+            [search] = self._batch.admit(job.prompt)
+        except Exception as error:
+            self._leave(job)
+            _fail(job.future, error)
+            return 0
+        self._jobs[job], job.prompt = search, None
+        return 1
 
     def _join(self, jobs: list[Job]) -> int:
         """Let clips join the batch; how many did. It is as it was when one that fails has left."""
@@ -239,7 +361,10 @@ class Engine:
     def _decode_apart(self, error: Exception) -> None:
         """After a failed step: start every clip again, each in a batch of its own."""
         seconds = self._batch.retrieval_seconds
-        self._batch = Batch(self._lm, self._vocabulary)
+        self._batch.release()
+        for job in self._jobs:
+            self._drop_prompt(job)
+        self._batch = Batch(self._lm, self._vocabulary, self._pool)
         self._batch.retrieval_seconds = seconds
         failed = [job for job, search in self._jobs.items() if search is not None]
         if len(failed) == 1:
@@ -255,23 +380,34 @@ class Engine:
         """Hand out a transcript, or hand it in again if nobody would believe it."""
         heard = search.best()
         job.missing_shards = max(job.missing_shards, search.missing_shards)
-        helped = job.clip.retrieval is not None or job.clip.attention is not None
-        if helped and job.agreement is not None and not credible(heard, job.agreement):
-            job.clip = replace(job.clip, retrieval=None, attention=None, boost=None, context=())
-            job.alone = True
-            with self._wake:
-                del self._jobs[job]
-                self._waiting.appendleft(job)
-            return
-        self._tell(job, heard.tokens)
+        if job.agreement is not None and not credible(heard, job.agreement):
+            if again := self._again(job, heard):
+                job.clip, job.size = again, None
+                with self._wake:
+                    del self._jobs[job]
+                    self._waiting.appendleft(job)
+                return
+            heard = max(*job.doubted, heard, key=trust) if job.doubted else heard
+        if job.listens:
+            self._tell(job, heard.tokens)
         del self._jobs[job]
         self._count(tokens=len(heard.choices), clips=1)
         with suppress(InvalidStateError):  # cancelled just now
             job.future.set_result(Decoded(heard, job.missing_shards, job.alone))
 
+    def _again(self, job: Job, heard: Hypothesis) -> Clip | None:
+        """How to make a transcript that nobody would believe again; None if nothing is left."""
+        clip = job.clip
+        if clip.retrieval is not None or clip.attention is not None:
+            job.alone = True
+            return replace(clip, retrieval=None, attention=None, boost=None, context=())
+        if clip.fallback:
+            job.doubted.append(heard)
+            warmer, *rest = clip.fallback
+            return replace(clip, beams=1, temperature=warmer, fallback=tuple(rest))
+        return None
+
     def _tell(self, job: Job, tokens: list[int]) -> None:
-        if job.hear is None or job.clip.beams > 1 or job.alone:
-            return
         if len(tokens) > job.heard:
             job.heard = len(tokens)
             job.hear(tokens)
@@ -283,6 +419,23 @@ class Engine:
             retrieval_seconds=self._batch.retrieval_seconds,
             **{name: getattr(before, name) + value for name, value in more.items()},
         )
+
+
+def deal(left: Sequence[int], budget: int) -> tuple[int, list[int]]:
+    """How many tokens of the first prompt to read in a step, and which others to read whole.
+
+    `left` are the tokens to read of each, in the order in which they came. The first gets at least
+    half of the budget, however many come after it; shorter ones go past it as long as all of them,
+    padded to one length, fit in the rest.
+    """
+    share = min(left[0], budget if len(left) == 1 else max(1, budget // 2))
+    whole, padded = [], 0
+    for number in sorted(range(1, len(left)), key=left.__getitem__):
+        if (len(whole) + 1) * left[number] > budget - share:
+            break
+        whole.append(number)
+        padded = len(whole) * left[number]
+    return min(left[0], max(1, budget - padded)), sorted(whole)
 
 
 def _settle(future: Future[T], function: Callable[[], T]) -> None:

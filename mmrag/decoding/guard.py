@@ -1,23 +1,30 @@
-"""Whether to believe a transcript that retrieval had a part in: likelihood and repetition."""
+"""Whether to believe a transcript: likelihood and repetition."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmrag.decoding.decode import Hypothesis
+from mmrag.decoding.hypotheses import Hypothesis
 
 LOOPS = 4
 """Repetitions that nobody says on purpose."""
 
 
 def credible(heard: Hypothesis, agreement: float) -> bool:
-    """Whether the language model agrees with a transcript that retrieval had a part in.
+    """Whether the language model agrees with a transcript.
 
     It does where the mean of its own log-probabilities of the tokens is at least `agreement`, and
     no run of tokens is repeated LOOPS times.
     """
+    straight, alone = trust(heard)
+    return straight and alone >= agreement
+
+
+def trust(heard: Hypothesis) -> tuple[bool, float]:
+    """How far to believe a transcript, the larger the more: whether it does not loop, and what the
+    language model alone thinks of it (mean log-probability a token, nats)."""
     alone = sum(choice.lm_logp for choice in heard.choices) / max(1, len(heard.choices))
-    return alone >= agreement and not loops(heard.tokens)
+    return not loops(heard.tokens), alone
 
 
 def loops(tokens: Sequence[int]) -> bool:

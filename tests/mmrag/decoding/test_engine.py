@@ -1,6 +1,7 @@
 """Many callers, one language model: each gets what it would have got alone, whoever else comes,
 goes or fails."""
 
+import itertools
 import threading
 import time
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -10,11 +11,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from random_models import perturb
 
 from mmrag.config import KNN, CrossAttention, Decode, LanguageModel, RetrievedAttention
 from mmrag.decoding.decode import Clip, decode
-from mmrag.decoding.engine import Engine, EngineClosed, Statistics
+from mmrag.decoding.engine import ClipTooLong, Engine, EngineClosed, Statistics, deal
 from mmrag.model.cross_attention import Adapter
 from mmrag.model.lm import LM
 from mmrag.model.vocabulary import EOS, Vocabulary
@@ -183,8 +186,8 @@ def agree(one, other):
 
 
 @contextmanager
-def running(lm=None, rows=4):
-    engine = Engine(lm or random_lm(), VOCABULARY, rows)
+def running(lm=None, rows=4, **settings):
+    engine = Engine(lm or random_lm(), VOCABULARY, rows, **settings)
     try:
         yield engine
     finally:
@@ -605,3 +608,156 @@ def test_a_failure_takes_no_time_back():
     assert after.retrieval_seconds > before.retrieval_seconds
     assert after.steps > before.steps
     assert (before.clips, after.clips) == (1, 2)
+
+
+def long_clip(tokens, limit=5):
+    """A clip of a long prompt."""
+    return Clip([VOCABULARY.first_unit + n % 6 for n in range(tokens)], limit)
+
+
+@pytest.mark.parametrize("prefill_tokens", [1, 7, 64])
+def test_prompts_read_a_part_at_a_time_are_read_as_if_whole(prefill_tokens):
+    asked = [*clips(6, beams=2), long_clip(90), long_clip(33), *clips(3)]
+    lm = random_lm()
+    asked.append(replace(long_clip(41), attention=Reads().of(lm)))
+    with running(lm, rows=12, prefill_tokens=prefill_tokens) as engine:
+        with held(engine):
+            jobs = [engine.submit(clip) for clip in asked]
+        for clip, job in zip(asked, jobs, strict=True):
+            agree(result(job).hypothesis, alone(random_lm() if not clip.attention else lm, clip))
+
+
+def test_a_long_prompt_is_read_beside_steps_and_shorter_ones_pass_it():
+    lm, done, ear = random_lm(), [], Ear(until=2)
+    sizes = []
+    with running(lm, rows=8, prefill_tokens=16) as engine:
+        steady = engine.submit(lasting(FOREVER), hear=ear)
+        assert ear.reached.wait(PATIENCE)
+        forward = LM.forward
+        lm.forward = lambda ids, *more, **named: (
+            sizes.append(ids.shape),
+            forward(lm, ids, *more, **named),
+        )[1]
+        with held(engine):
+            jobs = [engine.submit(long_clip(400, 1)), engine.submit(long_clip(3, 1))]
+            for number, job in enumerate(jobs):
+                job.future.add_done_callback(lambda _, number=number: done.append(number))
+        for job in jobs:
+            result(job)
+        steady.cancel()
+    assert done == [1, 0]
+    assert max(rows * time for rows, time in sizes) <= 16
+    parts = [place for place, (_, time) in enumerate(sizes) if time > 1]
+    assert all(later - earlier <= 3 for earlier, later in itertools.pairwise(parts))
+    assert sum(time == 1 for _, time in sizes) >= 400 // 16, "the others went on meanwhile"
+
+
+@given(st.lists(st.integers(1, 600), min_size=1, max_size=9), st.integers(1, 300))
+def test_the_first_prompt_gets_half_a_step_and_shorter_ones_the_rest(left, budget):
+    part, whole = deal(left, budget)
+    padded = len(whole) * max((left[number] for number in whole), default=0)
+    assert part + padded <= budget
+    assert part >= min(left[0], max(1, budget // 2))
+    assert 0 not in whole
+    passed = {left[number] for number in whole}
+    waiting = [left[number] for number in range(1, len(left)) if number not in whole]
+    assert max(passed, default=0) <= min(waiting, default=600)
+    if waiting and part < left[0]:
+        assert part + padded == budget, "nothing is left over"
+
+
+class Pool:
+    """Pages of four tokens."""
+
+    def __init__(self, tokens):
+        self.free = self.pages_for(tokens)
+
+    @staticmethod
+    def pages_for(tokens):
+        return -(-tokens // 4)
+
+
+class Paged(Watched):
+    """Remembers the caches that took pages of a pool, and how many of them were given back."""
+
+    def __init__(self):
+        super().__init__()
+        self.given_back = 0
+
+    def pool(self, tokens, growing=False):
+        return Pool(tokens)
+
+    def cache(self, speech, capacity, pool=None):
+        cache = super().cache(speech, capacity)
+        cache.release = self._release
+        return cache
+
+    def _release(self):
+        self.given_back += 1
+
+
+def paged_lm():
+    torch.manual_seed(0)
+    return perturb(Paged(), 0.3).eval().requires_grad_(False)
+
+
+def test_clips_are_let_in_as_memory_allows_and_in_their_order():
+    lm, done, most = paged_lm(), [], []
+    with running(lm, rows=50, cache_tokens=64) as engine:  # 16 pages
+        lm.seen = lambda rows: most.append(engine.statistics.decoding)
+        with held(engine):
+            jobs = [
+                engine.submit(lasting(limit))
+                for limit in (9, 9, 50, 2, 3)  # 4, 4, 14, 2, 2 pages
+            ]
+            for number, job in enumerate(jobs):
+                job.future.add_done_callback(lambda _, number=number: done.append(number))
+        for job in jobs:
+            result(job)
+    assert done == [0, 1, 3, 2, 4], "the large one is not overtaken before it is let in"
+    assert max(most) == 2
+
+
+def test_a_clip_that_never_fits_is_refused_and_one_that_just_fits_is_not():
+    with running(paged_lm(), cache_tokens=64) as engine:
+        refused = engine.submit(lasting(100))
+        wide = engine.submit(replace(lasting(20), beams=9))
+        fits = engine.submit(lasting(58))
+        for job in (refused, wide):
+            with pytest.raises(ClipTooLong, match="16 that there are"):
+                result(job)
+        assert len(result(fits).hypothesis.tokens) == 58
+
+
+@pytest.mark.parametrize("when", ["decoding", "its prompt is read"])
+def test_a_clip_that_is_cancelled_gives_its_memory_back_at_once(when):
+    lm, ear = paged_lm(), Ear(until=2)
+    clip = lasting(FOREVER) if when == "decoding" else long_clip(5000)
+    with running(lm, prefill_tokens=1) as engine:
+        job = engine.submit(clip, hear=ear)
+        if when == "decoding":
+            assert ear.reached.wait(PATIENCE)
+        else:
+            while len(lm.rows) < 3:
+                time.sleep(0.001)
+        job.cancel()
+        engine.call(lambda: None).result(PATIENCE)
+        engine.call(lambda: None).result(PATIENCE)
+        assert lm.given_back == 1
+
+
+def test_an_incredible_transcript_is_made_again_at_higher_temperatures():
+    torch.manual_seed(0)
+    clip = replace(clips(1)[0], fallback=(0.5, 1.0), beams=2)
+    with running() as engine:
+        believed = result(engine.submit(clip, agreement=-50.0)).hypothesis
+        agree(believed, alone(random_lm(), clip))
+        before = engine.statistics.rows
+        doubted = result(engine.submit(clip, agreement=-1e-9))
+        assert engine.statistics.rows > before + 2 * len(believed.choices)
+        assert not doubted.alone
+    mean = [
+        sum(c.lm_logp for c in one.choices) / len(one.choices)
+        for one in (believed, doubted.hypothesis)
+    ]
+    assert mean[1] >= mean[0] - 1e-4, "the least incredible of the three"
