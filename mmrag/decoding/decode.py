@@ -304,14 +304,14 @@ class Batch:
             logits, shares = batch.memory.read(
                 batch.ids, batch.lengths, at, output, lm_logp, exclude
             )
-            return self._logp(logits, batch.owners), shares
+            return self._logp(logits, batch.owners), shares.rows()
         seen = replace(output, keys=output.keys[rows], states=output.states[rows])
         excluded = exclude and [exclude[row] for row in rows.tolist()]
         logits, own = batch.memory.read(
             batch.ids[rows], batch.lengths[rows], at[rows], seen, lm_logp[rows], excluded
         )
         shares: list[Sequence[AttendedWindow]] = [()] * len(batch.owners)
-        for row, share in zip(rows.tolist(), own, strict=True):
+        for row, share in zip(rows.tolist(), own.rows(), strict=True):
             shares[row] = share
         reading = [batch.owners[row] for row in rows.tolist()]
         return lm_logp.index_copy(0, rows, self._logp(logits, reading)), shares
