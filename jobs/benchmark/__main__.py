@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmark import growth, phrases, retrieve
+from jobs.benchmark import growth, phrases, retrieve, tokenize
 from jobs.benchmark.endpoint import EndpointError
 from jobs.benchmark.serve import FULL, QUICK, Serving, speak
 from jobs.benchmark.targets import rounded, show
@@ -80,9 +80,18 @@ def _phrases(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     return phrases.measure(directory, phrases.QUICK if options.quick else phrases.FULL)
 
 
+def _tokenize(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
+    return tokenize.measure(directory, tokenize.QUICK if options.quick else tokenize.FULL)
+
+
 _OF_ONE_PART = {"url": "serve", "entries": "retrieve", "directory": "retrieve", "plot": "retrieve"}
-_MEASURED = {"serve": _serve, "retrieve": _retrieve, "phrases": _phrases}
-_SHOWN = {"serve": show, "retrieve": retrieve.show, "phrases": phrases.show}
+_MEASURED = {"serve": _serve, "retrieve": _retrieve, "phrases": _phrases, "tokenize": _tokenize}
+_SHOWN = {
+    "serve": show,
+    "retrieve": retrieve.show,
+    "phrases": phrases.show,
+    "tokenize": tokenize.show,
+}
 
 
 if __name__ == "__main__":
