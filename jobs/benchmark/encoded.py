@@ -42,7 +42,7 @@ class Encoding:
 
 
 Encode = Callable[[Encoding], Callable[[], Iterator[float]]]
-"""Loads everything; what it returns encodes every file once, telling seconds of audio on the way."""
+"""Loads everything; what it returns encodes every file once and yields seconds of audio."""
 
 
 def bare(order: Encoding) -> Callable[[], Iterator[float]]:
