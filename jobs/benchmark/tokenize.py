@@ -83,7 +83,7 @@ class Sizes:
 
 
 FULL = Sizes(clips=400, times=10, part_seconds=300, rounds=3, base_clips=300, seconds=15)
-QUICK = Sizes(clips=120, times=8, part_seconds=120, rounds=1, base_clips=40, seconds=4)
+QUICK = Sizes(clips=120, times=8, part_seconds=120, rounds=1, base_clips=24, seconds=4)
 
 
 @dataclass(frozen=True)
