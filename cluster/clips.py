@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -20,6 +23,8 @@ from mmrag.speech.tokenized import Tokenized
 
 Clips = list[tuple[Utterance, torch.Tensor]]
 """Utterances, each with its wave (T,) at 16 kHz."""
+AHEAD = 32
+"""Recordings that a thread decodes before anybody asks for them."""
 
 
 class Hearing(Protocol):
@@ -50,15 +55,66 @@ def open_clips(said: Sequence[Utterance], limits: Tokenize) -> tuple[Clips, list
     """
     clips: Clips = []
     rejected: list[Rejection] = []
+    for one in _recordings(said):
+        heard, unheard = _opened(one, limits)
+        clips += heard
+        rejected += unheard
+    return clips, rejected
+
+
+def open_ahead(
+    said: Sequence[Utterance], limits: Tokenize, readers: int
+) -> Iterator[tuple[int, Clips, list[Rejection]]]:
+    """What `open_clips` makes of each recording, with the recording's number, by threads that are
+    up to AHEAD recordings a thread in front of who asks.
+
+    The shortest come first, as far as is known: clips of about one length follow each other.
+    """
+    numbered = sorted(enumerate(_recordings(said)), key=lambda one: _length(*one[1]))
+    with ThreadPoolExecutor(readers) as pool:
+        coming: deque[tuple[int, Future[tuple[Clips, list[Rejection]]]]] = deque()
+        try:
+            for number, recording in numbered:
+                coming.append((number, pool.submit(_opened, recording, limits)))
+                if len(coming) > AHEAD * readers:
+                    first, opened = coming.popleft()
+                    yield first, *opened.result()
+            for first, opened in coming:
+                yield first, *opened.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _recordings(said: Sequence[Utterance]) -> list[tuple[Path, list[Utterance]]]:
+    """Each recording, and what is said in it."""
     recordings: dict[Path, list[Utterance]] = {}
     for one in said:
         recordings.setdefault(one.audio, []).append(one)
-    for path, own in recordings.items():
-        for opened in _open(path, own, limits):
-            if isinstance(opened, audio.AudioError):
-                rejected.append(Rejection(printable(path), str(opened)))
-            else:
-                clips += opened
+    return list(recordings.items())
+
+
+def _length(path: Path, said: list[Utterance]) -> tuple[bool, float]:
+    """Grows with how long the clips are: by what is stated, else by the file's size."""
+    stated = [one.duration for one in said if one.duration is not None]
+    if stated:
+        return False, max(stated)
+    with suppress(OSError, ValueError):  # ValueError: a name with a zero byte in it
+        return True, path.stat().st_size
+    return True, 0.0
+
+
+def _opened(
+    recording: tuple[Path, list[Utterance]], limits: Tokenize
+) -> tuple[Clips, list[Rejection]]:
+    """One recording's clips, and what of it has to be left out."""
+    path, said = recording
+    clips: Clips = []
+    rejected: list[Rejection] = []
+    for opened in _open(path, said, limits):
+        if isinstance(opened, audio.AudioError):
+            rejected.append(Rejection(printable(path), str(opened)))
+        else:
+            clips += opened
     return clips, rejected
 
 

@@ -10,19 +10,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cluster.clips import Clips, hear, open_clips
+from cluster.clips import Clips, hear
 from cluster.modes import Biasing, Mode, open_locally
 from cluster.parts import Part, Work, parts, work_off
 from cluster.recording import write_flac
 from cluster.rejections import write_rejections
-from mmrag.config import BatchDecode, Tokenize, Workers
+from cluster.tokenizing import device
+from mmrag.config import BatchDecode, Workers
 from mmrag.config import Datastore as DatastoreConfig
 from mmrag.corpora import synthetic
 from mmrag.corpora.voices.engines import Synthesizers
@@ -39,7 +39,7 @@ from mmrag.retrieval.segment import Segment, join
 from mmrag.score import recall_at_k
 from mmrag.speech import audio
 from mmrag.speech.hubert import HubertEncoder
-from mmrag.speech.tokenized import Tokenized, write_part
+from mmrag.speech.tokenized import Tokenized
 from mmrag.speech.units import Codebook
 from mmrag.transcribe import recognise, words
 
@@ -47,11 +47,6 @@ SPOKEN_AUDIO = ".spoken"
 """Where recordings of synthetic speech lie while a datastore is made of them."""
 FRAMES = 50
 """Encoder frames a second of a recording."""
-
-
-def device() -> str:
-    """Where this worker computes."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Embed:
@@ -82,64 +77,6 @@ class Embed:
         ids = torch.tensor([prompt], device=models.lm.embedding.weight.device)
         keys = models.lm(ids, at=torch.zeros_like(ids, dtype=torch.bool)).keys
         return keys[0, 2:-1].float().mean(0).cpu().numpy()
-
-
-class EncodeFeatures:
-    """Utterances -> HuBERT features (N, D) of all of them together, float16: to fit a codebook.
-
-    Clips that cannot be read are passed over; long ones are heard as far as `max_seconds`.
-    """
-
-    def __init__(self, hubert: Path, settings: Tokenize) -> None:
-        self._encoder = HubertEncoder.load(hubert).to(device()).eval()
-        self._settings = settings
-
-    def __call__(self, part: Part[Utterance]) -> np.ndarray:
-        waves = []
-        for one in part.work:
-            with suppress(audio.AudioError):
-                waves.append(self._open(one))
-        if not waves:
-            return np.empty((0, 0), np.float16)
-        features = self._encoder.features(waves)
-        return np.concatenate([one.cpu().numpy() for one in features]).astype(np.float16)
-
-    def _open(self, one: Utterance) -> torch.Tensor:
-        limits = self._settings
-        wanted = audio.span_of(one)
-        with closing(
-            audio.segments(one.audio, limits.max_seconds, limits.min_seconds, wanted)
-        ) as segments:
-            return next(segments).wave
-
-
-class EncodeUnits:
-    """Utterances with audio -> one Parquet part with their units, and what was rejected."""
-
-    def __init__(self, hubert: Path, codebook: Path, settings: Tokenize, directory: Path) -> None:
-        self._encoder = HubertEncoder.load(hubert).to(device()).eval()
-        self._codebook = Codebook.load(codebook)
-        self._settings = settings
-        self._directory = directory
-
-    def __call__(self, part: Part[Utterance]) -> str:
-        tokenized = [Tokenized(one, None) for one in part.work if one.audio is None]
-        heard, rejected = open_clips([one for one in part.work if one.audio], self._settings)
-        tokenized += self._encode(heard)
-        path = self._directory / f"{part.name}.parquet"
-        write_rejections(path.with_name(f".{path.stem}.rejected.jsonl"), rejected)
-        write_part(path, tokenized)
-        return part.name
-
-    def _encode(self, heard: list[tuple[Utterance, torch.Tensor]]) -> Iterator[Tokenized]:
-        heard.sort(key=lambda pair: len(pair[1]))
-        longest = self._settings.batch_seconds * audio.SAMPLE_RATE
-        for batch in _batches(heard, lambda pair: len(pair[1]), longest):
-            features = self._encoder.features([wave for _, wave in batch])
-            for (utterance, wave), one in zip(batch, features, strict=True):
-                seconds = len(wave) / audio.SAMPLE_RATE
-                said = replace(utterance, duration=seconds)
-                yield Tokenized(said, self._codebook.encode(one.cpu().numpy()))
 
 
 class Speak:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 
 from cluster.parts import parts, work_off
 from cluster.rejections import REJECTED, read_rejections, write_rejections
-from cluster.stages import EncodeFeatures, EncodeUnits
+from cluster.tokenizing import EncodeFeatures, EncodeUnits
 from cluster.tracking import Run
 from jobs import stage
 from mmrag import artifact, shipped
@@ -255,14 +256,11 @@ def _sample(utterances: Sequence[Utterance], seconds: float, seed: int) -> list[
 
 
 def _count(draft: Draft, rejected: int) -> None:
-    written = list(
-        chain.from_iterable(map(tokenized.read_part, sorted(draft.path.glob("*/part-*.parquet"))))
-    )
-    spoken = [one for one in written if one.units is not None]
-    seconds = sum(one.utterance.duration for one in spoken)
-    units = sum(len(one.units) for one in spoken)
+    counted = [tokenized.count_part(part) for part in draft.path.glob("*/part-*.parquet")]
+    seconds = math.fsum(one.seconds for one in counted)
+    units = sum(one.units for one in counted)
     draft.summary |= {
-        "utterances": len(written),
+        "utterances": sum(one.utterances for one in counted),
         "hours_of_audio": round(seconds / 3600, 2),
         "units_a_second": round(units / seconds, 1) if seconds else 0.0,
         "rejected": rejected,

@@ -92,7 +92,7 @@ HOMES = {
         "mmrag.speech.hubert",
         "mmrag.model.whisper",
         "mmrag.model.whisper_training",
-        "jobs.benchmark.transformers_peer",
+        "jobs.benchmark",
     ],
     "huggingface_hub": ["mmrag.model.whisper"],
     "safetensors": ["mmrag.speech.hubert", "mmrag.model.pretrained"],

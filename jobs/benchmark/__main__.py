@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmark import decode, growth, performance, phrases, retrieve, train
+from jobs.benchmark import decode, growth, performance, phrases, retrieve, tokenize, train
 from jobs.benchmark.endpoint import EndpointError
 from jobs.benchmark.serve import FULL, QUICK, Serving, speak
 from jobs.benchmark.targets import rounded, show
@@ -94,6 +94,10 @@ def _decode(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     return decode.measure(directory, decode.QUICK if options.quick else decode.FULL)
 
 
+def _tokenize(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
+    return tokenize.measure(directory, tokenize.QUICK if options.quick else tokenize.FULL)
+
+
 def _train(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     return train.measure(directory, train.QUICK if options.quick else train.FULL)
 
@@ -110,6 +114,7 @@ _MEASURED = {
     "retrieve": _retrieve,
     "phrases": _phrases,
     "decode": _decode,
+    "tokenize": _tokenize,
     "train": _train,
 }
 _SHOWN = {
@@ -117,6 +122,7 @@ _SHOWN = {
     "retrieve": retrieve.show,
     "phrases": phrases.show,
     "decode": decode.show,
+    "tokenize": tokenize.show,
     "train": train.show,
 }
 

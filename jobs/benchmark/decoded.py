@@ -78,7 +78,7 @@ def measured(order: Decoding) -> dict[str, Any]:
     torch.set_num_threads(1)
     recogniser = Recogniser.load(shipped.find(order.model))
     order.progress(f"hearing {order.clips} clips")
-    clips = _clips(recogniser, order.clips)
+    clips = spoken_clips(recogniser, order.clips)
     store = Datastore.open(order.datastore)
     faiss.omp_set_num_threads(1)  # our shards set FAISS up for as many threads as there are now
     retriever = LocalRetriever.load(shards_of(order.index), store)
@@ -120,7 +120,7 @@ def _peer(order: Decoding, store: Datastore) -> tuple[np.ndarray, dict[str, fais
     return hooked.values(store, peer / "values"), {FLAT: flat, IVFPQ: ivfpq}
 
 
-def _clips(recogniser: Recogniser, count: int) -> list[Clip]:
+def spoken_clips(recogniser: Recogniser, count: int) -> list[Clip]:
     """Sentences of the test split, spoken by its voices."""
     counts = {"lm": 1, "adapter": 1, "mentions": 1, "dev": 1, "text": 0, "everyday_share": 0.4}
     config = Synthesize(test=count, workers=Workers(count=1, num_cpus=1), **counts)

@@ -209,6 +209,9 @@ class Tokenize(Section):
     """Audio in one output file: what a killed job may have to redo, a worker."""
     require_text: bool
     """Reject clips without a transcript."""
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    """What the encoder multiplies in; auto is bf16 where the hardware has it. In bf16 a few frames
+    in a thousand become another unit (`python -m jobs.benchmark tokenize`)."""
     workers: Workers
 
     @model_validator(mode="after")

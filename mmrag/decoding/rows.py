@@ -93,7 +93,7 @@ class Rows:
         logits, own = self.memory.read(*read, output, lm_logp, excluded)
         self._note_missing(places, self.memory.missing_shards)
         attended: list[Sequence[AttendedWindow]] = [()] * len(self.beams)
-        for place, windows in zip(places, own, strict=True):
+        for place, windows in zip(places, own.rows(), strict=True):
             attended[place] = windows
         return rows, logits, attended
 

@@ -129,13 +129,12 @@ class Block(nn.Module):
         was read, and the share of attention on each of the M (B, T, M), averaged over the heads;
         what is missing to 1 went to the vector that says nothing.
         """
-        rows = len(x)
         q = self.match(key).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = memory.to(q.dtype).unbind(1)
         null = self.null.weight.unflatten(-1, (self.heads, -1)).transpose(0, 1).to(q.dtype)
-        k = torch.cat((null.expand(rows, *null.shape), k), 2)
+        scores = torch.cat((q @ null.transpose(-1, -2), q @ k.transpose(-1, -2)), -1)
         seen = torch.cat((visible.new_ones(*visible.shape[:2], 1), visible), 2)
-        scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
+        scores = scores.float() / math.sqrt(q.shape[-1])
         attention = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)[..., 1:]
         mixed = (attention.to(v.dtype) @ v).transpose(1, 2).flatten(2)
         return x + self.gate(self.out(mixed)), attention.mean(1)

@@ -7,6 +7,8 @@ states and entries; neither words nor audio.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,13 +16,13 @@ from functools import cached_property
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mmrag.config import RetrievedAttention
 from mmrag.model.cross_attention import Adapter, Memory
-from mmrag.model.layers import Cache
 from mmrag.model.lm import LM, LMOutput
 from mmrag.records import NO_ENTRY, Retriever
-from mmrag.retrieval.knn import gate, unsure
+from mmrag.retrieval.knn import gate
 
 MAX_CACHED_WINDOWS = 4096
 """Encoded windows that a bank keeps; beyond, it starts afresh."""
@@ -39,41 +41,39 @@ class WindowCache:
         self.source = source
         self._lm = lm
         self._places: dict[int, int] = {}
-        self._encoded = torch.empty(0)
-        self._lengths = torch.empty(0, dtype=torch.long)
+        self._lengths = np.empty(0, np.int64)
+        self._encoded: Tensor | None = None
+        """Encoded windows (E, W, L, 2, H, d), more of them than there are places taken."""
 
     def gather(self, rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-        """The windows around each row's entries: what the blocks attend to (B, M, L, 2, H, d),
+        """The windows around each row's entries: what the blocks attend to (L, 2, B, H, M, d),
         one for each token, and which of the row's windows it belongs to (B, M), -1 for padding.
         """
-        self._encode(np.unique(np.concatenate(rows)))
-        if not self._places:
-            shape = self.adapter.encoded_shape
-            nothing = self._lm.embedding.weight.new_zeros(len(rows), 1, *shape)
-            return nothing, torch.full((len(rows), 1), -1, device=nothing.device)
-        places = [torch.tensor([self._places[e] for e in row.tolist()]).long() for row in rows]
-        lengths = [self._lengths[own] for own in places]
-        most = max(1, *(int(own.sum()) for own in lengths))
-        at = torch.zeros((len(rows), most), dtype=torch.long)
-        windows = torch.full((len(rows), most), -1)
-        width = self._encoded.shape[1]
-        for row, (own, counts) in enumerate(zip(places, lengths, strict=True)):
-            number = torch.arange(len(own)).repeat_interleave(counts)
-            first = counts.cumsum(0) - counts
-            inside = torch.arange(len(number)) - first[number]
-            at[row, : len(number)] = own[number] * width + inside
-            windows[row, : len(number)] = number
-        device = self._encoded.device
-        return self._encoded.flatten(0, 1)[at.to(device)], windows.to(device)
+        entries = np.concatenate(rows)
+        self._encode(np.unique(entries))
+        device = self._lm.embedding.weight.device
+        if self._encoded is None:
+            layers, both, heads, width = self.adapter.encoded_shape
+            nothing = self._lm.embedding.weight.new_zeros(layers, both, len(rows), heads, 1, width)
+            return nothing, torch.full((len(rows), 1), -1, device=device)
+        counts = [len(own) for own in rows]
+        places = np.fromiter(map(self._places.__getitem__, entries.tolist()), np.int64, sum(counts))
+        at, windows = _side_by_side(places, self._lengths[places], counts, self._encoded.shape[1])
+        tokens = self._encoded.flatten(0, 1)[torch.from_numpy(at).to(device)]
+        # A block's matrices lie in order, so that no step has to copy them.
+        return tokens.permute(2, 3, 0, 4, 1, 5).contiguous(), torch.from_numpy(windows).to(device)
+
+    def tokens(self, entries: np.ndarray) -> int:
+        """How many tokens the windows have that were last gathered around entries."""
+        return int(sum(self._lengths[self._places[entry]] for entry in entries.tolist()))
 
     def _encode(self, entries: np.ndarray) -> None:
         """Take in the windows that are not there yet, or that no shard had when it was asked."""
-        known = {entry for entry, place in self._places.items() if self._lengths[place]}
-        new = [entry for entry in entries.tolist() if entry not in known]
+        new = [entry for entry in entries.tolist() if not self._has(entry)]
         if not new:
             return
         if self._places and len(self._places) + len(new) > MAX_CACHED_WINDOWS:
-            self._places, self._encoded = {}, torch.empty(0)
+            self._places, self._lengths, self._encoded = {}, np.empty(0, np.int64), None
             new = entries.tolist()
         found = self.source.passages(np.array(new))
         if found.tokens.shape[1] > self.adapter.config.window:
@@ -87,13 +87,44 @@ class WindowCache:
             torch.from_numpy(found.keys).to(device),
             torch.from_numpy(found.present).to(device),
         )
-        encoded = encoded.permute(0, 4, 1, 2, 3, 5)  # (E, W, L, 2, H, d): a token's own together
-        lengths = torch.from_numpy(found.present.sum(1))
-        if self._places:
-            encoded = torch.cat((self._encoded, encoded))
-            lengths = torch.cat((self._lengths, lengths))
-        self._encoded, self._lengths = encoded, lengths
-        self._places |= {entry: len(self._places) + n for n, entry in enumerate(new)}
+        self._keep(encoded.permute(0, 4, 1, 2, 3, 5))  # a token's own together
+        first = len(self._lengths)
+        self._lengths = np.concatenate((self._lengths, found.present.sum(1)))
+        self._places |= {entry: first + n for n, entry in enumerate(new)}
+
+    def _has(self, entry: int) -> bool:
+        place = self._places.get(entry)
+        return place is not None and bool(self._lengths[place])
+
+    def _keep(self, encoded: Tensor) -> None:
+        """Put windows behind those that are there, in twice the room where there is too little."""
+        first, last = len(self._lengths), len(self._lengths) + len(encoded)
+        if self._encoded is None or last > len(self._encoded):
+            room = encoded.new_zeros(max(last, 2 * first), *encoded.shape[1:])
+            if self._encoded is not None:
+                room[:first] = self._encoded[:first]
+            self._encoded = room
+        self._encoded[first:last] = encoded
+
+
+def _side_by_side(
+    places: np.ndarray, lengths: np.ndarray, counts: Sequence[int], width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of windows that lie `width` apart, laid out a row after the other.
+
+    `places` and `lengths` (N,) are those of the windows of all rows, `counts` how many of them each
+    row has -> where each token of a row is (B, M), and its window's number in the row, -1 behind.
+    """
+    row = np.repeat(np.arange(len(counts)), counts)
+    firsts = np.cumsum(counts) - counts
+    taken = np.bincount(row, lengths, len(counts)).astype(np.int64)
+    window = np.repeat(np.arange(len(places)), lengths)
+    inside = np.arange(len(window)) - (np.cumsum(lengths) - lengths)[window]
+    present = np.arange(max(1, taken.max(initial=0))) < taken[:, None]
+    at, numbers = np.zeros(present.shape, np.int64), np.full(present.shape, -1)
+    at[present] = places[window] * width + inside
+    numbers[present] = window - firsts[row[window]]
+    return at, numbers
 
 
 @dataclass(frozen=True)
@@ -115,8 +146,37 @@ class AttentionSource:
         return self.entries is not None and len(self.entries) <= self.settings.whole
 
 
+@dataclass(frozen=True)
+class Attended:
+    """What each of B rows attended to most in a step: entries (B, A) int64, their windows' shares
+    of attention (B, A), the largest first, and their distances (B, A), +inf where not searched.
+
+    They stay where the model computes until somebody asks for a row. An entry without a share is
+    none.
+    """
+
+    entries: Tensor
+    shares: Tensor
+    distances: Tensor
+
+    def row(self, number: int) -> tuple[AttendedWindow, ...]:
+        """What one row read."""
+        return self.rows(slice(number, number + 1))[0]
+
+    def rows(self, chosen: slice = slice(None)) -> list[tuple[AttendedWindow, ...]]:
+        """What several rows read, or all."""
+        found = (part[chosen].tolist() for part in (self.entries, self.shares, self.distances))
+        return [
+            tuple(window for window in zip(*row, strict=True) if window[1] > 0)
+            for row in zip(*found, strict=True)
+        ]
+
+
 class RetrievedMemory:
-    """The memory of the rows of a batch, from step to step."""
+    """The memory of the rows of a batch, from step to step.
+
+    A step in which no row's windows change neither lays anything out nor waits for the device.
+    """
 
     def __init__(self, lm: LM, attention_sources: Sequence[AttentionSource], capacity: int) -> None:
         """One reading a row; `capacity` is the longest that a row may get, in tokens."""
@@ -129,42 +189,45 @@ class RetrievedMemory:
         nothing = np.empty(0, np.int64)
         self._entries = [one.entries if one.whole else nothing for one in attention_sources]
         self._distances = [np.full(len(own), np.inf, np.float32) for own in self._entries]
-        self._age = [0] * len(self._entries)
-        self.missing_shards = [0] * len(self._entries)
-        """Shards that did not answer each row's search in the last step."""
-        self._memory: Memory | None = None
-        self._windows = torch.empty(0)
-        self._changed = True
+        self._age = np.zeros(len(self._entries), np.int64)
+        self._tokens = np.zeros(len(self._entries), np.int64)
+        """That each row's windows have."""
+        self._stale = np.ones(len(self._entries), bool)
+        """Rows whose entries have changed since they were laid out."""
+        self._version = np.arange(len(self._entries))
+        """Rows of one version are laid out alike."""
+        self._versions = itertools.count(len(self._entries))
+        self._laid: _Layout | None = None
+        self._rules()
         # Blocks after the last layer alone change nothing below them: one pass serves both.
         self._cache = None
         if self._adapter.layers != [lm.config.layers - 1]:
-            self._cache = Cache(
-                lm.config, len(attention_sources), capacity, like=lm.embedding.weight
-            )
+            self._cache = lm.cache([None] * len(attention_sources), capacity)
 
     def read(
         self,
         ids: Tensor,
         lengths: Tensor,
-        at: Tensor,
+        at: Tensor | None,
         output: LMOutput,
         lm_logp: Tensor,
         exclude_documents: Sequence[int] | None,
-    ) -> tuple[Tensor, list[list[AttendedWindow]]]:
-        """Logits (B, V) at `at` with what is read, and each row's windows by attention.
+    ) -> tuple[Tensor, Attended]:
+        """Logits (B, V) at each row's last token with what is read, and its windows by attention.
 
         `output` and `lm_logp` (B, V) are the language model's own for `ids`.
         """
-        self._search(output.keys[at], lm_logp, exclude_documents)
-        if self._changed:
-            self._gather()
-        memory = self._memory.at(lengths - 1)
+        newest = torch.arange(len(lengths), device=lengths.device), lengths - 1
+        self._search(output.keys, newest, lm_logp, exclude_documents)
+        if self._stale.any():
+            self._lay_out()
+        memory = self._laid.memory(self._adapter, lengths - 1)
         if self._cache is None:
             last = self._lm.config.layers - 1
             states, attention = memory.read(last, output.states, output.keys)
-            return self._lm.logits(states[at]), self._shares(attention[:, 0])
+            return self._lm.logits(states[newest]), self._laid.attended(attention[:, 0])
         read = self._lm(ids, self._cache, lengths, at, memory)
-        return read.logits, self._shares(read.attention.mean(0)[:, 0])
+        return read.logits, self._laid.attended(read.attention.mean(0)[:, 0])
 
     def read_prompt(self, ids: Tensor) -> None:
         """Read the beginnings (B, T) of the rows' prompts, where nothing is attended to."""
@@ -173,13 +236,18 @@ class RetrievedMemory:
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, which may repeat."""
-        for name in ("_readings", "_entries", "_distances", "_age"):
+        for name in ("_readings", "_entries", "_distances"):
             values = getattr(self, name)
             setattr(self, name, [values[row] for row in rows])
+        before = self._version
+        for name in ("_age", "_tokens", "_stale", "_version"):
+            setattr(self, name, getattr(self, name)[list(rows)])
+        self._rules()
         index = torch.tensor(rows, device=self._lm.embedding.weight.device)
-        if not self._changed:
-            self._memory = self._memory.select(index)
-            self._windows = self._windows[index]
+        # Hypotheses of one clip read the same list: which of them goes on is all one.
+        if self._laid is not None and not np.array_equal(before, self._version):
+            most = max((len(own) for own in self._entries), default=0)
+            self._laid = self._laid.select(index, int(self._tokens.max(initial=0)), most)
         if self._cache is not None:
             self._cache = self._cache.select(index)
 
@@ -187,89 +255,189 @@ class RetrievedMemory:
         """Go on with the rows of `other`, too."""
         if other._adapter is not self._adapter:
             raise ValueError("clips decoded together read with 2 adapters, not one")
-        for name in ("_readings", "_entries", "_distances", "_age"):
+        for name in ("_readings", "_entries", "_distances"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        renamed = {one: next(self._versions) for one in dict.fromkeys(other._version.tolist())}
+        theirs = [renamed[one] for one in other._version.tolist()]
+        self._version = np.concatenate((self._version, np.array(theirs, np.int64)))
+        for name in ("_age", "_tokens", "_stale"):
+            setattr(self, name, np.concatenate((getattr(self, name), getattr(other, name))))
+        self._rules()
+        if self._laid is None or other._laid is None:
+            self._laid = None
+            self._stale[:] = True
+        else:
+            self._laid = self._laid.join(other._laid)
         if self._cache is not None:
             self._cache = self._cache.join(other._cache)
-        self._changed = True
+
+    def _rules(self) -> None:
+        """What the rows' settings ask, as arrays."""
+        searching = [not one.whole for one in self._readings]
+        self._searching = np.array(searching, bool)
+        self._stride = np.array([one.settings.stride for one in self._readings], np.int64)
+        certain = [one.settings.certain for one in self._readings]
+        self._certain_logp = np.array(
+            [np.inf if one is None else math.log(one) for one in certain], np.float32
+        )
+        self.missing_shards = [0] * len(self._readings)
+        """Shards that did not answer each row's search in the last step."""
 
     def _search(
-        self, keys: Tensor, lm_logp: Tensor, exclude_documents: Sequence[int] | None
+        self,
+        keys: Tensor,
+        newest: tuple[Tensor, Tensor],
+        lm_logp: Tensor,
+        exclude_documents: Sequence[int] | None,
     ) -> None:
         """Look for windows where a row has none left and its model is not certain."""
-        asking: dict[int, list[int]] = {}
+        if not self._searching.any():
+            return
         self.missing_shards = [0] * len(self._readings)
-        for row, one in enumerate(self._readings):
-            if one.whole:
-                continue
-            self._age[row] += 1
-            if len(self._entries[row]) and self._age[row] < one.settings.stride:
-                continue
-            if len(self._entries[row]):
-                self._found(row, np.empty(0, np.int64), np.empty(0, np.float32))
-            if unsure(lm_logp[row : row + 1], one.settings.certain):
-                asking.setdefault(id(one), []).append(row)
+        self._age += self._searching
+        held = np.array([len(own) > 0 for own in self._entries])
+        due = self._searching & (~held | (self._age >= self._stride))
+        if not due.any():
+            return
+        for row in np.flatnonzero(due & held).tolist():
+            self._found(row, np.empty(0, np.int64), np.empty(0, np.float32))
+        if np.isfinite(self._certain_logp[due]).any():
+            due &= lm_logp.amax(1).float().cpu().numpy() < self._certain_logp
+        asking: dict[int, list[int]] = {}
+        for row in np.flatnonzero(due).tolist():
+            asking.setdefault(id(self._readings[row]), []).append(row)
+        if asking:
+            queries = keys[newest].float().cpu().numpy()
         for rows in asking.values():
-            one = self._readings[rows[0]]
-            excluded = exclude_documents and [exclude_documents[row] for row in rows]
-            queries = keys[rows].float().cpu().numpy()
-            found = one.retriever.search(queries, one.settings.k, excluded)
-            for row in rows:
-                self.missing_shards[row] = found.missing_shards
-            near = gate(torch.from_numpy(found.distances), one.settings.gate).tolist()
-            for row, own, distances, open in zip(
-                rows, found.entries, found.distances, near, strict=True
-            ):
-                if open:
-                    kept = own != NO_ENTRY
-                    self._found(row, own[kept], distances[kept])
+            self._ask(rows, queries[rows], exclude_documents)
+
+    def _ask(
+        self, rows: list[int], queries: np.ndarray, exclude_documents: Sequence[int] | None
+    ) -> None:
+        """Search for rows of one reading."""
+        one = self._readings[rows[0]]
+        excluded = exclude_documents and [exclude_documents[row] for row in rows]
+        found = one.retriever.search(queries, one.settings.k, excluded)
+        near = gate(torch.from_numpy(found.distances), one.settings.gate).numpy()
+        for number, row in enumerate(rows):
+            self.missing_shards[row] = found.missing_shards
+            if near[number]:
+                kept = found.entries[number] != NO_ENTRY
+                self._found(row, found.entries[number][kept], found.distances[number][kept])
 
     def _found(self, row: int, entries: np.ndarray, distances: np.ndarray) -> None:
         self._entries[row], self._distances[row] = entries, distances
-        self._age[row], self._changed = 0, True
+        self._age[row], self._stale[row] = 0, True
+        self._version[row] = next(self._versions)
 
-    def _gather(self) -> None:
-        """Lay out what every row reads; rows of several datastores side by side."""
-        banks = {id(one.bank): one.bank for one in self._readings}
-        parts = []
+    def _lay_out(self) -> None:
+        """Lay out what has changed; rows of several datastores side by side."""
+        stale = np.flatnonzero(self._stale).tolist()
+        banks = {id(self._readings[row].bank): self._readings[row].bank for row in stale}
         for bank in banks.values():
-            rows = [row for row, one in enumerate(self._readings) if one.bank is bank]
-            parts.append((rows, *bank.gather([self._entries[row] for row in rows])))
-        if len(parts) == 1 and len(parts[0][0]) == len(self._readings):
-            [(_, encoded, windows)] = parts
-        else:
-            most = max(windows.shape[1] for _, _, windows in parts)
-            like = parts[0][1]
-            encoded = like.new_zeros(len(self._readings), most, *like.shape[2:])
-            windows = parts[0][2].new_full((len(self._readings), most), -1)
-            for rows, own, numbers in parts:
-                encoded[rows, : own.shape[1]] = own
-                windows[rows, : own.shape[1]] = numbers
-        self._windows, self._changed = windows, False
-        self._memory = Memory(
-            self._adapter,
-            encoded.permute(2, 0, 3, 4, 1, 5),  # (L, B, 2, H, M, d)
-            (windows >= 0)[:, None],
-            torch.zeros(len(windows), dtype=torch.long, device=windows.device),
+            rows = [row for row in stale if self._readings[row].bank is bank]
+            own = [self._entries[row] for row in rows]
+            laid = _Layout(*bank.gather(own), *self._described(rows))
+            self._tokens[rows] = [bank.tokens(one) for one in own]
+            whole = len(rows) == len(self._readings)
+            if self._laid is None and not whole:
+                self._laid = laid.empty(len(self._readings))
+            index = torch.tensor(rows, device=laid.windows.device)
+            self._laid = laid if whole else self._laid.put(index, laid)
+        self._stale[:] = False
+
+    def _described(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The entries of rows (B, A) and their distances, padded."""
+        most = max(1, *(len(self._entries[row]) for row in rows))
+        entries = np.full((len(rows), most), NO_ENTRY, np.int64)
+        distances = np.full((len(rows), most), np.inf, np.float32)
+        for number, row in enumerate(rows):
+            entries[number, : len(self._entries[row])] = self._entries[row]
+            distances[number, : len(self._distances[row])] = self._distances[row]
+        device = self._lm.embedding.weight.device
+        return torch.from_numpy(entries).to(device), torch.from_numpy(distances).to(device)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What B rows read: `encoded` (L, 2, B, H, M, d), a token's window in its row `windows` (B, M),
+    -1 for padding, and the windows' entries and their distances (B, A)."""
+
+    encoded: Tensor
+    windows: Tensor
+    entries: Tensor
+    distances: Tensor
+
+    @cached_property
+    def visible(self) -> Tensor:
+        """(B, 1, M)"""
+        return (self.windows >= 0)[:, None]
+
+    def memory(self, adapter: Adapter, start: Tensor) -> Memory:
+        """To be read at position `start` (B,) of each row."""
+        return Memory(adapter, self.encoded.transpose(1, 2), self.visible, start)
+
+    def attended(self, attention: Tensor) -> Attended:
+        """Attention (B, M) summed by window: each row's most read ones."""
+        shares = attention.new_zeros(self.entries.shape)
+        shares.scatter_add_(1, self.windows.clamp(min=0), attention)
+        best = shares.topk(min(ATTRIBUTED_WINDOWS, shares.shape[1]))
+        return Attended(
+            self.entries.gather(1, best.indices),
+            best.values,
+            self.distances.gather(1, best.indices),
         )
 
-    def _shares(self, attention: Tensor) -> list[list[AttendedWindow]]:
-        """Attention (B, M) summed by window: each row's most read ones."""
-        counts = [len(own) for own in self._entries]
-        shares = attention.new_zeros(len(counts), max(1, *counts))
-        shares.scatter_add_(1, self._windows.clamp(min=0), attention)
-        best = shares.topk(min(ATTRIBUTED_WINDOWS, shares.shape[1]))
-        return [
-            [
-                (int(own[window]), share, float(distances[window]))
-                for share, window in zip(values, windows, strict=True)
-                if share > 0
-            ]
-            for own, distances, values, windows in zip(
-                self._entries,
-                self._distances,
-                best.values.tolist(),
-                best.indices.tolist(),
-                strict=True,
-            )
-        ]
+    def select(self, rows: Tensor, tokens: int, windows: int) -> _Layout:
+        """Of these rows (B',), none of which has more `tokens` or `windows`."""
+        tokens, windows = max(1, tokens), max(1, windows)
+        return _Layout(
+            self.encoded[..., :tokens, :].index_select(2, rows),
+            self.windows[:, :tokens].index_select(0, rows),
+            self.entries[:, :windows].index_select(0, rows),
+            self.distances[:, :windows].index_select(0, rows),
+        )
+
+    def join(self, other: _Layout) -> _Layout:
+        """These rows, then those of `other`."""
+        both = [one._as_wide_as(two) for one, two in ((self, other), (other, self))]
+        return _Layout(
+            torch.cat([one.encoded for one in both], 2),
+            *(torch.cat([getattr(one, name) for one in both]) for name in _FLAT),
+        )
+
+    def empty(self, rows: int) -> _Layout:
+        """As wide, with so many rows that read nothing."""
+        none = self.windows.new_zeros(rows)
+        made = self.select(none, self.windows.shape[1], self.entries.shape[1])
+        return _Layout(
+            made.encoded.zero_(),
+            made.windows.fill_(-1),
+            made.entries.fill_(NO_ENTRY),
+            made.distances.fill_(torch.inf),
+        )
+
+    def put(self, rows: Tensor, other: _Layout) -> _Layout:
+        """With what `other` has for these rows (B',)."""
+        other, made = other._as_wide_as(self), self._as_wide_as(other)
+        return _Layout(
+            made.encoded.index_copy(2, rows, other.encoded),
+            *(getattr(made, name).index_copy(0, rows, getattr(other, name)) for name in _FLAT),
+        )
+
+    def _as_wide_as(self, other: _Layout) -> _Layout:
+        """Padded where `other` has room for more."""
+        tokens = max(0, other.windows.shape[1] - self.windows.shape[1])
+        windows = max(0, other.entries.shape[1] - self.entries.shape[1])
+        if not tokens and not windows:
+            return self
+        return _Layout(
+            pad(self.encoded, (0, 0, 0, tokens)),
+            pad(self.windows, (0, tokens), value=-1),
+            pad(self.entries, (0, windows), value=NO_ENTRY),
+            pad(self.distances, (0, windows), value=math.inf),
+        )
+
+
+_FLAT = ("windows", "entries", "distances")
+"""What of a layout has its rows first."""

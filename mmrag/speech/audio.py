@@ -391,6 +391,9 @@ def _mono(
                     raise AudioError(f"{name}: NaN or infinite samples after {seconds:.1f} s")
                 seconds += len(samples) / rate
                 channels = torch.from_numpy(samples)
+                if channels.shape[1] == 1:
+                    yield rate, channels[:, 0]
+                    continue
                 if loudest is None and _cancel(channels):
                     loudest = int(channels.square().sum(0).argmax())
                 within = loudest is not None and loudest < channels.shape[1]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
@@ -182,7 +182,12 @@ class _Measured:
         decoded, error = start, ""
         while decoded < self._file.frames:
             read: list[np.ndarray] = []
-            try:  # a second at a time: with an error, libsndfile gives back nothing
+            try:
+                if (block := self._whole_block(decoded)) is not None:
+                    decoded += len(block)
+                    yield self.rate, block
+                    continue
+                # A second at a time: with an error, libsndfile gives back nothing.
                 while len(read) < BLOCK_SECONDS and decoded < self._file.frames:
                     read.append(self._file.read(self.rate, dtype="float32", always_2d=True))
                     decoded += len(read[-1])
@@ -202,6 +207,17 @@ class _Measured:
             raise _broken_off(self._name, seconds, seconds * (1 + self._recording.missing))
         if self._recording.flaw:
             raise AudioError(f"{self._name}: {self._recording.flaw}: {seconds:.1f} s can be read")
+
+    def _whole_block(self, start: int) -> np.ndarray | None:
+        """The next samples (T, C), as many as a block has; None, and back at `start`, where it
+        cannot be decoded whole."""
+        wanted = min(BLOCK_SECONDS * self.rate, self._file.frames - start)
+        with suppress(soundfile.LibsndfileError):
+            samples = self._file.read(wanted, dtype="float32", always_2d=True)
+            if len(samples) == wanted:
+                return samples
+        self._file.seek(start)
+        return None
 
 
 class _FFmpeg:

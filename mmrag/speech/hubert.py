@@ -327,7 +327,8 @@ class LogMel(nn.Module):
         With `warps` (B,), band m holds what was heard at m times the warp, between two bands or in
         the last; those that are `hidden` (B, M) are at their mean.
         """
-        bands = (self.power(waves) + 1e-4).log().transpose(1, 2)
+        with torch.autocast(waves.device.type, enabled=False):
+            bands = (self.power(waves) + 1e-4).log().transpose(1, 2)
         bands = bands[:, : bands.shape[1] // self.stack * self.stack]
         windows = frames * self.stack
         inside = torch.arange(bands.shape[1], device=waves.device) < windows[:, None]

@@ -7,7 +7,7 @@ import pytest
 import soundfile
 
 from cluster.parts import Part
-from cluster.stages import EncodeFeatures
+from cluster.tokenizing import EncodeFeatures
 from jobs import tokenize
 from mmrag import artifact
 from mmrag.config import Experiment

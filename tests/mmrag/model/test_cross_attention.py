@@ -357,7 +357,7 @@ def test_what_is_read_while_training_is_what_is_read_while_transcribing(every):
     assert numbers[2].tolist() == [0] * 3 + [1] * 4 + [2] * 4
     packed = Memory(
         adapter,
-        encoded.permute(2, 0, 3, 4, 1, 5),
+        encoded.transpose(1, 2),
         (numbers >= 0)[:, None].expand(-1, TIME, -1),
         taught.start,
     )

@@ -21,7 +21,12 @@ from mmrag.model.vocabulary import EOS, Vocabulary
 from mmrag.records import NO_ENTRY, Neighbours, Passages
 from mmrag.retrieval import memory
 from mmrag.retrieval.interpolation import Retrieval
-from mmrag.retrieval.memory import ATTRIBUTED_WINDOWS, AttentionSource, WindowCache
+from mmrag.retrieval.memory import (
+    ATTRIBUTED_WINDOWS,
+    AttentionSource,
+    RetrievedMemory,
+    WindowCache,
+)
 
 WIDTH, WINDOW, ENTRIES, SAID = 16, 5, 60, 6
 SHAPE = LanguageModel(width=WIDTH, layers=2, heads=4, kv_heads=2, feed_forward=24, tied=False)
@@ -552,15 +557,90 @@ def test_a_bank_hands_out_each_rows_windows_token_by_token():
     for _ in range(2):  # at first all of them are new, then none
         encoded, numbers = bank.gather(rows)
         counts = [store.passages(row).present.sum(1).tolist() for row in rows]
-        assert encoded.shape == (4, max(map(sum, counts)), 2, 2, 2, 8)
+        assert encoded.shape == (2, 2, 4, 2, max(map(sum, counts)), 8)
+        assert encoded.is_contiguous()
         for row, (own, lengths) in enumerate(zip(rows, counts, strict=True)):
             expected = [n for n, length in enumerate(lengths) for _ in range(length)]
-            assert numbers[row].tolist() == expected + [-1] * (encoded.shape[1] - len(expected))
+            assert numbers[row].tolist() == expected + [-1] * (encoded.shape[4] - len(expected))
             start = 0
             for entry, length in zip(own, lengths, strict=True):
                 alone, _ = WindowCache(adapter, lm, store).gather([np.array([entry])])
-                torch.testing.assert_close(encoded[row, start : start + length], alone[0])
+                own_tokens = encoded[:, :, row, :, start : start + length]
+                torch.testing.assert_close(own_tokens, alone[:, :, 0])
                 start += length
+
+
+@given(
+    lengths=st.lists(st.integers(0, 4), max_size=7),
+    cuts=st.lists(st.integers(0, 7), min_size=1, max_size=3),
+)
+def test_windows_are_laid_side_by_side_as_one_after_the_other(lengths, cuts):
+    """Rows of windows, some of them empty, of windows some of which are."""
+    ends = sorted(min(cut, len(lengths)) for cut in cuts)
+    counts = np.diff([0, *ends, len(lengths)])
+    places = np.arange(len(lengths))[::-1] + 3
+    at, numbers = memory._side_by_side(places, np.array(lengths, np.int64), counts, WINDOW)
+    first = 0
+    for row, count in enumerate(counts):
+        own = range(first, first + count)
+        expected = [places[n] * WINDOW + inside for n in own for inside in range(lengths[n])]
+        windows = [n - first for n in own for _ in range(lengths[n])]
+        assert at[row, : len(expected)].tolist() == expected
+        assert numbers[row].tolist() == windows + [-1] * (len(numbers[row]) - len(windows))
+        first += count
+
+
+class Laying(RetrievedMemory):
+    """Remembers the rows that it laid out, time by time."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.laid_out = []
+
+    def _lay_out(self):
+        self.laid_out.append(np.flatnonzero(self._stale).tolist())
+        super()._lay_out()
+
+
+@torch.no_grad()
+def test_only_rows_that_changed_are_laid_out_again():
+    """Lists once when they come, and never for a step, a reordering, a neighbour's leaving."""
+    lm, adapter, store = random_lm(), random_adapter(), Store()
+    listed = [reading_of(lm, adapter, store, entries) for entries in LISTS[:3]]
+
+    def step(rows):
+        ids = torch.full((len(rows._readings), 1), FIRST)
+        output = lm(ids)
+        return rows.read(ids, torch.ones(len(ids), dtype=torch.long), None, output, None, None)
+
+    rows = Laying(lm, listed, 9)
+    for _ in range(3):
+        step(rows)
+    assert rows.laid_out == [[0, 1, 2]]
+    before, expected = rows._laid.encoded, step(rows)
+    rows.select([0, 1, 2])
+    assert rows._laid.encoded is before, "nothing to copy"
+    rows.select([2, 0, 0])
+    logits, attended = step(rows)
+    torch.testing.assert_close(logits, expected[0][[2, 0, 0]])
+    assert [shares_of(one) for one in attended.rows()] == [
+        pytest.approx(shares_of(expected[1].row(row)), abs=1e-4) for row in (2, 0, 0)
+    ]
+    rows.select([1])  # the longest list has left: the others' padding leaves with it
+    assert rows._laid.entries.shape[1] == len(LISTS[0])
+    other = Laying(lm, [reading_of(lm, adapter, store, LISTS[3], k=1)], 9)
+    step(other)
+    rows.join(other)
+    logits, attended = step(rows)
+    assert rows.laid_out == [[0, 1, 2]] and other.laid_out == [[0]]
+    torch.testing.assert_close(logits[0], expected[0][0])
+    assert {entry for entry, *_ in attended.row(1)} <= set(LISTS[3])
+    mixed = Laying(lm, [listed[0], reading_of(lm, adapter, store, stride=2)], 9)
+    uniform = torch.zeros(2, VOCABULARY.size).log_softmax(-1)
+    ids = torch.full((2, 1), FIRST)
+    for _ in range(4):
+        mixed.read(ids, torch.ones(2, dtype=torch.long), None, lm(ids), uniform, None)
+    assert mixed.laid_out == [[0, 1], [1]], "the search lasts two tokens"
 
 
 @torch.no_grad()

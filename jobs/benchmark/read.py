@@ -1,0 +1,119 @@
+"""What reading retrieved windows costs while clips are decoded: nothing read, a list of entries
+read whole, a datastore searched for every token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from jobs.benchmark.built import AUTO
+from jobs.benchmark.decoded import spoken_clips
+from jobs.benchmark.keys import SyntheticKeys
+from jobs.benchmark.progress import Progress
+from mmrag import shipped
+from mmrag.decoding.decode import Clip
+from mmrag.decoding.engine import Engine
+from mmrag.decoding.tune import DEFAULTS, chosen_attention
+from mmrag.recogniser import Recogniser
+from mmrag.retrieval.datastore import Datastore
+from mmrag.retrieval.index import IndexShard
+from mmrag.retrieval.memory import AttentionSource
+from mmrag.retrieval.retrievers import LocalRetriever
+
+SEED = 1
+ALONE, LIST, SEARCHED = "alone", "list", "searched"
+"""Ways to decode: without an adapter, and with it over either."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    clips: int
+    rows: int
+    """Clips in the engine's batch."""
+    entries: int
+    """In the datastore."""
+    listed: int
+    """Of them, in the list that is read whole."""
+    repeats: int
+
+
+FULL = Sizes(clips=64, rows=16, entries=75_000, listed=100, repeats=5)
+QUICK = Sizes(clips=24, rows=8, entries=75_000, listed=100, repeats=3)
+
+
+@dataclass
+class _Timed:
+    """A way's tokens a second, repeat by repeat, and the share of its tokens that read."""
+
+    speeds: list[float] = field(default_factory=list)
+    reading: float = 0.0
+
+
+def measure(directory: Path, sizes: Sizes, tell: Progress) -> dict[str, Any]:
+    """Tokens a second of each way, medians; how many times as long a token takes with either
+    (`overhead`), the median over repeats in which the ways take turns; and the share of tokens
+    that had windows to read.
+
+    Every token reads: no gate is shut, however certain the model is.
+    """
+    torch.set_num_threads(1)
+    recogniser = Recogniser.load(shipped.find(shipped.TINY))
+    tell(f"a datastore of {sizes.entries:,} entries to read from")
+    sources = _sources(recogniser, directory, sizes)
+    clips = spoken_clips(recogniser, sizes.clips)
+    timed = {way: _Timed() for way in sources}
+    engine = Engine(recogniser.lm, recogniser.vocabulary, sizes.rows)
+    try:
+        for source in sources.values():
+            _decoded(engine, clips[: sizes.rows], source)  # the first is slow
+        for repeat in range(sizes.repeats):
+            tell(f"decoding with and without reading, {repeat + 1} of {sizes.repeats}")
+            for way, source in sources.items():
+                speed, timed[way].reading = _decoded(engine, clips, source)
+                timed[way].speeds.append(speed)
+    finally:
+        engine.close()
+    alone = np.array(timed[ALONE].speeds)
+    reading = {way: one for way, one in timed.items() if way != ALONE}
+    return {
+        "tokens_per_second": {way: float(np.median(one.speeds)) for way, one in timed.items()},
+        "overhead": {way: float(np.median(alone / one.speeds)) for way, one in reading.items()},
+        "reading": {way: one.reading for way, one in reading.items()},
+    }
+
+
+def _sources(
+    recogniser: Recogniser, directory: Path, sizes: Sizes
+) -> dict[str, AttentionSource | None]:
+    """What each way reads."""
+    SyntheticKeys(shipped.TINY, SEED).write(directory / "read", sizes.entries, SEED)
+    store = Datastore.open(directory / "read")
+    shard = directory / "read-index"
+    IndexShard.build(store, 0, store.entries, AUTO, SEED).save(shard)
+    retriever = LocalRetriever.load([shard], store)
+    cache = recogniser.window_cache(retriever)
+    settings = chosen_attention(shipped.find(shipped.TINY) / DEFAULTS)
+    settings = settings.model_copy(update={"gate": None, "certain": None})
+    entries = np.random.default_rng(SEED).choice(store.entries, sizes.listed, replace=False)
+    listed = AttentionSource(cache, settings, retriever, entries)
+    return {ALONE: None, LIST: listed, SEARCHED: AttentionSource(cache, settings, retriever)}
+
+
+def _decoded(
+    engine: Engine, clips: Sequence[Clip], source: AttentionSource | None
+) -> tuple[float, float]:
+    """Tokens a second, and the share of tokens for which something was read."""
+    given = [Clip(clip.speech, clip.limit, attention=source) for clip in clips]
+    started = time.perf_counter()
+    jobs = [engine.submit(clip) for clip in given]
+    choices = [one for job in jobs for one in job.future.result().hypothesis.choices]
+    seconds = time.perf_counter() - started
+    return len(choices) / seconds, sum(bool(one.attended) for one in choices) / len(choices)
