@@ -12,6 +12,9 @@ import math
 import torch
 from torch import Tensor
 
+ROUNDING = 1e-5
+"""Of probabilities, larger than that of float32: what is nearer to a tie is not decided here."""
+
 
 def knn_logp(distances: Tensor, tokens: Tensor, temperature: float, vocabulary: int) -> Tensor:
     """What the neighbours alone say of the next token (arXiv 1911.00172, eq. 2).
@@ -59,6 +62,34 @@ def mix(lm_logp: Tensor, knn_logp: Tensor, weight: float | Tensor) -> Tensor:
     return torch.where(heard, mixed.to(lm_logp.dtype), lm_logp)
 
 
+def mix_neighbours(
+    lm_logp: Tensor, distances: Tensor, tokens: Tensor, temperature: Tensor, weight: Tensor
+) -> Tensor:
+    """`mix(lm_logp, knn_logp(distances, tokens, temperature, V), weight)`, worked out for the
+    neighbours' tokens alone: to every other token's logarithm log(1 - w) is added.
+
+    `lm_logp` (B, V), `distances` and `tokens` (B, K), `temperature` and `weight` (B,), a row's own.
+    """
+    nearest = distances.amin(1, keepdim=True)
+    found = nearest.isfinite()
+    farther = distances - torch.where(found, nearest, 0.0)
+    weights_logp = (-farther / temperature[:, None]).log_softmax(1)
+    weights_logp = torch.where(found, weights_logp, -math.inf)
+    # Sums by token, each in the column of one of the neighbours that name it.
+    place = (tokens[:, :, None] == tokens[:, None]).to(torch.uint8).argmax(2)
+    largest = torch.full_like(distances, -math.inf)
+    largest = largest.scatter_reduce(1, place, weights_logp, "amax")
+    largest = torch.where(largest.isfinite(), largest, 0.0)
+    terms = (weights_logp - largest.gather(1, place)).exp()
+    total = torch.zeros_like(distances).scatter_add(1, place, terms)
+    said = (largest + total.log()).gather(1, place)
+
+    weight = torch.where(found, weight.to(lm_logp)[:, None], 0.0)
+    kept = torch.log1p(-weight)
+    voted = torch.logaddexp(kept + lm_logp.gather(1, tokens), weight.log() + said)
+    return (kept + lm_logp).scatter_(1, tokens, voted.to(lm_logp.dtype))
+
+
 def gate(distances: Tensor, largest: float | None) -> Tensor:
     """Which queries should hear their neighbours: (B, K) -> (B,) bool.
 
@@ -79,6 +110,16 @@ def unsure(lm_logp: Tensor, certain: float | None) -> Tensor:
     if certain is None:
         return torch.ones_like(lm_logp[:, 0], dtype=torch.bool)
     return lm_logp.amax(1) < math.log(certain)
+
+
+def settled(lm_logp: Tensor, weight: Tensor) -> Tensor:
+    """In which rows no neighbour can change which token is the likeliest: (B, V) -> (B,) bool.
+
+    Neighbours of `weight` w (B,) take (1 - w) of the language model's probabilities and add at most
+    w to another token's, so the best one stays where (1 - w) * (best - second best) > w.
+    """
+    best, second = lm_logp.float().topk(2).values.exp().unbind(1)
+    return (1 - weight) * (best - second) > weight + ROUNDING
 
 
 def best_neighbour(distances: Tensor, tokens: Tensor, chosen: Tensor) -> Tensor:
