@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,32 +63,37 @@ def mix(lm_logp: Tensor, knn_logp: Tensor, weight: float | Tensor) -> Tensor:
     return torch.where(heard, mixed.to(lm_logp.dtype), lm_logp)
 
 
-def mix_neighbours(
-    lm_logp: Tensor, distances: Tensor, tokens: Tensor, temperature: Tensor, weight: Tensor
-) -> Tensor:
-    """`mix(lm_logp, knn_logp(distances, tokens, temperature, V), weight)`, worked out for the
-    neighbours' tokens alone: to every other token's logarithm log(1 - w) is added.
+def votes_logp(distances: np.ndarray, tokens: np.ndarray, temperature: np.ndarray) -> np.ndarray:
+    """`knn_logp` at the neighbours' own tokens: (B, K) float32, -inf for one that is missing.
 
-    `lm_logp` (B, V), `distances` and `tokens` (B, K), `temperature` and `weight` (B,), a row's own.
+    `distances` (B, K) float32, `tokens` (B, K), `temperature` (B,), a row's own. Worked out where
+    searches end, in main memory: what is sent to a device is then ready to be mixed in.
     """
-    nearest = distances.amin(1, keepdim=True)
-    found = nearest.isfinite()
-    farther = distances - torch.where(found, nearest, 0.0)
-    weights_logp = (-farther / temperature[:, None]).log_softmax(1)
-    weights_logp = torch.where(found, weights_logp, -math.inf)
-    # Sums by token, each in the column of one of the neighbours that name it.
-    place = (tokens[:, :, None] == tokens[:, None]).to(torch.uint8).argmax(2)
-    largest = torch.full_like(distances, -math.inf)
-    largest = largest.scatter_reduce(1, place, weights_logp, "amax")
-    largest = torch.where(largest.isfinite(), largest, 0.0)
-    terms = (weights_logp - largest.gather(1, place)).exp()
-    total = torch.zeros_like(distances).scatter_add(1, place, terms)
-    said = (largest + total.log()).gather(1, place)
+    nearest = distances.min(1, keepdims=True, initial=np.inf)
+    found = np.isfinite(nearest)
+    with np.errstate(all="ignore"):  # what is missing, or farther than numbers go, has no vote
+        weights = (distances - np.where(found, nearest, np.float32(0))) / -temperature[:, None]
+        total = np.exp(weights).sum(1, keepdims=True)
+        # Log-sum-exp of the neighbours that name the same token, around the largest of them.
+        named = tokens[:, :, None] == tokens[:, None]
+        same = np.where(named, weights[:, None], np.float32(-np.inf))
+        largest = same.max(2)
+        largest = np.where(np.isfinite(largest), largest, np.float32(0))
+        said = largest + np.log(np.exp(same - largest[:, :, None]).sum(2) / total)
+    return np.where(found, said, np.float32(-np.inf))
 
-    weight = torch.where(found, weight.to(lm_logp)[:, None], 0.0)
+
+def mix_votes(lm_logp: Tensor, votes_logp: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
+    """`mix` where neighbours are all that has votes: `votes_logp` (B, K) of their `tokens` (B, K).
+
+    To every other token's logarithm that of (1 - w) is added. `weight` (B,), 0 for a row without
+    neighbours.
+    """
+    weight = weight.to(lm_logp)[:, None]
     kept = torch.log1p(-weight)
-    voted = torch.logaddexp(kept + lm_logp.gather(1, tokens), weight.log() + said)
-    return (kept + lm_logp).scatter_(1, tokens, voted.to(lm_logp.dtype))
+    mixed = kept + lm_logp
+    voted = torch.logaddexp(mixed.gather(1, tokens), weight.log() + votes_logp)
+    return mixed.scatter_(1, tokens, voted.to(lm_logp.dtype))
 
 
 def gate(distances: Tensor, largest: float | None) -> Tensor:

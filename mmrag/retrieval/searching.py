@@ -24,7 +24,7 @@ from mmrag.config import KNN
 from mmrag.records import NO_ENTRY, Neighbours
 from mmrag.retrieval import overlap
 from mmrag.retrieval.interpolation import Retrieval
-from mmrag.retrieval.knn import mix_neighbours, settled
+from mmrag.retrieval.knn import mix_votes, settled, votes_logp
 from mmrag.retrieval.lookup import (
     ANSWERED,
     CERTAIN,
@@ -170,8 +170,7 @@ class RowSearches:
     ) -> Pending:
         """Ask what `retrieve` asks. Slow searches go on in another thread, if they may be `apart`;
         the others wait for `finish`. Waits for the device of `lm_logp` and `keys`, once."""
-        asked = np.flatnonzero(self._weight > 0)
-        fate = np.zeros(len(self._which), np.int8)
+        asked, fate = self._asked, np.zeros(len(self._which), np.int8)
         if not len(asked):
             return Pending(lm_logp, _anything, fate, [])
         queries, rules, sayable = self._fetch(lm_logp, keys)
@@ -182,9 +181,7 @@ class RowSearches:
         chosen = np.asarray(chosen, np.int64)
         excluded = None if exclude_documents is None else np.asarray(exclude_documents)
         lookups = []
-        for number in np.unique(self._which[asked]).tolist():
-            rows = np.flatnonzero(self._which == number)
-            retrieval = self._retrievals[number]
+        for retrieval, rows in self._asking:
             if not retrieval.settings.follow and (fate[rows] != SEARCHED).all():
                 continue
             lookup = partial(
@@ -239,8 +236,7 @@ class RowSearches:
         if at_hand:
             return queries.numpy(), rules.numpy(), partial(_finite, lm_logp)
         queries, rules, bits = unpack(pack(queries, rules, logp), keys.shape[1])
-        asking = np.flatnonzero(self._weight > 0)
-        return queries, rules, partial(_set, bits, asking)
+        return queries, rules, partial(_set, bits, self._asked)
 
     def _followable(self, rows: np.ndarray, chosen: np.ndarray) -> Trail:
         """What the step before found for these rows of one retrieval, and said what was chosen."""
@@ -287,25 +283,14 @@ class RowSearches:
         self.searches += Searches(sum(counts[1:]), *counts[1:])
 
     def _mixed(self, lm_logp: Tensor, heard: Neighbours, near: np.ndarray) -> Tensor:
-        """`lm_logp` (B, V) with what the neighbours say; rows of one k at a time."""
+        """`lm_logp` (B, V) with what the neighbours say."""
         if not near.any():
             return lm_logp
+        votes = votes_logp(heard.distances, heard.tokens, self._temperature)
+        tokens, weight = heard.tokens.astype(np.int64), np.where(near, self._weight, 0)
         device = lm_logp.device
-        temperature = self._on(device).temperature
-        weight = _sent(np.where(near, self._weight, np.float32(0)), device)
-        counts = np.unique(self._count[near]).tolist()
-        mixed = lm_logp
-        for k in counts:
-            distances, tokens = heard.distances[:, :k], heard.tokens[:, :k].astype(np.int64)
-            if len(counts) == 1:
-                everything = _sent(distances, device), _sent(tokens, device), temperature, weight
-                return mix_neighbours(lm_logp, *everything)
-            rows = np.flatnonzero(near & (self._count == k))
-            own = _sent(rows, device)
-            votes = _sent(distances[rows], device), _sent(tokens[rows], device)
-            part = mix_neighbours(lm_logp[own], *votes, temperature[own], weight[own])
-            mixed = mixed.index_copy(0, own, part)
-        return mixed
+        sent = (_sent(values, device) for values in (votes, tokens, weight.astype(np.float32)))
+        return mix_votes(lm_logp, *sent)
 
     def _remember_seconds(self, one: Lookup) -> None:
         if one.seconds is None:
@@ -329,15 +314,19 @@ class RowSearches:
         self._temperature = column([one.temperature for one in settings], np.float32)
         self._gate = column([largest(one.gate) for one in settings], np.float32)
         self._patience = column([one.patience for one in settings], np.int64)
-        self._count = column([one.k for one in settings], np.int64)
         # Logarithms as `knn.unsure` has them: of python's floats, then rounded.
         certain = [math.inf if one.certain is None else math.log(one.certain) for one in settings]
         self._certain = column(certain, np.float64)
         may_settle = column([one.settled for one in settings], bool) & self._greedy
         self._settling = np.where(may_settle, self._weight, np.float32(1))
-        asking = self._weight > 0
-        self._ever_certain = bool(np.isfinite(self._certain[asking]).any())
-        self._ever_settled = bool(may_settle[asking].any())
+        self._asked = np.flatnonzero(self._weight > 0)
+        self._asking = [
+            (one, np.flatnonzero(self._which == number))
+            for number, one in enumerate(kept)
+            if one.settings.weight > 0
+        ]
+        self._ever_certain = bool(np.isfinite(self._certain[self._asked]).any())
+        self._ever_settled = bool(may_settle[self._asked].any())
         self._most = max((one.settings.k for one in kept), default=1)
         following = [one.settings.k for one in kept if one.settings.follow]
         self._widen(max(following, default=0))
@@ -354,14 +343,8 @@ class RowSearches:
     def _on(self, device: torch.device) -> _OnDevice:
         """The rows' settings, where the language model is."""
         if self._there is None or self._there.device != device:
-            asking = np.flatnonzero(self._weight > 0)
-            self._there = _OnDevice(
-                device,
-                _sent(asking, device),
-                _sent(self._certain[asking], device),
-                _sent(self._settling[asking], device),
-                _sent(self._temperature, device),
-            )
+            columns = (self._asked, self._certain[self._asked], self._settling[self._asked])
+            self._there = _OnDevice(device, *(_sent(column, device) for column in columns))
         return self._there
 
 
@@ -373,13 +356,12 @@ _ROW_BY_ROW = (
 
 @dataclass(frozen=True)
 class _OnDevice:
-    """Settings of the rows that ask (A,), and the temperature of every row (B,)."""
+    """The rows that ask (A,) and their settings."""
 
     device: torch.device
     asking: Tensor
     certain: Tensor
     settling: Tensor
-    temperature: Tensor
 
 
 def pack(queries: Tensor, rules: Tensor, logp: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,9 +11,10 @@ from mmrag.retrieval.knn import (
     gate,
     knn_logp,
     mix,
-    mix_neighbours,
+    mix_votes,
     settled,
     unsure,
+    votes_logp,
 )
 
 VOCABULARY = 7
@@ -117,10 +119,12 @@ def test_mixing_at_the_neighbours_tokens_is_mixing_everywhere(found, weight, tem
     weights = torch.full((len(lm),), weight)
     weights[0] = 0.5
     expected = mix(lm, knn_logp(distances, tokens, temperature, VOCABULARY), weights)
-    temperatures = torch.full((len(lm),), temperature)
-    got = mix_neighbours(lm, distances, tokens, temperatures, weights)
+    weights = torch.where(distances.isfinite().any(1), weights, 0.0)
+    temperatures = np.full(len(lm), temperature, np.float32)
+    votes = torch.from_numpy(votes_logp(distances.numpy(), tokens.numpy(), temperatures))
+    got = mix_votes(lm, votes, tokens, weights)
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-5)
-    alone = (weights == 0) | ~distances.isfinite().any(1)
+    alone = weights == 0
     assert torch.equal(got[alone], lm[alone])
 
 
