@@ -85,7 +85,12 @@ HOMES = {
     "av": ["mmrag.speech.decoders"],
     "torchaudio": ["mmrag.speech", "mmrag.corpora.voices.speech"],
     "silero_vad": ["mmrag.speech.vad"],
-    "transformers": ["mmrag.speech.hubert", "mmrag.model.whisper", "mmrag.model.whisper_training"],
+    "transformers": [
+        "mmrag.speech.hubert",
+        "mmrag.model.whisper",
+        "mmrag.model.whisper_training",
+        "jobs.benchmark.transformers_peer",
+    ],
     "huggingface_hub": ["mmrag.model.whisper"],
     "safetensors": ["mmrag.speech.hubert", "mmrag.model.pretrained"],
     "faiss": [

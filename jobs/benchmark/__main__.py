@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmark import growth, phrases, retrieve
+from jobs.benchmark import decode, growth, performance, phrases, retrieve, train
 from jobs.benchmark.endpoint import EndpointError
 from jobs.benchmark.serve import FULL, QUICK, Serving, speak
 from jobs.benchmark.targets import rounded, show
@@ -40,16 +40,26 @@ def main() -> None:
     parser.add_argument(
         "--plot", type=Path, help="retrieve: a file (.svg, .png) for time against entries"
     )
+    parser.add_argument(
+        "--docs",
+        type=Path,
+        help="decode, tokenize, train: a directory whose performance.json and .md are brought up "
+        "to date",
+    )
     options = parser.parse_args()
-    for option, part in _OF_ONE_PART.items():
-        if getattr(options, option) is not None and part != options.part:
-            parser.error(f"--{option} is an option of {part}")
+    for option, parts in _OF_SOME_PARTS.items():
+        if getattr(options, option) is not None and options.part not in parts:
+            parser.error(f"--{option} is an option of {', '.join(parts)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     try:
+        if options.docs is not None:
+            performance.check(options.docs)
         with tempfile.TemporaryDirectory() as directory:
             results = _MEASURED[options.part](Path(directory), options)
     except (EndpointError, ImportError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    if options.docs is not None:
+        performance.write(options.docs, options.part, results)
     if options.json:
         print(json.dumps(rounded(results), indent=1))
     else:
@@ -80,9 +90,35 @@ def _phrases(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     return phrases.measure(directory, phrases.QUICK if options.quick else phrases.FULL)
 
 
-_OF_ONE_PART = {"url": "serve", "entries": "retrieve", "directory": "retrieve", "plot": "retrieve"}
-_MEASURED = {"serve": _serve, "retrieve": _retrieve, "phrases": _phrases}
-_SHOWN = {"serve": show, "retrieve": retrieve.show, "phrases": phrases.show}
+def _decode(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
+    return decode.measure(directory, decode.QUICK if options.quick else decode.FULL)
+
+
+def _train(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
+    return train.measure(directory, train.QUICK if options.quick else train.FULL)
+
+
+_OF_SOME_PARTS = {
+    "url": ["serve"],
+    "entries": ["retrieve"],
+    "directory": ["retrieve"],
+    "plot": ["retrieve"],
+    "docs": list(performance.SUBJECTS),
+}
+_MEASURED = {
+    "serve": _serve,
+    "retrieve": _retrieve,
+    "phrases": _phrases,
+    "decode": _decode,
+    "train": _train,
+}
+_SHOWN = {
+    "serve": show,
+    "retrieve": retrieve.show,
+    "phrases": phrases.show,
+    "decode": decode.show,
+    "train": train.show,
+}
 
 
 if __name__ == "__main__":

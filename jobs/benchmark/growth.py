@@ -1,4 +1,4 @@
-"""A plot of how the time of a query grows with the entries that are searched."""
+"""Plots of how time grows: of a query with the entries that are searched, of a decoding step."""
 
 from __future__ import annotations
 
@@ -62,4 +62,34 @@ def figure(growth: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    return drawn
+
+
+def panels(grown: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Milliseconds a decoding step against each thing that grows, on logarithmic axes, with the
+    line whose slope is the exponent."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    drawn = Figure(figsize=(10, 6.4), layout="constrained")
+    places = drawn.subplots(2, -(-len(grown) // 2), squeeze=False).ravel()
+    for axes, one in zip(places, grown.values(), strict=False):
+        sizes, times = np.array(one["sizes"], float), np.array(one["ms"])
+        level = np.exp(np.mean(np.log(times)) - one["exponent"] * np.mean(np.log(sizes)))
+        line = level * sizes ** one["exponent"]
+        axes.plot(sizes, times, "o-", color="#2f6db3", linewidth=2)
+        axes.plot(sizes, line, "--", color="#c2410c", label=f"N^{one['exponent']:.2f}")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_ylim(times.min() / 2, times.max() * 2)
+        axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_yticks(times[[0, -1]], [f"{time:.3g}" for time in times[[0, -1]]])
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+        axes.set_xlabel(one["title"])
+        axes.set_ylabel("ms a step")
+        axes.grid(which="major", color="#e3e7eb", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
     return drawn
