@@ -45,7 +45,10 @@ WINGS = {
         "interpolation", "recent", "lookup", "overlap", "searching", "memory", "entries", "phrases",
         "upkeep", "shortlist", "contexts",
     ],
-    "decoding": ["confidence", "boost", "decode", "guard", "align", "engine", "tune"],
+    "decoding": [
+        "confidence", "boost", "hypotheses", "candidates", "beams", "rows", "decode", "guard",
+        "align", "engine", "tune",
+    ],
     "front door": ["recogniser", "transcribe", "contents", "client", "administration", "cli"],
 }  # fmt: skip
 """The wings of mmrag from the ground up, and the modules of each in reading order."""

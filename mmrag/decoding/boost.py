@@ -8,70 +8,133 @@ unfinished part had earned. The baseline that retrieval is measured against.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
-
-@dataclass
-class Node:
-    """A prefix of some phrases, `depth` pieces long; `ends` where it is one of them.
-
-    `whole` is the length of the longest phrase that it starts with if a new word follows (0 for
-    none), `inner` that of the longest one if its last word goes on.
-    """
-
-    depth: int = 0
-    ends: bool = False
-    whole: int = 0
-    inner: int = 0
-    children: dict[int, Node] = field(default_factory=dict)
+START = 0
+"""The state of a hypothesis without a token."""
 
 
 class Boost:
-    """Phrases to favour. A phrase is met only from a word's start to a word's end."""
+    """Phrases to favour. A phrase is met only from a word's start to a word's end.
+
+    A state is the phrase prefix that a hypothesis ends with: the tree's nodes in order of their
+    depth, START its root, and a last state for no prefix. A step costs the same whatever the number
+    of phrases, but for the first token.
+    """
 
     def __init__(
         self, phrases: Iterable[Sequence[int]], weight: float, word_starts: Tensor
     ) -> None:
         """`phrases` as ids; `word_starts` (V,) bool, the ids that end the word before them."""
-        self.root = Node()
         self.weight = weight
-        self.word_starts = word_starts
-        for phrase in phrases:
-            self._add(phrase)
-        self._settle(self.root, 0)
+        self._word_starts = word_starts
+        starts = word_starts.numpy()
+        self._vocabulary = len(starts)
+        self._build([phrase for phrase in phrases if len(phrase)], starts)
+        opening, opened = np.zeros(len(starts), np.float32), np.full(len(starts), self._outside)
+        pieces = self._edges[: np.searchsorted(self._edges, len(starts))]
+        met = pieces[starts[pieces]]
+        opening[met] = 1.0
+        opened[pieces] = np.where(starts[pieces], np.arange(len(pieces)) + 1, self._outside)
+        self._opened = opened
+        self._opening = torch.from_numpy(opening)
 
-    def _add(self, phrase: Sequence[int]) -> None:
-        node = self.root
-        for piece in phrase:
-            node = node.children.setdefault(piece, Node(node.depth + 1))
-        node.ends = True
+    def _build(self, phrases: Sequence[Sequence[int]], starts: np.ndarray) -> None:
+        """The tree, a level at a time.
 
-    def _settle(self, node: Node, inner: int) -> None:
-        node.inner = inner
-        node.whole = node.depth if node.ends else inner
-        for piece, child in node.children.items():
-            self._settle(child, node.whole if self.word_starts[piece] else node.inner)
+        An edge is its node's number times V plus its piece; in order, they lead to the nodes from 1
+        on. `_whole` is the length of the longest phrase that a node starts with if a new word
+        follows (0 for none), `_inner` that of the longest one if its last word goes on, both less
+        what the node has earned: its depth.
+        """
+        lengths = np.array([len(phrase) for phrase in phrases], np.int64)
+        node = np.zeros(len(phrases), np.int64)
+        edges, whole, inner, depths = [], [np.zeros(1)], [np.zeros(1)], [np.zeros(1)]
+        count = 1
+        for depth in range(1, int(lengths.max(initial=0)) + 1):
+            longer = lengths >= depth
+            phrases = [phrase for phrase, kept in zip(phrases, longer, strict=True) if kept]
+            lengths, node = lengths[longer], node[longer]
+            pieces = np.array([phrase[depth - 1] for phrase in phrases], np.int64)
+            new, place = np.unique(node * self._vocabulary + pieces, return_inverse=True)
+            parent = new // self._vocabulary - (count - len(whole[-1]))
+            own = np.where(starts[new % self._vocabulary], whole[-1][parent], inner[-1][parent])
+            ends = np.zeros(len(new), bool)
+            ends[place[lengths == depth]] = True
+            edges.append(new)
+            inner.append(own)
+            whole.append(np.where(ends, depth, own))
+            depths.append(np.full(len(new), float(depth)))
+            node, count = count + place, count + len(new)
+        self._outside = count
+        self._edges = np.concatenate(edges) if edges else np.empty(0, np.int64)
+        earned = np.append(np.concatenate(depths), 0.0)
+        self._whole = (np.append(np.concatenate(whole), 0.0) - earned).astype(np.float32)
+        self._inner = (np.append(np.concatenate(inner), 0.0) - earned).astype(np.float32)
 
-    def follow(self, tokens: Sequence[int]) -> Node:
-        """The phrase prefix that a hypothesis ends with; the root for none."""
-        node = self.root
-        for place, token in enumerate(tokens):
-            opens = place == 0 or bool(self.word_starts[token])
-            going_on = None if node is self.root else node.children.get(token)
-            opening = self.root.children.get(token) if opens else None
-            node = going_on or opening or self.root
-        return node
+    def advance(self, states: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """The states (R,) of hypotheses in `states` (R,) that go on with `tokens` (R,)."""
+        asked = states * self._vocabulary + tokens
+        edge = np.searchsorted(self._edges, asked)
+        found = np.append(self._edges, -1)[edge] == asked
+        return np.where(found, edge + 1, self._opened[tokens])
 
-    def bonus(self, tokens: Sequence[int]) -> Tensor:
-        """What each next token (V,) float32 would earn after `tokens`, in nats."""
-        node = self.follow(tokens)
-        kept = torch.where(self.word_starts, float(node.whole), float(node.inner)) - node.depth
-        if self.root.children:
-            opening = torch.tensor(list(self.root.children))
-            kept[opening] += self.word_starts[opening].float() if tokens else 1.0
-        if node.depth and node.children:
-            kept[torch.tensor(list(node.children))] = 1.0
+    def bonus(self, states: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+        """What each next token would earn in `states` (R,): (R, V) float32 on `device`, nats."""
+        if self._opening.device != torch.device(device):
+            self._opening = self._opening.to(device)
+            self._word_starts = self._word_starts.to(device)
+        whole, inner = (
+            torch.from_numpy(one[states]).to(device)[:, None] for one in (self._whole, self._inner)
+        )
+        kept = torch.where(self._word_starts, whole, inner) + self._opening
+        bounds = np.array([states, states + 1]) * self._vocabulary
+        begin, end = np.searchsorted(self._edges, bounds)
+        if (count := end - begin).any():
+            rows = np.repeat(np.arange(len(states)), count)
+            places = np.arange(count.sum()) + np.repeat(begin - (count.cumsum() - count), count)
+            pieces = self._edges[places] % self._vocabulary
+            kept[torch.from_numpy(rows).to(device), torch.from_numpy(pieces).to(device)] = 1.0
         return self.weight * kept
+
+
+class BoostedRows:
+    """What the rows of a batch earn, each by its own phrases, from step to step."""
+
+    def __init__(self, boosts: Sequence[Boost | None]) -> None:
+        """One a row; None for a row without phrases."""
+        self._boosts = {id(boost): boost for boost in boosts if boost is not None}
+        self._boost = np.array([0 if boost is None else id(boost) for boost in boosts], np.int64)
+        self._states = np.full(len(boosts), START)
+
+    def add(self, logp: Tensor) -> Tensor:
+        """`logp` (B, V) with what the rows' phrases earn; itself where no row has any."""
+        for number, boost in self._boosts.items():
+            own = (self._boost == number).nonzero()[0]
+            earned = boost.bonus(self._states[own], logp.device).to(logp)
+            if len(own) == len(logp):
+                return logp + earned
+            rows = torch.from_numpy(own).to(logp.device)
+            logp = logp.index_add(0, rows, earned)
+        return logp
+
+    def advance(self, tokens: np.ndarray) -> None:
+        """Every row goes on with its token, of `tokens` (B,)."""
+        for number, boost in self._boosts.items():
+            own = self._boost == number
+            self._states[own] = boost.advance(self._states[own], tokens[own])
+
+    def select(self, rows: np.ndarray) -> None:
+        """Keep these rows (R,), which may repeat."""
+        self._boost, self._states = self._boost[rows], self._states[rows]
+        kept = set(self._boost.tolist())
+        self._boosts = {number: one for number, one in self._boosts.items() if number in kept}
+
+    def join(self, other: BoostedRows) -> None:
+        """Go on with the rows of `other`, too."""
+        self._boosts |= other._boosts
+        self._boost = np.concatenate((self._boost, other._boost))
+        self._states = np.concatenate((self._states, other._states))

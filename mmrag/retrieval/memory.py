@@ -166,6 +166,11 @@ class RetrievedMemory:
         read = self._lm(ids, self._cache, lengths, at, memory)
         return read.logits, self._shares(read.attention.mean(0)[:, 0])
 
+    def read_prompt(self, ids: Tensor) -> None:
+        """Read the beginnings (B, T) of the rows' prompts, where nothing is attended to."""
+        if self._cache is not None:
+            self._lm(ids, self._cache, at=torch.zeros_like(ids, dtype=torch.bool))
+
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, which may repeat."""
         for name in ("_readings", "_entries", "_distances", "_age"):

@@ -2,12 +2,14 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from plain_decoder import PhraseTree
 
-from mmrag.decoding.boost import Boost
+from mmrag.decoding.boost import START, Boost, BoostedRows
 from mmrag.model.vocabulary import EOS
 
 SIZE = 10
@@ -52,10 +54,18 @@ def kept(phrases, run, following):
     return max((len(p) for p in phrases if run[: len(p)] == p and STARTS[after[len(p)]]), default=0)
 
 
+def bonus_after(boost, tokens):
+    """What each next token would earn."""
+    state = np.array([START])
+    for token in tokens:
+        state = boost.advance(state, np.array([token]))
+    return boost.bonus(state)[0]
+
+
 def total(phrases, tokens, weight=WEIGHT):
     """The sum of what each token earned when it was chosen."""
     boost = Boost(phrases, weight, STARTS)
-    return sum(float(boost.bonus(tokens[:i])[token]) for i, token in enumerate(tokens))
+    return sum(float(bonus_after(boost, tokens[:i])[token]) for i, token in enumerate(tokens))
 
 
 @given(phrases, texts)
@@ -63,7 +73,7 @@ def test_the_bonus_of_every_next_token_is_what_it_adds_to_the_earnings(phrases, 
     boost = Boost(phrases, WEIGHT, STARTS)
     for end in range(len(tokens) + 1):
         before = tokens[:end]
-        bonus = boost.bonus(before)
+        bonus = bonus_after(boost, before)
         assert bonus.shape == (SIZE,) and bonus.dtype == torch.float32
         expected = [
             earned(phrases, [*before, token]) - earned(phrases, before) for token in range(SIZE)
@@ -73,11 +83,69 @@ def test_the_bonus_of_every_next_token_is_what_it_adds_to_the_earnings(phrases, 
 
 @given(phrases, texts)
 def test_the_prefix_followed_is_the_one_not_yet_settled(phrases, tokens):
-    node = Boost(phrases, WEIGHT, STARTS).follow(tokens)
+    node = PhraseTree(phrases, WEIGHT, STARTS).follow(tokens)
     unsettled = tokens[len(tokens) - node.depth :]
     assert node.depth == 0 or begins(phrases, unsettled)
     going_on = {p[node.depth] for p in phrases if p[: node.depth] == unsettled and p != unsettled}
     assert set(node.children) == going_on
+
+
+any_phrases = st.lists(st.lists(st.integers(0, SIZE - 1), max_size=5), max_size=12)
+"""Pieces in any order: inside words, one phrase the beginning of another, or empty."""
+
+
+@given(any_phrases, st.lists(st.integers(0, SIZE - 1), max_size=12))
+def test_states_in_arrays_earn_what_a_walk_through_the_tree_earns(phrases, tokens):
+    tree, boost = PhraseTree(phrases, WEIGHT, STARTS), Boost(phrases, WEIGHT, STARTS)
+    for end in range(len(tokens) + 1):
+        assert torch.equal(bonus_after(boost, tokens[:end]), tree.bonus(tokens[:end]))
+
+
+@given(
+    st.lists(any_phrases, min_size=1, max_size=3),
+    st.lists(st.tuples(st.integers(-1, 2), st.integers(0, 3)), min_size=1, max_size=6),
+    st.randoms(use_true_random=False),
+)
+def test_rows_are_boosted_by_their_own_phrases_whatever_rows_stay_repeat_and_join(
+    lists, arrivals, random
+):
+    """`arrivals`: which of the lists each row has, -1 for none, and when it comes."""
+    boosts = [Boost(own, 0.5 + number, STARTS) for number, own in enumerate(lists)]
+    trees = [PhraseTree(own, 0.5 + number, STARTS) for number, own in enumerate(lists)]
+    rows, texts = BoostedRows([]), []
+    for step in range(5):
+        new = [(kind if kind < len(lists) else -1) for kind, when in arrivals if when == step]
+        rows.join(BoostedRows([None if kind < 0 else boosts[kind] for kind in new]))
+        texts += [(kind, []) for kind in new]
+        logp = torch.randn(len(texts), SIZE)
+        earned = [
+            torch.zeros(SIZE) if kind < 0 else trees[kind].bonus(tokens) for kind, tokens in texts
+        ]
+        expected = torch.stack([logp[row] + own for row, own in enumerate(earned)] or [logp])
+        assert torch.equal(rows.add(logp), expected.reshape(logp.shape))
+        kept = [random.randrange(len(texts)) for _ in range(random.randint(0, len(texts)))]
+        chosen = np.array([random.randrange(SIZE) for _ in kept], np.int64)
+        rows.select(np.array(kept, np.int64))
+        rows.advance(chosen)
+        texts = [
+            (texts[row][0], [*texts[row][1], token])
+            for row, token in zip(kept, chosen.tolist(), strict=True)
+        ]
+
+
+def test_a_step_does_as_much_for_many_phrases_as_for_few():
+    """The tree's edges that a step looks at are those of the rows' own states."""
+    random, starts = np.random.default_rng(0), torch.ones(500, dtype=torch.bool)
+    written = []
+    for count in (10, 20_000):
+        phrases = [(7, *random.integers(0, 500, 3)) for _ in range(count)]
+        boost = Boost(phrases, WEIGHT, starts)
+        first = boost.advance(np.array([START]), np.array([phrases[0][0]]))
+        second = boost.advance(first, np.array([phrases[0][1]]))
+        third = boost.advance(second, np.array([phrases[0][2]]))
+        written.append(int((boost.bonus(third)[0] == WEIGHT).sum()))
+        assert boost.bonus(third)[0, phrases[0][3]] == WEIGHT
+    assert written[0] <= 2 and written[1] <= 6
 
 
 @given(phrases.filter(bool), st.data())
@@ -110,14 +178,13 @@ def test_one_phrase_may_follow_the_other_at_once():
 
 def test_without_phrases_nothing_is_earned():
     boost = Boost([], WEIGHT, STARTS)
-    assert boost.bonus([3, 7, 4]).tolist() == [0] * SIZE
-    assert boost.follow([3, 7, 4]) is boost.root
+    assert bonus_after(boost, [3, 7, 4]).tolist() == [0] * SIZE
 
 
 @given(phrases, texts, st.sampled_from([0.0, 0.25, 4.0]))
 def test_the_weight_is_a_factor(phrases, tokens, weight):
     one, other = Boost(phrases, 1.0, STARTS), Boost(phrases, weight, STARTS)
-    assert torch.equal(other.bonus(tokens), weight * one.bonus(tokens))
+    assert torch.equal(bonus_after(other, tokens), weight * bonus_after(one, tokens))
 
 
 @pytest.mark.parametrize("tokens", [[3, 7, 8, EOS], [3, 7, EOS], [3, 7, 4]])

@@ -8,12 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_decoder import PhraseTree
 from random_models import perturb
 from scipy.stats import chisquare
 
 from mmrag.config import KNN, Decode, LanguageModel
 from mmrag.decoding.boost import Boost
-from mmrag.decoding.decode import Batch, Choice, Clip, Hypothesis, choose, decode
+from mmrag.decoding.candidates import likeliest, voters
+from mmrag.decoding.decode import Batch, Choice, Clip, Hypothesis, decode
 from mmrag.model.lm import LM
 from mmrag.model.states import read_states
 from mmrag.model.vocabulary import EOS, Vocabulary
@@ -117,6 +119,24 @@ def next_logp(lm, vocabulary, units, prefix, context=()):
     allowed = torch.zeros(vocabulary.size, dtype=torch.bool)
     allowed[[EOS, *range(vocabulary.first_piece, vocabulary.first_unit)]] = True
     return logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)
+
+
+def choose(logp, lm_logp, neighbours, count, temperatures=None):
+    """The candidates of each row as choices, likeliest first."""
+    warmth = None if temperatures is None else np.array(temperatures)
+    found, rows = likeliest(logp, lm_logp, count, warmth), []
+    for row in range(len(logp)):
+        columns = np.flatnonzero(found.logp[row] > -np.inf)
+        entries, distances = voters(
+            neighbours, np.full(len(columns), row), found.tokens[row, columns]
+        )
+        evidence = [
+            one[row, columns].tolist()
+            for one in (found.tokens, found.logp, found.lm_logp, found.lm_token)
+        ]
+        fields = zip(*evidence, entries.tolist(), distances.tolist(), strict=True)
+        rows.append([Choice(*own) for own in fields])
+    return rows
 
 
 def agree(one, other, atol=1e-4):
@@ -607,16 +627,16 @@ def test_a_heavy_boost_makes_a_phrase_win_and_a_weightless_one_nothing(beams):
 
 def test_boosting_adds_to_what_the_language_model_says_at_every_step():
     lm, speech, limits = random_lm(scale=0.15), clips(6), [12] * 6
-    boosts = [
-        Boost([PHRASE, [FIRST, LAST], [FIRST + 2]][: 1 + i % 3], 0.7 * i, STARTS) for i in range(6)
-    ]
+    weighted = [([PHRASE, [FIRST, LAST], [FIRST + 2]][: 1 + i % 3], 0.7 * i) for i in range(6)]
+    boosts = [Boost(phrases, weight, STARTS) for phrases, weight in weighted]
+    trees = [PhraseTree(phrases, weight, STARTS) for phrases, weight in weighted]
     together = decode(lm, VOCABULARY, speech, limits, options(), boosts=boosts)
     plain = decode(lm, VOCABULARY, speech, limits, options())
-    for units, boost, heard in zip(speech, boosts, together, strict=True):
+    for units, tree, heard in zip(speech, trees, together, strict=True):
         prefix = []
         for choice in heard.choices:
             alone = next_logp(lm, VOCABULARY, units, prefix)
-            logp = alone + boost.bonus(prefix)
+            logp = alone + tree.bonus(prefix)
             assert choice.token == int(logp.argmax())
             assert choice.logp == pytest.approx(float(logp.max()), abs=1e-4)
             assert choice.lm_logp == pytest.approx(float(alone[choice.token]), abs=1e-4)

@@ -1,0 +1,272 @@
+"""The rows of a batch: what each has read, reads next, and looks things up with.
+
+A row is a hypothesis of a clip. Its parts, the model's cache foremost, follow it when hypotheses
+are chosen, dropped or joined. Knows ids and states; not how they are chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmrag.decoding.beams import Beams, Clip
+from mmrag.decoding.boost import BoostedRows
+from mmrag.model.contract import DecoderCache, Speech, SpeechDecoder, TextVocabulary
+from mmrag.model.lm import LMOutput
+from mmrag.model.states import pad_ids
+from mmrag.records import Neighbours
+from mmrag.retrieval.memory import AttendedWindow, RetrievedMemory
+from mmrag.retrieval.searching import RowSearches
+
+
+class Rows:
+    """The rows of a batch; of `first` those whose first token has not been chosen."""
+
+    def __init__(
+        self,
+        lm: SpeechDecoder,
+        vocabulary: TextVocabulary,
+        clips: Sequence[Clip],
+        beams: Beams,
+        pool: Any,
+    ) -> None:
+        """A row a clip, with its prompt to read."""
+        self._lm = lm
+        self.beams = beams
+        self.first = True
+        prompts = [vocabulary.prompt(clip.speech, clip.context) for clip in clips]
+        self.ids, self.lengths = pad_ids(prompts, lm.device)
+        """The tokens to read next (B, T) and how many of them there are (B,)."""
+        self.shortest = min(map(len, prompts))
+        """The least of them."""
+        longest = max(clip.limit for clip in clips)
+        capacity = self.ids.shape[1] + longest
+        self._cache = new_cache(lm, [clip.speech for clip in clips], capacity, pool)
+        self.memory: RetrievedMemory | None = None
+        self._text_states: _TextOnlyStates | None = None
+        sources = [clip.attention for clip in clips if clip.attention is not None]
+        if sources:
+            self.memory = RetrievedMemory(lm, sources, capacity)
+        asking = sum(clip.queries_with_text for clip in clips)
+        if asking:
+            self._text_states = _TextOnlyStates(lm, vocabulary, asking, longest, pool)
+        greedy = [c.beams == 1 and not c.temperature and c.boost is None for c in clips]
+        self._searches = RowSearches([clip.retrieval for clip in clips], greedy)
+        self._searching = np.array([clip.retrieval is not None for clip in clips])
+        self._excluded = np.array([clip.exclude_document for clip in clips])
+        self.boosted = BoostedRows([clip.boost for clip in clips])
+        self._reads = np.array([clip.attention is not None for clip in clips])
+        self._asks_with_text = np.array([clip.queries_with_text for clip in clips])
+        places = torch.arange(self.ids.shape[1], device=lm.device)
+        self._last = places == (self.lengths - 1)[:, None]
+        self._place()
+
+    def read(self) -> LMOutput:
+        """What the model makes of the next tokens."""
+        if self.ids.shape[1] == 1:
+            return self._lm(self.ids, self._cache)
+        return self._lm(self.ids, self._cache, self.lengths, self._last)
+
+    def read_part(self, tokens: int) -> None:
+        """Read so many tokens of every row, and fewer than any has to read."""
+        part, self.ids = self.ids[:, :tokens], self.ids[:, tokens:]
+        self.lengths, self.shortest = self.lengths - tokens, self.shortest - tokens
+        self._last = self._last[:, tokens:]
+        self._lm(part, self._cache, at=torch.zeros_like(part, dtype=torch.bool))
+        if self.memory:
+            self.memory.read_prompt(part)
+
+    def attend(
+        self, output: LMOutput, lm_logp: Tensor
+    ) -> tuple[Tensor, Tensor, list[Sequence[AttendedWindow]]]:
+        """The rows that read (B',) and their logits (B', V) with what they read; what every row
+        attended to."""
+        rows, places = self._attending, self._reads.nonzero()[0].tolist()
+        excluded, read = self._excluding(places), (self.ids, self.lengths, self._last)
+        if len(places) < len(self.beams):
+            output = replace(output, keys=output.keys[rows], states=output.states[rows])
+            read, lm_logp = tuple(one[rows] for one in read), lm_logp[rows]
+        logits, own = self.memory.read(*read, output, lm_logp, excluded)
+        self._note_missing(places, self.memory.missing_shards)
+        attended: list[Sequence[AttendedWindow]] = [()] * len(self.beams)
+        for place, windows in zip(places, own, strict=True):
+            attended[place] = windows
+        return rows, logits, attended
+
+    def retrieve(self, logp: Tensor, output: LMOutput) -> tuple[Tensor, Neighbours | None]:
+        """`logp` (B, V) mixed with what the neighbours of the rows say, and these; None if no row
+        searches."""
+        if not self._searching.any():
+            return logp, None
+        if self.ids.shape[1] == 1:
+            queries = output.keys[:, 0]
+        else:
+            rows = torch.arange(len(self.ids), device=self.ids.device)
+            queries = output.keys[rows, self.lengths - 1]
+        if self._text_states:
+            asking = self._asking_with_text
+            newest = self.ids[asking, -1:]
+            queries = queries.index_copy(0, asking, self._text_states.read(newest))
+        places = range(len(self.beams))
+        logp, neighbours, missing = self._searches.retrieve(
+            logp, queries, self.beams.tokens.tolist(), self._excluding(places)
+        )
+        self._note_missing(places, missing)
+        return logp, neighbours
+
+    def go_on(self, rows: np.ndarray, first: Tensor) -> None:
+        """Keep these rows (R,), which may repeat, and read what their beams chose last.
+
+        `first` (B,) is the likeliest token of each row until now, on the device.
+        """
+        unchanged = self.keep(rows)
+        self.boosted.advance(self.beams.tokens)
+        if unchanged and self.beams.likeliest:
+            self.ids = first[:, None]
+        else:
+            self.ids = torch.from_numpy(self.beams.tokens).to(self._lm.device)[:, None]
+        self.lengths, self.first, self.shortest = torch.ones_like(self.ids[:, 0]), False, 1
+        self._last = torch.ones_like(self.ids, dtype=torch.bool)
+
+    def keep(self, rows: np.ndarray) -> bool:
+        """Keep these rows (R,), which may repeat; whether they are all, as they were."""
+        if np.array_equal(rows, np.arange(len(self._reads))):
+            return True
+        if not len(rows):
+            self.release()
+        for name, places in (("memory", self._reads), ("_text_states", self._asks_with_text)):
+            part, kept = getattr(self, name), rows[places[rows]]
+            if part is not None and len(kept):
+                part.select((np.cumsum(places) - 1)[kept].tolist())
+            elif part is not None:
+                setattr(self, name, None)
+        if len(rows):
+            index = torch.from_numpy(rows).to(self._lm.device)
+            self._cache = self._cache.select(index)
+            self.ids, self.lengths, self._last = (
+                one[index] for one in (self.ids, self.lengths, self._last)
+            )
+        self._searches.select(rows.tolist())
+        self.boosted.select(rows)
+        for name in _OF_ROWS:
+            setattr(self, name, getattr(self, name)[rows])
+        self._place()
+        return False
+
+    def join(self, other: Rows) -> None:
+        """Go on with the rows of `other`, too; every row has one token to read."""
+        for name in ("memory", "_text_states"):  # first: a memory may refuse the other
+            mine, new = getattr(self, name), getattr(other, name)
+            if mine and new:
+                mine.join(new)
+            else:
+                setattr(self, name, mine or new)
+        self.beams.join(other.beams)
+        self._cache = self._cache.join(other._cache)
+        self._searches.join(other._searches)
+        self.boosted.join(other.boosted)
+        for name in ("ids", "lengths", "_last"):
+            setattr(self, name, torch.cat((getattr(self, name), getattr(other, name))))
+        for name in _OF_ROWS:
+            setattr(self, name, np.concatenate((getattr(self, name), getattr(other, name))))
+        self._place()
+
+    def release(self) -> None:
+        """Give the memory of all rows back; nothing can be read after that."""
+        release(self._cache)
+        if self._text_states:
+            self._text_states.release()
+
+    def _excluding(self, places: Sequence[int]) -> list[int] | None:
+        """The documents that these rows exclude; None if no row excludes any."""
+        return self._excluded[places].tolist() if (self._excluded >= 0).any() else None
+
+    def _note_missing(self, places: Sequence[int], missing: Sequence[int]) -> None:
+        """Tell the searches of these rows how many shards did not answer."""
+        if any(missing):
+            for place, shards in zip(places, missing, strict=True):
+                search = self.beams.searches[self.beams.owner[place]]
+                search.missing_shards = max(search.missing_shards, shards)
+
+    def _place(self) -> None:
+        """Number the rows that read, and those that ask with text, on the device."""
+        self._attending, self._asking_with_text = (
+            torch.from_numpy(places.nonzero()[0]).to(self._lm.device)
+            for places in (self._reads, self._asks_with_text)
+        )
+
+
+_OF_ROWS = ("_searching", "_excluded", "_reads", "_asks_with_text")
+
+
+class Prompt:
+    """The prompts of clips, which may be read a part at a time before the clips join a batch."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    @property
+    def left(self) -> int:
+        """Tokens of the shortest that are not read."""
+        return self.rows.shortest
+
+    @torch.inference_mode()
+    def read(self, tokens: int) -> None:
+        """Read so many tokens, fewer than are left, of each."""
+        if not 0 < tokens < self.left:
+            raise ValueError(f"a part of {tokens} tokens where {self.left} are left")
+        self.rows.read_part(tokens)
+
+    def release(self) -> None:
+        """Give the clips up, and their memory back."""
+        self.rows.release()
+
+
+class _TextOnlyStates:
+    """Reads the transcripts so far as if nobody had spoken: queries for keys of text alone."""
+
+    def __init__(
+        self, lm: SpeechDecoder, vocabulary: TextVocabulary, rows: int, limit: int, pool: Any
+    ) -> None:
+        self._lm = lm
+        self._prompt = vocabulary.prompt(None)
+        self._cache = new_cache(lm, [None] * rows, len(self._prompt) + limit, pool)
+        self._begun = False
+
+    def read(self, ids: Tensor) -> Tensor:
+        """The state (B, D) after the newest tokens `ids` (B, 1); first of all, after the prompt."""
+        if not self._begun:
+            ids = torch.tensor([self._prompt] * len(ids), device=ids.device)
+        self._begun = True
+        at = None if ids.shape[1] == 1 else torch.zeros_like(ids, dtype=torch.bool)
+        return self._lm(ids, self._cache, at=at).keys[:, -1]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows, which may repeat."""
+        self._cache = self._cache.select(torch.tensor(rows, device=self._cache.lengths.device))
+
+    def join(self, other: _TextOnlyStates) -> None:
+        """Go on with the rows of `other`, too."""
+        self._cache = self._cache.join(other._cache)
+
+    def release(self) -> None:
+        """Give up the rows, and their memory."""
+        release(self._cache)
+
+
+def new_cache(
+    lm: SpeechDecoder, speech: Sequence[Speech | None], capacity: int, pool: Any
+) -> DecoderCache:
+    """An empty cache, in the pages of a pool where there is one."""
+    return lm.cache(speech, capacity) if pool is None else lm.cache(speech, capacity, pool)
+
+
+def release(cache: DecoderCache) -> None:
+    """Give a cache's pages back where it has any."""
+    if hasattr(cache, "release"):
+        cache.release()
