@@ -42,8 +42,8 @@ WINGS = {
         "segment", "mapped", "tensors", "columns", "stored", "local", "datastore", "snapshots",
         "compaction", "verify", "gpu", "scalar", "ivf", "sizing", "held_out", "index",
         "reindexing", "retrievers", "knn",
-        "interpolation", "searching", "memory", "entries", "phrases", "upkeep", "shortlist",
-        "contexts",
+        "interpolation", "recent", "lookup", "overlap", "searching", "memory", "entries", "phrases",
+        "upkeep", "shortlist", "contexts",
     ],
     "decoding": [
         "confidence", "boost", "hypotheses", "candidates", "beams", "rows", "decode", "guard",
@@ -102,6 +102,7 @@ HOMES = {
         "mmrag.retrieval.scalar",
         "mmrag.retrieval.ivf",
         "mmrag.retrieval.index",
+        "mmrag.retrieval.overlap",
         "jobs.benchmark",
     ],
     "sentencepiece": ["mmrag.model.vocabulary"],

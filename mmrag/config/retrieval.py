@@ -102,6 +102,23 @@ class KNN(Section):
     certain: float | None = Field(default=None, gt=0, le=1)
     """Probability of the language model's best token from which on nothing is looked up: a model
     so sure is left alone. None to look everything up."""
+    settled: bool = False
+    """Whether nothing is looked up either where no neighbour could change the likeliest token. A
+    greedy transcript is the same without; its probabilities are then the model's alone there, and
+    no entry speaks for them. Beams, drawn tokens and boosted phrases are searched for all the same.
+    """
+    patience: int = Field(default=0, ge=0)
+    """Searches in a row that found nothing within the gate, from which on as many steps as there
+    were such searches pass without one; 0 for never."""
+    follow: int = Field(default=0, ge=0)
+    """Steps after a search for which the entries behind those that were found stand for another
+    search, while they say what is chosen and lie within the gate (arXiv 2201.12431); 0 for none.
+    Searches of another process are never spared so."""
+    agreeing: PositiveInt = 2
+    """Entries that must have said the chosen token for those behind them to be followed."""
+    recent: Operation[int] = Field(default=0, ge=0)
+    """Queries whose neighbours are kept, to be given at once to a query that is the same to the
+    last bit; all are forgotten when the datastore changes. Only of what this process searches."""
     query: Literal["speech", "text"] = "speech"
     """The state that asks: over speech and transcript, or over the transcript read alone, as the
     keys of a text-only datastore were."""

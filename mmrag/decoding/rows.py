@@ -55,7 +55,8 @@ class Rows:
         asking = sum(clip.queries_with_text for clip in clips)
         if asking:
             self._text_states = _TextOnlyStates(lm, vocabulary, asking, longest, pool)
-        self._searches = RowSearches([clip.retrieval for clip in clips])
+        greedy = [c.beams == 1 and not c.temperature and c.boost is None for c in clips]
+        self._searches = RowSearches([clip.retrieval for clip in clips], greedy)
         self._searching = np.array([clip.retrieval is not None for clip in clips])
         self._excluded = np.array([clip.exclude_document for clip in clips])
         self.boosted = BoostedRows([clip.boost for clip in clips])

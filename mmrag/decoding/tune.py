@@ -69,7 +69,7 @@ log-probability of its best token (N,)."""
 def chosen(directory: Path, file: str = SETTINGS) -> KNN:
     """The kNN settings in a directory that `jobs.tune` made; `BOTH` for those beside reading."""
     fields = json.loads((directory / file).read_text())
-    return KNN(**{name: fields[name] for name in KNN.model_fields})
+    return KNN(**{name: fields[name] for name in KNN.model_fields if name in fields})
 
 
 def chosen_attention(directory: Path) -> RetrievedAttention | None:

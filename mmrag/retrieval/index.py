@@ -230,6 +230,10 @@ class IndexShard:
         """How many of its entries are deleted; counted as they are, and not at every search."""
         return self._deletions
 
+    def hides(self, entries: np.ndarray) -> np.ndarray:
+        """Which of `entries` (M,), all of them the shard's, are deleted (M,) bool."""
+        return self._deleted[entries - self.start]
+
     def search(
         self,
         queries: np.ndarray,

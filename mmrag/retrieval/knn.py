@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
+
+ROUNDING = 1e-5
+"""Of probabilities, larger than that of float32: what is nearer to a tie is not decided here."""
 
 
 def knn_logp(distances: Tensor, tokens: Tensor, temperature: float, vocabulary: int) -> Tensor:
@@ -59,6 +63,39 @@ def mix(lm_logp: Tensor, knn_logp: Tensor, weight: float | Tensor) -> Tensor:
     return torch.where(heard, mixed.to(lm_logp.dtype), lm_logp)
 
 
+def votes_logp(distances: np.ndarray, tokens: np.ndarray, temperature: np.ndarray) -> np.ndarray:
+    """`knn_logp` at the neighbours' own tokens: (B, K) float32, -inf for one that is missing.
+
+    `distances` (B, K) float32, `tokens` (B, K), `temperature` (B,), a row's own. Worked out where
+    searches end, in main memory: what is sent to a device is then ready to be mixed in.
+    """
+    nearest = distances.min(1, keepdims=True, initial=np.inf)
+    found = np.isfinite(nearest)
+    with np.errstate(all="ignore"):  # what is missing, or farther than numbers go, has no vote
+        weights = (distances - np.where(found, nearest, np.float32(0))) / -temperature[:, None]
+        total = np.exp(weights).sum(1, keepdims=True)
+        # Log-sum-exp of the neighbours that name the same token, around the largest of them.
+        named = tokens[:, :, None] == tokens[:, None]
+        same = np.where(named, weights[:, None], np.float32(-np.inf))
+        largest = same.max(2)
+        largest = np.where(np.isfinite(largest), largest, np.float32(0))
+        said = largest + np.log(np.exp(same - largest[:, :, None]).sum(2) / total)
+    return np.where(found, said, np.float32(-np.inf))
+
+
+def mix_votes(lm_logp: Tensor, votes_logp: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
+    """`mix` where neighbours are all that has votes: `votes_logp` (B, K) of their `tokens` (B, K).
+
+    To every other token's logarithm that of (1 - w) is added. `weight` (B,), 0 for a row without
+    neighbours.
+    """
+    weight = weight.to(lm_logp)[:, None]
+    kept = torch.log1p(-weight)
+    mixed = kept + lm_logp
+    voted = torch.logaddexp(mixed.gather(1, tokens), weight.log() + votes_logp)
+    return mixed.scatter_(1, tokens, voted.to(lm_logp.dtype))
+
+
 def gate(distances: Tensor, largest: float | None) -> Tensor:
     """Which queries should hear their neighbours: (B, K) -> (B,) bool.
 
@@ -79,6 +116,16 @@ def unsure(lm_logp: Tensor, certain: float | None) -> Tensor:
     if certain is None:
         return torch.ones_like(lm_logp[:, 0], dtype=torch.bool)
     return lm_logp.amax(1) < math.log(certain)
+
+
+def settled(lm_logp: Tensor, weight: Tensor) -> Tensor:
+    """In which rows no neighbour can change which token is the likeliest: (B, V) -> (B,) bool.
+
+    Neighbours of `weight` w (B,) take (1 - w) of the language model's probabilities and add at most
+    w to another token's, so the best one stays where (1 - w) * (best - second best) > w.
+    """
+    best, second = lm_logp.float().topk(2).values.exp().unbind(1)
+    return (1 - weight) * (best - second) > weight + ROUNDING
 
 
 def best_neighbour(distances: Tensor, tokens: Tensor, chosen: Tensor) -> Tensor:

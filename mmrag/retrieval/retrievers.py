@@ -1,11 +1,12 @@
 """Ways to search one datastore or two in this process: every shard, a subset, or both joined.
 
-All of them keep the contract of `records.Retriever`.
+All of them keep the contract of `records.Retriever`, and offer what spares a search here: which
+entries stand behind others, how far they are from a query, and whether anything has changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +35,7 @@ class LocalRetriever:
             raise ValueError(f"shards of {datastore} leave entries out: {ranges}")
         self.datastore = datastore
         self.shards = list(shards)
+        self._refreshed = 0
 
     @classmethod
     def build(cls, datastore: Datastore, settings: Index, seed: int) -> LocalRetriever:
@@ -57,9 +59,32 @@ class LocalRetriever:
 
     def refresh(self) -> None:
         """Take in what has been published and deleted since; the last shard grows."""
+        self._refreshed += 1
         self.datastore.refresh()
         for shard in self.shards:
             shard.refresh(last=shard is self.shards[-1])
+
+    @property
+    def snapshot(self) -> Hashable:
+        """What is searched now: another value once anything was published or deleted."""
+        return self._refreshed, self.entries, sum(shard.deletions for shard in self.shards)
+
+    def following(self, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The entries behind `entries` (B, K) in their utterances, and their tokens (B, K).
+
+        `NO_ENTRY`, of token 0, behind the last of an utterance and where that entry is deleted.
+        """
+        at = (entries != NO_ENTRY) & (entries < self.entries - 1)
+        behind = entries[at] + 1
+        kept = self.datastore.utterances[behind] == self.datastore.utterances[behind - 1]
+        for shard in self.shards:
+            own = (behind >= shard.start) & (behind < shard.stop)
+            kept[own] &= ~shard.hides(behind[own])
+        return _placed(entries.shape, at, behind, kept, self.datastore.tokens[behind])
+
+    def apart(self, queries: np.ndarray, entries: np.ndarray) -> np.ndarray:
+        """Exact distances (B, K) from each query (B, D) to its `entries` (B, K); +inf for none."""
+        return _apart(self.datastore, queries, entries, self.datastore.keys_of)
 
     def search(
         self, queries: np.ndarray, k: int, exclude_documents: Sequence[int] | None = None
@@ -83,6 +108,9 @@ class LocalRetriever:
 
 class SubsetRetriever:
     """Some entries of a datastore, all of them compared: one caller's phrases, one document."""
+
+    snapshot: Hashable = ()
+    """As `LocalRetriever.snapshot`: nothing changes here."""
 
     def __init__(self, datastore: Datastore, entries: np.ndarray) -> None:
         """`entries` (N,) int64 ids, of which the deleted ones are left out."""
@@ -119,6 +147,25 @@ class SubsetRetriever:
             found.documents[row, columns] = documents[nearest]
         return found
 
+    def following(self, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `LocalRetriever.following`, among the entries of the subset."""
+        last = self._entries[-1] if len(self._entries) else NO_ENTRY
+        at = (entries != NO_ENTRY) & (entries < last)
+        behind = entries[at] + 1
+        kept = self._entries[np.searchsorted(self._entries, behind)] == behind
+        utterances = self.datastore.utterances
+        kept &= utterances[behind] == utterances[behind - 1]
+        return _placed(entries.shape, at, behind, kept, self.datastore.tokens[behind])
+
+    def apart(self, queries: np.ndarray, entries: np.ndarray) -> np.ndarray:
+        """As `LocalRetriever.apart`."""
+        return _apart(
+            self.datastore,
+            queries,
+            entries,
+            lambda wanted: self._keys[np.searchsorted(self._entries, wanted)],
+        )
+
     def windows(self, entries: np.ndarray) -> np.ndarray:
         """Token windows (…, W) int32 around `entries` (…,)."""
         return self.datastore.windows(entries)
@@ -149,6 +196,38 @@ class JoinedRetriever:
         moved = replace(found, entries=entries)
         return merge([self.first.search(queries, k, exclude_documents), moved], k)
 
+    @property
+    def snapshot(self) -> Hashable | None:
+        """As `LocalRetriever.snapshot`; None where either cannot tell."""
+        both = tuple(getattr(one, "snapshot", None) for one in (self.first, self.second))
+        return None if None in both else both
+
+    def following(self, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `LocalRetriever.following`; nothing where a datastore cannot tell."""
+        behind, tokens = np.full(entries.shape, NO_ENTRY), np.zeros(entries.shape, np.int32)
+        for part, own, shift in self._parts(entries):
+            found, said = part.following(np.where(own, entries - shift, NO_ENTRY))
+            found_here = found != NO_ENTRY
+            behind[found_here], tokens[found_here] = found[found_here] + shift, said[found_here]
+        return behind, tokens
+
+    def apart(self, queries: np.ndarray, entries: np.ndarray) -> np.ndarray:
+        """As `LocalRetriever.apart`; +inf where a datastore cannot tell."""
+        distances = np.full(entries.shape, np.inf, np.float32)
+        for part, own, shift in self._parts(entries):
+            distances[own] = part.apart(queries, np.where(own, entries - shift, NO_ENTRY))[own]
+        return distances
+
+    def _parts(self, entries: np.ndarray) -> Iterator[tuple[Retriever, np.ndarray, int]]:
+        """The datastores that know what follows, which of `entries` (B, K) each has, and how far
+        their ids are from its own."""
+        for part, own, shift in (
+            (self.first, (entries >= 0) & (entries < SECOND), 0),
+            (self.second, entries >= SECOND, SECOND),
+        ):
+            if own.any() and hasattr(part, "following"):
+                yield part, own, shift
+
     def windows(self, entries: np.ndarray) -> np.ndarray:
         """Token windows (…, W) int32 around `entries` (…,)."""
         of_first = np.where(entries < SECOND, entries, NO_ENTRY)
@@ -174,3 +253,28 @@ class JoinedRetriever:
             iter(self.second.origins(entries[~own] - SECOND)),
         )
         return [next(first if mine else second) for mine in own]
+
+
+def _placed(
+    shape: tuple[int, ...], at: np.ndarray, entries: np.ndarray, kept: np.ndarray, said: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Entries (M,) and their tokens (M,) where `at` of a shape is true, those that are kept."""
+    placed, tokens = np.full(shape, NO_ENTRY, np.int64), np.zeros(shape, np.int32)
+    placed[at], tokens[at] = np.where(kept, entries, NO_ENTRY), np.where(kept, said, 0)
+    return placed, tokens
+
+
+def _apart(
+    datastore: Datastore,
+    queries: np.ndarray,
+    entries: np.ndarray,
+    keys_of: Callable[[np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """Exact distances (B, K) from each query (B, D) to its entries (B, K); +inf for none."""
+    metric = datastore.description.metric
+    rows, columns = np.nonzero(entries != NO_ENTRY)
+    apart = np.full(entries.shape, np.inf, np.float32)
+    wanted, places = np.unique(entries[rows, columns], return_inverse=True)
+    keys = keys_of(wanted)[places]
+    apart[rows, columns] = distances(prepare(queries, metric)[rows], keys, metric)
+    return apart

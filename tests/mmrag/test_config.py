@@ -211,7 +211,7 @@ ROLES = {
     "index.lists index.entry_bytes index.min_recall index.residual index.turned index.code_bytes "
     "index.fast_scan index.scalar_bits index.probes index.refine index.rerank index.gpu:o "
     "workers.count:o workers.num_cpus:o workers.num_gpus:o",
-    "knn": "k weight temperature gate certain query",
+    "knn": "k weight temperature gate certain settled patience follow agreeing recent:o query",
     "attention": "k stride whole gate certain",
     "decode": "beams length_penalty tokens_per_second max_seconds speech agreement unclear:o "
     "batch_seconds:o",

@@ -1,11 +1,21 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmrag.retrieval.knn import best_neighbour, gate, knn_logp, mix, unsure
+from mmrag.retrieval.knn import (
+    best_neighbour,
+    gate,
+    knn_logp,
+    mix,
+    mix_votes,
+    settled,
+    unsure,
+    votes_logp,
+)
 
 VOCABULARY = 7
 
@@ -98,6 +108,41 @@ def test_mixing_is_the_weighted_mean_of_probabilities():
     lm = torch.tensor([[0.5, 0.3, 0.2]]).log()
     knn = torch.tensor([[0.0, 1.0, 0.0]]).log()
     assert mix(lm, knn, 0.4).exp()[0].tolist() == pytest.approx([0.3, 0.58, 0.12])
+
+
+@settings(max_examples=200, deadline=None)
+@given(found(), st.sampled_from([0.0, 0.3, 1.0]), st.floats(1e-2, 1e2), st.booleans())
+def test_mixing_at_the_neighbours_tokens_is_mixing_everywhere(found, weight, temperature, masked):
+    distances, tokens = found
+    lm = lm_like(distances)
+    lm[:, 2] = -math.inf if masked else lm[:, 2]
+    weights = torch.full((len(lm),), weight)
+    weights[0] = 0.5
+    expected = mix(lm, knn_logp(distances, tokens, temperature, VOCABULARY), weights)
+    weights = torch.where(distances.isfinite().any(1), weights, 0.0)
+    temperatures = np.full(len(lm), temperature, np.float32)
+    votes = torch.from_numpy(votes_logp(distances.numpy(), tokens.numpy(), temperatures))
+    got = mix_votes(lm, votes, tokens, weights)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-5)
+    alone = weights == 0
+    assert torch.equal(got[alone], lm[alone])
+
+
+@settings(max_examples=100, deadline=None)
+@given(found(), st.floats(0, 1), st.integers(0, 99), st.floats(0.1, 10))
+def test_no_neighbour_changes_a_settled_choice(found, weight, seed, sharpness):
+    distances, tokens = found
+    lm = (sharpness * lm_like(distances, seed)).log_softmax(1)
+    weights = torch.full((len(lm),), weight)
+    sure = settled(lm, weights)
+    said = knn_logp(distances, tokens, 1.0, VOCABULARY)
+    assert torch.equal(mix(lm, said, weight).argmax(1)[sure], lm.argmax(1)[sure])
+
+
+def test_a_choice_is_settled_where_its_lead_outweighs_the_neighbours():
+    lm = torch.tensor([[0.8, 0.15, 0.05], [0.6, 0.35, 0.05]]).log()
+    assert settled(lm, torch.full((2,), 0.3)).tolist() == [True, False]
+    assert not settled(lm, torch.full((2,), 0.5)).any()
 
 
 def test_weight_one_is_the_neighbours_alone():

@@ -1,0 +1,215 @@
+"""What spared searches save and cost: searches a token and word error rate, rule by rule, of the
+shipped model with a datastore of its own corpus; and what searching costs a token at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cluster.connection import connection
+from cluster.shards import serve_shards
+from jobs.benchmark.keys import SyntheticKeys
+from jobs.benchmark.progress import Progress
+from jobs.benchmark.repeats import interleaved, ratio
+from mmrag import shipped
+from mmrag.config import KNN, Decode, Index, Synthesize, Workers
+from mmrag.corpora import synthetic
+from mmrag.corpora.synthetic import Planned
+from mmrag.corpora.voices.espeak import Synthesizer
+from mmrag.decoding.decode import Clip, decode
+from mmrag.decoding.engine import Engine
+from mmrag.decoding.tune import default
+from mmrag.recogniser import Recogniser
+from mmrag.records import Neighbours, Retriever, Utterance
+from mmrag.retrieval import datastore
+from mmrag.retrieval.datastore import Datastore
+from mmrag.retrieval.entries import read_entries
+from mmrag.retrieval.index import IndexShard, shard_directory, shard_ranges
+from mmrag.retrieval.interpolation import Retrieval
+from mmrag.retrieval.retrievers import LocalRetriever
+from mmrag.retrieval.segment import Description
+from mmrag.score.rates import word_error_rate
+from mmrag.speech.tokenized import Tokenized
+
+SEED, K, WINDOW, BATCH, SHARDS, SHARD_CPUS = 1, 16, 20, 32, 4, 0.05
+DECODE = Decode(beams=1, length_penalty=0, tokens_per_second=16, max_seconds=30)
+NEVER = "never"
+RULES: dict[str, dict[str, Any]] = {
+    NEVER: {},
+    "certain 0.99": {"certain": 0.99},
+    "settled, weight 0.2": {"settled": True, "weight": 0.2},
+    "patience 2": {"patience": 2},
+    "follow 2": {"follow": 2},
+    "follow 4": {"follow": 4},
+    "certain 0.99, follow 4": {"certain": 0.99, "follow": 4},
+}
+"""What each rule changes of settings that search for every token; those of another weight are
+compared with searching for every token by that weight."""
+
+
+class _Counting:
+    """A retriever that counts the queries it searches for."""
+
+    def __init__(self, inner: Retriever) -> None:
+        self.inner, self.queries = inner, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def search(
+        self, queries: np.ndarray, k: int, exclude_documents: Sequence[int] | None = None
+    ) -> Neighbours:
+        """As the retriever's own."""
+        self.queries += len(queries)
+        return self.inner.search(queries, k, exclude_documents)
+
+
+def searches(directory: Path, quick: bool, tell: Progress) -> list[dict[str, Any]]:
+    """A row a rule: `searches_per_token`, the `wer` with its interval, and how many transcripts are
+    `changed` of how many `clips`, against searching for every token."""
+    recogniser = Recogniser.load(shipped.find(shipped.TINY))
+    planned = _planned(24 if quick else 200)
+    tell(f"a datastore of {len(planned['datastore'])} sentences")
+    store = _store(recogniser, planned["datastore"], directory / "own")
+    retriever = _Counting(LocalRetriever.build(store, Index(kind="flat", shards=1), SEED))
+    tuned = default(shipped.find(shipped.TINY), store).knn.model_copy(update={"certain": None})
+    clips = _clips(recogniser, planned["test"])
+    texts = [one.text for one in planned["test"]]
+    rows, unspared = [], {}
+    for rule, changes in RULES.items():
+        tell(f"decoding, {rule}")
+        weight = changes.get("weight", tuned.weight)
+        if weight not in unspared:
+            plain = tuned.model_copy(update={"weight": weight})
+            unspared[weight], *_ = _heard(recogniser, clips, retriever, plain)
+        knn = tuned.model_copy(update=changes)
+        heard, count, tokens = _heard(recogniser, clips, retriever, knn)
+        wer = word_error_rate(texts, heard)
+        rows.append(
+            {
+                "rule": rule,
+                "searches_per_token": count / tokens,
+                "wer": [wer.rate, wer.low, wer.high],
+                "changed": sum(a != b for a, b in zip(heard, unspared[weight], strict=True)),
+                "clips": len(clips),
+            }
+        )
+    return rows
+
+
+def overheads(directory: Path, quick: bool, tell: Progress) -> dict[str, Any]:
+    """`decode.knn_overhead` and `decode.knn_overhead_sharded`: seconds to decode clips searching
+    for every token among synthetic entries, over those without, measured in turn."""
+    entries = 20_000 if quick else 1_000_000
+    recogniser = Recogniser.load(shipped.find(shipped.TINY))
+    tell(f"{entries:,} synthetic entries")
+    keys = SyntheticKeys(shipped.TINY, SEED)
+    keys.write(directory / "local", entries, SEED, tell)
+    store = Datastore.open(directory / "local")
+    auto = Index(kind="auto", shards=SHARDS)
+    for number, span in enumerate(shard_ranges(entries, SHARDS)):
+        shard = IndexShard.build(store, *span, auto, SEED)
+        shard.save(shard_directory(directory / "local", number))
+    local = LocalRetriever.build(store, Index(kind="auto", shards=1), SEED)
+    clips = _clips(recogniser, _planned(8 if quick else 64)["test"])
+    repeats = 2 if quick else 5
+    knn = default(shipped.find(shipped.TINY), store).knn
+    knn = knn.model_copy(update={"k": K, "gate": None, "certain": None})
+
+    def measured(retriever: Retriever) -> dict[str, Any]:
+        with closing(Engine(recogniser.lm, recogniser.vocabulary, BATCH)) as engine:
+            ways = {
+                "none": _together(engine, clips, None),
+                "knn": _together(engine, clips, Retrieval(retriever, knn)),
+            }
+            for way in ways.values():
+                way()  # the first is slow
+            tokens: dict[str, list[int]] = {name: [] for name in ways}
+            seconds = interleaved(
+                {name: lambda n=name, w=way: tokens[n].append(w()) for name, way in ways.items()},
+                repeats,
+                tell,
+            )
+        per_token = {
+            name: [took / count for took, count in zip(times, tokens[name], strict=True)]
+            for name, times in seconds.items()
+        }
+        return ratio(per_token["knn"], per_token["none"])
+
+    found = {"decode.knn_overhead": measured(local)}
+    tell(f"{SHARDS} shards behind actors")
+    with connection(), closing(serve_shards(directory / "local", 1, SHARD_CPUS)) as served:
+        found["decode.knn_overhead_sharded"] = measured(served)
+    return found
+
+
+def _together(
+    engine: Engine, clips: Sequence[Clip], retrieval: Retrieval | None
+) -> Callable[[], int]:
+    """Decodes all clips at once; returns how many tokens that were."""
+
+    def way() -> int:
+        jobs = [engine.submit(Clip(one.speech, one.limit, retrieval=retrieval)) for one in clips]
+        return sum(len(job.future.result().hypothesis.tokens) + 1 for job in jobs)
+
+    return way
+
+
+def _heard(
+    recogniser: Recogniser, clips: Sequence[Clip], retriever: _Counting, knn: KNN
+) -> tuple[list[str], int, int]:
+    """Transcripts, the queries that were searched for, and the tokens with their ends."""
+    before, tokens = retriever.queries, []
+    for start in range(0, len(clips), BATCH):
+        some = clips[start : start + BATCH]
+        speech, limits = [one.speech for one in some], [one.limit for one in some]
+        retrieval = Retrieval(retriever, knn)
+        found = decode(recogniser.lm, recogniser.vocabulary, speech, limits, DECODE, retrieval)
+        tokens += [one.tokens for one in found]
+    texts = [recogniser.vocabulary.decode(one) for one in tokens]
+    return texts, retriever.queries - before, sum(len(one) + 1 for one in tokens)
+
+
+def _planned(test: int) -> dict[str, list[Planned]]:
+    counts = {"lm": 1, "adapter": 1, "mentions": 3, "dev": 1, "text": 0, "everyday_share": 0.2}
+    return synthetic.plan(Synthesize(test=test, workers=Workers(count=1, num_cpus=1), **counts), 1)
+
+
+def _encoded(recogniser: Recogniser, planned: Sequence[Planned]) -> list[Any]:
+    speaker = Synthesizer()
+    waves = (torch.from_numpy(synthetic.render(one, speaker).wave) for one in planned)
+    return [recogniser.encode([wave])[0] for wave in waves]
+
+
+def _clips(recogniser: Recogniser, planned: Sequence[Planned]) -> list[Clip]:
+    """Sentences, spoken."""
+    return [
+        Clip(
+            recogniser.vocabulary.speech_input(units),
+            recogniser.longest(recogniser.seconds(units), DECODE),
+        )
+        for units in _encoded(recogniser, planned)
+    ]
+
+
+def _store(recogniser: Recogniser, planned: Sequence[Planned], directory: Path) -> Datastore:
+    """Sentences, spoken, as a datastore."""
+    lm, vocabulary = recogniser.lm, recogniser.vocabulary
+    described = Description(lm.width, WINDOW, "l2", "paired", dict(recogniser.keyed_by))
+    datastore.create(directory, described)
+    said = [
+        Tokenized(Utterance(id=one.id, text=one.text, document=one.id), units)
+        for one, units in zip(planned, _encoded(recogniser, planned), strict=True)
+    ]
+    names = []
+    for start in range(0, len(said), BATCH):
+        names.append(f"part-{start:05d}")
+        segment = read_entries(lm, vocabulary, said[start : start + BATCH], WINDOW, "all")
+        datastore.write_segment(directory, names[-1], segment)
+    datastore.publish(directory, names)
+    return Datastore.open(directory)
