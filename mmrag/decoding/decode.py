@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from mmrag.decoding.candidates import likeliest, voters
 from mmrag.decoding.hypotheses import Choice, History, Hypothesis
 from mmrag.decoding.rows import Prompt, Rows
 from mmrag.model.contract import Speech, SpeechDecoder, TextVocabulary
+from mmrag.model.pages import PagePool
 from mmrag.records import NO_ENTRY
 from mmrag.retrieval.interpolation import Retrieval
 from mmrag.retrieval.memory import AttentionSource
@@ -76,15 +76,16 @@ def decode(
 class Batch:
     """Clips that are decoded together, a token a step."""
 
-    def __init__(self, lm: SpeechDecoder, vocabulary: TextVocabulary, pool: Any = None) -> None:
+    def __init__(
+        self, lm: SpeechDecoder, vocabulary: TextVocabulary, pool: PagePool | None = None
+    ) -> None:
         """`pool` is what the model's caches take their pages from; None for one that grows."""
         self.retrieval_seconds = 0.0
         """Spent looking things up, so far."""
         self._lm = lm
         self._vocabulary = vocabulary
-        if pool is None and hasattr(lm, "pool"):
-            pool = lm.pool(0, growing=True)
-        self._pool = pool
+        self._pools = pool or lm.pool(0, growing=True), lm.pool(0, growing=True)
+        """Of what the rows have read, and of the same as read with what they attend to."""
         self._history = History()
         self._allowed = torch.from_numpy(vocabulary.transcript_ids()).to(lm.device)
         self._allowed_first = torch.from_numpy(vocabulary.first_ids()).to(lm.device)
@@ -108,7 +109,7 @@ class Batch:
     def prompt(self, clips: Sequence[Clip]) -> Prompt:
         """The prompts of clips, to be read before they join together."""
         beams = Beams(clips, self._history)
-        return Prompt(Rows(self._lm, self._vocabulary, clips, beams, self._pool))
+        return Prompt(Rows(self._lm, self._vocabulary, clips, beams, *self._pools))
 
     @torch.inference_mode()
     def admit(self, prompt: Prompt) -> list[BeamSearch]:

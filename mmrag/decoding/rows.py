@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +15,9 @@ from torch import Tensor
 
 from mmrag.decoding.beams import Beams, Clip
 from mmrag.decoding.boost import BoostedRows
-from mmrag.model.contract import DecoderCache, Speech, SpeechDecoder, TextVocabulary
+from mmrag.model.contract import SpeechDecoder, TextVocabulary
 from mmrag.model.lm import LMOutput
+from mmrag.model.pages import PagePool
 from mmrag.model.states import pad_ids
 from mmrag.records import Neighbours
 from mmrag.retrieval.memory import AttendedWindow, RetrievedMemory
@@ -33,9 +33,10 @@ class Rows:
         vocabulary: TextVocabulary,
         clips: Sequence[Clip],
         beams: Beams,
-        pool: Any,
+        pool: PagePool,
+        reading_pool: PagePool,
     ) -> None:
-        """A row a clip, with its prompt to read."""
+        """A row a clip, with its prompt to read; what it attends to is read in `reading_pool`."""
         self._lm = lm
         self.beams = beams
         self.first = True
@@ -46,12 +47,12 @@ class Rows:
         """The least of them."""
         longest = max(clip.limit for clip in clips)
         capacity = self.ids.shape[1] + longest
-        self._cache = new_cache(lm, [clip.speech for clip in clips], capacity, pool)
+        self._cache = lm.cache([clip.speech for clip in clips], capacity, pool)
         self.memory: RetrievedMemory | None = None
         self._text_states: _TextOnlyStates | None = None
         sources = [clip.attention for clip in clips if clip.attention is not None]
         if sources:
-            self.memory = RetrievedMemory(lm, sources, capacity)
+            self.memory = RetrievedMemory(lm, sources, capacity, reading_pool)
         asking = sum(clip.queries_with_text for clip in clips)
         if asking:
             self._text_states = _TextOnlyStates(lm, vocabulary, asking, longest, pool)
@@ -139,11 +140,13 @@ class Rows:
             return True
         if not len(rows):
             self.release()
+            self.memory = self._text_states = None
         for name, places in (("memory", self._reads), ("_text_states", self._asks_with_text)):
             part, kept = getattr(self, name), rows[places[rows]]
             if part is not None and len(kept):
                 part.select((np.cumsum(places) - 1)[kept].tolist())
             elif part is not None:
+                part.release()
                 setattr(self, name, None)
         if len(rows):
             self._cache = self._cache.select(rows.tolist())
@@ -178,9 +181,9 @@ class Rows:
 
     def release(self) -> None:
         """Give the memory of all rows back; nothing can be read after that."""
-        release(self._cache)
-        if self._text_states:
-            self._text_states.release()
+        for part in (self._cache, self._text_states, self.memory):
+            if part is not None:
+                part.release()
 
     def _excluding(self, places: Sequence[int]) -> list[int] | None:
         """The documents that these rows exclude; None if no row excludes any."""
@@ -231,11 +234,11 @@ class _TextOnlyStates:
     """Reads the transcripts so far as if nobody had spoken: queries for keys of text alone."""
 
     def __init__(
-        self, lm: SpeechDecoder, vocabulary: TextVocabulary, rows: int, limit: int, pool: Any
+        self, lm: SpeechDecoder, vocabulary: TextVocabulary, rows: int, limit: int, pool: PagePool
     ) -> None:
         self._lm = lm
         self._prompt = vocabulary.prompt(None)
-        self._cache = new_cache(lm, [None] * rows, len(self._prompt) + limit, pool)
+        self._cache = lm.cache([None] * rows, len(self._prompt) + limit, pool)
         self._begun = False
 
     def read(self, ids: Tensor) -> Tensor:
@@ -256,17 +259,4 @@ class _TextOnlyStates:
 
     def release(self) -> None:
         """Give up the rows, and their memory."""
-        release(self._cache)
-
-
-def new_cache(
-    lm: SpeechDecoder, speech: Sequence[Speech | None], capacity: int, pool: Any
-) -> DecoderCache:
-    """An empty cache, in the pages of a pool where there is one."""
-    return lm.cache(speech, capacity) if pool is None else lm.cache(speech, capacity, pool)
-
-
-def release(cache: DecoderCache) -> None:
-    """Give a cache's pages back where it has any."""
-    if hasattr(cache, "release"):
-        cache.release()
+        self._cache.release()

@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 from mmrag.config import RetrievedAttention
 from mmrag.model.cross_attention import Adapter, Memory
 from mmrag.model.lm import LM, LMOutput
+from mmrag.model.pages import PagePool
 from mmrag.records import NO_ENTRY, Retriever
 from mmrag.retrieval.knn import gate
 
@@ -178,7 +179,9 @@ class RetrievedMemory:
     A step in which no row's windows change neither lays anything out nor waits for the device.
     """
 
-    def __init__(self, lm: LM, attention_sources: Sequence[AttentionSource], capacity: int) -> None:
+    def __init__(
+        self, lm: LM, attention_sources: Sequence[AttentionSource], capacity: int, pool: PagePool
+    ) -> None:
         """One reading a row; `capacity` is the longest that a row may get, in tokens."""
         self._lm = lm
         self._readings = list(attention_sources)
@@ -202,7 +205,7 @@ class RetrievedMemory:
         # Blocks after the last layer alone change nothing below them: one pass serves both.
         self._cache = None
         if self._adapter.layers != [lm.config.layers - 1]:
-            self._cache = lm.cache([None] * len(attention_sources), capacity)
+            self._cache = lm.cache([None] * len(attention_sources), capacity, pool)
 
     def read(
         self,
@@ -270,6 +273,11 @@ class RetrievedMemory:
             self._laid = self._laid.join(other._laid)
         if self._cache is not None:
             self._cache = self._cache.join(other._cache)
+
+    def release(self) -> None:
+        """All rows end: what they took is free."""
+        if self._cache is not None:
+            self._cache.release()
 
     def _rules(self) -> None:
         """What the rows' settings ask, as arrays."""
