@@ -7,6 +7,7 @@ searches the index shards itself, so that no token pays for a hop through Serve.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
@@ -22,6 +23,8 @@ from mmrag.decoding.align import align
 from mmrag.decoding.decode import Clip, Hypothesis
 from mmrag.decoding.engine import Decoded, Engine, Statistics
 from mmrag.decoding.tune import Tuned
+from mmrag.model.lm import LM
+from mmrag.model.prepared import prepare
 from mmrag.recogniser import load_decoder, load_encoder
 from mmrag.records import Retriever, Transcript, Word
 from mmrag.retrieval.datastore import Datastore
@@ -44,6 +47,8 @@ from serve.messages import (
 )
 from serve.model import device, language, locate, retrieval_defaults, tuned_below
 from serve.settings import RetrievalDefaults, Settings
+
+log = logging.getLogger("ray.serve")
 
 KEPT = 32
 """Datastores and lists whose encoded windows a replica keeps."""
@@ -78,11 +83,16 @@ class Decoder:
         self._models = load_decoder(*loaded, adapted=True)
         self._tuned = tuned_below(settings)
         self._probe = load_encoder(*loaded).encode([torch.from_numpy(probe.wave())])[0]
+        chosen = settings.decoder
+        if isinstance(self._models.lm, LM):
+            made = prepare(self._models.lm, chosen.compute, chosen.rows, chosen.compiled)
+            log.info("the language model computes in %s", made)
         self._engine = Engine(
             self._models.lm,
             self._models.vocabulary,
-            settings.decoder.rows,
-            settings.decoder.threads,
+            chosen.rows,
+            chosen.threads,
+            chosen.cache_tokens,
         )
         self._sources: OrderedDict[tuple[str, str], RetrievalSources] = OrderedDict()
         self._window_caches: OrderedDict[str, WindowCache] = OrderedDict()

@@ -23,6 +23,7 @@ from pydantic import (
 from yaml import YAMLError
 
 from mmrag.config import KNN, SLUG, ConfigError, Decode, RetrievedAttention, Section, explain
+from mmrag.model.prepared import Compute
 
 CONFIG = Path(__file__).parent / "config.yaml"
 KEYS = "MMRAG_API_KEYS"
@@ -75,6 +76,15 @@ class Decoding(Replicas):
 
     rows: PositiveInt
     """Hypotheses extended in one step; further requests of the replica wait."""
+    cache_tokens: PositiveInt | None = None
+    """Tokens of prompts and transcripts that are kept at once, all rows together; a request waits
+    until there is room for it. None for as many as the rows take."""
+    compute: Compute = "auto"
+    """What our own language model's weights are multiplied in: float32, bfloat16, or int8, which is
+    near to them; auto measures which of the exact ones is quicker. A Whisper stays as it is."""
+    compiled: bool | None = False
+    """Whether its steps are compiled, which takes a minute when a replica starts and needs a C++
+    compiler; None measures whether they are the quicker."""
 
 
 class Pool(Section):

@@ -7,6 +7,7 @@ import time
 import torch
 
 from mmrag.model.lm import LM
+from mmrag.model.prepared import PackedLinear
 
 PASSES = 5
 
@@ -28,4 +29,5 @@ def read_bandwidth(size: int) -> float:
 def weight_bytes(lm: LM) -> int:
     """Of the weights that a step reads: all, but for an embedding that is no output projection."""
     passed = lm.embedding.weight if lm.head is not None else None
-    return sum(p.numel() * p.element_size() for p in lm.parameters() if p is not passed)
+    packed = sum(one.weight_bytes for one in lm.modules() if isinstance(one, PackedLinear))
+    return packed + sum(p.nbytes for p in lm.parameters() if p is not passed)

@@ -7,6 +7,7 @@ same number of tokens. Ways that are compared take turns; a ratio is of what was
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from jobs.benchmark import scaling
+from jobs.benchmark import scaling, spared
 from jobs.benchmark.bandwidth import read_bandwidth, weight_bytes
 from jobs.benchmark.grids import Grid, power
 from jobs.benchmark.machine import threads
@@ -32,7 +33,6 @@ from jobs.benchmark.workload import (
     Ids,
     Request,
     answered,
-    computes_in,
     language_model,
     requests,
     stepped,
@@ -41,9 +41,11 @@ from mmrag.config import LanguageModel
 from mmrag.decoding.boost import Boost
 from mmrag.decoding.engine import Engine
 from mmrag.model.lm import LM, parameter_count
+from mmrag.model.prepared import prepare
 
 SEED = 1
-OURS, GENERATE, CONTINUOUS = "engine", "generate", "continuous batching"
+OURS, EXACT, GENERATE = "engine, int8", "engine", "generate"
+CONTINUOUS = "continuous batching"
 SWEPT = 32
 """Requests that batch sizes are tried on, or as many as the batch has."""
 BEAMS, ROWS = 4, 16
@@ -65,7 +67,7 @@ TARGETS = {
     "decode.cross_attention_overhead": at_most("time reading a list of 100, over none", 1.2),
     "decode.cross_attention_overhead_datastore": at_most("the same, a datastore of 75,000", 1.3),
 }
-OTHERS: tuple[Callable[[Path, bool, Progress], dict[str, Any]], ...] = ()
+OTHERS: tuple[Callable[[Path, bool, Progress], dict[str, Any]], ...] = (spared.overheads,)
 """Measurements of other modules, of fields of TARGETS: called with a directory, whether to be quick
 and what to tell."""
 
@@ -165,16 +167,24 @@ QUICK = Sizes(
 class Decoding:
     """The measurements, in order, of one model."""
 
-    def __init__(
-        self, directory: Path, sizes: Sizes, tell: Progress, chosen: Callable[[LM], str]
-    ) -> None:
-        """`chosen` says how a model computes on this machine."""
-        self.sizes, self.tell, self._chosen = sizes, tell, chosen
+    def __init__(self, directory: Path, sizes: Sizes, tell: Progress) -> None:
+        self.sizes, self.tell = sizes, tell
         self._directory = directory
         torch.set_num_threads(threads())
         self.lm = language_model(sizes.lm, sizes.vocabulary, torch.bfloat16, SEED)
         self.dtype = self.lm.embedding.weight.dtype
         self.peer = TransformersPeer(directory / "peer", self.lm, self.dtype)
+        self.exact = copy.deepcopy(self.lm)
+        rows = max(sizes.rows)
+        tell(
+            "weights as this machine multiplies them quickest, steps compiled where that is quicker"
+        )
+        self.computes = {
+            EXACT: str(prepare(self.exact, "auto", rows)),
+            OURS: str(prepare(self.lm, "int8", rows)),
+        }
+        for way, how in self.computes.items():
+            tell(f"  {way}: {how}")
         self.asked = requests(sizes.requests, sizes.prompts, sizes.outputs, sizes.vocabulary, SEED)
         self.alone = sizes.alone or max(self.asked, key=lambda one: one.tokens)
 
@@ -185,7 +195,7 @@ class Decoding:
             "parameters": parameter_count(self.sizes.lm, self.sizes.vocabulary),
             "requests": len(self.asked),
             "tokens": _tokens(self.asked),
-            "computes": self._chosen(self.lm),
+            "computes": self.computes,
             "quick": self.sizes.quick,
             "reasons": {},
         }
@@ -205,6 +215,7 @@ class Decoding:
     def throughput(self) -> dict[str, Any]:
         """Many requests at once, beside transformers."""
         swept = [self._swept(OURS, rows, self._engine_once) for rows in self.sizes.rows]
+        swept += [self._swept(EXACT, rows, self._exact_once) for rows in self.sizes.rows]
         for batch in self.sizes.batches:
             swept.append(self._swept(GENERATE, batch, self._generate_once))
         reasons = {}
@@ -225,6 +236,7 @@ class Decoding:
             "swept": swept,
             "throughput": {way: {**speeds[way], "at_a_time": sizes[way]} for way in speeds},
             "decode.vs_generate": ratio(seconds[GENERATE], seconds[OURS]),
+            "exact_vs_generate": ratio(seconds[GENERATE], seconds[EXACT]),
             "float32": self._float32(sizes),
             "reasons": reasons,
         }
@@ -236,8 +248,10 @@ class Decoding:
         """Seconds for all requests of each way, with so many at a time."""
         with ExitStack() as stack:
             engine = stack.enter_context(closing(self._engine(sizes[OURS])))
+            exact = stack.enter_context(closing(self._engine(sizes[EXACT], self.exact)))
             ways: dict[str, Callable[[], object]] = {
                 OURS: lambda: answered(engine, self.asked),
+                EXACT: lambda: answered(exact, self.asked),
                 GENERATE: lambda: self.peer.generate(self.asked, sizes[GENERATE]),
             }
             if CONTINUOUS in sizes:
@@ -257,8 +271,11 @@ class Decoding:
     def _generate_once(self, asked: Sequence[Request], batch: int) -> float:
         return _seconds(lambda: self.peer.generate(asked, batch))
 
-    def _engine_once(self, asked: Sequence[Request], rows: int) -> float:
-        with closing(self._engine(rows)) as engine:
+    def _exact_once(self, asked: Sequence[Request], rows: int) -> float:
+        return self._engine_once(asked, rows, self.exact)
+
+    def _engine_once(self, asked: Sequence[Request], rows: int, lm: LM | None = None) -> float:
+        with closing(self._engine(rows, lm)) as engine:
             answered(engine, asked[:rows])  # the first is slow
             return _seconds(lambda: answered(engine, asked))
 
@@ -268,23 +285,22 @@ class Decoding:
 
     def _float32(self, sizes: Mapping[str, int]) -> dict[str, Any]:
         """The same in float32, on a part of the requests; and the share of equal tokens."""
-        lm = self.lm
-        if self.dtype != torch.float32:
-            lm = language_model(self.sizes.lm, self.sizes.vocabulary, torch.float32, SEED)
+        lm = language_model(self.sizes.lm, self.sizes.vocabulary, torch.float32, SEED)
         peer = TransformersPeer(self._directory / "float32", lm, torch.float32)
+        computes = prepare(lm, "float32", sizes[EXACT], self._compiles())
         asked = self.asked[:ROWS]
-        with closing(Engine(lm, Ids(lm.vocabulary), sizes[OURS], threads())) as engine:
+        with closing(self._engine(sizes[EXACT], lm)) as engine:
             few = self.asked[: self.sizes.alike]
             ours, theirs = answered(engine, few), peer.generate(few, len(few))
             ways = {
-                OURS: lambda: answered(engine, asked),
+                EXACT: lambda: answered(engine, asked),
                 GENERATE: lambda: peer.generate(asked, sizes[GENERATE]),
             }
             seconds = interleaved(ways, 1, self.tell)
         return {
             "tokens_per_second": {way: _tokens(asked) / each[0] for way, each in seconds.items()},
-            "vs_generate": ratio(seconds[GENERATE], seconds[OURS]),
-            "computes": self._chosen(lm),
+            "vs_generate": ratio(seconds[GENERATE], seconds[EXACT]),
+            "computes": str(computes),
             "compared": _tokens(few),
             "alike": sum(
                 one == other
@@ -295,9 +311,10 @@ class Decoding:
 
     def single(self) -> dict[str, Any]:
         """A lone request, beside transformers."""
-        with closing(self._engine(1)) as engine:
+        with closing(self._engine(1)) as engine, closing(self._engine(1, self.exact)) as exact:
             ways = {
                 OURS: lambda: answered(engine, [self.alone]),
+                EXACT: lambda: answered(exact, [self.alone]),
                 GENERATE: lambda: self.peer.generate([self.alone], 1),
             }
             interleaved(ways, 1, lambda _: None)  # the first is slow
@@ -355,8 +372,12 @@ class Decoding:
         found = {name: ratio(seconds[name], seconds["none"]) for name in made}
         return {"decode.phrase_overhead": worst(found), "phrases_made_seconds": made}
 
-    def _engine(self, rows: int) -> Engine:
-        return Engine(self.lm, Ids(self.lm.vocabulary), rows, threads())
+    def _engine(self, rows: int, lm: LM | None = None) -> Engine:
+        lm = lm or self.lm
+        return Engine(lm, Ids(lm.vocabulary), rows, threads())
+
+    def _compiles(self) -> bool:
+        return self.exact.block_step is not None
 
 
 def phrases(count: int, vocabulary: int) -> Boost:
@@ -369,11 +390,9 @@ def phrases(count: int, vocabulary: int) -> Boost:
     return Boost(listed, BOOST_WEIGHT, starts)
 
 
-def measure(
-    directory: Path, sizes: Sizes, chosen: Callable[[LM], str] = computes_in
-) -> dict[str, Any]:
+def measure(directory: Path, sizes: Sizes) -> dict[str, Any]:
     """Everything, below `directory`."""
-    return Decoding(directory, sizes, Progress(), chosen).measure()
+    return Decoding(directory, sizes, Progress()).measure()
 
 
 def grids(results: Mapping[str, Any]) -> list[Grid]:
@@ -393,7 +412,7 @@ def grids(results: Mapping[str, Any]) -> list[Grid]:
     ]
     columns = ("", "at a time", "tokens a second")
     lone = results["alone_ms"]
-    single = [(way, told(lone[way], "{:.0f}")) for way in (OURS, GENERATE)]
+    single = [(way, told(lone[way], "{:.0f}")) for way in (OURS, EXACT, GENERATE)]
     about = f"A lone request, {lone['prompt']} ids in, {lone['tokens']} out"
     listed = results["decode.phrase_overhead"]["each"]
     boosted = [
@@ -423,12 +442,14 @@ def grids(results: Mapping[str, Any]) -> list[Grid]:
 def remarks(results: Mapping[str, Any]) -> list[str]:
     """Sentences about the model and the machine, as measured."""
     wide, roof = results["float32"], results["roofline"]
-    computes = f"computes in {results['computes']}; in float32: {wide['computes']}"
+    computes = [f"{way}: {how}." for way, how in results["computes"].items()]
     small = ["Quick: a tiny model, for which the targets are not meant."] * results["quick"]
     return [
         *small,
-        f"A model of {results['parameters'] / 1e6:.1f} M parameters with random weights "
-        f"{computes}.",
+        f"A model of {results['parameters'] / 1e6:.1f} M parameters with random weights.",
+        *computes,
+        "Where the weights are exact, the engine has "
+        f"{told(results['exact_vs_generate'])} times the tokens a second of generate.",
         "Of transformers, generate has the requests sorted by length, and continuous batching "
         "the attention of torch; both have the batch size that they are fastest with here.",
         f"{wide['alike']} of {wide['compared']} greedy tokens in float32 are those of generate.",

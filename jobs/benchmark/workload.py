@@ -80,11 +80,6 @@ def language_model(config: LanguageModel, vocabulary: int, dtype: torch.dtype, s
     return lm.to(computed_in(dtype, "cpu"))
 
 
-def computes_in(lm: LM) -> str:
-    """How the model computes here: the format of its weights, and whether it is compiled."""
-    return f"{str(lm.embedding.weight.dtype).removeprefix('torch.')}, eager"
-
-
 def answered(engine: Engine, asked: Sequence[Request], **how: object) -> list[list[int]]:
     """Every request's tokens, all handed in at once; `how` is as in `Clip`."""
     jobs = [engine.submit(Clip(list(one.prompt), one.tokens, **how)) for one in asked]

@@ -61,6 +61,8 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.outputs = len(weight)
         self.int8 = int8
+        self.weight_bytes = weight.numel() * (1 if int8 else weight.element_size())
+        """What a product has to read."""
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         number = max(_PACKED, default=0) + 1
         _PACKED[number] = _quantized(weight) if int8 else _reordered(weight)

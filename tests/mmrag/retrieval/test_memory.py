@@ -613,7 +613,7 @@ def test_only_rows_that_changed_are_laid_out_again():
         output = lm(ids)
         return rows.read(ids, torch.ones(len(ids), dtype=torch.long), None, output, None, None)
 
-    rows = Laying(lm, listed, 9)
+    rows = Laying(lm, listed, 9, lm.pool(0, growing=True))
     for _ in range(3):
         step(rows)
     assert rows.laid_out == [[0, 1, 2]]
