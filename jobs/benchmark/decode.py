@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from jobs.benchmark import scaling, spared
+from jobs.benchmark import read, scaling, spared
 from jobs.benchmark.bandwidth import read_bandwidth, weight_bytes
 from jobs.benchmark.grids import Grid, power
 from jobs.benchmark.machine import threads
@@ -67,7 +67,10 @@ TARGETS = {
     "decode.cross_attention_overhead": at_most("time reading a list of 100, over none", 1.2),
     "decode.cross_attention_overhead_datastore": at_most("the same, a datastore of 75,000", 1.3),
 }
-OTHERS: tuple[Callable[[Path, bool, Progress], dict[str, Any]], ...] = (spared.overheads,)
+OTHERS: tuple[Callable[[Path, bool, Progress], dict[str, Any]], ...] = (
+    spared.overheads,
+    read.overheads,
+)
 """Measurements of other modules, of fields of TARGETS: called with a directory, whether to be quick
 and what to tell."""
 
@@ -208,8 +211,12 @@ class Decoding:
         results["growth"] = scaling.measure(
             self._directory / "growing", self.lm, self.sizes.axes, self.tell
         )
+        self.tell("searches that are spared")
+        results["searches"] = spared.searches(
+            self._directory / "searches", self.sizes.quick, self.tell
+        )
         for other in OTHERS:
-            results |= other(self._directory, self.sizes.quick, self.tell)
+            results |= other(self._directory / other.__module__, self.sizes.quick, self.tell)
         return results
 
     def throughput(self) -> dict[str, Any]:
@@ -429,12 +436,25 @@ def grids(results: Mapping[str, Any]) -> list[Grid]:
         )
         for one in results["growth"].values()
     ]
+    searched = [
+        (
+            one["rule"],
+            f"{one['searches_per_token']:.2f}",
+            "{:.1%} ({:.1%} to {:.1%})".format(*one["wer"]),
+            f"{one['changed']} of {one['clips']}",
+        )
+        for one in results["searches"]
+    ]
+    spares = ("rule", "searches a token", "word error rate", "transcripts changed")
+    unspared = [(where, told(one)) for where, one in results["knn_unspared"].items()]
     grown = ("with", "a step as", "ms", "reading the prompts as", "ms")
     return [
         Grid(f"Batch sizes, {SWEPT} requests or a batch", columns, swept),
         Grid(f"{results['requests']} requests waiting at the start", columns, best),
         Grid(about, ("", "ms"), single),
         Grid("Boosted phrases", ("", "time over none", "made in"), boosted),
+        Grid("Searches that are spared, mmrag:tiny on its own sentences", spares, searched),
+        Grid("A search for every token, mmrag:tiny", ("", "time over none"), unspared),
         Grid("How time grows", grown, growth),
     ]
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmark import decode, growth, train
+from jobs.benchmark import decode, growth, tokenize, train
 from jobs.benchmark.grids import Grid
 from jobs.benchmark.machine import described, told
 from jobs.benchmark.targets import rounded, verdict
@@ -21,7 +21,7 @@ from mmrag import terminal
 from mmrag.artifact import write_json
 
 FIGURES, PAGE, PLOT = "performance.json", "performance.md", "performance.png"
-SUBJECTS = {"decode": decode, "train": train}
+SUBJECTS = {"decode": decode, "tokenize": tokenize, "train": train}
 """Subject -> the module that measures it, with TARGETS, `grids` and `remarks`."""
 TITLES = {"decode": "Decoding", "tokenize": "Tokenizing", "train": "Training"}
 HEAD = """# Performance

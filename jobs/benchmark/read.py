@@ -5,21 +5,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from jobs.benchmark.built import AUTO
 from jobs.benchmark.decoded import spoken_clips
 from jobs.benchmark.keys import SyntheticKeys
+from jobs.benchmark.machine import threads
 from jobs.benchmark.progress import Progress
+from jobs.benchmark.repeats import ratio
 from mmrag import shipped
 from mmrag.decoding.decode import Clip
 from mmrag.decoding.engine import Engine
 from mmrag.decoding.tune import DEFAULTS, chosen_attention
+from mmrag.model.prepared import prepare
 from mmrag.recogniser import Recogniser
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.index import IndexShard
@@ -49,44 +52,32 @@ FULL = Sizes(clips=64, rows=16, entries=75_000, listed=100, repeats=5)
 QUICK = Sizes(clips=24, rows=8, entries=75_000, listed=100, repeats=3)
 
 
-@dataclass
-class _Timed:
-    """A way's tokens a second, repeat by repeat, and the share of its tokens that read."""
-
-    speeds: list[float] = field(default_factory=list)
-    reading: float = 0.0
-
-
-def measure(directory: Path, sizes: Sizes, tell: Progress) -> dict[str, Any]:
-    """Tokens a second of each way, medians; how many times as long a token takes with either
-    (`overhead`), the median over repeats in which the ways take turns; and the share of tokens
-    that had windows to read.
+def overheads(directory: Path, quick: bool, tell: Progress) -> dict[str, Any]:
+    """`decode.cross_attention_overhead`, and the same with a datastore: tokens a second without,
+    over those with what is read, measured in turn; and the share of tokens that read something.
 
     Every token reads: no gate is shut, however certain the model is.
     """
-    torch.set_num_threads(1)
+    sizes = QUICK if quick else FULL
     recogniser = Recogniser.load(shipped.find(shipped.TINY))
+    prepare(recogniser.lm, rows=sizes.rows, compiled=False)
     tell(f"a datastore of {sizes.entries:,} entries to read from")
     sources = _sources(recogniser, directory, sizes)
     clips = spoken_clips(recogniser, sizes.clips)
-    timed = {way: _Timed() for way in sources}
-    engine = Engine(recogniser.lm, recogniser.vocabulary, sizes.rows)
-    try:
+    speeds: dict[str, list[float]] = {way: [] for way in sources}
+    reading = {}
+    with closing(Engine(recogniser.lm, recogniser.vocabulary, sizes.rows, threads())) as engine:
         for source in sources.values():
             _decoded(engine, clips[: sizes.rows], source)  # the first is slow
         for repeat in range(sizes.repeats):
             tell(f"decoding with and without reading, {repeat + 1} of {sizes.repeats}")
             for way, source in sources.items():
-                speed, timed[way].reading = _decoded(engine, clips, source)
-                timed[way].speeds.append(speed)
-    finally:
-        engine.close()
-    alone = np.array(timed[ALONE].speeds)
-    reading = {way: one for way, one in timed.items() if way != ALONE}
+                speed, reading[way] = _decoded(engine, clips, source)
+                speeds[way].append(speed)
     return {
-        "tokens_per_second": {way: float(np.median(one.speeds)) for way, one in timed.items()},
-        "overhead": {way: float(np.median(alone / one.speeds)) for way, one in reading.items()},
-        "reading": {way: one.reading for way, one in reading.items()},
+        "decode.cross_attention_overhead": ratio(speeds[ALONE], speeds[LIST]),
+        "decode.cross_attention_overhead_datastore": ratio(speeds[ALONE], speeds[SEARCHED]),
+        "reading": {way: reading[way] for way in (LIST, SEARCHED)},
     }
 
 

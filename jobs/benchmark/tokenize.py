@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -24,8 +25,9 @@ from cluster.parts import Part, parts, work_off
 from cluster.recording import write_flac
 from cluster.tokenizing import EncodeUnits
 from jobs.benchmark.encoded import Encoding, alike_in_bf16, bare, one_by_one, speed
+from jobs.benchmark.grids import Grid
 from jobs.benchmark.progress import Progress
-from jobs.benchmark.targets import Target, compared, table
+from jobs.benchmark.targets import Target, compared
 from mmrag import shipped
 from mmrag.config import Synthesize, Tokenize, Workers
 from mmrag.corpora import synthetic
@@ -120,17 +122,30 @@ def measure(directory: Path, sizes: Sizes) -> dict[str, Any]:
     return results
 
 
-def show(results: dict[str, Any]) -> None:
+def grids(results: Mapping[str, Any]) -> list[Grid]:
+    """What was measured beside the targets."""
+    speeds = [(name, f"{value:,.1f}") for name, value in results["real_time_factors"].items()]
+    return [Grid("Speech to units", ("", "times real time"), speeds)]
+
+
+def remarks(results: Mapping[str, Any]) -> list[str]:
+    """Sentences about what was measured."""
+    return [
+        f"{results['audio_seconds']:,.0f} s of audio on {results['cores']} cores; HuBERT base's "
+        "weights are random.",
+        f"With the start of Ray and its workers the pipeline has "
+        f"{results['tokenize.vs_forward_started']:.2f} of the encoder's speed.",
+        f"{results['bf16_units_alike']:.2%} of the frames keep their unit in bf16.",
+    ]
+
+
+def show(results: Mapping[str, Any]) -> None:
     """Tables for people."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    speeds = table("Speech to units", "", "× real time")
-    for name, value in results["real_time_factors"].items():
-        speeds.add_row(name, f"{value:,.1f}")
-    console.print(speeds)
-    started = results["tokenize.vs_forward_started"]
-    about = f"{results['audio_seconds']:,.0f} s of audio on {results['cores']} cores"
-    console.print(f"with the start of Ray and its workers: {started:.2f} of the encoder, {about}")
-    console.print(f"{results['bf16_units_alike']:.2%} of the frames keep their unit in bf16\n")
+    for grid in grids(results):
+        console.print(grid.table())
+    for sentence in remarks(results):
+        console.print(sentence)
     console.print(compared(TARGETS, results))
 
 

@@ -93,6 +93,8 @@ class LM(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head: nn.Module | None = None if config.tied else Linear(config.width, vocabulary)
+        self.kept_in: torch.dtype | None = None
+        """What keys and values are kept in where that is not the weights' format."""
         self.block_step: Callable[..., tuple[Tensor, Tensor]] | None = None
         """`Block.step`, compiled, where this model was prepared for decoding."""
 
@@ -110,7 +112,7 @@ class LM(nn.Module):
         """Pages for `tokens` of this model, all rows together."""
         config = self.config
         width = config.head_width or config.width // config.heads
-        like = self.embedding.weight
+        like = self.embedding.weight[:0].to(self.kept_in)
         return PagePool(config.layers, config.kv_heads, width, tokens, like, growing)
 
     def cache(
@@ -139,7 +141,8 @@ class LM(nn.Module):
         `lengths` (T by default). `at` (B, T) bool chooses the positions whose logits are
         computed; None for all. `memory` is read after the layers that its blocks follow.
         """
-        if cache is not None and ids.shape[1] == 1 and memory is None and self.block_step:
+        one = cache is not None and ids.shape[1] == 1 and lengths is None and memory is None
+        if one and self.block_step is not None:
             return self._step(ids, cache)
         rows, time = ids.shape
         plan = None if cache is None else cache.plan(time, lengths)

@@ -220,10 +220,12 @@ class PagedCache:
         self.read = positions + 1
         return StepPlan(*moved[:4], moved[4].bool())
 
-    def plan(self, time: int, lengths: Sequence[int] | None = None) -> ReadPlan:
+    def plan(self, time: int, lengths: Tensor | Sequence[int] | None = None) -> ReadPlan:
         """Make room for `time` tokens a row, the last of them padding where `lengths` (B,) says so,
         and move on."""
         start = self.read
+        if isinstance(lengths, Tensor):
+            lengths = lengths.tolist()
         new = np.full(len(start), time) if lengths is None else np.asarray(lengths, np.int64)
         self._reserve(start + new)
         at = np.arange(time)

@@ -2,10 +2,10 @@
 
 Prepared once, when a model is loaded to decode with: maps that read the same input become one, and
 oneDNN or FBGEMM keep their matrices in the order of their own kernels. What is exact stays so;
-int8 weights (a scale for each output, activations scaled as they come) are taken where they are
-asked for by name. A prepared model decodes and reads; it is neither trained nor saved. Which of
-float32 and bfloat16 is the quicker, and whether compiling helps, is measured on the model's own
-shape.
+int8 weights (a scale for each output, activations scaled as they come, keys and values kept in
+bfloat16) are taken where they are asked for by name. A prepared model decodes and reads; it is
+neither trained nor saved. Which of float32 and bfloat16 is the quicker, and whether compiling
+helps, is measured on the model's own shape.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def prepare(
     if compute != "int8":
         lm.to(getattr(torch, compute))
     elif lm.device.type == "cpu":
-        lm.float()
+        lm.float().kept_in = torch.bfloat16
     if lm.device.type == "cpu":
         _pack(lm, int8=compute == "int8")
     elif compute == "int8":

@@ -44,4 +44,4 @@ def test_what_was_measured_is_shown_beside_its_targets(capsys):
     tokenize.show(RESULTS)
     shown = capsys.readouterr().out
     assert shown.count("met") == 2 and shown.count("missed") == 1
-    assert "0.50 of the encoder" in shown and "99.70%" in shown
+    assert "0.50 of the encoder's speed" in shown and "99.70%" in shown

@@ -666,34 +666,14 @@ def test_the_first_prompt_gets_half_a_step_and_shorter_ones_the_rest(left, budge
         assert part + padded == budget, "nothing is left over"
 
 
-class Pool:
-    """Pages of four tokens."""
-
-    def __init__(self, tokens):
-        self.free = self.pages_for(tokens)
-
-    @staticmethod
-    def pages_for(tokens):
-        return -(-tokens // 4)
-
-
 class Paged(Watched):
-    """Remembers the caches that took pages of a pool, and how many of them were given back."""
-
-    def __init__(self):
-        super().__init__()
-        self.given_back = 0
+    """Remembers the pool that its rows' pages are of."""
 
     def pool(self, tokens, growing=False):
-        return Pool(tokens)
-
-    def cache(self, speech, capacity, pool=None):
-        cache = super().cache(speech, capacity)
-        cache.release = self._release
-        return cache
-
-    def _release(self):
-        self.given_back += 1
+        made = super().pool(tokens, growing)
+        if not growing:
+            self.pages = made
+        return made
 
 
 def paged_lm():
@@ -703,37 +683,37 @@ def paged_lm():
 
 def test_clips_are_let_in_as_memory_allows_and_in_their_order():
     lm, done, most = paged_lm(), [], []
-    with running(lm, rows=50, cache_tokens=64) as engine:  # 16 pages
+    with running(lm, rows=50, cache_tokens=256) as engine:  # 16 pages
         lm.seen = lambda rows: most.append(engine.statistics.decoding)
         with held(engine):
             jobs = [
                 engine.submit(lasting(limit))
-                for limit in (9, 9, 50, 2, 3)  # 4, 4, 14, 2, 2 pages
+                for limit in (54, 54, 210, 20, 24)  # 4, 4, 14, 2, 2 pages
             ]
             for number, job in enumerate(jobs):
                 job.future.add_done_callback(lambda _, number=number: done.append(number))
         for job in jobs:
             result(job)
-    assert done == [0, 1, 3, 2, 4], "the large one is not overtaken before it is let in"
+    assert done == [0, 1, 3, 4, 2], "the large one is not overtaken before it is let in"
     assert max(most) == 2
 
 
 def test_a_clip_that_never_fits_is_refused_and_one_that_just_fits_is_not():
-    with running(paged_lm(), cache_tokens=64) as engine:
-        refused = engine.submit(lasting(100))
+    with running(paged_lm(), cache_tokens=256) as engine:
+        refused = engine.submit(lasting(400))
         wide = engine.submit(replace(lasting(20), beams=9))
-        fits = engine.submit(lasting(58))
+        fits = engine.submit(lasting(240))
         for job in (refused, wide):
             with pytest.raises(ClipTooLong, match="16 that there are"):
                 result(job)
-        assert len(result(fits).hypothesis.tokens) == 58
+        assert len(result(fits).hypothesis.tokens) == 240
 
 
 @pytest.mark.parametrize("when", ["decoding", "its prompt is read"])
 def test_a_clip_that_is_cancelled_gives_its_memory_back_at_once(when):
     lm, ear = paged_lm(), Ear(until=2)
     clip = lasting(FOREVER) if when == "decoding" else long_clip(5000)
-    with running(lm, prefill_tokens=1) as engine:
+    with running(lm, prefill_tokens=1, cache_tokens=2 * FOREVER) as engine:
         job = engine.submit(clip, hear=ear)
         if when == "decoding":
             assert ear.reached.wait(PATIENCE)
@@ -743,7 +723,7 @@ def test_a_clip_that_is_cancelled_gives_its_memory_back_at_once(when):
         job.cancel()
         engine.call(lambda: None).result(PATIENCE)
         engine.call(lambda: None).result(PATIENCE)
-        assert lm.given_back == 1
+        assert lm.pages.free == lm.pages.pages
 
 
 def test_an_incredible_transcript_is_made_again_at_higher_temperatures():
