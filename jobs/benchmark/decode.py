@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from jobs.benchmark.grids import Grid, power
 from jobs.benchmark.machine import threads
 from jobs.benchmark.progress import Progress
 from jobs.benchmark.repeats import at_least, at_most, interleaved, ratio, spread, told, worst
-from jobs.benchmark.scaling import Axes
+from jobs.benchmark.sizes import FULL, QUICK, Sizes
 from jobs.benchmark.targets import compared
 from jobs.benchmark.transformers_peer import TransformersPeer
 from jobs.benchmark.workload import (
@@ -37,7 +36,6 @@ from jobs.benchmark.workload import (
     requests,
     stepped,
 )
-from mmrag.config import LanguageModel
 from mmrag.decoding.boost import Boost
 from mmrag.decoding.engine import Engine
 from mmrag.model.lm import LM, parameter_count
@@ -67,104 +65,14 @@ TARGETS = {
     "decode.cross_attention_overhead": at_most("time reading a list of 100, over none", 1.2),
     "decode.cross_attention_overhead_datastore": at_most("the same, a datastore of 75,000", 1.3),
 }
+__all__ = ["FULL", "QUICK", "Sizes", "grids", "measure", "remarks", "show"]
 OTHERS: tuple[Callable[[Path, bool, Progress], dict[str, Any]], ...] = (
+    spared.searched,
     spared.overheads,
     read.overheads,
 )
 """Measurements of other modules, of fields of TARGETS: called with a directory, whether to be quick
 and what to tell."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What is decoded, by what, and how often."""
-
-    lm: LanguageModel
-    vocabulary: int
-    requests: int
-    prompts: tuple[int, int]
-    """Ids of the shortest and of the longest prompt."""
-    outputs: tuple[int, int]
-    batches: tuple[int, ...]
-    """Batch sizes of `generate` that are tried."""
-    continuous: tuple[int, ...]
-    """Requests at a time that are tried with continuous batching."""
-    rows: tuple[int, ...]
-    """Rows of the engine that are tried."""
-    repeats: int
-    alike: int
-    """Requests whose tokens are compared in float32."""
-    alone: Request | None
-    """The lone request; None for the longest."""
-    phrases: tuple[int, ...]
-    axes: Axes
-    bandwidth_bytes: int
-    quick: bool
-
-
-def _shape(width: int, layers: int, heads: int, feed_forward: int) -> LanguageModel:
-    return LanguageModel(
-        width=width,
-        layers=layers,
-        heads=heads,
-        kv_heads=heads,
-        feed_forward=feed_forward,
-        tied=False,
-    )
-
-
-FULL = Sizes(
-    lm=_shape(768, 12, 12, 2048),
-    vocabulary=10_005,
-    requests=64,
-    prompts=(50, 400),
-    outputs=(10, 100),
-    batches=(4, 8, 16, 32, 64),
-    continuous=(8, 32),
-    rows=(16, 32, 64),
-    repeats=3,
-    alike=4,
-    alone=None,
-    phrases=(100, 2_000, 20_000),
-    axes=Axes(
-        batch=(1, 2, 4, 8, 16, 32, 64),
-        length=(64, 128, 256, 512, 1024),
-        layers=(2, 6, 12, 24),
-        datastore=(5_000, 20_000, 80_000),
-        rows=16,
-        prompt=200,
-        steps=10,
-        layers_width=192,
-    ),
-    bandwidth_bytes=1 << 30,
-    quick=False,
-)
-QUICK = Sizes(
-    lm=_shape(128, 2, 2, 256),
-    vocabulary=1_005,
-    requests=16,
-    prompts=(20, 60),
-    outputs=(4, 12),
-    batches=(4, 16),
-    continuous=(8,),
-    rows=(16,),
-    repeats=2,
-    alike=2,
-    alone=None,
-    phrases=(100, 2_000),
-    axes=Axes(
-        batch=(1, 4, 16),
-        length=(32, 64, 128),
-        layers=(2, 4, 8),
-        datastore=(1_000, 4_000),
-        rows=4,
-        prompt=32,
-        steps=5,
-        layers_width=64,
-    ),
-    bandwidth_bytes=1 << 27,
-    quick=True,
-)
 
 
 class Decoding:
@@ -183,8 +91,8 @@ class Decoding:
             "weights as this machine multiplies them quickest, steps compiled where that is quicker"
         )
         self.computes = {
-            EXACT: str(prepare(self.exact, "auto", rows)),
-            OURS: str(prepare(self.lm, "int8", rows)),
+            EXACT: str(prepare(self.exact, "auto", rows, sizes.compiled)),
+            OURS: str(prepare(self.lm, "int8", rows, sizes.compiled)),
         }
         for way, how in self.computes.items():
             tell(f"  {way}: {how}")
@@ -210,10 +118,6 @@ class Decoding:
         self.tell("how time grows")
         results["growth"] = scaling.measure(
             self._directory / "growing", self.lm, self.sizes.axes, self.tell
-        )
-        self.tell("searches that are spared")
-        results["searches"] = spared.searches(
-            self._directory / "searches", self.sizes.quick, self.tell
         )
         for other in OTHERS:
             results |= other(self._directory / other.__module__, self.sizes.quick, self.tell)

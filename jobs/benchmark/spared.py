@@ -75,9 +75,9 @@ class _Counting:
         return self.inner.search(queries, k, exclude_documents)
 
 
-def searches(directory: Path, quick: bool, tell: Progress) -> list[dict[str, Any]]:
-    """A row a rule: `searches_per_token`, the `wer` with its interval, and how many transcripts are
-    `changed` of how many `clips`, against searching for every token."""
+def searched(directory: Path, quick: bool, tell: Progress) -> dict[str, Any]:
+    """Under `searches` a row a rule: `searches_per_token`, the `wer` with its interval, and how
+    many transcripts are `changed` of how many `clips`, against searching for every token."""
     recogniser = Recogniser.load(shipped.find(shipped.TINY))
     planned = _planned(24 if quick else 200)
     tell(f"a datastore of {len(planned['datastore'])} sentences")
@@ -105,7 +105,7 @@ def searches(directory: Path, quick: bool, tell: Progress) -> list[dict[str, Any
                 "clips": len(clips),
             }
         )
-    return rows
+    return {"searches": rows}
 
 
 def overheads(directory: Path, quick: bool, tell: Progress) -> dict[str, Any]:

@@ -44,6 +44,16 @@ SMALL = replace(
 )
 
 
+ELSEWHERE = {
+    "searches": [
+        {"rule": "never", "searches_per_token": 1.0, "wer": [0.1, 0.05, 0.2], "changed": 0}
+        | {"clips": 9}
+    ],
+    "knn_unspared": {"local": ratio([3], [2])},
+}
+"""What other modules measure, made up."""
+
+
 @pytest.fixture(scope="module")
 def lm():
     return language_model(SHAPE, VOCABULARY, torch.float32, seed=3)
@@ -59,7 +69,8 @@ def results(tmp_path_factory):
     directory = tmp_path_factory.mktemp("decode")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(keys, "SENTENCES", 300)
-        return decode.measure(directory, SMALL)
+        patch.setattr(decode, "OTHERS", ())
+        return decode.measure(directory, SMALL) | ELSEWHERE
 
 
 def test_who_speaks_for_longer_says_more(asked):
@@ -130,7 +141,8 @@ def test_every_field_is_measured_or_left_to_another_module(results):
     assert all(results[key]["least"] > 0 for key in measured)
     ways = [(one["way"], one["at_a_time"]) for one in results["swept"]]
     continuous = "continuous batching"
-    assert ways == [("engine", 4), ("generate", 2), ("generate", 4), (continuous, 2)]
+    engines = [("engine, int8", 4), ("engine", 4)]
+    assert ways == [*engines, ("generate", 2), ("generate", 4), (continuous, 2)]
     assert results["float32"]["alike"] == results["float32"]["compared"] > 0
     assert set(results["decode.phrase_overhead"]["each"]) == {"3 phrases", "30 phrases"}
 
@@ -162,10 +174,10 @@ def test_a_peer_that_cannot_run_here_is_a_row_without_a_figure(lm, monkeypatch, 
 
     monkeypatch.setattr(TransformersPeer, "continuous", refuses)
     heard = []
-    found = decode.Decoding(tmp_path, SMALL, heard.append, lambda _: "").throughput()
+    found = decode.Decoding(tmp_path, SMALL, heard.append).throughput()
     assert "decode.vs_continuous_batching" not in found
     assert "no accelerator" in found["reasons"]["decode.vs_continuous_batching"]
-    assert list(found["throughput"]) == ["engine", "generate"]
+    assert list(found["throughput"]) == ["engine, int8", "engine", "generate"]
 
 
 def test_the_tables_show_every_target_and_what_the_model_computes_in(results, capsys):
