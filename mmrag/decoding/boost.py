@@ -110,16 +110,18 @@ class BoostedRows:
         self._boost = np.array([0 if boost is None else id(boost) for boost in boosts], np.int64)
         self._states = np.full(len(boosts), START)
 
-    def add(self, logp: Tensor) -> Tensor:
-        """`logp` (B, V) with what the rows' phrases earn; itself where no row has any."""
+    def bonus(self, like: Tensor) -> Tensor | None:
+        """What the rows' phrases earn each next token (B, V), as `like` (B, V) is; None where no
+        row has any."""
+        earned = None
         for number, boost in self._boosts.items():
             own = (self._boost == number).nonzero()[0]
-            earned = boost.bonus(self._states[own], logp.device).to(logp)
-            if len(own) == len(logp):
-                return logp + earned
-            rows = torch.from_numpy(own).to(logp.device)
-            logp = logp.index_add(0, rows, earned)
-        return logp
+            one = boost.bonus(self._states[own], like.device).to(like)
+            if len(own) == len(like):
+                return one
+            earned = torch.zeros_like(like) if earned is None else earned
+            earned = earned.index_copy(0, torch.from_numpy(own).to(like.device), one)
+        return earned
 
     def advance(self, tokens: np.ndarray) -> None:
         """Every row goes on with its token, of `tokens` (B,)."""

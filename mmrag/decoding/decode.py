@@ -26,6 +26,7 @@ from mmrag.model.pages import PagePool
 from mmrag.records import NO_ENTRY
 from mmrag.retrieval.interpolation import Retrieval
 from mmrag.retrieval.memory import AttentionSource
+from mmrag.retrieval.searching import Searches
 
 __all__ = ["Batch", "BeamSearch", "Choice", "Clip", "Hypothesis", "Prompt", "decode"]
 
@@ -81,7 +82,9 @@ class Batch:
     ) -> None:
         """`pool` is what the model's caches take their pages from; None for one that grows."""
         self.retrieval_seconds = 0.0
-        """Spent looking things up, so far."""
+        """Spent looking things up, so far; not what went on meanwhile."""
+        self.questions_before = Searches()
+        """What became of the questions of rows that have left."""
         self._lm = lm
         self._vocabulary = vocabulary
         self._pools = pool or lm.pool(0, growing=True), lm.pool(0, growing=True)
@@ -126,7 +129,9 @@ class Batch:
         except Exception:
             fresh.release()
             raise
-        if not self._rows and len(fresh.beams):
+        if not len(fresh.beams):
+            self.questions_before += fresh.searches
+        elif not self._rows:
             self._rows = fresh
         return searches
 
@@ -148,11 +153,18 @@ class Batch:
     def release(self) -> None:
         """Give up every search, and the memory of them all."""
         if self._rows:
+            self.questions_before += self._rows.searches
             self._rows.release()
             self._rows = None
 
+    @property
+    def questions(self) -> Searches:
+        """What became of all that was to be looked up, so far."""
+        return self.questions_before + (self._rows.searches if self._rows else Searches())
+
     def _empty(self) -> None:
         if not len(self._rows.beams):
+            self.questions_before += self._rows.searches
             self._rows = None
 
     def _step(self, batch: Rows) -> None:
@@ -166,9 +178,14 @@ class Batch:
         if batch.memory:
             rows, logits, attended = batch.attend(output, lm_logp)
             logp = logp.index_copy(0, rows, self._logp(logits, first))
-        logp, neighbours = batch.retrieve(logp, output)
-        self.retrieval_seconds += time.perf_counter() - started
-        logp = batch.boosted.add(logp)
+        pending = batch.ask(logp, output)
+        asked = time.perf_counter()
+        bonus = batch.boosted.bonus(logp)
+        waited = time.perf_counter()
+        mixed, neighbours = batch.heard(pending)
+        logp = logp if mixed is None else mixed
+        self.retrieval_seconds += asked - started + time.perf_counter() - waited
+        logp = logp if bonus is None else logp + bonus
 
         found = likeliest(logp, lm_logp, beams.candidates, beams.temperatures)
         ranked = beams.rank(found.tokens, found.logp, self._vocabulary.eos)

@@ -23,6 +23,7 @@ from mmrag.decoding.decode import Batch, BeamSearch, Clip, Hypothesis, Prompt
 from mmrag.decoding.guard import credible, trust
 from mmrag.model.lm import LM
 from mmrag.model.vocabulary import Vocabulary
+from mmrag.retrieval.searching import Searches
 
 T = TypeVar("T")
 
@@ -64,6 +65,8 @@ class Statistics:
     clips: int = 0
     """Finished clips: those that got a transcript."""
     retrieval_seconds: float = 0.0
+    questions: Searches = field(default_factory=Searches)
+    """What was to be looked up, and what became of it."""
     waiting: int = 0
     """Clips that have not joined the batch, now."""
     decoding: int = 0
@@ -128,9 +131,8 @@ class Engine:
         """
         self._lm = lm
         self._vocabulary = vocabulary
-        paged = cache_tokens is not None and hasattr(lm, "pool")
-        self._pool = lm.pool(cache_tokens) if paged else None
-        self._pages = self._pool.free if paged else 0
+        self._pool = None if cache_tokens is None else lm.pool(cache_tokens)
+        self._pages = 0 if self._pool is None else self._pool.pages
         self._prefill_tokens = prefill_tokens
         self._room = rows
         self._threads = threads
@@ -360,12 +362,12 @@ class Engine:
 
     def _decode_apart(self, error: Exception) -> None:
         """After a failed step: start every clip again, each in a batch of its own."""
-        seconds = self._batch.retrieval_seconds
+        seconds, questions = self._batch.retrieval_seconds, self._batch.questions
         self._batch.release()
         for job in self._jobs:
             self._drop_prompt(job)
         self._batch = Batch(self._lm, self._vocabulary, self._pool)
-        self._batch.retrieval_seconds = seconds
+        self._batch.retrieval_seconds, self._batch.questions_before = seconds, questions
         failed = [job for job, search in self._jobs.items() if search is not None]
         if len(failed) == 1:
             del self._jobs[failed[0]]
@@ -417,6 +419,7 @@ class Engine:
         self._statistics = replace(
             before,
             retrieval_seconds=self._batch.retrieval_seconds,
+            questions=self._batch.questions,
             **{name: getattr(before, name) + value for name, value in more.items()},
         )
 

@@ -21,7 +21,7 @@ from mmrag.model.pages import PagePool
 from mmrag.model.states import pad_ids
 from mmrag.records import Neighbours
 from mmrag.retrieval.memory import AttendedWindow, RetrievedMemory
-from mmrag.retrieval.searching import RowSearches
+from mmrag.retrieval.searching import Pending, RowSearches, Searches
 
 
 class Rows:
@@ -99,11 +99,11 @@ class Rows:
             attended[place] = windows
         return rows, logits, attended
 
-    def retrieve(self, logp: Tensor, output: LMOutput) -> tuple[Tensor, Neighbours | None]:
-        """`logp` (B, V) mixed with what the neighbours of the rows say, and these; None if no row
-        searches."""
+    def ask(self, logp: Tensor, output: LMOutput) -> Pending | None:
+        """Look things up for the rows that search, whose model says `logp` (B, V): in another
+        thread where that takes long. None if no row searches."""
         if not self._searching.any():
-            return logp, None
+            return None
         if self.ids.shape[1] == 1:
             queries = output.keys[:, 0]
         else:
@@ -113,12 +113,22 @@ class Rows:
             asking = self._asking_with_text
             newest = self.ids[asking, -1:]
             queries = queries.index_copy(0, asking, self._text_states.read(newest))
-        places = range(len(self.beams))
-        logp, neighbours, missing = self._searches.retrieve(
-            logp, queries, self.beams.tokens.tolist(), self._excluding(places)
-        )
-        self._note_missing(places, missing)
+        tokens, places = self.beams.tokens.tolist(), range(len(self.beams))
+        return self._searches.begin(logp, queries, tokens, self._excluding(places))
+
+    def heard(self, pending: Pending | None) -> tuple[Tensor | None, Neighbours | None]:
+        """What was asked mixed with what the neighbours say (B, V), and these; None and None where
+        nothing was asked."""
+        if pending is None:
+            return None, None
+        logp, neighbours, missing = self._searches.finish(pending)
+        self._note_missing(range(len(self.beams)), missing)
         return logp, neighbours
+
+    @property
+    def searches(self) -> Searches:
+        """What became of the rows' questions."""
+        return self._searches.searches
 
     def go_on(self, rows: np.ndarray, first: Tensor) -> None:
         """Keep these rows (R,), which may repeat, and read what their beams chose last.

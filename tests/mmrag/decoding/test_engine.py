@@ -681,6 +681,14 @@ def paged_lm():
     return perturb(Paged(), 0.3).eval().requires_grad_(False)
 
 
+def test_what_became_of_the_questions_is_counted_though_rows_leave():
+    with running() as engine:
+        for limit in (3, 5):
+            result(engine.submit(lasting(limit)))
+        found = engine.statistics.questions
+    assert found.asked == found.searched == 3 + 5
+
+
 def test_clips_are_let_in_as_memory_allows_and_in_their_order():
     lm, done, most = paged_lm(), [], []
     with running(lm, rows=50, cache_tokens=256) as engine:  # 16 pages
