@@ -18,7 +18,7 @@ from mmrag.config import Tokenize
 from mmrag.corpora import manifest
 from mmrag.folders import printable
 from mmrag.records import Rejection, Utterance
-from mmrag.speech import audio
+from mmrag.speech import audio, cutting
 from mmrag.speech.tokenized import Tokenized
 
 Clips = list[tuple[Utterance, torch.Tensor]]
@@ -167,7 +167,7 @@ def _untranscribed(one: Utterance, limits: Tokenize) -> Clips | audio.AudioError
         return audio.AudioError(f"{printable(one.audio)}: no transcript")
     try:
         cut = list(
-            audio.segments(one.audio, limits.max_seconds, limits.min_seconds, audio.span_of(one))
+            cutting.segments(one.audio, limits.max_seconds, limits.min_seconds, audio.span_of(one))
         )
     except audio.AudioError as error:
         return error

@@ -24,7 +24,7 @@ from cluster.rejections import write_rejections
 from mmrag.config import Tokenize
 from mmrag.model.precision import has_bf16
 from mmrag.records import Rejection, Utterance
-from mmrag.speech import audio
+from mmrag.speech import audio, cutting
 from mmrag.speech.hubert import HubertEncoder
 from mmrag.speech.tokenized import Tokenized, write_part
 from mmrag.speech.units import Codebook, collapse
@@ -62,7 +62,7 @@ class EncodeFeatures:
         limits = self._settings
         wanted = audio.span_of(one)
         with closing(
-            audio.segments(one.audio, limits.max_seconds, limits.min_seconds, wanted)
+            cutting.segments(one.audio, limits.max_seconds, limits.min_seconds, wanted)
         ) as segments:
             return next(segments).wave
 

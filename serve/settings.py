@@ -79,9 +79,10 @@ class Decoding(Replicas):
     cache_tokens: PositiveInt | None = None
     """Tokens of prompts and transcripts that are kept at once, all rows together; a request waits
     until there is room for it. None for as many as the rows take."""
-    compute: Compute = "auto"
+    compute: Compute | None = None
     """What our own language model's weights are multiplied in: float32, bfloat16, or int8, which is
-    near to them; auto measures which of the exact ones is quicker. A Whisper stays as it is."""
+    near to them; auto measures which of the exact ones is quicker here, None leaves the format that
+    they are read in. A Whisper stays as it is."""
     compiled: bool | None = False
     """Whether its steps are compiled, which takes a minute when a replica starts and needs a C++
     compiler; None measures whether they are the quicker."""

@@ -78,17 +78,18 @@ class PackedLinear(nn.Module):
 
 
 def prepare(
-    lm: LM, compute: Compute = "auto", rows: int = 16, compiled: bool | None = None
+    lm: LM, compute: Compute | None = None, rows: int = 16, compiled: bool | None = None
 ) -> Prepared:
     """Make `lm` ready to decode `rows` hypotheses at a time; it changes in place.
 
-    `compute` auto takes the quicker of float32 and bfloat16 where the weights are bfloat16, and
-    leaves others in the format that they have. `compiled` None measures whether that is quicker,
+    `compute` None leaves the weights in the format that they have; auto takes the quicker of
+    float32 and bfloat16 where they are bfloat16. `compiled` None measures whether that is quicker,
     False does not try. On a GPU nothing is packed.
     """
     if lm.block_step or isinstance(lm.head, PackedLinear):
         raise ValueError("this language model is prepared already")
     matrices: dict[str, float] = {}
+    compute = compute or _format(lm)
     if compute == "auto":
         compute, matrices = _quickest_format(lm, rows)
     if compute != "int8":
@@ -124,9 +125,8 @@ def _joined(maps: Sequence[nn.Linear], int8: bool) -> PackedLinear:
 
 def _quickest_format(lm: LM, rows: int) -> tuple[Compute, dict[str, float]]:
     """The number format whose products of this model's shapes take least, and what each takes."""
-    stored = lm.embedding.weight.dtype
-    if stored != torch.bfloat16 or lm.device.type != "cpu":
-        return str(stored).removeprefix("torch."), {}
+    if _format(lm) != "bfloat16" or lm.device.type != "cpu":
+        return _format(lm), {}
     shapes = _shapes(lm)
     taken = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -139,6 +139,10 @@ def _quickest_format(lm: LM, rows: int) -> tuple[Compute, dict[str, float]]:
 
         taken[str(dtype).removeprefix("torch.")] = _milliseconds(products) * len(lm.blocks)
     return min(taken, key=taken.get), taken
+
+
+def _format(lm: LM) -> str:
+    return str(lm.embedding.weight.dtype).removeprefix("torch.")
 
 
 def _shapes(lm: LM) -> list[tuple[int, int]]:

@@ -61,7 +61,7 @@ def test_a_step_over_every_key_gives_the_engines_distribution(recogniser, store,
 
 
 def test_it_transcribes_as_the_engine_does_clip_by_clip(recogniser, every_key, hook):
-    clips = decoded._clips(recogniser, 4)
+    clips = decoded.spoken_clips(recogniser, 4)
     speech, limits = [clip.speech for clip in clips], [clip.limit for clip in clips]
     given = recogniser.lm, recogniser.vocabulary, speech, limits, decoded.DECODE
     alone, ours = (

@@ -11,7 +11,7 @@ import soundfile
 import torch
 from encoded_audio import coded, wav
 
-from mmrag.speech import audio
+from mmrag.speech import audio, cutting
 from mmrag.speech.audio import SAMPLE_RATE, AudioError
 
 SECONDS = 4.0
@@ -89,7 +89,7 @@ def test_what_browsers_phones_and_pipes_leave_is_heard_to_its_end(kind, tmp_path
     assert SECONDS - 0.01 <= len(wave) / SAMPLE_RATE <= SECONDS + PAD
     assert torch.equal(wave, audio.read(path))
     assert audio.duration(data) == pytest.approx(len(wave) / SAMPLE_RATE, abs=1e-3)
-    parts = torch.cat([part.wave for part in audio.segments(data, 1.5)])
+    parts = torch.cat([part.wave for part in cutting.segments(data, 1.5)])
     assert torch.equal(parts, wave)
     expected = torch.from_numpy(melody(SAMPLE_RATE)).float()
     assert _likeness(wave, expected) > 0.6  # that of AMR, made for voices alone
@@ -185,7 +185,7 @@ def test_what_breaks_off_is_an_error_that_says_where(kind):
     with pytest.raises(AudioError, match=rf"^uploaded audio: .*{reason}"):
         audio.read(data)
     with pytest.raises(AudioError, match=reason):
-        list(audio.segments(data, 1.0))
+        list(cutting.segments(data, 1.0))
 
 
 def test_a_hole_of_zeros_in_an_mp3_is_an_error():
@@ -250,4 +250,4 @@ def test_a_small_file_of_hours_is_measured_no_further_than_asked():
 def test_a_short_recording_of_unstated_length_is_held_to_the_shortest():
     data = coded(melody(48_000, 0.06), 48_000, "webm", "libopus", pipe=True)
     with pytest.raises(AudioError, match=r"shorter than 0\.1 s"):
-        list(audio.segments(data, 4.0))
+        list(cutting.segments(data, 4.0))
