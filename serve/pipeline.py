@@ -7,6 +7,7 @@ a transcript changes anything, so doing it twice does no harm.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,8 +20,9 @@ from ray.serve.handle import DeploymentHandle
 
 from mmrag.config import RetrievalMode
 from mmrag.contents import Lookup
+from mmrag.decoding.stitch import Stitcher
 from mmrag.recogniser import is_whisper
-from mmrag.records import Word
+from mmrag.records import Timed, Word
 from mmrag.speech import audio, cutting
 from serve.handles import SizedHandle, by_reference
 from serve.messages import (
@@ -40,6 +42,8 @@ from serve.settings import Settings
 ATTEMPTS = 5
 PAUSE_SECONDS = 0.2
 """Before the second attempt; twice as long before each further one."""
+AHEAD, ALL_AHEAD = 4, 8
+"""Segments of an upload that are decoded at a time; of all uploads, besides the first of each."""
 HIGHEST_DENSITY = 768_000
 """Samples a second over all channels (eight at 96 kHz): a small file may unpack to more."""
 
@@ -95,6 +99,8 @@ class Pipeline:
         self._decoder = SizedHandle(decoder)
         self._streaming_decoder = SizedHandle(decoder.options(stream=True))
         self._reads: bool | None = None
+        self._ahead = 0
+        """Segments under way besides the first of each upload."""
 
     async def seconds(self, data: bytes) -> float:
         """Length of an upload: what it decodes to, or as much of it as exceeds what is taken.
@@ -115,34 +121,71 @@ class Pipeline:
 
         The text of every segment but the first starts with a blank.
         """
-        first = True
-        async for start, end, encoded in self._encoded(data):
-            if encoded is None:
-                yield TranscribedSegment(start, end, None)
+        first, stitcher = True, Stitcher()
+        async for segment, encoded in self._encoded(data):
+            if encoded is not None and not (segment.before or segment.after):
+                begun, blank = False, "" if first else " "
+                async for part in self._decoded(build(encoded)):
+                    if isinstance(part, DecodeResult):
+                        first = first and not part.text
+                        result = _later(part, segment.start + encoded.start)
+                        yield TranscribedSegment(segment.start, segment.end, result, encoded.speech)
+                    else:
+                        yield part if begun else blank + part
+                        begun = begun or bool(part)
                 continue
-            begun, blank = False, "" if first else " "
-            async for part in self._decoded(build(encoded)):
-                if isinstance(part, DecodeResult):
-                    first = first and not part.text
-                    result = _later(part, start + encoded.start)
-                    yield TranscribedSegment(start, end, result, encoded.speech)
-                else:
-                    yield part if begun else blank + part
-                    begun = begun or bool(part)
+            for made in _add(stitcher, segment, *await self._whole(segment, encoded, build)):
+                if made.result is not None and made.result.text:
+                    yield made.result.text if first else f" {made.result.text}"
+                    first = False
+                yield made
 
     async def complete(self, data: bytes, build: RequestBuilder) -> list[TranscribedSegment]:
-        """The whole of an upload, segment by segment."""
-        found = []
-        async for start, end, encoded in self._encoded(data):
-            if encoded is None:
-                found.append(TranscribedSegment(start, end, None))
-                continue
-            request = build(encoded)
-            decoder = self._decoder.of(request.size)
-            result = await self.call(decoder.transcribe, request)
-            result = _later(result, start + encoded.start)
-            found.append(TranscribedSegment(start, end, result, encoded.speech))
+        """The whole of an upload, segment by segment; some of them are decoded at a time."""
+        found: list[TranscribedSegment] = []
+        stitcher = Stitcher()
+        under_way: deque[tuple[cutting.Segment, asyncio.Task]] = deque()
+
+        async def finish() -> None:
+            segment, task = under_way.popleft()
+            self._ahead -= bool(under_way)
+            found.extend(_add(stitcher, segment, *await task))
+
+        try:
+            async for segment in _each(self._segments(data)):
+                while under_way and (len(under_way) == AHEAD or self._ahead >= ALL_AHEAD):
+                    await finish()
+                self._ahead += bool(under_way)
+                making = asyncio.create_task(self._made(segment, build))
+                under_way.append((segment, making))
+            while under_way:
+                await finish()
+        finally:
+            self._ahead -= max(0, len(under_way) - 1)
+            for _, task in under_way:
+                task.cancel()
         return found
+
+    async def _made(
+        self, segment: cutting.Segment, build: RequestBuilder
+    ) -> tuple[TranscribedSegment, OutputOptions | None]:
+        return await self._whole(segment, await self.encode(segment.wave.numpy()), build)
+
+    async def _whole(
+        self, segment: cutting.Segment, encoded: EncodedSegment | None, build: RequestBuilder
+    ) -> tuple[TranscribedSegment, OutputOptions | None]:
+        """All that is heard in a segment, its words timed if it shares some audio; and what the
+        caller wanted of it."""
+        if encoded is None:
+            return TranscribedSegment(segment.start, segment.end, None), None
+        request = build(encoded)
+        wanted = request.output
+        if segment.before or segment.after:
+            request = replace(request, output=replace(wanted, timed=True))
+        result = await self.call(self._decoder.of(request.size).transcribe, request)
+        result = _later(result, segment.start - segment.before + encoded.start)
+        made = TranscribedSegment(segment.start, segment.end, result, encoded.speech)
+        return made, wanted
 
     async def waves(self, data: bytes) -> list[np.ndarray]:
         """An upload cut into waves, as the encoder takes them."""
@@ -177,27 +220,26 @@ class Pipeline:
         raise Unavailable("a part of the service does not answer: try again")
 
     def _segments(self, data: bytes) -> Iterator[cutting.Segment]:
-        return cutting.segments(data, self.settings.decode.max_seconds)
+        longest = self.settings.decode.max_seconds
+        return cutting.segments(data, longest, overlap=cutting.overlap(longest))
 
     async def _encoded(
         self, data: bytes
-    ) -> AsyncIterator[tuple[float, float, EncodedSegment | None]]:
-        """Each segment's start, end and units; the next one is encoded meanwhile."""
-        encoding: asyncio.Task | None = None
-        where: tuple[float, float] = (0.0, 0.0)
+    ) -> AsyncIterator[tuple[cutting.Segment, EncodedSegment | None]]:
+        """Each segment and its units; the next one is encoded meanwhile."""
+        before: tuple[cutting.Segment, asyncio.Task] | None = None
         try:
             async for segment in _each(self._segments(data)):
                 ahead = asyncio.create_task(self.encode(segment.wave.numpy()))
-                done, encoding = encoding, ahead
+                done, before = before, (segment, ahead)
                 if done is not None:
-                    yield *where, await done
-                where = segment.start, segment.end
-            if encoding is not None:
-                done, encoding = encoding, None
-                yield *where, await done
+                    yield done[0], await done[1]
+            if before is not None:
+                done, before = before, None
+                yield done[0], await done[1]
         finally:
-            if encoding is not None:
-                encoding.cancel()
+            if before is not None:
+                before[1].cancel()
 
     async def request_builder(self, options: TranscriptionOptions) -> RequestBuilder:
         """What makes a decode request of an encoded segment: its retrieval is resolved here, once.
@@ -287,6 +329,44 @@ async def _each(items: Iterator[Any]) -> AsyncIterator[Any]:
     end = object()
     while (one := await asyncio.to_thread(next, items, end)) is not end:
         yield one
+
+
+def _add(
+    stitcher: Stitcher[tuple[TranscribedSegment, OutputOptions | None]],
+    segment: cutting.Segment,
+    made: TranscribedSegment,
+    wanted: OutputOptions | None,
+) -> list[TranscribedSegment]:
+    """The next segment for a stitcher; those that are complete, with the words that count."""
+    timed: list[Timed] = []
+    if made.result is not None and (segment.before or segment.after):
+        timed = [Timed(word.text, word.start, word.end) for word in made.result.words]
+    where = segment.start, segment.before, segment.after
+    return [_kept(*one, counted) for one, counted in stitcher.add((made, wanted), timed, *where)]
+
+
+def _kept(
+    made: TranscribedSegment, wanted: OutputOptions | None, counted: slice
+) -> TranscribedSegment:
+    """A segment with those of its words that count, and without them where only the text is
+    wanted."""
+    result = made.result
+    if result is None or wanted is None:
+        return made
+    first, last, _ = counted.indices(len(result.words))
+    if (first, last) != (0, len(result.words)):
+        words, ends = result.words[first:last], result.ends[first:last]
+        begin = result.ends[first - 1] if first else 0
+        result = replace(
+            result,
+            text=" ".join(word.text for word in words),
+            words=words,
+            tokens=result.tokens[begin : ends[-1] if ends else begin],
+            ends=tuple(end - begin for end in ends),
+        )
+    if not (wanted.evidence or wanted.timed):
+        result = replace(result, words=(), ends=())
+    return replace(made, result=result)
 
 
 def _later(result: DecodeResult, start: float) -> DecodeResult:

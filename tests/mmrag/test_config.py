@@ -198,8 +198,8 @@ ROLES = {
     "rough band_masks band_width band_warp seen_weight balance sample_seconds leave_out:c "
     "checkpoint_steps:o num_cpus:o num_gpus:o",
     "tokenize": "name:o source:o codebook:o units sample_seconds min_seconds max_seconds "
-    "batch_seconds:o part_seconds:l require_text workers.count:o workers.num_cpus:o "
-    "workers.num_gpus:o",
+    "batch_seconds:o part_seconds:l require_text precision workers.count:o "
+    "workers.num_cpus:o workers.num_gpus:o",
     "vocabulary": "pieces tokenizer",
     "lm": "width layers heads kv_heads feed_forward tied rope_theta norm_eps qkv_bias head_width",
     "train": "phases base leave_out:c micro_batch_tokens micro_batches learning_rate warmup_steps "
