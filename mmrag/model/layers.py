@@ -92,6 +92,20 @@ class Attention(nn.Module):
         mixed = attend_causally(q, k, v, pages, plan)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
+    def packed(
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        pages: tuple[Tensor, Tensor],
+        plan: ReadPlan,
+    ) -> Tensor:
+        """`forward` without the padding: x (M, D) -> (M, D); `angles` are of (M, 1, width)."""
+        q, k, v = (one.unflatten(-1, (-1, self.width)) for one in self._projected(x))
+        q, k = rotate(q, *angles), rotate(k, *angles)
+        q, k, v = (plan.padded(one).transpose(1, 2) for one in (q, k, v))
+        mixed = attend_causally(q, k, v, pages, plan)
+        return self.out(plan.packed(mixed.transpose(1, 2).flatten(2)))
+
     def step(
         self,
         x: Tensor,

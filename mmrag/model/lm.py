@@ -69,6 +69,18 @@ class Block(nn.Module):
         key = self.feed_forward_norm(x)
         return x + self.feed_forward(key), key
 
+    def packed(
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        pages: tuple[Tensor, Tensor],
+        plan: ReadPlan,
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` without the padding: x (M, D)."""
+        x = x + self.attention.packed(self.attention_norm(x), angles, pages, plan)
+        key = self.feed_forward_norm(x)
+        return x + self.feed_forward(key), key
+
     def step(
         self,
         x: Tensor,
@@ -146,6 +158,8 @@ class LM(nn.Module):
             return self._step(ids, cache)
         rows, time = ids.shape
         plan = None if cache is None else cache.plan(time, lengths)
+        if plan is not None and memory is None:
+            return self._packed(ids, cache, plan, at)
         if plan is None:
             positions = torch.arange(time, device=ids.device).expand(rows, time)
         else:
@@ -165,6 +179,19 @@ class LM(nn.Module):
         wanted = hidden.flatten(0, 1) if at is None else hidden[at]
         looked_at = torch.stack(looked) if looked else None
         return LMOutput(self._project(wanted), key, x, hidden, looked_at)
+
+    def _packed(
+        self, ids: Tensor, cache: PagedCache, plan: ReadPlan, at: Tensor | None
+    ) -> LMOutput:
+        """What a cache has room made for, with nothing computed for padding but its attention."""
+        cos, sin = self._angles(plan.packed(plan.positions)[:, None])
+        angles = cos[:, 0], sin[:, 0]
+        x = self.embedding(plan.packed(ids))
+        for pages, block in zip(cache.pool.layers, self.blocks, strict=True):
+            x, key = block.packed(x, angles, pages, plan)
+        hidden = plan.padded(self.norm(x))
+        wanted = hidden.flatten(0, 1) if at is None else hidden[at]
+        return LMOutput(self._project(wanted), plan.padded(key), plan.padded(x), hidden)
 
     def _step(self, ids: Tensor, cache: PagedCache) -> LMOutput:
         """One token a row (R, 1), each block compiled."""

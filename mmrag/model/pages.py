@@ -145,6 +145,17 @@ class ReadPlan:
     mask: Tensor | None
     """(B, 1, T, n x PAGE) bool: which of the pages' tokens each sees; None likewise."""
 
+    def packed(self, x: Tensor) -> Tensor:
+        """x (B, T, ...) without its padding: (M, ...)."""
+        return x.flatten(0, 1)[self.written[2]]
+
+    def padded(self, x: Tensor) -> Tensor:
+        """x (M, ...) with zeros where there is padding: (B, T, ...)."""
+        if len(x) == self.positions.numel():
+            return x.unflatten(0, self.positions.shape)
+        whole = x.new_zeros(self.positions.numel(), *x.shape[1:])
+        return whole.index_copy(0, self.written[2], x).unflatten(0, self.positions.shape)
+
 
 class PagedCache:
     """Keys and values of B independent rows: what `DecoderCache` asks for."""

@@ -142,3 +142,13 @@ def test_what_a_step_reads_grows_by_pages_and_not_by_the_longest_row():
     assert plan.read.shape == (3, 31 + 1 + 2)
     assert plan.read[2].sum() == 30 * PAGE + 1 + 2 + PAGE + 1
     assert plan.present.sum(1).tolist() == [31, 1, 2]
+
+
+def test_padding_is_not_computed():
+    """Of prompts of different length, maps see the tokens alone."""
+    lm, seen = random_lm(), []
+    hook = lm.blocks[0].feed_forward.register_forward_hook(lambda _, x, __: seen.append(x[0].shape))
+    cache = lm.cache([None] * 3, 40)
+    lm(torch.zeros(3, 30, dtype=torch.long), cache, torch.tensor([30, 2, 7]))
+    hook.remove()
+    assert seen == [(39, 16)]

@@ -58,8 +58,9 @@ def test_int8_weights_are_near():
 
 def test_auto_leaves_exact_what_is_not_bfloat16_and_says_what_it_measured_where_it_is():
     lm = random_lm()
-    assert prepare(lm, compiled=False).compute == "float32"
-    made = prepare(random_lm(torch.bfloat16), compiled=False)
+    assert prepare(lm, "auto", compiled=False).compute == "float32"
+    assert prepare(random_lm(torch.bfloat16), compiled=False).compute == "bfloat16"
+    made = prepare(random_lm(torch.bfloat16), "auto", compiled=False)
     assert set(made.matrices_ms) == {"float32", "bfloat16"}
     assert made.compute == min(made.matrices_ms, key=made.matrices_ms.get)
     assert str(made).startswith(f"{made.compute}, eager (float32 ")
