@@ -79,7 +79,7 @@ def searched(directory: Path, quick: bool, tell: Progress) -> dict[str, Any]:
     """Under `searches` a row a rule: `searches_per_token`, the `wer` with its interval, and how
     many transcripts are `changed` of how many `clips`, against searching for every token."""
     recogniser = Recogniser.load(shipped.find(shipped.TINY))
-    planned = _planned(24 if quick else 200)
+    planned = _planned(24 if quick else 100)
     tell(f"a datastore of {len(planned['datastore'])} sentences")
     store = _store(recogniser, planned["datastore"], directory / "own")
     retriever = _Counting(LocalRetriever.build(store, Index(kind="flat", shards=1), SEED))

@@ -22,6 +22,7 @@ from cluster.modes import (
     retrieval_mode,
 )
 from mmrag.config import KNN, CrossAttention, Index, LanguageModel, RetrievedAttention
+from mmrag.decoding.boost import START
 from mmrag.model.cross_attention import Adapter
 from mmrag.model.lm import LM
 from mmrag.model.vocabulary import SentencePieces, Vocabulary
@@ -165,9 +166,9 @@ def test_phrases_are_boosted_for_the_utterance_they_come_with():
     guide = PhraseBoosting(2.0, phrases).open(DEAF)
     mine, none = guide(spoken("a", "b"))["boosts"]
     first = VOCABULARY.encode("maria lopez")[0]
-    bonus = mine.bonus([])
+    bonus = mine.bonus(np.array([START]))[0]
     assert bonus[first] == bonus.max() == 2.0
-    assert not none.bonus([]).any()
+    assert not none.bonus(np.array([START])).any()
 
 
 def test_phrases_stand_in_the_prompt_of_their_utterance():
@@ -282,7 +283,9 @@ def test_together_hands_over_what_each_of_them_would(directory, reader):
     alone = [way.open(reader)(batch) for way in ways]
     assert given.keys() == {"attention_sources", "boosts"} == alone[0].keys() | alone[1].keys()
     assert given["attention_sources"][0].settings == READ_SETTINGS
-    assert np.array_equal(given["boosts"][0].bonus([]), alone[1]["boosts"][0].bonus([]))
+    assert np.array_equal(
+        given["boosts"][0].bonus(np.array([START])), alone[1]["boosts"][0].bonus(np.array([START]))
+    )
 
 
 def test_what_is_given_says_whether_neighbours_vote_or_are_read_or_both(directory):

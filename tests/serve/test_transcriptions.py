@@ -17,7 +17,7 @@ SENTENCE = "please call priya raghavan tomorrow"
 NAME = "priya raghavan"
 SEVERAL = (
     "the curious rabbit ran by the window",
-    "is the helmet still on the old farm",
+    "how much does the famous hammer cost",
     "we felt angry because they saw a ghost",
 )
 """Sentences that it gets right, and with certainty: rounding does not change what it hears."""

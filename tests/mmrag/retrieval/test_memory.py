@@ -613,7 +613,8 @@ def test_only_rows_that_changed_are_laid_out_again():
         output = lm(ids)
         return rows.read(ids, torch.ones(len(ids), dtype=torch.long), None, output, None, None)
 
-    rows = Laying(lm, listed, 9, lm.pool(0, growing=True))
+    pool = lm.pool(0, growing=True)
+    rows = Laying(lm, listed, 9, pool)
     for _ in range(3):
         step(rows)
     assert rows.laid_out == [[0, 1, 2]]
@@ -628,14 +629,14 @@ def test_only_rows_that_changed_are_laid_out_again():
     ]
     rows.select([1])  # the longest list has left: the others' padding leaves with it
     assert rows._laid.entries.shape[1] == len(LISTS[0])
-    other = Laying(lm, [reading_of(lm, adapter, store, LISTS[3], k=1)], 9)
+    other = Laying(lm, [reading_of(lm, adapter, store, LISTS[3], k=1)], 9, pool)
     step(other)
     rows.join(other)
     logits, attended = step(rows)
     assert rows.laid_out == [[0, 1, 2]] and other.laid_out == [[0]]
     torch.testing.assert_close(logits[0], expected[0][0])
     assert {entry for entry, *_ in attended.row(1)} <= set(LISTS[3])
-    mixed = Laying(lm, [listed[0], reading_of(lm, adapter, store, stride=2)], 9)
+    mixed = Laying(lm, [listed[0], reading_of(lm, adapter, store, stride=2)], 9, pool)
     uniform = torch.zeros(2, VOCABULARY.size).log_softmax(-1)
     ids = torch.full((2, 1), FIRST)
     for _ in range(4):
