@@ -79,6 +79,9 @@ class Decoding(Replicas):
     cache_tokens: PositiveInt | None = None
     """Tokens of prompts and transcripts that are kept at once, all rows together; a request waits
     until there is room for it. None for as many as the rows take."""
+    fallback: tuple[PositiveFloat, ...] = ()
+    """Temperatures at which a transcript that is not credible (`decode.agreement`) is made again,
+    one after the other, once it was made without retrieval."""
     compute: Compute | None = None
     """What our own language model's weights are multiplied in: float32, bfloat16, or int8, which is
     near to them; auto measures which of the exact ones is quicker here, None leaves the format that

@@ -1,11 +1,10 @@
 """What the rows of a batch look up from step to step, and what they need not look up again.
 
-The same as `interpolation.retrieve_each` at every step where a retrieval's settings spare no
-search, but worked out for all rows at once and with one wait for the language model's device. A
-search is spared where the model is certain (`KNN.certain`), where no neighbour could change the
-likeliest token (`settled`), after searches that found nothing near (`patience`), where the entries
-behind those of the step before go on with what is said (`follow`: RetoMaton, arXiv 2201.12431), and
-where the same was asked lately (`recent`). A slow search goes on in another thread until somebody
+Worked out for all rows at once and with one wait for the language model's device. A search is
+spared where the model is certain (`KNN.certain`), where no neighbour could change the likeliest
+token (`settled`), after searches that found nothing near (`patience`), where the entries behind
+those of the step before go on with what is said (`follow`: RetoMaton, arXiv 2201.12431), and where
+the same was asked lately (`recent`). A slow search goes on in another thread until somebody
 needs what it finds.
 """
 

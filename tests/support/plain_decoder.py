@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from plain_retrieval import retrieve
 from torch import Tensor
 
 from mmrag.decoding.decode import Choice, Clip, Hypothesis
 from mmrag.records import NO_ENTRY, Neighbours
-from mmrag.retrieval.interpolation import retrieve
 from mmrag.retrieval.knn import best_neighbour
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from plain_retrieval import retrieve
 
 from jobs.benchmark import decoded, hooked, keys
 from jobs.benchmark.hooked import HookedLM
@@ -12,7 +13,7 @@ from mmrag.config import KNN, Index
 from mmrag.decoding.decode import decode
 from mmrag.recogniser import Recogniser
 from mmrag.retrieval.datastore import Datastore
-from mmrag.retrieval.interpolation import Retrieval, retrieve
+from mmrag.retrieval.interpolation import Retrieval
 from mmrag.retrieval.retrievers import LocalRetriever
 
 SOME = KNN(k=16, weight=0.6, temperature=5.3)

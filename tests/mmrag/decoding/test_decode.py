@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_decoder import PhraseTree
+from plain_retrieval import retrieve, retrieve_each
 from random_models import perturb
 from scipy.stats import chisquare
 
@@ -20,7 +21,7 @@ from mmrag.model.lm import LM
 from mmrag.model.states import read_states
 from mmrag.model.vocabulary import EOS, Vocabulary
 from mmrag.records import NO_ENTRY, Neighbours
-from mmrag.retrieval.interpolation import Retrieval, retrieve, retrieve_each
+from mmrag.retrieval.interpolation import Retrieval
 
 SHAPE = LanguageModel(width=16, layers=2, heads=4, kv_heads=2, feed_forward=24, tied=False)
 

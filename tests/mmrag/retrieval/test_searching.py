@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_retrieval import retrieve_each
 
 from mmrag.config import KNN, Index
 from mmrag.records import NO_ENTRY, Neighbours
 from mmrag.retrieval import overlap, searching
 from mmrag.retrieval.datastore import Datastore
-from mmrag.retrieval.interpolation import Retrieval, retrieve_each
+from mmrag.retrieval.interpolation import Retrieval
 from mmrag.retrieval.retrievers import LocalRetriever, SubsetRetriever
 from mmrag.retrieval.searching import RowSearches, Searches, pack, unpack
 from mmrag.retrieval.segment import Description, Segment
