@@ -27,6 +27,8 @@ from mmrag.model.pages import PAGE
 Compute = Literal["auto", "float32", "bfloat16", "int8"]
 REPEATS = 5
 """Of a measurement; the least counts."""
+GRAPHS_OF_ALL_MODELS = 64
+"""A process may prepare several models, and a compiler counts what it makes of one function."""
 READ = 10 * PAGE
 """Tokens that rows have read in the steps that are measured."""
 
@@ -156,6 +158,7 @@ def _shapes(lm: LM) -> list[tuple[int, int]]:
 def _compile(lm: LM, rows: int, keep: bool | None) -> dict[str, float]:
     """Compile a block's step; unless `keep`, it goes where it is not the quicker of the two."""
     numbers = sorted({1, max(2, rows)})
+    torch._dynamo.config.recompile_limit = GRAPHS_OF_ALL_MODELS
     compiled = torch.compile(Block.step, fullgraph=True, dynamic=True)
     taken: dict[str, float] = {}
     for name, step in (("eager", None), ("compiled", compiled)):
