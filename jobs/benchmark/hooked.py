@@ -69,7 +69,7 @@ class HookedLM:
                 last = torch.arange(ids.shape[1])[None] == ids.shape[1] - 1
                 logits = self._lm(ids, cache, at=last).logits
                 lm_logp = logits.masked_fill(~self._allowed, -torch.inf).log_softmax(-1)
-                tokens.append(int(self.mixed(lm_logp[0], self._key[0, -1]).argmax()))
+                tokens.append(int(self.mixed(lm_logp[0], self._key.flatten(0, -2)[-1]).argmax()))
                 ids = torch.tensor([tokens[-1:]])
         finally:
             hook.remove()
