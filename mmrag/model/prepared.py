@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mmrag.model.lm import LM, Block
 from mmrag.model.pages import PAGE
@@ -137,7 +138,7 @@ def _quickest_format(lm: LM, rows: int) -> tuple[Compute, dict[str, float]]:
 
         def products(inputs: Sequence[Tensor] = inputs, packed: Sequence[Tensor] = packed) -> None:
             for x, weight in zip(inputs, packed, strict=True):
-                torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+                _product(x, weight)
 
         taken[str(dtype).removeprefix("torch.")] = _milliseconds(products) * len(lm.blocks)
     return min(taken, key=taken.get), taken
@@ -198,8 +199,14 @@ def _milliseconds(function: Callable[[], None]) -> float:
 
 
 def _reordered(weight: Tensor) -> Tensor:
-    """A matrix in oneDNN's own order."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 16)
+    """A matrix in oneDNN's own order; as it is where oneDNN has no kernels for its format here."""
+    weight = weight.detach().contiguous()
+    own = weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    if not (torch.backends.mkldnn.is_available() and own):
+        return weight
+    return torch.ops.mkldnn._reorder_linear_weight(weight, 16)
 
 
 def _quantized(weight: Tensor) -> Any:
@@ -220,6 +227,13 @@ def _packed_linear(x: Tensor, number: Tensor, outputs: int, int8: bool) -> Tenso
         # Without VNNI the sums of two products are of 16 bits, and hold one bit less of each.
         narrow = not torch.cpu.get_capabilities().get("avx512_vnni", False)
         return torch.ops.quantized.linear_dynamic(x.float(), weight, narrow).to(x.dtype)
+    return _product(x, weight)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (R, inputs) by a matrix that `_reordered` gave: (R, outputs)."""
+    if not weight.is_mkldnn:
+        return functional.linear(x, weight)
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 

@@ -47,6 +47,14 @@ def test_packed_weights_say_what_the_weights_said(dtype, changes):
         torch.testing.assert_close(got, own, atol=1e-5 if exact else 0.02, rtol=1e-4)
 
 
+def test_a_format_that_onednn_lacks_is_multiplied_as_it_is():
+    lm = random_lm(torch.float16)
+    expected = transcripts(copy.deepcopy(lm))
+    prepare(lm, compiled=False)
+    for got, own in zip(transcripts(lm), expected, strict=True):
+        torch.testing.assert_close(got, own, atol=0.02, rtol=1e-3)
+
+
 def test_int8_weights_are_near():
     lm = random_lm()
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
