@@ -334,12 +334,14 @@ def _differing(
 ) -> list[str]:
     """What was recorded before and is not so now, a sentence for each key and each input.
 
-    A key that is operation now may have been recorded as any other, and does not differ. Of a
-    `draft`, corrections do not differ, and the layout does if what is held was laid out by it.
+    A key that is operation now may have been recorded as any other, and does not differ; one that
+    there was not yet was as its default. Of a `draft`, corrections do not differ, and the layout
+    does if what is held was laid out by it.
     """
     recorded = dict(_flat(before["config"]))
     now, operation = dict(_flat(_plain(recipe.identity))), dict(_flat(_plain(recipe.operation)))
     passed = recipe.corrections if draft else frozenset()
+    recorded = {name: recipe.defaults.get(name) for name in now} | recorded
     names = ({*recorded, *now} - operation.keys()) - passed
     if draft is not None and draft.laid_out:
         recorded |= dict(_flat(before.get("operation", {})))

@@ -91,6 +91,19 @@ def roles(section: type[Section]) -> dict[str, Role]:
     return found
 
 
+def _defaults(section: type[Section]) -> dict[str, Any]:
+    """What the keys of a section are where nothing is said of them, of those that may be left out;
+    of the sections in it by dotted name."""
+    found: dict[str, Any] = {}
+    for name, about in section.model_fields.items():
+        inner = _section(about.annotation)
+        if inner is not None and not _marked(about):
+            found |= {f"{name}.{key}": value for key, value in _defaults(inner).items()}
+        elif not about.is_required() and isinstance(about.default, bool | int | float | str):
+            found[name] = about.default
+    return found
+
+
 def identity(section: Section) -> dict[str, Any]:
     """The keys of a section that what is made depends on, as plain JSON values."""
     return _chosen(section, {Role.IDENTITY, Role.CORRECTION})
@@ -111,6 +124,9 @@ class Recipe:
     """Dotted names in `operation` that a half-made output is cut by."""
     corrections: frozenset[str] = frozenset()
     """Dotted names in `identity` that may still change while the output is half made."""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """Dotted names in `identity` -> what they are where nothing is said of them: an output that was
+    made before there was such a key was made by that."""
 
     @classmethod
     def of(cls, config: Recipe | Mapping[str, Any]) -> Recipe:
@@ -129,20 +145,26 @@ def recipe(*parts: Section | Mapping[str, Any]) -> Recipe:
     A section stands for its keys; a mapping's values are plain, or sections under that name.
     """
     made = Recipe({}, {})
-    layout, corrections = set(), set()
+    layout, corrections, defaults = set(), set(), {}
     for prefix, part in _named(parts):
         if not isinstance(part, Section):
             made.identity[prefix] = part
             continue
         _into(made.identity, prefix).update(identity(part))
         _into(made.operation, prefix).update(operation(part))
+        defaults |= {
+            f"{prefix}.{name}" if prefix else name: value
+            for name, value in _defaults(type(part)).items()
+        }
         for name, role in roles(type(part)).items():
             dotted = f"{prefix}.{name}" if prefix else name
             if role == Role.LAYOUT:
                 layout.add(dotted)
             elif role == Role.CORRECTION:
                 corrections.add(dotted)
-    return Recipe(made.identity, made.operation, frozenset(layout), frozenset(corrections))
+    return Recipe(
+        made.identity, made.operation, frozenset(layout), frozenset(corrections), defaults
+    )
 
 
 def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

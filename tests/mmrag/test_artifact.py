@@ -11,7 +11,7 @@ import pytest
 
 from mmrag import artifact
 from mmrag.artifact import Artifact, ArtifactError
-from mmrag.config import Recipe
+from mmrag.config import Recipe, Section, recipe
 
 CONFIG = {"units": 100, "rounds": [1, 2]}
 
@@ -537,3 +537,19 @@ def test_nothing_is_adopted_where_another_process_is_writing(tmp_path):
         pytest.raises(ArtifactError, match=r"another process is writing .*own"),
     ):
         artifact.adopt(original.path, tmp_path / "own", "thing")
+
+
+class Later(Section):
+    """A section that got a key after something was made by it."""
+
+    units: int
+    precision: str = "fp32"
+
+
+def test_a_key_that_there_was_not_yet_was_as_its_default(tmp_path):
+    path = tmp_path / "made"
+    with artifact.create(path, "codebook", {"units": 3}, {}):
+        pass
+    assert artifact.finished(path, "codebook", recipe(Later(units=3)), {})
+    with pytest.raises(ArtifactError, match="precision was 'fp32' and is now 'bf16'"):
+        artifact.finished(path, "codebook", recipe(Later(units=3, precision="bf16")), {})
