@@ -118,8 +118,8 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
             "evaluate": settings,
             "decode": experiment.decode,
             **heard_by.recipe,
-            "knn": {way.title: as_dict(way.knn) for way in ways if way.knn},
-            "attention": {way.title: as_dict(way.attention) for way in ways if way.attention},
+            **{f"knn.{way.title}": way.knn for way in ways if way.knn},
+            **{f"attention.{way.title}": way.attention for way in ways if way.attention},
         }
     )
 
