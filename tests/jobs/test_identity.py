@@ -231,7 +231,7 @@ def test_an_operation_goes_on_and_another_identity_is_refused_by_name(first, out
         if (kind, key) == ("results", "datastore.source"):
             about = Role.IDENTITY
         if kind == "evaluation" and key.split(".")[0] in ("knn", "attention"):
-            about = Role.IDENTITY
+            about = role
         named = shown(kind, key) if kind != "evaluation" else key.split(".")[-1]
 
         def finished(kind=kind, recipe=recipe) -> bool:
