@@ -8,7 +8,6 @@ same number of tokens. Ways that are compared take turns; a ratio is of what was
 from __future__ import annotations
 
 import copy
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -17,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
+from jobs.benchmark import grids as tables
 from jobs.benchmark import read, scaling, spared
 from jobs.benchmark.bandwidth import read_bandwidth, weight_bytes
 from jobs.benchmark.grids import Grid, power
@@ -26,7 +25,6 @@ from jobs.benchmark.machine import threads
 from jobs.benchmark.progress import Progress
 from jobs.benchmark.repeats import at_least, at_most, interleaved, ratio, spread, told, worst
 from jobs.benchmark.sizes import FULL, QUICK, Sizes
-from jobs.benchmark.targets import compared
 from jobs.benchmark.transformers_peer import TransformersPeer
 from jobs.benchmark.workload import (
     Ids,
@@ -387,14 +385,7 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
 
 def show(results: Mapping[str, Any]) -> None:
     """Tables for people."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    for grid in grids(results):
-        console.print(grid.table())
-    for sentence in remarks(results):
-        console.print(sentence)
-    console.print(compared(TARGETS, results))
-    for key, reason in results["reasons"].items():
-        console.print(f"{key}: {reason}", markup=False)
+    tables.show(grids(results), remarks(results), TARGETS, results)
 
 
 def _points(sizes: Sequence[int], times: Sequence[float]) -> str:

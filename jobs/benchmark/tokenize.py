@@ -8,7 +8,6 @@ weights of HuBERT base's shape that nobody trained: speed does not depend on wha
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,16 +17,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from cluster.connection import connection
 from cluster.parts import Part, parts, work_off
 from cluster.recording import write_flac
 from cluster.tokenizing import EncodeUnits
+from jobs.benchmark import grids as tables
 from jobs.benchmark.encoded import Encoding, alike_in_bf16, bare, one_by_one, speed
 from jobs.benchmark.grids import Grid
 from jobs.benchmark.progress import Progress
-from jobs.benchmark.targets import Target, compared
+from jobs.benchmark.targets import Target
 from mmrag import shipped
 from mmrag.config import Synthesize, Tokenize, Workers
 from mmrag.corpora import synthetic
@@ -141,12 +140,7 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
 
 def show(results: Mapping[str, Any]) -> None:
     """Tables for people."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    for grid in grids(results):
-        console.print(grid.table())
-    for sentence in remarks(results):
-        console.print(sentence)
-    console.print(compared(TARGETS, results))
+    tables.show(grids(results), remarks(results), TARGETS, results)
 
 
 def _spoken(directory: Path, count: int) -> list[Utterance]:

@@ -9,25 +9,23 @@ counts.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from cluster.connection import connection
 from cluster.progress import records
 from cluster.train import fit
+from jobs.benchmark import grids as tables
 from jobs.benchmark.bare import BareTraining
 from jobs.benchmark.grids import Grid
 from jobs.benchmark.machine import threads
 from jobs.benchmark.process import BARE, Process
 from jobs.benchmark.progress import Progress
 from jobs.benchmark.repeats import at_least, ratio, spread, told
-from jobs.benchmark.targets import compared
 from mmrag.config import Experiment, read
 from mmrag.model.lm import parameter_count
 from mmrag.model.vocabulary import SentencePieces, Vocabulary
@@ -208,9 +206,4 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
 
 def show(results: Mapping[str, Any]) -> None:
     """Tables for people."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    for grid in grids(results):
-        console.print(grid.table())
-    for sentence in remarks(results):
-        console.print(sentence)
-    console.print(compared(TARGETS, results))
+    tables.show(grids(results), remarks(results), TARGETS, results)

@@ -65,9 +65,7 @@ class Block(nn.Module):
         plan: ReadPlan | None,
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, D) -> the block's output and the normalised input of its feed-forward."""
-        x = x + self.attention(self.attention_norm(x), angles, pages, plan)
-        key = self.feed_forward_norm(x)
-        return x + self.feed_forward(key), key
+        return self._fed(x + self.attention(self.attention_norm(x), angles, pages, plan))
 
     def packed(
         self,
@@ -77,9 +75,7 @@ class Block(nn.Module):
         plan: ReadPlan,
     ) -> tuple[Tensor, Tensor]:
         """`forward` without the padding: x (M, D)."""
-        x = x + self.attention.packed(self.attention_norm(x), angles, pages, plan)
-        key = self.feed_forward_norm(x)
-        return x + self.feed_forward(key), key
+        return self._fed(x + self.attention.packed(self.attention_norm(x), angles, pages, plan))
 
     def step(
         self,
@@ -89,7 +85,9 @@ class Block(nn.Module):
         plan: StepPlan,
     ) -> tuple[Tensor, Tensor]:
         """`forward` for one token a row: x (R, D)."""
-        x = x + self.attention.step(self.attention_norm(x), angles, pages, plan)
+        return self._fed(x + self.attention.step(self.attention_norm(x), angles, pages, plan))
+
+    def _fed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         key = self.feed_forward_norm(x)
         return x + self.feed_forward(key), key
 
