@@ -87,7 +87,7 @@ class Decoding(Replicas):
     near to them; auto measures which of the exact ones is quicker here, None leaves the format that
     they are read in. A Whisper stays as it is."""
     compiled: bool | None = False
-    """Whether its steps are compiled, which takes a minute when a replica starts and needs a C++
+    """Whether its steps are compiled, which takes a while when a replica starts and needs a C++
     compiler; None measures whether they are the quicker."""
 
 

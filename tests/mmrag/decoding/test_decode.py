@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_decoder import PhraseTree
 from plain_retrieval import retrieve, retrieve_each
+from random_entries import RandomEntries
 from random_models import perturb
 from scipy.stats import chisquare
 
@@ -68,29 +69,16 @@ def knn(**changes):
     return KNN(**{"k": 2, "weight": 0.5, "temperature": 1.0, **changes})
 
 
-class Store:
-    """Entries with random keys, searched by brute force; it remembers what it was asked."""
+class Store(RandomEntries):
+    """It remembers what it was asked."""
 
     def __init__(self, entries=40, seed=0):
-        random = np.random.default_rng(seed)
-        self.keys = random.standard_normal((entries, 16)).astype(np.float32)
-        self.tokens = random.integers(FIRST, LAST + 1, entries).astype(np.int32)
-        self.documents = (np.arange(entries) % 4).astype(np.int32)
+        super().__init__(FIRST, LAST, entries, seed)
         self.excluded = []
 
     def search(self, queries, k, exclude_documents=None):
         self.excluded.append(exclude_documents)
-        distances = ((queries[:, None] - self.keys) ** 2).sum(-1)
-        if exclude_documents is not None:
-            distances[self.documents == np.array(exclude_documents)[:, None]] = np.inf
-        entries = np.argsort(distances, axis=1, kind="stable")[:, :k]
-        distances = np.take_along_axis(distances, entries, 1)
-        return Neighbours(
-            distances=distances,
-            tokens=self.tokens[entries],
-            entries=np.where(np.isfinite(distances), entries, NO_ENTRY),
-            documents=self.documents[entries],
-        )
+        return super().search(queries, k, exclude_documents)
 
 
 class Insistent:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_decoder import PhraseTree, decode_plainly
+from random_entries import RandomEntries
 from random_models import perturb
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,7 +19,6 @@ from mmrag.decoding.decode import Batch, Clip
 from mmrag.decoding.hypotheses import NOTHING, Choice, History
 from mmrag.model.lm import LM
 from mmrag.model.vocabulary import EOS, Vocabulary
-from mmrag.records import NO_ENTRY, Neighbours
 from mmrag.retrieval.interpolation import Retrieval
 
 
@@ -42,34 +42,13 @@ def random_lm(layers=2):
     return perturb(LM(shape, VOCABULARY.size), 0.2).eval().requires_grad_(False)
 
 
-class Store:
-    """Entries with random keys, searched by brute force."""
-
-    def __init__(self, seed):
-        random = np.random.default_rng(seed)
-        self.keys = random.standard_normal((40, 16)).astype(np.float32)
-        self.tokens = random.integers(FIRST, LAST + 1, 40).astype(np.int32)
-        self.documents = (np.arange(40) % 4).astype(np.int32)
-
-    def search(self, queries, k, exclude_documents=None):
-        distances = ((queries[:, None] - self.keys) ** 2).sum(-1)
-        if exclude_documents is not None:
-            distances[self.documents == np.array(exclude_documents)[:, None]] = np.inf
-        entries = np.argsort(distances, axis=1, kind="stable")[:, :k]
-        distances = np.take_along_axis(distances, entries, 1)
-        return Neighbours(
-            distances=distances,
-            tokens=self.tokens[entries],
-            entries=np.where(np.isfinite(distances), entries, NO_ENTRY),
-            documents=self.documents[entries],
-        )
-
-
 RETRIEVALS = [
     None,
-    Retrieval(Store(1), KNN(k=3, weight=0.7, temperature=1.0)),
-    Retrieval(Store(2), KNN(k=5, weight=0.4, temperature=2.0, query="text")),
-    Retrieval(Store(1), KNN(k=2, weight=1.0, temperature=1.0)),
+    Retrieval(RandomEntries(FIRST, LAST, seed=1), KNN(k=3, weight=0.7, temperature=1.0)),
+    Retrieval(
+        RandomEntries(FIRST, LAST, seed=2), KNN(k=5, weight=0.4, temperature=2.0, query="text")
+    ),
+    Retrieval(RandomEntries(FIRST, LAST, seed=1), KNN(k=2, weight=1.0, temperature=1.0)),
 ]
 PHRASES = [
     None,

@@ -1,31 +1,17 @@
 """Audio in any common format becomes mono 16 kHz, whole or block by block, or a clear error."""
 
-import io
 import os
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
+from tones import encoded, tone
 from torchaudio.transforms import Resample
 
 from mmrag.speech import audio, cutting
 from mmrag.speech.audio import SAMPLE_RATE, AudioError, Span
-
-
-def tone(seconds: float, rate: int = SAMPLE_RATE, channels: int = 1) -> np.ndarray:
-    """(T, channels) float32: a sine an octave higher, and softer, in each further channel."""
-    times = np.arange(round(seconds * rate)) / rate
-    waves = [0.4 / (c + 1) * np.sin(2 * np.pi * 220 * 2**c * times) for c in range(channels)]
-    return np.stack(waves, axis=1).astype(np.float32)
-
-
-def encoded(samples: np.ndarray, rate: int = SAMPLE_RATE, **how: str) -> bytes:
-    stream = io.BytesIO()
-    soundfile.write(stream, samples, rate, **{"format": "WAV", **how})
-    return stream.getvalue()
 
 
 @pytest.mark.parametrize(
