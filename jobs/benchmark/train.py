@@ -68,9 +68,9 @@ FULL = Sizes(
     utterances=400,
     unit_counts=(50, 400),
     micro_batch_tokens=1024,
-    micro_batches=2,
-    steps=10,
-    skipped=2,
+    micro_batches=8,
+    steps=4,
+    skipped=1,
     repeats=3,
     quick=False,
 )

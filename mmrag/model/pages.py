@@ -287,7 +287,7 @@ def _write_pages(
     kept_keys: Tensor, kept_values: Tensor, written: Tensor, keys: Tensor, values: Tensor
 ) -> None:
     for kept, new in ((kept_keys, keys), (kept_values, values)):
-        kept[written[0], :, written[1]] = new.to(kept.dtype)
+        kept.transpose(1, 2).index_put_((written[0], written[1]), new.to(kept.dtype))
 
 
 _OPERATORS = torch.library.Library("mmrag", "FRAGMENT")

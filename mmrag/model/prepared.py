@@ -28,13 +28,15 @@ from mmrag.model.pages import PAGE
 Compute = Literal["auto", "float32", "bfloat16", "int8"]
 REPEATS = 5
 """Of a measurement; the least counts."""
-GRAPHS_OF_ALL_MODELS = 64
-"""A process may prepare several models, and a compiler counts what it makes of one function."""
+GRAPHS = 16
+"""Most that a compiler makes of one model's step; batches of any size need no more than four."""
 READ = 10 * PAGE
 """Tokens that rows have read in the steps that are measured."""
 
 _PACKED: dict[int, Any] = {}
 """Packed weights by number: a compiler carries numbers, not weights of a kind unknown to it."""
+# Without VNNI the sums of two products are of 16 bits, and hold one bit less of each.
+_NARROW = not torch.cpu.get_capabilities().get("avx512_vnni", False)
 
 
 @dataclass(frozen=True)
@@ -159,8 +161,13 @@ def _shapes(lm: LM) -> list[tuple[int, int]]:
 def _compile(lm: LM, rows: int, keep: bool | None) -> dict[str, float]:
     """Compile a block's step; unless `keep`, it goes where it is not the quicker of the two."""
     numbers = sorted({1, max(2, rows)})
-    torch._dynamo.config.recompile_limit = GRAPHS_OF_ALL_MODELS
-    compiled = torch.compile(Block.step, fullgraph=True, dynamic=True)
+    compiled = torch.compile(
+        Block.step,
+        fullgraph=True,
+        dynamic=True,
+        recompile_limit=GRAPHS,
+        isolate_recompiles=True,  # a process may prepare several models
+    )
     taken: dict[str, float] = {}
     for name, step in (("eager", None), ("compiled", compiled)):
         lm.block_step = step
@@ -223,18 +230,16 @@ def _quantized(weight: Tensor) -> Any:
 
 def _packed_linear(x: Tensor, number: Tensor, outputs: int, int8: bool) -> Tensor:
     weight = _PACKED[int(number)]
-    if int8:
-        # Without VNNI the sums of two products are of 16 bits, and hold one bit less of each.
-        narrow = not torch.cpu.get_capabilities().get("avx512_vnni", False)
-        return torch.ops.quantized.linear_dynamic(x.float(), weight, narrow).to(x.dtype)
-    return _product(x, weight)
+    if not int8:
+        return _product(x, weight)
+    return torch.ops.quantized.linear_dynamic.default(x.float(), weight, _NARROW).to(x.dtype)
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """x (R, inputs) by a matrix that `_reordered` gave: (R, outputs)."""
     if not weight.is_mkldnn:
         return functional.linear(x, weight)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
 
 
 _OPERATORS = torch.library.Library("mmrag", "FRAGMENT")
