@@ -132,11 +132,13 @@ status=0
 "$@" &
 command_pid=$!
 while running "$command_pid"; do
-	if [[ -n $told ]] && ((SECONDS - told > END_SECONDS)); then
+	if [[ -z $told ]]; then
+		wait "$command_pid" || true # a signal ends the waiting, once it was dealt with
+	elif ((SECONDS - told > END_SECONDS)); then
 		kill -KILL "$command_pid" 2>/dev/null || true
+	else
+		sleep 0.2
 	fi
-	sleep 1 &
-	wait -n "$command_pid" $! 2>/dev/null || true # a signal ends it, and is dealt with
 done
 wait "$command_pid" || status=$?
 

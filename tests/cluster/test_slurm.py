@@ -39,8 +39,9 @@ echo "$what starts" >> "$NOTED"
 sleep 600 & wait
 """
 PYTHON = """#!/usr/bin/env bash
-# Instead of Python: it is asked whether every node has joined.
+# Instead of Python, which is asked to wait until so many nodes have joined.
 echo "python $*" >> "$NOTED"
+until (($(grep -c " starts$" "$NOTED") >= $2)); do sleep 0.02; done
 """
 
 
