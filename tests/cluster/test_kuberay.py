@@ -360,18 +360,23 @@ def entrypoints() -> list[tuple[str, str]]:
     return [(file.stem, yaml.safe_load(file.read_text())["spec"]["entrypoint"]) for file in JOBS]
 
 
-def stages(entrypoint: str) -> list[tuple[str, list[str]]]:
-    """The stages that a job's shell would start, and with which arguments: run with a `python` that
+def stages(entrypoint: str, directory: Path) -> list[tuple[str, list[str]]]:
+    """The stages that a job would start, and with which arguments: run here, with a `python` that
     only says what it was told."""
-    told = subprocess.run(
-        ["bash", "-c", f'python() {{ echo "$*"; }}; export -f python; {entrypoint}'],
+    python = directory / "python"
+    python.write_text('#!/bin/sh\necho "told $*"\n')
+    python.chmod(0o755)
+    ran = subprocess.run(
+        [word.replace(IMAGE, f"{ROOT}/") for word in shlex.split(entrypoint)],
+        cwd=directory,
+        env=os.environ | {"PATH": f"{directory}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
         check=True,
     )
-    words = [shlex.split(line) for line in told.stdout.splitlines()]
-    assert all(one[0] == "-m" for one in words)
-    return [(module, arguments) for _, module, *arguments in words]
+    told = [shlex.split(line) for line in ran.stdout.splitlines() if line.startswith("told ")]
+    assert all(flag == "-m" for _, flag, *_ in told)
+    return [(module, arguments) for _, _, module, *arguments in told]
 
 
 def test_there_is_a_job_for_each_model_on_the_cluster_that_is_declared():
@@ -383,22 +388,36 @@ def test_there_is_a_job_for_each_model_on_the_cluster_that_is_declared():
 
 
 @pytest.mark.parametrize(("name", "entrypoint"), entrypoints())
-def test_every_stage_of_a_job_would_start(name, entrypoint, monkeypatch):
+def test_every_stage_of_a_job_would_start(name, entrypoint, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    found = stages(entrypoint)
-    assert [module for module, _ in found] == [
-        f"jobs.{stage}"
-        for stage in (
-            *("pretrain_hubert", "tokenize", "train", "build_datastore", "tune", "evaluate"),
-            "register",
-        )
-    ]
+    found = stages(entrypoint, tmp_path)
+    told = ("pretrain_hubert", "tokenize", "train", "build_datastore", "tune", "evaluate")
+    assert [module for module, _ in found] == [f"jobs.{one}" for one in (*told, "register")]
     for module, (flag, path, *overrides) in found:
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
-        assert flag == "--config" and Path(path).name == f"{name}.yaml"
-        here = [word.replace(IMAGE, f"{ROOT}/") for word in (path, *overrides)]
-        read = config.read(here[0], here[1:])
+        assert (flag, path) == ("--config", f"jobs/configs/{name}.yaml")
+        read = config.read(path, overrides)
         assert Path(read.train.deepspeed).is_file()
+
+
+@pytest.mark.parametrize(("_", "entrypoint"), entrypoints())
+def test_a_command_is_of_plain_words(_, entrypoint):
+    """Ray joins the words of a job's command again, and its quotes are others than a shell's."""
+    assert shlex.join(shlex.split(entrypoint)) == entrypoint
+
+
+def test_stages_end_with_the_first_that_fails(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$2"\n[ "$2" != jobs.train ]\n')
+    python.chmod(0o755)
+    ran = subprocess.run(
+        [ROOT / "cluster" / "stages.sh", "tokenize,train,evaluate"],
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 1
+    assert ran.stdout.splitlines() == ["== tokenize", "jobs.tokenize", "== train", "jobs.train"]
 
 
 def test_paths_in_the_files_are_there():
@@ -411,7 +430,9 @@ def test_paths_in_the_files_are_there():
 
 
 def test_the_scripts_may_be_run():
-    assert (KUBERAY / "secrets.sh").stat().st_mode & stat.S_IXUSR
+    for script in (KUBERAY / "secrets.sh", ROOT / "cluster" / "stages.sh"):
+        assert script.stat().st_mode & stat.S_IXUSR
+        subprocess.run(["bash", "-n", script], check=True)
 
 
 # The endpoint.
