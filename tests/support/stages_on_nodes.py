@@ -22,11 +22,11 @@ from ray._private.state import available_resources_per_node
 from ray.cluster_utils import Cluster
 
 from jobs import build_datastore, evaluate, pretrain_hubert, stage, synthesize, tokenize, train
+from mmrag.artifact import Artifact
 from mmrag.config import Experiment, read
 
 STORE_BYTES = 80_000_000
 NODES = 3
-SECONDS = 240
 
 
 class Nodes:
@@ -78,17 +78,31 @@ def main(config: Path) -> dict[str, Any]:
     try:
         seen = {}
         with quietly():
-            synthesize.run(experiment)
-            pretrain_hubert.run(experiment)
-            seen["tokenize"] = disturbed(nodes, experiment, tokenize, "tokens", nodes.lose)
-            seen["train"] = trained(nodes, experiment)
-            seen["build"] = disturbed(
-                nodes, experiment, build_datastore, "datastores/multimodal", nodes.drain
-            )
-            seen["evaluate"] = disturbed(nodes, experiment, evaluate, "evaluation", nodes.lose)
+            timed(seen, "prepared", synthesize.run, experiment)
+            timed(seen, "prepared", pretrain_hubert.run, experiment)
+            for name, job, directory, disturb in (
+                ("tokenize", tokenize, "tokens", nodes.lose),
+                ("build_datastore", build_datastore, "datastores/multimodal", nodes.drain),
+                ("evaluate", evaluate, "evaluation", nodes.lose),
+            ):
+                if name == "build_datastore":
+                    seen["train"] = timed(seen, "train", trained, nodes, experiment)
+                seen[name] = timed(
+                    seen, name, disturbed, nodes, experiment, job, directory, disturb
+                )
         return seen
     finally:
         nodes.shutdown()
+
+
+def timed(seen: dict[str, Any], name: str, work: Callable[..., Any], *arguments: Any) -> Any:
+    """What `work` returns; how long it took is added to `seen`'s seconds, by name."""
+    started = time.monotonic()
+    try:
+        return work(*arguments)
+    finally:
+        seconds = seen.setdefault("seconds", {})
+        seconds[name] = round(seconds.get(name, 0) + time.monotonic() - started, 1)
 
 
 def disturbed(
@@ -98,49 +112,61 @@ def disturbed(
     directory: str,
     disturb: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Run a stage, disturb a node at work as soon as a part of the output is there; then the same
-    stage once more, with nobody disturbed.
+    """Run a stage and disturb a node at work, as soon as a part of the output is there (where a
+    stage writes none, as soon as it works); then the same stage again, with nobody disturbed.
 
     `kept` are files that were written before and are the same afterwards, `changed` those that are
-    not; `fingerprints` those of both outputs.
+    not; `made` and `again` are what both outputs hold.
     """
+    path = experiment.workspace / directory
     before: dict[str, int] = {}
     gone: list[str] = []
 
-    def meanwhile() -> None:
-        draft = experiment.workspace / directory
-        pattern = f"{draft.parent}/.{draft.name}*"
-        until(lambda: written(pattern) and nodes.at_work())
+    def meanwhile(over: threading.Event) -> None:
+        parts = job is not evaluate
+        until(lambda: nodes.at_work() and (written(path) or not parts), over)
         gone.append(nodes.at_work()[0])
-        before.update(written(pattern))
+        before.update(written(path))
         disturb(gone[0])
 
     with beside(meanwhile):
         made = job.run(experiment)
-    after = {
-        str(file.relative_to(made.path)): file.stat().st_mtime_ns
-        for file in made.path.rglob("*")
-        if file.is_file()
-    }
-    still = nodes.alive(gone[0])
-    again = job.run(experiment, force=True)
+    after = files_of(made.path)
+    holds = contents(made)
+    alive = nodes.alive(gone[0])
     return {
         "kept": [name for name, at in before.items() if after.get(name) == at],
         "changed": [name for name, at in before.items() if after.get(name) not in (None, at)],
-        "fingerprints": [made.fingerprint, again.fingerprint],
-        "alive": still,
+        "made": holds,
+        "again": contents(job.run(experiment, force=True)),
+        "alive": alive,
     }
 
 
-def written(pattern: str) -> dict[str, int]:
-    """The Parquet files and segments of an output being made: name -> when it was written."""
-    parent, name = pattern.rsplit("/", 1)
+def contents(made: Artifact) -> Any:
+    """What an output is told from another one by: its fingerprint, but for transcripts, beside
+    which stands how long they took."""
+    transcripts = made.path / "transcripts.jsonl"
+    if not transcripts.exists():
+        return made.fingerprint
+    lines = map(json.loads, transcripts.read_text().splitlines())
+    return sorted([one["utterance"], one["mode"], one["text"]] for one in lines)
+
+
+def written(path: Path) -> dict[str, int]:
+    """The numbered parts of an output that is being made: name -> when it was written."""
+    found: dict[str, int] = {}
+    for draft in path.parent.glob(f".{path.name}*"):
+        found |= files_of(draft)
+    return {name: at for name, at in found.items() if re.search(r"\d{3}", name)}
+
+
+def files_of(directory: Path) -> dict[str, int]:
     found = {}
-    for draft in Path(parent).glob(name):
-        for file in draft.rglob("*"):
-            with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
-                if file.is_file() and re.search(r"part-\d+", str(file)):
-                    found[str(file.relative_to(draft))] = file.stat().st_mtime_ns
+    for file in directory.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+            if file.is_file():
+                found[str(file.relative_to(directory))] = file.stat().st_mtime_ns
     return found
 
 
@@ -149,17 +175,15 @@ def trained(nodes: Nodes, experiment: Experiment) -> dict[str, Any]:
 
     `steps` are those that were taken, in order, `recorded` those of the training's own record.
     """
-    losing: list[str] = []
-
-    def meanwhile() -> None:
-        until(lambda: steps() and steps()[-1] > 2 * experiment.train.checkpoint_steps)
-        losing.append(nodes.at_work()[0])
-        nodes.lose(losing[0])
-
     said: list[str] = []
 
     def steps() -> list[int]:
         return [int(one) for line in said for one in re.findall(r"step (\d+)/", line)]
+
+    def meanwhile(over: threading.Event) -> None:
+        every = experiment.train.checkpoint_steps
+        until(lambda: steps() and steps()[-1] > 2 * every, over)
+        nodes.lose(nodes.at_work()[0])
 
     print_line = stage.console.print
     stage.console.print = lambda *words, **_: said.append(" ".join(map(str, words)))
@@ -173,13 +197,15 @@ def trained(nodes: Nodes, experiment: Experiment) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def beside(work: Callable[[], None]) -> Iterator[None]:
-    """`work` in a thread, beside the block; what it raised is raised at the block's end."""
+def beside(work: Callable[[threading.Event], None]) -> Iterator[None]:
+    """`work` in a thread, beside the block; it is told when the block is over, and what it raised
+    is raised then."""
     failures: list[BaseException] = []
+    over = threading.Event()
 
     def run() -> None:
         try:
-            work()
+            work(over)
         except BaseException as error:
             failures.append(error)
 
@@ -188,6 +214,7 @@ def beside(work: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
+        over.set()
         thread.join()
     if failures:
         raise failures[0]
@@ -200,12 +227,10 @@ def quietly() -> Iterator[None]:
         yield
 
 
-def until(happens: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + SECONDS
+def until(happens: Callable[[], Any], over: threading.Event) -> None:
     while not happens():
-        if time.monotonic() > deadline:
-            raise TimeoutError("it never happens")
-        time.sleep(0.05)
+        if over.wait(0.05):
+            raise TimeoutError("the stage ended before it could be disturbed")
 
 
 if __name__ == "__main__":
