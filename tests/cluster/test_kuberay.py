@@ -441,7 +441,7 @@ def test_the_scripts_may_be_run():
 @pytest.fixture(params=OVERLAYS)
 def service(request, monkeypatch) -> dict[str, Any]:
     """The RayService of an overlay, in the environment of its pods."""
-    found = named(rendered(f"{request.param}/service"), "RayService")
+    found = named(rendered(f"{request.param}/service"), "RayService", "mmrag-endpoint")
     told = [environment(one) for one in containers([found])]
     assert all(one == told[0] for one in told)  # the head builds what the workers run
     for name, value in told[0].items():
@@ -583,3 +583,15 @@ def test_the_manifests_name_the_version_of_ray_that_is_installed():
     [version] = re.findall(r"^ray==(.+)$", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
     for size in OVERLAYS:
         assert {spec["rayVersion"] for spec in clusters(everything(size))} == {version}
+
+
+@pytest.mark.parametrize("size", OVERLAYS)
+def test_no_two_objects_of_ray_would_make_a_service_of_the_same_name(size):
+    found = everything(size)
+    names = [one["metadata"]["name"] for one in found if one["apiVersion"] == "ray.io/v1"]
+    made = [f"{name}-head-svc" for name in names]
+    made += [one["metadata"]["name"] for one in of_kind(found, "Service")]
+    assert len(made) == len(set(made))
+    for port_forward in re.findall(r"svc/(\S+)", (ROOT / "docs" / "cluster.md").read_text()):
+        serves = [f"{one['metadata']['name']}-serve-svc" for one in of_kind(found, "RayService")]
+        assert port_forward in made + serves
