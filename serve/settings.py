@@ -195,6 +195,15 @@ class Settings(Section):
         except RuntimeError:  # no HOME, and no account either
             raise ValueError(f"{path}: nobody's home is known here, write the path out") from None
 
+    def model_post_init(self, _: Any) -> None:
+        """What computes on GPUs by name reserves them, or others are placed on the same."""
+        for part in ("encoder", "decoder"):
+            if self.device.startswith("cuda") and not getattr(self, part).num_gpus:
+                raise ValueError(
+                    f"{part}.num_gpus is 0 with device {self.device}: name the share of a GPU that "
+                    f"a replica takes ({part}.num_gpus=0.5), or leave device at auto"
+                )
+
 
 def read(given: Mapping[str, Any], config: Path = CONFIG) -> Settings:
     """The settings of `config`, with what is `given` merged in; ConfigError names what is wrong.

@@ -1,6 +1,9 @@
 """Deployments that no cluster has room for are named at once."""
 
+import pytest
+
 from cluster.placement import problem_with
+from mmrag.config import ConfigError
 from serve.settings import read
 from serve.startup import demands
 
@@ -50,3 +53,13 @@ def test_a_share_of_a_gpu_is_enough_for_as_many_as_fit():
 
 def test_a_cluster_without_machines_has_no_room():
     assert "largest node has 0 CPUs" in problem([])
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_replica_that_is_told_to_use_a_gpu_reserves_one(part):
+    given = {"device": "cuda", "encoder.num_gpus": 0.3, "decoder.num_gpus": 0.7}
+    assert read(given).device == "cuda"
+    with pytest.raises(
+        ConfigError, match=rf"{part}.num_gpus is 0 with device cuda: name the share"
+    ):
+        read(given | {f"{part}.num_gpus": 0})
