@@ -35,8 +35,8 @@ WINGS = {
         "passages", "librispeech_biasing", "kaldi", "lhotse_cuts", "huggingface", "sources",
     ],
     "model": [
-        "vocabulary", "pages", "layers", "cross_attention", "lm", "prepared", "contract", "states",
-        "precision", "pretrained", "loss", "train", "whisper_cache", "whisper",
+        "vocabulary", "pages", "layers", "cross_attention", "lm", "flops", "prepared", "contract",
+        "states", "precision", "pretrained", "loss", "train", "whisper_cache", "whisper",
         "whisper_training",
     ],
     "retrieval": [
