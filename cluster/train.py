@@ -81,6 +81,7 @@ LEARNED = {
     *("train_batch_size", "prescale_gradients", "gradient_predivide_factor", "sparse_gradients"),
     *("communication_data_type", "curriculum_learning", "data_efficiency"),
     *("progressive_layer_drop", "compression_training", "managed_gradient_accumulation"),
+    *("zero_optimization.zero_quantized_weights", "zero_optimization.zero_quantized_gradients"),
 }
 """DeepSpeed's settings that change what is learned: they are no matter of operation."""
 
@@ -185,12 +186,19 @@ def deepspeed_config(experiment: Experiment, dtype: torch.dtype) -> dict[str, An
         clash.append("zero_optimization.stage")
     if clash:
         raise ValueError(f"{settings.deepspeed} sets what the experiment decides: {clash}")
-    if learned := sorted(LEARNED & extra.keys()):
+    zero = extra.get("zero_optimization", {})
+    if learned := sorted(LEARNED & {*extra, *(f"zero_optimization.{key}" for key in zero)}):
         raise ValueError(
             f"{settings.deepspeed} sets {learned}, which changes what is learned: such a file says "
             "how training is run (offload, buckets, overlap), so that it may change on the way"
         )
-    zero = {**extra.pop("zero_optimization", {}), "stage": settings.zero_stage}
+    shared, count = zero.get("zero_hpz_partition_size", 1), settings.workers.count
+    if shared > 1 and (settings.zero_stage != 3 or count % shared):
+        raise ValueError(
+            f"{settings.deepspeed} sets zero_hpz_partition_size {shared}, the GPUs of a node under "
+            f"zero_stage 3; this is zero_stage {settings.zero_stage} with workers.count {count}"
+        )
+    zero = {**zero, "stage": settings.zero_stage}
     return {**extra, **decided, "zero_optimization": zero}
 
 
@@ -322,6 +330,7 @@ def _build(
         lm = LM(experiment.lm, vocabulary.size)
         adapter = experiment.adapter and Adapter(experiment.adapter.shape, experiment.lm)
         objective = Objective(lm, len(vocabulary.alphabet), settings.ctc_weight, adapter)
+    objective.trained_by(settings)
     if base := frozen or settings.base:
         for parameter, name, tensor in _filling(lm, pretrained.base_tensors(base), partitioned):
             pretrained.place(name, parameter, tensor, vocabulary, base)

@@ -61,12 +61,20 @@ def main(
 
 
 def _run(stage: Callable[[Experiment, bool], Any], arguments: argparse.Namespace) -> None:
-    """Run the stage; exit with one line where an error explains itself."""
-    try:
-        named = [] if arguments.models is None else [f"models={arguments.models}"]
+    named = [] if arguments.models is None else [f"models={arguments.models}"]
+
+    def work() -> None:
         experiment = read(arguments.config, [*named, *arguments.overrides])
         with connection():
             stage(experiment, arguments.force)
+
+    explained(work)
+
+
+def explained(work: Callable[[], None]) -> None:
+    """Do it; exit with one line where an error explains itself."""
+    try:
+        work()
     except BrokenPipeError:  # nobody reads: the command ends quietly
         raise
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from cluster.progress import METRICS, last_record
 from cluster.tracking import Run
 from cluster.train import REJECTED, fit, held
-from jobs import models, stage
+from jobs import models, plan, stage
 from mmrag import artifact, shipped
 from mmrag.artifact import Artifact, Draft
 from mmrag.config import ConfigError, Experiment, Train, as_dict, recipe
@@ -186,5 +187,10 @@ def _vocabulary(experiment: Experiment, splits: list[Path], units: int) -> Vocab
     return Vocabulary(SentencePieces.train(filter(None, texts), settings.pieces), units)
 
 
+PLANNED = "With --plan, what it will take is printed instead (--plan --help)."
+
 if __name__ == "__main__":
-    stage.main(run, __doc__)
+    if "--plan" in sys.argv:
+        plan.main(sys.argv[1:])
+    else:
+        stage.main(run, f"{__doc__} {PLANNED}")

@@ -35,9 +35,9 @@ WINGS = {
         "passages", "librispeech_biasing", "kaldi", "lhotse_cuts", "huggingface", "sources",
     ],
     "model": [
-        "vocabulary", "pages", "layers", "cross_attention", "lm", "prepared", "contract", "states",
-        "precision", "pretrained", "loss", "train", "whisper_cache", "whisper",
-        "whisper_training",
+        "vocabulary", "pages", "cross_entropy", "layers", "cross_attention", "lm", "flops", "plan",
+        "prepared", "contract", "states", "precision", "pretrained", "loss", "train",
+        "whisper_cache", "whisper", "whisper_training",
     ],
     "retrieval": [
         "segment", "mapped", "tensors", "columns", "stored", "local", "datastore", "snapshots",

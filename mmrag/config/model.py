@@ -161,6 +161,14 @@ class Train(Section):
     deepspeed: Operation[str | None] = None
     """JSON file with more DeepSpeed settings (offload, buckets), none of which changes what is
     learned; None for DeepSpeed's own."""
+    activation_checkpointing: Operation[PositiveInt | None] = None
+    """Layers of which a forward pass keeps the input alone, to compute the rest again on the way
+    back: a third more arithmetic for a small part of the memory. None keeps all activations."""
+    loss_chunk: Operation[PositiveInt | None] = 1024
+    """Positions whose logits are held at once; None for those of a whole micro-batch."""
+    compiled: Operation[bool] = False
+    """Whether each layer is compiled, which takes minutes at the start; not under ZeRO-3, which
+    fetches weights between the operations of a layer."""
     checkpoint_steps: Operation[PositiveInt]
     log_steps: Operation[PositiveInt]
     max_failures: Operation[int] = Field(ge=0)
@@ -173,6 +181,11 @@ class Train(Section):
             raise ValueError(
                 f"micro_batches {self.micro_batches} is not a multiple of "
                 f"workers.count {self.workers.count}"
+            )
+        if self.compiled and self.zero_stage == 3:
+            raise ValueError(
+                "compiled goes with zero_stage 0, 1 or 2: ZeRO-3 fetches a layer's weights between "
+                "its operations"
             )
         return self
 

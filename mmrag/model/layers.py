@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmrag.config import LanguageModel
+from mmrag.model.cross_entropy import summed_cross_entropy
 from mmrag.model.pages import ReadPlan, StepPlan, attend_causally, attend_step, write
 
 INIT_STD = 0.02
@@ -26,6 +27,22 @@ class Linear(nn.Linear):
         nn.init.normal_(self.weight, std=std)
         if bias:
             nn.init.zeros_(self.bias)
+
+
+class Projection(Linear):
+    """The output matrix: states (N, D) to logits (N, V), or to the loss of what came next.
+
+    The loss is this layer's own, for under ZeRO-3 its matrix is whole while it is called, and not
+    a moment longer.
+    """
+
+    def forward(
+        self, states: Tensor, targets: Tensor | None = None, chunk: int | None = None
+    ) -> Tensor:
+        """With `targets` (N,), their summed cross-entropy, as in `summed_cross_entropy`."""
+        if targets is None:
+            return super().forward(states)
+        return summed_cross_entropy(states, self.weight, targets, chunk)
 
 
 class Embedding(nn.Embedding):

@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from mmrag.config import LanguageModel
 from mmrag.model.cross_attention import Memory
+from mmrag.model.cross_entropy import summed_cross_entropy
 from mmrag.model.layers import (
     INIT_STD,
     Attention,
     Embedding,
-    Linear,
+    Projection,
     RMSNorm,
     SwiGLU,
     rotary,
@@ -33,7 +35,8 @@ from mmrag.model.pages import PagedCache, PagePool, ReadPlan, StepPlan
 class LMOutput:
     """`logits` (N, V) float32 of the N positions asked for, row by row; `keys`, `states` and
     `hidden` (B, T, D) of every position: the retrieval key, the last layer's output, and the same
-    normalised.
+    normalised. Where targets were given there are no logits (0, V), but `loss`, their summed
+    cross-entropy.
 
     With a memory, `attention` (L, B, T, M) says where each of its L blocks looked.
     """
@@ -43,6 +46,7 @@ class LMOutput:
     states: Tensor
     hidden: Tensor
     attention: Tensor | None = None
+    loss: Tensor | None = None
 
 
 class Block(nn.Module):
@@ -102,11 +106,18 @@ class LM(nn.Module):
         self.embedding = Embedding(vocabulary, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
-        self.head: nn.Module | None = None if config.tied else Linear(config.width, vocabulary)
+        self.head: nn.Module | None = (
+            None if config.tied else Projection(config.width, vocabulary)
+        )
         self.kept_in: torch.dtype | None = None
         """What keys and values are kept in where that is not the weights' format."""
         self.block_step: Callable[..., tuple[Tensor, Tensor]] | None = None
         """`Block.step`, compiled, where this model was prepared for decoding."""
+        self.checkpointed: int | None = None
+        """Blocks of which a training pass keeps what goes into the first of them alone, and
+        computes the rest again on its way back; None keeps everything."""
+        self.loss_chunk: int | None = None
+        """Positions whose logits are held at once while a loss is computed; None for all."""
 
     @property
     def width(self) -> int:
@@ -144,12 +155,14 @@ class LM(nn.Module):
         lengths: Tensor | None = None,
         at: Tensor | None = None,
         memory: Memory | None = None,
+        targets: Tensor | None = None,
     ) -> LMOutput:
         """Read `ids` (B, T), padded on the right where `lengths` (B,) says so.
 
         With a cache, the tokens continue each row where it stands, and the cache moves on by
         `lengths` (T by default). `at` (B, T) bool chooses the positions whose logits are
-        computed; None for all. `memory` is read after the layers that its blocks follow.
+        computed; None for all. With `targets` (N,), what came next at each of them, there is
+        their loss instead. `memory` is read after the layers that its blocks follow.
         """
         one = cache is not None and ids.shape[1] == 1 and lengths is None and memory is None
         if one and self.block_step is not None:
@@ -165,18 +178,46 @@ class LM(nn.Module):
 
         angles = self._angles(positions)
         x = self.embedding(ids)
-        looked = []
-        for layer, block in enumerate(self.blocks):
-            pages = None if cache is None else cache.pool.layers[layer]
-            x, key = block(x, angles, pages, plan)
-            if memory is not None and layer in memory.layers:
-                x, attention = memory.read(layer, x, key)
-                looked.append(attention)
+        looked: list[Tensor] = []
+        again = self.checkpointed if cache is None and torch.is_grad_enabled() else None
+        layers = range(len(self.blocks))
+        for first in range(0, len(layers), again or len(layers)):
+            reading = (layers[first:][:again], x, angles, cache, plan, memory)
+            if again is None:
+                x, key, seen = self._through(*reading)
+            else:
+                x, key, seen = checkpoint(
+                    self._through, *reading, use_reentrant=False, preserve_rng_state=False
+                )
+            looked += seen
         hidden = self.norm(x)
 
         wanted = hidden.flatten(0, 1) if at is None else hidden[at]
         looked_at = torch.stack(looked) if looked else None
+        if targets is not None:
+            loss = self._loss(wanted, targets)
+            return LMOutput(loss.new_empty(0, self.vocabulary), key, x, hidden, looked_at, loss)
         return LMOutput(self._project(wanted), key, x, hidden, looked_at)
+
+    def _through(
+        self,
+        layers: range,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        cache: PagedCache | None,
+        plan: ReadPlan | None,
+        memory: Memory | None,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """x (B, T, D) through some layers -> their output, the last one's key, and where each
+        block of a memory looked."""
+        looked = []
+        for layer in layers:
+            pages = None if cache is None else cache.pool.layers[layer]
+            x, key = self.blocks[layer](x, angles, pages, plan)
+            if memory is not None and layer in memory.layers:
+                x, attention = memory.read(layer, x, key)
+                looked.append(attention)
+        return x, key, looked
 
     def _packed(
         self, ids: Tensor, cache: PagedCache, plan: ReadPlan, at: Tensor | None
@@ -242,6 +283,11 @@ class LM(nn.Module):
         if self.head is None:
             return functional.linear(hidden, self.embedding.weight).float()
         return self.head(hidden).float()
+
+    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        if self.head is None:
+            return summed_cross_entropy(hidden, self.embedding.weight, targets, self.loss_chunk)
+        return self.head(hidden, targets, self.loss_chunk)
 
 
 def parameter_count(config: LanguageModel, vocabulary: int) -> int:

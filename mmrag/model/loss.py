@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mmrag.config import Train
 from mmrag.model.cross_attention import Adapter, Windows
 from mmrag.model.layers import Linear
 from mmrag.model.lm import LM
@@ -69,6 +70,15 @@ class Objective(nn.Module):
         self.ctc_weight = ctc_weight
         self.ctc = Linear(lm.config.width, letters + 1) if ctc_weight else None
 
+    def trained_by(self, settings: Train) -> Objective:
+        """The same objective, which spends memory and time as `settings` say."""
+        self.lm.checkpointed = settings.activation_checkpointing
+        self.lm.loss_chunk = settings.loss_chunk
+        if settings.compiled:
+            for block in self.lm.blocks:
+                block.compile(fullgraph=True, dynamic=True)
+        return self
+
     def forward(self, batch: Batch) -> Tensor:
         """(2,) float32: summed next-token loss and summed CTC loss, in nats."""
         at = batch.targets != IGNORE
@@ -76,8 +86,8 @@ class Objective(nn.Module):
         if self.adapter is not None:
             time, start = int(at.sum(1).max()), batch.speech[:, 1]
             memory = self.adapter.memory(batch.windows, self.lm.embedding, start, time)
-        output = self.lm(batch.ids, at=at, memory=memory)
-        token_loss = functional.cross_entropy(output.logits, batch.targets[at], reduction="sum")
+        output = self.lm(batch.ids, at=at, memory=memory, targets=batch.targets[at])
+        token_loss = output.loss
         if self.ctc is None:
             return torch.stack((token_loss, torch.zeros_like(token_loss)))
         return torch.stack((token_loss, self._ctc_loss(output.hidden, batch)))

@@ -339,7 +339,7 @@ def train(
     dtype = precision(settings.precision, device)
     curriculum = Curriculum(data, settings, seed)
     optimizer = adamw(objective, settings)
-    objective.train()
+    objective.trained_by(settings).train()
     for step in range(settings.steps):
         phase, micro_batches = curriculum.step(step)
         batches = [

@@ -27,7 +27,14 @@ PAPER = sorted((ROOT / "jobs" / "configs" / "paper").glob("*.yaml"))
 DEEPSPEED = sorted((ROOT / "cluster" / "deepspeed").glob("*.json"))
 READING = ["adapter", "adapter_small", "tiny"]
 """Experiments that train an adapter."""
-STAGES = {"zero2": 2, "zero3": 3, "zero3_offload": 3}
+STAGES = {
+    "zero2": 2,
+    "zero3": 3,
+    "zero3_offload": 3,
+    "one_node": 2,
+    "four_nodes": 3,
+    "four_nodes_rdma": 3,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -200,6 +207,39 @@ def test_every_deepspeed_file_is_accepted_whole(file):
     assert (parsed.zero_config.offload_optimizer is not None) == offloads
     # DeepSpeed refuses to offload any optimizer but its own, and ours is torch's AdamW.
     assert parsed.zero_force_ds_cpu_optimizer != offloads
+
+
+def test_there_is_a_deepspeed_file_for_every_stage_that_is_named():
+    assert {file.stem for file in DEEPSPEED} == STAGES.keys()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_one_node_takes_weights_partitioned_or_whole(stage):
+    file = ROOT / "cluster" / "deepspeed" / "one_node.json"
+    about = (f"train.deepspeed={file}", f"train.zero_stage={stage}", "train.workers.count=8")
+    read = experiment("6.8b", *about)
+    assert DeepSpeedConfig(deepspeed_config(read, torch.bfloat16)).zero_config.stage == stage
+
+
+def test_nodes_without_rdma_keep_a_copy_of_the_weights_each():
+    file = ROOT / "cluster" / "deepspeed" / "four_nodes.json"
+    read = experiment("6.8b", f"train.deepspeed={file}")
+    zero = DeepSpeedConfig(deepspeed_config(read, torch.bfloat16)).zero_config
+    assert zero.zero_hpz_partition_size == 8
+    # Weights and gradients in 4 or 8 bits would learn something else.
+    assert not zero.zero_quantized_weights and not zero.zero_quantized_gradients
+    with pytest.raises(ValueError, match="zero_hpz_partition_size 8.*workers.count 4"):
+        deepspeed_config(
+            experiment("6.8b", f"train.deepspeed={file}", "train.workers.count=4"), torch.bfloat16
+        )
+
+
+@pytest.mark.parametrize("key", ["zero_quantized_weights", "zero_quantized_gradients"])
+def test_a_deepspeed_file_does_not_round_what_is_sent(tmp_path, key):
+    file = tmp_path / "quantized.json"
+    file.write_text(json.dumps({"zero_optimization": {key: True}}))
+    with pytest.raises(ValueError, match=rf"\['zero_optimization.{key}'\], which changes what"):
+        deepspeed_config(experiment("tiny", f"train.deepspeed={file}"), torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -212,3 +212,59 @@ def test_a_gpu_gives_the_processors_logits():
     expected = lm(ids).logits
     got = lm.cuda()(ids.cuda()).logits.cpu()
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
+
+
+def learned(lm, ids, targets, **saving):
+    """The loss of the next token and the gradient it leaves, by what is kept in between."""
+    lm.checkpointed, lm.loss_chunk = saving.get("checkpointed"), saving.get("loss_chunk")
+    lm.zero_grad()
+    lm.requires_grad_(True)
+    output = lm(ids, targets=targets)
+    output.loss.backward()
+    return output, {name: weight.grad.clone() for name, weight in lm.named_parameters()}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("checkpointed", [1, 2, 3, 5])
+def test_activations_that_are_computed_again_leave_the_same_gradients(tied, checkpointed):
+    lm = random_lm(layers=3, tied=tied)
+    ids = draw_ids(2, 7)
+    targets = draw_ids(1, 14, seed=1).flatten()
+    kept, wanted = learned(lm, ids, targets)
+    again, gradients = learned(lm, ids, targets, checkpointed=checkpointed, loss_chunk=4)
+    for name in ("keys", "states", "hidden", "loss"):
+        close(getattr(again, name), getattr(kept, name))
+    assert gradients.keys() == wanted.keys()
+    for name, gradient in gradients.items():
+        assert gradient.any(), name
+        torch.testing.assert_close(gradient, wanted[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_the_loss_is_that_of_the_logits():
+    lm, ids = random_lm(), draw_ids(2, 5)
+    at = torch.tensor([[True, False, True, True, False], [False, True, True, False, True]])
+    targets = draw_ids(1, int(at.sum()), seed=1).flatten()
+    output = lm(ids, at=at, targets=targets)
+    assert output.logits.shape == (0, VOCABULARY)
+    close(output.loss, functional.cross_entropy(lm(ids, at=at).logits, targets, reduction="sum"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointed", [None, 1])
+def test_layers_are_compiled_whole(checkpointed):
+    """fullgraph: a break would be an error; rows and times of any number share the graphs."""
+    torch._dynamo.reset()
+    lm = random_lm(layers=2)
+    expected = {}
+    for rows, time in ((2, 6), (3, 9), (4, 5)):
+        targets = draw_ids(1, rows * time, seed=1).flatten()
+        expected[rows, time] = learned(lm, draw_ids(rows, time), targets)[1]
+    for block in lm.blocks:
+        block.compile(fullgraph=True, dynamic=True)
+    for (rows, time), wanted in expected.items():
+        targets = draw_ids(1, rows * time, seed=1).flatten()
+        saving = {"checkpointed": checkpointed, "loss_chunk": 8}
+        for name, gradient in learned(lm, draw_ids(rows, time), targets, **saving)[1].items():
+            torch.testing.assert_close(gradient, wanted[name], atol=1e-4, rtol=1e-3, msg=name)
+    assert sum(torch._dynamo.utils.counters["graph_break"].values()) == 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2

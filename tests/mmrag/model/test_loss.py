@@ -297,6 +297,20 @@ def test_an_untrained_adapter_leaves_the_loss_as_it_is_bit_for_bit():
     assert torch.equal(objective(shown(SPOKEN)), plain(batch_of(SPOKEN)))
 
 
+@pytest.mark.parametrize("checkpointed", [1, 2])
+def test_an_adapter_learns_the_same_where_activations_are_computed_again(checkpointed):
+    objective = reading_objective()
+    gradients = []
+    for again in (None, checkpointed):
+        objective.zero_grad()
+        objective.lm.checkpointed, objective.lm.loss_chunk = again, again
+        objective(shown(SPOKEN))[0].backward()
+        gradients.append([one.grad.clone() for one in objective.adapter.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert one.any()
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
 def test_an_adapter_freezes_the_language_model_and_nothing_else_does():
     objective = reading_objective()
     objective(shown(SPOKEN))[0].backward()
