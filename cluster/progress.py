@@ -18,17 +18,23 @@ from mmrag import terminal
 from mmrag.artifact import Held
 
 METRICS = "metrics.jsonl"
+SKIPPED = "skipped.jsonl"
+"""Steps of a training that were not taken, and what was read before them."""
 POLL_SECONDS = 1.0
 
 
 class MetricsWriter:
     """Appends records, each with a `step`; a resumed run's file is cut back to where it goes on."""
 
-    def __init__(self, directory: Path, first_step: int) -> None:
-        self._path = directory / METRICS
-        kept = [record for record in records(directory) if record["step"] < first_step]
+    def __init__(self, directory: Path, first_step: int, name: str = METRICS) -> None:
+        """`name` is the file; any but `metrics.jsonl` is there only if it has a record."""
+        self._path = directory / name
+        kept = [record for record in records(directory, name) if record["step"] < first_step]
+        if name != METRICS and not kept:
+            self._path.unlink(missing_ok=True)
+            return
         # Another file, by which a reader sees that it has to begin anew.
-        aside = self._path.with_name(f".{METRICS}.{os.getpid()}")
+        aside = self._path.with_name(f".{name}.{os.getpid()}")
         aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
         aside.replace(self._path)
 
@@ -44,8 +50,8 @@ class MetricsReader:
     A file that was cut back, to go on from an earlier step, is read from its beginning.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._path = directory / METRICS
+    def __init__(self, directory: Path, name: str = METRICS) -> None:
+        self._path = directory / name
         self._file: int | None = None
         self._offset = 0
 
@@ -67,9 +73,10 @@ class MetricsReader:
         return [json.loads(line) for line in whole.split(b"\n")]
 
 
-def records(directory: Path) -> list[dict[str, Any]]:
-    """What `metrics.jsonl` holds so far; a line that is still being written is left out."""
-    return MetricsReader(directory).new()
+def records(directory: Path, name: str = METRICS) -> list[dict[str, Any]]:
+    """What `metrics.jsonl`, or another such file, holds so far; a line that is still being written
+    is left out."""
+    return MetricsReader(directory, name).new()
 
 
 def last_record(directory: Path) -> dict[str, Any]:

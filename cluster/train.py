@@ -1,20 +1,19 @@
 """Training on many processes: a Ray Train worker loop around a DeepSpeed engine.
 
 The loop makes the same steps as `mmrag.model.train.train`: every worker takes its share of each
-step's micro-batches, losses are divided by the counts of all workers together. Checkpoints hold
-weights, optimizer and step; what a step reads follows from its number, so a resumed run is the run
-that
-was not interrupted.
+step's micro-batches, losses are divided by the counts of all workers together. What a step reads
+follows from its number, and a checkpoint goes on with any number of workers and any ZeRO stage: a
+resumed run is the run that was not interrupted.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,21 +27,24 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed
 import deepspeed.ops
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
 from torch import Tensor
 
+from cluster.checkpoints import FIELDS, Bookkeeping, CheckpointError, Saved, Uploads, listed, mend
 from cluster.placement import Demand, placing
-from cluster.progress import MetricsWriter, following
+from cluster.preemption import ListeningConfig, Notice, Preempted
+from cluster.progress import SKIPPED, MetricsWriter, following
 from mmrag import artifact, shipped
 from mmrag.artifact import Held, counted
 from mmrag.config import Experiment, parse
-from mmrag.finite import NonFiniteLoss
+from mmrag.finite import Guard, NonFiniteLoss
 from mmrag.model import pretrained
 from mmrag.model.cross_attention import Adapter
 from mmrag.model.lm import LM
 from mmrag.model.loss import Objective
 from mmrag.model.train import (
+    LEAVE_OUT,
     Curriculum,
     Example,
     TrainingError,
@@ -68,14 +70,18 @@ from mmrag.speech.tokenized import Tokenized, read
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 CHECKPOINTS = ".checkpoints"
-STATE = "state"
-STEP = "step.json"
-"""In a checkpoint: the steps that went into it, to be read without loading it."""
+RUN = "train"
+"""Ray Train's name of the run: the directory of its checkpoints."""
 REJECTED = "rejected.jsonl"
 """Utterances that no micro-batch can hold; there is no such file if all fit."""
 STOPPED = ".stopped.json"
 """Why the workers gave up, all of them together."""
-CAUSES = {cause.__name__: cause for cause in (TrainingError, NonFiniteLoss)}
+CAUSES = {
+    cause.__name__: cause for cause in (TrainingError, NonFiniteLoss, CheckpointError, Preempted)
+}
+RESIZE_SECONDS = 600.0
+"""Between two looks for room for more workers: growing makes the steps since the last checkpoint
+again."""
 LEARNED = {
     *("optimizer", "scheduler", "fp16", "amp", "torch_autocast"),
     *("train_batch_size", "prescale_gradients", "gradient_predivide_factor", "sparse_gradients"),
@@ -99,14 +105,34 @@ def fit(
     there is an adapter for the language model in `lm`. A run that was killed there goes on from
     its last checkpoint. `log` is called, in this process, with each record of `metrics.jsonl`.
 
-    Utterances longer than a micro-batch are passed over and listed in `rejected.jsonl`. Raises
-    NonFiniteLoss, which names what was read, before a step is taken on a loss that is no number,
-    and TrainingError for a run that cannot be made; neither is tried again.
+    Utterances longer than a micro-batch are passed over and listed in `rejected.jsonl`. A step is
+    not taken on a loss or a gradient that is no number: it is listed in `skipped.jsonl` with what
+    was read, and the third in a row raises NonFiniteLoss. Raises TrainingError for a run that
+    cannot be made, CheckpointError for a checkpoint that cannot be gone on from; none is tried
+    again. Workers that are asked to leave commit a checkpoint first, and others go on from it.
     """
+    deepspeed_config(experiment, torch.float32)  # a bad file is refused here, not by every worker
+    mend(directory / CHECKPOINTS / RUN)
+    while True:
+        stopped = _attempt(experiment, splits, directory, log, lm)
+        if not isinstance(stopped, Preempted):
+            break
+        print(f"{stopped}: going on where there is room", file=sys.stderr, flush=True)
+    if stopped:
+        raise stopped
+
+
+def _attempt(
+    experiment: Experiment,
+    splits: list[Path],
+    directory: Path,
+    log: Callable[[dict[str, Any]], None],
+    lm: Path | None,
+) -> Exception | None:
+    """Train to the end, or until all workers give up together: why."""
     settings = experiment.train
     (directory / STOPPED).unlink(missing_ok=True)
     gpus = settings.workers.num_gpus
-    deepspeed_config(experiment, torch.float32)  # a bad file is refused here, not by every worker
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
@@ -115,21 +141,24 @@ def fit(
             "directory": str(directory),
             "lm": lm and str(lm),
         },
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        torch_config=ListeningConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=settings.workers.count,
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": settings.workers.num_cpus, "GPU": gpus},
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         ),
         run_config=RunConfig(
-            name="train",
+            name=RUN,
             storage_path=str(directory / CHECKPOINTS),
             failure_config=FailureConfig(max_failures=settings.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
+            callbacks=[Bookkeeping()],
             worker_runtime_env={"env_vars": {"DS_ACCELERATOR": "cuda" if gpus else "cpu"}},
         ),
     )
-    with placing(Demand.of("train.workers", settings.workers)) as answered:
+    demand = Demand.of("train.workers", settings.workers, settings.workers.fewest)
+    with placing(demand) as answered:
 
         def heard(record: dict[str, Any]) -> None:
             answered()
@@ -137,21 +166,20 @@ def fit(
 
         with following(directory, heard):
             trainer.fit()
-    if (directory / STOPPED).exists():
-        stopped = json.loads((directory / STOPPED).read_text())
-        raise CAUSES[stopped["cause"]](stopped["message"])
+    if not (directory / STOPPED).exists():
+        return None
+    stopped = json.loads((directory / STOPPED).read_text())
+    return CAUSES[stopped["cause"]](stopped["message"])
 
 
 def held(draft: Path) -> Held | None:
-    """What an unfinished training would lose: its checkpoints, or a vocabulary at the least.
-
-    DeepSpeed's checkpoints go on with as many workers and the ZeRO stage that they were made with.
-    """
-    if checkpoints := list(draft.glob(f"{CHECKPOINTS}/*/checkpoint_*")):
-        files = [file for one in checkpoints if (file := one / STEP).exists()]
+    """What an unfinished training would lose: its checkpoints, or a vocabulary at the least."""
+    folder = draft / CHECKPOINTS / RUN
+    if names := listed(folder):
+        files = [file for name in names if (file := folder / name / FIELDS).exists()]
         steps = [json.loads(file.read_text())["step"] for file in files]
         return Held(
-            counted(len(checkpoints), "checkpoint") + (f" up to step {max(steps)}" if steps else "")
+            counted(len(names), "checkpoint") + (f" up to step {max(steps)}" if steps else "")
         )
     return Held("a vocabulary", laid_out=False) if (draft / Vocabulary.FILE).exists() else None
 
@@ -166,15 +194,19 @@ def _with_absolute_paths(experiment: Experiment) -> dict[str, Any]:
     return values
 
 
-def deepspeed_config(experiment: Experiment, dtype: torch.dtype) -> dict[str, Any]:
+def deepspeed_config(
+    experiment: Experiment, dtype: torch.dtype, workers: int | None = None
+) -> dict[str, Any]:
     """DeepSpeed's configuration: the experiment's settings and what `train.deepspeed` adds.
 
-    ValueError if that file sets something the experiment decides, or that changes what is learned.
+    `workers` is how many there are, None for the most there may be. ValueError if that file sets
+    something the experiment decides, or that changes what is learned.
     """
     settings = experiment.train
+    workers = workers or settings.workers.most
     decided = {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": settings.micro_batches // settings.workers.count,
+        "gradient_accumulation_steps": settings.micro_batches // workers,
         "gradient_clipping": settings.clip,
         "bf16": {"enabled": dtype == torch.bfloat16},
     }
@@ -192,11 +224,16 @@ def deepspeed_config(experiment: Experiment, dtype: torch.dtype) -> dict[str, An
             f"{settings.deepspeed} sets {learned}, which changes what is learned: such a file says "
             "how training is run (offload, buckets, overlap), so that it may change on the way"
         )
-    shared, count = zero.get("zero_hpz_partition_size", 1), settings.workers.count
-    if shared > 1 and (settings.zero_stage != 3 or count % shared):
+    shared = zero.get("zero_hpz_partition_size", 1)
+    if shared > 1 and (settings.zero_stage != 3 or workers % shared):
         raise ValueError(
             f"{settings.deepspeed} sets zero_hpz_partition_size {shared}, the GPUs of a node under "
-            f"zero_stage 3; this is zero_stage {settings.zero_stage} with workers.count {count}"
+            f"zero_stage 3; this is zero_stage {settings.zero_stage} with workers.count {workers}"
+        )
+    if (zero.get("offload_optimizer") or {}).get("device") == "nvme":
+        raise ValueError(
+            f"{settings.deepspeed} puts the optimizer on NVMe, where checkpoints do not find it: "
+            "offload_optimizer.device is cpu or none"
         )
     zero = {**zero, "stage": settings.zero_stage}
     return {**extra, **decided, "zero_optimization": zero}
@@ -221,7 +258,7 @@ def _worker(config: dict[str, Any]) -> None:
     """
     try:
         _train(config)
-    except (TrainingError, NonFiniteLoss) as error:
+    except tuple(CAUSES.values()) as error:
         if ray.train.get_context().get_world_rank() == 0:
             fields = {"cause": type(error).__name__, "message": str(error)}
             artifact.write_json(Path(config["directory"]) / STOPPED, fields)
@@ -247,18 +284,23 @@ def _train(config: dict[str, Any]) -> None:
     if rank == 0:
         _write_rejected(directory / REJECTED, unspeakable(told, vocabulary), curriculum, data)
     dtype = precision(settings.precision, device)
-    ds_config = deepspeed_config(experiment, dtype)
+    ds_config = deepspeed_config(experiment, dtype, world)
     objective = _build(experiment, vocabulary, ds_config, config["lm"])
     optimizer = adamw(objective, settings)
     engine, *_ = deepspeed.initialize(
         model=objective, optimizer=optimizer, config=ds_config, dist_init_required=False
     )
-    first = _restore(engine, dtype)
+    first, in_a_row = _restore(engine, dtype)
     metrics = MetricsWriter(directory, first) if rank == 0 else None
+    skipped = MetricsWriter(directory, first, SKIPPED) if rank == 0 else None
+    guard, notice = Guard(LEAVE_OUT, in_a_row), Notice(rank, device)
+    uploads = Uploads(directory, settings.staging, rank, world)
 
     def backward(loss: Tensor) -> None:
+        # A loss that is no number must not have a gradient that is one: DeepSpeed skips by that.
+        number = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
         # DeepSpeed averages over ranks; the loss is already divided by everyone's count.
-        engine.backward(loss * world, scale_wrt_gas=False)
+        engine.backward(loss * number * world, scale_wrt_gas=False)
         if not engine.is_gradient_accumulation_boundary():
             engine.step()  # counts the micro-batch; the real one waits for all losses
 
@@ -281,23 +323,45 @@ def _train(config: dict[str, Any]) -> None:
             lambda batch: engine(batch.to(device)), backward, batches, counts, settings.ctc_weight
         )
         sums = _all_sum(losses.sum(0), device)
-        if not sums.isfinite().all():  # the same sums everywhere: every worker stops here
-            losses = _of_all(losses, device)
-            raise lost(step, "the loss is not finite", micro_batches, data, losses)
-        engine.step()
-        norm = float(engine.get_global_grad_norm() or 0.0)
-        if not _all_sum(torch.tensor([norm]), device).isfinite():
-            raise lost(step, "the gradient is not finite", micro_batches, data)
-        if metrics:
-            record = step_log(step, phase, sums, counts, norm, rate, int(tokens))
-            speed = record.tokens / (time.monotonic() - started)
-            metrics.write({**asdict(record), "tokens_per_second": speed})
-        done = step + 1
-        if done % settings.checkpoint_steps == 0 or done == settings.steps:
-            if not _finite(engine, device):  # without ZeRO DeepSpeed tells no norm
-                raise lost(step, "a weight is not finite", micro_batches, data)
-            _checkpoint(engine, done, dtype, rank)
+        norm = _take_step(engine)
+        if norm is None:  # on every worker alike
+            found = lost(step, micro_batches, data, _of_all(losses, device))
+            if metrics:
+                skipped.write(asdict(found))
+                metrics.write({"step": step, "phase": phase.name, "skipped": str(found)})
+            guard.skip(found)
+        else:
+            guard.taken()
+            if metrics:
+                record = step_log(step, phase, sums, counts, norm, rate, int(tokens))
+                speed = record.tokens / (time.monotonic() - started)
+                metrics.write({**asdict(record), "tokens_per_second": speed, **uploads.told()})
+        done, leaving = step + 1, notice.agreed()
+        if done % settings.checkpoint_steps == 0 or done == settings.steps or leaving:
+            fields = {"step": done, "precision": str(dtype), "skipped_in_a_row": guard.in_a_row}
+            uploads.send(engine, fields)
+        if leaving and done < settings.steps:
+            uploads.close()
+            raise Preempted(f"the workers were asked to leave, and did so after step {done}")
     _export(engine.module, directory, vocabulary, rank)
+    uploads.close()
+
+
+def _take_step(engine: deepspeed.DeepSpeedEngine) -> float | None:
+    """Take the step; the gradient's norm, or None where that is no number and nothing changed."""
+    if engine.optimizer is not engine.basic_optimizer:
+        engine.step()  # takes none on such a gradient
+        return float(engine.get_global_grad_norm()) if engine.was_step_applied() else None
+    # Without ZeRO in float32 it would; an optimizer changes nothing of what has no gradient.
+    gradients = [each.grad for each in engine.module.parameters() if each.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if norm.isfinite():
+        engine.step()
+        return float(norm)
+    dropping = engine.optimizer.register_step_pre_hook(lambda *_: engine.module.zero_grad())
+    engine.step()
+    dropping.remove()
+    return None
 
 
 def shown(experiment: Experiment, corpus: Sequence[Tokenized]) -> TrainingContexts:
@@ -375,36 +439,21 @@ def _write_rejected(
         path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-def _restore(engine: deepspeed.DeepSpeedEngine, dtype: torch.dtype) -> int:
-    """Load the last checkpoint, if there is one; return the step to go on with."""
+def _restore(engine: deepspeed.DeepSpeedEngine, dtype: torch.dtype) -> tuple[int, int]:
+    """Load the last checkpoint, if there is one; return the step to go on with, and how many were
+    not taken just before it."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        return 0
-    with checkpoint.as_directory() as directory:
-        made = json.loads(file.read_text()) if (file := Path(directory) / STEP).exists() else {}
-        if made and made["precision"] != str(dtype):
+        return 0, 0
+    with closing(Saved(checkpoint.filesystem, checkpoint.path)) as saved:
+        if saved.fields["precision"] != str(dtype):
             raise TrainingError(
-                f"the checkpoints were made with {made['precision']}, and this hardware would go "
-                f"on with {dtype}: train.precision auto is what the hardware multiplies fast, so "
-                "go on where the run was begun"
+                f"the checkpoints were made with {saved.fields['precision']}, and this hardware "
+                f"would go on with {dtype}: train.precision auto is what the hardware multiplies "
+                "fast, so go on where the run was begun"
             )
-        loaded, state = engine.load_checkpoint(directory, tag=STATE)
-    if loaded is None:
-        raise RuntimeError(f"DeepSpeed could not load the checkpoint in {checkpoint.path}")
-    return state["step"]
-
-
-def _checkpoint(
-    engine: deepspeed.DeepSpeedEngine, step: int, dtype: torch.dtype, rank: int
-) -> None:
-    """Report a checkpoint; each rank adds its own files to it."""
-    with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / STATE).mkdir()
-        if rank == 0:
-            fields = {"step": step, "precision": str(dtype)}
-            artifact.write_json(Path(directory) / STEP, fields)
-        engine.save_checkpoint(directory, tag=STATE, client_state={"step": step})
-        ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(directory))
+        saved.restore(engine)
+        return saved.fields["step"], saved.fields["skipped_in_a_row"]
 
 
 def _export(objective: Objective, directory: Path, vocabulary: Vocabulary, rank: int) -> None:
@@ -424,13 +473,6 @@ def _whole(module: torch.nn.Module, rank: int) -> Iterator[tuple[str, Tensor]]:
         with deepspeed.zero.GatheredParameters([parameter]):
             if rank == 0:
                 yield name, parameter.detach().cpu().clone()
-
-
-def _finite(engine: deepspeed.DeepSpeedEngine, device: torch.device) -> bool:
-    """Whether all weights are numbers, on every rank."""
-    own = [getattr(p, "ds_tensor", p) for p in engine.module.parameters()]
-    wrong = sum(not bool(weight.isfinite().all()) for weight in own)
-    return not _all_sum(torch.tensor([float(wrong)]), device).item()
 
 
 def _of_all(losses: Tensor, device: torch.device) -> Tensor:

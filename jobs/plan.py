@@ -84,7 +84,7 @@ def cluster_of(experiment: Experiment, asked: argparse.Namespace) -> Cluster:
         intranode=asked.intranode * GIGA if asked.intranode else card.intranode,
         internode=asked.internode * GIGA / node if asked.internode else card.internode,
     )
-    return Cluster(card, experiment.train.workers.count, node, asked.mfu, asked.storage * GIGA)
+    return Cluster(card, experiment.train.workers.most, node, asked.mfu, asked.storage * GIGA)
 
 
 def cases_of(experiment: Experiment, cluster: Cluster, context: int) -> list[Case]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cluster.progress import METRICS, last_record
+from cluster.progress import METRICS, SKIPPED, records
 from cluster.tracking import Run
 from cluster.train import REJECTED, fit, held
 from jobs import models, plan, stage
@@ -58,8 +58,7 @@ def _lm(experiment: Experiment, force: bool) -> Artifact:
         parameters = parameter_count(experiment.lm, vocabulary.size)
         stage.console.print(
             f"  {parameters / 1e6:.1f} M parameters, {vocabulary.pieces.size} word pieces + "
-            f"{vocabulary.units} units, {settings.workers.count} workers, "
-            f"ZeRO-{settings.zero_stage}"
+            f"{vocabulary.units} units, {_workers(settings)}, ZeRO-{settings.zero_stage}"
         )
 
         _report_unspeakable(splits, vocabulary)
@@ -103,8 +102,8 @@ def _adapter(experiment: Experiment, force: bool) -> Artifact:
             shape = Adapter(experiment.adapter.shape, experiment.lm)
         parameters = sum(each.numel() for each in shape.parameters())
         stage.console.print(
-            f"  {parameters / 1e6:.1f} M parameters of an adapter, {settings.workers.count} "
-            f"workers, ZeRO-{settings.zero_stage}"
+            f"  {parameters / 1e6:.1f} M parameters of an adapter, {_workers(settings)}, "
+            f"ZeRO-{settings.zero_stage}"
         )
         splits = [made.path / contexts.split]
         _report_unspeakable(splits, Vocabulary.load(lm.path))
@@ -133,13 +132,21 @@ def _report_unspeakable(splits: list[Path], vocabulary: Vocabulary) -> None:
         )
 
 
+def _workers(settings: Train) -> str:
+    """`4 workers`, or `2 to 4 workers`."""
+    fewest, most = settings.workers.fewest, settings.workers.most
+    return f"{most} workers" if fewest == most else f"{fewest} to {most} workers"
+
+
 def _counts(directory: Path, parameters: int, settings: Train) -> dict[str, Any]:
     """What a finished training is summed up by."""
     rejected = directory / REJECTED
+    taken = [record for record in records(directory) if "loss" in record]
     return {
         "parameters": parameters,
         "steps": settings.steps,
-        "final_loss": round(last_record(directory)["loss"], 4),
+        "final_loss": round(taken[-1]["loss"], 4) if taken else None,
+        "skipped": len(records(directory, SKIPPED)),
         "rejected": rejected.read_bytes().count(b"\n") if rejected.exists() else 0,
     }
 
@@ -149,6 +156,12 @@ def _log(settings: Train, tracked: Run) -> Callable[[dict[str, Any]], None]:
 
     def log(record: dict[str, Any]) -> None:
         step, total = record["step"] + 1, settings.steps
+        if "skipped" in record:
+            stage.console.print(f"  not taken: {record['skipped']}", markup=False)
+            return
+        if "checkpoint_upload_seconds" in record:
+            names = ("checkpoint_stall_seconds", "checkpoint_upload_seconds")
+            tracked.log({name: record[name] for name in names if name in record}, step)
         if step % settings.log_steps and step != total:
             return
         names = ("loss", "ctc_loss", "gradient_norm", "learning_rate", "tokens_per_second")

@@ -127,7 +127,7 @@ HOMES = {
     "starlette": ["serve"],
     "aiohttp": ["jobs.benchmark.load"],
     "psutil": ["jobs.benchmark"],
-    "deepspeed": ["cluster.train"],
+    "deepspeed": ["cluster.train", "cluster.checkpoints", "cluster.partitions"],
     "mlflow": ["cluster.tracking"],
     "requests": ["mmrag.client", "serve.api"],
     "rich": ["mmrag.terminal", "mmrag.cli", "mmrag.administration", "jobs"],

@@ -15,7 +15,6 @@ from mmrag.config.section import (
     SLUG,
     Correction,
     Fraction,
-    Layout,
     Operation,
     Section,
     Workers,
@@ -127,9 +126,26 @@ class Phase(Section):
 
 
 class TrainWorkers(Workers):
-    """The processes that train together. A checkpoint goes on with as many as it was made with."""
+    """The processes that train together."""
 
-    count: Layout[PositiveInt]
+    count: Operation[PositiveInt | tuple[PositiveInt, PositiveInt]]
+    """How many; or the fewest and the most, and there are as many as there is room for."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> TrainWorkers:
+        if self.fewest > self.most:
+            raise ValueError(f"count {list(self.count)}: the fewest come first")
+        return self
+
+    @property
+    def fewest(self) -> int:
+        """Workers that it takes to begin."""
+        return self.count if isinstance(self.count, int) else self.count[0]
+
+    @property
+    def most(self) -> int:
+        """Workers that there may be."""
+        return self.count if isinstance(self.count, int) else self.count[1]
 
 
 class Train(Section):
@@ -157,7 +173,7 @@ class Train(Section):
     """Share of units dropped from a speech-first sequence."""
     precision: Literal["auto", "fp32", "bf16"]
     """auto: bf16 where the hardware multiplies it fast, else fp32."""
-    zero_stage: Layout[Literal[0, 1, 2, 3]]
+    zero_stage: Operation[Literal[0, 1, 2, 3]]
     deepspeed: Operation[str | None] = None
     """JSON file with more DeepSpeed settings (offload, buckets), none of which changes what is
     learned; None for DeepSpeed's own."""
@@ -170,6 +186,9 @@ class Train(Section):
     """Whether each layer is compiled, which takes minutes at the start; not under ZeRO-3, which
     fetches weights between the operations of a layer."""
     checkpoint_steps: Operation[PositiveInt]
+    staging: Operation[str | None] = None
+    """Directory on each node's own disk, where a checkpoint is written before it is sent to the
+    workspace; None for the node's temporary directory."""
     log_steps: Operation[PositiveInt]
     max_failures: Operation[int] = Field(ge=0)
     """Worker failures after which the run is given up."""
@@ -177,10 +196,11 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _divides(self) -> Train:
-        if self.micro_batches % self.workers.count:
+        allowed = range(self.workers.fewest, self.workers.most + 1)
+        if wrong := [str(count) for count in allowed if self.micro_batches % count]:
             raise ValueError(
                 f"micro_batches {self.micro_batches} is not a multiple of "
-                f"workers.count {self.workers.count}"
+                f"workers.count {', '.join(wrong)}"
             )
         if self.compiled and self.zero_stage == 3:
             raise ValueError(

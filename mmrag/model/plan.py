@@ -247,7 +247,7 @@ def plan(
     """The figures of training an LM of this shape over `vocabulary` ids, in sequences of `context`
     tokens."""
     parameters = parameters_of(shape, vocabulary)
-    passes = settings.micro_batches // settings.workers.count
+    passes = settings.micro_batches // settings.workers.most
     tokens = settings.micro_batches * settings.micro_batch_tokens
     half = WIDE if settings.precision == "fp32" else HALF
     transfers = _transfers(parameters * half, passes, partition, cluster)

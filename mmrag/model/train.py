@@ -16,13 +16,16 @@ import torch
 from torch import Tensor
 
 from mmrag.config import Format, Phase, Train
-from mmrag.finite import NonFiniteLoss, non_finite
+from mmrag.finite import Guard, Lost
 from mmrag.model.cross_attention import Windows
 from mmrag.model.loss import IGNORE, Batch, Objective, combine
 from mmrag.model.precision import has_bf16
 from mmrag.model.vocabulary import PAD, Vocabulary
 from mmrag.records import Rejection
 from mmrag.speech.tokenized import Tokenized
+
+LEAVE_OUT = "train.leave_out"
+"""The key that passes over utterances."""
 
 
 class TrainingError(ValueError):
@@ -270,23 +273,22 @@ def train_step(
 
 def lost(
     step: int,
-    what: str,
     micro_batches: Sequence[Sequence[Chosen]],
     data: Sequence[Example],
-    losses: Tensor | None = None,
-) -> NonFiniteLoss:
-    """The error of a step (counted from 0) whose `what` is not finite.
+    losses: Tensor,
+) -> Lost:
+    """A step (counted from 0) that is not taken, since its loss or its gradient is no number.
 
-    It names the utterances of the micro-batches whose `losses` (M, 2) are not; without them, or
-    where all of them are, those of the whole step.
+    It names the utterances of the micro-batches whose `losses` (M, 2) are not; where all of them
+    are, the gradient is not, and it names those of the whole step.
     """
-    numbers = list(range(len(micro_batches)))
-    if losses is not None:
-        numbers = [n for n in numbers if not losses[n].isfinite().all()] or numbers
+    wrong = [n for n in range(len(micro_batches)) if not losses[n].isfinite().all()]
+    numbers = wrong or range(len(micro_batches))
     read = [data[one.index].name or f"#{one.index}" for n in numbers for one in micro_batches[n]]
     which = ", ".join(str(n + 1) for n in numbers)
     where = f"step {step + 1}, micro-batch {which} of {len(micro_batches)}"
-    return non_finite(what, where, list(dict.fromkeys(read)), "train.leave_out")
+    what = "the loss is not finite" if wrong else "the gradient is not finite"
+    return Lost(step, what, where, tuple(dict.fromkeys(read)))
 
 
 def learning_rate(step: int, settings: Train) -> float:
@@ -329,16 +331,18 @@ def train(
     seed: int,
     log: Callable[[StepLog], None] = lambda _: None,
     contexts: Show | None = None,
+    skipped: Callable[[Lost], None] = lambda _: None,
 ) -> None:
     """Train `objective` in this process, on the device where its weights are.
 
-    `contexts` says what an adapter is shown. Raises NonFiniteLoss before a step is taken on a loss
-    or a gradient that is no number.
+    `contexts` says what an adapter is shown. A step is not taken on a loss or a gradient that is
+    no number: `skipped` is told of it, and the third in a row raises NonFiniteLoss.
     """
     device = objective.lm.embedding.weight.device
     dtype = precision(settings.precision, device)
     curriculum = Curriculum(data, settings, seed)
     optimizer = adamw(objective, settings)
+    guard = Guard(LEAVE_OUT)
     objective.trained_by(settings).train()
     for step in range(settings.steps):
         phase, micro_batches = curriculum.step(step)
@@ -359,11 +363,13 @@ def train(
                 counts,
                 settings.ctc_weight,
             )
-        if not losses.isfinite().all():
-            raise lost(step, "the loss is not finite", micro_batches, data, losses)
         norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), settings.clip)
-        if not norm.isfinite():
-            raise lost(step, "the gradient is not finite", micro_batches, data)
+        if not losses.isfinite().all() or not norm.isfinite():
+            found = lost(step, micro_batches, data, losses)
+            skipped(found)
+            guard.skip(found)
+            continue
+        guard.taken()
         optimizer.step()
         tokens = sum(batch.ids.numel() for batch in batches)
         log(step_log(step, phase, losses.sum(0), counts, float(norm), rate, tokens))

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from ray.train import TrainingFailedError
 from safetensors.torch import load_file
 
-from cluster.progress import records
+from cluster.checkpoints import listed
+from cluster.progress import SKIPPED, records
 from cluster.train import CHECKPOINTS, REJECTED, deepspeed_config, fit, held, shown
 from jobs import stage
 from jobs import train as stage_train
@@ -148,12 +150,7 @@ def train_job(config: Path, address: str, directory: Path) -> subprocess.Popen:
 
 def checkpoints(draft: Path) -> list[str]:
     """Checkpoints that a resumed run would find."""
-    known = draft / CHECKPOINTS / "train" / "checkpoint_manager_snapshot.json"
-    try:
-        state = json.loads(known.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):  # not there yet, or being written
-        return []
-    return [one["checkpoint_dir_name"] for one in state["checkpoint_results"]]
+    return listed(draft / CHECKPOINTS / "train") or []
 
 
 def interrupted(experiment: Experiment, draft: Path, address: str, directory: Path) -> Path:
@@ -227,101 +224,254 @@ def files(directory: Path) -> set[str]:
     return {path.relative_to(directory).as_posix() for path in directory.rglob("*")}
 
 
+def with_workers(experiment: Experiment, **changes) -> Experiment:
+    return with_train(experiment, workers=experiment.train.workers.model_copy(update=changes))
+
+
+def assert_same_training(directory: Path, workspace) -> None:
+    """The losses and weights of the run that nobody interrupted, but for rounding."""
+    ours, theirs = list(records(directory)), list(records(workspace.path / "lm"))
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one["step"], one["tokens"]) == (other["step"], other["tokens"])
+        for measured in ("loss", "ctc_loss", "gradient_norm"):
+            assert one[measured] == pytest.approx(other[measured], rel=1e-4), one["step"]
+    expected = load_file(workspace.path / "lm" / pretrained.WEIGHTS)
+    for name, weight in load_file(directory / pretrained.WEIGHTS).items():
+        assert torch.allclose(weight, expected[name], atol=1e-4), name
+
+
 @pytest.mark.ray
-def test_a_changed_log_interval_resumes(workspace, borrow, ray_cluster, tmp_path):
-    """A killed training goes on to the very same weights, whatever operation was changed; what
-    cannot go on is refused, and nothing is lost."""
+def test_another_number_of_workers_stage_and_log_interval_resume(
+    workspace, borrow, ray_cluster, tmp_path
+):
+    """A killed training goes on whatever operation was changed; what cannot go on is refused, and
+    nothing is lost."""
     experiment = borrow("codebook", "tokens")
     draft = experiment.workspace / ".lm.partial"
     interrupted(experiment, draft, ray_cluster, tmp_path)
     before, kept = list(records(draft)), files(draft)
-    for changes, named in [
-        (
-            {"workers": experiment.train.workers.model_copy(update={"count": 1})},
-            "workers.count was 2",
-        ),
-        ({"zero_stage": 2}, "zero_stage was 1 and is now 2"),
-        ({"learning_rate": 0.5}, "learning_rate was .* and is now 0.5"),
-    ]:
-        lost = r"--force throws away [123] checkpoints? up to step \d+ in .*\.lm\.partial"
-        with pytest.raises(ArtifactError, match=rf"train\.{named}.*{lost}"):
-            stage_train.run(with_train(experiment, **changes))
-        assert files(draft) == kept
+    lost = r"--force throws away [12] checkpoints? up to step \d+ in .*\.lm\.partial"
+    named = r"learning_rate was .* and is now 0.5"
+    with pytest.raises(ArtifactError, match=rf"train\.{named}.*{lost}"):
+        stage_train.run(with_train(experiment, learning_rate=0.5))
+    assert files(draft) == kept
 
-    operation = {"log_steps": 7, "max_failures": 3, "checkpoint_steps": 9}
+    operation = {"log_steps": 7, "max_failures": 3, "checkpoint_steps": 9, "zero_stage": 3}
     changed = with_deepspeed(with_train(experiment, **operation), tmp_path, {"steps_per_print": 5})
-    workers = experiment.train.workers.model_copy(update={"num_cpus": 0.9})
     with stage.console.capture() as said:
-        made = stage_train.run(with_train(changed, workers=workers))
+        made = stage_train.run(with_workers(changed, count=1, num_cpus=0.9))
     assert "lm: going on where a stopped run left off" in said.get()
-    after = list(records(made.path))
     every = experiment.train.checkpoint_steps
-    assert after[:every] == before[:every], "the first steps were not made again"
-    assert_same_artifact(made.path, workspace.path / "lm", "lm", pretrained.WEIGHTS)
+    assert list(records(made.path))[:every] == before[:every], "the first steps were made again"
+    assert_same_training(made.path, workspace)
 
 
-def spoiling(ids: list[int]):
-    """A worker whose loss is no number where it reads these ids; pickled whole, for the cluster."""
-    culprit = str(ids)[1:-1]
+@pytest.mark.ray
+def test_a_checkpoint_says_how_long_training_stood_still_for_it_and_how_long_it_was_stored(
+    workspace,
+):
+    told = [one for one in records(workspace.path / "lm") if "checkpoint_upload_seconds" in one]
+    assert told
+    assert all(one["checkpoint_upload_seconds"] > 0 for one in told)
+    stalls = [one for one in records(workspace.path / "lm") if "checkpoint_stall_seconds" in one]
+    every = workspace.experiment.train.checkpoint_steps
+    assert [one["step"] for one in stalls] == [every, 2 * every, 3 * every]
+
+
+def acting(act, directory: Path):
+    """A worker that calls `act(step, rank, directory)` before each step; pickled whole."""
 
     def worker(config: dict) -> None:
+        import ray.train
+
         from cluster import train
-        from mmrag.model.loss import Objective
 
-        forward = Objective.forward
+        chosen, rank = train.Curriculum.step, ray.train.get_context().get_world_rank()
 
-        def spoilt(self, batch):
-            sums = forward(self, batch)
-            return (
-                sums * float("nan") if any(culprit in str(r.tolist()) for r in batch.ids) else sums
-            )
+        def step(self, number: int):
+            act(number, rank, directory)
+            return chosen(self, number)
 
-        Objective.forward = spoilt
+        train.Curriculum.step = step
         try:
             train._worker(config)
         finally:
-            Objective.forward = forward
+            train.Curriculum.step = chosen
 
     return worker
 
 
+def stopping(at: int):
+    """An act that has all workers give up together before a step."""
+
+    def stop(step: int, rank: int, directory: Path) -> None:
+        from mmrag.model.train import TrainingError
+
+        if step == at:
+            raise TrainingError("enough")
+
+    return stop
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_loss_that_is_no_number_stops_every_worker_and_names_what_was_read(
-    workspace, borrow, monkeypatch
+def test_two_workers_then_one_then_two_make_the_run_that_was_not_interrupted(
+    workspace, tmp_path, monkeypatch
 ):
-    """… before the step is taken; without that utterance the run goes on where it stopped."""
+    """… at a new stage of ZeRO each time."""
     from cluster import train as distributed
 
-    phases = (Phase(name="speech", steps=6, mixture={"speech_first": 1.0}),)
-    experiment = with_train(borrow("codebook", "tokens"), phases=phases, checkpoint_steps=1)
+    directory = tmp_path / "lm"
+    directory.mkdir()
+    Vocabulary.load(workspace.path / "lm").save(directory)
+    splits = [workspace.path / "tokens" / split for split in ("lm", "text")]
+
+    def go_on(count: int, stage: int) -> None:
+        experiment = with_workers(with_train(workspace.experiment, zero_stage=stage), count=count)
+        fit(experiment, splits, directory, lambda _: None)
+
+    ours = distributed._worker
+    for count, zero_stage, at in [(2, 2, 13), (1, 3, 24)]:
+        monkeypatch.setattr(distributed, "_worker", acting(stopping(at), tmp_path))
+        with pytest.raises(TrainingError, match="enough"):
+            go_on(count, zero_stage)
+        assert held(directory).what.endswith(f"up to step {at // 10 * 10}")
+    monkeypatch.setattr(distributed, "_worker", ours)
+    go_on(2, 0)
+    assert_same_training(directory, workspace)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_workers_that_are_asked_to_leave_commit_their_step_and_others_go_on_from_it(
+    workspace, tmp_path, monkeypatch, capfd
+):
+    def ask_once(step: int, rank: int, directory: Path) -> None:
+        """SIGTERM to one of the two, as a node's service manager sends it."""
+        import os
+        import signal
+        import time
+
+        from cluster import preemption
+
+        (directory / f"step-{step}-of-{rank}").open("a").write("x")
+        if step == 13 and rank == 1 and not (directory / "asked").exists():
+            (directory / "asked").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not preemption._asked.is_set():
+                time.sleep(0.01)
+
+    from cluster import train as distributed
+
+    monkeypatch.setattr(distributed, "_worker", acting(ask_once, tmp_path))
+    weights = fit_again(workspace, tmp_path / "lm", max_failures=0)
+    assert "asked to leave, and did so after step 14" in capfd.readouterr().err
+    made = {step: len((tmp_path / f"step-{step}-of-0").read_text()) for step in range(40)}
+    assert set(made.values()) == {1}, "no step is made twice"
+    expected = load_file(workspace.path / "lm" / pretrained.WEIGHTS)
+    for name, weight in weights.items():
+        assert torch.equal(weight, expected[name]), name
+    assert [one["step"] for one in records(tmp_path / "lm")] == list(range(40))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_checkpoint_that_cannot_be_stored_ends_the_run_and_is_named(
+    workspace, tmp_path, monkeypatch
+):
+    """… and the run goes on from the one before."""
+
+    def full(step: int, rank: int, directory: Path) -> None:
+        import time
+
+        from cluster import checkpoints
+
+        def write(self, path: Path) -> None:
+            raise OSError("No space left on device")
+
+        if step == 15 and rank == 1:
+            checkpoints.Share.write = write
+        if step == 25:
+            time.sleep(60)  # the attempt is ended meanwhile
+
+    from cluster import train as distributed
+
+    ours = distributed._worker
+    monkeypatch.setattr(distributed, "_worker", acting(full, tmp_path))
+    named = "the checkpoint of step 20 could not be stored as .*: No space left on device"
+    with pytest.raises(TrainingFailedError, match=named):
+        fit_again(workspace, tmp_path / "lm", max_failures=0)
+    assert held(tmp_path / "lm").what == "1 checkpoint up to step 10"
+    monkeypatch.setattr(distributed, "_worker", ours)
+    splits = [workspace.path / "tokens" / split for split in ("lm", "text")]
+    fit(workspace.experiment, splits, tmp_path / "lm", lambda _: None)
+    assert_same_training(tmp_path / "lm", workspace)
+
+
+def spoiling(steps: set[int]):
+    """An act that makes the loss of one worker no number in some steps."""
+
+    def spoil(step: int, rank: int, directory: Path) -> None:
+        from mmrag.model.loss import Objective
+
+        if not hasattr(Objective, "unspoilt"):
+            Objective.unspoilt = Objective.forward
+        unspoilt = Objective.unspoilt
+        wrong = step in steps and rank == 1
+        Objective.forward = (
+            (lambda self, batch: unspoilt(self, batch) * float("nan")) if wrong else unspoilt
+        )
+
+    return spoil
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_steps_on_a_loss_that_is_no_number_are_not_taken_and_the_third_in_a_row_is_the_last(
+    workspace, borrow, monkeypatch, zero_stage
+):
+    """… whether the run was stopped in between or not; and what is left is the plain loop's."""
+    from cluster import train as distributed
+
+    phases = (Phase(name="speech", steps=7, mixture={"speech_first": 1.0}),)
+    changes = {"phases": phases, "checkpoint_steps": 1, "zero_stage": zero_stage}
+    experiment = with_train(borrow("codebook", "tokens"), **changes)
+    draft, ours = experiment.workspace / ".lm.partial", distributed._worker
+    monkeypatch.setattr(distributed, "_worker", acting(spoiling({1, 3, 4, 5}), draft))
+    for _ in range(2):  # the second time there is but one step to lose
+        with pytest.raises(NonFiniteLoss, match=r"step 6, .*the third step in a row") as raised:
+            stage_train.run(experiment)
+        assert "train.leave_out=[ID]" in str(raised.value)
+        lost = list(records(draft, SKIPPED))
+        assert [one["step"] for one in lost] == [1, 3, 4, 5]
+        assert all(name in str(raised.value) for name in lost[-1]["read"][:20])
+        assert held(draft).what.endswith("up to step 5")
+
     vocabulary = Vocabulary.load(workspace.path / "lm")
     splits = [workspace.path / "tokens" / split for split in ("lm", "text")]
     data = examples([one for split in splits for one in tokenized.read(split)], vocabulary)
-    curriculum = Curriculum(data, experiment.train, experiment.seed)
-    read = [[one.index for batch in curriculum.step(step)[1] for one in batch] for step in range(6)]
-    step, index = next(
-        (step, index)
-        for step in range(2, 6)
-        for index in read[step]
-        if sum(data[other].text == data[index].text for other in range(len(data))) == 1
-        and not any(index in earlier for earlier in read[:step])
-    )
-    monkeypatch.setattr(distributed, "_worker", spoiling(data[index].text))
-    with pytest.raises(NonFiniteLoss, match=rf"step {step + 1}, .*{data[index].name}") as raised:
-        stage_train.run(experiment)
-    assert "train.leave_out=[ID]" in str(raised.value)
-    draft = experiment.workspace / ".lm.partial"
-    assert [one["step"] for one in records(draft)] == list(range(step))
-    assert held(draft).what.endswith(f"up to step {step}")
+    _, micro_batches = Curriculum(data, experiment.train, experiment.seed).step(5)
+    assert lost[-1]["read"] == list(dict.fromkeys(data[one.index].name for one in micro_batches[1]))
 
-    out = (data[index].name,)
-    made = stage_train.run(with_train(experiment, leave_out=out))
-    assert [one["step"] for one in records(made.path)] == list(range(6))
-    assert made.config["train"]["leave_out"] == list(out)
-    assert all(
-        weight.isfinite().all() for weight in load_file(made.path / pretrained.WEIGHTS).values()
-    )
+    monkeypatch.setattr(distributed, "_worker", ours)
+    with stage.console.capture() as said:
+        made = stage_train.run(experiment)
+    assert "3 skipped" in said.get() and made.summary["skipped"] == 3
+    model, plain = objective(experiment, vocabulary), []
+    forward, seen = model.forward, []
+
+    def spoilt(batch):
+        seen.append(batch)
+        wrong = len(seen) in (2 * 1 + 2, 2 * 3 + 2, 2 * 4 + 2)
+        return forward(batch) * (float("nan") if wrong else 1.0)
+
+    model.forward = spoilt
+    train(model, data, vocabulary, experiment.train, experiment.seed, plain.append)
+    assert_same_steps(plain, [one for one in records(made.path) if "loss" in one])
+    trained = load_file(made.path / pretrained.WEIGHTS)
+    for name, weight in model.lm.named_parameters():
+        assert torch.allclose(weight, trained[name], atol=1e-4), name
 
 
 @pytest.mark.ray

@@ -28,7 +28,7 @@ from jobs import (
 from jobs.models import Models
 from jobs.reproduce import run as reproduce
 from mmrag import artifact, config
-from mmrag.artifact import Artifact, ArtifactError, Held
+from mmrag.artifact import Artifact, ArtifactError
 from mmrag.config import ConfigError, Experiment, Recipe, Role, Section, roles
 from mmrag.records import Utterance
 
@@ -281,10 +281,7 @@ def test_what_recorded_its_operation_as_identity_is_still_known(first, tmp_path)
     assert artifact.resumable(tmp_path / "half", "lm", other, {})
     others = Recipe(now.identity, with_workers(now, 5), layout=now.layout)
     assert artifact.finished(tmp_path / "lm", "lm", others, {})
-    with pytest.raises(ArtifactError, match=r"train\.workers\.count was 2 and is now 5"):
-        artifact.resumable(tmp_path / "half", "lm", others, {})
-    held = Held("a vocabulary", laid_out=False)
-    assert artifact.resumable(tmp_path / "half", "lm", others, {}, lambda _: held)
+    assert artifact.resumable(tmp_path / "half", "lm", others, {})
 
 
 def test_a_model_of_the_package_is_found_whatever_the_workers_are(first):

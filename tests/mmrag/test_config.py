@@ -118,6 +118,11 @@ def test_a_wrong_value_is_an_error_that_names_file_and_key(file, override, reaso
         (["lm.width=10", "lm.heads=4"], "lm: .*width 10 is not a multiple of heads 4"),
         (["lm.width=8", "lm.heads=4", "lm.kv_heads=3"], "lm: .*heads 4 .* kv_heads 3"),
         (["train.workers.count=2"], "train: .*micro_batches 1 .* workers.count 2"),
+        (
+            ["train.workers.count=[2, 4]", "train.micro_batches=8"],
+            "train: .*micro_batches 8 .* workers.count 3",
+        ),
+        (["train.workers.count=[4, 2]"], "train.workers: .*the fewest come first"),
         (["pretrain.rounds=[{target: hubert, classes: 5, steps: 5}]"], "pretrain: .*first round"),
         (["pretrain.rounds=[{target: mfcc, steps: 5}]"], "rounds.0: .*mfcc: classes are given"),
         (["pretrain.rounds=[{target: phones, classes: 5, steps: 5}]"], "rounds.0: .*phones: "),
@@ -203,8 +208,8 @@ ROLES = {
     "vocabulary": "pieces tokenizer",
     "lm": "width layers heads kv_heads feed_forward tied rope_theta norm_eps qkv_bias head_width",
     "train": "phases base leave_out:c micro_batch_tokens micro_batches learning_rate warmup_steps "
-    "weight_decay clip ctc_weight unit_dropout precision zero_stage:l deepspeed:o "
-    "checkpoint_steps:o log_steps:o max_failures:o workers.count:l workers.num_cpus:o "
+    "weight_decay clip ctc_weight unit_dropout precision zero_stage:o deepspeed:o "
+    "checkpoint_steps:o staging:o log_steps:o max_failures:o workers.count:o workers.num_cpus:o "
     "workers.num_gpus:o",
     "datastore": "name:o source:o splits domain utterances audio voices kokoro:o paired_share "
     "metric entries window batch_tokens:o part_utterances:l local:o index.kind index.shards "
@@ -264,5 +269,5 @@ def test_a_recipe_of_a_section_alone_has_its_keys_at_the_top(file):
     assert made.identity["seed"] == 3 and made.identity["units"] == 1
     assert made.layout == {"part_seconds"} and "part_seconds" in made.operation
     named = config.recipe({"train": config.read(file).train})
-    assert named.layout == {"train.workers.count", "train.zero_stage"}
+    assert named.layout == set()
     assert named.corrections == {"train.leave_out"}

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmrag.config import CrossAttention, LanguageModel, Train
-from mmrag.finite import NonFiniteLoss
+from mmrag.finite import Lost, NonFiniteLoss
 from mmrag.model.cross_attention import Adapter, Windows
 from mmrag.model.lm import LM
 from mmrag.model.loss import IGNORE, Objective
@@ -17,6 +17,7 @@ from mmrag.model.train import (
     Chosen,
     Curriculum,
     Example,
+    StepLog,
     TrainingError,
     adamw,
     collate,
@@ -229,35 +230,67 @@ def test_an_utterance_that_is_left_out_leaves_everything_else_in_its_place():
         Curriculum(data, settings.model_copy(update={"leave_out": ("u99",)}), seed=0)
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_training_stops_before_a_step_on_what_is_no_number_and_names_the_utterances(what):
-    """… and the weights are those of the step before."""
-    data = [one._replace(name=f"u{number}") for number, one in enumerate(toy_corpus())]
-    settings, objective, logs = recipe(phases=[phase({"speech_first": 1}, 9)]), objective_of(), []
-    _, micro_batches = Curriculum(data, settings, seed=1).step(5)
-    culprits = {one.index for one in micro_batches[1]} - {one.index for one in micro_batches[0]}
+def spoilt_at(objective: Objective, steps: set[int], what: str = "loss") -> Objective:
+    """An objective whose loss, or gradient, is no number in the second micro-batch of two of these
+    steps."""
     forward, seen = objective.forward, []
 
     def spoilt(batch):
         seen.append(batch)
         sums = forward(batch)
-        if len(seen) != 5 * 2 + 2:
+        step, number = divmod(len(seen) - 1, 2)
+        if step not in steps or number != 1:
             return sums
         # A square root at zero has a value, and no slope.
         return sums + (torch.nan if what == "loss" else (sums - sums.detach()).abs().sqrt())
 
     objective.forward = spoilt
-    with pytest.raises(NonFiniteLoss, match=rf"step 6, .*the {what} is not finite") as raised:
-        train(objective, data, VOCABULARY, settings, seed=1, log=logs.append)
-    assert [log.step for log in logs] == list(range(5))
+    return objective
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_on_what_is_no_number_is_not_taken_and_the_utterances_are_named(what):
+    """… and what follows is as if there had been no such step."""
+    data = [one._replace(name=f"u{number}") for number, one in enumerate(toy_corpus())]
+    settings, logs, skipped = recipe(phases=[phase({"speech_first": 1}, 9)]), [], []
+    _, micro_batches = Curriculum(data, settings, seed=1).step(5)
+    objective = spoilt_at(objective_of(), {5}, what)
+    after: dict[int, dict[str, torch.Tensor]] = {}
+
+    def noted(step: int) -> None:
+        after[step] = {name: one.clone() for name, one in objective.state_dict().items()}
+
+    def logged(log: StepLog) -> None:
+        logs.append(log)
+        noted(log.step)
+
+    def lost(one: Lost) -> None:
+        skipped.append(one)
+        noted(one.step)
+
+    train(objective, data, VOCABULARY, settings, seed=1, log=logged, skipped=lost)
+    assert [log.step for log in logs] == [0, 1, 2, 3, 4, 6, 7, 8]
+    [one] = skipped
+    assert one.step == 5 and f"the {what} is not finite" in str(one)
+    assert all(torch.equal(after[5][name], weight) for name, weight in after[4].items())
+    assert any(not torch.equal(after[6][name], weight) for name, weight in after[5].items())
+    second = {f"u{chosen.index}" for chosen in micro_batches[1]}
+    both = second | {f"u{chosen.index}" for chosen in micro_batches[0]}
+    assert set(one.read) == (second if what == "loss" else both)
+    assert ("micro-batch 2 of 2" in str(one)) == (what == "loss")
+
+
+def test_the_third_step_in_a_row_that_is_not_taken_ends_the_training():
+    data = [one._replace(name=f"u{number}") for number, one in enumerate(toy_corpus())]
+    settings, logs, skipped = recipe(phases=[phase({"speech_first": 1}, 9)]), [], []
+    objective = spoilt_at(objective_of(), {1, 2, 4, 5, 6})
+    with pytest.raises(NonFiniteLoss, match=r"step 7, .*in the third step in a row") as raised:
+        train(objective, data, VOCABULARY, settings, 1, log=logs.append, skipped=skipped.append)
+    assert [log.step for log in logs] == [0, 3]
+    assert [one.step for one in skipped] == [1, 2, 4, 5, 6]
+    assert "train.leave_out=[ID]" in str(raised.value)
+    assert all(name in str(raised.value) for name in skipped[-1].read[:20])
     assert all(weight.isfinite().all() for weight in objective.parameters())
-    assert all(f"u{index}" in str(raised.value) for index in culprits)
-    assert "train.leave_out" in str(raised.value)
-    if what == "loss":
-        assert "micro-batch 2 of 2" in str(raised.value)
-        innocent = {one.index for one in micro_batches[0]} - {one.index for one in micro_batches[1]}
-        named = str(raised.value).split("after reading ")[1].split(". ")[0].split(", ")
-        assert not {f"u{index}" for index in innocent} & set(named)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 6])
