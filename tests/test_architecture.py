@@ -20,7 +20,7 @@ WINGS = {
     "ground": [
         "config.section", "config.speech", "config.model", "config.retrieval", "config.decoding",
         "config.experiment", "config", "text", "terminal", "records", "finite", "durable",
-        "folders", "artifact", "shipped",
+        "arrays", "names", "folders", "artifact", "shipped",
         "score.rates", "score.recall", "score.significance", "score.entities", "score.biasing",
         "score",
     ],
@@ -36,8 +36,8 @@ WINGS = {
     ],
     "model": [
         "vocabulary", "pages", "layers", "cross_attention", "lm", "prepared", "contract", "states",
-        "precision", "pretrained", "loss", "train", "whisper_cache", "whisper",
-        "whisper_training",
+        "precision", "pretrained", "loss", "examples", "packed", "epochs", "curriculum", "train",
+        "whisper_cache", "whisper", "whisper_training",
     ],
     "retrieval": [
         "segment", "mapped", "tensors", "columns", "stored", "local", "datastore", "snapshots",
