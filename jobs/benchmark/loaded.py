@@ -39,6 +39,8 @@ class Loading:
     seed: int
     step: int
     """The first step that is read; its micro-batches are made."""
+    workers: int = 1
+    """That share a step: this is the first of them."""
     walk: int = 0
     """Steps from one to the next that are looked up before, so that all epochs are laid out."""
 
@@ -83,6 +85,7 @@ def measured(order: Loading) -> dict[str, float]:
         batches = [
             collate(data, chosen, vocabulary, settings.unit_dropout, (order.seed, order.step, n))
             for n, chosen in enumerate(micro_batches)
+            if n % order.workers == 0
         ]
         seconds = time.perf_counter() - started
     return {

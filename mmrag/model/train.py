@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import numpy as np
 import torch
@@ -61,8 +62,7 @@ def collate(
         example = data[index]
         text, units = example.text, example.units or []
         if form == "speech_first":
-            kept = random.random(len(units)) >= unit_dropout
-            units = [unit for unit, keep in zip(units, kept, strict=True) if keep]
+            units = list(compress(units, (random.random(len(units)) >= unit_dropout).tolist()))
         ids = vocabulary.sequence(form, text, units)
         transcribes = form == "speech_first"
         speech = range(2, 2 + len(units)) if transcribes else range(0)
@@ -73,19 +73,21 @@ def collate(
 
     width = max(len(ids) for ids, *_ in rows)
     longest = max(1, *(len(letters) for *_, letters in rows))
-    batch = Batch(
-        ids=torch.full((len(rows), width), PAD),
-        targets=torch.full((len(rows), width), IGNORE),
+    table, targets = np.full((len(rows), width), PAD), np.full((len(rows), width), IGNORE)
+    spelt = np.zeros((len(rows), longest), np.int64)
+    for row, (ids, first_target, _, letters) in enumerate(rows):
+        table[row, : len(ids)] = ids
+        targets[row, first_target : len(ids) - 1] = table[row, first_target + 1 : len(ids)]
+        spelt[row, : len(letters)] = letters
+        spelt[row, : len(letters)] += 1
+    return Batch(
+        ids=torch.from_numpy(table),
+        targets=torch.from_numpy(targets),
         speech=torch.tensor([(speech.start, speech.stop) for _, _, speech, _ in rows]),
-        letters=torch.zeros((len(rows), longest), dtype=torch.long),
+        letters=torch.from_numpy(spelt),
         letter_counts=torch.tensor([len(letters) for *_, letters in rows]),
         windows=contexts and contexts([index for index, _ in chosen], random),
     )
-    for row, (ids, first_target, _, letters) in enumerate(rows):
-        batch.ids[row, : len(ids)] = torch.tensor(ids)
-        batch.targets[row, first_target : len(ids) - 1] = torch.tensor(ids[first_target + 1 :])
-        batch.letters[row, : len(letters)] = torch.tensor(letters) + 1
-    return batch
 
 
 def train_step(
