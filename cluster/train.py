@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +32,7 @@ from ray.train.torch import TorchTrainer
 from torch import Tensor
 
 from cluster.checkpoints import FIELDS, Bookkeeping, CheckpointError, Saved, Uploads, listed, mend
+from cluster.packing import pack, pack_contexts, packed_contexts
 from cluster.placement import Demand, placing
 from cluster.preemption import ListeningConfig, Notice, Preempted
 from cluster.progress import SKIPPED, MetricsWriter, following
@@ -41,30 +42,23 @@ from mmrag.config import Experiment, parse
 from mmrag.finite import Guard, NonFiniteLoss
 from mmrag.model import pretrained
 from mmrag.model.cross_attention import Adapter
+from mmrag.model.curriculum import LEAVE_OUT, Curriculum, TrainingError
 from mmrag.model.lm import LM
 from mmrag.model.loss import Objective
+from mmrag.model.packed import Packed
 from mmrag.model.train import (
-    LEAVE_OUT,
-    Curriculum,
-    Example,
-    TrainingError,
     adamw,
     collate,
-    examples,
     learning_rate,
     lost,
     precision,
-    speakable,
     step_log,
     train_step,
-    unspeakable,
 )
 from mmrag.model.vocabulary import Vocabulary
-from mmrag.records import Rejection
-from mmrag.retrieval.contexts import TrainingContexts, read_neighbours
+from mmrag.retrieval.contexts import NeighbourEntries, TrainingContexts
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.phrases import Phrases
-from mmrag.speech.tokenized import Tokenized, read
 
 # It would have a compiler build, for a minute, what reduces over processors in inference alone.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -133,11 +127,15 @@ def _attempt(
     settings = experiment.train
     (directory / STOPPED).unlink(missing_ok=True)
     gpus = settings.workers.num_gpus
+    corpus = pack(splits, lm or directory, directory)
+    if contexts := experiment.adapter and experiment.adapter.contexts:
+        names = (contexts.retrieved, contexts.wrong)
+        pack_contexts(experiment.workspace / "neighbours", names, directory)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
             "experiment": _with_absolute_paths(experiment),
-            "splits": [str(split) for split in splits],
+            "corpus": str(corpus),
             "directory": str(directory),
             "lm": lm and str(lm),
         },
@@ -276,13 +274,15 @@ def _train(config: dict[str, Any]) -> None:
     deepspeed.init_distributed(dist_init_required=False)
 
     vocabulary = Vocabulary.load(Path(config["lm"] or directory))
-    told = [one for split in config["splits"] for one in read(Path(split))]
-    corpus = list(speakable(told, vocabulary))
-    data = examples(corpus, vocabulary)
-    contexts = shown(experiment, corpus) if experiment.adapter else None
-    curriculum = Curriculum(data, settings, seed)
+    data = Packed(Path(config["corpus"]), vocabulary)
+    contexts = None
+    if experiment.adapter:
+        read = experiment.adapter.contexts
+        near = packed_contexts(directory, (read.retrieved, read.wrong))
+        contexts = shown(experiment, data.names, data.entities, near)
+    curriculum = Curriculum(data, settings, seed, data.directory)
     if rank == 0:
-        _write_rejected(directory / REJECTED, unspeakable(told, vocabulary), curriculum, data)
+        _write_rejected(directory / REJECTED, curriculum, data)
     dtype = precision(settings.precision, device)
     ds_config = deepspeed_config(experiment, dtype, world)
     objective = _build(experiment, vocabulary, ds_config, config["lm"])
@@ -364,20 +364,23 @@ def _take_step(engine: deepspeed.DeepSpeedEngine) -> float | None:
     return None
 
 
-def shown(experiment: Experiment, corpus: Sequence[Tokenized]) -> TrainingContexts:
-    """What an adapter reads while it trains on `corpus`, from the workspace's datastores."""
-    settings, root = experiment.adapter.contexts, experiment.workspace
+def shown(
+    experiment: Experiment,
+    names: Sequence[str],
+    entities: Sequence[Sequence[str]],
+    neighbours: Mapping[str, NeighbourEntries],
+) -> TrainingContexts:
+    """What an adapter reads while it trains, from the workspace's datastores.
+
+    `names` and `entities` are those of the examples; `neighbours` are by the name of the datastore.
+    """
+    settings, stores = experiment.adapter.contexts, experiment.workspace / "datastores"
     near = [
-        (Datastore.open(root / "datastores" / name), read_neighbours(root / "neighbours" / name))
+        (Datastore.open(stores / name), neighbours[name])
         for name in (settings.retrieved, settings.wrong)
     ]
-    return TrainingContexts(
-        settings,
-        [one.utterance.id for one in corpus],
-        [one.utterance.entities for one in corpus],
-        Phrases(Datastore.open(root / "datastores" / settings.phrases)),
-        *near,
-    )
+    phrases = Phrases(Datastore.open(stores / settings.phrases))
+    return TrainingContexts(settings, names, entities, phrases, *near)
 
 
 def _build(
@@ -420,12 +423,10 @@ def _filling(
                 yield parameters[name], name, tensor
 
 
-def _write_rejected(
-    path: Path, unwritable: Iterable[Rejection], curriculum: Curriculum, data: Sequence[Example]
-) -> None:
+def _write_rejected(path: Path, curriculum: Curriculum, data: Packed) -> None:
     """A line for each utterance whose text cannot be written, or that is too long, in tokens."""
     path.unlink(missing_ok=True)
-    lines: list[dict[str, Any]] = [{"id": one.source, "reason": one.reason} for one in unwritable]
+    lines: list[Mapping[str, Any]] = [*data.rejected()]
     lines += [
         {
             "id": data[one.index].name,

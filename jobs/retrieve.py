@@ -9,7 +9,7 @@ from jobs import models, stage
 from mmrag import artifact
 from mmrag.artifact import Artifact, Draft
 from mmrag.config import ConfigError, Experiment
-from mmrag.model.train import speakable
+from mmrag.model.examples import speakable
 from mmrag.model.vocabulary import Vocabulary
 
 PART_UTTERANCES = 100

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cluster.packing import pack
 from cluster.progress import METRICS, SKIPPED, records
 from cluster.tracking import Run
 from cluster.train import REJECTED, fit, held
@@ -19,8 +20,8 @@ from mmrag.config import ConfigError, Experiment, Train, as_dict, recipe
 from mmrag.model import pretrained
 from mmrag.model.cross_attention import Adapter
 from mmrag.model.lm import parameter_count
-from mmrag.model.train import unspeakable
-from mmrag.model.vocabulary import BasePieces, SentencePieces, Vocabulary
+from mmrag.model.packed import Packed
+from mmrag.model.vocabulary import BasePieces, SentencePieces, Vocabulary, sampled
 from mmrag.retrieval.datastore import Datastore
 from mmrag.speech import tokenized
 from mmrag.speech.units import Codebook
@@ -61,7 +62,7 @@ def _lm(experiment: Experiment, force: bool) -> Artifact:
             f"{vocabulary.units} units, {_workers(settings)}, ZeRO-{settings.zero_stage}"
         )
 
-        _report_unspeakable(splits, vocabulary)
+        _report_unspeakable(Packed(pack(splits, draft.path, draft.path), vocabulary))
         fit(experiment, splits, draft.path, _log(settings, tracked))
         draft.summary |= _counts(draft.path, parameters, settings)
 
@@ -106,7 +107,8 @@ def _adapter(experiment: Experiment, force: bool) -> Artifact:
             f"ZeRO-{settings.zero_stage}"
         )
         splits = [made.path / contexts.split]
-        _report_unspeakable(splits, Vocabulary.load(lm.path))
+        packed = pack(splits, lm.path, draft.path)
+        _report_unspeakable(Packed(packed, Vocabulary.load(lm.path)))
         fit(experiment, splits, draft.path, _log(settings, tracked), lm.path)
         draft.summary |= _counts(draft.path, parameters, settings)
 
@@ -123,10 +125,9 @@ def _adapter(experiment: Experiment, force: bool) -> Artifact:
     )
 
 
-def _report_unspeakable(splits: list[Path], vocabulary: Vocabulary) -> None:
+def _report_unspeakable(packed: Packed) -> None:
     """Say that utterances are not trained on, because the vocabulary cannot write their text."""
-    told = (one for split in splits for one in tokenized.read(split))
-    if rejected := len(list(unspeakable(told, vocabulary))):
+    if rejected := packed.counts["rejected"]:
         stage.console.print(
             f"  {rejected} utterances left out, whose text this model cannot write: {REJECTED}"
         )
@@ -196,8 +197,13 @@ def _vocabulary(experiment: Experiment, splits: list[Path], units: int) -> Vocab
         return Vocabulary.load(shipped.find(base) / "lm")
     if settings.tokenizer:
         return Vocabulary(BasePieces(Path(settings.tokenizer)), units)
-    texts = [one.utterance.text for split in splits for one in tokenized.read(split)]
-    return Vocabulary(SentencePieces.train(filter(None, texts), settings.pieces), units)
+
+    def texts() -> Iterator[str]:
+        for split in splits:
+            yield from tokenized.read_texts(split)
+
+    chosen = sampled(texts, settings.sentences, experiment.seed)
+    return Vocabulary(SentencePieces.train(chosen, settings.pieces, settings.threads), units)
 
 
 PLANNED = "With --plan, what it will take is printed instead (--plan --help)."

@@ -20,7 +20,7 @@ WINGS = {
     "ground": [
         "config.section", "config.speech", "config.model", "config.retrieval", "config.decoding",
         "config.experiment", "config", "text", "terminal", "records", "finite", "durable",
-        "folders", "artifact", "shipped",
+        "arrays", "names", "folders", "artifact", "shipped",
         "score.rates", "score.recall", "score.significance", "score.entities", "score.biasing",
         "score",
     ],
@@ -36,7 +36,8 @@ WINGS = {
     ],
     "model": [
         "vocabulary", "pages", "cross_entropy", "layers", "cross_attention", "lm", "flops", "plan",
-        "prepared", "contract", "states", "precision", "pretrained", "loss", "train",
+        "prepared", "contract", "states", "precision", "pretrained", "loss", "examples", "packed",
+        "epochs", "curriculum", "train",
         "whisper_cache", "whisper", "whisper_training",
     ],
     "retrieval": [

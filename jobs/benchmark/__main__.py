@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmark import decode, growth, performance, phrases, retrieve, tokenize, train
+from jobs.benchmark import decode, growth, performance, phrases, retrieve, scale, tokenize, train
 from jobs.benchmark.endpoint import EndpointError
 from jobs.benchmark.serve import FULL, QUICK, Serving, speak
 from jobs.benchmark.targets import rounded, show
@@ -102,6 +102,10 @@ def _train(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     return train.measure(directory, train.QUICK if options.quick else train.FULL)
 
 
+def _scale(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
+    return scale.measure(directory, scale.QUICK if options.quick else scale.FULL)
+
+
 _OF_SOME_PARTS = {
     "url": ["serve"],
     "entries": ["retrieve"],
@@ -116,6 +120,7 @@ _MEASURED = {
     "decode": _decode,
     "tokenize": _tokenize,
     "train": _train,
+    "scale": _scale,
 }
 _SHOWN = {
     "serve": show,
@@ -124,6 +129,7 @@ _SHOWN = {
     "decode": decode.show,
     "tokenize": tokenize.show,
     "train": train.show,
+    "scale": scale.show,
 }
 
 

@@ -23,9 +23,11 @@ import torch
 from torch import Tensor
 
 from mmrag.config import Experiment, Train, parse
+from mmrag.model.curriculum import Curriculum
+from mmrag.model.examples import examples
 from mmrag.model.lm import LM
 from mmrag.model.loss import Batch, Objective, combine
-from mmrag.model.train import Curriculum, adamw, collate, examples, learning_rate, precision
+from mmrag.model.train import adamw, collate, learning_rate, precision
 from mmrag.model.vocabulary import Vocabulary
 from mmrag.speech import tokenized
 

@@ -28,6 +28,10 @@ class Vocabulary(Section):
 
     pieces: PositiveInt
     """SentencePiece vocabulary size."""
+    sentences: PositiveInt = 1_000_000
+    """Sentences that SentencePiece is trained on, at most; of more, so many are drawn."""
+    threads: Operation[PositiveInt] = 1
+    """Threads that prepare them; what takes the time, counting pairs, SentencePiece does in one."""
     tokenizer: str | None = None
     """A base language model's `tokenizer.json`, used instead of training SentencePiece."""
 

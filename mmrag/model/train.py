@@ -7,53 +7,23 @@ The loop here is one process without Ray or DeepSpeed. The distributed loop call
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import compress
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmrag.config import Format, Phase, Train
+from mmrag.config import Phase, Train
 from mmrag.finite import Guard, Lost
 from mmrag.model.cross_attention import Windows
+from mmrag.model.curriculum import LEAVE_OUT, Curriculum
+from mmrag.model.epochs import Chosen
+from mmrag.model.examples import Example
 from mmrag.model.loss import IGNORE, Batch, Objective, combine
 from mmrag.model.precision import has_bf16
 from mmrag.model.vocabulary import PAD, Vocabulary
-from mmrag.records import Rejection
-from mmrag.speech.tokenized import Tokenized
-
-LEAVE_OUT = "train.leave_out"
-"""The key that passes over utterances."""
-
-
-class TrainingError(ValueError):
-    """What a run is asked for cannot be done; each of its workers finds that out alike."""
-
-
-class Example(NamedTuple):
-    """An utterance as ids: `text` pieces, and `units` or None; `name` is the utterance's id."""
-
-    text: list[int]
-    units: list[int] | None
-    name: str = ""
-
-
-class Chosen(NamedTuple):
-    """An example's index and the format that this step shows it in."""
-
-    index: int
-    form: Format
-
-
-class TooLong(NamedTuple):
-    """An example that no micro-batch can hold in these formats; `length` is of the longest."""
-
-    index: int
-    length: int
-    forms: list[Format]
-
 
 Show = Callable[[Sequence[int], np.random.Generator], Windows]
 """Examples by their index -> the windows that they are shown with."""
@@ -73,141 +43,6 @@ class StepLog:
     """Read in this step by all workers, padding included."""
 
 
-def speakable(tokenized: Iterable[Tokenized], vocabulary: Vocabulary) -> Iterator[Tokenized]:
-    """The utterances without text, and those whose text the vocabulary can write."""
-    for one in tokenized:
-        if not one.utterance.text or not vocabulary.unspeakable(one.utterance.text):
-            yield one
-
-
-def unspeakable(tokenized: Iterable[Tokenized], vocabulary: Vocabulary) -> Iterator[Rejection]:
-    """The others, and why."""
-    for one in tokenized:
-        text = one.utterance.text
-        if text and vocabulary.unspeakable(text):
-            yield Rejection(one.utterance.id, vocabulary.refusal(text))
-
-
-def examples(tokenized: Sequence[Tokenized], vocabulary: Vocabulary) -> list[Example]:
-    """Utterances as ids; one without text is speech alone (its text is empty)."""
-    return [
-        Example(
-            text=vocabulary.encode(one.utterance.text or ""),
-            units=None if one.units is None else vocabulary.encode_units(one.units),
-            name=one.utterance.id,
-        )
-        for one in tokenized
-    ]
-
-
-class Curriculum:
-    """Which examples each step reads, as a function of (seed, step) alone.
-
-    A phase passes over the data in epochs. An epoch draws a format for every example, sorts by
-    length, cuts micro-batches of `micro_batch_tokens` (padding included) and shuffles them. An
-    example that is longer by itself is passed over (`too_long`), and so is one that is to be left
-    out; neither changes which others are read together. A step takes the next `micro_batches` of
-    them, whatever the number of workers; a resumed run asks for its step and reads on where it
-    stopped.
-    """
-
-    def __init__(self, data: Sequence[Example], settings: Train, seed: int) -> None:
-        """TrainingError if there is nothing to read, or no such utterance to leave out."""
-        if not data:
-            raise TrainingError("no examples to train on")
-        passed = set(settings.leave_out)
-        if unknown := sorted(passed - {example.name for example in data}):
-            raise TrainingError(f"train.leave_out: no utterance {', '.join(unknown)} to train on")
-        self.settings = settings
-        self.seed = seed
-        self._text = np.array([len(example.text) for example in data])
-        self._units = np.array([len(example.units or ()) for example in data])
-        self._wanted = np.array([example.name not in passed for example in data])
-        self._next = 0
-        self._stream = self._batches()
-
-    def step(self, step: int) -> tuple[Phase, list[list[Chosen]]]:
-        """The phase and the micro-batches of optimizer step `step`, counted from 0.
-
-        Raises ValueError past the last step, TrainingError if no example fits a phase's mixture.
-        """
-        if not 0 <= step < self.settings.steps:
-            raise ValueError(f"step {step} of {self.settings.steps}")
-        if step != self._next:
-            self._stream = self._batches()
-            for _ in range(step * self.settings.micro_batches):
-                next(self._stream)
-        self._next = step + 1
-        ends = np.cumsum([phase.steps for phase in self.settings.phases])
-        phase = self.settings.phases[int(np.searchsorted(ends, step, side="right"))]
-        return phase, [next(self._stream) for _ in range(self.settings.micro_batches)]
-
-    def too_long(self) -> list[TooLong]:
-        """The examples that are passed over in some format of the phases, for their length."""
-        longest: dict[int, TooLong] = {}
-        for form in dict.fromkeys(form for phase in self.settings.phases for form in phase.mixture):
-            usable, lengths = self._shown_as(np.full(len(self._text), form))
-            over = usable & self._wanted & (lengths > self.settings.micro_batch_tokens)
-            for index in np.flatnonzero(over).tolist():
-                _, length, forms = longest.get(index, TooLong(index, 0, []))
-                length = max(length, int(lengths[index]))
-                longest[index] = TooLong(index, length, [*forms, form])
-        return [longest[index] for index in sorted(longest)]
-
-    def _shown_as(self, forms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For each example in its format (N,): whether it has the data, and its length."""
-        usable = np.where(forms == "speech", True, self._text > 0)
-        usable &= np.where(forms == "text", True, self._units > 0)
-        lengths = 4 + np.where(forms == "speech", 0, self._text)
-        return usable, lengths + np.where(forms == "text", 0, self._units)
-
-    def _check(self, phase: Phase) -> None:
-        """TrainingError if no epoch of a phase would hold anything."""
-        budget, shortest = self.settings.micro_batch_tokens, []
-        for form in phase.mixture:
-            usable, lengths = self._shown_as(np.full(len(self._text), form))
-            shortest += lengths[usable & self._wanted].tolist()
-        if not shortest:
-            raise TrainingError(f"phase {phase.name}: no example fits its mixture {phase.mixture}")
-        if min(shortest) > budget:
-            raise TrainingError(
-                f"phase {phase.name}: no example fits in train.micro_batch_tokens {budget}, the "
-                f"shortest has {min(shortest)}"
-            )
-
-    def _batches(self) -> Iterator[list[Chosen]]:
-        for number, phase in enumerate(self.settings.phases):
-            self._check(phase)
-            left = phase.steps * self.settings.micro_batches
-            epoch = 0
-            while left:
-                batches = self._epoch(number, phase, epoch)
-                yield from batches[:left]
-                left -= min(left, len(batches))
-                epoch += 1
-
-    def _epoch(self, number: int, phase: Phase, epoch: int) -> list[list[Chosen]]:
-        random = np.random.default_rng([self.seed, number, epoch])
-        forms = np.array(list(phase.mixture))
-        weights = np.array(list(phase.mixture.values()))
-        drawn = random.choice(forms, size=len(self._text), p=weights / weights.sum())
-        usable, lengths = self._shown_as(drawn)
-        # Jitter, so that an example does not meet the same companions in every epoch.
-        order = np.argsort(lengths * random.uniform(0.95, 1.05, len(lengths)), kind="stable")
-        batches: list[list[Chosen]] = []
-        longest = 0
-        for index in order[usable[order]].tolist():
-            longest = max(longest, int(lengths[index]))
-            if not batches or longest * (len(batches[-1]) + 1) > self.settings.micro_batch_tokens:
-                batches.append([])
-                longest = int(lengths[index])
-            batches[-1].append(Chosen(index, str(drawn[index])))
-        read = self._wanted & (lengths <= self.settings.micro_batch_tokens)
-        shuffled = [batches[i] for i in random.permutation(len(batches))]
-        kept = [[one for one in batch if read[one.index]] for batch in shuffled]
-        return [batch for batch in kept if batch]
-
-
 def collate(
     data: Sequence[Example],
     chosen: Sequence[Chosen],
@@ -224,31 +59,35 @@ def collate(
     random = np.random.default_rng(list(seed))
     rows: list[tuple[list[int], int, range, list[int]]] = []
     for index, form in chosen:
-        text, units = data[index].text, data[index].units or []
+        example = data[index]
+        text, units = example.text, example.units or []
         if form == "speech_first":
-            kept = random.random(len(units)) >= unit_dropout
-            units = [unit for unit, keep in zip(units, kept, strict=True) if keep]
+            units = list(compress(units, (random.random(len(units)) >= unit_dropout).tolist()))
         ids = vocabulary.sequence(form, text, units)
         transcribes = form == "speech_first"
         speech = range(2, 2 + len(units)) if transcribes else range(0)
-        letters = vocabulary.spelling(text) if transcribes else []
+        letters = (example.letters or []) if transcribes else []
+        if transcribes and example.letters is None:
+            letters = vocabulary.spelling(text)
         rows.append((ids, 2 + len(units) if transcribes else 0, speech, letters))
 
     width = max(len(ids) for ids, *_ in rows)
     longest = max(1, *(len(letters) for *_, letters in rows))
-    batch = Batch(
-        ids=torch.full((len(rows), width), PAD),
-        targets=torch.full((len(rows), width), IGNORE),
+    table, targets = np.full((len(rows), width), PAD), np.full((len(rows), width), IGNORE)
+    spelt = np.zeros((len(rows), longest), np.int64)
+    for row, (ids, first_target, _, letters) in enumerate(rows):
+        table[row, : len(ids)] = ids
+        targets[row, first_target : len(ids) - 1] = table[row, first_target + 1 : len(ids)]
+        spelt[row, : len(letters)] = letters
+        spelt[row, : len(letters)] += 1
+    return Batch(
+        ids=torch.from_numpy(table),
+        targets=torch.from_numpy(targets),
         speech=torch.tensor([(speech.start, speech.stop) for _, _, speech, _ in rows]),
-        letters=torch.zeros((len(rows), longest), dtype=torch.long),
+        letters=torch.from_numpy(spelt),
         letter_counts=torch.tensor([len(letters) for *_, letters in rows]),
         windows=contexts and contexts([index for index, _ in chosen], random),
     )
-    for row, (ids, first_target, _, letters) in enumerate(rows):
-        batch.ids[row, : len(ids)] = torch.tensor(ids)
-        batch.targets[row, first_target : len(ids) - 1] = torch.tensor(ids[first_target + 1 :])
-        batch.letters[row, : len(letters)] = torch.tensor(letters) + 1
-    return batch
 
 
 def train_step(

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from typing import Protocol
 
@@ -60,8 +61,12 @@ class SentencePieces:
         self._spells = not self._letters.issuperset(DIGITS)
 
     @classmethod
-    def train(cls, texts: Iterable[str], size: int) -> SentencePieces:
-        """At most `size` BPE pieces; the Latin alphabet is always among them, digits never."""
+    def train(cls, texts: Iterable[str], size: int, threads: int = 1) -> SentencePieces:
+        """At most `size` BPE pieces; the Latin alphabet is always among them, digits never.
+
+        `texts` are taken one at a time, by SentencePiece, which keeps them all. The pieces are the
+        same for any number of `threads`.
+        """
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(spoken(text) for text in texts),
@@ -74,7 +79,7 @@ class SentencePieces:
             bos_id=-1,
             eos_id=-1,
             pad_id=-1,
-            num_threads=1,
+            num_threads=threads,
             minloglevel=2,
         )
         return cls(model.getvalue())
@@ -99,6 +104,18 @@ class SentencePieces:
 
     def save(self, directory: Path) -> None:
         (directory / self.FILE).write_bytes(self._model)
+
+
+def sampled(texts: Callable[[], Iterable[str]], most: int, seed: int) -> Iterator[str]:
+    """`most` of the texts that each call gives anew, drawn by `seed`, in their order; all of them
+    where they are no more. None is kept."""
+    count = sum(1 for _ in texts())
+    if count <= most:
+        yield from texts()
+        return
+    drawn = np.zeros(count, bool)
+    drawn[np.random.default_rng(seed).choice(count, most, replace=False, shuffle=False)] = True
+    yield from compress(texts(), drawn)
 
 
 class BasePieces:

@@ -1,13 +1,11 @@
-"""What a datastore knows about its entries without holding it: columns and names that stay mapped.
+"""What a datastore knows about its entries without holding it: columns that stay mapped.
 
 A column has one number an entry, in as many parts as there are segments; rows are read where they
-are asked for. Names lie end to end as UTF-8, with an array of where each begins. Nothing here knows
-what is stored.
+are asked for. Nothing here knows what is stored.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -82,33 +80,3 @@ def spread(
     numbers, firsts = np.unique(parts[order], return_index=True)
     for number, here in zip(numbers.tolist(), np.split(order, firsts)[1:], strict=True):
         yield number, here, places[here] - starts[number]
-
-
-class Names(Sequence[str]):
-    """Many names, each read where it is asked for."""
-
-    def __init__(self, text: np.ndarray, offsets: np.ndarray) -> None:
-        """`text` (X,) uint8; name n is `text[offsets[n]:offsets[n + 1]]`."""
-        self.text = text
-        self.offsets = offsets
-
-    @classmethod
-    def of(cls, names: Iterable[str]) -> Names:
-        """Names in memory, as they are stored."""
-        encoded = [name.encode() for name in names]
-        offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-        return cls(np.frombuffer(b"".join(encoded), np.uint8), offsets)
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, number: int) -> str:
-        if not 0 <= number < len(self):
-            raise IndexError(f"name {number} of {len(self)}")
-        start, stop = self.offsets[number : number + 2].tolist()
-        return self.text[start:stop].tobytes().decode()
-
-
-def digest(name: str) -> int:
-    """64 bits by which names are ordered and searched."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())

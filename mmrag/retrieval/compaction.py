@@ -18,8 +18,8 @@ from uuid import uuid4
 import numpy as np
 
 from mmrag import durable
+from mmrag.names import Names
 from mmrag.retrieval import datastore, snapshots
-from mmrag.retrieval.columns import Names
 from mmrag.retrieval.datastore import listing, locked, read_list, write_list
 from mmrag.retrieval.segment import Description
 from mmrag.retrieval.stored import ARRAYS, IDS, StoredSegment, open_segment, segment_file, tables

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from mmrag.arrays import Growing, mapped
 from mmrag.config import Contexts
 from mmrag.model.cross_attention import Windows
+from mmrag.model.packed import made, stamps
+from mmrag.names import Lookup, Names, NamesWriter, digest
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.phrases import Phrases
 
@@ -40,16 +43,77 @@ def write_neighbours(path: Path, found: NeighbourEntries) -> None:
 
 def read_neighbours(directory: Path) -> NeighbourEntries:
     """All parts in `directory`; ValueError if there is none."""
+    found = {}
+    for part in _parts(directory):
+        names, counts, entries = _read_part(part)
+        found |= dict(zip(names, np.split(entries, np.cumsum(counts)[:-1]), strict=True))
+    return found
+
+
+def pack_neighbours(directory: Path, packed: Path) -> Path:
+    """What `read_neighbours` gives, part by part into `packed`, for `PackedNeighbours`; `packed`.
+
+    What is there already is used if it was made from just these parts.
+    """
+    parts = _parts(directory)
+
+    def fill(aside: Path) -> dict[str, int]:
+        writer, files, digests = NamesWriter(aside, "names"), {}, [np.zeros(0, np.uint64)]
+        ends = Growing(aside / "ends.npy", np.int64)
+        for part in parts:
+            names, counts, entries = _read_part(part)
+            if not files:
+                files["entries"] = Growing(aside / "entries.npy", entries.dtype, entries.shape[1])
+            ends.append(len(files["entries"]) + np.cumsum(counts))
+            files["entries"].append(entries)
+            writer.append(Names.of(names))
+            digests.append(np.array([digest(name) for name in names], np.uint64))
+        for file in (writer, ends, *files.values()):
+            file.close()
+        Lookup.write(aside, np.concatenate(digests))
+        return {"utterances": len(ends)}
+
+    return made(packed, {"neighbours": stamps(parts)}, fill)
+
+
+def _parts(directory: Path) -> list[Path]:
     parts = sorted(directory.glob("part-*.npz"))
     if not parts:
         raise ValueError(f"no neighbours in {directory} (made by: python -m jobs.retrieve)")
-    found = {}
-    for part in parts:
-        with np.load(part, allow_pickle=False) as stored:
-            edges = np.cumsum(stored["counts"])[:-1]
-            rows = np.split(stored["entries"], edges)
-            found |= dict(zip(stored["utterances"].tolist(), rows, strict=True))
-    return found
+    return parts
+
+
+def _read_part(part: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """A part's utterances, how many tokens each has, and the entries near all of them."""
+    with np.load(part, allow_pickle=False) as stored:
+        return stored["utterances"].tolist(), stored["counts"], stored["entries"]
+
+
+class PackedNeighbours(Mapping[str, np.ndarray]):
+    """What `pack_neighbours` packed, mapped: an utterance's entries are read when it is asked for.
+
+    Of an utterance that stands twice the later is meant, as in `read_neighbours`.
+    """
+
+    def __init__(self, packed: Path) -> None:
+        self._names = Names.open(packed, "names")
+        self._find = Lookup(packed, self._names)
+        self._ends = mapped(packed / "ends.npy")
+        self._entries = mapped(packed / "entries.npy")
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        places = self._find(name)
+        if not len(places):
+            raise KeyError(name)
+        last = int(places[-1])
+        start = int(self._ends[last - 1]) if last else 0
+        return np.array(self._entries[start : int(self._ends[last])])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys(self._names))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 class TrainingContexts:

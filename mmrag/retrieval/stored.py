@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mmrag.retrieval.columns import Names, digest
+from mmrag.names import Names, digest
 from mmrag.retrieval.mapped import open_array
 from mmrag.retrieval.segment import DatastoreError, Description, Segment, prepare
 from mmrag.retrieval.tensors import Tensors, open_tensors, write_tensors

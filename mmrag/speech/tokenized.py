@@ -58,10 +58,7 @@ def write_part(path: Path, tokenized: Iterable[Tokenized]) -> None:
 
 def read(directory: Path) -> Iterator[Tokenized]:
     """Every utterance of the parts in `directory`, in the order of the parts' names."""
-    parts = sorted(directory.glob("part-*.parquet"))
-    if not parts:
-        raise TokensError(f"no tokenized parts in {directory}")
-    for part in parts:
+    for part in parts(directory):
         yield from read_part(part)
 
 
@@ -69,6 +66,20 @@ def read_part(path: Path) -> Iterator[Tokenized]:
     """Every utterance of one part; TokensError if the file is missing, damaged or another's."""
     for row in _table(path).to_pylist():
         yield _tokenized(row)
+
+
+def read_texts(directory: Path) -> Iterator[str]:
+    """What is written in the parts of `read`, in that order, without the rest; no empty text."""
+    for part in parts(directory):
+        yield from filter(None, _table(part, ["text"])["text"].to_pylist())
+
+
+def parts(directory: Path) -> list[Path]:
+    """The parts in `directory`, in the order in which they are read; TokensError if none is."""
+    found = sorted(directory.glob("part-*.parquet"))
+    if not found:
+        raise TokensError(f"no tokenized parts in {directory}")
+    return found
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,14 @@ from mmrag.config import Experiment, Phase
 from mmrag.finite import NonFiniteLoss
 from mmrag.model import pretrained
 from mmrag.model.cross_attention import Adapter
+from mmrag.model.curriculum import Curriculum, TrainingError
+from mmrag.model.examples import examples
 from mmrag.model.lm import LM
 from mmrag.model.loss import Objective
-from mmrag.model.train import Curriculum, StepLog, TrainingError, examples, train
+from mmrag.model.train import StepLog, train
 from mmrag.model.vocabulary import Vocabulary
 from mmrag.records import Utterance
+from mmrag.retrieval.contexts import TrainingContexts, read_neighbours
 from mmrag.speech import tokenized
 from mmrag.speech.tokenized import Tokenized
 
@@ -115,6 +118,17 @@ def test_two_deepspeed_workers_make_the_steps_of_the_plain_loop(workspace):
         assert not torch.allclose(weight, before[name], atol=1e-3), f"{name} did not learn"
 
 
+def listed_contexts(experiment: Experiment, corpus: list[Tokenized]) -> TrainingContexts:
+    """What the adapter reads, of neighbours in memory."""
+    settings, near = experiment.adapter.contexts, experiment.workspace / "neighbours"
+    return shown(
+        experiment,
+        [one.utterance.id for one in corpus],
+        [one.utterance.entities for one in corpus],
+        {name: read_neighbours(near / name) for name in (settings.retrieved, settings.wrong)},
+    )
+
+
 @pytest.mark.ray
 def test_two_deepspeed_workers_train_an_adapter_as_the_plain_loop_does(adapted):
     experiment = adapted.experiment
@@ -123,7 +137,7 @@ def test_two_deepspeed_workers_train_an_adapter_as_the_plain_loop_does(adapted):
     model, plain = objective(experiment, vocabulary), []
     model.lm.load_state_dict(lm.state_dict())
     before = {name: weight.detach().clone() for name, weight in model.adapter.named_parameters()}
-    data, contexts = examples(corpus, vocabulary), shown(experiment, corpus)
+    data, contexts = examples(corpus, vocabulary), listed_contexts(experiment, corpus)
     train(model, data, vocabulary, experiment.train, experiment.seed, plain.append, contexts)
     distributed = list(records(adapted.path / "adapter"))
     assert len(plain) == len(distributed) == experiment.train.steps

@@ -8,6 +8,7 @@ import torch
 from jobs.benchmark import bare, train
 from jobs.benchmark.bare import AUTOCAST, MASTERS, BareTraining
 from mmrag.model import train as plain
+from mmrag.model.examples import examples
 from mmrag.model.lm import LM
 from mmrag.model.loss import Objective
 from mmrag.speech import tokenized
@@ -34,7 +35,7 @@ def test_the_bare_loop_makes_the_steps_of_the_packages_own(prepared):
     torch.manual_seed(experiment.seed)
     lm = LM(experiment.lm, vocabulary.size)
     objective = Objective(lm, len(vocabulary.alphabet), settings.ctc_weight)
-    data, logged = plain.examples(list(tokenized.read(split)), vocabulary), []
+    data, logged = examples(list(tokenized.read(split)), vocabulary), []
     plain.train(objective, data, vocabulary, settings, experiment.seed, logged.append)
     found = bare.measured(order(prepared, "fp32"))
     assert list(found) == [AUTOCAST]

@@ -10,24 +10,20 @@ from hypothesis import strategies as st
 from mmrag.config import CrossAttention, LanguageModel, Train
 from mmrag.finite import Lost, NonFiniteLoss
 from mmrag.model.cross_attention import Adapter, Windows
+from mmrag.model.curriculum import Curriculum, TrainingError
+from mmrag.model.epochs import Chosen
+from mmrag.model.examples import Example, examples, speakable, unspeakable
 from mmrag.model.lm import LM
 from mmrag.model.loss import IGNORE, Objective
 from mmrag.model.states import read_states
 from mmrag.model.train import (
-    Chosen,
-    Curriculum,
-    Example,
     StepLog,
-    TrainingError,
     adamw,
     collate,
-    examples,
     learning_rate,
     precision,
-    speakable,
     train,
     train_step,
-    unspeakable,
 )
 from mmrag.model.vocabulary import SentencePieces, Vocabulary
 from mmrag.records import Units, Utterance
@@ -351,7 +347,7 @@ def test_a_mixture_is_kept_to_in_its_proportions():
 
 def test_an_example_is_never_shown_in_a_format_that_it_lacks_the_data_for():
     for index, form in stream(recipe(phases=[phase(MIXED, 100)])):
-        text, units, _ = DATA[index]
+        text, units, *_ = DATA[index]
         assert text or form == "speech"
         assert units or form == "text"
 
@@ -390,7 +386,7 @@ def test_unit_dropout_drops_its_share_of_a_transcriptions_units_and_no_text():
     whole, dropped = collated(everything), collated(everything, dropout=0.3)
     kept, total = 0, 0
     for row, (index, form) in enumerate(everything):
-        text, units, _ = DATA[index]
+        text, units, *_ = DATA[index]
         start, end = dropped.speech[row].tolist()
         if form == "text_first":
             assert dropped.ids[row].tolist()[: len(text)] == whole.ids[row].tolist()[: len(text)]
@@ -584,7 +580,7 @@ class Told:
 
     def __init__(self, data, right=True):
         self.data, self.right, self.asked = data, right, []
-        texts, speech, _ = zip(*data, strict=True)
+        texts, speech, *_ = zip(*data, strict=True)
         keys, _, slices, _ = read_states(frozen_lm(), VOCABULARY, texts, speech, logits=False)
         self.keys = [keys[own][:-1].clone() for own in slices]
 

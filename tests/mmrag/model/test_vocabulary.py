@@ -17,6 +17,7 @@ from mmrag.model.vocabulary import (
     BasePieces,
     SentencePieces,
     Vocabulary,
+    sampled,
 )
 from mmrag.records import Units
 from mmrag.text import normalise, spoken
@@ -93,6 +94,32 @@ def test_the_alphabet_is_known_even_where_the_corpus_lacks_it():
     assert VOCABULARY.decode(VOCABULARY.encode(text)) == text
     assert PIECES.size <= 60
     assert SentencePieces.train(["a b"], 4000).size < 60
+
+
+def test_the_number_of_threads_changes_no_piece():
+    texts = [f"{word} {other} light" for word in SENTENCES for other in SENTENCES] * 20
+    one, many = SentencePieces.train(texts, 90), SentencePieces.train(texts, 90, threads=4)
+    assert one.size == many.size
+    ids = list(range(one.size))
+    assert [one.decode([each]) for each in ids] == [many.decode([each]) for each in ids]
+    assert all(one.encode(text) == many.encode(text) for text in texts[:20])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.text(max_size=3), max_size=20), st.integers(1, 25), st.integers(0, 3))
+def test_of_many_texts_some_are_drawn_in_their_order_and_of_few_all(texts, most, seed):
+    drawn = list(sampled(lambda: iter(texts), most, seed))
+    assert drawn == list(sampled(lambda: iter(texts), most, seed))
+    if len(texts) <= most:
+        assert drawn == texts
+    numbered = list(sampled(lambda: iter(range(len(texts))), most, seed))
+    assert len(numbered) == min(most, len(texts)) and numbered == sorted(set(numbered))
+    assert drawn == [texts[number] for number in numbered]
+
+
+def test_another_seed_draws_other_texts():
+    first, second = (list(sampled(lambda: range(1000), 30, seed)) for seed in (0, 1))
+    assert first != second
 
 
 def test_base_pieces_keep_case_and_punctuation(tokenizer):

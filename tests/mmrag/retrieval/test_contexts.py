@@ -4,13 +4,17 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from mmrag.config import Contexts
+from mmrag.names import Names
 from mmrag.retrieval import datastore
 from mmrag.retrieval.contexts import (
     ALIKE,
     FOREVER,
+    PackedNeighbours,
     TrainingContexts,
+    pack_neighbours,
     read_neighbours,
     write_neighbours,
 )
@@ -145,6 +149,50 @@ def test_neighbours_are_read_back_part_by_part(tmp_path):
     for name, near in FOUND.items():
         np.testing.assert_array_equal(found[name], near)
     assert len(list(tmp_path.glob("part-*"))) == 2, "nothing is left behind"
+
+
+def test_packed_neighbours_are_those_that_were_read(tmp_path):
+    first, last = dict(list(FOUND.items())[:3]), dict(list(FOUND.items())[2:])
+    again = {**last, EXAMPLES[0]: FOUND[EXAMPLES[0]][:2]}
+    for number, part in enumerate((first, again)):
+        write_neighbours(tmp_path / f"part-{number}.npz", part)
+    expected = read_neighbours(tmp_path)
+    packed = PackedNeighbours(pack_neighbours(tmp_path, tmp_path / "packed"))
+    assert packed.keys() == expected.keys() and len(packed) == len(expected)
+    for name, near in expected.items():
+        np.testing.assert_array_equal(packed[name], near)
+    with pytest.raises(KeyError):
+        packed["nobody"]
+
+
+def test_neighbours_that_were_found_anew_are_packed_anew(tmp_path):
+    write_neighbours(tmp_path / "part-0.npz", {"u0": np.zeros((2, 1), np.int64)})
+    pack_neighbours(tmp_path, tmp_path / "packed")
+    made = (tmp_path / "packed").stat().st_ino
+    assert pack_neighbours(tmp_path, tmp_path / "packed").stat().st_ino == made
+    write_neighbours(tmp_path / "part-0.npz", {"u0": np.ones((2, 1), np.int64)})
+    packed = PackedNeighbours(pack_neighbours(tmp_path, tmp_path / "packed"))
+    assert packed["u0"].tolist() == [[1], [1]]
+
+
+@pytest.mark.parametrize("kind", ["retrieved", "phrases"])
+def test_contexts_of_packed_neighbours_are_the_same(tmp_path, phrases, stores, kind):
+    near = []
+    for name, found in (("right", FOUND), ("wrong", MISLED)):
+        (tmp_path / name).mkdir()
+        write_neighbours(tmp_path / name / "part-0.npz", found)
+        made = pack_neighbours(tmp_path / name, tmp_path / f"{name}-packed")
+        near.append(PackedNeighbours(made))
+    settings, (right, wrong) = contexts(mixture={kind: 1}, strides=(1, 2)), stores
+    listed = TrainingContexts(
+        settings, EXAMPLES, ENTITIES, phrases, (right, FOUND), (wrong, MISLED)
+    )
+    packed = TrainingContexts(
+        settings, Names.of(EXAMPLES), ENTITIES, phrases, (right, near[0]), (wrong, near[1])
+    )
+    one, other = vars(listed(CHOSEN, draw())), vars(packed(CHOSEN, draw()))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_directory_without_neighbours_names_what_makes_them(tmp_path):

@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmrag.records import Timed, Units, Utterance
-from mmrag.speech.tokenized import Tokenized, TokensError, read, read_part, write_part
+from mmrag.speech.tokenized import (
+    Tokenized,
+    TokensError,
+    read,
+    read_part,
+    read_texts,
+    write_part,
+)
 
 NAMES = st.text(max_size=6)
 UNITS = st.lists(st.tuples(st.integers(0, 1999), st.integers(1, 90)), max_size=5).map(
@@ -91,3 +98,14 @@ def test_a_file_that_is_no_part_is_named(tmp_path, damage):
     damage(path)
     with pytest.raises(TokensError, match=f"{path} is not a tokenized part"):
         list(read_part(path))
+
+
+def test_texts_are_read_without_the_rest(tmp_path):
+    def written(*texts):
+        return [Tokenized(Utterance(id=str(n), text=text), None) for n, text in enumerate(texts)]
+
+    write_part(tmp_path / "part-00001.parquet", written("later"))
+    write_part(tmp_path / "part-00000.parquet", written("first", None, "", "second"))
+    assert list(read_texts(tmp_path)) == ["first", "second", "later"]
+    with pytest.raises(TokensError, match="no tokenized parts in"):
+        list(read_texts(tmp_path / "nothing"))
