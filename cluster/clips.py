@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from cluster.parts import Part
+from cluster.rejections import write_rejections
 from mmrag.config import Tokenize
 from mmrag.corpora import manifest
 from mmrag.folders import printable
@@ -119,7 +120,7 @@ def _opened(
 
 
 class CheckClips:
-    """Utterances -> a manifest of those that can be heard, and what was rejected.
+    """Utterances -> a manifest of those that can be heard, and a list of what was rejected.
 
     The manifest names each clip's own span of its recording, and how long it is.
     """
@@ -128,15 +129,17 @@ class CheckClips:
         self._settings = settings
         self._directory = directory
 
-    def __call__(self, part: Part[Utterance]) -> tuple[str, list[Rejection]]:
+    def __call__(self, part: Part[Utterance]) -> str:
         silent = [one for one in part.work if one.audio is None]
         clips, rejected = open_clips([one for one in part.work if one.audio], self._settings)
         heard = [replace(one, duration=len(wave) / audio.SAMPLE_RATE) for one, wave in clips]
         path = self._directory / f"{part.name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        write_rejections(path.with_name(f".{path.stem}.rejected.jsonl"), rejected)
         aside = path.with_name(f".{path.name}.{os.getpid()}")
         manifest.write(aside, [*silent, *heard])
         aside.replace(path)
-        return part.name, rejected
+        return part.name
 
 
 def _open(path: Path, said: list[Utterance], limits: Tokenize) -> list[Clips | audio.AudioError]:

@@ -25,12 +25,12 @@ LOG_LEVEL_LINE = b"Set ray log level from environment variable"
 
 
 @contextmanager
-def connection(num_cpus: int | None = None) -> Iterator[None]:
+def connection(num_cpus: int | None = None, num_gpus: int | None = None) -> Iterator[None]:
     """Be connected to a cluster inside the block; a connection that exists is used and kept.
 
-    `num_cpus` is what a cluster started here offers; by default all that the machine has. The
-    workers' output stays in Ray's logs: stages show their own progress. Raises ConnectionError or
-    ValueError, within seconds, for a RAY_ADDRESS where no cluster answers.
+    `num_cpus` and `num_gpus` are what a cluster started here offers; by default all that the
+    machine has. The workers' output stays in Ray's logs: stages show their own progress. Raises
+    ConnectionError or ValueError, within seconds, for a RAY_ADDRESS where no cluster answers.
     """
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -43,6 +43,7 @@ def connection(num_cpus: int | None = None) -> Iterator[None]:
         options |= {
             "address": "local",  # or Ray would join whatever `ray start` left on this machine
             "num_cpus": num_cpus,
+            "num_gpus": num_gpus,
             "include_dashboard": False,
             "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
         }

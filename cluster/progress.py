@@ -119,8 +119,9 @@ def following(directory: Path, log: Callable[[dict[str, Any]], None]) -> Iterato
 
 
 @contextmanager
-def bar(total: int, title: str) -> Iterator[Callable[[], None]]:
-    """A progress bar over `total` parts; call what it yields after each of them."""
+def bar(total: int | None, title: str) -> Iterator[Callable[[], None]]:
+    """A progress bar over `total` parts, or as many as there turn out to be; call what it yields
+    after each of them."""
     done = 0
     with terminal.progress(title, "parts", before="  ") as tell:
 

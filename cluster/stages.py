@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,9 +18,9 @@ import torch
 
 from cluster.clips import Clips, hear
 from cluster.modes import Biasing, Mode, open_locally
-from cluster.parts import Part, Work, parts, work_off
+from cluster.parts import Part, Source, Work, cut, parts, work_off
 from cluster.recording import write_flac
-from cluster.rejections import write_rejections
+from cluster.rejections import read_rejections, write_rejections
 from cluster.tokenizing import device
 from mmrag.config import BatchDecode, Workers
 from mmrag.config import Datastore as DatastoreConfig
@@ -36,6 +36,7 @@ from mmrag.retrieval.datastore import write_segment
 from mmrag.retrieval.entries import read_entries
 from mmrag.retrieval.interpolation import Retrieval
 from mmrag.retrieval.segment import Segment, join
+from mmrag.retrieval.stored import segment_file
 from mmrag.score import recall_at_k
 from mmrag.speech import audio
 from mmrag.speech.hubert import HubertEncoder
@@ -153,6 +154,28 @@ class SpeakUnits(Speak):
                 yield Tokenized(utterance, self._codebook.encode(one.cpu().numpy()))
 
 
+@dataclass(frozen=True)
+class WrittenSegment:
+    """A segment that was written, of so many utterances."""
+
+    name: str
+    utterances: int
+
+
+@dataclass(frozen=True)
+class FindSegment:
+    """A part -> what is known of its segment in `directory` if that is there already, else None."""
+
+    directory: Path
+
+    def __call__(self, part: Part[Tokenized]) -> WrittenSegment | None:
+        if not segment_file(self.directory, part.name).exists():
+            return None
+        unspoken = self.directory / f".{part.name}.rejected.jsonl"
+        left_out = len(read_rejections(unspoken)) if unspoken.exists() else 0
+        return WrittenSegment(part.name, len(part.work) - left_out)
+
+
 class WriteEntries:
     """Utterances -> one datastore segment: the state of `models` before each token of each text (or
     of its entities), over the utterance's speech where `audio` is not `none`."""
@@ -168,12 +191,12 @@ class WriteEntries:
         self._settings = settings
         self._directory = directory
 
-    def __call__(self, part: Part[Tokenized]) -> str:
+    def __call__(self, part: Part[Tokenized]) -> WrittenSegment:
         batches = _batches(part.work, _token_count, self._settings.batch_tokens)
         nothing = Segment.empty(self._models.lm.width, self._settings.window)
         segment = join([nothing, *map(self._read, batches)])
         write_segment(self._directory, part.name, segment)
-        return part.name
+        return WrittenSegment(part.name, len(part.work))
 
     def _read(self, batch: list[Tokenized]) -> Segment:
         settings = self._settings
@@ -186,7 +209,8 @@ class WriteEntries:
 
 
 class FindNeighbours:
-    """Tokenized utterances -> a part with the entries near each of their tokens.
+    """Tokenized utterances -> a part with the entries near each of their tokens, and how many
+    they are.
 
     The utterance's own document is left out.
     """
@@ -197,7 +221,7 @@ class FindNeighbours:
         self._k = k
         self._directory = directory
 
-    def __call__(self, part: Part[Tokenized]) -> str:
+    def __call__(self, part: Part[Tokenized]) -> int:
         vocabulary, datastore = self._vocabulary, self._retriever.datastore
         texts = [vocabulary.encode(one.utterance.text) for one in part.work]
         speech = [vocabulary.encode_units(one.units) for one in part.work]
@@ -209,7 +233,18 @@ class FindNeighbours:
             near = self._retriever.search(queries[span], self._k, excluded)
             found[one.utterance.id] = near.entries
         write_neighbours(self._directory / f"{part.name}.npz", found)
-        return part.name
+        return len(part.work)
+
+
+@dataclass(frozen=True)
+class FindNeighboursOf:
+    """A part -> how many utterances it has if its neighbours are in `directory`, else None."""
+
+    directory: Path
+
+    def __call__(self, part: Part[Tokenized]) -> int | None:
+        there = (self.directory / f"{part.name}.npz").exists()
+        return len(part.work) if there else None
 
 
 @dataclass(frozen=True)
@@ -307,6 +342,34 @@ class Transcribe:
         return [(score.found, score.total) for score in scores]
 
 
+@dataclass(frozen=True)
+class AskedFor:
+    """Reads `spoken` once for each mode, and cuts it into batches of about so many seconds."""
+
+    modes: tuple[str, ...]
+    spoken: Callable[[], Iterable[Tokenized]]
+    batch_seconds: float
+
+    def __call__(self) -> Iterator[Part[TranscriptionTask]]:
+        for mode in self.modes:
+            tasks = (TranscriptionTask(mode, one) for one in self.spoken())
+            yield from cut(tasks, lambda one: seconds(one.tokenized), self.batch_seconds)
+
+
+def transcribe(
+    models: Path | str,
+    settings: BatchDecode,
+    modes: Mapping[str, Mode],
+    asked: Source | Sequence[Part[TranscriptionTask]],
+    workers: Workers,
+    key: str = "evaluate.workers",
+    language: str | None = None,
+) -> Iterator[tuple[str, list[TranscribedUtterance]]]:
+    """A mode and a batch's transcripts in it, as they are ready; `asked` is an `AskedFor`."""
+    loads = {"models": models, "settings": settings, "modes": modes, "language": language}
+    yield from work_off([(Transcribe, loads)], asked, workers, "transcribing", key)
+
+
 def transcribe_modes(
     models: Path | str,
     settings: BatchDecode,
@@ -317,19 +380,9 @@ def transcribe_modes(
     language: str | None = None,
 ) -> dict[str, list[TranscribedUtterance]]:
     """Every utterance transcribed in every mode, in the order of the utterances' names."""
-    asked = [
-        part
-        for mode in modes
-        for part in parts(
-            [TranscriptionTask(mode, one) for one in spoken],
-            lambda one: seconds(one.tokenized),
-            settings.batch_seconds,
-        )
-    ]
+    asked = list(AskedFor(tuple(modes), lambda: spoken, settings.batch_seconds)())
     heard: dict[str, list[TranscribedUtterance]] = {mode: [] for mode in modes}
-    loads = {"models": models, "settings": settings, "modes": modes, "language": language}
-    transcribe = (Transcribe, loads)
-    for mode, transcripts in work_off([transcribe], asked, workers, "transcribing", key):
+    for mode, transcripts in transcribe(models, settings, modes, asked, workers, key, language):
         heard[mode] += transcripts
     return {mode: sorted(all, key=lambda one: one.utterance) for mode, all in heard.items()}
 

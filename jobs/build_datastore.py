@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -15,10 +15,17 @@ from shutil import rmtree
 
 import ray
 
-from cluster.parts import parts, work_off
+from cluster.parts import Part, cut, in_order, work_off
 from cluster.placement import Demand, placing
-from cluster.rejections import REJECTED, read_rejections, write_rejections
-from cluster.stages import SPOKEN_AUDIO, Speak, SpeakUnits, WriteEntries
+from cluster.rejections import PIECES, REJECTED, Unread, join_rejections, read_rejections
+from cluster.stages import (
+    SPOKEN_AUDIO,
+    FindSegment,
+    Speak,
+    SpeakUnits,
+    WriteEntries,
+    WrittenSegment,
+)
 from cluster.tracking import Run
 from jobs import models, stage
 from jobs.models import Models
@@ -41,9 +48,8 @@ from mmrag.retrieval.index import (
     shard_ranges,
 )
 from mmrag.retrieval.segment import DatastoreError, Description
-from mmrag.retrieval.stored import segment_file
 from mmrag.speech.tokenized import Tokenized
-from mmrag.text import read_lines
+from mmrag.text import each_line
 
 WORKERS = "datastore.workers"
 NAMED = 5
@@ -67,35 +73,36 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
             identity={role: one.fingerprint for role, one in heard_by.inputs.items()},
         )
         datastore.create(draft.path, description)
-        source = _read(inputs["source"], settings, experiment.seed, heard_by.vocabulary)
-        read = list(islice(source, settings.utterances))
-        if not read:
+        reading = Texts(inputs["source"], settings, experiment.seed, heard_by.vocabulary)
+        if next(reading.rows(), None) is None:
             raise DatastoreError(_empty(inputs["source"], settings))
-        utterances = [one for one in read if isinstance(one, Tokenized)]
-        rejected = [one for one in read if isinstance(one, Rejection)]
-        shares = parts(utterances, lambda _: 1, settings.part_utterances)
-        todo = [part for part in shares if not segment_file(draft.path, part.name).exists()]
         write = {"models": heard_by.name, "language": heard_by.language, "settings": settings}
         stages = [(WriteEntries, {**write, "directory": draft.path})]
         if settings.audio == "spoken":
             stages.insert(0, _speaking(experiment, heard_by, draft.path))
-        for _ in work_off(stages, todo, settings.workers, "reading", WORKERS):
-            pass
-        for piece in sorted(draft.path.glob(".*.rejected.jsonl")):
-            rejected += read_rejections(piece)
+        written: list[WrittenSegment] = []
+        done = FindSegment(draft.path)
+        for answer in work_off(stages, reading, settings.workers, "reading", WORKERS, done=done):
+            if isinstance(answer, Unread):
+                answer.keep(draft.path)
+            else:
+                written.append(answer)
         rmtree(draft.path / SPOKEN_AUDIO, ignore_errors=True)
-        write_rejections(draft.path / REJECTED, rejected)
+        utterances = sum(one.utterances for one in written)
+        pieces = sorted(draft.path.glob(PIECES))
+        rejected = join_rejections(draft.path / REJECTED, pieces)
         tracked.file(draft.path / REJECTED)
-        _report(inputs["source"], len(read), rejected)
-        known = Datastore.open(draft.path).segments
-        datastore.publish(draft.path, [p.name for p in shares if p.name not in known])
+        _report(inputs["source"], utterances, rejected, draft.path / REJECTED)
+        known = set(Datastore.open(draft.path).segments)
+        names = sorted((one.name for one in written), key=in_order)
+        datastore.publish(draft.path, [name for name in names if name not in known])
         entries = _index(draft.path, settings.index, experiment.seed, settings.workers.num_cpus)
         shards = [chosen_index(shard) for shard in saved_shards(draft.path)]
         draft.summary |= {
             "entries": entries,
-            "utterances": len(read) - len(rejected),
+            "utterances": utterances,
             "shards": len(shards),
-            "rejected": len(rejected),
+            "rejected": rejected,
         }
         recalls = [recall for _, recall in shards if recall is not None]
         for why, recall in dict.fromkeys(shards):
@@ -142,6 +149,24 @@ def _source(experiment: Experiment, heard_by: Models, force: bool) -> Artifact:
             )
         return text
     return made
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Reads a source, as far as it is wanted, and cuts it into parts."""
+
+    source: Artifact
+    settings: DatastoreConfig
+    seed: int
+    vocabulary: TextVocabulary
+
+    def rows(self) -> Iterator[Tokenized | Rejection]:
+        """The utterances, and what the model cannot listen for."""
+        read = _read(self.source, self.settings, self.seed, self.vocabulary)
+        return islice(read, self.settings.utterances)
+
+    def __call__(self) -> Iterator[Part[Tokenized] | Unread]:
+        yield from cut(self.rows(), lambda _: 1, self.settings.part_utterances)
 
 
 def _read(
@@ -198,7 +223,7 @@ def _outside(path: Path) -> Iterator[Utterance]:
             "one JSON object a line"
         )
     if path.suffix != ".jsonl" and start != b"{":
-        for number, line in read_lines(path):
+        for number, line in each_line(path):
             name = f"{path.name}:{number}"
             yield Utterance(id=name, text=line, document=name)
         return
@@ -208,12 +233,12 @@ def _outside(path: Path) -> Iterator[Utterance]:
         yield line
 
 
-def _report(source: Artifact, read: int, rejected: Sequence[Rejection]) -> None:
+def _report(source: Artifact, used: int, rejected: int, listed: Path) -> None:
     """Name what was left out; ValueError if that is everything."""
-    named = [f"{one.source}: {one.reason}" for one in rejected[:NAMED]]
-    if more := len(rejected) - len(named):
+    named = [f"{one.source}: {one.reason}" for one in read_rejections(listed, NAMED)]
+    if more := rejected - len(named):
         named.append(f"and {more} more")
-    if read == len(rejected):
+    if not used:
         raise ValueError(f"nothing of {source.path} can be used: {'; '.join(named)}")
     for line in named:
         stage.console.print(f"  left out: {line}", markup=False)

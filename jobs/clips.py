@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from itertools import chain
+from shutil import rmtree
 
 from cluster.clips import CheckClips
-from cluster.parts import parts, work_off
-from cluster.rejections import REJECTED, write_rejections
+from cluster.parts import work_off
+from cluster.rejections import PIECES, REJECTED, Unread, join_rejections, read_rejections
 from cluster.tracking import Run
 from jobs import stage, tokenize
 from mmrag import artifact
@@ -34,32 +35,28 @@ def run(experiment: Experiment, window_seconds: float, force: bool = False) -> A
 
     def work(draft: Draft, tracked: Run) -> None:
         pieces = draft.path / PARTS
-        pieces.mkdir(exist_ok=True)
-        rejected = {split: list(unread) for split, (_, unread) in splits.items()}
-        for split, (utterances, _) in splits.items():
-            shares = parts(utterances, tokenize.stated_seconds, settings.part_seconds, name=split)
-            check = (CheckClips, {"settings": settings, "directory": pieces})
-            for _, left_out in work_off(
-                [check], shares, settings.workers, f"clips {split}", tokenize.WORKERS
-            ):
-                rejected[split] += left_out
-            kept = chain.from_iterable(
-                manifest.read(pieces / f"{part.name}.jsonl") for part in shares
-            )
-            heard = [one for one in kept if isinstance(one, Utterance)]
-            if rejected[split] and not heard:
-                raise tokenize.nothing(experiment, split, rejected[split])
-            manifest.write(draft.path / f"{split}.jsonl", heard)
-            draft.summary[f"{split}_utterances"] = len(heard)
-        for piece in pieces.iterdir():
-            piece.unlink()
-        pieces.rmdir()
-        everything = list(chain.from_iterable(rejected.values()))
-        write_rejections(draft.path / REJECTED, everything)
+        check = (CheckClips, {"settings": settings, "directory": pieces})
+        rmtree(pieces, ignore_errors=True)  # of a run that was stopped
+        pieces.mkdir()
+        reading = tokenize.CutSplits(splits, settings.part_seconds)
+        for answer in work_off([check], reading, settings.workers, "clips", tokenize.WORKERS):
+            if isinstance(answer, Unread):
+                answer.keep(pieces)
+        rejected = {split: sorted((pieces / split).glob(PIECES)) for split in splits}
+        for split, unusable in rejected.items():
+            kept = map(manifest.read, sorted((pieces / split).glob("part-*.jsonl")))
+            heard = (one for one in chain.from_iterable(kept) if isinstance(one, Utterance))
+            count = manifest.write(draft.path / f"{split}.jsonl", heard)
+            if not count and any(one.stat().st_size for one in unusable):
+                listed = chain.from_iterable(map(read_rejections, unusable))
+                raise tokenize.nothing(experiment, split, listed)
+            draft.summary[f"{split}_utterances"] = count
+        everything = chain.from_iterable(rejected.values())
+        draft.summary["rejected"] = join_rejections(draft.path / REJECTED, everything)
+        rmtree(pieces)
         tokenize.write_lists(draft.path, lists)
         tracked.file(draft.path / REJECTED)
         tokenize.aside(experiment).unlink(missing_ok=True)
-        draft.summary["rejected"] = len(everything)
 
     return stage.make(
         experiment,

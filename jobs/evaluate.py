@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
+
+import numpy as np
 
 from cluster import modes
 from cluster.modes import PhraseLists
 from cluster.placement import Demand, require
 from cluster.shards import SHARD_CPUS, serve_shards
-from cluster.stages import TranscribedUtterance, transcribe_modes
+from cluster.stages import AskedFor, TranscribedUtterance, transcribe
 from cluster.tracking import Run
 from jobs import models, stage
 from jobs.evaluation_tables import show, write
 from jobs.models import Models
+from jobs.transcripts import Transcripts
 from mmrag.artifact import Artifact, Draft, nothing
 from mmrag.config import (
     KNN,
@@ -34,13 +40,17 @@ from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.index import saved_shards
 from mmrag.score import (
     Comparison,
+    EntityCounts,
     EntityScore,
     ErrorRate,
     Recall,
-    character_error_rate,
-    compare,
-    score_entities,
-    word_error_rate,
+    character_counts,
+    compare_counts,
+    count_entities,
+    entity_names,
+    entity_score,
+    error_rate,
+    word_counts,
 )
 from mmrag.speech.tokenized import Tokenized
 
@@ -71,11 +81,18 @@ class Result:
     """The transcripts of one way, scored."""
 
     way: EvaluationMode
-    heard: list[TranscribedUtterance]
+    heard: Collection[TranscribedUtterance]
+    """In the order of their utterances' names."""
     words: ErrorRate
     characters: ErrorRate
     entities: EntityScore
     recall: Recall
+    seconds: float
+    decode_seconds: float
+    counts: np.ndarray
+    """(N, 4), each utterance's word errors and words, as `mmrag.score.word_counts`."""
+    speakers: dict[str, tuple[int, ErrorRate]]
+    """How many utterances each speaker has, and the errors in them."""
 
     @property
     def row(self) -> dict[str, Any]:
@@ -97,8 +114,8 @@ class Result:
             "cer": self.characters.rate,
             **self.entities.row,
             "recall_at_k": self.recall.rate,
-            "seconds_of_audio": sum(one.seconds for one in self.heard),
-            "decode_seconds": sum(one.decode_seconds for one in self.heard),
+            "seconds_of_audio": self.seconds,
+            "decode_seconds": self.decode_seconds,
         }
 
 
@@ -124,8 +141,14 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     )
 
     def work(draft: Draft, tracked: Run) -> None:
-        spoken = models.select(made, settings.split, settings.domain)
-        results = _transcribe(experiment, heard_by, made, ways, spoken)
+        spoken = partial(models.selected, made, settings.split, settings.domain)
+        next(spoken())  # says that there is none before anything is started
+        heard = _transcribe(experiment, heard_by, made, ways, spoken, draft.path / RUNS)
+        lists = _lists(experiment, made)
+        results = [
+            _score(way, heard[way.title], settings.resamples, experiment.seed, lists)
+            for way in ways
+        ]
         compared = _compare(results, settings.resamples, experiment.seed)
         write(draft.path, results, compared, settings.split, settings.domain)
         for result in results:
@@ -136,7 +159,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         for file in sorted(draft.path.iterdir()):
             if not file.name.startswith("."):
                 tracked.file(file)
-        draft.summary["utterances"] = len(spoken)
+        draft.summary["utterances"] = len(results[0].heard)
 
     evaluated = stage.make(
         experiment,
@@ -152,6 +175,10 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     return evaluated
 
 
+RUNS = ".transcripts"
+"""Where transcripts are kept until all of them are there."""
+LOT = 1000
+"""Transcripts that are counted together."""
 _METRICS = (
     *("wer", "wer_low", "wer_high", "cer", "entity_recall", "entity_precision", "entity_f1"),
     *("entity_wer", "other_wer", "recall_at_k", "decode_seconds"),
@@ -202,24 +229,32 @@ def _transcribe(
     heard_by: Models,
     made: Artifact,
     ways: Sequence[EvaluationMode],
-    spoken: Sequence[Tokenized],
-) -> list[Result]:
+    spoken: Callable[[], Iterable[Tokenized]],
+    directory: Path,
+) -> dict[str, Transcripts]:
+    """The transcripts of each way, kept below `directory`."""
     settings = experiment.evaluate
-    lists = phrases.read_lists(made.path / phrases.LISTS) if settings.lists else None
+    lists = _lists(experiment, made)
     require(Demand.of("evaluate.workers", settings.workers, count=1), *_shards(experiment, ways))
+    rmtree(directory, ignore_errors=True)  # of a run that was stopped
+    heard = {way.title: Transcripts(directory / str(n)) for n, way in enumerate(ways)}
     with ExitStack() as serving:
         sources = _sources(experiment, ways, serving)
-        heard = transcribe_modes(
+        for title, transcripts in transcribe(
             heard_by.name,
             experiment.decode,
             {way.title: _mode(way, lists, sources) for way in ways},
-            spoken,
+            AskedFor(tuple(heard), spoken, experiment.decode.batch_seconds),
             settings.workers,
             language=heard_by.language,
-        )
-    return [
-        _score(way, heard[way.title], settings.resamples, experiment.seed, lists) for way in ways
-    ]
+        ):
+            heard[title].add(transcripts)
+    return heard
+
+
+def _lists(experiment: Experiment, made: Artifact) -> PhraseLists | None:
+    """The phrases that come with each utterance, where they are used."""
+    return phrases.read_lists(made.path / phrases.LISTS) if experiment.evaluate.lists else None
 
 
 def _shards(experiment: Experiment, ways: Sequence[EvaluationMode]) -> list[Demand]:
@@ -273,30 +308,93 @@ def _mode(
 
 def _score(
     way: EvaluationMode,
-    heard: list[TranscribedUtterance],
+    heard: Collection[TranscribedUtterance],
     resamples: int,
     seed: int,
     lists: PhraseLists | None = None,
 ) -> Result:
-    """`lists`, where each utterance comes with its own phrases: what may be heard in vain."""
-    candidates = None if lists is None else [lists[one.utterance] for one in heard]
-    own = [one.entities for one in heard]
-    references, texts = [one.reference for one in heard], [one.text for one in heard]
+    """`heard` is gone through lot by lot, and counts alone are kept: 64 bytes an utterance.
+
+    `lists`, where each utterance comes with its own phrases: what may be heard in vain.
+    """
+    everyone = entity_names(one.entities for one in heard) if lists is None else frozenset()
+    lots = [_count(lot, everyone, lists) for lot in _lots(heard)]
+    counts, characters = (
+        np.concatenate([getattr(lot, name) for lot in lots]) for name in ("words", "characters")
+    )
     score = {"resamples": resamples, "seed": seed}
     return Result(
         way=way,
         heard=heard,
-        words=word_error_rate(references, texts, **score),
-        characters=character_error_rate(references, texts, **score),
-        entities=score_entities(references, texts, own, candidates, **score),
-        recall=Recall(sum(one.recalled for one in heard), sum(one.queries for one in heard)),
+        words=error_rate(counts, **score),
+        characters=error_rate(characters, **score),
+        entities=entity_score([lot.entities for lot in lots], **score),
+        recall=Recall(sum(lot.recalled for lot in lots), sum(lot.queries for lot in lots)),
+        seconds=sum(lot.seconds for lot in lots),
+        decode_seconds=sum(lot.decode_seconds for lot in lots),
+        counts=counts,
+        speakers=_by_speaker(lots),
     )
+
+
+@dataclass(frozen=True)
+class _Lot:
+    """Some transcripts, counted."""
+
+    words: np.ndarray
+    characters: np.ndarray
+    entities: EntityCounts
+    recalled: int
+    queries: int
+    seconds: float
+    decode_seconds: float
+    speakers: dict[str, np.ndarray]
+    """(5,) of each: utterances, and the sum of their `words`."""
+
+
+def _lots(heard: Iterable[TranscribedUtterance]) -> Iterator[list[TranscribedUtterance]]:
+    rest = iter(heard)
+    while lot := list(islice(rest, LOT)):
+        yield lot
+
+
+def _count(
+    lot: Sequence[TranscribedUtterance], everyone: frozenset[str], lists: PhraseLists | None
+) -> _Lot:
+    candidates = everyone if lists is None else [lists[one.utterance] for one in lot]
+    own = [one.entities for one in lot]
+    references, texts = [one.reference for one in lot], [one.text for one in lot]
+    words = word_counts(references, texts).astype(np.int32)
+    counted = count_entities(references, texts, own, candidates)
+    speakers: dict[str, np.ndarray] = {}
+    for one, row in zip(lot, words, strict=True):
+        speakers.setdefault(one.speaker, np.zeros(5, np.int64))[:] += [1, *row]
+    return _Lot(
+        words,
+        character_counts(references, texts).astype(np.int32),
+        replace(counted, words=counted.words.astype(np.int32)),
+        recalled=sum(one.recalled for one in lot),
+        queries=sum(one.queries for one in lot),
+        seconds=sum(one.seconds for one in lot),
+        decode_seconds=sum(one.decode_seconds for one in lot),
+        speakers=speakers,
+    )
+
+
+def _by_speaker(lots: Sequence[_Lot]) -> dict[str, tuple[int, ErrorRate]]:
+    sums: dict[str, np.ndarray] = {}
+    for name, own in chain.from_iterable(lot.speakers.items() for lot in lots):
+        sums[name] = sums.get(name, 0) + own
+    return {
+        name: (int(sums[name][0]), error_rate(sums[name][None, 1:], resamples=1, seed=0))
+        for name in sorted(sums)
+    }
 
 
 def _compare(results: Sequence[Result], resamples: int, seed: int) -> list[Comparison]:
     """Every pair of ways; each has heard the same utterances in the same order."""
-    systems = {result.way.title: [one.text for one in result.heard] for result in results}
-    return compare([one.reference for one in results[0].heard], systems, resamples, seed)
+    counts = {result.way.title: result.counts for result in results}
+    return compare_counts(counts, resamples, seed)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,7 @@ from rich.table import Table
 
 from jobs import stage
 from mmrag.artifact import Artifact, write_json
-from mmrag.score import (
-    Comparison,
-    word_error_rate,
-)
+from mmrag.score import Comparison
 
 if TYPE_CHECKING:
     from jobs.evaluate import Result
@@ -211,13 +208,10 @@ def _print(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) ->
 
 
 def _by_speaker(result: Result) -> dict[str, dict[str, Any]]:
-    voices = sorted({one.speaker for one in result.heard})
-    rates = {}
-    for voice in voices:
-        own = [one for one in result.heard if one.speaker == voice]
-        rate = word_error_rate([o.reference for o in own], [o.text for o in own], resamples=1)
-        rates[voice] = {"utterances": len(own), "wer": rate.rate}
-    return rates
+    return {
+        voice: {"utterances": utterances, "wer": errors.rate}
+        for voice, (utterances, errors) in result.speakers.items()
+    }
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -141,16 +141,20 @@ def spoken(one: Tokenized) -> bool:
 
 
 def select(made: Artifact, split: str, domain: str | None) -> list[Tokenized]:
+    """All of what `selected` gives."""
+    return list(selected(made, split, domain))
+
+
+def selected(made: Artifact, split: str, domain: str | None) -> Iterator[Tokenized]:
     """A split's spoken utterances with a transcript; of one domain, if one is named.
 
     ArtifactError if there are none.
     """
-    wanted = [
-        one
-        for one in read(made, split)
-        if spoken(one) and one.utterance.text and domain in (None, one.utterance.domain)
-    ]
-    if not wanted:
+    found = False
+    for one in read(made, split):
+        if spoken(one) and one.utterance.text and domain in (None, one.utterance.domain):
+            found = True
+            yield one
+    if not found:
         which = f" of domain {domain}" if domain else ""
         raise ArtifactError(f"{made.path / split} has no spoken utterance{which}")
-    return wanted

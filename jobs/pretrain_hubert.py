@@ -97,13 +97,13 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
 def _pretrain(experiment: Experiment, directory: Path) -> None:
     torch.set_num_threads(1)
     _, splits, _ = tokenize.opened(experiment)
-    spoken = [one for one in next(iter(splits.values()))[0] if one.audio is not None]
+    spoken = _spoken(next(iter(splits.values())))
     phones, held_out = None, {}
     if any(round.target == "phones" for round in experiment.pretrain.rounds):
         say = Pronunciation()
         unaligned = {number: say(one) for number, one in enumerate(spoken) if not one.phones}
         phones = Phones([one.phones for one in spoken], unaligned)
-        held_out = _held_out(splits.get("dev", ([], []))[0], say)
+        held_out = _held_out(_spoken(splits.get("dev", ())), say)
     metrics: MetricsWriter | None = None
 
     def log(step: int, record: dict[str, float]) -> None:
@@ -139,11 +139,15 @@ def _pretrain(experiment: Experiment, directory: Path) -> None:
     encoder.save(directory)
 
 
+def _spoken(rows: tokenize.Rows) -> list[Utterance]:
+    return [one for one in rows if isinstance(one, Utterance) and one.audio is not None]
+
+
 def _held_out(dev: Sequence[Utterance], say: Pronunciation) -> dict[str, HeldOut]:
     """Some clips of each domain of the dev split."""
     domains: dict[str, list[Utterance]] = {}
     for one in dev:
-        if one.audio is not None and len(domains.setdefault(one.domain, [])) < HELD_OUT_CLIPS:
+        if len(domains.setdefault(one.domain, [])) < HELD_OUT_CLIPS:
             domains[one.domain].append(one)
     return {
         re.sub(r"[^\w-]", "_", domain) or "dev": HeldOut(

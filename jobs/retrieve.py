@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from cluster.parts import parts, work_off
-from cluster.stages import FindNeighbours
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cluster.parts import Part, cut, work_off
+from cluster.stages import FindNeighbours, FindNeighboursOf
 from cluster.tracking import Run
 from jobs import models, stage
 from mmrag import artifact
@@ -11,6 +14,7 @@ from mmrag.artifact import Artifact, Draft
 from mmrag.config import ConfigError, Experiment
 from mmrag.model.examples import speakable
 from mmrag.model.vocabulary import Vocabulary
+from mmrag.speech.tokenized import Tokenized
 
 PART_UTTERANCES = 100
 
@@ -27,20 +31,21 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     made = models.corpus(experiment, heard_by)
 
     def work(draft: Draft, tracked: Run) -> None:
-        vocabulary = Vocabulary.load(lm.path)
-        spoken = list(speakable(models.select(made, contexts.split, None), vocabulary))
-        shares = parts(spoken, lambda _: 1, PART_UTTERANCES)
-        todo = [part for part in shares if not (draft.path / f"{part.name}.npz").exists()]
         search = {
             "lm": lm.path,
             "datastore": store.path,
             "k": experiment.attention.k,
             "directory": draft.path,
         }
-        workers, key = experiment.evaluate.workers, "evaluate.workers"
-        for _ in work_off([(FindNeighbours, search)], todo, workers, "search", key):
-            pass
-        draft.summary["utterances"] = len(spoken)
+        counts = work_off(
+            [(FindNeighbours, search)],
+            Spoken(made, contexts.split, lm),
+            experiment.evaluate.workers,
+            "search",
+            "evaluate.workers",
+            done=FindNeighboursOf(draft.path),
+        )
+        draft.summary["utterances"] = sum(counts)
 
     config = {"split": contexts.split, "k": experiment.attention.k}
     inputs = {"lm": lm, "datastore": store, "tokens": made}
@@ -54,6 +59,20 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         holds=artifact.parts("part-*.npz"),
         force=force,
     )
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """Reads what a split of tokens says that a language model can write, and cuts it into parts."""
+
+    made: Artifact
+    split: str
+    lm: Artifact
+
+    def __call__(self) -> Iterator[Part[Tokenized]]:
+        vocabulary = Vocabulary.load(self.lm.path)
+        spoken = speakable(models.selected(self.made, self.split, None), vocabulary)
+        yield from cut(spoken, lambda _: 1, PART_UTTERANCES)
 
 
 if __name__ == "__main__":

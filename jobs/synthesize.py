@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from cluster.parts import Part, parts, work_off
+from cluster.parts import Part, cut, in_order, work_off
 from cluster.recording import RenderSpeech
-from cluster.rejections import REJECTED, read_rejections, write_rejections
+from cluster.rejections import PIECES, REJECTED, Unread, join_rejections
 from cluster.tracking import Run
 from jobs import stage
 from mmrag import artifact
@@ -16,7 +17,7 @@ from mmrag.artifact import Artifact, Draft
 from mmrag.config import Experiment, Synthesize, recipe
 from mmrag.corpora import manifest, recordings, sentences
 from mmrag.corpora.recordings import Rerecorded
-from mmrag.corpora.synthetic import Planned, plan
+from mmrag.corpora.synthetic import SPLITS, Planned, plan
 from mmrag.corpora.voices import kokoro
 from mmrag.records import Rejection, Utterance
 
@@ -37,33 +38,26 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         kokoro.ready(settings.kokoro)
 
     def work(draft: Draft, tracked: Run) -> None:
-        planned, rejected = _planned(settings, experiment.seed)
-        splits = {
-            split: parts(each, lambda _: 1, PART_UTTERANCES, name=split)
-            for split, each in planned.items()
-        }
         speak = (RenderSpeech, {"directory": draft.path, "kokoro": settings.kokoro})
+        done = FindRecorded(draft.path)
 
-        def record(what: Iterable[Part], title: str) -> None:
-            todo = [each for each in what if not (draft.path / f".{each.name}.jsonl").exists()]
-            for _ in work_off([speak], todo, settings.workers, title, "synthesize.workers"):
-                pass
+        def record(reading: Plan | Again, title: str) -> None:
+            key = "synthesize.workers"
+            for answer in work_off([speak], reading, settings.workers, title, key, done=done):
+                if isinstance(answer, Unread):
+                    answer.keep(draft.path)
 
-        record(chain.from_iterable(splits.values()), "speaking")
-        again = _again(draft.path, planned["lm"], splits["lm"], settings.copies, experiment.seed)
-        record(again, "recording again")
-        splits["lm"] += again
-        for part in chain.from_iterable(splits.values()):
-            rejected += read_rejections(draft.path / f".{part.name}.rejected")
-        for split, shares in splits.items():
+        record(Plan(settings, experiment.seed), "speaking")
+        if settings.copies:
+            record(Again(settings, experiment.seed, draft.path), "recording again")
+        rejected = sorted(draft.path.glob(PIECES))
+        for split in SPLITS:
+            stems = [*_written(draft.path, split), *_written(draft.path, f"{split}-again")]
             path = draft.path / f"{split}.jsonl"
-            rows = [draft.path / f".{part.name}.jsonl" for part in shares]
-            lines = "".join(row.read_text(encoding="utf-8") for row in rows)
-            path.write_text(lines, encoding="utf-8")
-            draft.summary[f"{split}_utterances"] = lines.count("\n")
+            draft.summary[f"{split}_utterances"] = _join(path, stems)
             tracked.file(path)
-        write_rejections(draft.path / REJECTED, rejected)
-        draft.summary["rejected"] = len(rejected)
+            rejected += [stem.with_name(f"{stem.name}.rejected") for stem in stems]
+        draft.summary["rejected"] = join_rejections(draft.path / REJECTED, rejected)
         tracked.file(draft.path / REJECTED)
 
     return stage.make(
@@ -74,9 +68,75 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         _inputs(settings),
         work,
         bulk=("audio/",),
-        holds=artifact.parts(".*.jsonl"),
+        holds=artifact.parts(".*[0-9].jsonl"),
         force=force,
     )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Plans a corpus, and cuts each split into parts."""
+
+    settings: Synthesize
+    seed: int
+
+    def __call__(self) -> Iterator[Part[Planned | Rerecorded] | Unread]:
+        planned, rejected = _planned(self.settings, self.seed)
+        yield from cut(rejected, lambda _: 1, PART_UTTERANCES, name="files")
+        for split, each in planned.items():
+            yield from cut(each, lambda _: 1, PART_UTTERANCES, name=split)
+
+
+@dataclass(frozen=True)
+class Again:
+    """Reads what `directory` has of the lm split, and plans further recordings of it: of what is
+    said by synthesizers that have `copies`."""
+
+    settings: Synthesize
+    seed: int
+    directory: Path
+
+    def __call__(self) -> Iterator[Part[Rerecorded]]:
+        copies = self.settings.copies
+        planned = _planned(self.settings, self.seed)[0]["lm"]
+        voices = ((one.id, one.voice) for one in planned if isinstance(one, Planned))
+        wanted = {id: copies[voice.engine] for id, voice in voices if voice.engine in copies}
+        stems = _written(self.directory, "lm") if wanted else ()
+        rows = chain.from_iterable(
+            manifest.read(stem.with_name(f"{stem.name}.jsonl")) for stem in stems
+        )
+        said = (one for one in rows if isinstance(one, Utterance) and one.id in wanted)
+        again = recordings.again(said, wanted, self.seed)
+        yield from cut(again, lambda _: 1, PART_UTTERANCES, name="lm-again")
+
+
+@dataclass(frozen=True)
+class FindRecorded:
+    """The name of a part that is in `directory` already, None for another."""
+
+    directory: Path
+
+    def __call__(self, part: Part[Planned | Rerecorded]) -> str | None:
+        return part.name if (self.directory / f".{part.name}.jsonl").exists() else None
+
+
+def _written(directory: Path, name: str) -> list[Path]:
+    """The parts of that name in `directory`, in order, without the suffix of their rows."""
+    rows = directory.glob(f".{name}-[0-9]*.jsonl")
+    stems = (row.with_name(row.name.removesuffix(".jsonl")) for row in rows)
+    return sorted(stems, key=lambda stem: in_order(stem.name))
+
+
+def _join(path: Path, stems: Iterable[Path]) -> int:
+    """Write the rows of parts as one manifest; how many there are."""
+    count = 0
+    with path.open("wb") as stream:
+        for stem in stems:
+            with stem.with_name(f"{stem.name}.jsonl").open("rb") as rows:
+                for row in rows:
+                    stream.write(row)
+                    count += 1
+    return count
 
 
 def _planned(
@@ -95,25 +155,6 @@ def _planned(
             else:
                 planned[split].append(one)
     return planned, rejected
-
-
-def _again(
-    draft: Path,
-    planned: Iterable[Planned | Rerecorded],
-    spoken: Iterable[Part],
-    copies: Mapping[str, int],
-    seed: int,
-) -> list[Part]:
-    """Further recordings of what was spoken for training by synthesizers that have `copies`."""
-    voices = {one.id: one.voice for one in planned if isinstance(one, Planned)}
-    wanted = {id: copies[voice.engine] for id, voice in voices.items() if voice.engine in copies}
-    rows = (manifest.read(draft / f".{part.name}.jsonl") for part in (spoken if wanted else ()))
-    said = (
-        one for one in chain.from_iterable(rows) if isinstance(one, Utterance) and one.id in wanted
-    )
-    return parts(
-        recordings.again(said, wanted, seed), lambda _: 1, PART_UTTERANCES, name="lm-again"
-    )
 
 
 def _manifests(settings: Synthesize) -> dict[str, str]:

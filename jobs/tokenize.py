@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import chain
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
+import ray
 
-from cluster.parts import parts, work_off
-from cluster.rejections import REJECTED, read_rejections, write_rejections
-from cluster.tokenizing import EncodeFeatures, EncodeUnits
+from cluster.parts import Part, cut, parts, work_off
+from cluster.rejections import (
+    PIECES,
+    REJECTED,
+    Unread,
+    join_rejections,
+    read_rejections,
+    write_rejections,
+)
+from cluster.tokenizing import (
+    NOT_COMPARED,
+    Agreement,
+    EncodeFeatures,
+    FindWritten,
+    Frames,
+    PhoneCounts,
+    WrittenPart,
+    operators,
+)
 from cluster.tracking import Run
 from jobs import stage
 from mmrag import artifact, shipped
@@ -21,18 +40,18 @@ from mmrag.corpora import librispeech_biasing, manifest, sources
 from mmrag.folders import printable
 from mmrag.records import Rejection, Utterance
 from mmrag.retrieval import phrases
-from mmrag.speech import audio, tokenized
+from mmrag.speech import audio
 from mmrag.speech.audio import AudioError
 from mmrag.speech.hubert import HubertEncoder
-from mmrag.speech.targets import Phones
-from mmrag.speech.units import Codebook, expand, information
+from mmrag.speech.units import Codebook, information_of
 
 CORPUS_SPLITS = ("lm", "text", "adapter", "datastore", "dev", "test")
 WORKERS = "tokenize.workers"
 SHOWN = 3
 """Rejections that an error quotes: the list has them all."""
-Splits = dict[str, tuple[list[Utterance], list[Rejection]]]
-"""Each split's utterances, and its lines that cannot be read."""
+Rows = Iterable[Utterance | Rejection]
+"""A split's utterances and what of it cannot be read: read anew each time they are gone through."""
+Splits = Mapping[str, Rows]
 UNKNOWN_SECONDS = 10.0
 """What a clip whose length nobody stated counts for when parts are cut."""
 
@@ -45,33 +64,32 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     codebook = _codebook(experiment, hubert, source, splits, force)
 
     def work(draft: Draft, tracked: Run) -> None:
-        shares = []
-        for split, (utterances, _) in splits.items():
-            if utterances:
-                (draft.path / split).mkdir(exist_ok=True)
-            shares += parts(utterances, stated_seconds, settings.part_seconds, name=f"{split}/part")
-        todo = [part for part in shares if not (draft.path / f"{part.name}.parquet").exists()]
-        encode = {
-            "hubert": hubert.path,
-            "codebook": codebook.path,
-            "settings": settings,
-            "directory": draft.path,
-        }
-        for _ in work_off([(EncodeUnits, encode)], todo, settings.workers, "units", WORKERS):
-            pass
-        rejected = {split: list(unread) for split, (_, unread) in splits.items()}
-        for piece in sorted(draft.path.glob("*/.*.rejected.jsonl")):
-            rejected[piece.parent.name] += read_rejections(piece)
-        for split, reasons in rejected.items():
-            if reasons and not _written(draft.path / split):
+        encoder = HubertEncoder.load(hubert.path)
+        frames = Frames(encoder.field, encoder.hop)
+        counted = {split: Counted() for split in splits}
+        for answer in work_off(
+            operators(settings, hubert.path, codebook.path, draft.path, frames),
+            CutSplits(splits, settings.part_seconds),
+            settings.workers,
+            "units",
+            WORKERS,
+            done=FindWritten(draft.path, frames),
+        ):
+            if isinstance(answer, Unread):
+                answer.keep(draft.path)
+            else:
+                counted[answer.name.partition("/")[0]].add(answer)
+        pieces = {split: sorted((draft.path / split).glob(PIECES)) for split in splits}
+        for split, rejected in pieces.items():
+            if not counted[split].utterances and any(one.stat().st_size for one in rejected):
                 for part in draft.path.glob("*/*.parquet"):
                     part.unlink()  # what is wrong with it may be mended: nothing counts as done
-                raise nothing(experiment, split, reasons)
-        everything = list(chain.from_iterable(rejected.values()))
-        write_rejections(draft.path / REJECTED, everything)
+                raise nothing(
+                    experiment, split, chain.from_iterable(map(read_rejections, rejected))
+                )
+        everything = join_rejections(draft.path / REJECTED, chain.from_iterable(pieces.values()))
         write_lists(draft.path, lists)
-        _count(draft, len(everything))
-        _measure(draft, splits, HubertEncoder.load(hubert.path))
+        draft.summary |= _summary(counted, everything)
         tracked.file(draft.path / REJECTED)
         aside(experiment).unlink(missing_ok=True)
 
@@ -99,19 +117,84 @@ def opened(experiment: Experiment) -> tuple[Artifact, Splits, dict[str, list[str
     lists: dict[str, list[str]] = {}
     if settings.source is None:
         source = stage.load(experiment, "corpus", "corpus", "synthesize")
-        splits = {name: _read(source.path / f"{name}.jsonl") for name in CORPUS_SPLITS}
+        splits = {name: Listing(source.path / f"{name}.jsonl") for name in CORPUS_SPLITS}
     elif sources.named(settings.source):
         corpus = sources.read(settings.source, experiment.workspace / "sources")
         source, splits, lists = corpus.artifact, corpus.splits, corpus.phrases
     else:
         source = artifact.outside(settings.source)
         splits = _splits(source.path)
-    if not any(utterances or unread for utterances, unread in splits.values()):
-        raise ValueError(f"{printable(source.path)}: holds no utterance")
-    for split, (utterances, unread) in splits.items():
-        if unread and not utterances:
-            raise nothing(experiment, split, unread)
+    _check(experiment, source, splits)
     return source, splits, lists
+
+
+def _check(experiment: Experiment, source: Artifact, splits: Splits) -> None:
+    """Go through each split as far as the first utterance of it."""
+    empty = True
+    for split, rows in splits.items():
+        rejected = False
+        for row in rows:
+            empty = False
+            if isinstance(row, Utterance):
+                break
+            rejected = True
+        else:
+            if rejected:
+                raise nothing(experiment, split, _rejections(rows))
+    if empty:
+        raise ValueError(f"{printable(source.path)}: holds no utterance")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A manifest's utterances and its unreadable lines, or the audio files of a directory."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        """Raises ManifestError or AudioError for what is not there."""
+        if not self.path.is_dir():
+            manifest.read(self.path)
+
+    def __iter__(self) -> Iterator[Utterance | Rejection]:
+        if not self.path.is_dir():
+            yield from manifest.read(self.path)
+            return
+        files, rejected = audio.find(self.path)
+        for file in files:
+            yield Utterance(id=file.relative_to(self.path).as_posix(), audio=file)
+        yield from rejected
+
+
+@dataclass(frozen=True)
+class CutSplits:
+    """Reads the splits' parts, `<split>/part-00000` and on, each of about so many seconds."""
+
+    splits: Splits
+    part_seconds: float
+
+    def __call__(self) -> Iterator[Part[Utterance] | Unread]:
+        for split, rows in self.splits.items():
+            yield from cut(rows, stated_seconds, self.part_seconds, name=f"{split}/part")
+
+
+@dataclass
+class Counted:
+    """What a split's parts hold together."""
+
+    utterances: int = 0
+    units: int = 0
+    seconds: float = 0.0
+    phones: PhoneCounts = field(default_factory=Counter)
+    agreement: Agreement = NOT_COMPARED
+
+    def add(self, part: WrittenPart) -> None:
+        """Count one more part."""
+        self.utterances += part.count.utterances
+        self.units += part.count.units
+        self.seconds += part.count.seconds
+        self.phones.update(part.phones)
+        self.agreement += part.agreement
 
 
 def _codebook(
@@ -136,15 +219,14 @@ def _codebook(
     }
 
     def work(draft: Draft, tracked: Run) -> None:
-        utterances = next(iter(splits.values()))[0]
-        sample = _sample(utterances, settings.sample_seconds, experiment.seed)
+        rows = next(iter(splits.values()))
+        drawing = _sample.remote(rows, settings.sample_seconds, experiment.seed)
+        sample: list[Utterance] = ray.get(drawing)
         shares = parts(sample, stated_seconds, settings.batch_seconds)
         encode = (EncodeFeatures, {"hubert": hubert.path, "settings": settings})
-        read = [
-            one
-            for one in work_off([encode], shares, settings.workers, "codebook", WORKERS)
-            if len(one)
-        ]
+        workers = settings.workers
+        answers = work_off([encode], shares, workers, "codebook", WORKERS, ordered=True)
+        read = [one for one in answers if len(one)]
         if not read:
             why = "; ".join(_reasons(sample)) or "there is none"
             where = printable(source.path)
@@ -171,20 +253,8 @@ def _codebook(
 def _splits(path: Path) -> Splits:
     """A directory's manifests `<split>.jsonl`; a source without them is one split, `all`."""
     manifests = {name: path / f"{name}.jsonl" for name in CORPUS_SPLITS}
-    named = {name: _read(file) for name, file in manifests.items() if file.is_file()}
-    return named or {"all": _read(path)}
-
-
-def _read(path: Path) -> tuple[list[Utterance], list[Rejection]]:
-    """A manifest's utterances and its unreadable lines, or the audio files of a directory."""
-    if path.is_dir():
-        files, rejected = audio.find(path)
-        return [
-            Utterance(id=file.relative_to(path).as_posix(), audio=file) for file in files
-        ], rejected
-    lines = list(manifest.read(path))
-    utterances = [line for line in lines if isinstance(line, Utterance)]
-    return utterances, [line for line in lines if isinstance(line, Rejection)]
+    named = {name: Listing(file) for name, file in manifests.items() if file.is_file()}
+    return named or {"all": Listing(path)}
 
 
 def write_lists(directory: Path, lists: dict[str, list[str]]) -> None:
@@ -197,14 +267,18 @@ def write_lists(directory: Path, lists: dict[str, list[str]]) -> None:
         manifest.write(directory / phrases.SENTENCES, phrases.utterances(everyone))
 
 
-def nothing(experiment: Experiment, split: str, rejected: Sequence[Rejection]) -> ValueError:
+def nothing(experiment: Experiment, split: str, rejected: Iterable[Rejection]) -> ValueError:
     """The error of a split of which nothing can be used; the whole list lies beside the output."""
     path = aside(experiment)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_rejections(path, rejected)
-    shown = "".join(f"\n  {_shown(one)}" for one in rejected[:SHOWN])
+    count = write_rejections(path, rejected)
+    shown = "".join(f"\n  {_shown(one)}" for one in read_rejections(path, SHOWN))
     more = f"\n  … all of them in {printable(path)}"
-    return ValueError(f"nothing of {split!r} can be used: {len(rejected)} rejected:{shown}{more}")
+    return ValueError(f"nothing of {split!r} can be used: {count} rejected:{shown}{more}")
+
+
+def _rejections(rows: Rows) -> Iterator[Rejection]:
+    return (row for row in rows if isinstance(row, Rejection))
 
 
 def aside(experiment: Experiment) -> Path:
@@ -229,14 +303,6 @@ def _reasons(sample: Sequence[Utterance]) -> list[str]:
     return reasons
 
 
-def _written(split: Path) -> bool:
-    """Whether a split's parts hold any utterance."""
-    return any(
-        next(tokenized.read_part(part), None) is not None
-        for part in sorted(split.glob("part-*.parquet"))
-    )
-
-
 def stated_seconds(utterance: Utterance) -> float:
     """How long a clip is, as far as anybody said."""
     if utterance.audio is None:
@@ -244,45 +310,60 @@ def stated_seconds(utterance: Utterance) -> float:
     return UNKNOWN_SECONDS if utterance.duration is None else utterance.duration
 
 
-def _sample(utterances: Sequence[Utterance], seconds: float, seed: int) -> list[Utterance]:
-    """Clips in random order, until there are `seconds` of them."""
-    order = np.random.default_rng(seed).permutation(len(utterances))
-    sample, filled = [], 0.0
-    for index in order.tolist():
-        if filled < seconds and utterances[index].audio is not None:
-            sample.append(utterances[index])
-            filled += stated_seconds(utterances[index])
-    return sample
+@ray.remote(num_cpus=0)
+def _sample(rows: Rows, seconds: float, seed: int) -> list[Utterance]:
+    """Clips in random order, until there are `seconds` of them.
+
+    The rows are gone through twice: for how long each is, of which 16 bytes each are held, and for
+    those that are drawn.
+    """
+    utterances = (row for row in rows if isinstance(row, Utterance))
+    lengths = np.fromiter(
+        (math.nan if one.audio is None else stated_seconds(one) for one in utterances), np.float64
+    )
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    chosen: dict[int, int] = {}
+    filled = 0.0
+    for index in order:
+        if filled >= seconds:
+            break
+        if not math.isnan(length := lengths[index].item()):
+            chosen[index.item()] = len(chosen)
+            filled += length
+    del order
+    utterances = (row for row in rows if isinstance(row, Utterance))
+    drawn = {chosen[n]: one for n, one in enumerate(utterances) if n in chosen}
+    return [drawn[place] for place in range(len(drawn))]
 
 
-def _count(draft: Draft, rejected: int) -> None:
-    counted = [tokenized.count_part(part) for part in draft.path.glob("*/part-*.parquet")]
-    seconds = math.fsum(one.seconds for one in counted)
-    units = sum(one.units for one in counted)
-    draft.summary |= {
-        "utterances": sum(one.utterances for one in counted),
+def _summary(counted: Mapping[str, Counted], rejected: int) -> dict[str, float]:
+    """What the parts hold, and how much units tell of the phones in each split but the codebook's
+    own, as far as it is known when those are said."""
+    seconds = math.fsum(one.seconds for one in counted.values())
+    units = sum(one.units for one in counted.values())
+    summary = {
+        "utterances": sum(one.utterances for one in counted.values()),
         "hours_of_audio": round(seconds / 3600, 2),
         "units_a_second": round(units / seconds, 1) if seconds else 0.0,
         "rejected": rejected,
     }
+    compared = sum((one.agreement for one in counted.values()), NOT_COMPARED)
+    if compared.frames:
+        summary["bf16_units_alike"] = round(compared.alike / compared.frames, 4)
+    for split, one in islice(counted.items(), 1, None):
+        if one.phones:
+            summary[f"phone_information_{split}"] = round(_information(one.phones), 3)
+    return summary
 
 
-def _measure(draft: Draft, splits: Splits, encoder: HubertEncoder) -> None:
-    """How much units tell of the phones in each split but the codebook's own, as far as it is known
-    when those are said."""
-    for split, (utterances, _) in list(splits.items())[1:]:
-        phones = Phones([one.phones for one in utterances]).framed(encoder.field, encoder.hop)
-        timed = {one.id: number for number, one in enumerate(utterances) if one.phones}
-        told, said = [], []
-        for part in sorted((draft.path / split).glob("part-*.parquet")) if timed else ():
-            for one in tokenized.read_part(part):
-                if one.utterance.id in timed:
-                    told.append(expand(one.units))
-                    classes = phones[timed[one.utterance.id]].numpy()[: len(told[-1])]
-                    said.append(np.pad(classes, (0, len(told[-1]) - len(classes))))
-        if told:
-            known = information(np.concatenate(told), np.concatenate(said))
-            draft.summary[f"phone_information_{split}"] = round(known, 3)
+def _information(counts: PhoneCounts) -> float:
+    """How much units tell of the phones that they were counted with."""
+    units, phones = (sorted({pair[side] for pair in counts}) for side in (0, 1))
+    places = [{name: place for place, name in enumerate(names)} for names in (units, phones)]
+    table = np.zeros((len(units), len(phones)), np.int64)
+    for (unit, phone), count in counts.items():
+        table[places[0][unit], places[1][phone]] = count
+    return information_of(table)
 
 
 if __name__ == "__main__":

@@ -68,10 +68,11 @@ def shows(text: str) -> bool:
 @contextmanager
 def progress(
     title: str, unit: str = "sentences", before: str = "mmrag: "
-) -> Iterator[Callable[[int, int], None]]:
+) -> Iterator[Callable[[int, int | None], None]]:
     """Shows on standard error how far something is that calls what is yielded with (done, all).
 
-    `before` begins each line, where there is no terminal to draw a bar on.
+    All is None where nobody knows yet. `before` begins each line, where there is no terminal to
+    draw a bar on.
     """
     shown = Console(stderr=True)
     if shown.is_terminal:
@@ -82,13 +83,14 @@ def progress(
         return
     started = spoke = time.monotonic()
 
-    def tell(done: int, total: int) -> None:
+    def tell(done: int, total: int | None) -> None:
         nonlocal spoke
         now = time.monotonic()
         last = done == total and now - started >= LINE_SECONDS
         if last or now - spoke >= LINE_SECONDS:
             spoke = now
-            print(f"{before}{title}: {done}/{total} {unit}", file=sys.stderr, flush=True)
+            of_all = "" if total is None else f"/{total}"
+            print(f"{before}{title}: {done}{of_all} {unit}", file=sys.stderr, flush=True)
 
     yield tell
 

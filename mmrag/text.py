@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -132,6 +132,17 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     # Not splitlines: it also splits at characters that no editor counts as a new line.
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def each_line(path: Path) -> Iterator[tuple[int, str]]:
+    """As `read_lines`, a line at a time: what is wrong with one is raised when it is reached."""
+    with path.open(encoding="utf-8-sig") as stream:
+        try:
+            for number, line in enumerate(stream, start=1):
+                if text := line.strip():
+                    yield number, text
+        except UnicodeDecodeError:
+            read_lines(path)  # says which line it is
 
 
 def is_letter(character: str) -> bool:

@@ -30,8 +30,8 @@ WINGS = {
     ],
     "corpora": [
         "voices.speech", "voices.phones", "voices.espeak", "voices.kokoro", "voices.flite",
-        "voices.engines", "augment", "manifest", "grammar", "sentences", "synthetic", "recordings",
-        "pronunciation", "spanish", "splits", "slue_voxpopuli", "spoken_squad",
+        "voices.engines", "augment", "ids", "manifest", "grammar", "sentences", "synthetic",
+        "recordings", "pronunciation", "spanish", "splits", "slue_voxpopuli", "spoken_squad",
         "passages", "librispeech_biasing", "kaldi", "lhotse_cuts", "huggingface", "sources",
     ],
     "model": [
@@ -119,7 +119,7 @@ HOMES = {
     "scipy": ["mmrag.corpora.augment", "mmrag.retrieval.shortlist"],
     "rapidfuzz": ["mmrag.retrieval.shortlist"],
     "sklearn": ["mmrag.decoding.confidence"],
-    "pyarrow": ["mmrag.speech.tokenized"],
+    "pyarrow": ["mmrag.speech.tokenized", "cluster.parts"],
     "jiwer": ["mmrag.score.rates"],
     "num2words": ["mmrag.text"],
     "ray": ["cluster", "jobs", "serve"],

@@ -212,7 +212,15 @@ class Tokenize(Section):
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """What the encoder multiplies in; auto is bf16 where the hardware has it. In bf16 a few frames
     in a thousand become another unit (`python -m jobs.benchmark tokenize`)."""
+    compile: Operation[Literal["auto", "never"]] = "auto"
+    """Whether an encoder on a GPU is compiled; auto tries it, and keeps what is faster."""
     workers: Workers
+    """Who encodes."""
+    operators: Operation[Literal["auto", "fused", "separate"]] = "auto"
+    """Whether whoever encodes also decodes and writes (fused), or others do; auto is separate where
+    `workers` have GPUs. The parts are the same."""
+    decoders: Operation[Workers | None] = None
+    """Who decodes where that is separate; None for four processes of a core for each worker."""
 
     @model_validator(mode="after")
     def _splittable(self) -> Tokenize:

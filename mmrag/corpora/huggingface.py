@@ -12,12 +12,14 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any
 
 from mmrag import artifact
 from mmrag.artifact import Artifact
 from mmrag.corpora import manifest
+from mmrag.corpora.ids import Ids
 from mmrag.corpora.splits import ALL, Corpus, CorpusError, Row, by_split, sound
 from mmrag.records import Rejection, Utterance
 from mmrag.speech.audio import SUFFIXES
@@ -46,7 +48,7 @@ def read(directory: Path, unpacked: Path) -> Corpus:
         rejected.setdefault(row.pop("split"), []).append(Rejection(**row))
     return Corpus(
         {
-            split: [*manifest.read(made.path / f"{split}.jsonl"), *rejected.get(split, ())]
+            split: chain(manifest.read(made.path / f"{split}.jsonl"), rejected.get(split, ()))
             for split in made.summary["splits"]
         }
     )
@@ -136,13 +138,13 @@ def _rows(dataset: Any, directory: Path, name: str, into: Path) -> Iterator[Row]
         )
     if audio is not None and not _plain(dataset.features[audio]):
         dataset = dataset.cast_column(audio, Audio(decode=False))
-    seen: set[str] = set()
+    seen = Ids()
     for number, row in _numbered(dataset, directory, name):
         where = f"{directory}: {name} row {number}"
         own = str(row[id]) if id and row[id] is not None else f"{name}-{number:08d}"
-        if own in seen:  # FLEURS counts sentences, of which there are several recordings
+        if seen.first(own) is not None:  # FLEURS counts sentences: several recordings of one
             own = f"{own}#{number}"
-        seen.add(own)
+            seen.first(own)
         try:
             yield Utterance(
                 id=own,

@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from mmrag.corpora.ids import Ids
 from mmrag.corpora.splits import CorpusError, lines
 from mmrag.records import Rejection
 from mmrag.speech import audio
@@ -78,7 +79,7 @@ def _table(
     """The rows of `key value`, of a file that may be absent; each key once."""
     if not path.is_file():
         return
-    seen: set[str] = set()
+    seen = Ids()
     for line in lines(path):
         if isinstance(line, Rejection):
             rejected.append(line)
@@ -86,9 +87,8 @@ def _table(
         number, text = line
         key, _, value = text.strip().replace("\t", " ").partition(" ")
         try:
-            if key in seen:
+            if seen.first(key) is not None:
                 raise ValueError(f"{key!r} stands twice")
-            seen.add(key)
             yield key, parse(value.strip())
         except ValueError as error:
             rejected.append(Rejection(f"{path}:{number}", str(error)))

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path, PurePath
 from typing import Any
 
+from mmrag.corpora.ids import Ids
 from mmrag.folders import printable
 from mmrag.records import Rejection, Timed, Utterance
 
@@ -49,12 +50,11 @@ def write(path: Path | str, utterances: Iterable[Utterance]) -> int:
     Raises ManifestError for an id that stands twice; the file then ends before it.
     """
     path = Path(path)
-    seen: set[str] = set()
+    seen = Ids()
     with path.open("w", encoding="utf-8") as stream:
         for utterance in utterances:
-            if utterance.id in seen:
+            if seen.first(utterance.id) is not None:
                 raise ManifestError(f"{path}: utterance {utterance.id!r} stands twice")
-            seen.add(utterance.id)
             stream.write(json.dumps(row(utterance, path.parent), ensure_ascii=False) + "\n")
     return len(seen)
 
@@ -82,15 +82,14 @@ def row(utterance: Utterance, root: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> Iterator[Utterance | Rejection]:
-    seen: dict[str, int] = {}
+    seen = Ids()
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             if not line.removeprefix(BOM_UTF8).strip():
                 continue
             try:
                 utterance = _parse(line, number, path.parent)
-                first = seen.setdefault(utterance.id, number)
-                if first != number:
+                if (first := seen.first(utterance.id, number)) is not None:
                     raise ValueError(f"utterance {utterance.id!r} is also on line {first}")
             except (ValueError, OverflowError, RecursionError) as error:
                 yield Rejection(f"{printable(path)}:{number}", str(error))

@@ -1,10 +1,10 @@
-"""Corpora of others by name, `reader:path`: which reader, and what it found, split by split."""
+"""Corpora of others by name, `reader:path`: which reader, and its splits, which nobody holds."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,10 +17,7 @@ from mmrag.corpora import (
     slue_voxpopuli,
     spoken_squad,
 )
-from mmrag.corpora.splits import Corpus, CorpusError
-from mmrag.records import Rejection, Utterance
-
-Split = tuple[list[Utterance], list[Rejection]]
+from mmrag.corpora.splits import Corpus, CorpusError, Row
 
 READERS: dict[str, Callable[..., Corpus]] = {
     "lhotse": lhotse_cuts.read,
@@ -34,8 +31,21 @@ AUDIO_APART = ("spoken_squad", "librispeech_biasing")
 
 
 @dataclass(frozen=True)
+class Split:
+    """The rows of a split: read anew each time that somebody goes through them."""
+
+    reader: str
+    paths: tuple[Path, ...]
+    unpacked: Path
+    name: str
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(_corpus(self.reader, self.paths, self.unpacked).splits[self.name])
+
+
+@dataclass(frozen=True)
 class Source:
-    """A corpus that was read: what it is, and the rows of its splits in our order."""
+    """A corpus: what it is, and its splits in our order."""
 
     artifact: Artifact
     """Its fingerprint, of the files that were named."""
@@ -58,25 +68,22 @@ def named(source: str) -> bool:
 
 
 def read(source: str, unpacked: Path) -> Source:
-    """Read `reader:path`; what has to be unpacked goes below `unpacked`.
+    """Open `reader:path`; what has to be unpacked goes below `unpacked`.
 
     Raises CorpusError or ArtifactError, which name the path, and ImportError, which names the extra
     that is not installed.
     """
     reader, _, path = source.partition(":")
-    paths = _paths(reader, path)
-    if reader == "huggingface":
-        corpus = huggingface.read(paths[0], unpacked)
-    else:
-        corpus = READERS[reader](*paths)
-    splits = {}
-    for name, rows in corpus.splits.items():
-        told = list(rows)
-        splits[name] = (
-            [row for row in told if isinstance(row, Utterance)],
-            [row for row in told if isinstance(row, Rejection)],
-        )
+    paths = tuple(_paths(reader, path))
+    corpus = _corpus(reader, paths, unpacked)
+    splits = {name: Split(reader, paths, unpacked, name) for name in corpus.splits}
     return Source(_fingerprinted(reader, paths), splits, corpus.phrases)
+
+
+def _corpus(reader: str, paths: Sequence[Path], unpacked: Path) -> Corpus:
+    if reader == "huggingface":
+        return huggingface.read(paths[0], unpacked)
+    return READERS[reader](*paths)
 
 
 def _paths(reader: str, told: str) -> list[Path]:
@@ -94,7 +101,7 @@ def _paths(reader: str, told: str) -> list[Path]:
     return [each.absolute() for each in paths]
 
 
-def _fingerprinted(reader: str, paths: list[Path]) -> Artifact:
+def _fingerprinted(reader: str, paths: Sequence[Path]) -> Artifact:
     """The files that were named, as one input."""
     files = librispeech_biasing.tables(paths[0]) if reader == "librispeech_biasing" else paths[:1]
     each = [artifact.outside(path).fingerprint for path in [*files, *paths[1:]]]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from mmrag.corpora.ids import Ids
 from mmrag.records import Rejection, Utterance
 
 LM, DEV, TEST, ALL = "lm", "dev", "test", "all"
@@ -73,16 +74,15 @@ def by_split(path: Path, parts: Mapping[str, Part]) -> dict[str, list[tuple[str,
 
 def sound(rows: Iterable[Row], source: str) -> Iterator[Row]:
     """The rows, with those rejected whose id stood before or whose text no file could hold."""
-    seen: set[str] = set()
+    seen = Ids()
     for row in rows:
         if isinstance(row, Rejection):
             yield row
-        elif row.id in seen:
-            yield Rejection(source, f"utterance {row.id!r} stands twice")
         elif broken := _unwritable(row):
             yield Rejection(source, f"utterance {row.id!r}: half a character in its {broken}")
+        elif seen.first(row.id) is not None:
+            yield Rejection(source, f"utterance {row.id!r} stands twice")
         else:
-            seen.add(row.id)
             yield row
 
 

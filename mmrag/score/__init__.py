@@ -6,15 +6,34 @@ Everything is a sum of counts divided once. Knows texts and token ids alone.
 from mmrag.score.biasing import BiasingScore, biasing_error_rates, weighted_alignment
 from mmrag.score.entities import (
     Detection,
+    EntityCounts,
     EntityScore,
+    count_entities,
     detect_entities,
     entity_error_rates,
+    entity_names,
     entity_recall,
+    entity_score,
     score_entities,
 )
-from mmrag.score.rates import Edit, ErrorRate, align, character_error_rate, word_error_rate
+from mmrag.score.rates import (
+    Edit,
+    ErrorRate,
+    align,
+    character_counts,
+    character_error_rate,
+    error_rate,
+    word_counts,
+    word_error_rate,
+)
 from mmrag.score.recall import Recall, recall_at_k
-from mmrag.score.significance import Comparison, Difference, compare, paired_difference
+from mmrag.score.significance import (
+    Comparison,
+    Difference,
+    compare,
+    compare_counts,
+    paired_difference,
+)
 from mmrag.text import normalise
 
 __all__ = [
@@ -23,20 +42,28 @@ __all__ = [
     "Detection",
     "Difference",
     "Edit",
+    "EntityCounts",
     "EntityScore",
     "ErrorRate",
     "Recall",
     "align",
     "biasing_error_rates",
+    "character_counts",
     "character_error_rate",
     "compare",
+    "compare_counts",
+    "count_entities",
     "detect_entities",
     "entity_error_rates",
+    "entity_names",
     "entity_recall",
+    "entity_score",
+    "error_rate",
     "normalise",
     "paired_difference",
     "recall_at_k",
     "score_entities",
     "weighted_alignment",
+    "word_counts",
     "word_error_rate",
 ]

@@ -90,10 +90,52 @@ def score_entities(
     seed: int = 0,
 ) -> EntityScore:
     """All of it; arguments as in `detect_entities` and `word_error_rate`."""
-    return EntityScore(
-        detect_entities(references, hypotheses, entities, candidates),
-        *entity_error_rates(references, hypotheses, entities, resamples, seed),
+    known = entity_names(entities) if candidates is None else candidates
+    counted = count_entities(references, hypotheses, entities, known)
+    return entity_score([counted], resamples, seed)
+
+
+@dataclass(frozen=True)
+class EntityCounts:
+    """What some of the utterances count for: scores are sums over all of them."""
+
+    detection: Detection
+    words: np.ndarray
+    """(N, 2, 4) of N utterances' words, of entities and others: substitutions, deletions,
+    insertions and reference words."""
+
+
+def entity_names(entities: Iterable[Sequence[str]]) -> frozenset[str]:
+    """The entities of all utterances, each once, as they are compared."""
+    return frozenset(_spelt(name, names) for names in entities for name in names)
+
+
+def count_entities(
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    entities: Sequence[Sequence[str]],
+    candidates: Sequence[Collection[str]] | frozenset[str],
+) -> EntityCounts:
+    """What `score_entities` sums, of some utterances; `candidates` are each one's, or for all of
+    them alike `entity_names`."""
+    if isinstance(candidates, frozenset):
+        detection = _detect(references, hypotheses, entities, [candidates] * len(hypotheses))
+    else:
+        detection = detect_entities(references, hypotheses, entities, candidates)
+    return EntityCounts(detection, _kinds(references, hypotheses, entities))
+
+
+def entity_score(
+    counted: Sequence[EntityCounts], resamples: int = 1000, seed: int = 0
+) -> EntityScore:
+    """The score of utterances that were counted in several lots."""
+    found, total, alarms = (
+        sum(getattr(one.detection, name) for one in counted)
+        for name in ("found", "total", "false_alarms")
     )
+    words = np.concatenate([one.words for one in counted])
+    rates = [partial_error_rate(words[:, kind], resamples, seed) for kind in (ENTITY, OTHER)]
+    return EntityScore(Detection(found, total, alarms), rates[ENTITY], rates[OTHER])
 
 
 def entity_recall(entities: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> Recall:
@@ -127,14 +169,22 @@ def detect_entities(
     a false alarm unless it is listed, or stands in the reference, as often. Raises ValueError as
     `entity_recall` does.
     """
-    recalled = entity_recall(entities, hypotheses)
-    check_paired("references", references, hypotheses)
     if candidates is None:
-        everyone = frozenset(_spelt(name, names) for names in entities for name in names)
-        known: Sequence[frozenset[str]] = [everyone] * len(entities)
+        known: Sequence[frozenset[str]] = [entity_names(entities)] * len(entities)
     else:
         check_paired("lists of candidates", candidates, hypotheses)
         known = [frozenset(_spelt(name, names) for name in names) for names in candidates]
+    return _detect(references, hypotheses, entities, known)
+
+
+def _detect(
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    entities: Sequence[Sequence[str]],
+    known: Sequence[frozenset[str]],
+) -> Detection:
+    recalled = entity_recall(entities, hypotheses)
+    check_paired("references", references, hypotheses)
     false_alarms = 0
     for reference, hypothesis, names, others in zip(
         references, hypotheses, entities, known, strict=True
@@ -162,13 +212,21 @@ def entity_error_rates(
     an entity if it is a word of one of the utterance's entities. So the counts of both add up to
     those of `word_error_rate`. Raises ValueError as `entity_recall` does.
     """
+    counts = _kinds(references, hypotheses, entities)
+    rates = [partial_error_rate(counts[:, kind], resamples, seed) for kind in (ENTITY, OTHER)]
+    return rates[ENTITY], rates[OTHER]
+
+
+def _kinds(
+    references: Sequence[str], hypotheses: Sequence[str], entities: Sequence[Sequence[str]]
+) -> np.ndarray:
+    """(N, 2, 4), as `EntityCounts.words`."""
     check_paired("lists of entities", entities, hypotheses)
     counts = np.zeros((len(hypotheses), 2, 4), np.int64)
     aligned = alignments(references, hypotheses)
     for row, names, edits in zip(counts, entities, aligned, strict=True):
         _count_by_kind(row, [_spelt(name, names).split() for name in names], edits)
-    rates = [partial_error_rate(counts[:, kind], resamples, seed) for kind in (ENTITY, OTHER)]
-    return rates[ENTITY], rates[OTHER]
+    return counts
 
 
 def _count_by_kind(row: np.ndarray, names: Sequence[list[str]], edits: Iterable[Edit]) -> None:

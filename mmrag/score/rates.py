@@ -68,9 +68,7 @@ def character_error_rate(
     references: Sequence[str], hypotheses: Sequence[str], resamples: int = 1000, seed: int = 0
 ) -> ErrorRate:
     """As `word_error_rate`, over characters; the space between two words is one."""
-    pairs = _normalised(references, hypotheses)
-    aligned = jiwer.process_characters(*pairs)
-    return error_rate(_counts(aligned), resamples, seed)
+    return error_rate(character_counts(references, hypotheses), resamples, seed)
 
 
 def align(reference: str, hypothesis: str) -> list[Edit]:
@@ -100,6 +98,11 @@ def alignments(references: Sequence[str], hypotheses: Sequence[str]) -> list[lis
 def word_counts(references: Sequence[str], hypotheses: Sequence[str]) -> np.ndarray:
     """(N, 4): each utterance's substitutions, deletions, insertions and reference words."""
     return _counts(jiwer.process_words(*_normalised(references, hypotheses)))
+
+
+def character_counts(references: Sequence[str], hypotheses: Sequence[str]) -> np.ndarray:
+    """As `word_counts`, of characters."""
+    return _counts(jiwer.process_characters(*_normalised(references, hypotheses)))
 
 
 def error_rate(counts: np.ndarray, resamples: int, seed: int) -> ErrorRate:

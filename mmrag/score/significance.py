@@ -16,7 +16,8 @@ from mmrag.score.rates import ratio, word_counts
 PERMUTATIONS = 10_000
 """Exchanges drawn for a test: p is no smaller than one in as many."""
 CHUNK = 1000
-"""Exchanges held in memory at once."""
+"""Exchanges held in memory at once, of as many utterances as CELLS holds."""
+CELLS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,14 @@ def compare(
     ValueError as `word_error_rate` does.
     """
     counts = {name: word_counts(references, texts) for name, texts in systems.items()}
-    pairs = list(combinations(systems, 2))
+    return compare_counts(counts, resamples, seed)
+
+
+def compare_counts(
+    counts: Mapping[str, np.ndarray], resamples: int = 1000, seed: int = 0
+) -> list[Comparison]:
+    """`compare`, of each system's `word_counts` (N, 4) on the same utterances in one order."""
+    pairs = list(combinations(counts, 2))
     ps = [permutation_p(errors(counts[a]) - errors(counts[b]), seed) for a, b in pairs]
     return [
         Comparison(a, b, _difference(counts[a], counts[b], resamples, seed), p, corrected)
@@ -89,8 +97,9 @@ def permutation_p(differences: np.ndarray, seed: int = 0) -> float:
     """
     unlike = differences[differences != 0].astype(np.float64)
     seen, rng, as_far = abs(unlike.sum()), np.random.default_rng(seed), 1
-    for start in range(0, PERMUTATIONS, CHUNK):
-        draws = min(CHUNK, PERMUTATIONS - start)
+    chunk = max(1, min(CHUNK, CELLS // max(1, len(unlike))))
+    for start in range(0, PERMUTATIONS, chunk):
+        draws = min(chunk, PERMUTATIONS - start)
         signs = rng.integers(0, 2, (draws, len(unlike)), dtype=np.int8) * 2.0 - 1.0
         as_far += int((abs(signs @ unlike) >= seen).sum())
     return as_far / (PERMUTATIONS + 1)

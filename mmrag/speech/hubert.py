@@ -180,6 +180,11 @@ class HubertEncoder(nn.Module):
             },
         )
 
+    def compile_layers(self) -> None:
+        """From now on the transformer's layers run compiled, for clips of any length."""
+        for layer in self.model.encoder.transformer.layers:
+            layer.compile(dynamic=True)
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""

@@ -13,12 +13,16 @@ from pathlib import Path
 
 import faiss
 import numpy as np
+import torch
+from torch import Tensor
 
 from mmrag.artifact import write_json
 from mmrag.records import Units
 
 ITERATIONS = 25
 """Lloyd iterations of k-means."""
+ROWS = 8192
+"""Frames that are searched at once on an accelerator."""
 
 
 def collapse(ids: np.ndarray) -> Units:
@@ -47,10 +51,20 @@ def information(ids: np.ndarray, classes: np.ndarray) -> float:
     return (told + known - together) / known if known else math.nan
 
 
+def information_of(counts: np.ndarray) -> float:
+    """`information` of frames that were counted: `counts` (K, C) of those with id k and class c."""
+    told, known = (_spread(counts.sum(axis)) for axis in (1, 0))
+    return (told + known - _spread(counts.ravel())) / known if known else math.nan
+
+
 def _entropy(ids: np.ndarray) -> float:
     """Of rows (N,) or (N, D) as they are found, nats."""
-    _, counts = np.unique(ids, axis=0, return_counts=True)
-    shares = counts / max(1, counts.sum())
+    return _spread(np.unique(ids, axis=0, return_counts=True)[1])
+
+
+def _spread(counts: np.ndarray) -> float:
+    """Entropy of `counts` (N,), nats."""
+    shares = counts[counts > 0] / max(1, counts.sum())
     return float(-(shares * np.log(shares)).sum())
 
 
@@ -78,6 +92,8 @@ class Codebook:
             raise ValueError(f"centroids have shape (K, D), not {centroids.shape}")
         self.centroids = np.ascontiguousarray(centroids, np.float32)
         self.frame_seconds = frame_seconds
+        self._there: tuple[Tensor, Tensor] | None = None
+        """On an accelerator: the centroids and half their squared lengths."""
 
     def __len__(self) -> int:
         return len(self.centroids)
@@ -87,17 +103,31 @@ class Codebook:
         """k-means over `features` (N, D). Raises ValueError if N < size."""
         return cls(kmeans(features, size, seed), frame_seconds)
 
-    def assign(self, features: np.ndarray) -> np.ndarray:
+    def assign(self, features: np.ndarray | Tensor) -> np.ndarray:
         """The nearest centroid (F,) int32, by L2, to each of `features` (F, D).
 
-        Raises ValueError if the features are not as wide as the centroids.
+        A tensor on an accelerator is searched there, and only the ids come back. Raises ValueError
+        if the features are not as wide as the centroids.
         """
-        features = np.ascontiguousarray(features, np.float32)
         width = self.centroids.shape[1]
         if features.ndim != 2 or features.shape[1] != width:
-            raise ValueError(f"this codebook takes features (F, {width}), not {features.shape}")
-        _, nearest = faiss.knn(features, self.centroids, 1)
+            shape = tuple(features.shape)
+            raise ValueError(f"this codebook takes features (F, {width}), not {shape}")
+        if isinstance(features, Tensor) and features.device.type != "cpu":
+            return self.nearest(features).cpu().numpy()
+        _, nearest = faiss.knn(np.ascontiguousarray(features, np.float32), self.centroids, 1)
         return nearest[:, 0].astype(np.int32)
+
+    def nearest(self, features: Tensor) -> Tensor:
+        """As `assign`, by torch on the device where `features` (F, D) are: (F,) int32."""
+        if self._there is None or self._there[0].device != features.device:
+            centroids = torch.from_numpy(self.centroids).to(features.device)
+            self._there = centroids, centroids.square().sum(1) / 2
+        centroids, halves = self._there
+        # At most as many products at once as an encoder's own batch takes.
+        rows = features.float().split(ROWS)
+        found = [(one @ centroids.T - halves).argmax(1).to(torch.int32) for one in rows]
+        return torch.cat(found) if found else torch.empty(0, dtype=torch.int32)
 
     def encode(self, features: np.ndarray) -> Units:
         """Features (F, D) of one clip to its units."""

@@ -1,5 +1,7 @@
 """A worker's pipeline hears what an encoder hears that is given every clip in order."""
 
+import pickle
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -7,15 +9,29 @@ import pytest
 import soundfile
 import torch
 
+from cluster import tokenizing
 from cluster.clips import open_ahead, open_clips
 from cluster.parts import Part, parts
 from cluster.rejections import read_rejections
-from cluster.tokenizing import GATHERED, EncodeUnits
+from cluster.tokenizing import (
+    GATHERED,
+    NOT_COMPARED,
+    DecodeClips,
+    EncodeClips,
+    EncodeUnits,
+    FindWritten,
+    Frames,
+    UnitEncoder,
+    WriteUnits,
+    operators,
+    separate,
+)
 from mmrag.config import Hubert, Tokenize, Workers
-from mmrag.records import Utterance
+from mmrag.records import Timed, Utterance
 from mmrag.speech import audio, tokenized
 from mmrag.speech.hubert import HubertEncoder
-from mmrag.speech.tokenized import Tokenized, count_part
+from mmrag.speech.targets import Phones
+from mmrag.speech.tokenized import Count, Tokenized, count_part
 from mmrag.speech.units import Codebook, expand
 
 UNITS = 12
@@ -29,6 +45,10 @@ SHAPE = Hubert(
     feed_forward=24,
     layer=2,
 )
+
+
+FRAME = HubertEncoder.create(SHAPE, seed=0)
+SHAPE_FIELD, SHAPE_HOP = FRAME.field, FRAME.hop
 
 
 def limits(**changes) -> Tokenize:
@@ -98,7 +118,7 @@ def one_after_the_other(encoder, book, said, settings):
 
 def tokenize(models, said, settings, directory):
     stage = EncodeUnits(models / "hubert", models / "codebook", settings, directory)
-    assert stage(Part("part", said)) == "part"
+    assert stage(Part("part", said)).name == "part"
     path = directory / "part.parquet"
     rejected = read_rejections(directory / ".part.rejected.jsonl")
     return list(tokenized.read_part(path)), rejected, count_part(path)
@@ -145,6 +165,75 @@ def test_bf16_keeps_nearly_every_unit(models, said, tmp_path):
     assert np.mean(ids[0] == ids[1]) > 0.9
 
 
+def separately(models, said, settings, directory):
+    """Each operator after the other, packed between them as between processes."""
+    decoded = DecodeClips(settings)(Part("part", said))
+    encode = EncodeClips(models / "hubert", models / "codebook", settings)
+    encoded = encode(pickle.loads(pickle.dumps(decoded)))
+    frames = Frames(SHAPE_FIELD, SHAPE_HOP)
+    return WriteUnits(directory, frames)(pickle.loads(pickle.dumps(encoded)))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_separate_operators_write_what_one_process_writes(models, said, tmp_path, precision):
+    settings = limits(precision=precision)
+    for name in ("fused", "separate"):
+        (tmp_path / name).mkdir()
+    encode = EncodeUnits(models / "hubert", models / "codebook", settings, tmp_path / "fused")
+    fused = encode(Part("part", said))
+    separate = separately(models, said, settings, tmp_path / "separate")
+    assert separate == fused
+    for name in ("part.parquet", ".part.rejected.jsonl"):
+        written = [(tmp_path / way / name).read_bytes() for way in ("fused", "separate")]
+        assert written[0] == written[1]
+    assert (fused.agreement.frames > 0) == (precision == "bf16")
+
+
+def test_a_part_without_any_clip_passes_through_separate_operators(models, said, tmp_path):
+    written = separately(models, said[:1], limits(), tmp_path)
+    assert written.count == Count(1, 0.0, 0)
+
+
+def test_what_bf16_changes_is_told_of_a_minute_a_worker(models, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizing, "COMPARED_SECONDS", 1.0)
+    settings = limits(precision="bf16", batch_seconds=3)
+    encode = EncodeUnits(models / "hubert", models / "codebook", settings, tmp_path)
+    first, second = (encode(Part(name, said)).agreement for name in ("a", "b"))
+    assert 0.9 * first.frames < first.alike <= first.frames
+    assert 1.0 < first.frames * 0.02 < 4.0
+    assert second == NOT_COMPARED
+
+
+def test_operators_are_separate_where_the_encoder_has_a_gpu_or_they_are_asked_for():
+    gpu = Workers(count=2, num_cpus=1, num_gpus=1)
+    assert not separate(limits()) and separate(limits(workers=gpu))
+    assert separate(limits(operators="separate"))
+    assert not separate(limits(workers=gpu, operators="fused"))
+    made = operators(limits(workers=gpu), *[None] * 4)
+    assert [stage for stage, *_ in made] == [DecodeClips, EncodeClips, WriteUnits]
+    [decoding, encoding, _] = [pool for *_, pool in made]
+    assert decoding.workers == Workers(count=8, num_cpus=1) and encoding.workers == gpu
+
+
+def test_a_part_that_is_there_is_known_as_when_it_was_written(models, said, tmp_path):
+    """Phones count for the clips that keep their names, and are not in the part itself."""
+    phones = tuple(Timed(name, n / 10, (n + 1) / 10) for n, name in enumerate("abcab"))
+    told = [replace(one, phones=phones, text="x") for one in said]
+    encode = EncodeUnits(models / "hubert", models / "codebook", limits(), tmp_path)
+    written = encode(Part("part", told))
+    find = FindWritten(tmp_path, Frames(SHAPE_FIELD, SHAPE_HOP))
+    assert find(Part("part", told)) == written
+    assert find(Part("part", said)) == replace(written, phones=Counter())
+    assert find(Part("other", said)) is None
+    heard = [one for one in tokenized.read_part(tmp_path / "part.parquet") if one.units is not None]
+    ids = np.concatenate([expand(one.units) for one in heard])
+    framed = Phones([phones]).framed(SHAPE_FIELD, SHAPE_HOP)
+    classes = [np.pad(framed[0].numpy(), (0, 999))[: one.units.durations.sum()] for one in heard]
+    expected = Counter(zip(ids.tolist(), np.concatenate(classes).tolist(), strict=True))
+    names = ["", *framed.names]
+    assert written.phones == {(unit, names[n]): count for (unit, n), count in expected.items()}
+
+
 def test_a_part_is_counted_without_being_read(models, said, tmp_path):
     found, _, count = tokenize(models, said, limits(), tmp_path)
     spoken = [one for one in found if one.units is not None]
@@ -168,3 +257,38 @@ def test_recordings_read_ahead_are_those_opened_in_order(said, readers):
     for (_, wave), (_, other) in zip(clips, expected, strict=True):
         assert torch.equal(wave, other)
     assert [one for _, _, own in ahead for one in own] == unread
+
+
+@pytest.mark.parametrize(("compiled", "eager"), [(1.0, 2.0), (2.0, 1.0), (None, 1.0)])
+def test_an_encoder_on_an_accelerator_is_compiled_if_that_is_faster(
+    models, said, monkeypatch, compiled, eager
+):
+    """Tried on the first batch, here by a clock that says so; one that cannot be compiled works."""
+    monkeypatch.setattr(HubertEncoder, "compile_layers", lambda self: None)
+    encoder = UnitEncoder(models / "hubert", models / "codebook", limits())
+    wave = 0.1 * torch.randn(9_000, generator=torch.Generator().manual_seed(1))
+    [expected] = encoder.features([wave])
+    assert not encoder._compiled
+
+    def seconds(waves, told: bool) -> float:
+        if told and compiled is None:
+            raise RuntimeError("no compiler")
+        return compiled if told else eager
+
+    monkeypatch.setattr(encoder, "_seconds", seconds)
+    encoder._try = True
+    [found] = encoder.features([wave])
+    assert torch.equal(found, expected)
+    assert encoder._compiled == (compiled == 1.0)
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_features_of_layers_that_are_not(encoder):
+    draw = torch.Generator().manual_seed(2)
+    waves = [0.1 * torch.randn(samples, generator=draw) for samples in (9_000, 20_000)]
+    expected = encoder.features(waves)
+    compiled = HubertEncoder.create(SHAPE, seed=0).eval()
+    compiled.compile_layers()
+    for batch in (waves, waves[:1]):
+        for one, other in zip(compiled.features(batch), expected, strict=False):
+            assert torch.allclose(one, other, atol=1e-5)

@@ -10,7 +10,7 @@ from cluster.parts import Part
 from cluster.tokenizing import EncodeFeatures
 from jobs import tokenize
 from mmrag import artifact
-from mmrag.config import Experiment
+from mmrag.config import Experiment, Workers
 from mmrag.corpora.manifest import ManifestError
 from mmrag.records import Utterance
 from mmrag.speech import audio, tokenized
@@ -80,7 +80,7 @@ def test_a_folder_on_a_bad_day_is_read_and_what_cannot_be_is_named(borrow, recor
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokenize, "write_rejections", stop)
+        patch.setattr(tokenize, "join_rejections", stop)
         with pytest.raises(KeyboardInterrupt):
             tokenize.run(experiment)
     draft = experiment.workspace / ".mine.partial" / "all"
@@ -229,6 +229,17 @@ def test_bad_paths_in_a_folder_and_in_a_manifest_are_rejected_and_the_rest_is_re
     assert "not JSON" in reasons and made.summary["rejected"] == 5
 
 
+def test_separate_operators_make_the_very_same_artifact(borrow, workspace):
+    experiment = borrow("corpus", "hubert", "codebook")
+    decoders = Workers(count=1, num_cpus=0.5)
+    changes = {"operators": "separate", "decoders": decoders}
+    settings = experiment.tokenize.model_copy(update=changes)
+    made = tokenize.run(experiment.model_copy(update={"tokenize": settings}))
+    fused = artifact.load(workspace.path / "tokens", "tokens")
+    assert (made.fingerprint, made.summary) == (fused.fingerprint, fused.summary)
+    assert any(name.startswith("phone_information") for name in made.summary)
+
+
 def test_a_source_of_which_nothing_can_be_used_is_an_error_and_is_read_again_once_mended(
     borrow, tmp_path
 ):
@@ -319,4 +330,4 @@ def test_units_of_a_clip_do_not_depend_on_its_batch(workspace):
 
 def test_a_manifest_that_is_no_file_is_named(tmp_path):
     with pytest.raises(ManifestError, match="cannot read manifest"):
-        tokenize._read(tmp_path / "gone.jsonl")
+        tokenize.Listing(tmp_path / "gone.jsonl")

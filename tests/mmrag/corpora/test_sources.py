@@ -19,7 +19,8 @@ def table(tmp_path):
 def test_a_source_with_the_name_of_a_reader_is_read_by_it(table, tmp_path):
     assert sources.named(f"librispeech_biasing:{table}")
     found = sources.read(f"librispeech_biasing:{table}:{tmp_path}", tmp_path / "sources")
-    [said], [rejected] = found.splits["test"]
+    said, rejected = found.splits["test"]
+    assert [said, rejected] == list(found.splits["test"]), "it is read again"
     assert said.audio == tmp_path / "61" / "70968" / "61-70968-0000.flac"
     assert rejected.source == f"{table}:2"
     assert found.phrases == {"61-70968-0000": ["harangue"]}

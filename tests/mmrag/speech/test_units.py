@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mmrag.speech.units import Codebook, collapse, expand, information, kmeans
+from mmrag.speech import units
+from mmrag.speech.units import Codebook, collapse, expand, information, information_of, kmeans
 
 FRAME = 0.02
 frame_ids = hnp.arrays(np.int32, st.integers(0, 40), elements=st.integers(0, 3))
@@ -121,3 +122,25 @@ def test_clustering_works_beside_torch(features):
     product = torch.ones(300, 300) @ torch.ones(300, 300)
     np.testing.assert_array_equal(kmeans(features, 8, 0), before)
     assert product.eq(300).all()
+
+
+def test_torch_finds_the_centroids_that_faiss_finds(features, monkeypatch):
+    """On an accelerator torch searches, some frames at a time."""
+    book = Codebook(features[:31], FRAME)
+    queries = torch.from_numpy(features[31:])
+    expected = book.assign(queries)
+    assert expected.tolist() == book.assign(queries.numpy()).tolist()
+    for rows in (7, 8192):
+        monkeypatch.setattr(units, "ROWS", rows)
+        found = book.nearest(queries)
+        assert found.dtype == torch.int32 and found.tolist() == expected.tolist()
+    assert book.nearest(queries[:0]).tolist() == []
+
+
+@given(frame_ids, st.integers(0, 2**31))
+def test_information_of_counts_is_that_of_what_was_counted(ids, seed):
+    classes = np.random.default_rng(seed).integers(0, 4, len(ids))
+    counts = np.zeros((4, 4), np.int64)
+    np.add.at(counts, (ids, classes), 1)
+    told, known = information_of(counts), information(ids, classes)
+    assert told == pytest.approx(known, nan_ok=True)
