@@ -17,7 +17,7 @@ STEPS, CHECKPOINT_STEPS = 60, 10
 MAPPING = ["tokenize", "build_datastore", "evaluate"]
 """Stages whose parts are worked off one by one."""
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2400)]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def seen(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> di
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=800,
+        timeout=2000,
     )
     assert program.returncode == 0, program.stderr[-5000:]
     return json.loads(program.stdout.splitlines()[-1])
@@ -55,7 +55,7 @@ def seen(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> di
 @pytest.mark.parametrize("stage", MAPPING)
 def test_a_stage_makes_the_same_though_a_node_went(seen, stage):
     assert seen[stage]["made"] == seen[stage]["again"]
-    assert not seen[stage]["alive"]
+    assert not seen[stage]["stays"]
 
 
 @pytest.mark.parametrize("stage", ["tokenize", "build_datastore"])

@@ -39,7 +39,7 @@ KEY = "a-key"
 STEPS = 100
 """Of training, with a checkpoint every ten."""
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2400)]
 
 
 @dataclass

@@ -63,8 +63,13 @@ class Nodes:
         self._nodes.pop(name)
         self.add()
 
-    def alive(self, name: str) -> bool:
-        return any(one["NodeID"] == name and one["Alive"] for one in ray.nodes())
+    def stays(self, name: str) -> bool:
+        """Whether a node is still there a while later: one that was drained goes once it idles."""
+        for _ in range(600):
+            if not any(one["NodeID"] == name and one["Alive"] for one in ray.nodes()):
+                return False
+            time.sleep(0.1)
+        return True
 
     def shutdown(self) -> None:
         ray.shutdown()
@@ -133,13 +138,13 @@ def disturbed(
         made = job.run(experiment)
     after = files_of(made.path)
     holds = contents(made)
-    alive = nodes.alive(gone[0])
+    stays = nodes.stays(gone[0])
     return {
         "kept": [name for name, at in before.items() if after.get(name) == at],
         "changed": [name for name, at in before.items() if after.get(name) not in (None, at)],
         "made": holds,
         "again": contents(job.run(experiment, force=True)),
-        "alive": alive,
+        "stays": stays,
     }
 
 

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import requests
 
 from cluster.ports import free_ports
 from serve import environment
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-SECONDS = 300
+SECONDS = 900
 """The longest that any one command may take."""
 
 
@@ -99,11 +100,7 @@ def head(directory: Path, **variables: str) -> Iterator[Head]:
         process = subprocess.Popen(command, env=own, stdout=log, stderr=log)
     made = Head(f"http://127.0.0.1:{dashboard}", own)
     try:
-        deadline = time.monotonic() + SECONDS
-        while made.ray("job", "list", "--address", made.dashboard).returncode:
-            assert process.poll() is None and time.monotonic() < deadline, (
-                directory / "head.log"
-            ).read_text()
+        answering(f"{made.dashboard}/api/version", process, directory / "head.log")
         yield made
     finally:
         end(process)
@@ -122,23 +119,25 @@ def end(process: subprocess.Popen) -> None:
     psutil.wait_procs(family, timeout=20)
 
 
+def answering(url: str, process: subprocess.Popen, log: Path) -> None:
+    """Return once something answers at `url`, be it that it wants a token."""
+    deadline = time.monotonic() + SECONDS
+    while True:
+        with suppress(requests.RequestException):
+            if requests.get(url, timeout=5).status_code < 500:
+                return
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.5)
+
+
 @contextmanager
 def server(command: Sequence[str], directory: Path, url: str) -> Iterator[None]:
     """A server that answers at `url` within the block."""
-    import requests
-
-    with (directory / "server.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    log = directory / "server.log"
+    with log.open("wb") as written:
+        process = subprocess.Popen(command, stdout=written, stderr=written, start_new_session=True)
     try:
-        deadline = time.monotonic() + SECONDS
-        while True:
-            with suppress(requests.RequestException):
-                if requests.get(url, timeout=5).ok:
-                    break
-            assert process.poll() is None and time.monotonic() < deadline, (
-                directory / "server.log"
-            ).read_text()
-            time.sleep(0.5)
+        answering(url, process, log)
         yield
     finally:
         end(process)
