@@ -31,6 +31,7 @@ from mmrag.records import Utterance
 from mmrag.speech import tokenized
 from mmrag.speech.tokenized import Tokenized
 
+ROOT = Path(__file__).parents[2]
 WAIT_SECONDS = 200
 
 
@@ -311,6 +312,23 @@ def stopping(at: int):
             raise TrainingError("enough")
 
     return stop
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_training_goes_on_with_fewer_workers_when_a_node_is_lost(tmp_path):
+    program = subprocess.run(
+        [sys.executable, ROOT / "tests" / "support" / "elastic_training.py", tmp_path],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+    assert program.returncode == 0, program.stderr[-3000:]
+    seen = json.loads(program.stdout.splitlines()[-1])
+    assert set(seen["before"]) == {2} and set(seen["after"]) == {1}
+    assert seen["steps"] == list(range(30))
 
 
 @pytest.mark.ray
