@@ -172,6 +172,13 @@ def interrupted(experiment: Experiment, draft: Path, address: str, directory: Pa
     return config
 
 
+def stored(draft: Path) -> set[str]:
+    """The modules whose weights the checkpoints hold."""
+    folder = draft / CHECKPOINTS / "train"
+    parts = [part for name in checkpoints(draft) for part in (folder / name).glob("part-*")]
+    return {key.split("/")[1].split(".")[0] for part in parts for key in load_file(part)}
+
+
 def assert_goes_on_where_it_was_killed(
     experiment: Experiment, address: str, directory: Path, kind: str
 ) -> Path:
@@ -181,6 +188,7 @@ def assert_goes_on_where_it_was_killed(
     every = experiment.train.checkpoint_steps
     before = [one for one in records(draft) if one["step"] < every]
     assert len(before) == every
+    assert stored(draft) == ({"adapter"} if kind == "adapter" else {"lm", "ctc"})
 
     resumed = train_job(config, address, directory)
     assert resumed.wait(WAIT_SECONDS) == 0, (directory / "output.txt").read_text()
