@@ -67,8 +67,9 @@ def _lm(experiment: Experiment, force: bool) -> Artifact:
         draft.summary |= _counts(draft.path, parameters, settings)
 
     inputs = {"tokens": made, "codebook": codebook}
+    logs = (METRICS, SKIPPED)
     return stage.make(
-        experiment, "lm", "lm", config, inputs, work, logs=(METRICS,), holds=held, force=force
+        experiment, "lm", "lm", config, inputs, work, logs=logs, holds=held, force=force
     )
 
 
@@ -119,7 +120,7 @@ def _adapter(experiment: Experiment, force: bool) -> Artifact:
         config,
         inputs,
         work,
-        logs=(METRICS,),
+        logs=(METRICS, SKIPPED),
         holds=held,
         force=force,
     )

@@ -34,6 +34,7 @@ from mmrag.retrieval.contexts import TrainingContexts, read_neighbours
 from mmrag.speech import tokenized
 from mmrag.speech.tokenized import Tokenized
 
+ROOT = Path(__file__).parents[2]
 WAIT_SECONDS = 200
 
 
@@ -185,6 +186,13 @@ def interrupted(experiment: Experiment, draft: Path, address: str, directory: Pa
     return config
 
 
+def stored(draft: Path) -> set[str]:
+    """The modules whose weights the checkpoints hold."""
+    folder = draft / CHECKPOINTS / "train"
+    parts = [part for name in checkpoints(draft) for part in (folder / name).glob("part-*")]
+    return {key.split("/")[1].split(".")[0] for part in parts for key in load_file(part)}
+
+
 def assert_goes_on_where_it_was_killed(
     experiment: Experiment, address: str, directory: Path, kind: str
 ) -> Path:
@@ -194,6 +202,7 @@ def assert_goes_on_where_it_was_killed(
     every = experiment.train.checkpoint_steps
     before = [one for one in records(draft) if one["step"] < every]
     assert len(before) == every
+    assert stored(draft) == ({"adapter"} if kind == "adapter" else {"lm", "ctc"})
 
     resumed = train_job(config, address, directory)
     assert resumed.wait(WAIT_SECONDS) == 0, (directory / "output.txt").read_text()
@@ -325,6 +334,23 @@ def stopping(at: int):
             raise TrainingError("enough")
 
     return stop
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_training_goes_on_with_fewer_workers_when_a_node_is_lost(tmp_path):
+    program = subprocess.run(
+        [sys.executable, ROOT / "tests" / "support" / "elastic_training.py", tmp_path],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+    assert program.returncode == 0, program.stderr[-3000:]
+    seen = json.loads(program.stdout.splitlines()[-1])
+    assert set(seen["before"]) == {2} and set(seen["after"]) == {1}
+    assert seen["steps"] == list(range(30))
 
 
 @pytest.mark.ray
