@@ -136,7 +136,8 @@ def measure(
     process does it all. Raises ConnectionError or ValueError as `connection` does."""
     tell = tell or Progress()
     tell(f"recording {RECORDINGS} clips of noise")
-    lengths = _record(directory / "noise")
+    lengths = tuple(np.linspace(*SECONDS, RECORDINGS).round(2).tolist())
+    write_noise(directory / "noise", lengths)
     found = {}
     for way in ("separate", "fused"):
         tell(f"{hours:g} h of audio through an encoder of {speed:g} x real time, {way}")
@@ -148,13 +149,12 @@ def measure(
     return found
 
 
-def _record(directory: Path) -> tuple[float, ...]:
+def write_noise(directory: Path, lengths: Sequence[float]) -> None:
+    """Recordings of so many seconds each, `0.flac` and on."""
     draw = np.random.default_rng(SEED)
-    lengths = tuple(np.linspace(*SECONDS, RECORDINGS).round(2).tolist())
     for number, seconds in enumerate(lengths):
         wave = draw.normal(0, 0.1, round(seconds * audio.SAMPLE_RATE))
         write_flac(directory / f"{number}.flac", wave.astype(np.float32).clip(-1, 1))
-    return lengths
 
 
 def _run(directory: Path, reading: Recordings, way: str, speed: float) -> Busy:
@@ -173,11 +173,11 @@ def _run(directory: Path, reading: Recordings, way: str, speed: float) -> Busy:
     )
     log = directory / "log"
     log.mkdir()
-    simulated = [
-        _simulated(one, speed, log, settings, directory)
+    stages = [
+        simulated(one, speed, log, settings, directory)
         for one in operators(settings, directory, directory, directory, FRAMES)
     ]
-    for _ in work_off(simulated, reading, settings.workers, "units", WORKERS):
+    for _ in work_off(stages, reading, settings.workers, "units", WORKERS):
         pass
     lines = [[json.loads(line) for line in file.read_text().splitlines()] for file in log.iterdir()]
     span = sum(own[-1]["ended"] - own[0]["began"] for own in lines)
@@ -186,7 +186,7 @@ def _run(directory: Path, reading: Recordings, way: str, speed: float) -> Busy:
     return Busy(at_it / span, seconds / max(own[-1]["ended"] - own[0]["began"] for own in lines))
 
 
-def _simulated(
+def simulated(
     operator: Operator, speed: float, log: Path, settings: Tokenize, directory: Path
 ) -> Operator:
     """The operator, with a simulated encoder in the place of one."""

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmrag.text import APOSTROPHES, fold, normalise, read_lines, spell, spoken
+from mmrag.text import APOSTROPHES, each_line, fold, normalise, read_lines, spell, spoken
 
 TEXT = st.text(max_size=30) | st.text("aB'’´ \n.-é1\u00ad\u0301", max_size=12)
 
@@ -105,29 +105,38 @@ def test_a_letter_that_is_known_keeps_its_accent():
     assert fold("señor Ruíz", "ñ".__contains__) == "señor Ruiz"
 
 
+at_once_or_one_by_one = pytest.mark.parametrize(
+    "read", [read_lines, lambda path: list(each_line(path))], ids=["at once", "one by one"]
+)
+
+
+@at_once_or_one_by_one
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_lines_of_a_file_have_no_byte_order_mark_and_no_carriage_return(tmp_path, mark, end):
+def test_lines_of_a_file_have_no_byte_order_mark_and_no_carriage_return(tmp_path, mark, end, read):
     file = tmp_path / "names.txt"
     file.write_bytes(f"{mark}Renée Dubois{end} {end}rome{end}".encode())
-    assert read_lines(file) == [(1, "Renée Dubois"), (3, "rome")]
+    assert read(file) == [(1, "Renée Dubois"), (3, "rome")]
 
 
-def test_a_file_that_is_no_text_is_named(tmp_path):
+@at_once_or_one_by_one
+def test_a_file_that_is_no_text_is_named(tmp_path, read):
     file = tmp_path / "names.txt"
     file.write_bytes("rome".encode("utf-16"))
     with pytest.raises(ValueError, match=rf"{file}:1: not UTF-8 text"):
-        read_lines(file)
+        read(file)
 
 
-def test_lines_keep_the_numbers_an_editor_shows(tmp_path):
+@at_once_or_one_by_one
+def test_lines_keep_the_numbers_an_editor_shows(tmp_path, read):
     path = tmp_path / "names.txt"
     path.write_bytes("\ufeffzanab kuri\r\n\r\n  port\u2028darnby \rruto\n".encode())
-    assert read_lines(path) == [(1, "zanab kuri"), (3, "port\u2028darnby"), (4, "ruto")]
+    assert read(path) == [(1, "zanab kuri"), (3, "port\u2028darnby"), (4, "ruto")]
 
 
-def test_a_file_in_another_encoding_is_named_with_the_line(tmp_path):
+@at_once_or_one_by_one
+def test_a_file_in_another_encoding_is_named_with_the_line(tmp_path, read):
     path = tmp_path / "names.txt"
     path.write_bytes("zanab\njosé\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"names\.txt:2: not UTF-8 text: invalid continuation"):
-        read_lines(path)
+        read(path)

@@ -86,7 +86,7 @@ def test_a_dataset_that_was_saved_to_disk_is_read_with_and_without_splits(tmp_pa
     for name, splits in (("one", ["all"]), ("splits", ["lm", "dev"])):
         corpus = huggingface.read(tmp_path / name, tmp_path / "sources")
         assert list(corpus.splits) == splits
-        for rows in corpus.splits.values():
+        for rows in map(list, corpus.splits.values()):
             assert [one.id for one in rows] == ["a", "b", "b#2", "c"]
             assert [audio.duration(one.audio) for one in rows if one.audio] == [1.0, 0.5, 0.25]
 
