@@ -93,10 +93,18 @@ def held_training(draft: Path, state: str) -> Held | None:
 
 
 @contextmanager
-def following(directory: Path, log: Callable[[dict[str, Any]], None]) -> Iterator[None]:
-    """Call `log` with each record that is written while the block runs, from another thread."""
+def following(
+    directory: Path, log: Callable[[dict[str, Any]], None], after: int | None = None
+) -> Iterator[None]:
+    """Call `log` with each record of a later step than `after`, once, from another thread: with
+    those that are there, and those that are written while the block runs.
+
+    None for after what is there: a step that is made again is not told again.
+    """
     reader = MetricsReader(directory)
-    seen = max((record["step"] for record in reader.new()), default=-1)
+    seen = after
+    if seen is None:
+        seen = max((record["step"] for record in reader.new()), default=-1)
     done = threading.Event()
 
     def watch() -> None:

@@ -2,6 +2,8 @@
 
 And its model registry: a model goes in as plain files, and `models:/NAME@ALIAS` gets it out again.
 A version's tags hold the fingerprint of each artifact, so that what was registered is what is used.
+
+Long because runs and registry are in one store, which either may find silent.
 """
 
 from __future__ import annotations
@@ -56,6 +58,12 @@ FINGERPRINT = "fingerprint."
 """Begins a version's tags: `fingerprint.lm` is the fingerprint of its `lm/`."""
 MODEL = "model"
 """The directory of a run's files that holds the model."""
+ERROR = "error"
+"""A run's tag: what ended it."""
+RESUMED = "resumed"
+"""A run's tag: how often it was gone on with."""
+CHANGED = "changed."
+"""Begins the tags of settings that were others when the run began: `changed.train.log_steps`."""
 HURRY = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "6"}
 """MLflow's own patience with a server that is down is minutes. What the shell exports stays."""
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
@@ -68,10 +76,17 @@ PASSING = (None, "INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXC
 class Run:
     """An MLflow run being written. A store that goes away meanwhile does not stop the work."""
 
-    def __init__(self, client: MlflowClient, run_id: str, store: str) -> None:
+    def __init__(
+        self, client: MlflowClient, run_id: str, store: str, gone: str | None = None
+    ) -> None:
         self._client = client
         self._delivery = Delivery(_shown(store), _may_pass)
+        self._store = store
+        self._resumed = False
+        self._params: dict[str, str] = {}
         self.id = run_id
+        self.gone = gone
+        """The run that this one should have gone on with, and which is no longer there."""
 
     def log(self, metrics: Mapping[str, float | None], step: int = 0) -> None:
         """Log metrics; those that are None are left out."""
@@ -80,10 +95,37 @@ class Run:
         self._send(self._client.log_batch, self.id, metrics=entries)
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Log a nested mapping as `section.key` parameters."""
-        flat = [Param(k, str(v)[:PARAM_LENGTH]) for k, v in _flatten(values)]
+        """Log a nested mapping as `section.key` parameters.
+
+        A run keeps its first values: what is another one now that it goes on becomes a tag.
+        """
+        told = {key: str(value)[:PARAM_LENGTH] for key, value in _flatten(values)}
+        for key in told.keys() & self._params.keys():
+            if told[key] != self._params[key]:
+                self.tag(f"{CHANGED}{key}", told[key])
+        flat = [Param(key, told[key]) for key in told if key not in self._params]
         for start in range(0, len(flat), PARAM_BATCH):
             self._send(self._client.log_batch, self.id, params=flat[start : start + PARAM_BATCH])
+
+    def last_step(self, metric: str) -> int | None:
+        """The last step that a metric was logged at, earlier attempts' too; None for never.
+
+        ConnectionError if the store does not answer.
+        """
+        if not self._resumed:
+            return None
+        with _answering(self._store):
+            points = self._client.get_metric_history(self.id, metric)
+        return max((point.step for point in points), default=None)
+
+    def go_on(self, tags: Mapping[str, str], params: Mapping[str, str]) -> None:
+        """Take up a run that was stopped, of which these are known."""
+        self._resumed = True
+        self._params = dict(params)
+        self._send(self._client.update_run, self.id, "RUNNING")
+        self.tag(RESUMED, str(int(tags.get(RESUMED, 0)) + 1))
+        if ERROR in tags:
+            self._send(self._client.delete_tag, self.id, ERROR)
 
     def tag(self, name: str, value: str) -> None:
         """Set a tag."""
@@ -119,33 +161,77 @@ def tracking_uri(tracking: Tracking) -> str:
 
 
 @contextmanager
-def run(tracking: Tracking, stage: str, params: Mapping[str, Any]) -> Iterator[Run]:
+def run(
+    tracking: Tracking, stage: str, params: Mapping[str, Any], draft: Path | None = None
+) -> Iterator[Run]:
     """A run named `stage`; it ends as FINISHED, or as FAILED if the block raises.
+
+    With a `draft`, the directory of what is made, the run is written down there, and one that was
+    is gone on with: an interrupted stage has one run, and each of its curves is one. Where that run
+    was deleted, or the store is another one now, a new run says so in `gone`.
 
     Raises ConnectionError, within seconds, if the store does not answer, ValueError if its
     experiment was deleted. Once the block runs, a store that goes away does not end it.
     """
     uri = tracking_uri(tracking)
-    try:
-        with _hurry():
-            _probe(uri)
-            client = _client(uri)
-            experiment = _experiment(client, uri, tracking.experiment)
-            started = client.create_run(experiment, run_name=stage)
-    except ValueError:
-        raise
-    except Exception as error:  # MLflow hands on whatever its store's own library raises
-        raise _unanswered(uri, error) from error
-    run = Run(client, started.info.run_id, uri)
+    with _answering(uri):
+        client = _client(uri)
+        run = _run(client, uri, _experiment(client, uri, tracking.experiment), stage, draft)
     run.tag("stage", stage)
     run.params(params)
     try:
         yield run
     except BaseException as error:
-        run.tag("error", f"{type(error).__name__}: {error}"[:500])
+        run.tag(ERROR, f"{type(error).__name__}: {error}"[:500])
         run.end("FAILED")
         raise
     run.end("FINISHED")
+
+
+def check(tracking: Tracking) -> None:
+    """Raise what `run` would, before anything is begun."""
+    uri = tracking_uri(tracking)
+    with _answering(uri):
+        _experiment(_client(uri), uri, tracking.experiment)
+
+
+@contextmanager
+def _answering(uri: str) -> Iterator[None]:
+    """A store that does not answer the block's calls is a ConnectionError that says what to do."""
+    try:
+        with _hurry():
+            _probe(uri)
+            yield
+    except ValueError:
+        raise
+    except Exception as error:  # MLflow hands on whatever its store's own library raises
+        raise _unanswered(uri, error) from error
+
+
+def _run(client: MlflowClient, uri: str, experiment: str, stage: str, draft: Path | None) -> Run:
+    """The run that `draft` names, if it is there to be gone on with, else a new one."""
+    file = draft and draft / artifact.RECORDED
+    known = json.loads(file.read_text())["run"] if file and file.exists() else None
+    if known and (found := _found(client, known, experiment)):
+        run = Run(client, known, uri)
+        run.go_on(found.data.tags, found.data.params)
+        return run
+    started = client.create_run(experiment, run_name=stage)
+    if file:
+        artifact.write_json(file, {"run": started.info.run_id})
+    return Run(client, started.info.run_id, uri, gone=known)
+
+
+def _found(client: MlflowClient, run_id: str, experiment: str) -> mlflow.entities.Run | None:
+    """A run of this experiment; None if there is none, or if it was deleted."""
+    try:
+        found = client.get_run(run_id)
+    except mlflow.MlflowException as error:
+        if _code(error) != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    own = found.info.experiment_id == experiment and found.info.lifecycle_stage == "active"
+    return found if own else None
 
 
 def register(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +112,14 @@ def make(
     creating = artifact.create(
         path, kind, made_by, inputs, bulk=bulk, logs=logs, holds=holds, force=force
     )
-    with tracking.run(experiment.tracking, directory, params) as run:
+    tracking.check(experiment.tracking)  # before --force throws anything away
+    with ExitStack() as recording:
         with creating as draft:
-            if draft.resumed:
-                console.print(f"{directory}: going on where a stopped run left off")
-            if draft.discarded:
-                console.print(f"{directory}: --force threw away {draft.discarded} of {path}")
+            # Whoever else makes the same was refused: two processes never write one run.
+            run = recording.enter_context(
+                tracking.run(experiment.tracking, directory, params, draft.path)
+            )
+            _announce(directory, path, draft, run)
             work(draft, run)
         made = artifact.load(path, kind)
         run.log({k: v for k, v in made.summary.items() if isinstance(v, int | float)})
@@ -125,6 +128,17 @@ def make(
     counts = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in made.summary.items())
     console.print(f"{directory}: {counts}")
     return made
+
+
+def _announce(directory: str, path: Path, draft: Draft, run: tracking.Run) -> None:
+    if draft.resumed:
+        console.print(f"{directory}: going on where a stopped run left off")
+    if draft.discarded:
+        console.print(f"{directory}: --force threw away {draft.discarded} of {path}")
+    if run.gone:
+        console.print(
+            f"{directory}: MLflow run {run.gone} is no longer there; run {run.id} takes its place"
+        )
 
 
 def load(experiment: Experiment, directory: str, kind: str, made_by: str) -> Artifact:

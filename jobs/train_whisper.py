@@ -45,7 +45,8 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
                 stage.console.print(f"  step {step}/{settings.steps}  {told}")
 
         takes = {"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus}
-        with placing(Demand("whisper", 1, **takes)), following(draft.path, log):
+        logged = tracked.last_step("loss") or 0
+        with placing(Demand("whisper", 1, **takes)), following(draft.path, log, logged):
             training = _train.options(**takes)
             clips, rejected = ray.get(training.remote(experiment, corpus.path, draft.path))
         draft.summary |= {

@@ -24,6 +24,8 @@ from mmrag.folders import printable, walk
 
 FILE = "artifact.json"
 PLAN = ".plan.json"
+RECORDED = ".recorded.json"
+"""In a draft: where its making is recorded, for whoever goes on with it. No work that is lost."""
 SCHEMA = 1
 
 
@@ -84,7 +86,7 @@ Contents = Callable[[Path], Held | None]
 
 def files(draft: Path) -> Held | None:
     """Every file counts, scratch included."""
-    count = sum(p.is_file() and not p.name.startswith(PLAN) for p in draft.rglob("*"))
+    count = sum(p.is_file() and not p.name.startswith((PLAN, RECORDED)) for p in draft.rglob("*"))
     return Held(counted(count, "file")) if count else None
 
 

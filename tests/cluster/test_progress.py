@@ -75,6 +75,19 @@ def test_following_reports_every_new_record_once_and_none_of_an_earlier_run(tmp_
     assert seen == [{"step": 3}, {"step": 4}, {"step": 5}]
 
 
+def test_following_begins_after_what_was_told_already_and_tells_the_rest(tmp_path):
+    """A process that was killed may not have told all that was written."""
+    seen: list[dict] = []
+    write(tmp_path, range(6), run="killed")
+    with following(tmp_path, seen.append, after=3):
+        write(tmp_path, range(5, 8), run="resumed")
+    assert [one["step"] for one in seen] in ([4, 5, 6, 7],)
+    everything: list[dict] = []
+    with following(tmp_path, everything.append, after=-1):
+        pass
+    assert [one["step"] for one in everything] == list(range(8))
+
+
 def test_following_reports_what_was_written_before_a_failure(tmp_path):
     seen: list[dict] = []
 

@@ -85,6 +85,70 @@ def test_a_run_that_raises_is_failed_and_says_why(tracking, error):
     assert found.data.tags["error"] == f"{type(error).__name__}: {error}"
 
 
+class Stopped(Exception):
+    pass
+
+
+def stopped(tracking: Tracking, draft: Path, params: dict, steps: range) -> str:
+    """A run of `draft` that logs its losses and fails; its id."""
+    known = []
+
+    def train() -> None:
+        with run(tracking, "lm", params, draft) as one:
+            known.append(one.id)
+            for step in steps:
+                one.log({"loss": 1.0 / (step + 1)}, step)
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        train()
+    return known[0]
+
+
+def test_a_run_that_was_stopped_is_gone_on_with(tracking, tmp_path):
+    params = {"train": {"clip": 1.0, "log_steps": 10}}
+    first = stopped(tracking, tmp_path, params, range(1, 5))
+    changed = {"train": {"clip": 1.0, "log_steps": 7, "added": 3}}
+    with run(tracking, "lm", changed, tmp_path) as one:
+        assert (one.id, one.gone, one.last_step("loss"), one.last_step("wer")) == (
+            *(first, None, 4, None),
+        )
+        client, found = only_run(tracking, "lm")
+        assert found.info.status == "RUNNING" and "error" not in found.data.tags
+        one.log({"loss": 0.1}, 5)
+    client, found = only_run(tracking, "lm")
+    assert found.info.status == "FINISHED"
+    assert found.data.tags["resumed"] == "1"
+    assert found.data.tags["changed.train.log_steps"] == "7"
+    assert "changed.train.clip" not in found.data.tags
+    expected = {"train.clip": "1.0", "train.log_steps": "10", "train.added": "3"}
+    assert found.data.params == expected
+    points = client.get_metric_history(found.info.run_id, "loss")
+    assert [point.step for point in points] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("lost", ["deleted", "in another experiment", "unknown"])
+def test_a_run_that_is_no_longer_there_is_replaced_and_named(tracking, tmp_path, lost):
+    first = stopped(tracking, tmp_path, {}, range(3))
+    if lost == "deleted":
+        MlflowClient(tracking_uri=tracking_uri(tracking)).delete_run(first)
+    elif lost == "in another experiment":
+        tracking = tracking.model_copy(update={"experiment": f"{tracking.experiment}-2"})
+    else:
+        first = "0" * 32
+        (tmp_path / artifact.RECORDED).write_text(f'{{"run": "{first}"}}')
+    with run(tracking, "lm", {}, tmp_path) as one:
+        assert one.gone == first != one.id
+        assert one.last_step("loss") is None
+    with run(tracking, "lm", {}, tmp_path) as again:
+        assert (again.id, again.gone) == (one.id, None)
+
+
+def test_a_run_without_a_draft_is_a_new_one_each_time(tracking):
+    with run(tracking, "one", {}) as one, run(tracking, "two", {}) as other:
+        assert one.id != other.id and one.last_step("loss") is None
+
+
 @pytest.fixture
 def models(tmp_path: Path) -> dict[str, Artifact]:
     """A model's artifacts, of a few letters each; the language model's has a log."""

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import ray
 from mlflow import MlflowClient
 
+from cluster.progress import METRICS, MetricsWriter, following
 from cluster.tracking import tracking_uri
 from jobs import evaluate, stage, tokenize, train
 from mmrag import artifact, config
@@ -189,7 +191,97 @@ def test_a_stopped_stage_finds_its_draft_again(own):
         made = make(own, go_on)
     assert "lm: going on where a stopped run left off" in said.get()
     assert {path.name for path in made.path.iterdir()} == {"part-0", "part-1", artifact.FILE}
+    [run] = runs(own)
+    assert run.info.status == "FINISHED" and run.data.tags["resumed"] == "1"
+
+
+def test_a_stage_that_is_stopped_again_and_again_has_one_curve_in_mlflow(own):
+    """Whatever was told before the kill, no step is told twice and none is missing."""
+
+    def train(first: int, last: int, killed: int | None = None):
+        def work(draft, tracked) -> None:
+            after = tracked.last_step("loss") or 0
+
+            def log(record: dict) -> None:
+                tracked.log({"loss": record["loss"]}, record["step"])
+
+            with following(draft.path, log, after):
+                writer = MetricsWriter(draft.path, first)
+                for step in range(first, last):
+                    writer.write({"step": step, "loss": 1.0 / step})
+            if killed:  # after this nobody told MLflow of what the workers wrote
+                writer = MetricsWriter(draft.path, last)
+                for step in range(last, killed):
+                    writer.write({"step": step, "loss": 1.0 / step})
+                raise KeyboardInterrupt
+
+        return work
+
+    for first, last, killed in ((1, 5, 8), (6, 9, 10)):
+        with pytest.raises(KeyboardInterrupt):
+            make(own, train(first, last, killed), logs=(METRICS,))
+    make(own, train(8, 14), logs=(METRICS,))
+    [run] = runs(own)
+    client = MlflowClient(tracking_uri=tracking_uri(own.tracking))
+    points = client.get_metric_history(run.info.run_id, "loss")
+    assert [point.step for point in points] == list(range(1, 14))
+    assert [point.value for point in points] == [1.0 / step for step in range(1, 14)]
+    assert run.data.tags["resumed"] == "2" and run.info.status == "FINISHED"
+
+
+def test_a_stage_whose_run_was_deleted_says_so_and_tells_its_curve_again(own):
+    def stop(draft, run) -> None:
+        (draft.path / "part-0").write_text("done")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(own, stop)
+    [first] = runs(own)
+    MlflowClient(tracking_uri=tracking_uri(own.tracking)).delete_run(first.info.run_id)
+    with stage.console.capture() as said:
+        make(own, write("abc"))
+    [second] = runs(own)
+    told = f"MLflow run {first.info.run_id} is no longer there; run {second.info.run_id} takes"
+    assert told in said.get()
+
+
+def test_a_stage_that_begins_anew_has_a_run_of_its_own(own):
+    def stop(draft, run) -> None:
+        (draft.path / "part-0").write_text("done")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(own, stop)
+    make(own, write("abc"), force=True)
     assert [run.info.status for run in runs(own)] == ["FAILED", "FINISHED"]
+
+
+def test_who_makes_what_is_being_made_does_not_touch_its_run(own):
+    def twice(draft, run) -> None:
+        with pytest.raises(ArtifactError, match="another process is writing"):
+            make(own, refuse)
+        [found] = runs(own)
+        assert found.info.status == "RUNNING"
+        (draft.path / "weights").write_text("abc")
+
+    make(own, twice)
+    [run] = runs(own)
+    assert run.info.status == "FINISHED"
+
+
+def test_a_store_that_is_silent_keeps_what_force_would_throw_away(own):
+    def stop(draft, run) -> None:
+        (draft.path / "part-0").write_text("done")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(own, stop)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        down = own.tracking.model_copy(update={"uri": f"http://127.0.0.1:{free.getsockname()[1]}"})
+    with pytest.raises(ConnectionError, match="does not answer"):
+        make(own.model_copy(update={"tracking": down}), refuse, width=2, force=True)
+    assert (own.workspace / ".lm.partial" / "part-0").exists()
 
 
 @pytest.mark.parametrize(
