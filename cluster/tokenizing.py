@@ -28,6 +28,7 @@ from mmrag.speech import audio, cutting
 from mmrag.speech.hubert import HubertEncoder
 from mmrag.speech.tokenized import Tokenized, write_part
 from mmrag.speech.units import Codebook, collapse
+from mmrag.storage import Location
 
 GATHERED = 4
 """Batches' worth of clips that are sorted by length before they are encoded."""
@@ -44,7 +45,7 @@ class EncodeFeatures:
     Clips that cannot be read are passed over; long ones are heard as far as `max_seconds`.
     """
 
-    def __init__(self, hubert: Path, settings: Tokenize) -> None:
+    def __init__(self, hubert: Location, settings: Tokenize) -> None:
         self._encoder = HubertEncoder.load(hubert).to(device()).eval()
         self._settings = settings
 
@@ -73,7 +74,9 @@ class EncodeUnits:
     The clips stand by length, those of one length in the order of the part.
     """
 
-    def __init__(self, hubert: Path, codebook: Path, settings: Tokenize, directory: Path) -> None:
+    def __init__(
+        self, hubert: Location, codebook: Location, settings: Tokenize, directory: Path
+    ) -> None:
         self._encoder = HubertEncoder.load(hubert).to(device()).eval()
         self._codebook = Codebook.load(codebook)
         self._settings = settings

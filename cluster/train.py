@@ -63,6 +63,7 @@ from mmrag.retrieval.contexts import TrainingContexts, read_neighbours
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.phrases import Phrases
 from mmrag.speech.tokenized import Tokenized, read
+from mmrag.storage import Location, located
 
 # It would have a compiler build, for a minute, what reduces over processors in inference alone.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -87,10 +88,10 @@ LEARNED = {
 
 def fit(
     experiment: Experiment,
-    splits: list[Path],
+    splits: list[Location],
     directory: Path,
     log: Callable[[dict[str, Any]], None],
-    lm: Path | None = None,
+    lm: Location | None = None,
 ) -> None:
     """Train on the tokenized `splits`; leave the language model in `directory`.
 
@@ -161,7 +162,7 @@ def _with_absolute_paths(experiment: Experiment) -> dict[str, Any]:
     for section, name in (("train", "base"), ("train", "deepspeed"), ("adapter", "base")):
         path = values[section] and values[section][name]
         if path and not path.startswith(shipped.PREFIX):
-            values[section][name] = str(Path(path).absolute())
+            values[section][name] = str(located(path).absolute())
     return values
 
 
@@ -230,8 +231,8 @@ def _train(config: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, round(settings.workers.num_cpus)))
     deepspeed.init_distributed(dist_init_required=False)
 
-    vocabulary = Vocabulary.load(Path(config["lm"] or directory))
-    told = [one for split in config["splits"] for one in read(Path(split))]
+    vocabulary = Vocabulary.load(located(config["lm"] or directory))
+    told = [one for split in config["splits"] for one in read(located(split))]
     corpus = list(speakable(told, vocabulary))
     data = examples(corpus, vocabulary)
     contexts = shown(experiment, corpus) if experiment.adapter else None

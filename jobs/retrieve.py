@@ -32,8 +32,8 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         shares = parts(spoken, lambda _: 1, PART_UTTERANCES)
         todo = [part for part in shares if not (draft.path / f"{part.name}.npz").exists()]
         search = {
-            "lm": lm.path,
-            "datastore": store.path,
+            "lm": lm.place,
+            "datastore": store.place,
             "k": experiment.attention.k,
             "directory": draft.path,
         }

@@ -26,6 +26,7 @@ from mmrag.speech.audio import AudioError
 from mmrag.speech.hubert import HubertEncoder
 from mmrag.speech.targets import Phones
 from mmrag.speech.units import Codebook, expand, information
+from mmrag.storage import Location
 
 CORPUS_SPLITS = ("lm", "text", "adapter", "datastore", "dev", "test")
 WORKERS = "tokenize.workers"
@@ -52,8 +53,8 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
             shares += parts(utterances, stated_seconds, settings.part_seconds, name=f"{split}/part")
         todo = [part for part in shares if not (draft.path / f"{part.name}.parquet").exists()]
         encode = {
-            "hubert": hubert.path,
-            "codebook": codebook.path,
+            "hubert": hubert.place,
+            "codebook": codebook.place,
             "settings": settings,
             "directory": draft.path,
         }
@@ -71,7 +72,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         write_rejections(draft.path / REJECTED, everything)
         write_lists(draft.path, lists)
         _count(draft, len(everything))
-        _measure(draft, splits, HubertEncoder.load(hubert.path))
+        _measure(draft, splits, HubertEncoder.load(hubert.place))
         tracked.file(draft.path / REJECTED)
         aside(experiment).unlink(missing_ok=True)
 
@@ -99,15 +100,15 @@ def opened(experiment: Experiment) -> tuple[Artifact, Splits, dict[str, list[str
     lists: dict[str, list[str]] = {}
     if settings.source is None:
         source = stage.load(experiment, "corpus", "corpus", "synthesize")
-        splits = {name: _read(source.path / f"{name}.jsonl") for name in CORPUS_SPLITS}
+        splits = {name: _read(source.place / f"{name}.jsonl") for name in CORPUS_SPLITS}
     elif sources.named(settings.source):
         corpus = sources.read(settings.source, experiment.workspace / "sources")
         source, splits, lists = corpus.artifact, corpus.splits, corpus.phrases
     else:
         source = artifact.outside(settings.source)
-        splits = _splits(source.path)
+        splits = _splits(source.place)
     if not any(utterances or unread for utterances, unread in splits.values()):
-        raise ValueError(f"{printable(source.path)}: holds no utterance")
+        raise ValueError(f"{printable(source.place)}: holds no utterance")
     for split, (utterances, unread) in splits.items():
         if unread and not utterances:
             raise nothing(experiment, split, unread)
@@ -139,7 +140,7 @@ def _codebook(
         utterances = next(iter(splits.values()))[0]
         sample = _sample(utterances, settings.sample_seconds, experiment.seed)
         shares = parts(sample, stated_seconds, settings.batch_seconds)
-        encode = (EncodeFeatures, {"hubert": hubert.path, "settings": settings})
+        encode = (EncodeFeatures, {"hubert": hubert.place, "settings": settings})
         read = [
             one
             for one in work_off([encode], shares, settings.workers, "codebook", WORKERS)
@@ -147,10 +148,10 @@ def _codebook(
         ]
         if not read:
             why = "; ".join(_reasons(sample)) or "there is none"
-            where = printable(source.path)
+            where = printable(source.place)
             raise AudioError(f"{where}: no audio that could be read, to fit a codebook on: {why}")
         features = np.concatenate(read)
-        frame_seconds = HubertEncoder.load(hubert.path).frame_seconds
+        frame_seconds = HubertEncoder.load(hubert.place).frame_seconds
         book = Codebook.fit(features, settings.units, experiment.seed, frame_seconds)
         book.save(draft.path)
         draft.summary |= {"units": len(book), "frames_seen": len(features)}
@@ -168,14 +169,14 @@ def _codebook(
     )
 
 
-def _splits(path: Path) -> Splits:
+def _splits(path: Location) -> Splits:
     """A directory's manifests `<split>.jsonl`; a source without them is one split, `all`."""
     manifests = {name: path / f"{name}.jsonl" for name in CORPUS_SPLITS}
     named = {name: _read(file) for name, file in manifests.items() if file.is_file()}
     return named or {"all": _read(path)}
 
 
-def _read(path: Path) -> tuple[list[Utterance], list[Rejection]]:
+def _read(path: Location) -> tuple[list[Utterance], list[Rejection]]:
     """A manifest's utterances and its unreadable lines, or the audio files of a directory."""
     if path.is_dir():
         files, rejected = audio.find(path)

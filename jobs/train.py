@@ -23,6 +23,7 @@ from mmrag.model.vocabulary import BasePieces, SentencePieces, Vocabulary
 from mmrag.retrieval.datastore import Datastore
 from mmrag.speech import tokenized
 from mmrag.speech.units import Codebook
+from mmrag.storage import Location
 
 SPLITS = ("lm", "text")
 
@@ -40,7 +41,7 @@ def _lm(experiment: Experiment, force: bool) -> Artifact:
     settings = experiment.train
     if settings.base:
         _check_base(experiment, codebook)
-    splits = [made.path / split for split in SPLITS if (made.path / split).exists()]
+    splits = [made.place / split for split in SPLITS if (made.place / split).exists()]
     config = recipe(
         {
             "seed": experiment.seed,
@@ -52,7 +53,7 @@ def _lm(experiment: Experiment, force: bool) -> Artifact:
 
     def work(draft: Draft, tracked: Run) -> None:
         if not (draft.path / Vocabulary.FILE).exists():
-            _vocabulary(experiment, splits, len(Codebook.load(codebook.path))).save(draft.path)
+            _vocabulary(experiment, splits, len(Codebook.load(codebook.place))).save(draft.path)
         vocabulary = Vocabulary.load(draft.path)
         parameters = parameter_count(experiment.lm, vocabulary.size)
         stage.console.print(
@@ -85,7 +86,7 @@ def _adapter(experiment: Experiment, force: bool) -> Artifact:
         store = stage.load(experiment, f"datastores/{name}", "datastore", "build_datastore")
         store.require("lm", lm)
         inputs[f"datastore {name}"] = store
-        window = Datastore.open(store.path).description.window
+        window = Datastore.open(store.place).description.window
         if window > experiment.adapter.shape.window:
             raise ConfigError(
                 f"adapter.shape.window {experiment.adapter.shape.window}: the windows of datastore "
@@ -105,9 +106,9 @@ def _adapter(experiment: Experiment, force: bool) -> Artifact:
             f"  {parameters / 1e6:.1f} M parameters of an adapter, {settings.workers.count} "
             f"workers, ZeRO-{settings.zero_stage}"
         )
-        splits = [made.path / contexts.split]
-        _report_unspeakable(splits, Vocabulary.load(lm.path))
-        fit(experiment, splits, draft.path, _log(settings, tracked), lm.path)
+        splits = [made.place / contexts.split]
+        _report_unspeakable(splits, Vocabulary.load(lm.place))
+        fit(experiment, splits, draft.path, _log(settings, tracked), lm.place)
         draft.summary |= _counts(draft.path, parameters, settings)
 
     return stage.make(
@@ -123,7 +124,7 @@ def _adapter(experiment: Experiment, force: bool) -> Artifact:
     )
 
 
-def _report_unspeakable(splits: list[Path], vocabulary: Vocabulary) -> None:
+def _report_unspeakable(splits: list[Location], vocabulary: Vocabulary) -> None:
     """Say that utterances are not trained on, because the vocabulary cannot write their text."""
     told = (one for split in splits for one in tokenized.read(split))
     if rejected := len(list(unspeakable(told, vocabulary))):
@@ -176,7 +177,7 @@ def _check_base(experiment: Experiment, codebook: Artifact) -> None:
         raise ConfigError(f"train.base {base} needs its own word pieces: vocabulary.tokenizer")
 
 
-def _vocabulary(experiment: Experiment, splits: list[Path], units: int) -> Vocabulary:
+def _vocabulary(experiment: Experiment, splits: list[Location], units: int) -> Vocabulary:
     settings, base = experiment.vocabulary, experiment.train.base
     if base and base.startswith(shipped.PREFIX):
         return Vocabulary.load(shipped.find(base) / "lm")

@@ -10,7 +10,8 @@ import re
 import unicodedata
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
+
+from mmrag.storage import Location
 
 APOSTROPHES = str.maketrans(dict.fromkeys("‘’‛`´ʼ′", "'"))
 _WITHOUT_ACCENT = {
@@ -117,7 +118,7 @@ def fold(text: str, known: Callable[[str], bool] = str.isascii) -> str:
     return "".join(letter if known(letter) else _folded(letter) for letter in text)
 
 
-def read_lines(path: Path) -> list[tuple[int, str]]:
+def read_lines(path: Location) -> list[tuple[int, str]]:
     """The lines of a UTF-8 file that are not blank, stripped, with their numbers from 1.
 
     A byte-order mark is not part of the first line. Raises ValueError that names the line for a

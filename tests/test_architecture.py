@@ -18,9 +18,9 @@ MAY_IMPORT = {
 
 WINGS = {
     "ground": [
-        "config.section", "config.speech", "config.model", "config.retrieval", "config.decoding",
-        "config.experiment", "config", "text", "terminal", "records", "finite", "durable",
-        "folders", "artifact", "shipped",
+        "storage", "config.section", "config.speech", "config.model", "config.retrieval",
+        "config.decoding", "config.experiment", "config", "text", "terminal", "records", "finite",
+        "durable", "folders", "cached", "differing", "artifact", "shipped",
         "score.rates", "score.recall", "score.significance", "score.entities", "score.biasing",
         "score",
     ],
@@ -75,6 +75,7 @@ WING_OF = {
 EVERYWHERE = {"numpy", "torch"}
 HOMES = {
     "omegaconf": ["mmrag.config", "serve.settings"],
+    "fsspec": ["mmrag.storage"],
     # A stage tells our mistake from the user's; the API describes and checks what it is sent.
     "pydantic": [
         "mmrag.config",

@@ -19,6 +19,7 @@ from mmrag.corpora import (
 )
 from mmrag.corpora.splits import Corpus, CorpusError
 from mmrag.records import Rejection, Utterance
+from mmrag.storage import is_url
 
 Split = tuple[list[Utterance], list[Rejection]]
 
@@ -50,6 +51,8 @@ def named(source: str) -> bool:
     Raises CorpusError for the name of a reader that there is not.
     """
     reader, colon, _ = source.partition(":")
+    if is_url(source):
+        return False
     if colon and reader in READERS:
         return True
     if colon and re.fullmatch(r"[a-z_]+", reader) and not Path(source).exists():
@@ -83,6 +86,11 @@ def _paths(reader: str, told: str) -> list[Path]:
     """The paths after the reader's name, absolute; two where the audio is apart."""
     path, colon, audio = told.rpartition(":")
     apart = reader in AUDIO_APART and colon and not Path(told).exists()
+    if is_url(told):
+        raise CorpusError(
+            f"{reader}:{told}: this reader reads local files: copy them here, or make a manifest, "
+            "which is read from any URL"
+        )
     named = [path, audio] if apart else [told]
     if not all(named):
         raise CorpusError(f"{reader}:{told}: names no path")

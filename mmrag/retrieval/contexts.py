@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mmrag.artifact import local
 from mmrag.config import Contexts
 from mmrag.model.cross_attention import Windows
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.phrases import Phrases
+from mmrag.storage import Location
 
 FOREVER = 2**31
 ALIKE = 5
@@ -38,8 +40,9 @@ def write_neighbours(path: Path, found: NeighbourEntries) -> None:
     aside.replace(path)
 
 
-def read_neighbours(directory: Path) -> NeighbourEntries:
+def read_neighbours(directory: Location) -> NeighbourEntries:
     """All parts in `directory`; ValueError if there is none."""
+    directory = local(directory)
     parts = sorted(directory.glob("part-*.npz"))
     if not parts:
         raise ValueError(f"no neighbours in {directory} (made by: python -m jobs.retrieve)")

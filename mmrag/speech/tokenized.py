@@ -13,7 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mmrag.artifact import local
 from mmrag.records import Timed, Units, Utterance
+from mmrag.storage import Location
 
 SCHEMA = pa.schema(
     [
@@ -56,8 +58,9 @@ def write_part(path: Path, tokenized: Iterable[Tokenized]) -> None:
     aside.replace(path)
 
 
-def read(directory: Path) -> Iterator[Tokenized]:
+def read(directory: Location) -> Iterator[Tokenized]:
     """Every utterance of the parts in `directory`, in the order of the parts' names."""
+    directory = local(directory)
     parts = sorted(directory.glob("part-*.parquet"))
     if not parts:
         raise TokensError(f"no tokenized parts in {directory}")
