@@ -30,6 +30,8 @@ PACKAGES = {
 }
 """Scheme -> what to install where its library is not."""
 LOCAL = "file"
+CREDENTIALS = re.compile(r"expired|signature|access key|security token", re.IGNORECASE)
+"""In what is said of a refusal: it is not of this object alone."""
 UNPRINTED = re.compile(r"[\x00-\x1f\x7f]")
 BLOCK_BYTES = 4 * 2**20
 """What is read at once of an object that is read piece by piece."""
@@ -289,12 +291,18 @@ def _asking(url: Url) -> Iterator[None]:
         raise
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise FileNotFoundError(errno.ENOENT, "no such object", str(url)) from None
-    except PermissionError:
+    except PermissionError as error:
+        if CREDENTIALS.search(str(error)):
+            raise StorageError(f"{url}: the credentials are not accepted: {_told(error)}") from None
         raise PermissionError(errno.EACCES, "access is refused", str(url)) from None
     except Exception as error:  # each library has its own
-        told = (str(error).splitlines() or [""])[0][:200]
-        reason = f"{type(error).__name__}: {told}" if told else type(error).__name__
+        reason = ": ".join(filter(None, (type(error).__name__, _told(error))))
         raise StorageError(f"{url}: the storage does not answer: {reason}") from error
+
+
+def _told(error: Exception) -> str:
+    """The first line of what an error says."""
+    return (str(error).splitlines() or [""])[0][:200]
 
 
 class _Reading(io.RawIOBase):
@@ -305,7 +313,11 @@ class _Reading(io.RawIOBase):
         self._url, self._position = url, 0
         with _asking(url):
             self._store = _filesystem(url)
-            about = self._store.info(url.text)
+            try:
+                about = self._store.info(url.text)
+            except PermissionError:  # which does not say why, where reading it does
+                self._store.cat_file(url.text, start=0, end=1)
+                raise
             if about["type"] != "file":
                 raise IsADirectoryError(url.text)
         size = about.get("size")

@@ -177,6 +177,9 @@ def test_what_is_wrong_with_one_object_is_told_from_a_storage_that_does_not_answ
     broken(PermissionError("AccessDenied"))
     with pytest.raises(PermissionError, match="access is refused"):
         (bucket / "a").read_bytes()
+    broken(PermissionError("The provided token has expired."))
+    with pytest.raises(StorageError, match="credentials are not accepted: The provided token"):
+        (bucket / "a").read_bytes()
     broken(RuntimeError("Could not connect to the endpoint\nmore of it"))
     with pytest.raises(StorageError, match="does not answer: RuntimeError: Could not") as error:
         (bucket / "a").read_bytes()
