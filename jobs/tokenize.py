@@ -210,7 +210,7 @@ def nothing(experiment: Experiment, split: str, rejected: Sequence[Rejection]) -
 
 def aside(experiment: Experiment) -> Path:
     """Where what was rejected is listed when there is no output to hold the list."""
-    return experiment.workspace / f"{experiment.tokenize.name}.rejected.jsonl"
+    return artifact.made_at(experiment.workspace / f"{experiment.tokenize.name}.rejected.jsonl")
 
 
 def _shown(rejection: Rejection) -> str:

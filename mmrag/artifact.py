@@ -228,7 +228,7 @@ def resumable(
 
     Raises ArtifactError, naming what differs and what is at stake, if what it holds does not.
     """
-    draft, recipe = _aside(_made_at(path), "partial"), Recipe.of(config)
+    draft, recipe = _aside(made_at(path), "partial"), Recipe.of(config)
     held = holds(draft) if draft.exists() else None
     try:
         plan = json.loads((draft / PLAN).read_text())
@@ -245,6 +245,12 @@ def resumable(
             f"throws away {held.what} in {draft}."
         )
     return not found
+
+
+def made_at(path: Location | str) -> Path:
+    """Where what is to lie at `path` is made: just there, or on this machine if that is a URL."""
+    place = located(path).absolute()
+    return cached.draft_place(place) if isinstance(place, Url) else place
 
 
 @contextmanager
@@ -271,7 +277,7 @@ def create(
     no file (a full disk does not) then names the draft. For a URL all this happens where
     `cached.draft_place` says, and the finished artifact is then copied to the URL.
     """
-    place, path, recipe = located(path), _made_at(path), Recipe.of(config)
+    place, path, recipe = located(path), made_at(path), Recipe.of(config)
     path.parent.mkdir(parents=True, exist_ok=True)
     identity = {
         "schema": SCHEMA,
@@ -417,12 +423,6 @@ def _replace(draft: Path, path: Path) -> None:
     sync(path.parent)
     if old.exists():
         shutil.rmtree(old)
-
-
-def _made_at(path: Location | str) -> Path:
-    """Where what is to lie at `path` is made."""
-    place = located(path).absolute()
-    return cached.draft_place(place) if isinstance(place, Url) else place
 
 
 def _publish(made: Artifact, url: Url) -> None:

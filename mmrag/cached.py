@@ -51,11 +51,11 @@ def copy(folder: Url, key: str, check: Callable[[Path], None]) -> Path:
     is then thrown away. Raises StorageError if it does not fit.
     """
     path = _root() / key
-    while not (path in _in_use and path.exists()):
-        with _locked(path, fcntl.LOCK_EX):  # whoever comes second waits, and finds it
+    _use(path)
+    if not path.exists():
+        with _making(path):  # whoever comes second waits, and finds it
             if not path.exists():
                 _fetch(folder, path, check)
-        _use(path)
     os.utime(_lock_file(path))
     return path / folder.name
 
@@ -63,7 +63,7 @@ def copy(folder: Url, key: str, check: Callable[[Path], None]) -> Path:
 def adopt(made: Path, key: str) -> None:
     """Take a directory that was made here, and lies at a URL too, as the copy `key`."""
     path = _root() / key
-    with _locked(path, fcntl.LOCK_EX):
+    with _making(path):
         if path.exists():
             shutil.rmtree(made)
             return
@@ -95,12 +95,11 @@ def _fetch(folder: Url, path: Path, check: Callable[[Path], None]) -> None:
 
 
 def _use(path: Path) -> None:
-    """Hold a copy until this process ends."""
-    lock = _lock_file(path).open("a+")
-    fcntl.flock(lock, fcntl.LOCK_SH)
-    if path in _in_use:
-        _in_use[path].close()
-    _in_use[path] = lock
+    """Hold a copy, there or to be made, until this process ends: nobody removes it then."""
+    if path not in _in_use:
+        lock = _lock_file(path).open("a+")
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        _in_use[path] = lock
 
 
 def _make_room(folder: Url, size: int) -> None:
@@ -146,14 +145,15 @@ def _root() -> Path:
 
 
 def _lock_file(path: Path) -> Path:
-    """Locks a copy, holds its bytes, and tells by its time when it was last used."""
+    """Locked by those who use a copy; holds its bytes; its time tells when it was last used."""
     return path.with_name(f".{path.name}.lock")
 
 
 @contextmanager
-def _locked(path: Path, how: int) -> Iterator[None]:
-    with _lock_file(path).open("a+") as lock:
-        fcntl.flock(lock, how)
+def _making(path: Path) -> Iterator[None]:
+    """One process at a time makes a copy."""
+    with path.with_name(f".{path.name}.making").open("a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

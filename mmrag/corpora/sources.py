@@ -19,7 +19,7 @@ from mmrag.corpora import (
 )
 from mmrag.corpora.splits import Corpus, CorpusError
 from mmrag.records import Rejection, Utterance
-from mmrag.storage import is_url
+from mmrag.storage import Location, is_url
 
 Split = tuple[list[Utterance], list[Rejection]]
 
@@ -60,7 +60,7 @@ def named(source: str) -> bool:
     return False
 
 
-def read(source: str, unpacked: Path) -> Source:
+def read(source: str, unpacked: Location) -> Source:
     """Read `reader:path`; what has to be unpacked goes below `unpacked`.
 
     Raises CorpusError or ArtifactError, which name the path, and ImportError, which names the extra

@@ -62,9 +62,10 @@ def test_only_the_description_is_read_until_the_files_are_needed(runs, tmp_path,
 
 def test_half_an_upload_is_no_artifact_and_goes_on_without_making_it_again(runs, monkeypatch):
     store = storage._filesystem(runs)
-    with monkeypatch.context() as patch, pytest.raises(StorageError):
+    with monkeypatch.context() as patch:
         patch.setattr(store, "put_file", _raise)
-        make(runs / "a")
+        with pytest.raises(StorageError):
+            make(runs / "a")
     with pytest.raises(ArtifactError, match="not a finished thing"):
         artifact.load(runs / "a", "thing")
     assert artifact.finished(runs / "a", "thing", CONFIG, {}).summary == {"letters": 8}
@@ -183,7 +184,9 @@ def test_a_users_own_files_are_known_by_what_they_hold_wherever_they_lie(runs, t
 def test_a_refused_description_is_told(runs, monkeypatch):
     make(runs / "a")
     failing(runs, monkeypatch, PermissionError("AccessDenied"), lambda call: True)
-    with pytest.raises(PermissionError, match=r"access is refused: 'memory://runs/a/artifact\.json"):
+    with pytest.raises(
+        PermissionError, match=r"access is refused: 'memory://runs/a/artifact\.json"
+    ):
         artifact.load(runs / "a", "thing")
 
 

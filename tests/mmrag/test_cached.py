@@ -51,6 +51,16 @@ def test_it_is_fetched_once(monkeypatch):
     assert cached.copy(made, "lm-1", anything) == copy
 
 
+@pytest.mark.timeout(20)
+def test_two_processes_use_one_copy(monkeypatch):
+    made = folder("lm")
+    copy = cached.copy(made, "lm-1", anything)
+    elsewhere = cached._in_use.copy()  # that process goes on holding it
+    monkeypatch.setattr(cached, "_in_use", {})
+    monkeypatch.setattr(cached, "download", None)
+    assert cached.copy(made, "lm-1", anything) == copy and elsewhere.keys() == {copy.parent}
+
+
 def test_what_the_check_refuses_is_not_kept(cache):
     def refuse(directory: Path) -> None:
         assert (directory / "a.bin").exists()
@@ -59,7 +69,10 @@ def test_what_the_check_refuses_is_not_kept(cache):
     for _ in range(2):
         with pytest.raises(ValueError, match="not what it should be"):
             cached.copy(folder("lm"), "lm-1", refuse)
-    assert [one.name for one in (cache / "copies").iterdir()] == [".lm-1.lock"]
+    assert sorted(one.name for one in (cache / "copies").iterdir()) == [
+        ".lm-1.lock",
+        ".lm-1.making",
+    ]
 
 
 def test_a_fetch_that_broke_off_leaves_nothing_to_be_taken_for_a_copy(monkeypatch):

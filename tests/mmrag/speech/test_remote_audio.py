@@ -86,8 +86,8 @@ def test_audio_below_a_url_is_found_and_a_name_that_climbs_is_rejected(bucket):
     ]
     with pytest.raises(AudioError, match="no such directory"):
         audio.find(bucket / "nothing")
+    (bucket / "texts/a.txt").write_bytes(b"content")
     with pytest.raises(AudioError, match="holds no audio file"):
-        (bucket / "texts/a.txt").write_bytes(b"content")
         audio.find(bucket / "texts")
 
 
