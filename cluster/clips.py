@@ -21,6 +21,7 @@ from mmrag.folders import printable
 from mmrag.records import Rejection, Utterance
 from mmrag.speech import audio, cutting
 from mmrag.speech.tokenized import Tokenized
+from mmrag.storage import Location
 
 Clips = list[tuple[Utterance, torch.Tensor]]
 """Utterances, each with its wave (T,) at 16 kHz."""
@@ -86,26 +87,27 @@ def open_ahead(
             pool.shutdown(cancel_futures=True)
 
 
-def _recordings(said: Sequence[Utterance]) -> list[tuple[Path, list[Utterance]]]:
+def _recordings(said: Sequence[Utterance]) -> list[tuple[Location, list[Utterance]]]:
     """Each recording, and what is said in it."""
-    recordings: dict[Path, list[Utterance]] = {}
+    recordings: dict[Location, list[Utterance]] = {}
     for one in said:
         recordings.setdefault(one.audio, []).append(one)
     return list(recordings.items())
 
 
-def _length(path: Path, said: list[Utterance]) -> tuple[bool, float]:
+def _length(path: Location, said: list[Utterance]) -> tuple[bool, float]:
     """Grows with how long the clips are: by what is stated, else by the file's size."""
     stated = [one.duration for one in said if one.duration is not None]
     if stated:
         return False, max(stated)
-    with suppress(OSError, ValueError):  # ValueError: a name with a zero byte in it
-        return True, path.stat().st_size
+    if isinstance(path, Path):  # of an object that would be another request
+        with suppress(OSError, ValueError):  # ValueError: a name with a zero byte in it
+            return True, path.stat().st_size
     return True, 0.0
 
 
 def _opened(
-    recording: tuple[Path, list[Utterance]], limits: Tokenize
+    recording: tuple[Location, list[Utterance]], limits: Tokenize
 ) -> tuple[Clips, list[Rejection]]:
     """One recording's clips, and what of it has to be left out."""
     path, said = recording
@@ -142,7 +144,9 @@ class CheckClips:
         return part.name
 
 
-def _open(path: Path, said: list[Utterance], limits: Tokenize) -> list[Clips | audio.AudioError]:
+def _open(
+    path: Location, said: list[Utterance], limits: Tokenize
+) -> list[Clips | audio.AudioError]:
     """The clips of each utterance of a recording, or why there are none.
 
     Those with a transcript are one clip each, all read in one pass.

@@ -44,7 +44,7 @@ class Delivery:
         with self._lock:
             self._deliver()
             if self._kept:
-                _say(
+                warn(
                     f"{len(self._kept)} entries of this run's log could not be delivered to "
                     f"{self._store}; what the stage made is whole"
                 )
@@ -72,8 +72,9 @@ class Delivery:
         """Once, or the same line would come with every metric."""
         if kind not in self._told:
             self._told.add(kind)
-            _say(message)
+            warn(message)
 
 
-def _say(message: str) -> None:
+def warn(message: str) -> None:
+    """Say it where errors are said, at once."""
     print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from mmrag.artifact import local
 from mmrag.config import KNN, RetrievedAttention
 from mmrag.decoding.boost import Boost
 from mmrag.recogniser import Recogniser
@@ -27,6 +27,7 @@ from mmrag.retrieval.memory import AttentionSource
 from mmrag.retrieval.phrases import Phrases
 from mmrag.retrieval.retrievers import LocalRetriever, SubsetRetriever
 from mmrag.speech.tokenized import Tokenized
+from mmrag.storage import Location
 
 Biasing = Callable[[Sequence[Tokenized]], dict[str, Any]]
 """A batch of utterances -> keyword arguments of `recognise`."""
@@ -52,11 +53,11 @@ class NoRetrieval:
 class KNNRetrieval:
     """One datastore for every utterance: a retriever, or a directory opened in the worker."""
 
-    source: Retriever | Path
+    source: Retriever | Location
     knn: KNN
 
     def open(self, recogniser: Recogniser) -> Biasing:
-        retriever = open_locally(self.source) if isinstance(self.source, Path) else self.source
+        retriever = open_locally(self.source) if isinstance(self.source, Location) else self.source
         retrieval = Retrieval(retriever, self.knn)
         return lambda batch: {"retrieval": retrieval}
 
@@ -66,7 +67,7 @@ class DocumentKNN:
     """One datastore, of which each utterance searches some documents: the phrases that come with
     it, or what a first level of retrieval left over. `documents` names them by utterance."""
 
-    datastore: Path
+    datastore: Location
     knn: KNN
     documents: Mapping[str, Sequence[str]]
 
@@ -85,7 +86,7 @@ class DocumentKNN:
 class SubsetKNN:
     """The first `entries` of a datastore, of each utterance every `stride`-th."""
 
-    datastore: Path
+    datastore: Location
     knn: KNN
     entries: int
     stride: int = 1
@@ -102,11 +103,11 @@ class SubsetKNN:
 class CrossAttentionRetrieval:
     """One datastore for every utterance, whose nearest windows the adapter reads."""
 
-    source: Retriever | Path
+    source: Retriever | Location
     attention: RetrievedAttention
 
     def open(self, recogniser: Recogniser) -> Biasing:
-        retriever = open_locally(self.source) if isinstance(self.source, Path) else self.source
+        retriever = open_locally(self.source) if isinstance(self.source, Location) else self.source
         source = AttentionSource(recogniser.window_cache(retriever), self.attention, retriever)
         return lambda batch: {"attention_sources": [source] * len(batch)}
 
@@ -116,7 +117,7 @@ class PhraseCrossAttention:
     """Each utterance's phrases, read from a datastore of entities: all of them, or what a search
     among them brings where they are too many."""
 
-    datastore: Path
+    datastore: Location
     attention: RetrievedAttention
     phrases: PhraseLists
     mentions: int
@@ -152,7 +153,7 @@ class Both:
 
 
 def retrieval_mode(
-    source: Retriever | Path, knn: KNN | None, read: RetrievedAttention | None
+    source: Retriever | Location, knn: KNN | None, read: RetrievedAttention | None
 ) -> Mode:
     """The mode that votes with the neighbours, attends to them, or both, by what is given."""
     ways: list[Mode] = []
@@ -164,7 +165,7 @@ def retrieval_mode(
 
 
 def phrase_mode(
-    datastore: Path,
+    datastore: Location,
     knn: KNN | None,
     read: RetrievedAttention | None,
     phrases: PhraseLists,
@@ -216,6 +217,7 @@ class PhrasePrompting:
         return guide
 
 
-def open_locally(directory: Path) -> LocalRetriever:
+def open_locally(directory: Location) -> LocalRetriever:
     """A datastore with all of its shards in this process."""
+    directory = local(directory)
     return LocalRetriever.load(saved_shards(directory), Datastore.open(directory))

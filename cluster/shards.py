@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -25,10 +25,12 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from cluster.channel import Address, BrokenError, Channel, Listener, RefusedError, channel_to
 from cluster.idling import Idling, asked
 from cluster.placement import Demand, placing
+from mmrag import artifact
 from mmrag.records import Neighbours, Passages, merge
 from mmrag.retrieval.datastore import Datastore, describe
 from mmrag.retrieval.index import IndexShard, saved_shards
 from mmrag.retrieval.segment import DatastoreError, Description
+from mmrag.storage import Location, located
 
 ANSWER_SECONDS = 30.0
 """How long a shard may take to answer before it counts as missing."""
@@ -59,14 +61,16 @@ class IndexShardActor(Idling):
 
     def __init__(
         self,
-        datastore: Path,
-        shard: Path,
+        datastore: Location,
+        shard: PurePath,
         idle_seconds: float | None = None,
         local: Path | None = None,
     ) -> None:
-        """Ends itself for good where nobody asks it anything for `idle_seconds`. With `local`, its
-        keys are copied there, and read where they are until then."""
+        """`shard` is a directory in the datastore's. Ends itself for good where nobody asks it
+        anything for `idle_seconds`. With `local`, its keys are copied there, and read where they
+        are until then."""
         self._datastore = Datastore.open(datastore)
+        shard = self._datastore.directory / shard
         self._shard = IndexShard.load(shard, self._datastore)
         # Of its own index: another one may have been built since.
         self._last = shard.name == max(one.name for one in shard.parent.glob("shard-*"))
@@ -357,7 +361,7 @@ class ShardedRetriever:
 
 
 def serve_shards(
-    datastore: Path,
+    datastore: Location,
     replicas: int,
     num_cpus: float,
     *,
@@ -383,8 +387,9 @@ def serve_shards(
     somebody removes the group, which kills those that are asked; and two processes that serve at
     once cannot share its name, as `get_if_exists` has them share an actor's.
     """
-    datastore = Path(datastore).absolute()
-    shards = saved_shards(datastore)
+    datastore = located(datastore).absolute()
+    here = artifact.local(datastore)
+    shards = [shard.relative_to(here) for shard in saved_shards(here)]
     if not shards:
         raise DatastoreError(f"no index of {datastore} is saved")
 
@@ -418,7 +423,7 @@ def serve_shards(
     return ShardedRetriever(
         [[actor for actor, _ in shard] for shard in by_shard],
         [max(span for _, span in shard) for shard in by_shard],
-        describe(datastore),
+        describe(here),
         answer_seconds,
     )
 

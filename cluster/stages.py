@@ -42,6 +42,7 @@ from mmrag.speech import audio
 from mmrag.speech.hubert import HubertEncoder
 from mmrag.speech.tokenized import Tokenized
 from mmrag.speech.units import Codebook
+from mmrag.storage import Location
 from mmrag.transcribe import recognise, words
 
 SPOKEN_AUDIO = ".spoken"
@@ -133,8 +134,8 @@ class SpeakUnits(Speak):
 
     def __init__(
         self,
-        hubert: Path,
-        codebook: Path,
+        hubert: Location,
+        codebook: Location,
         seed: int,
         directory: Path,
         settings: DatastoreConfig,
@@ -215,7 +216,7 @@ class FindNeighbours:
     The utterance's own document is left out.
     """
 
-    def __init__(self, lm: Path, datastore: Path, k: int, directory: Path) -> None:
+    def __init__(self, lm: Location, datastore: Location, k: int, directory: Path) -> None:
         self._lm, self._vocabulary = pretrained.load(lm, device())
         self._retriever = open_locally(datastore)
         self._k = k

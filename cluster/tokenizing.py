@@ -39,6 +39,7 @@ from mmrag.speech.hubert import HubertEncoder
 from mmrag.speech.targets import Phones
 from mmrag.speech.tokenized import Count, Tokenized, count_part, read_part, write_part
 from mmrag.speech.units import Codebook, collapse, expand
+from mmrag.storage import Location
 
 GATHERED = 4
 """Batches' worth of clips that are sorted by length before they are encoded."""
@@ -70,7 +71,7 @@ def separate(settings: Tokenize) -> bool:
 
 
 def operators(
-    settings: Tokenize, hubert: Path, codebook: Path, directory: Path, frames: Frames
+    settings: Tokenize, hubert: Location, codebook: Location, directory: Path, frames: Frames
 ) -> list[Operator]:
     """What makes of utterances parts in `directory`, and answers with a `WrittenPart` of each."""
     load: dict[str, Any] = {"hubert": hubert, "codebook": codebook, "settings": settings}
@@ -92,7 +93,7 @@ class EncodeFeatures:
     Clips that cannot be read are passed over; long ones are heard as far as `max_seconds`.
     """
 
-    def __init__(self, hubert: Path, settings: Tokenize) -> None:
+    def __init__(self, hubert: Location, settings: Tokenize) -> None:
         self._encoder = HubertEncoder.load(hubert).to(device()).eval()
         self._settings = settings
 
@@ -207,7 +208,7 @@ class FindWritten:
 class UnitEncoder:
     """Waves to units: an encoder and its codebook, in the format that the settings name."""
 
-    def __init__(self, hubert: Path, codebook: Path, settings: Tokenize) -> None:
+    def __init__(self, hubert: Location, codebook: Location, settings: Tokenize) -> None:
         self._encoder = HubertEncoder.load(hubert).to(device()).eval()
         self._codebook = Codebook.load(codebook)
         fast = has_bf16(self._encoder.device) if settings.precision == "auto" else False
@@ -276,7 +277,9 @@ class EncodeUnits:
     The clips stand by length, those of one length in the order of the part.
     """
 
-    def __init__(self, hubert: Path, codebook: Path, settings: Tokenize, directory: Path) -> None:
+    def __init__(
+        self, hubert: Location, codebook: Location, settings: Tokenize, directory: Path
+    ) -> None:
         self._encode_with(UnitEncoder(hubert, codebook, settings), settings, directory)
 
     def _encode_with(self, encoder: UnitEncoder, settings: Tokenize, directory: Path) -> None:
@@ -344,7 +347,7 @@ class DecodedPart:
 class EncodeClips:
     """Decoded clips -> the same with their units."""
 
-    def __init__(self, hubert: Path, codebook: Path, settings: Tokenize) -> None:
+    def __init__(self, hubert: Location, codebook: Location, settings: Tokenize) -> None:
         self._encode_with(UnitEncoder(hubert, codebook, settings))
 
     def _encode_with(self, encoder: UnitEncoder) -> None:

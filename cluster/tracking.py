@@ -34,13 +34,15 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
+from cluster import mounts
 from cluster.address import PROBE_SECONDS
-from cluster.delivery import Delivery
+from cluster.delivery import Delivery, warn
 from cluster.progress import METRICS
 from mmrag import artifact
 from mmrag.artifact import Artifact, ArtifactError
 from mmrag.config import Tracking
 from mmrag.decoding.tune import DEFAULTS
+from mmrag.storage import is_url
 
 SQLITE = "sqlite:///"
 PARAM_BATCH = 100
@@ -151,9 +153,17 @@ class Run:
 
 
 def tracking_uri(tracking: Tracking) -> str:
-    """The store's URI: MLFLOW_TRACKING_URI or the configured one; SQLite paths made absolute."""
+    """The store's URI: MLFLOW_TRACKING_URI or the configured one; SQLite paths made absolute.
+
+    Raises ValueError for an SQLite database at a URL.
+    """
     uri = os.environ.get(URI_VARIABLE) or tracking.uri
     if uri.startswith(SQLITE):
+        if is_url(uri.removeprefix(SQLITE)):
+            raise ValueError(
+                f"tracking.uri {_shown(uri)}: a database is a file on a disk, and not at a URL: "
+                f"start an MLflow server, and name it in {URI_VARIABLE}"
+            )
         path = Path(uri.removeprefix(SQLITE)).expanduser().absolute()
         path.parent.mkdir(parents=True, exist_ok=True)
         return f"{SQLITE}{path}"
@@ -174,6 +184,7 @@ def run(
     experiment was deleted. Once the block runs, a store that goes away does not end it.
     """
     uri = tracking_uri(tracking)
+    _warn_of_a_share(uri)
     with _answering(uri):
         client = _client(uri)
         run = _run(client, uri, _experiment(client, uri, tracking.experiment), stage, draft)
@@ -232,6 +243,17 @@ def _found(client: MlflowClient, run_id: str, experiment: str) -> mlflow.entitie
         return None
     own = found.info.experiment_id == experiment and found.info.lifecycle_stage == "active"
     return found if own else None
+
+
+def _warn_of_a_share(uri: str) -> None:
+    """SQLite's locks do not hold between machines: two of them lose what the other one wrote."""
+    if uri.startswith(SQLITE):
+        path = Path(uri.removeprefix(SQLITE)).resolve()
+        if kind := mounts.network(path):
+            warn(
+                f"the MLflow database {path} lies on {kind}, where several machines may damage it: "
+                f"start an MLflow server with a database of its own, and name it in {URI_VARIABLE}"
+            )
 
 
 def register(

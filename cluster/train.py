@@ -59,6 +59,7 @@ from mmrag.model.vocabulary import Vocabulary
 from mmrag.retrieval.contexts import NeighbourEntries, TrainingContexts
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.phrases import Phrases
+from mmrag.storage import Location, located
 
 # It would have a compiler build, for a minute, what reduces over processors in inference alone.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -88,10 +89,10 @@ LEARNED = {
 
 def fit(
     experiment: Experiment,
-    splits: list[Path],
+    splits: list[Location],
     directory: Path,
     log: Callable[[dict[str, Any]], None],
-    lm: Path | None = None,
+    lm: Location | None = None,
 ) -> None:
     """Train on the tokenized `splits`; leave the language model in `directory`.
 
@@ -188,7 +189,7 @@ def _with_absolute_paths(experiment: Experiment) -> dict[str, Any]:
     for section, name in (("train", "base"), ("train", "deepspeed"), ("adapter", "base")):
         path = values[section] and values[section][name]
         if path and not path.startswith(shipped.PREFIX):
-            values[section][name] = str(Path(path).absolute())
+            values[section][name] = str(located(path).absolute())
     return values
 
 
@@ -273,7 +274,7 @@ def _train(config: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, round(settings.workers.num_cpus)))
     deepspeed.init_distributed(dist_init_required=False)
 
-    vocabulary = Vocabulary.load(Path(config["lm"] or directory))
+    vocabulary = Vocabulary.load(located(config["lm"] or directory))
     data = Packed(Path(config["corpus"]), vocabulary)
     contexts = None
     if experiment.adapter:

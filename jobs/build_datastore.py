@@ -49,6 +49,7 @@ from mmrag.retrieval.index import (
 )
 from mmrag.retrieval.segment import DatastoreError, Description
 from mmrag.speech.tokenized import Tokenized
+from mmrag.storage import Location, located
 from mmrag.text import each_line
 
 WORKERS = "datastore.workers"
@@ -129,7 +130,7 @@ def _speaking(experiment: Experiment, heard_by: Models, directory: Path) -> tupl
     codebook = heard_by.inputs["codebook"]
     hubert = stage.load(experiment, "hubert", "hubert", "pretrain_hubert")
     codebook.require("hubert", hubert)
-    return SpeakUnits, {"hubert": hubert.path, "codebook": codebook.path, **speak}
+    return SpeakUnits, {"hubert": hubert.place, "codebook": codebook.place, **speak}
 
 
 def _source(experiment: Experiment, heard_by: Models, force: bool) -> Artifact:
@@ -137,7 +138,7 @@ def _source(experiment: Experiment, heard_by: Models, force: bool) -> Artifact:
     settings = experiment.datastore
     if settings.source is None:
         return models.corpus(experiment, heard_by, force)
-    if Path(settings.source).is_dir():
+    if located(settings.source).is_dir():
         made = artifact.load(settings.source, "tokens" if heard_by.own else "clips")
         if heard_by.own:
             made.require("codebook", heard_by.inputs["codebook"])
@@ -145,7 +146,7 @@ def _source(experiment: Experiment, heard_by: Models, force: bool) -> Artifact:
         text = artifact.outside(settings.source)
         if settings.audio == "paired":
             raise ConfigError(
-                f"datastore.source {text.path} is text: datastore.audio must be none or spoken"
+                f"datastore.source {text.place} is text: datastore.audio must be none or spoken"
             )
         return text
     return made
@@ -183,7 +184,7 @@ def _read(
 
 def _given(source: Artifact, settings: DatastoreConfig, seed: int) -> Iterator[Tokenized]:
     if source.kind == "outside":
-        for said in _outside(source.path):
+        for said in _outside(source.place):
             if settings.domain in (None, said.domain):
                 yield Tokenized(said, None)
         return
@@ -206,13 +207,13 @@ def _splits(source: Artifact, settings: DatastoreConfig) -> Sequence[str]:
         return ["all"]
     if missing := [each for each in settings.splits if each not in known]:
         raise ConfigError(
-            f"datastore.splits: {source.path} has no {', '.join(missing)}; it has "
+            f"datastore.splits: {source.place} has no {', '.join(missing)}; it has "
             f"{', '.join(known)}"
         )
     return settings.splits
 
 
-def _outside(path: Path) -> Iterator[Utterance]:
+def _outside(path: Location) -> Iterator[Utterance]:
     """A file's utterances: a manifest's, which starts with a brace, or a text's lines."""
     with path.open("rb") as stream:
         lines = (line.removeprefix(codecs.BOM_UTF8).strip() for line in stream)
@@ -239,7 +240,7 @@ def _report(source: Artifact, used: int, rejected: int, listed: Path) -> None:
     if more := rejected - len(named):
         named.append(f"and {more} more")
     if not used:
-        raise ValueError(f"nothing of {source.path} can be used: {'; '.join(named)}")
+        raise ValueError(f"nothing of {source.place} can be used: {'; '.join(named)}")
     for line in named:
         stage.console.print(f"  left out: {line}", markup=False)
 
@@ -248,11 +249,11 @@ def _empty(source: Artifact, settings: DatastoreConfig) -> str:
     """What is said of a source that has nothing to build a datastore of."""
     if source.kind == "outside":
         domain = "" if settings.domain is None else f" of domain {settings.domain}"
-        return f"{source.path}: holds no text{domain} to build a datastore of"
+        return f"{source.place}: holds no text{domain} to build a datastore of"
     wanted = f"splits {', '.join(settings.splits)}, audio {settings.audio}"
     if settings.domain is not None:
         wanted += f", domain {settings.domain}"
-    return f"{source.path}: has no utterance to build a datastore of ({wanted})"
+    return f"{source.place}: has no utterance to build a datastore of ({wanted})"
 
 
 def _index(directory: Path, settings: Index, seed: int, num_cpus: float) -> int:

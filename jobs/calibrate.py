@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +33,7 @@ from mmrag.records import Rejection, Utterance, Word
 from mmrag.score import align, word_error_rate
 from mmrag.speech import audio, vad
 from mmrag.speech.audio import AudioError
+from mmrag.storage import Location, located
 from mmrag.text import spoken
 from mmrag.transcribe import recognise, words
 
@@ -45,7 +45,7 @@ CLIPS = 300
 class Recordings(NamedTuple):
     """A manifest, or what is of some domains in it."""
 
-    path: Path
+    path: Location
     domains: frozenset[str] = frozenset()
     """Empty for all of them."""
 
@@ -182,7 +182,7 @@ def _named(text: str) -> tuple[str, Recordings]:
     path, at, domains = rest.partition("@")
     if not (name and equals and path) or (at and not domains):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=MANIFEST[@DOMAIN,…]")
-    return name, Recordings(Path(path), frozenset(filter(None, domains.split(","))))
+    return name, Recordings(located(path), frozenset(filter(None, domains.split(","))))
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from jobs import models, stage
 from jobs.evaluation_tables import show, write
 from jobs.models import Models
 from jobs.transcripts import Transcripts
+from mmrag import artifact
 from mmrag.artifact import Artifact, Draft, nothing
 from mmrag.config import (
     KNN,
@@ -53,6 +54,7 @@ from mmrag.score import (
     word_counts,
 )
 from mmrag.speech.tokenized import Tokenized
+from mmrag.storage import Location
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ def _ways(experiment: Experiment, heard_by: Models) -> list[EvaluationMode]:
         for datastore in experiment.evaluate.datastores:
             made = stage.load(experiment, f"datastores/{datastore}", "datastore", "build_datastore")
             made.require(heard_by.role, heard_by.made)
-            silent = Datastore.open(made.path).description.audio == "none"
+            silent = Datastore.open(made.place).description.audio == "none"
             if name == "knn" or not silent:  # the adapter reads what was heard
                 knn, read = _settings(experiment, made, name)
                 ways.append(EvaluationMode(name, datastore, made, knn, read))
@@ -260,7 +262,7 @@ def _lists(experiment: Experiment, made: Artifact) -> PhraseLists | None:
 def _shards(experiment: Experiment, ways: Sequence[EvaluationMode]) -> list[Demand]:
     """The shard actors that stand beside the workers."""
     settings = experiment.evaluate
-    count = sum(len(saved_shards(path)) for path in _datastores(ways))
+    count = sum(len(saved_shards(artifact.local(place))) for place in _datastores(ways))
     if settings.retriever != "sharded" or not count:
         return []
     actors = count * settings.replicas
@@ -269,41 +271,41 @@ def _shards(experiment: Experiment, ways: Sequence[EvaluationMode]) -> list[Dema
     return [Demand(SHARD_CPUS, actors, *each, lower=lower)]
 
 
-def _datastores(ways: Sequence[EvaluationMode]) -> list[Path]:
+def _datastores(ways: Sequence[EvaluationMode]) -> list[Location]:
     """Each datastore once, however many ways use it."""
-    return list(dict.fromkeys(way.artifact.path for way in ways if way.artifact is not None))
+    return list(dict.fromkeys(way.artifact.place for way in ways if way.artifact is not None))
 
 
 def _sources(
     experiment: Experiment, ways: Sequence[EvaluationMode], serving: ExitStack
-) -> dict[Path, Retriever | Path]:
+) -> dict[Location, Retriever | Location]:
     """What the ways search, by datastore: its shards' actors, which `serving` stops, or itself."""
     settings = experiment.evaluate
-    sources: dict[Path, Retriever | Path] = {path: path for path in _datastores(ways)}
+    sources: dict[Location, Retriever | Location] = {one: one for one in _datastores(ways)}
     if settings.retriever == "sharded":
-        for path in sources:
+        for place in sources:
             local = experiment.datastore.local
             served = serve_shards(
-                path,
+                place,
                 settings.replicas,
                 settings.shard_cpus,
                 num_gpus=settings.shard_gpus,
                 local=local,
             )
             serving.callback(served.close)
-            sources[path] = served
+            sources[place] = served
     return sources
 
 
 def _mode(
-    way: EvaluationMode, lists: PhraseLists | None, sources: Mapping[Path, Retriever | Path]
+    way: EvaluationMode, lists: PhraseLists | None, sources: Mapping[Location, Retriever | Location]
 ) -> modes.Mode:
     """What a worker opens."""
     if way.artifact is None:
         return modes.NoRetrieval()
     if lists is not None:
-        return modes.phrase_mode(way.artifact.path, way.knn, way.attention, lists)
-    return modes.retrieval_mode(sources[way.artifact.path], way.knn, way.attention)
+        return modes.phrase_mode(way.artifact.place, way.knn, way.attention, lists)
+    return modes.retrieval_mode(sources[way.artifact.place], way.knn, way.attention)
 
 
 def _score(

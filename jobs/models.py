@@ -73,7 +73,7 @@ def named(experiment: Experiment) -> Models:
             name=str(experiment.workspace),
             inputs={"lm": lm, "codebook": codebook},
             width=experiment.lm.width,
-            vocabulary=Vocabulary.load(lm.path),
+            vocabulary=Vocabulary.load(lm.place),
         )
     if not is_whisper(experiment.models):
         raise ConfigError(

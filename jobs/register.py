@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from cluster import tracking
@@ -13,6 +15,7 @@ from mmrag.artifact import Artifact
 from mmrag.config import Experiment, read
 from mmrag.decoding.tune import DEFAULTS
 from mmrag.recogniser import CALIBRATION
+from mmrag.storage import Location
 
 NAME = "mmrag"
 
@@ -56,14 +59,28 @@ def _belonging(experiment: Experiment, models: str | None) -> dict[str, Artifact
     for kind in ("adapter", CALIBRATION):
         if kind in made:
             made[kind].require("lm", made["lm"])
-    settings = sorted((directory / "tuned").glob("[!.]*"))  # dotted: a stage's scratch
-    for place in [*settings, *directory.glob(DEFAULTS)]:
+    for place in _tuned(directory):
         tuned = artifact.load(place, "tuned")
         tuned.require("lm", made["lm"])
         if "adapter" in tuned.inputs and "adapter" in made:
             tuned.require("adapter", made["adapter"])
         made[str(place.relative_to(directory))] = tuned
     return made
+
+
+def _tuned(directory: Location) -> Iterator[Location]:
+    """Where what was tuned lies; a name with a dot is a stage's scratch."""
+    root = directory / "tuned"
+    if isinstance(root, Path):
+        yield from sorted(root.glob("[!.]*"))
+    else:
+        yield from sorted((root / name).parent for name in root.listing()[0] if _described(name))
+    if (directory / DEFAULTS).exists():
+        yield directory / DEFAULTS
+
+
+def _described(name: str) -> bool:
+    return re.fullmatch(rf"[^./][^/]*/{re.escape(artifact.FILE)}", name) is not None
 
 
 def main() -> None:

@@ -32,8 +32,8 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
 
     def work(draft: Draft, tracked: Run) -> None:
         search = {
-            "lm": lm.path,
-            "datastore": store.path,
+            "lm": lm.place,
+            "datastore": store.place,
             "k": experiment.attention.k,
             "directory": draft.path,
         }

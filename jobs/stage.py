@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import ray
 from pydantic import ValidationError
 from ray.exceptions import RayTaskError
 from rich.console import Console
 
 from cluster import tracking
 from cluster.connection import connection
-from mmrag import artifact, shipped, terminal
+from mmrag import artifact, cached, shipped, terminal
 from mmrag.artifact import Artifact, ArtifactError, Draft
-from mmrag.config import Experiment, Recipe, read
+from mmrag.config import ConfigError, Experiment, Recipe, read
 from mmrag.retrieval.segment import DatastoreError
+from mmrag.storage import Url
 
 CONFIGS = Path(__file__).parent / "configs"
 EXPLAINED = (ArtifactError, DatastoreError, ValueError, OSError, ImportError)
@@ -103,6 +106,7 @@ def make(
     `config`, `bulk`, `logs` and `holds` are as in `artifact.create`.
     """
     path, made_by = experiment.workspace / directory, Recipe.of(config)
+    _reachable(experiment)
     if not force:
         if done := artifact.finished(path, kind, made_by, inputs):
             console.print(f"[dim]{directory}: nothing to do, {path} is finished[/dim]")
@@ -139,6 +143,18 @@ def _announce(directory: str, path: Path, draft: Draft, run: tracking.Run) -> No
         console.print(
             f"{directory}: MLflow run {run.gone} is no longer there; run {run.id} takes its place"
         )
+
+
+def _reachable(experiment: Experiment) -> None:
+    """Every machine has to see what its workers write; ConfigError where they would not."""
+    if isinstance(experiment.workspace, Url) and cached.DRAFTS not in os.environ:
+        machines = sum(node["Alive"] for node in ray.nodes()) if ray.is_initialized() else 1
+        if machines > 1:
+            raise ConfigError(
+                f"workspace {experiment.workspace}: its outputs are made on disk first, and this "
+                f"cluster has {machines} machines: set {cached.DRAFTS} to a directory that all of "
+                "them see, here and where Ray is started"
+            )
 
 
 def load(experiment: Experiment, directory: str, kind: str, made_by: str) -> Artifact:

@@ -20,6 +20,7 @@ from mmrag.corpora.recordings import Rerecorded
 from mmrag.corpora.synthetic import SPLITS, Planned, plan
 from mmrag.corpora.voices import kokoro
 from mmrag.records import Rejection, Utterance
+from mmrag.storage import located
 
 PART_UTTERANCES = 64
 SPLITS_RECORDED = ("lm", "dev", "test")
@@ -148,7 +149,7 @@ def _planned(
     if settings.sentences:
         rejected += sentences.left_out(settings.sentences.files)
     if settings.recordings:
-        manifests = {split: Path(path) for split, path in _manifests(settings).items()}
+        manifests = {split: located(path) for split, path in _manifests(settings).items()}
         for split, one in recordings.plan(manifests, settings.recordings.copies, seed):
             if isinstance(one, Rejection):
                 rejected.append(one)
@@ -166,7 +167,7 @@ def _manifests(settings: Synthesize) -> dict[str, str]:
 def _inputs(settings: Synthesize) -> dict[str, Artifact]:
     """The files that the corpus is made from."""
     texts = settings.sentences.files if settings.sentences else ()
-    named = {f"sentences/{Path(path).stem}": path for path in texts}
+    named = {f"sentences/{located(path).stem}": path for path in texts}
     named |= {f"recordings/{split}": path for split, path in _manifests(settings).items()}
     return {role: artifact.outside(path) for role, path in named.items()}
 

@@ -44,6 +44,7 @@ from mmrag.speech import audio
 from mmrag.speech.audio import AudioError
 from mmrag.speech.hubert import HubertEncoder
 from mmrag.speech.units import Codebook, information_of
+from mmrag.storage import Location
 
 CORPUS_SPLITS = ("lm", "text", "adapter", "datastore", "dev", "test")
 WORKERS = "tokenize.workers"
@@ -64,11 +65,11 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     codebook = _codebook(experiment, hubert, source, splits, force)
 
     def work(draft: Draft, tracked: Run) -> None:
-        encoder = HubertEncoder.load(hubert.path)
+        encoder = HubertEncoder.load(hubert.place)
         frames = Frames(encoder.field, encoder.hop)
         counted = {split: Counted() for split in splits}
         for answer in work_off(
-            operators(settings, hubert.path, codebook.path, draft.path, frames),
+            operators(settings, hubert.place, codebook.place, draft.path, frames),
             CutSplits(splits, settings.part_seconds),
             settings.workers,
             "units",
@@ -117,13 +118,13 @@ def opened(experiment: Experiment) -> tuple[Artifact, Splits, dict[str, list[str
     lists: dict[str, list[str]] = {}
     if settings.source is None:
         source = stage.load(experiment, "corpus", "corpus", "synthesize")
-        splits = {name: Listing(source.path / f"{name}.jsonl") for name in CORPUS_SPLITS}
+        splits = {name: Listing(source.place / f"{name}.jsonl") for name in CORPUS_SPLITS}
     elif sources.named(settings.source):
         corpus = sources.read(settings.source, experiment.workspace / "sources")
         source, splits, lists = corpus.artifact, corpus.splits, corpus.phrases
     else:
         source = artifact.outside(settings.source)
-        splits = _splits(source.path)
+        splits = _splits(source.place)
     _check(experiment, source, splits)
     return source, splits, lists
 
@@ -142,14 +143,14 @@ def _check(experiment: Experiment, source: Artifact, splits: Splits) -> None:
             if rejected:
                 raise nothing(experiment, split, _rejections(rows))
     if empty:
-        raise ValueError(f"{printable(source.path)}: holds no utterance")
+        raise ValueError(f"{printable(source.place)}: holds no utterance")
 
 
 @dataclass(frozen=True)
 class Listing:
     """A manifest's utterances and its unreadable lines, or the audio files of a directory."""
 
-    path: Path
+    path: Location
 
     def __post_init__(self) -> None:
         """Raises ManifestError or AudioError for what is not there."""
@@ -223,16 +224,16 @@ def _codebook(
         drawing = _sample.remote(rows, settings.sample_seconds, experiment.seed)
         sample: list[Utterance] = ray.get(drawing)
         shares = parts(sample, stated_seconds, settings.batch_seconds)
-        encode = (EncodeFeatures, {"hubert": hubert.path, "settings": settings})
+        encode = (EncodeFeatures, {"hubert": hubert.place, "settings": settings})
         workers = settings.workers
         answers = work_off([encode], shares, workers, "codebook", WORKERS, ordered=True)
         read = [one for one in answers if len(one)]
         if not read:
             why = "; ".join(_reasons(sample)) or "there is none"
-            where = printable(source.path)
+            where = printable(source.place)
             raise AudioError(f"{where}: no audio that could be read, to fit a codebook on: {why}")
         features = np.concatenate(read)
-        frame_seconds = HubertEncoder.load(hubert.path).frame_seconds
+        frame_seconds = HubertEncoder.load(hubert.place).frame_seconds
         book = Codebook.fit(features, settings.units, experiment.seed, frame_seconds)
         book.save(draft.path)
         draft.summary |= {"units": len(book), "frames_seen": len(features)}
@@ -250,7 +251,7 @@ def _codebook(
     )
 
 
-def _splits(path: Path) -> Splits:
+def _splits(path: Location) -> Splits:
     """A directory's manifests `<split>.jsonl`; a source without them is one split, `all`."""
     manifests = {name: path / f"{name}.jsonl" for name in CORPUS_SPLITS}
     named = {name: Listing(file) for name, file in manifests.items() if file.is_file()}
@@ -283,7 +284,7 @@ def _rejections(rows: Rows) -> Iterator[Rejection]:
 
 def aside(experiment: Experiment) -> Path:
     """Where what was rejected is listed when there is no output to hold the list."""
-    return experiment.workspace / f"{experiment.tokenize.name}.rejected.jsonl"
+    return artifact.made_at(experiment.workspace / f"{experiment.tokenize.name}.rejected.jsonl")
 
 
 def _shown(rejection: Rejection) -> str:

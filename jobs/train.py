@@ -25,6 +25,7 @@ from mmrag.model.vocabulary import BasePieces, SentencePieces, Vocabulary, sampl
 from mmrag.retrieval.datastore import Datastore
 from mmrag.speech import tokenized
 from mmrag.speech.units import Codebook
+from mmrag.storage import Location
 
 SPLITS = ("lm", "text")
 
@@ -42,7 +43,7 @@ def _lm(experiment: Experiment, force: bool) -> Artifact:
     settings = experiment.train
     if settings.base:
         _check_base(experiment, codebook)
-    splits = [made.path / split for split in SPLITS if (made.path / split).exists()]
+    splits = [made.place / split for split in SPLITS if (made.place / split).exists()]
     config = recipe(
         {
             "seed": experiment.seed,
@@ -54,7 +55,7 @@ def _lm(experiment: Experiment, force: bool) -> Artifact:
 
     def work(draft: Draft, tracked: Run) -> None:
         if not (draft.path / Vocabulary.FILE).exists():
-            _vocabulary(experiment, splits, len(Codebook.load(codebook.path))).save(draft.path)
+            _vocabulary(experiment, splits, len(Codebook.load(codebook.place))).save(draft.path)
         vocabulary = Vocabulary.load(draft.path)
         parameters = parameter_count(experiment.lm, vocabulary.size)
         stage.console.print(
@@ -87,7 +88,7 @@ def _adapter(experiment: Experiment, force: bool) -> Artifact:
         store = stage.load(experiment, f"datastores/{name}", "datastore", "build_datastore")
         store.require("lm", lm)
         inputs[f"datastore {name}"] = store
-        window = Datastore.open(store.path).description.window
+        window = Datastore.open(store.place).description.window
         if window > experiment.adapter.shape.window:
             raise ConfigError(
                 f"adapter.shape.window {experiment.adapter.shape.window}: the windows of datastore "
@@ -107,10 +108,10 @@ def _adapter(experiment: Experiment, force: bool) -> Artifact:
             f"  {parameters / 1e6:.1f} M parameters of an adapter, {_workers(settings)}, "
             f"ZeRO-{settings.zero_stage}"
         )
-        splits = [made.path / contexts.split]
-        packed = pack(splits, lm.path, draft.path)
-        _report_unspeakable(Packed(packed, Vocabulary.load(lm.path)))
-        fit(experiment, splits, draft.path, _log(settings, tracked), lm.path)
+        splits = [made.place / contexts.split]
+        packed = pack(splits, lm.place, draft.path)
+        _report_unspeakable(Packed(packed, Vocabulary.load(lm.place)))
+        fit(experiment, splits, draft.path, _log(settings, tracked), lm.place)
         draft.summary |= _counts(draft.path, parameters, settings)
 
     return stage.make(
@@ -192,7 +193,7 @@ def _check_base(experiment: Experiment, codebook: Artifact) -> None:
         raise ConfigError(f"train.base {base} needs its own word pieces: vocabulary.tokenizer")
 
 
-def _vocabulary(experiment: Experiment, splits: list[Path], units: int) -> Vocabulary:
+def _vocabulary(experiment: Experiment, splits: list[Location], units: int) -> Vocabulary:
     settings, base = experiment.vocabulary, experiment.train.base
     if base and base.startswith(shipped.PREFIX):
         return Vocabulary.load(shipped.find(base) / "lm")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import ray
@@ -40,6 +39,7 @@ from mmrag.recogniser import load_decoder
 from mmrag.retrieval.datastore import Datastore
 from mmrag.score import word_error_rate
 from mmrag.speech.tokenized import Tokenized
+from mmrag.storage import Location
 
 SPLIT = "dev"
 Setting = TypeVar("Setting", KNN, RetrievedAttention)
@@ -64,7 +64,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         decoy.require(heard_by.role, heard_by.made)
         inputs["decoy"] = decoy
     reads = ()
-    heard = Datastore.open(store.path).description.audio != "none"
+    heard = Datastore.open(store.place).description.audio != "none"
     if experiment.tune.attention and heard and heard_by.own:
         inputs["adapter"] = stage.load(experiment, "adapter", "adapter", "train")
         inputs["adapter"].require("lm", heard_by.made)
@@ -75,7 +75,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         workers = experiment.evaluate.workers
         scoring = _score.options(num_cpus=workers.num_cpus, num_gpus=workers.num_gpus)
         with placing(Demand.of("evaluate.workers", workers, count=1)):
-            scored = ray.get(scoring.remote(experiment, heard_by.name, store.path, spoken))
+            scored = ray.get(scoring.remote(experiment, heard_by.name, store.place, spoken))
         first = spoken[: experiment.tune.utterances]
         bench = _Bench(experiment, heard_by, store, decoy, first)
 
@@ -95,7 +95,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
             weights = experiment.tune.both_weight or (knn.settings.weight,)
             beside = [knn.settings.model_copy(update={"weight": weight}) for weight in weights]
 
-            def together(source: Path, settings: KNN) -> Mode:
+            def together(source: Location, settings: KNN) -> Mode:
                 return retrieval_mode(source, settings, read.settings)
 
             decoded |= bench.decode({BOTH: [(one, together) for one in beside]})
@@ -137,23 +137,24 @@ class _Bench:
     ) -> None:
         self._experiment = experiment
         self._heard_by = heard_by
-        self._sources = {"right": store.path} | ({"decoy": decoy.path} if decoy else {})
+        self._sources = {"right": store.place} | ({"decoy": decoy.place} if decoy else {})
         self._spoken = spoken
         self._plain: float | None = None
         """The word error rate without retrieval, once it is known."""
 
     def decode(
-        self, candidates: Mapping[str, Sequence[tuple[Setting, Callable[[Path, Setting], Mode]]]]
+        self,
+        candidates: Mapping[str, Sequence[tuple[Setting, Callable[[Location, Setting], Mode]]]],
     ) -> dict[str, list[Decoded]]:
         """The word error rates of each setting, all of them decoded by the same workers.
 
         `candidates` are settings with the mode that they are of, under the file they are for.
         """
         modes = {
-            f"{file} {role} {number}": mode(path, one)
+            f"{file} {role} {number}": mode(place, one)
             for file, settings in candidates.items()
             for number, (one, mode) in enumerate(settings)
-            for role, path in self._sources.items()
+            for role, place in self._sources.items()
         }
         if self._plain is None:
             modes["plain"] = NoRetrieval()
@@ -202,7 +203,7 @@ class _Bench:
 
 @ray.remote
 def _score(
-    experiment: Experiment, heard_by: str, store: Path, spoken: list[Tokenized]
+    experiment: Experiment, heard_by: str, store: Location, spoken: list[Tokenized]
 ) -> list[Scored]:
     loaded = load_decoder(heard_by, device(), experiment.language)
     shares = parts(spoken, seconds, experiment.decode.batch_seconds)
@@ -211,7 +212,7 @@ def _score(
     return score_grid(loaded.lm, loaded.vocabulary, batches, open_locally(store), grid)
 
 
-def _grid(experiment: Experiment, store: Path) -> Tune:
+def _grid(experiment: Experiment, store: Location) -> Tune:
     """The grid; what was keyed with speech is asked with speech alone."""
     if Datastore.open(store).description.audio == "none":
         return experiment.tune

@@ -2,8 +2,9 @@
 
 `artifact.json` says what a directory holds (`kind`, `schema`), from which configuration and which
 inputs it was made, and its `fingerprint`: a digest of its contents that later stages record.
-What is unfinished is never deleted but by force, and what counts has reached the disk. Nothing
-here knows what the stages do.
+What is unfinished is never deleted but by force, and what counts has reached the disk. One that is
+to lie at a URL is made on this machine's disk and then copied, its `artifact.json` last; it is read
+through a copy (`mmrag.cached`). Nothing here knows what the stages do.
 """
 
 from __future__ import annotations
@@ -12,21 +13,26 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmrag import cached
 from mmrag.config.section import Recipe
+from mmrag.differing import differing, plain
 from mmrag.durable import sync, sync_tree, write_text
 from mmrag.folders import printable, walk
+from mmrag.storage import Location, Url, located, upload
 
 FILE = "artifact.json"
 PLAN = ".plan.json"
 RECORDED = ".recorded.json"
 """In a draft: where its making is recorded, for whoever goes on with it. No work that is lost."""
 SCHEMA = 1
+UNSAID = (((), ()), ((), ("metrics.jsonl",)), (("audio/",), ()))
+"""`bulk` and `logs` of artifacts whose description does not tell them yet."""
 
 
 class ArtifactError(RuntimeError):
@@ -35,9 +41,10 @@ class ArtifactError(RuntimeError):
 
 @dataclass(frozen=True)
 class Artifact:
-    """A finished directory. `path` is absolute."""
+    """A finished directory, or a user's own file or directory (`outside`)."""
 
-    path: Path
+    place: Location
+    """Where it lies; absolute. Workers are told this, and find their own way to it (`local`)."""
     kind: str
     fingerprint: str
     config: dict[str, Any]
@@ -48,14 +55,38 @@ class Artifact:
     operation: dict[str, Any] = field(default_factory=dict)
     """How it was made: settings that are no part of what it is."""
     schema: int = SCHEMA
+    bulk: Sequence[str] = ()
+    logs: Sequence[str] = ()
+    """What of it entered the fingerprint by size alone, and what not at all, as in `create`."""
+
+    @property
+    def path(self) -> Path:
+        """Its directory on this machine's disk; of one at a URL a copy, fetched if need be.
+
+        Raises ArtifactError if the files are not those that were fingerprinted, StorageError.
+        """
+        if isinstance(self.place, Path):
+            return self.place
+        return cached.copy(self.place, f"{self.place.name}-{self.fingerprint}", self._check)
+
+    def _check(self, directory: Path) -> None:
+        identity = {each: getattr(self, each) for each in ("schema", "kind", "config", "inputs")}
+        told = (tuple(self.bulk), tuple(self.logs))
+        for bulk, logs in UNSAID if told == ((), ()) else (told,):
+            if fingerprint(directory, identity, bulk, logs) == self.fingerprint:
+                return
+        raise ArtifactError(
+            f"{self.place} is damaged: its files are not those of {self.kind} {self.fingerprint}. "
+            "If somebody is replacing it just now, try again; else upload it or make it again."
+        )
 
     def require(self, role: str, other: Artifact) -> None:
         """Check that `other` is the very input that this artifact was made from."""
         expected = self.inputs.get(role)
         if expected != other.fingerprint:
             raise ArtifactError(
-                f"{self.path} was made with {role} {expected}, "
-                f"but {other.path} is {role} {other.fingerprint}"
+                f"{self.place} was made with {role} {expected}, "
+                f"but {other.place} is {role} {other.fingerprint}"
             )
 
 
@@ -110,14 +141,17 @@ def counted(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def load(path: Path | str, kind: str) -> Artifact:
-    """Read `path/artifact.json`; raise ArtifactError if it is not a finished `kind`."""
-    path = Path(path).absolute()
-    if _aside(path, "old").exists():
+def load(path: Location | str, kind: str) -> Artifact:
+    """Read `path/artifact.json`; raise ArtifactError if it is not a finished `kind`.
+
+    The files of one at a URL are fetched when its `path` is asked for.
+    """
+    path = located(path).absolute()
+    if isinstance(path, Path) and _aside(path, "old").exists():
         with suppress(ArtifactError), _lock(path):  # whoever is writing now recovers by itself
             _recover(path)
     try:
-        fields = json.loads((path / FILE).read_text(encoding="utf-8"))
+        fields = json.loads((path / FILE).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         hint = "it holds no artifact.json" if path.is_dir() else "no such directory"
         raise ArtifactError(f"{path} is not a finished {kind}: {hint}") from None
@@ -132,13 +166,32 @@ def load(path: Path | str, kind: str) -> Artifact:
     if fields.get("kind") != kind:
         raise ArtifactError(f"{path} is a {fields.get('kind')}, not a {kind}")
     try:
-        return Artifact(path=path, **fields)
+        return Artifact(path, **fields)
     except TypeError as error:
         raise ArtifactError(f"{path / FILE} lacks a field or has one too many: {error}") from None
 
 
+def local(place: Location | str) -> Path:
+    """`place` on this machine's disk: itself, or of what lies at a URL a copy.
+
+    What is copied is the artifact that it is, or is a part of; or else the folder, which is known
+    by the names and sizes of its files. Raises ArtifactError if there is neither, StorageError.
+    """
+    place = folder = located(place)
+    if isinstance(place, Path):
+        return place
+    while folder != folder.parent:
+        if (folder / FILE).exists():
+            kind = json.loads((folder / FILE).read_bytes())["kind"]
+            return load(folder, kind).path / place.relative_to(folder)
+        folder = folder.parent
+    if not place.is_dir():
+        raise ArtifactError(f"{place}: there is no such directory")
+    return cached.copy(place, f"{place.name}-{outside(place).fingerprint}", lambda directory: None)
+
+
 def finished(
-    path: Path | str,
+    path: Location | str,
     kind: str,
     config: Recipe | Mapping[str, Any],
     inputs: Mapping[str, Artifact],
@@ -147,21 +200,27 @@ def finished(
 
     Raises ArtifactError, naming what differs, if it was made from something else.
     """
-    path = Path(path).absolute()
-    if not path.exists() and not _aside(path, "old").exists():
+    path = located(path).absolute()
+    if isinstance(path, Url):
+        if not (path / FILE).exists():
+            waiting = finished(cached.draft_place(path), kind, config, inputs)
+            if waiting is None:
+                return None
+            _publish(waiting, path)  # it was made, and its copying was stopped
+    elif not path.exists() and not _aside(path, "old").exists():
         return None
     made, recipe = load(path, kind), Recipe.of(config)
     before = {"config": made.config, "inputs": made.inputs}
-    if differing := _differing(before, recipe, _fingerprints(inputs)):
+    if found := differing(before, recipe, _fingerprints(inputs)):
         raise ArtifactError(
-            f"{path} was made from something else: {'; '.join(differing)}. Use --force to make it "
+            f"{path} was made from something else: {'; '.join(found)}. Use --force to make it "
             f"again, which throws this {kind} away, or another workspace to keep both."
         )
     return made
 
 
 def resumable(
-    path: Path | str,
+    path: Location | str,
     kind: str,
     config: Recipe | Mapping[str, Any],
     inputs: Mapping[str, Artifact],
@@ -171,27 +230,34 @@ def resumable(
 
     Raises ArtifactError, naming what differs and what is at stake, if what it holds does not.
     """
-    draft, recipe = _aside(Path(path).absolute(), "partial"), Recipe.of(config)
+    draft, recipe = _aside(made_at(path), "partial"), Recipe.of(config)
     held = holds(draft) if draft.exists() else None
     try:
         plan = json.loads((draft / PLAN).read_text())
-        differing = _differing(plan, recipe, _fingerprints(inputs), draft=held or Held("", False))
+        laid_out = held is not None and held.laid_out
+        found = differing(plan, recipe, _fingerprints(inputs), draft=True, laid_out=laid_out)
         if plan["schema"] != SCHEMA:
-            differing.append(f"schema was {plan['schema']} and is now {SCHEMA}")
+            found.append(f"schema was {plan['schema']} and is now {SCHEMA}")
     except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
-        differing = [f"{PLAN}, which says from what, cannot be read"]
-    if held is not None and differing:
+        found = [f"{PLAN}, which says from what, cannot be read"]
+    if held is not None and found:
         raise ArtifactError(
-            f"{draft} is an unfinished {kind} made from something else: {'; '.join(differing)}. "
+            f"{draft} is an unfinished {kind} made from something else: {'; '.join(found)}. "
             "Put that back to go on with it, or choose another workspace to keep both; --force "
             f"throws away {held.what} in {draft}."
         )
-    return not differing
+    return not found
+
+
+def made_at(path: Location | str) -> Path:
+    """Where what is to lie at `path` is made: just there, or on this machine if that is a URL."""
+    place = located(path).absolute()
+    return cached.draft_place(place) if isinstance(place, Url) else place
 
 
 @contextmanager
 def create(
-    path: Path | str,
+    path: Location | str,
     kind: str,
     config: Recipe | Mapping[str, Any],
     inputs: Mapping[str, Artifact],
@@ -210,17 +276,18 @@ def create(
     size alone, those starting with one of `logs` not at all, and those starting with a dot, at any
     depth, are scratch: they are removed before the rename. Everything is on the disk before the
     rename. If the body raises, the draft stays and the old artifact with it; an OSError that names
-    no file (a full disk does not) then names the draft.
+    no file (a full disk does not) then names the draft. For a URL all this happens where
+    `cached.draft_place` says, and the finished artifact is then copied to the URL.
     """
-    path, recipe = Path(path).absolute(), Recipe.of(config)
+    place, path, recipe = located(path), made_at(path), Recipe.of(config)
     path.parent.mkdir(parents=True, exist_ok=True)
     identity = {
         "schema": SCHEMA,
         "kind": kind,
-        "config": _plain(recipe.identity),
+        "config": plain(recipe.identity),
         "inputs": _fingerprints(inputs),
     }
-    wanted = {**identity, "operation": _plain(recipe.operation)}
+    wanted = {**identity, "operation": plain(recipe.operation)}
     with _lock(path), _naming(path):
         _recover(path)
         resumed = not force and resumable(path, kind, recipe, inputs, holds)
@@ -233,41 +300,48 @@ def create(
                 scratch.unlink(missing_ok=True)  # gone with its directory
         digest = fingerprint(draft.path, identity, bulk, logs)
         fields = {**wanted, "fingerprint": digest, "summary": draft.summary}
+        fields |= {name: told for name, told in (("bulk", bulk), ("logs", logs)) if told}
         write_json(draft.path / FILE, fields)
         sync_tree(draft.path)
         _replace(draft.path, path)
+        if isinstance(place, Url):
+            _publish(load(path, kind), place)
 
 
-def adopt(source: Path | str, path: Path | str, kind: str) -> Artifact:
+def adopt(source: Location | str, path: Location | str, kind: str) -> Artifact:
     """Copy the finished artifact `source` to `path`, whole or not at all, fingerprint and all.
 
     Raises ArtifactError if `path` holds anything but that very artifact already.
     """
-    original, path = load(source, kind), Path(path).absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(path), _naming(path):
-        _recover(path)
-        if not path.exists():
-            aside = _aside(path, "partial")
-            shutil.rmtree(aside, ignore_errors=True)
-            shutil.copytree(original.path, aside)
-            sync_tree(aside)
-            aside.rename(path)
-            sync(path.parent)
+    original, path = load(source, kind), located(path).absolute()
+    if isinstance(path, Url):
+        if not (path / FILE).exists():
+            _copy_to(original.path, path)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(path), _naming(path):
+            _recover(path)
+            if not path.exists():
+                aside = _aside(path, "partial")
+                shutil.rmtree(aside, ignore_errors=True)
+                shutil.copytree(original.path, aside)
+                sync_tree(aside)
+                aside.rename(path)
+                sync(path.parent)
     found = load(path, kind)
     if found.fingerprint != original.fingerprint:
         raise ArtifactError(
-            f"{path} is {kind} {found.fingerprint}, not {original.fingerprint} of {original.path}. "
-            "Remove it to use that one, or choose another workspace."
+            f"{path} is {kind} {found.fingerprint}, not {original.fingerprint} of "
+            f"{original.place}. Remove it to use that one, or choose another workspace."
         )
     return found
 
 
-def outside(path: Path | str) -> Artifact:
+def outside(path: Location | str) -> Artifact:
     """A user's own file or directory as an input: a file by its contents, a directory by the
     names and sizes of its files, those behind links to folders among them. ArtifactError if there
     is no such thing."""
-    path = Path(path).absolute()
+    path = located(path).absolute()
     try:
         is_file, is_directory = path.is_file(), path.is_dir()
     except OSError as error:
@@ -276,15 +350,18 @@ def outside(path: Path | str) -> Artifact:
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
     elif is_directory:
-        files = sorted(
-            (printable(one.relative_to(path)), _size(one))
-            for one in walk(path)
-            if isinstance(one, Path)  # what cannot be listed has no files to know it by
-        )
+        files = sorted(path.listing()[0].items() if isinstance(path, Url) else _listed(path))
         digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
     else:
         raise ArtifactError(f"no such file or directory: {printable(path)}")
     return Artifact(path, "outside", digest[:16], config={}, inputs={})
+
+
+def _listed(directory: Path) -> Iterator[tuple[str, int]]:
+    """Names and sizes of the files below a directory; what cannot be listed has none to know."""
+    for one in walk(directory):
+        if isinstance(one, Path):
+            yield printable(one.relative_to(directory)), _size(one)
 
 
 def _size(path: Path) -> int:
@@ -319,62 +396,8 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` as JSON gives it back, so that a tuple equals the list it was written as."""
-    return json.loads(json.dumps(dict(config)))
-
-
 def _fingerprints(inputs: Mapping[str, Artifact]) -> dict[str, str]:
     return {name: made.fingerprint for name, made in inputs.items()}
-
-
-def _differing(
-    before: Mapping[str, Any],
-    recipe: Recipe,
-    inputs: Mapping[str, str],
-    draft: Held | None = None,
-) -> list[str]:
-    """What was recorded before and is not so now, a sentence for each key and each input.
-
-    A key that is operation now may have been recorded as any other, and does not differ; one that
-    there was not yet was as its default. Of a `draft`, corrections do not differ, and the layout
-    does if what is held was laid out by it.
-    """
-    recorded = dict(_flat(before["config"]))
-    now, operation = dict(_flat(_plain(recipe.identity))), dict(_flat(_plain(recipe.operation)))
-    passed = recipe.corrections if draft else frozenset()
-    recorded = {name: recipe.defaults.get(name) for name in now} | recorded
-    names = ({*recorded, *now} - operation.keys()) - passed
-    if draft is not None and draft.laid_out:
-        recorded |= dict(_flat(before.get("operation", {})))
-        now |= operation
-        names |= recipe.layout & recorded.keys()
-    differing = [
-        f"{name} was {recorded.get(name)!r} and is now {now.get(name)!r}"
-        for name in sorted(names)
-        if _given(recorded.get(name)) != _given(now.get(name))
-    ]
-    used = before["inputs"]
-    differing += [
-        f"input {name} was {used.get(name)} and is now {inputs.get(name)}"
-        for name in sorted({*used, *inputs})
-        if used.get(name) != inputs.get(name)
-    ]
-    return differing
-
-
-def _given(value: Any) -> Any:
-    """A key that was not known yet is as one of which nothing is said."""
-    return None if value in ([], {}) else value
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested values by dotted name; what is empty stays as it is."""
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _open_draft(path: Path, wanted: Mapping[str, Any], resumed: bool, holds: Contents) -> Draft:
@@ -402,6 +425,23 @@ def _replace(draft: Path, path: Path) -> None:
     sync(path.parent)
     if old.exists():
         shutil.rmtree(old)
+
+
+def _publish(made: Artifact, url: Url) -> None:
+    """Copy what was made here to where it belongs; what was made becomes this machine's copy."""
+    _copy_to(made.path, url)
+    cached.adopt(made.path, f"{url.name}-{made.fingerprint}")
+
+
+def _copy_to(directory: Path, url: Url) -> None:
+    """Without its description a directory is nothing: that goes first, and comes last."""
+    (url / FILE).unlink(missing_ok=True)
+    before, _ = url.listing()
+    names = {one.relative_to(directory).as_posix() for one in directory.rglob("*") if one.is_file()}
+    upload(directory, sorted(names - {FILE}), url)
+    for name in before.keys() - names:
+        (url / name).unlink(missing_ok=True)
+    (url / FILE).write_bytes((directory / FILE).read_bytes())
 
 
 def _recover(path: Path) -> None:

@@ -28,6 +28,7 @@ from mmrag.artifact import ArtifactError
 from mmrag.client import Answer, Service, ServiceError
 from mmrag.folders import printable
 from mmrag.records import Transcript, Word
+from mmrag.storage import Location, located
 from mmrag.text import read_lines
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def _here(options: argparse.Namespace) -> bool:
 
 
 def _print_each(
-    file: Path, transcripts: Iterator[Transcript], as_json: bool, seconds: float | None
+    file: Location, transcripts: Iterator[Transcript], as_json: bool, seconds: float | None
 ) -> None:
     """Print transcripts as they come; meanwhile a terminal says how far they are of all `seconds`,
     and how much faster than the recording plays."""
@@ -185,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mmrag", description="Speech recognition with retrieval.")
     commands = parser.add_subparsers(required=True, metavar="command")
     command = commands.add_parser("transcribe", help="transcribe audio files")
-    command.add_argument("files", nargs="+", type=Path, metavar="FILE", help=AUDIO)
+    command.add_argument("files", nargs="+", type=_file, metavar="FILE", help=AUDIO)
     command.add_argument(
         "--models",
         type=_models,
@@ -282,7 +283,14 @@ def _models(name: str) -> str:
     return name
 
 
-def _below(models: str) -> Path:
+def _file(name: str) -> Location:
+    try:
+        return located(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _below(models: str) -> Location:
     """The directory of models, in which datastores and what was tuned for them are."""
     return shipped.find(models)
 
@@ -316,8 +324,7 @@ def _found(options: argparse.Namespace, recogniser: AnyRecogniser) -> dict[str, 
         if options.retrieval not in (None, "none"):
             raise ValueError(f"--retrieval {options.retrieval} needs a --datastore or --phrases")
         return {}
-    named = _below(options.models) / "datastores" / options.datastore
-    datastore = Datastore.open(named if named.is_dir() else options.datastore)
+    datastore = Datastore.open(_datastore(options.datastore, _below(options.models)))
     datastore.require(recogniser.keyed_by)
     mode = options.retrieval or "knn"
     if mode == "none":
@@ -366,6 +373,13 @@ def _weighed(options: argparse.Namespace, knn: KNN) -> KNN:
     if options.weight is None:
         return knn
     return type(knn)(**knn.model_dump() | {"weight": options.weight})  # checks it
+
+
+def _datastore(given: str, models: Location) -> Location:
+    """A datastore: the one of that name that came with the models, or where it is said to lie."""
+    place, own = located(given), models / "datastores"
+    bare = isinstance(place, Path) and (isinstance(own, Path) or place.name == given)
+    return own / place if bare and (own / place).is_dir() else place
 
 
 def _phrases(options: argparse.Namespace, recogniser: AnyRecogniser) -> dict[str, Any]:
@@ -425,7 +439,7 @@ def _listed(file: Path) -> list[str]:
     return [line for _, line in read_lines(file)]
 
 
-def _print(file: Path, transcript: Transcript, as_json: bool) -> None:
+def _print(file: Location, transcript: Transcript, as_json: bool) -> None:
     if as_json:
         fields = {"file": printable(file), **asdict(transcript)}
         told = json.dumps(fields, ensure_ascii=False)
@@ -458,7 +472,7 @@ def _marked(word: Word) -> str:
     return f"[{style}]{_shown(word.text)}[/]" if style else _shown(word.text)
 
 
-def _complain(file: Path, reason: str) -> None:
+def _complain(file: Location, reason: str) -> None:
     _say(f"{printable(file)}: {reason}")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mmrag.records import Rejection
+from mmrag.storage import Location
 
 
 def walk(directory: Path) -> Iterator[Path | Rejection]:
@@ -40,10 +41,10 @@ def walk(directory: Path) -> Iterator[Path | Rejection]:
         waiting += reversed(below)
 
 
-def printable(path: Path | str) -> str:
+def printable(path: Location | str) -> str:
     """A path as UTF-8 text: bytes of it that are none are written `\\xe9`."""
     try:
-        name = os.fsencode(path)
+        name = os.fsencode(str(path))
     except UnicodeEncodeError:  # half a character that no file name stands for
         name = str(path).encode("utf-8", "backslashreplace")
     return name.decode("utf-8", "backslashreplace")

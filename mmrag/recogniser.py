@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,6 +33,7 @@ from mmrag.retrieval.memory import WindowCache
 from mmrag.speech.audio import SAMPLE_RATE
 from mmrag.speech.hubert import HubertEncoder
 from mmrag.speech.units import Codebook
+from mmrag.storage import Location
 
 Say = Callable[[Sequence[str]], Iterator[Any]]
 """Sentences -> what somebody saying each of them is encoded to."""
@@ -152,7 +152,7 @@ class SpeechTokenizer(_Timed):
     """Role (hubert, codebook, and lm where there is one) -> fingerprint of the artifact."""
 
     @classmethod
-    def load(cls, directory: Path, device: str = "cpu") -> SpeechTokenizer:
+    def load(cls, directory: Location, device: str = "cpu") -> SpeechTokenizer:
         """Read `hubert/` and `codebook/` below `directory`.
 
         Raises ArtifactError if one is missing or was not made for the other.
@@ -195,7 +195,7 @@ class SpeechLM(_Timed):
 
     @classmethod
     def load(
-        cls, directory: Path, device: str = "cpu", adapted: bool = True, calibrated: bool = True
+        cls, directory: Location, device: str = "cpu", adapted: bool = True, calibrated: bool = True
     ) -> SpeechLM:
         """Read `lm/` below `directory`; and `adapter/` and `calibration/`, if they are there and
         wanted (`adapted`, `calibrated`).
@@ -241,7 +241,7 @@ class Recogniser(SpeechTokenizer, SpeechLM):
     """Both: sound to text."""
 
     @classmethod
-    def load(cls, directory: Path, device: str = "cpu", calibrated: bool = True) -> Recogniser:
+    def load(cls, directory: Location, device: str = "cpu", calibrated: bool = True) -> Recogniser:
         """Read `hubert/`, `codebook/` and `lm/` below `directory`, `adapter/` if it is there, and
         `calibration/` if it is there and wanted (`calibrated`).
 
@@ -316,7 +316,7 @@ class WhisperRecogniser:
 AnyRecogniser = Recogniser | WhisperRecogniser
 
 
-def _calibration(directory: Path, lm: Artifact) -> Calibration | None:
+def _calibration(directory: Location, lm: Artifact) -> Calibration | None:
     """What `jobs.calibrate` made; None if nobody did, ArtifactError if for another model."""
     if not (directory / CALIBRATION).exists():
         return None
@@ -330,13 +330,14 @@ def longest(seconds: float, settings: Decode) -> int:
     return max(16, round(seconds * settings.tokens_per_second))
 
 
-def is_whisper(models: str | Path) -> bool:
+def is_whisper(models: str | Location) -> bool:
     """Whether a model's name means a Whisper checkpoint."""
     return str(models).startswith(whisper.PREFIX)
 
 
-def load(models: str | Path, device: str = "cpu", language: str | None = None) -> AnyRecogniser:
-    """A directory, a model of this package (`mmrag:tiny`) or a Whisper (`whisper:DIRECTORY`).
+def load(models: str | Location, device: str = "cpu", language: str | None = None) -> AnyRecogniser:
+    """A directory or a URL, a model of this package (`mmrag:tiny`), or a Whisper
+    (`whisper:DIRECTORY`).
 
     `language` is for a multilingual Whisper; ValueError for it with other models. Raises what the
     families' own `load` raises.
@@ -349,7 +350,7 @@ def load(models: str | Path, device: str = "cpu", language: str | None = None) -
 
 
 def load_encoder(
-    models: str | Path, device: str = "cpu", language: str | None = None
+    models: str | Location, device: str = "cpu", language: str | None = None
 ) -> SpeechTokenizer | WhisperRecogniser:
     """What encodes waves; `models` as for `load`."""
     if is_whisper(models):
@@ -358,7 +359,7 @@ def load_encoder(
 
 
 def load_decoder(
-    models: str | Path,
+    models: str | Location,
     device: str = "cpu",
     language: str | None = None,
     adapted: bool = False,
@@ -390,7 +391,7 @@ class Outline:
         return "adapter" in self.fingerprints
 
 
-def outline(models: str | Path, language: str | None = None) -> Outline:
+def outline(models: str | Location, language: str | None = None) -> Outline:
     """Read what models are; raises what `load` raises, for parts that do not belong together too.
 
     `models` are as for `load`.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
+from mmrag.storage import Location
 
 NO_ENTRY = -1
 """Entry id of a neighbour that was not found. It never indexes anything."""
@@ -28,7 +29,7 @@ class Utterance:
 
     id: str
     text: str | None = None
-    audio: Path | None = None
+    audio: Location | None = None
     duration: float | None = None
     """Seconds, as the corpus states it; None where the audio has not been opened."""
     offset: float | None = None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mmrag.storage import Location, located
+
 DIRECTORY = Path(__file__).parent / "models"
 PREFIX = "mmrag:"
 TINY = "mmrag:tiny"
@@ -14,15 +16,15 @@ SEGMENT_SECONDS = {DEFAULT: 8.0}
 """The longest segments that a model has learned to read, other than those of `segment_seconds`."""
 
 
-def find(name: Path | str) -> Path:
+def find(name: Location | str) -> Location:
     """The directory of a model: `hubert/`, `codebook/` and `lm/` below it.
 
-    A name with PREFIX is a model of this package, anything else a path. Raises ValueError for a
-    model that the package does not have.
+    A name with PREFIX is a model of this package, anything else a path or a URL. Raises ValueError
+    for a model that the package does not have.
     """
     text = str(name)
     if not text.startswith(PREFIX):
-        return Path(name)
+        return located(name)
     directory = DIRECTORY / text.removeprefix(PREFIX)
     shipped = sorted(each.parent.name for each in DIRECTORY.glob("*/lm"))
     if directory.parent != DIRECTORY or directory.name not in shipped:

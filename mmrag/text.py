@@ -6,11 +6,13 @@ write is told to `fold`.
 
 from __future__ import annotations
 
+import io
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from pathlib import Path
+
+from mmrag.storage import Location
 
 APOSTROPHES = str.maketrans(dict.fromkeys("‘’‛`´ʼ′", "'"))
 _WITHOUT_ACCENT = {
@@ -117,7 +119,7 @@ def fold(text: str, known: Callable[[str], bool] = str.isascii) -> str:
     return "".join(letter if known(letter) else _folded(letter) for letter in text)
 
 
-def read_lines(path: Path) -> list[tuple[int, str]]:
+def read_lines(path: Location) -> list[tuple[int, str]]:
     """The lines of a UTF-8 file that are not blank, stripped, with their numbers from 1.
 
     A byte-order mark is not part of the first line. Raises ValueError that names the line for a
@@ -134,9 +136,9 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     return [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
-def each_line(path: Path) -> Iterator[tuple[int, str]]:
+def each_line(path: Location) -> Iterator[tuple[int, str]]:
     """As `read_lines`, a line at a time: what is wrong with one is raised when it is reached."""
-    with path.open(encoding="utf-8-sig") as stream:
+    with io.TextIOWrapper(path.open("rb"), encoding="utf-8-sig") as stream:
         try:
             for number, line in enumerate(stream, start=1):
                 if text := line.strip():

@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import starmap
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,13 +29,14 @@ from mmrag.retrieval.shortlist import Shortlist
 from mmrag.speech import cutting, vad
 from mmrag.speech.audio import SAMPLE_RATE, AudioError
 from mmrag.speech.cutting import Segment
+from mmrag.storage import Location
 
 BATCH_SECONDS = 60.0
 """Audio that is transcribed at once, where nobody says how much."""
 
 
 def transcribe(
-    path: Path | bytes,
+    path: Location | bytes,
     recogniser: AnyRecogniser,
     settings: Decode,
     retrieval: Retrieval | None = None,

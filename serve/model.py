@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from mmrag import shipped
@@ -12,6 +10,7 @@ from mmrag.decoding.tune import Tuned, default
 from mmrag.model import whisper
 from mmrag.recogniser import Outline, is_whisper, outline
 from mmrag.retrieval.datastore import Datastore
+from mmrag.storage import Location, located
 from serve.settings import RetrievalDefaults, Settings
 
 REGISTERED = "models:/"
@@ -58,16 +57,16 @@ def device(settings: Settings) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def tuned_below(settings: Settings) -> Path:
+def tuned_below(settings: Settings) -> Location:
     """The directory below which lies what `jobs.tune` chose: the models' own, or for a Whisper,
     whose checkpoint holds nothing of ours, that of the datastores."""
     if is_whisper(settings.model):
         return settings.datastores.parent
-    return Path(locate(settings))
+    return located(locate(settings))
 
 
 def retrieval_defaults(
-    settings: Settings, tuned: Path, datastore: Datastore
+    settings: Settings, tuned: Location, datastore: Datastore
 ) -> Tuned | RetrievalDefaults:
     """Retrieval parameters of a datastore that nobody tuned any for: as set, else as the models
     have them in the directory `tuned`. Raises ArtifactError if those are another model's."""

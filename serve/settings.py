@@ -163,7 +163,7 @@ class Settings(Section):
     """The model's id in the API."""
     model: str
     """`models:/NAME@ALIAS` or `models:/NAME/VERSION` of the MLflow registry, a model of this
-    package (`mmrag:tiny`), or a directory with hubert/, codebook/ and lm/."""
+    package (`mmrag:tiny`), or a directory, or its URL, with hubert/, codebook/ and lm/."""
     registry: str
     """MLflow's address; MLFLOW_TRACKING_URI in the environment wins."""
     cache: Path

@@ -97,9 +97,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Nobody's cluster, tracking server or `runs/` is touched, whatever the shell exports."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+        outside = [name for name in os.environ if name.startswith("AWS_")]
+        for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", *outside):
             patch.delenv(name, raising=False)
         patch.setenv("MMRAG_RUNS", str(tmp_path_factory.mktemp("runs")))
+        patch.setenv("MMRAG_CACHE", str(tmp_path_factory.mktemp("cache")))
+        accounts = tmp_path_factory.mktemp("aws")  # empty, until a test serves S3
+        patch.setenv("AWS_CONFIG_FILE", str(accounts / "config"))
+        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(accounts / "credentials"))
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
 

@@ -18,9 +18,9 @@ MAY_IMPORT = {
 
 WINGS = {
     "ground": [
-        "config.section", "config.speech", "config.model", "config.retrieval", "config.decoding",
-        "config.experiment", "config", "text", "terminal", "records", "finite", "durable",
-        "arrays", "names", "folders", "artifact", "shipped",
+        "storage", "config.section", "config.speech", "config.model", "config.retrieval",
+        "config.decoding", "config.experiment", "config", "text", "terminal", "records", "finite",
+        "durable", "arrays", "names", "folders", "cached", "differing", "artifact", "shipped",
         "score.rates", "score.recall", "score.significance", "score.entities", "score.biasing",
         "score",
     ],
@@ -76,6 +76,7 @@ WING_OF = {
 EVERYWHERE = {"numpy", "torch"}
 HOMES = {
     "omegaconf": ["mmrag.config", "serve.settings"],
+    "fsspec": ["mmrag.storage"],
     # A stage tells our mistake from the user's; the API describes and checks what it is sent.
     "pydantic": [
         "mmrag.config",

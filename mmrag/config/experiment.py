@@ -9,15 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import (
-    Field,
-    ValidationError,
-    field_validator,
-)
+from pydantic import Field, PlainSerializer, PlainValidator, ValidationError
 from yaml import YAMLError
 
 from mmrag.config.decoding import BatchDecode, Evaluate, Reproduce, Tune
@@ -25,6 +21,7 @@ from mmrag.config.model import AdapterTraining, LanguageModel, Train, Vocabulary
 from mmrag.config.retrieval import KNN, Datastore, RetrievedAttention
 from mmrag.config.section import SLUG, ConfigError, Operation, Section, explain
 from mmrag.config.speech import Hubert, Pretrain, Synthesize, Tokenize
+from mmrag.storage import Location, Url, located
 
 
 class Tracking(Section):
@@ -35,11 +32,24 @@ class Tracking(Section):
     experiment: Operation[str]
 
 
+def _located(place: Any) -> Location:
+    found = located(place) if isinstance(place, str | Path | Url) else located(str(place))
+    return found.expanduser().absolute() if isinstance(found, Path) else found
+
+
+Place = Annotated[
+    Location,
+    PlainValidator(_located, json_schema_input_type=str),
+    PlainSerializer(str, when_used="json"),
+]
+"""A directory, or a URL."""
+
+
 class Experiment(Section):
     """Everything that a run needs to know. Every section is written out in the YAML file."""
 
-    workspace: Operation[Path]
-    """Directory of the artifacts; absolute once parsed."""
+    workspace: Operation[Place]
+    """Directory of the artifacts, absolute once parsed, or a URL (`s3://bucket/runs/330m`)."""
     seed: int
     tracking: Tracking
     synthesize: Synthesize
@@ -68,11 +78,6 @@ class Experiment(Section):
     """The model of the package that `jobs.publish` makes of the workspace's: `mmrag:` and this."""
     language: str | None = None
     """What is spoken (ISO 639-1), for a multilingual Whisper; None to let it find out."""
-
-    @field_validator("workspace")
-    @classmethod
-    def _absolute(cls, path: Path) -> Path:
-        return path.expanduser().absolute()
 
 
 def read(path: Path | str, overrides: Sequence[str] = ()) -> Experiment:

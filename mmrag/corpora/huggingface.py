@@ -23,6 +23,7 @@ from mmrag.corpora.ids import Ids
 from mmrag.corpora.splits import ALL, Corpus, CorpusError, Row, by_split, sound
 from mmrag.records import Rejection, Utterance
 from mmrag.speech.audio import SUFFIXES
+from mmrag.storage import Location
 
 AUDIO = "audio"
 TEXTS = ("text", "sentence", "transcription", "transcript", "normalized_text", "raw_text")
@@ -35,7 +36,7 @@ FOLDER = 1000
 SHARD = re.compile(r"-\d+-of-\d+$")
 
 
-def read(directory: Path, unpacked: Path) -> Corpus:
+def read(directory: Path, unpacked: Location) -> Corpus:
     """The dataset's splits; its audio is unpacked below `unpacked`, unless that was done before.
 
     Raises ImportError without `datasets`, CorpusError for what is no dataset or has neither audio
@@ -48,13 +49,13 @@ def read(directory: Path, unpacked: Path) -> Corpus:
         rejected.setdefault(row.pop("split"), []).append(Rejection(**row))
     return Corpus(
         {
-            split: chain(manifest.read(made.path / f"{split}.jsonl"), rejected.get(split, ()))
+            split: chain(manifest.read(made.place / f"{split}.jsonl"), rejected.get(split, ()))
             for split in made.summary["splits"]
         }
     )
 
 
-def _unpack(directory: Path, unpacked: Path) -> Artifact:
+def _unpack(directory: Path, unpacked: Location) -> Artifact:
     source = {"source": artifact.outside(directory)}
     path = unpacked / f"huggingface-{source['source'].fingerprint}"
     if done := artifact.finished(path, "corpus", {}, source):

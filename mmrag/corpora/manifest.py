@@ -1,11 +1,11 @@
 """Manifests: one JSON object a line, in NeMo's manner, naming audio, transcript and what is known.
 
-Fields are `audio_filepath` (relative to the manifest's directory, or absolute; absent from a line
-of text alone), `text`, `offset` and `duration` (seconds: the part of the recording that is meant),
-`speaker`, `age` (of the speaker, years), `entities`, `words` (objects of `text`, `start` and `end`,
-seconds from the utterance's start), `phones` (likewise), `utterance`, `document`, `domain`. Other
-fields are ignored. Audio is not opened here: a line may name a file that does not exist, or that is
-shorter.
+Fields are `audio_filepath` (relative to the manifest's directory, or absolute, or a URL; absent
+from a line of text alone), `text`, `offset` and `duration` (seconds: the part of the recording that
+is meant), `speaker`, `age` (of the speaker, years), `entities`, `words` (objects of `text`, `start`
+and `end`, seconds from the utterance's start), `phones` (likewise), `utterance`, `document`,
+`domain`. Other fields are ignored. Audio is not opened here: a line may name a file that does not
+exist, or that is shorter.
 """
 
 from __future__ import annotations
@@ -21,21 +21,24 @@ from typing import Any
 from mmrag.corpora.ids import Ids
 from mmrag.folders import printable
 from mmrag.records import Rejection, Timed, Utterance
+from mmrag.storage import Location, beside, is_url, located
 
 
 class ManifestError(ValueError):
     """A manifest as a whole cannot be read or written; the message names it."""
 
 
-def read(path: Path | str) -> Iterator[Utterance | Rejection]:
+def read(path: Location | str) -> Iterator[Utterance | Rejection]:
     """Each line's utterance, or why there is none; blank lines are passed over.
+
+    `path` may be a URL, next to which its recordings lie or which names them by URLs.
 
     An utterance's id is `utterance`, else `audio_filepath` without its suffix (with an `offset`:
     `name@offset`), else `line-N`; its document is its id unless the line says otherwise, with an
     `offset` the recording that it is a part of. Raises ManifestError at once if `path` is not a
     readable file.
     """
-    path = Path(path)
+    path = located(path)
     try:
         path.open("rb").close()
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte in it
@@ -81,7 +84,7 @@ def row(utterance: Utterance, root: Path) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _read(path: Path) -> Iterator[Utterance | Rejection]:
+def _read(path: Location) -> Iterator[Utterance | Rejection]:
     seen = Ids()
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
@@ -97,7 +100,7 @@ def _read(path: Path) -> Iterator[Utterance | Rejection]:
                 yield utterance
 
 
-def _parse(line: bytes, number: int, root: Path) -> Utterance:
+def _parse(line: bytes, number: int, root: Location) -> Utterance:
     """One line; raises ValueError with the reason why it cannot be used."""
     try:
         fields = json.loads(line.decode("utf-8-sig"))
@@ -110,13 +113,13 @@ def _parse(line: bytes, number: int, root: Path) -> Utterance:
         raise ValueError("neither audio_filepath nor text")
     duration = None if fields.get("duration") is None else _seconds(fields, "duration")
     offset = None if fields.get("offset") is None else _seconds(fields, "offset")
-    recording = PurePath(audio).with_suffix("").as_posix() if audio else f"line-{number}"
+    recording = _unsuffixed(audio) if audio else f"line-{number}"
     derived = recording if offset is None else f"{recording}@{offset:.9g}"
     id = _string(fields, "utterance") or derived
     return Utterance(
         id=id,
         text=text,
-        audio=root / audio if audio else None,
+        audio=beside(root, audio) if audio else None,
         duration=duration,
         offset=offset,
         speaker=_speaker(fields),
@@ -127,6 +130,12 @@ def _parse(line: bytes, number: int, root: Path) -> Utterance:
         words=tuple(_timed(fields, "words")),
         phones=tuple(_timed(fields, "phones")),
     )
+
+
+def _unsuffixed(audio: str) -> str:
+    """What a recording is called, without what says its format."""
+    path = PurePath(audio)
+    return audio.removesuffix(path.suffix) if is_url(audio) else path.with_suffix("").as_posix()
 
 
 def _string(fields: Mapping[str, Any], name: str) -> str | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from mmrag.corpora import augment, manifest
 from mmrag.corpora.voices.speech import SPEEDS, played
 from mmrag.records import Rejection, Timed, Utterance
 from mmrag.speech import audio
+from mmrag.storage import Location
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Rerecorded:
 
 
 def plan(
-    manifests: Mapping[str, Path], copies: int, seed: int
+    manifests: Mapping[str, Location], copies: int, seed: int
 ) -> Iterator[tuple[str, Rerecorded | Rejection]]:
     """(split, recording) for each line of each split's manifest; lm's stand `copies` times.
 

@@ -10,17 +10,17 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from mmrag.folders import printable
 from mmrag.records import Rejection
+from mmrag.storage import Location, located
 from mmrag.text import fold, read_lines, spoken
 
 WORDS = range(2, 31)
 """Shorter lines are scraps, longer ones no sentence that is said in one breath."""
 
 
-def read(files: Sequence[Path | str], held_out: float) -> dict[str, list[tuple[str, str]]]:
+def read(files: Sequence[Location | str], held_out: float) -> dict[str, list[tuple[str, str]]]:
     """(sentence, file's name) of lm, dev and test, as they are spoken, in the order of the files.
 
     dev and test have the share `held_out` each. What stands twice is there once, and what is
@@ -35,16 +35,16 @@ def read(files: Sequence[Path | str], held_out: float) -> dict[str, list[tuple[s
     return splits
 
 
-def left_out(files: Sequence[Path | str]) -> Iterator[Rejection]:
+def left_out(files: Sequence[Location | str]) -> Iterator[Rejection]:
     """The lines that nobody is to say, and why."""
     for file, number, text in _lines(files):
         if (reason := refusal(text)) is not None:
             yield Rejection(f"{printable(file)}:{number}", reason)
 
 
-def _lines(files: Sequence[Path | str]) -> Iterator[tuple[Path, int, str]]:
+def _lines(files: Sequence[Location | str]) -> Iterator[tuple[Location, int, str]]:
     """Each line as it is spoken, with its file and number."""
-    for file in map(Path, files):
+    for file in map(located, files):
         for number, line in read_lines(file):
             yield file, number, fold(spoken(line))
 

@@ -18,6 +18,7 @@ from mmrag.corpora import (
     spoken_squad,
 )
 from mmrag.corpora.splits import Corpus, CorpusError, Row
+from mmrag.storage import Location, is_url
 
 READERS: dict[str, Callable[..., Corpus]] = {
     "lhotse": lhotse_cuts.read,
@@ -36,7 +37,7 @@ class Split:
 
     reader: str
     paths: tuple[Path, ...]
-    unpacked: Path
+    unpacked: Location
     name: str
 
     def __iter__(self) -> Iterator[Row]:
@@ -60,6 +61,8 @@ def named(source: str) -> bool:
     Raises CorpusError for the name of a reader that there is not.
     """
     reader, colon, _ = source.partition(":")
+    if is_url(source):
+        return False
     if colon and reader in READERS:
         return True
     if colon and re.fullmatch(r"[a-z_]+", reader) and not Path(source).exists():
@@ -67,7 +70,7 @@ def named(source: str) -> bool:
     return False
 
 
-def read(source: str, unpacked: Path) -> Source:
+def read(source: str, unpacked: Location) -> Source:
     """Open `reader:path`; what has to be unpacked goes below `unpacked`.
 
     Raises CorpusError or ArtifactError, which name the path, and ImportError, which names the extra
@@ -80,7 +83,7 @@ def read(source: str, unpacked: Path) -> Source:
     return Source(_fingerprinted(reader, paths), splits, corpus.phrases)
 
 
-def _corpus(reader: str, paths: Sequence[Path], unpacked: Path) -> Corpus:
+def _corpus(reader: str, paths: Sequence[Path], unpacked: Location) -> Corpus:
     if reader == "huggingface":
         return huggingface.read(paths[0], unpacked)
     return READERS[reader](*paths)
@@ -90,6 +93,11 @@ def _paths(reader: str, told: str) -> list[Path]:
     """The paths after the reader's name, absolute; two where the audio is apart."""
     path, colon, audio = told.rpartition(":")
     apart = reader in AUDIO_APART and colon and not Path(told).exists()
+    if is_url(told):
+        raise CorpusError(
+            f"{reader}:{told}: this reader reads local files: copy them here, or make a manifest, "
+            "which is read from any URL"
+        )
     named = [path, audio] if apart else [told]
     if not all(named):
         raise CorpusError(f"{reader}:{told}: names no path")

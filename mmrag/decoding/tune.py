@@ -28,6 +28,7 @@ from mmrag.retrieval.interpolation import interpolate, sayable
 from mmrag.retrieval.knn import unsure
 from mmrag.retrieval.phrases import untuned
 from mmrag.speech.tokenized import Tokenized
+from mmrag.storage import Location
 
 SETTINGS = "knn.json"
 """The file that holds what was chosen for a datastore."""
@@ -90,7 +91,7 @@ class Tuned:
     """None where there was no adapter to tune for."""
 
 
-def tuned(models: Path, datastore: Path) -> Tuned | None:
+def tuned(models: Location, datastore: Path) -> Tuned | None:
     """What `jobs.tune` chose for a datastore, in `tuned/<its name>` below `models`, if it did.
 
     Raises ArtifactError if that was for another datastore of the name.
@@ -99,11 +100,12 @@ def tuned(models: Path, datastore: Path) -> Tuned | None:
     if not directory.is_dir():
         return None
     made = artifact.load(datastore, "datastore")
-    artifact.load(directory, "tuned").require("datastore", made)
-    return _all_chosen(directory)
+    chosen_for = artifact.load(directory, "tuned")
+    chosen_for.require("datastore", made)
+    return _all_chosen(chosen_for.path)
 
 
-def default(models: Path, datastore: Datastore) -> Tuned:
+def default(models: Location, datastore: Datastore) -> Tuned:
     """Settings for a datastore that nobody tuned any for: the models' own, in DEFAULTS below them.
 
     Distances are those of one language model; where it comes without settings, the temperature is
@@ -113,8 +115,9 @@ def default(models: Path, datastore: Datastore) -> Tuned:
     if not directory.is_dir():
         knn = untuned(PLAIN, datastore)
         return Tuned(knn, knn, READ)
-    artifact.load(directory, "tuned").require("lm", artifact.load(models / "lm", "lm"))
-    own = _all_chosen(directory)
+    chosen_for = artifact.load(directory, "tuned")
+    chosen_for.require("lm", artifact.load(models / "lm", "lm"))
+    own = _all_chosen(chosen_for.path)
     return replace(own, attention=own.attention or READ)
 
 

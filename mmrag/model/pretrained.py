@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmrag import shipped
+from mmrag.artifact import local
 from mmrag.config import CrossAttention, LanguageModel, as_dict
 from mmrag.model.cross_attention import Adapter
 from mmrag.model.lm import LM
 from mmrag.model.precision import computed_in
 from mmrag.model.vocabulary import BOS, EOS, Vocabulary
+from mmrag.storage import Location
 
 WEIGHTS, SHAPE = "lm.safetensors", "lm.json"
 ADAPTER_WEIGHTS, ADAPTER_SHAPE = "adapter.safetensors", "adapter.json"
@@ -73,12 +75,12 @@ def save(
     vocabulary.save(directory)
 
 
-def load(directory: Path, device: torch.device | str = "cpu") -> tuple[LM, Vocabulary]:
+def load(directory: Location, device: torch.device | str = "cpu") -> tuple[LM, Vocabulary]:
     """Read what `save` wrote, in evaluation mode; CheckpointError names what is wrong.
 
     Weights in a format that the device would emulate become float32: several times quicker.
     """
-    directory = Path(directory)
+    directory = local(directory)
     try:
         fields = json.loads((directory / SHAPE).read_text())
         vocabulary = Vocabulary.load(directory)
@@ -109,12 +111,12 @@ def save_adapter(
     (directory / ADAPTER_SHAPE).write_text(json.dumps(as_dict(config), indent=2) + "\n")
 
 
-def load_adapter(directory: Path, lm: LM) -> Adapter:
+def load_adapter(directory: Location, lm: LM) -> Adapter:
     """Read what `save_adapter` wrote, in the precision and on the device of `lm`.
 
     CheckpointError names what is wrong, a language model of another shape among it.
     """
-    directory = Path(directory)
+    directory = local(directory)
     like = lm.embedding.weight
     try:
         config = CrossAttention(**json.loads((directory / ADAPTER_SHAPE).read_text()))
@@ -137,9 +139,8 @@ def load_adapter(directory: Path, lm: LM) -> Adapter:
 
 def adapter_tensors(base: str) -> Iterator[tuple[str, Tensor]]:
     """The weights of an adapter to start from: of a model of this package, or in a directory."""
-    directory = Path(base)
-    if base.startswith(shipped.PREFIX):
-        directory = shipped.find(base) / "adapter"
+    named = shipped.find(base) / "adapter" if base.startswith(shipped.PREFIX) else base
+    directory = local(named)
     try:
         yield from load_file(directory / ADAPTER_WEIGHTS).items()
     except FileNotFoundError as error:
@@ -169,12 +170,13 @@ def ours(base: Path | str) -> Path | None:
     a foreign one."""
     if str(base).startswith(shipped.PREFIX):
         return shipped.find(base) / "lm"
-    return Path(base) if (Path(base) / SHAPE).exists() else None
+    directory = local(base)
+    return directory if (directory / SHAPE).exists() else None
 
 
 def huggingface_config(directory: Path | str) -> LanguageModel:
     """The shape of a Hugging Face checkpoint; CheckpointError if it is not a plain Llama."""
-    path = Path(directory) / "config.json"
+    path = local(directory) / "config.json"
     try:
         fields = json.loads(path.read_text())
     except FileNotFoundError:
@@ -212,7 +214,7 @@ def huggingface_config(directory: Path | str) -> LanguageModel:
 def huggingface_tensors(directory: Path | str) -> Iterator[tuple[str, Tensor]]:
     """Every weight of a Hugging Face checkpoint under our name, one at a time."""
     ours = {theirs: name for name, theirs in NAMES.items()}
-    files = sorted(Path(directory).glob("*.safetensors"))
+    files = sorted(local(directory).glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{directory} holds no .safetensors (pickled weights are not read)")
     for file in files:
@@ -240,7 +242,7 @@ def place(
         parameter[vocabulary.first_piece : vocabulary.first_piece + rows] = tensor[:rows].to(
             parameter
         )
-        fields = json.loads((Path(base) / "config.json").read_text())
+        fields = json.loads((local(base) / "config.json").read_text())
         for own, key in ((BOS, "bos_token_id"), (EOS, "eos_token_id")):
             theirs = fields.get(key)
             theirs = theirs[0] if isinstance(theirs, list) else theirs

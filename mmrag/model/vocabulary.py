@@ -20,8 +20,10 @@ import sentencepiece
 from tokenizers import Tokenizer
 from tokenizers.models import Unigram
 
+from mmrag.artifact import local
 from mmrag.config import Format
 from mmrag.records import Units
+from mmrag.storage import Location
 from mmrag.text import composed, fold, is_letter, normalise, spell, spoken
 
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<speech>", "<text>")
@@ -341,8 +343,9 @@ class Vocabulary:
         (directory / self.FILE).write_text(json.dumps(fields, indent=2) + "\n")
 
     @classmethod
-    def load(cls, directory: Path) -> Vocabulary:
+    def load(cls, directory: Location) -> Vocabulary:
         """Read what `save` wrote; ValueError if the special tokens or the pieces are others."""
+        directory = local(directory)
         fields = json.loads((directory / cls.FILE).read_text())
         if tuple(fields["specials"]) != SPECIALS:
             raise ValueError(f"{directory} has other special tokens: {fields['specials']}")

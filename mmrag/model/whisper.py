@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mmrag.artifact import local
 from mmrag.config import LanguageModel
 from mmrag.model.lm import LMOutput
 from mmrag.model.pages import PagedCache, PagePool, ReadPlan, attend_causally
@@ -49,7 +50,7 @@ def locate(name: str) -> Path:
     Raises WhisperError, in one line, if there is none or it lacks something.
     """
     given = name.removeprefix(PREFIX)
-    directory = Path(given).expanduser()
+    directory = local(given).expanduser()
     if not directory.is_dir():
         directory = _download(given)
     for what, files in NEEDED.items():

@@ -17,12 +17,14 @@ import numpy as np
 import torch
 
 from mmrag.arrays import Growing, mapped
+from mmrag.artifact import local
 from mmrag.config import Contexts
 from mmrag.model.cross_attention import Windows
 from mmrag.model.packed import made, stamps
 from mmrag.names import Lookup, Names, NamesWriter, digest
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.phrases import Phrases
+from mmrag.storage import Location
 
 FOREVER = 2**31
 ALIKE = 5
@@ -41,7 +43,7 @@ def write_neighbours(path: Path, found: NeighbourEntries) -> None:
     aside.replace(path)
 
 
-def read_neighbours(directory: Path) -> NeighbourEntries:
+def read_neighbours(directory: Location) -> NeighbourEntries:
     """All parts in `directory`; ValueError if there is none."""
     found = {}
     for part in _parts(directory):
@@ -50,7 +52,7 @@ def read_neighbours(directory: Path) -> NeighbourEntries:
     return found
 
 
-def pack_neighbours(directory: Path, packed: Path) -> Path:
+def pack_neighbours(directory: Location, packed: Path) -> Path:
     """What `read_neighbours` gives, part by part into `packed`, for `PackedNeighbours`; `packed`.
 
     What is there already is used if it was made from just these parts.
@@ -76,7 +78,8 @@ def pack_neighbours(directory: Path, packed: Path) -> Path:
     return made(packed, {"neighbours": stamps(parts)}, fill)
 
 
-def _parts(directory: Path) -> list[Path]:
+def _parts(directory: Location) -> list[Path]:
+    directory = local(directory)
     parts = sorted(directory.glob("part-*.npz"))
     if not parts:
         raise ValueError(f"no neighbours in {directory} (made by: python -m jobs.retrieve)")

@@ -46,7 +46,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from mmrag import durable
+from mmrag import artifact, durable
 from mmrag.artifact import write_json
 from mmrag.records import NO_ENTRY, Passages
 from mmrag.retrieval.columns import Column, spread
@@ -66,6 +66,7 @@ from mmrag.retrieval.stored import (
     write_file,
 )
 from mmrag.retrieval.tensors import digest, overwrite
+from mmrag.storage import Location
 
 LIST = "segments.json"
 COMPACTING = ".compacting"
@@ -184,9 +185,12 @@ class Datastore:
         self._take([], np.zeros(0, np.int64))
 
     @classmethod
-    def open(cls, directory: Path | str) -> Datastore:
-        """Open the datastore in `directory`; DatastoreError names what is missing or damaged."""
-        directory = Path(directory).absolute()
+    def open(cls, directory: Location | str) -> Datastore:
+        """Open the datastore in `directory`; DatastoreError names what is missing or damaged.
+
+        One at a URL is opened as this machine's copy, which nobody may change.
+        """
+        directory = artifact.local(directory).absolute()
         opened = cls(directory, describe(directory))
         opened.refresh()
         return opened

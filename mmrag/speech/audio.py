@@ -28,7 +28,8 @@ from torchaudio.transforms import Resample
 
 from mmrag.folders import printable, walk
 from mmrag.records import Rejection, Utterance
-from mmrag.speech.decoders import AudioError, Decoder, named, opened
+from mmrag.speech.decoders import AudioError, Decoder, Source, named, opened
+from mmrag.storage import Location, Url, located
 
 SAMPLE_RATE = 16_000
 """Samples a second of every wave that leaves this module."""
@@ -115,29 +116,47 @@ def span_of(utterance: Utterance) -> Span:
     return Span(utterance.offset, utterance.duration)
 
 
-def find(directory: Path | str) -> tuple[list[Path], list[Rejection]]:
+def find(directory: Location | str) -> tuple[list[Location], list[Rejection]]:
     """Every audio file below `directory`, sorted, and what cannot be used: folders that cannot be
     listed, links that lead nowhere, names that are not UTF-8 (no transcript could name them).
 
     Links to folders are followed; hidden files are passed over. Raises AudioError if there is no
     such directory, or no audio in it.
     """
-    directory, found, rejected = Path(directory), [], []
+    directory = located(directory)
     if not directory.is_dir():
         raise AudioError(f"{printable(directory)}: no such directory")
+    found, rejected = (_listed if isinstance(directory, Url) else _walked)(directory)
+    if not found and not rejected:
+        suffixes = ", ".join(sorted(SUFFIXES))
+        raise AudioError(f"{printable(directory)}: holds no audio file ({suffixes})")
+    return sorted(found), rejected
+
+
+def _walked(directory: Path) -> tuple[list[Location], list[Rejection]]:
+    found, rejected = [], []
     for path in walk(directory):
         if isinstance(path, Rejection):
             rejected.append(path)
-        elif path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+        elif _named_audio(path):
             reason = _unusable(path, directory)
             if reason is None:
                 found.append(path)
             elif reason:
                 rejected.append(Rejection(printable(path), reason))
-    if not found and not rejected:
-        suffixes = ", ".join(sorted(SUFFIXES))
-        raise AudioError(f"{printable(directory)}: holds no audio file ({suffixes})")
-    return sorted(found), rejected
+    return found, rejected
+
+
+def _listed(folder: Url) -> tuple[list[Location], list[Rejection]]:
+    names, unsound = folder.listing()
+    reason = "its name could not be a file's: rename it"
+    return [one for one in map(folder.__truediv__, names) if _named_audio(one)], [
+        Rejection(f"{folder}/{name!r:.200}", reason) for name in unsound
+    ]
+
+
+def _named_audio(path: Location) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def _unusable(path: Path, directory: Path) -> str | None:
@@ -153,13 +172,13 @@ def _unusable(path: Path, directory: Path) -> str | None:
         return f"cannot be looked at: {error.strerror}"
 
 
-def duration(source: Path | str | bytes, enough: float = math.inf) -> float:
+def duration(source: Source, enough: float = math.inf) -> float:
     """Seconds of audio: by the header where that can be relied on, else by decoding, as far as
     `enough` seconds and no further. Raises AudioError if it cannot be read."""
     return extent(source, enough)[0]
 
 
-def extent(source: Path | str | bytes, enough: float = math.inf) -> tuple[float, int]:
+def extent(source: Source, enough: float = math.inf) -> tuple[float, int]:
     """Seconds of audio, as `duration` does, and samples a second over all channels.
 
     Raises AudioError as `duration` does.
@@ -173,7 +192,7 @@ def extent(source: Path | str | bytes, enough: float = math.inf) -> tuple[float,
         return seconds, max(decoder.rate * decoder.channels for decoder in decoders)
 
 
-def stated(source: Path | str | bytes) -> float | None:
+def stated(source: Source) -> float | None:
     """Seconds of audio by the header; None if only decoding tells. Raises AudioError if it cannot
     be opened."""
     with opened(source) as decoders:
@@ -181,7 +200,7 @@ def stated(source: Path | str | bytes) -> float | None:
 
 
 def read(
-    source: Path | str | bytes,
+    source: Source,
     span: Span = WHOLE,
     *,
     min_seconds: float = 0.0,
@@ -200,7 +219,7 @@ def read(
 
 
 def spans(
-    source: Path | str | bytes,
+    source: Source,
     wanted: Sequence[Span],
     *,
     min_seconds: float = 0.0,
@@ -235,7 +254,7 @@ def spans(
 
 
 def blocks(
-    source: Path | str | bytes, span: Span = WHOLE, *, min_seconds: float = 0.0
+    source: Source, span: Span = WHOLE, *, min_seconds: float = 0.0
 ) -> Iterator[torch.Tensor]:
     """What `read` gives, piece by piece (T,), at any input rate: resampling is streamed, too, and
     no more than three blocks of the decoder's are in memory.

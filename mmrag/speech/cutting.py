@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
 from mmrag.speech import audio
 from mmrag.speech.audio import SAMPLE_RATE, WHOLE, Span
+from mmrag.speech.decoders import Source
 
 PAUSE_SAMPLES = SAMPLE_RATE // 10
 """Width of the window whose energy decides where to cut: a pause, not a stop consonant."""
@@ -53,7 +53,7 @@ def overlap(max_seconds: float) -> float:
 
 
 def segments(
-    source: Path | str | bytes,
+    source: Source,
     max_seconds: float,
     min_seconds: float = 0.1,
     span: Span = WHOLE,

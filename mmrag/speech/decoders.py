@@ -24,6 +24,7 @@ import soundfile
 from mmrag.folders import printable
 from mmrag.speech import containers
 from mmrag.speech.containers import Recording, Slice
+from mmrag.storage import StorageError, Url
 
 if TYPE_CHECKING:
     import av
@@ -92,16 +93,32 @@ class Decoder(Protocol):
         ...
 
 
+Source = Path | Url | str | bytes
+"""A file, an object at a URL, or an upload's bytes."""
+
+
 @contextmanager
-def opened(source: Path | str | bytes) -> Iterator[list[Decoder]]:
-    """The recordings of a file or of an upload; AudioError if there is none to decode."""
+def opened(source: Source) -> Iterator[list[Decoder]]:
+    """The recordings of a file, an object or an upload; AudioError if there is none to decode.
+
+    Raises StorageError if a storage does not answer, when that is noticed or at the end.
+    """
     name = named(source)
     with ExitStack() as stack:
-        file = stack.enter_context(_file(source, name))
-        yield [_decoder(one, name, stack) for one in containers.recordings(file)]
+        if not isinstance(source, Url):
+            file = stack.enter_context(_file(source, name))
+            yield [_decoder(one, name, stack) for one in containers.recordings(file)]
+            return
+        watched = stack.enter_context(_object(source, name))
+        try:
+            yield [_decoder(one, name, stack) for one in containers.recordings(watched)]
+        except AudioError:
+            watched.check(name)
+            raise
+        watched.check(name)
 
 
-def named(source: Path | str | bytes) -> str:
+def named(source: Source) -> str:
     """What a message calls it."""
     return "uploaded audio" if isinstance(source, bytes) else printable(source)
 
@@ -127,6 +144,53 @@ def _file(source: Path | str | bytes, name: str) -> BinaryIO:
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte in it
         reason = getattr(error, "strerror", None) or error
         raise AudioError(f"{name}: cannot be opened: {reason}") from None
+
+
+def _object(url: Url, name: str) -> _Watched:
+    """An object, opened; what is wrong with it alone is an AudioError."""
+    try:
+        file = _Watched(url.open())
+        empty = not file.seek(0, io.SEEK_END)
+    except StorageError:
+        raise
+    except OSError as error:
+        raise AudioError(f"{name}: {error.strerror}") from None
+    if empty:
+        raise AudioError(f"{name}: the file is empty")
+    return file
+
+
+class _Watched:
+    """An object that is read by libraries which take no exception for an answer: where it cannot be
+    read it seems to end, and `check` tells."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._failure: OSError | None = None
+
+    def __enter__(self) -> _Watched:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def read(self, size: int = -1) -> bytes:
+        if self._failure is None:
+            try:
+                return self._file.read(size)
+            except OSError as error:
+                self._failure = error
+        return b""
+
+    def check(self, name: str) -> None:
+        """Raise what went wrong: StorageError, or AudioError for what is wrong with the object."""
+        if isinstance(self._failure, StorageError):
+            raise self._failure
+        if self._failure is not None:
+            raise AudioError(f"{name}: {self._failure.strerror}") from None
 
 
 def _decoder(recording: Recording, name: str, stack: ExitStack) -> Decoder:

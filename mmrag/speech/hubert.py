@@ -24,9 +24,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torchaudio.models import wav2vec2_model
 from torchaudio.models.wav2vec2.utils import import_huggingface_model
 
-from mmrag.artifact import write_json
+from mmrag.artifact import local, write_json
 from mmrag.config import Hubert
 from mmrag.speech.audio import SAMPLE_RATE
+from mmrag.storage import Location
 
 CONVOLUTIONS = ((10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2))
 """Kernel and stride of each convolution of every published HuBERT."""
@@ -141,22 +142,22 @@ class HubertEncoder(nn.Module):
         """Published weights; `layer` defaults to the last.
 
         `weights` is `torchaudio:BUNDLE` (such as `torchaudio:HUBERT_BASE`; downloaded once) or a
-        Hugging Face HuBERT directory. Raises ValueError if it is neither.
+        Hugging Face HuBERT directory, or its URL. Raises ValueError if it is neither.
         """
         prefix, _, bundle = weights.partition(":")
         if prefix == "torchaudio":
             architecture, state, normalize = _from_bundle(bundle)
         else:
-            architecture, state, normalize = _from_huggingface(Path(weights))
+            architecture, state, normalize = _from_huggingface(local(weights))
         last = architecture["encoder_num_layers"]
         encoder = cls(architecture, last if layer is None else layer, normalize)
         encoder.model.load_state_dict(state)
         return encoder
 
     @classmethod
-    def load(cls, directory: Path | str) -> HubertEncoder:
+    def load(cls, directory: Location | str) -> HubertEncoder:
         """Read what `save` wrote."""
-        directory = Path(directory)
+        directory = local(directory)
         encoder = cls(**json.loads((directory / "hubert.json").read_text()))
         encoder.model.load_state_dict(load_file(directory / "hubert.safetensors"))
         return encoder

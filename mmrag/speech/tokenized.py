@@ -13,7 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mmrag.artifact import local
 from mmrag.records import Timed, Units, Utterance
+from mmrag.storage import Location
 
 SCHEMA = pa.schema(
     [
@@ -56,7 +58,7 @@ def write_part(path: Path, tokenized: Iterable[Tokenized]) -> None:
     aside.replace(path)
 
 
-def read(directory: Path) -> Iterator[Tokenized]:
+def read(directory: Location) -> Iterator[Tokenized]:
     """Every utterance of the parts in `directory`, in the order of the parts' names."""
     for part in parts(directory):
         yield from read_part(part)
@@ -68,14 +70,18 @@ def read_part(path: Path) -> Iterator[Tokenized]:
         yield _tokenized(row)
 
 
-def read_texts(directory: Path) -> Iterator[str]:
+def read_texts(directory: Location) -> Iterator[str]:
     """What is written in the parts of `read`, in that order, without the rest; no empty text."""
     for part in parts(directory):
         yield from filter(None, _table(part, ["text"])["text"].to_pylist())
 
 
-def parts(directory: Path) -> list[Path]:
-    """The parts in `directory`, in the order in which they are read; TokensError if none is."""
+def parts(directory: Location) -> list[Path]:
+    """The parts in `directory`, in the order in which they are read; TokensError if none is.
+
+    Of a directory at a URL they are those of this machine's copy.
+    """
+    directory = local(directory)
     found = sorted(directory.glob("part-*.parquet"))
     if not found:
         raise TokensError(f"no tokenized parts in {directory}")

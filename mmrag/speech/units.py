@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmrag.artifact import write_json
+from mmrag.artifact import local, write_json
 from mmrag.records import Units
+from mmrag.storage import Location
 
 ITERATIONS = 25
 """Lloyd iterations of k-means."""
@@ -149,9 +150,9 @@ class Codebook:
         )
 
     @classmethod
-    def load(cls, directory: Path | str) -> Codebook:
+    def load(cls, directory: Location | str) -> Codebook:
         """Read what `save` wrote. Raises ValueError if the two files disagree."""
-        directory = Path(directory)
+        directory = local(directory)
         fields = json.loads((directory / "codebook.json").read_text())
         centroids = np.load(directory / "centroids.npy", allow_pickle=False)
         if len(centroids) != fields["units"]:

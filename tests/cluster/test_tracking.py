@@ -9,6 +9,7 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
+from cluster import mounts
 from cluster.tracking import fetch, register, run, tracking_uri
 from mmrag import artifact
 from mmrag.artifact import Artifact, ArtifactError
@@ -41,6 +42,28 @@ def test_the_environment_wins_over_the_configuration(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000")
     configured = Tracking(uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="trial")
     assert tracking_uri(configured) == "http://mlflow.example:5000"
+
+
+def test_a_database_on_a_share_is_warned_of_and_a_server_is_not(tracking, capsys, monkeypatch):
+    with run(tracking, "alone", {}):
+        pass
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(mounts, "network", lambda path: "nfs4")
+    with run(tracking, "shared", {}):
+        pass
+    path = tracking_uri(tracking).removeprefix("sqlite:///")
+    assert capsys.readouterr().err == (
+        f"warning: the MLflow database {Path(path).resolve()} lies on nfs4, where several machines "
+        "may damage it: start an MLflow server with a database of its own, and name it in "
+        "MLFLOW_TRACKING_URI\n"
+    )
+
+
+def test_a_database_at_a_url_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"not at a URL: start an MLflow server, and name it in"):
+        tracking_uri(Tracking(uri="sqlite:///s3://bucket/runs/mlflow.db", experiment="trial"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_records_parameters_metrics_tags_and_files(tracking, tmp_path):

@@ -65,6 +65,16 @@ def test_there_is_an_experiment_of_each_size():
     ]
 
 
+@pytest.mark.parametrize("name", ["330m", "6.8b"])
+def test_a_cluster_records_on_a_server_where_one_is_named(name, monkeypatch):
+    assert experiment(name).tracking.uri == "sqlite:////mnt/mmrag/runs/mlflow.db"
+    monkeypatch.setenv("MMRAG_RUNS", "s3://bucket/runs")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    read = experiment(name)
+    assert read.tracking.uri == "http://mlflow:5000"
+    assert str(read.workspace) == f"s3://bucket/runs/{name}"
+
+
 @pytest.mark.parametrize("file", PAPER, ids=lambda file: file.stem)
 def test_an_experiment_of_a_published_corpus_is_one_of_the_330m_model(file):
     read, model = config.read(file), experiment("330m")

@@ -457,7 +457,7 @@ def test_an_adopted_artifact_is_the_original_in_another_place(tmp_path):
     original = make(tmp_path / "original", inputs={"source": source})
     adopted = artifact.adopt(original.path, tmp_path / "deep" / "own", "thing")
     assert adopted.path == tmp_path / "deep" / "own"
-    assert replace(adopted, path=original.path) == original
+    assert replace(adopted, place=original.place) == original
     assert adopted == artifact.load(adopted.path, "thing")
     assert files(adopted.path) == files(original.path)
     assert artifact.finished(adopted.path, "thing", CONFIG, {"source": source}) == adopted

@@ -1,0 +1,100 @@
+"""A workspace in a bucket holds what one in a directory holds, made of a corpus in a bucket."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from s3 import serving
+from tones import encoded
+
+from cluster.rejections import REJECTED, read_rejections
+from jobs import build_datastore, pretrain_hubert, stage, tokenize
+from mmrag import artifact, cached, cli, storage
+from mmrag.config import ConfigError, Experiment, read
+from mmrag.retrieval.datastore import Datastore
+from mmrag.storage import Location, Url
+
+pytestmark = pytest.mark.ray
+CONFIG = Path(tokenize.__file__).parent / "configs" / "tiny.yaml"
+SENTENCES = ("call bhavika ruto", "port darnby is closed")
+
+
+@pytest.fixture(scope="module")
+def bucket(ray_cluster):
+    with serving("bucket") as served:
+        yield served
+
+
+def write(place: Location, content: bytes) -> None:
+    if isinstance(place, Path):
+        place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_bytes(content)
+
+
+def corpus(root: Location) -> str:
+    """A manifest in a directory or a bucket, one of whose recordings is not there."""
+    draw = np.random.default_rng(0)
+    rows = [{"audio_filepath": "audio/missing.flac", "text": "nobody"}]
+    for number, text in enumerate(SENTENCES):
+        noise = 0.1 * draw.standard_normal((16_000 * (number + 1), 1))
+        write(root / f"audio/{number}.flac", encoded(noise.astype(np.float32), format="FLAC"))
+        rows.append({"audio_filepath": f"audio/{number}.flac", "text": text})
+    write(root / "lm.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    write(root / "texts.txt", "".join(f"{text}\n" for text in SENTENCES).encode())
+    return str(root)
+
+
+def experiment(root: Location, source: str) -> Experiment:
+    return read(
+        CONFIG,
+        [
+            f"workspace={root}",
+            f"tokenize.source={source}",
+            "tokenize.workers={count: 1, num_cpus: 0.8}",
+            f"datastore={{name: texts, source: {source}/texts.txt, audio: none}}",
+            "datastore.workers={count: 1, num_cpus: 0.8}",
+        ],
+    )
+
+
+def make(experiment: Experiment) -> tuple[artifact.Artifact, artifact.Artifact]:
+    pretrain_hubert.run(experiment)
+    tokens = tokenize.run(experiment)
+    return tokens, build_datastore.run(experiment)
+
+
+def test_it_is_made_in_a_bucket_as_in_a_directory(bucket, tmp_path, capsys, monkeypatch):
+    there = experiment(bucket / "runs/a", corpus(bucket / "corpus"))
+    tokens, store = make(there)
+    here = make(experiment(tmp_path / "a", corpus(tmp_path / "corpus")))
+    assert [tokens.fingerprint, store.fingerprint] == [one.fingerprint for one in here]
+    assert tokens.place == bucket / "runs/a/tokens"
+    [rejected] = read_rejections(tokens.path / REJECTED)
+    assert rejected.source == f"{bucket}/corpus/audio/missing.flac"
+    assert rejected.reason.endswith("missing.flac: no such object")
+
+    monkeypatch.setenv(cached.CACHE, str(tmp_path / "another machine's"))
+    capsys.readouterr()
+    make(there)
+    said = capsys.readouterr().out
+    for name in ("tokens", "datastores/texts"):
+        assert f"{name}: nothing to do, {bucket}/runs/a/{name} is finished" in said
+    assert Datastore.open(store.place).entries == store.summary["entries"]
+
+    (tmp_path / "a.flac").write_bytes((bucket / "corpus/audio/1.flac").read_bytes())
+    printed = []
+    for root, clip in ((bucket / "runs/a", bucket / "corpus/audio/1.flac"), (tmp_path / "a",) * 2):
+        clip = clip if isinstance(clip, Url) else tmp_path / "a.flac"
+        cli.main(["transcribe", "--models", str(root), "--datastore", "texts", str(clip)])
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+
+
+def test_drafts_that_other_machines_cannot_see_are_refused_at_once(bucket, tmp_path, monkeypatch):
+    wanted = experiment(bucket / "runs/b", corpus(bucket / "corpus"))
+    nodes = stage.ray.nodes()
+    monkeypatch.setattr(stage.ray, "nodes", lambda: nodes * 3)
+    with pytest.raises(ConfigError, match=r"3 machines: set MMRAG_DRAFTS to a directory that all"):
+        tokenize.run(wanted.model_copy(update={"workspace": bucket / "runs/b"}))
+    assert storage.located(str(bucket / "runs/b")) == wanted.workspace
