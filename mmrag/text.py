@@ -6,6 +6,7 @@ write is told to `fold`.
 
 from __future__ import annotations
 
+import io
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -136,9 +137,9 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
 
 def each_line(path: Path) -> Iterator[tuple[int, str]]:
     """As `read_lines`, a line at a time: what is wrong with one is raised when it is reached."""
-    with path.open(encoding="utf-8-sig") as stream:
+    with path.open("rb") as stream, io.TextIOWrapper(stream, encoding="utf-8-sig") as lines:
         try:
-            for number, line in enumerate(stream, start=1):
+            for number, line in enumerate(lines, start=1):
                 if text := line.strip():
                     yield number, text
         except UnicodeDecodeError:
