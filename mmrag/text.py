@@ -138,9 +138,9 @@ def read_lines(path: Location) -> list[tuple[int, str]]:
 
 def each_line(path: Location) -> Iterator[tuple[int, str]]:
     """As `read_lines`, a line at a time: what is wrong with one is raised when it is reached."""
-    with io.TextIOWrapper(path.open("rb"), encoding="utf-8-sig") as stream:
+    with path.open("rb") as stream, io.TextIOWrapper(stream, encoding="utf-8-sig") as lines:
         try:
-            for number, line in enumerate(stream, start=1):
+            for number, line in enumerate(lines, start=1):
                 if text := line.strip():
                     yield number, text
         except UnicodeDecodeError:
