@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -29,6 +30,7 @@ from mmrag.storage import Location, Url, located, upload
 FILE = "artifact.json"
 PLAN = ".plan.json"
 SCHEMA = 1
+FINGERPRINT = re.compile(r"[0-9a-f]{16}")
 UNSAID = (((), ()), ((), ("metrics.jsonl",)), (("audio/",), ()))
 """`bulk` and `logs` of artifacts whose description does not tell them yet."""
 
@@ -164,9 +166,12 @@ def load(path: Location | str, kind: str) -> Artifact:
     if fields.get("kind") != kind:
         raise ArtifactError(f"{path} is a {fields.get('kind')}, not a {kind}")
     try:
-        return Artifact(path, **fields)
+        made = Artifact(path, **fields)
     except TypeError as error:
         raise ArtifactError(f"{path / FILE} lacks a field or has one too many: {error}") from None
+    if not FINGERPRINT.fullmatch(str(made.fingerprint)):  # a copy's directory is called by it
+        raise ArtifactError(f"{path / FILE} has no fingerprint but {made.fingerprint!r}")
+    return made
 
 
 def local(place: Location | str) -> Path:
