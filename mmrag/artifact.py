@@ -30,6 +30,8 @@ from mmrag.storage import Location, Url, located, upload
 FILE = "artifact.json"
 PLAN = ".plan.json"
 SCHEMA = 1
+OUTSIDE = "outside"
+"""The kind of what no stage made: a user's own file or directory."""
 FINGERPRINT = re.compile(r"[0-9a-f]{16}")
 UNSAID = (((), ()), ((), ("metrics.jsonl",)), (("audio/",), ()))
 """`bulk` and `logs` of artifacts whose description does not tell them yet."""
@@ -63,10 +65,13 @@ class Artifact:
     def path(self) -> Path:
         """Its directory on this machine's disk; of one at a URL a copy, fetched if need be.
 
-        Raises ArtifactError if the files are not those that were fingerprinted, StorageError.
+        Raises ArtifactError if the files are not those that were fingerprinted, StorageError. What
+        is a user's own has none: it is read where it lies.
         """
         if isinstance(self.place, Path):
             return self.place
+        if self.kind == OUTSIDE:
+            raise ArtifactError(f"{self.place} is read where it lies")
         return cached.copy(self.place, f"{self.place.name}-{self.fingerprint}", self._check)
 
     def _check(self, directory: Path) -> None:
@@ -357,7 +362,7 @@ def outside(path: Location | str) -> Artifact:
         digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
     else:
         raise ArtifactError(f"no such file or directory: {printable(path)}")
-    return Artifact(path, "outside", digest[:16], config={}, inputs={})
+    return Artifact(path, OUTSIDE, digest[:16], config={}, inputs={})
 
 
 def _listed(directory: Path) -> Iterator[tuple[str, int]]:
