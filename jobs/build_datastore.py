@@ -183,7 +183,7 @@ def _read(
 
 
 def _given(source: Artifact, settings: DatastoreConfig, seed: int) -> Iterator[Tokenized]:
-    if source.kind == "outside":
+    if source.kind == artifact.OUTSIDE:
         for said in _outside(source.place):
             if settings.domain in (None, said.domain):
                 yield Tokenized(said, None)
@@ -247,7 +247,7 @@ def _report(source: Artifact, used: int, rejected: int, listed: Path) -> None:
 
 def _empty(source: Artifact, settings: DatastoreConfig) -> str:
     """What is said of a source that has nothing to build a datastore of."""
-    if source.kind == "outside":
+    if source.kind == artifact.OUTSIDE:
         domain = "" if settings.domain is None else f" of domain {settings.domain}"
         return f"{source.place}: holds no text{domain} to build a datastore of"
     wanted = f"splits {', '.join(settings.splits)}, audio {settings.audio}"

@@ -26,6 +26,7 @@ from mmrag.model.whisper_training import STATE, Clip, create, extractor, train
 from mmrag.records import Rejection, Utterance
 from mmrag.speech import audio
 from mmrag.speech.targets import Phones
+from mmrag.storage import Location
 
 
 def run(experiment: Experiment, force: bool = False) -> Artifact:
@@ -48,7 +49,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         logged = tracked.last_step("loss") or 0
         with placing(Demand("whisper", 1, **takes)), following(draft.path, log, logged):
             training = _train.options(**takes)
-            clips, rejected = ray.get(training.remote(experiment, corpus.path, draft.path))
+            clips, rejected = ray.get(training.remote(experiment, corpus.place, draft.path))
         draft.summary |= {
             "steps": settings.steps,
             "clips": clips,
@@ -70,7 +71,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
 
 
 @ray.remote
-def _train(experiment: Experiment, corpus: Path, directory: Path) -> tuple[int, int]:
+def _train(experiment: Experiment, corpus: Location, directory: Path) -> tuple[int, int]:
     """Train in `directory`; how many clips were learned from, and how many left out."""
     settings = experiment.whisper
     torch.set_num_threads(max(1, round(settings.num_cpus)))

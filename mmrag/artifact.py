@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -31,6 +32,9 @@ PLAN = ".plan.json"
 RECORDED = ".recorded.json"
 """In a draft: where its making is recorded, for whoever goes on with it. No work that is lost."""
 SCHEMA = 1
+OUTSIDE = "outside"
+"""The kind of what no stage made: a user's own file or directory."""
+FINGERPRINT = re.compile(r"[0-9a-f]{16}")
 UNSAID = (((), ()), ((), ("metrics.jsonl",)), (("audio/",), ()))
 """`bulk` and `logs` of artifacts whose description does not tell them yet."""
 
@@ -63,10 +67,13 @@ class Artifact:
     def path(self) -> Path:
         """Its directory on this machine's disk; of one at a URL a copy, fetched if need be.
 
-        Raises ArtifactError if the files are not those that were fingerprinted, StorageError.
+        Raises ArtifactError if the files are not those that were fingerprinted, StorageError. What
+        is a user's own has none: it is read where it lies.
         """
         if isinstance(self.place, Path):
             return self.place
+        if self.kind == OUTSIDE:
+            raise ArtifactError(f"{self.place} is read where it lies")
         return cached.copy(self.place, f"{self.place.name}-{self.fingerprint}", self._check)
 
     def _check(self, directory: Path) -> None:
@@ -166,9 +173,12 @@ def load(path: Location | str, kind: str) -> Artifact:
     if fields.get("kind") != kind:
         raise ArtifactError(f"{path} is a {fields.get('kind')}, not a {kind}")
     try:
-        return Artifact(path, **fields)
+        made = Artifact(path, **fields)
     except TypeError as error:
         raise ArtifactError(f"{path / FILE} lacks a field or has one too many: {error}") from None
+    if not FINGERPRINT.fullmatch(str(made.fingerprint)):  # a copy's directory is called by it
+        raise ArtifactError(f"{path / FILE} has no fingerprint but {made.fingerprint!r}")
+    return made
 
 
 def local(place: Location | str) -> Path:
@@ -354,7 +364,7 @@ def outside(path: Location | str) -> Artifact:
         digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
     else:
         raise ArtifactError(f"no such file or directory: {printable(path)}")
-    return Artifact(path, "outside", digest[:16], config={}, inputs={})
+    return Artifact(path, OUTSIDE, digest[:16], config={}, inputs={})
 
 
 def _listed(directory: Path) -> Iterator[tuple[str, int]]:

@@ -12,13 +12,13 @@ import errno
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import fsspec
 
@@ -254,7 +254,7 @@ def upload(directory: Path, names: Iterable[str], folder: Url) -> None:
     _all(copy, names)
 
 
-def _all(copy: Any, names: Iterable[str]) -> None:
+def _all(copy: Callable[[str], None], names: Iterable[str]) -> None:
     with ThreadPoolExecutor(TRANSFERS, thread_name_prefix="transfer") as pool:
         for _ in pool.map(copy, names):
             pass

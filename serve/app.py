@@ -16,6 +16,7 @@ from ray.serve.config import AutoscalingConfig
 from serve.api import Api
 from serve.decoder import Decoder
 from serve.encoder import Encoder
+from serve.fetched import fetch_datastores
 from serve.model import described
 from serve.retriever import Retriever
 from serve.settings import Replicas, read
@@ -32,6 +33,7 @@ def build(args: dict[str, Any]) -> Application:
     """
     settings = read(args)
     described(settings)
+    fetch_datastores(settings)
     decoder = _deployed(Decoder, settings.decoder).bind(settings)
     encoder = _deployed(Encoder, settings.encoder).bind(settings)
     retriever = _deployed(Retriever, settings.retriever).bind(settings, encoder, decoder)

@@ -24,6 +24,7 @@ from yaml import YAMLError
 
 from mmrag.config import KNN, SLUG, ConfigError, Decode, RetrievedAttention, Section, explain
 from mmrag.model.prepared import Compute
+from mmrag.storage import is_url
 
 CONFIG = Path(__file__).parent / "config.yaml"
 KEYS = "MMRAG_API_KEYS"
@@ -173,6 +174,9 @@ class Settings(Section):
     device: str
     datastores: Path
     """Directory of the datastores; shared by all machines."""
+    datastores_from: str | None = None
+    """A directory or a URL whose datastores are copied there when the service starts, but for those
+    that are there already."""
     local: Path | None = None
     """A directory on each machine's own disk to which shards copy their keys, where `datastores` is
     a share; None to read them where they are."""
@@ -186,6 +190,13 @@ class Settings(Section):
     encoder: Encoding
     retriever: RetrieverReplicas
     decoder: Decoding
+
+    @field_validator("datastores", "cache", "local", mode="before")
+    @classmethod
+    def _on_disk(cls, path: Any) -> Any:
+        if is_url(str(path)):
+            raise ValueError(f"{path} is a URL, and what lies there changes: name a directory")
+        return path
 
     @field_validator("datastores", "cache", "local")
     @classmethod

@@ -20,6 +20,7 @@ from cluster.stages import Embed
 from jobs import stage
 from jobs.reproduce import other_speech
 from jobs.reproduce.lab import ASSISTANT, EVERYDAY, OWN, Lab, Point, choose_boost, knn_point, ways
+from mmrag import artifact
 from mmrag.artifact import Artifact
 from mmrag.config import KNN, RetrievedAttention
 from mmrag.corpora import manifest
@@ -199,7 +200,7 @@ def _entities(lab: Lab) -> list[str]:
 
 def _phrase_datastore(lab: Lab, names: Sequence[str]) -> Artifact:
     """Phrases spoken in carrier sentences; each is a document of its own tokens."""
-    source = lab.experiment.workspace / "phrases.jsonl"
+    source = artifact.made_at(lab.experiment.workspace / "phrases.jsonl")
     manifest.write(source, phrases.utterances(names, lab.settings.carriers))
     return lab.datastore("phrases", "spoken", source=str(source), entries="entities")
 

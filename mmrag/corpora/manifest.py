@@ -133,9 +133,10 @@ def _parse(line: bytes, number: int, root: Location) -> Utterance:
 
 
 def _unsuffixed(audio: str) -> str:
-    """What a recording is called, without what says its format."""
-    path = PurePath(audio)
-    return audio.removesuffix(path.suffix) if is_url(audio) else path.with_suffix("").as_posix()
+    """What a recording is called, without what says its format, or signs a URL."""
+    shown = str(located(audio)) if is_url(audio) else audio
+    path = PurePath(shown)
+    return shown.removesuffix(path.suffix) if is_url(shown) else path.with_suffix("").as_posix()
 
 
 def _string(fields: Mapping[str, Any], name: str) -> str | None:

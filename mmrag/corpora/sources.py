@@ -114,4 +114,4 @@ def _fingerprinted(reader: str, paths: Sequence[Path]) -> Artifact:
     files = librispeech_biasing.tables(paths[0]) if reader == "librispeech_biasing" else paths[:1]
     each = [artifact.outside(path).fingerprint for path in [*files, *paths[1:]]]
     digest = each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()[:16]
-    return Artifact(paths[0], "outside", digest, config={}, inputs={})
+    return Artifact(paths[0], artifact.OUTSIDE, digest, config={}, inputs={})

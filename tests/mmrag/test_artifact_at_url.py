@@ -142,6 +142,17 @@ def test_what_was_uploaded_by_hand_is_an_artifact(runs, tmp_path):
     assert (artifact.load(runs / "lm", "thing").path / "metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize("fingerprint", ["../../../up", None, "0123456789ABCDEF", "0" * 15])
+def test_a_description_names_no_other_place_in_the_cache(runs, fingerprint):
+    make(runs / "a")
+    fields = json.loads((runs / "a" / artifact.FILE).read_bytes())
+    (runs / "a" / artifact.FILE).write_bytes(
+        json.dumps({**fields, "fingerprint": fingerprint}).encode()
+    )
+    with pytest.raises(ArtifactError, match="has no fingerprint but"):
+        artifact.load(runs / "a", "thing")
+
+
 def test_it_is_adopted_there_and_from_there(runs, tmp_path):
     original = make(tmp_path / "a")
     there = artifact.adopt(original.path, runs / "b", "thing")

@@ -114,6 +114,14 @@ def test_a_manifest_at_a_url_names_what_lies_beside_it_or_at_another_url(bucket)
     ]
 
 
+def test_a_signature_is_no_part_of_an_utterances_name(tmp_path):
+    row = {"audio_filepath": "https://host/a/b.wav?X-Amz-Signature=abc", "text": "one"}
+    (tmp_path / "dev.jsonl").write_text(json.dumps(row))
+    [read] = manifest.read(tmp_path / "dev.jsonl")
+    assert (read.id, read.document) == ("https://host/a/b",) * 2
+    assert str(read.audio) == "https://host/a/b.wav" and "abc" in read.audio.text
+
+
 def test_a_local_manifest_may_name_urls_and_is_written_so(bucket, tmp_path):
     said = [Utterance("a", "one", bucket / "a.wav"), Utterance("b", "two", tmp_path / "b.wav")]
     manifest.write(tmp_path / "dev.jsonl", said)
