@@ -167,7 +167,9 @@ class Saved:
                 break
             position = end
         if position < stop:
-            raise StorageError(f"{self.path} lacks {key} from {position} to {stop}")
+            raise StorageError(
+                f"{self.path} is damaged: {key} is missing from {position} to {stop}"
+            )
         return values
 
     def restore(self, engine: DeepSpeedEngine) -> None:
@@ -175,7 +177,7 @@ class Saved:
         known = state(engine)
         mine = list(parts(engine, whole=True))
         if strange := sorted({part.name for part in mine} - self.names):
-            raise CheckpointError(f"{self.path} lacks {', '.join(strange)}")
+            raise CheckpointError(f"{self.path} is of another model: it lacks {', '.join(strange)}")
         for part in mine:
             part.of(part.owner).copy_(self.read(f"{WEIGHT}/{part.name}", part.start, part.stop))
             if part.name not in self.steps:

@@ -101,12 +101,14 @@ def test_what_is_missing_or_cut_short_is_named(tmp_path):
     half = shares([{name: size // 2 for name, size in SIZES.items()}])
     saved = store(tmp_path / "half", half[:1])
     assert torch.equal(saved.read("weight/head", 0, 8), WHOLE["weight/head"][:8])
-    with pytest.raises(StorageError, match=r"half lacks weight/head from 8 to 17"):
+    with pytest.raises(StorageError, match=r"half is damaged: weight/head is missing from 8 to 17"):
         saved.read("weight/head", 0, 17)
     saved = store(tmp_path / "short", half)
     file = tmp_path / "short" / part_file(1)
     file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(StorageError, match="short lacks exp_avg_sq/head from 8 to 17"):
+    with pytest.raises(
+        StorageError, match="short is damaged: exp_avg_sq/head is missing from 8 to 17"
+    ):
         saved.read("exp_avg_sq/head", 0, 17)
 
 
