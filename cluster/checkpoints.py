@@ -5,9 +5,10 @@ of each trained parameter by name, in float32, with the optimizer's moments of t
 whose is in a file's own header, so that whoever goes on reads what it needs and no more. What is
 frozen is in no checkpoint.
 
-A worker copies its share to memory; all else happens behind the training: it is written to the
-node's own disk, and Ray Train sends it to the run's storage. A checkpoint counts once every worker
-has sent its share.
+All of it happens behind the training: a worker's share is copied to memory while the next step is
+computed, for nothing of it changes before that step is taken; then it is written to the node's own
+disk, and Ray Train sends it to the run's storage. A checkpoint counts once every worker has sent
+its share.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +57,7 @@ class StorageError(RuntimeError):
 
 @dataclass
 class Share:
-    """What one worker adds to a checkpoint, in memory."""
+    """What one worker adds to a checkpoint."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """`weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME` -> the range's values (N,), float32."""
@@ -66,20 +68,28 @@ class Share:
 
     @classmethod
     def of(cls, engine: DeepSpeedEngine) -> Share:
-        """A copy of what this worker holds."""
+        """What this worker holds, where it is: the next step changes it."""
         share, known = cls(), state(engine)
         for part in parts(engine):
             share.ranges[part.name] = (part.start, part.stop)
-            share.tensors[f"{WEIGHT}/{part.name}"] = _copied(part.of(part.owner))
+            share.tensors[f"{WEIGHT}/{part.name}"] = part.of(part.owner)
             own = known.get(part.owner)
             if own:
                 share.steps[part.name] = int(own[STEP])
                 for moment in MOMENTS:
-                    share.tensors[f"{moment}/{part.name}"] = _copied(part.of(own[moment]))
+                    share.tensors[f"{moment}/{part.name}"] = part.of(own[moment])
         return share
 
+    def copy(self) -> Share:
+        """The same in memory of its own, which nobody changes."""
+        tensors = {
+            name: values.to("cpu", torch.float32, copy=True)
+            for name, values in self.tensors.items()
+        }
+        return Share(tensors, self.ranges, self.steps)
+
     def write(self, path: Path) -> None:
-        """Write it as a safetensors file, from where the values lie."""
+        """Write a copy as a safetensors file, from where the values lie."""
         about = {"ranges": json.dumps(self.ranges), "steps": json.dumps(self.steps)}
         header: dict[str, Any] = {"__metadata__": about}
         end = 0
@@ -96,10 +106,6 @@ class Share:
             stream.write(len(text).to_bytes(8, "little") + text)
             for values in self.tensors.values():
                 stream.write(memoryview(values.numpy()).cast("B"))
-
-
-def _copied(values: Tensor) -> Tensor:
-    return values.to("cpu", torch.float32, copy=True)
 
 
 class _Stored(NamedTuple):
@@ -167,7 +173,9 @@ class Saved:
                 break
             position = end
         if position < stop:
-            raise StorageError(f"{self.path} lacks {key} from {position} to {stop}")
+            raise StorageError(
+                f"{self.path} is damaged: {key} is missing from {position} to {stop}"
+            )
         return values
 
     def restore(self, engine: DeepSpeedEngine) -> None:
@@ -175,7 +183,7 @@ class Saved:
         known = state(engine)
         mine = list(parts(engine, whole=True))
         if strange := sorted({part.name for part in mine} - self.names):
-            raise CheckpointError(f"{self.path} lacks {', '.join(strange)}")
+            raise CheckpointError(f"{self.path} is of another model: it lacks {', '.join(strange)}")
         for part in mine:
             part.of(part.owner).copy_(self.read(f"{WEIGHT}/{part.name}", part.start, part.stop))
             if part.name not in self.steps:
@@ -210,6 +218,8 @@ class Uploads:
         self._root = Path(staging or tempfile.gettempdir()) / f"mmrag-checkpoints-{name}"
         self._staging = self._root / str(rank)
         self._rank, self._workers = rank, workers
+        self._copier = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._copying: Future[Share] | None = None
         self._sent = threading.Event()
         self._sent.set()
         self._seconds: dict[str, float] = {}
@@ -223,21 +233,32 @@ class Uploads:
         """
         began = time.monotonic()
         self.wait()
-        share = Share.of(engine)
+        self._copying = self._copier.submit(Share.of(engine).copy)
         self._sent.clear()
         self._staging.mkdir(parents=True)
         ray.train.report(
             {"step": fields["step"]},
             checkpoint=Checkpoint.from_directory(self._staging),
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-            checkpoint_upload_fn=self._uploading(share, dict(fields)),
+            checkpoint_upload_fn=self._uploading(self._copying, dict(fields)),
             delete_local_checkpoint_after_upload=False,  # done by the time the next one is staged
         )
-        stalled = self._seconds.get("checkpoint_stall_seconds", 0.0)
-        self._seconds["checkpoint_stall_seconds"] = stalled + time.monotonic() - began
+        self._stalled(began)
+
+    def copied(self) -> None:
+        """Wait until what was sent may change: to be called before a step is taken."""
+        if self._copying is not None:
+            began = time.monotonic()
+            self._copying.result()
+            self._copying = None
+            self._stalled(began)
+
+    def _stalled(self, began: float) -> None:
+        before = self._seconds.get("checkpoint_stall_seconds", 0.0)
+        self._seconds["checkpoint_stall_seconds"] = before + time.monotonic() - began
 
     def _uploading(
-        self, share: Share, fields: dict[str, Any]
+        self, share: Future[Share], fields: dict[str, Any]
     ) -> Callable[[Checkpoint, str], Checkpoint]:
         """What Ray Train is to call, in a thread of its own, to store the share."""
 
@@ -245,7 +266,7 @@ class Uploads:
             began = time.monotonic()
             storage = ray.train.get_context().get_storage()
             try:
-                self._write(share, fields)
+                self._write(share.result(), fields)
                 stored = storage.persist_current_checkpoint(staged, name)
                 if stored.filesystem.type_name == "local":
                     for file in self._staging.iterdir():

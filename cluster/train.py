@@ -324,6 +324,7 @@ def _train(config: dict[str, Any]) -> None:
             lambda batch: engine(batch.to(device)), backward, batches, counts, settings.ctc_weight
         )
         sums = _all_sum(losses.sum(0), device)
+        uploads.copied()
         norm = _take_step(engine)
         if norm is None:  # on every worker alike
             found = lost(step, micro_batches, data, _of_all(losses, device))

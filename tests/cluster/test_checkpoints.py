@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from concurrent.futures import Future
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,12 +102,14 @@ def test_what_is_missing_or_cut_short_is_named(tmp_path):
     half = shares([{name: size // 2 for name, size in SIZES.items()}])
     saved = store(tmp_path / "half", half[:1])
     assert torch.equal(saved.read("weight/head", 0, 8), WHOLE["weight/head"][:8])
-    with pytest.raises(StorageError, match=r"half lacks weight/head from 8 to 17"):
+    with pytest.raises(StorageError, match=r"half is damaged: weight/head is missing from 8 to 17"):
         saved.read("weight/head", 0, 17)
     saved = store(tmp_path / "short", half)
     file = tmp_path / "short" / part_file(1)
     file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(StorageError, match="short lacks exp_avg_sq/head from 8 to 17"):
+    with pytest.raises(
+        StorageError, match="short is damaged: exp_avg_sq/head is missing from 8 to 17"
+    ):
         saved.read("exp_avg_sq/head", 0, 17)
 
 
@@ -175,13 +178,30 @@ def test_a_checkpoint_is_stored_while_training_goes_on_and_never_two_at_a_time(s
     assert not list((tmp_path / "disk").iterdir()), "the node's disk is left as it was"
 
 
+def test_what_is_stored_is_what_was_held_when_it_was_sent(storage, tmp_path, monkeypatch):
+    held = shares([])[0]
+    monkeypatch.setattr(Share, "of", classmethod(lambda cls, engine: held))
+    uploads = Uploads(tmp_path, str(tmp_path / "disk"), 0, 1)
+    uploads.send(None, {"step": 10})
+    uploads.copied()
+    for values in held.tensors.values():
+        values.zero_()  # the next step is taken, while the checkpoint is on its way
+    storage.open.set()
+    uploads.close()
+    saved = Saved(LocalFileSystem(), f"{storage.experiment_fs_path}/checkpoint_10")
+    for key, values in WHOLE.items():
+        assert torch.equal(saved.read(key, 0, len(values)), values)
+
+
 def test_an_upload_that_fails_names_its_step_and_place(storage, tmp_path):
     def full(staged: Checkpoint, name: str) -> Checkpoint:
         raise OSError("No space left on device")
 
     storage.persist_current_checkpoint = full
     uploads = Uploads(tmp_path, str(tmp_path / "disk"), 0, 1)
-    upload = uploads._uploading(shares([])[0], {"step": 30})
+    copied = Future()
+    copied.set_result(shares([])[0])
+    upload = uploads._uploading(copied, {"step": 30})
     uploads._staging.mkdir(parents=True)
     named = "the checkpoint of step 30 could not be stored as .*stored/checkpoint_30: No space"
     with pytest.raises(StorageError, match=named):

@@ -81,7 +81,7 @@ def train(root: Path, rank: int, workers: int, precision: str) -> dict[str, list
         engine, target = build(stage, workers, precision), root / f"{stage}"
         steps(engine, range(3), precision)
         target.mkdir(exist_ok=True)
-        Share.of(engine).write(target / part_file(rank))
+        Share.of(engine).copy().write(target / part_file(rank))
         if rank == 0:
             (target / FIELDS).write_text(json.dumps({"layout": LAYOUT, "workers": workers}))
         told[f"{stage}"] = steps(engine, range(3, 6), precision)
