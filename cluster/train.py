@@ -12,10 +12,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +32,21 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 
+from cluster.measures import Meter, peak_flops
 from cluster.placement import Demand, placing
 from cluster.progress import MetricsWriter, following
+from cluster.validation import DevSplit
 from mmrag import artifact, shipped
+from mmrag.ahead import ahead
 from mmrag.artifact import Held, counted
-from mmrag.config import Experiment, parse
+from mmrag.config import Experiment, Phase, parse
 from mmrag.finite import NonFiniteLoss
 from mmrag.model import pretrained
 from mmrag.model.cross_attention import Adapter
 from mmrag.model.lm import LM
-from mmrag.model.loss import Objective
+from mmrag.model.loss import Batch, Objective
 from mmrag.model.train import (
+    Chosen,
     Curriculum,
     Example,
     TrainingError,
@@ -91,12 +95,15 @@ def fit(
     directory: Path,
     log: Callable[[dict[str, Any]], None],
     lm: Path | None = None,
+    dev: Path | None = None,
+    after: int | None = None,
 ) -> None:
     """Train on the tokenized `splits`; leave the language model in `directory`.
 
     `directory` holds the vocabulary already. With `experiment.adapter`, what is trained and left
     there is an adapter for the language model in `lm`. A run that was killed there goes on from
-    its last checkpoint. `log` is called, in this process, with each record of `metrics.jsonl`.
+    its last checkpoint. `log` is called, in this process, with each record of `metrics.jsonl`, as
+    in `following`. What `dev` holds, tokenized too, is measured on the way (`train.dev`).
 
     Utterances longer than a micro-batch are passed over and listed in `rejected.jsonl`. Raises
     NonFiniteLoss, which names what was read, before a step is taken on a loss that is no number,
@@ -113,6 +120,7 @@ def fit(
             "splits": [str(split) for split in splits],
             "directory": str(directory),
             "lm": lm and str(lm),
+            "dev": dev and str(dev),
         },
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(
@@ -134,7 +142,7 @@ def fit(
             answered()
             log(record)
 
-        with following(directory, heard):
+        with following(directory, heard, after):
             trainer.fit()
     if (directory / STOPPED).exists():
         stopped = json.loads((directory / STOPPED).read_text())
@@ -247,6 +255,24 @@ def _train(config: dict[str, Any]) -> None:
     )
     first = _restore(engine, dtype)
     metrics = MetricsWriter(directory, first) if rank == 0 else None
+    add_up = partial(_all_sum, device=device)
+    shape = experiment.lm if experiment.adapter is None else None
+    peak = peak_flops(settings, device, dtype)
+    meter = Meter(shape, vocabulary.size, rank, world, add_up, device, peak)
+    gather = deepspeed.zero.GatheredParameters if settings.zero_stage == 3 else None
+    dev = config["dev"] and DevSplit(
+        Path(config["dev"]), experiment, vocabulary, dtype, rank, world, add_up, gather
+    )
+
+    def drawn(step: int) -> tuple[Phase, list[list[Chosen]], list[Batch]]:
+        """What step `step` reads, and this worker's share of it."""
+        phase, micro_batches = curriculum.step(step)
+        own = [
+            collate(data, chosen, vocabulary, settings.unit_dropout, (seed, step, n), contexts)
+            for n, chosen in enumerate(micro_batches)
+            if n % world == rank
+        ]
+        return phase, micro_batches, own
 
     def backward(loss: Tensor) -> None:
         # DeepSpeed averages over ranks; the loss is already divided by everyone's count.
@@ -254,14 +280,11 @@ def _train(config: dict[str, Any]) -> None:
         if not engine.is_gradient_accumulation_boundary():
             engine.step()  # counts the micro-batch; the real one waits for all losses
 
+    reading = ahead(drawn, range(first, settings.steps))
     for step in range(first, settings.steps):
-        started = time.monotonic()
-        phase, micro_batches = curriculum.step(step)
-        batches = [
-            collate(data, chosen, vocabulary, settings.unit_dropout, (seed, step, n), contexts)
-            for n, chosen in enumerate(micro_batches)
-            if n % world == rank
-        ]
+        meter.begin()
+        phase, micro_batches, batches = next(reading)
+        meter.read(batches)
         tokens = torch.tensor([sum(batch.ids.numel() for batch in batches)])
         counts = torch.stack([batch.counts() for batch in batches]).sum(0)
         *counts, tokens = _all_sum(torch.cat((counts, tokens)), device)
@@ -280,11 +303,12 @@ def _train(config: dict[str, Any]) -> None:
         norm = float(engine.get_global_grad_norm() or 0.0)
         if not _all_sum(torch.tensor([norm]), device).isfinite():
             raise lost(step, "the gradient is not finite", micro_batches, data)
+        done = step + 1
+        measured = meter.end()
+        measured |= dev.measure(engine, done) if dev else {}
         if metrics:
             record = step_log(step, phase, sums, counts, norm, rate, int(tokens))
-            speed = record.tokens / (time.monotonic() - started)
-            metrics.write({**asdict(record), "tokens_per_second": speed})
-        done = step + 1
+            metrics.write({**asdict(record), **measured})
         if done % settings.checkpoint_steps == 0 or done == settings.steps:
             if not _finite(engine, device):  # without ZeRO DeepSpeed tells no norm
                 raise lost(step, "a weight is not finite", micro_batches, data)

@@ -19,8 +19,8 @@ MAY_IMPORT = {
 WINGS = {
     "ground": [
         "config.section", "config.speech", "config.model", "config.retrieval", "config.decoding",
-        "config.experiment", "config", "text", "terminal", "records", "finite", "durable",
-        "folders", "artifact", "shipped",
+        "config.experiment", "config", "text", "terminal", "records", "finite", "ahead", "durable",
+        "processes", "folders", "artifact", "shipped",
         "score.rates", "score.recall", "score.significance", "score.entities", "score.biasing",
         "score",
     ],
