@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +32,23 @@ from ray.train.torch import TorchTrainer
 from torch import Tensor
 
 from cluster.checkpoints import FIELDS, Bookkeeping, CheckpointError, Saved, Uploads, listed, mend
+from cluster.measures import Meter, peak_flops
 from cluster.packing import pack, pack_contexts, packed_contexts
 from cluster.placement import Demand, placing
 from cluster.preemption import ListeningConfig, Notice, Preempted
 from cluster.progress import SKIPPED, MetricsWriter, following
+from cluster.validation import DevSplit
 from mmrag import artifact, shipped
+from mmrag.ahead import ahead
 from mmrag.artifact import Held, counted
-from mmrag.config import Experiment, parse
+from mmrag.config import Experiment, Phase, parse
 from mmrag.finite import Guard, NonFiniteLoss
 from mmrag.model import pretrained
 from mmrag.model.cross_attention import Adapter
 from mmrag.model.curriculum import LEAVE_OUT, Curriculum, TrainingError
+from mmrag.model.epochs import Chosen
 from mmrag.model.lm import LM
-from mmrag.model.loss import Objective
+from mmrag.model.loss import Batch, Objective
 from mmrag.model.packed import Packed
 from mmrag.model.train import (
     adamw,
@@ -93,12 +97,15 @@ def fit(
     directory: Path,
     log: Callable[[dict[str, Any]], None],
     lm: Location | None = None,
+    dev: Location | None = None,
+    after: int | None = None,
 ) -> None:
     """Train on the tokenized `splits`; leave the language model in `directory`.
 
     `directory` holds the vocabulary already. With `experiment.adapter`, what is trained and left
     there is an adapter for the language model in `lm`. A run that was killed there goes on from
-    its last checkpoint. `log` is called, in this process, with each record of `metrics.jsonl`.
+    its last checkpoint. `log` is called, in this process, with each record of `metrics.jsonl`, as
+    in `following`. What `dev` holds, tokenized too, is measured on the way (`train.dev`).
 
     Utterances longer than a micro-batch are passed over and listed in `rejected.jsonl`. A step is
     not taken on a loss or a gradient that is no number: it is listed in `skipped.jsonl` with what
@@ -109,20 +116,23 @@ def fit(
     deepspeed_config(experiment, torch.float32)  # a bad file is refused here, not by every worker
     mend(directory / CHECKPOINTS / RUN)
     while True:
-        stopped = _attempt(experiment, splits, directory, log, lm)
+        stopped = _attempt(experiment, splits, directory, log, lm, dev, after)
         if not isinstance(stopped, Preempted):
             break
         print(f"{stopped}: going on where there is room", file=sys.stderr, flush=True)
+        after = None  # what is there has been told
     if stopped:
         raise stopped
 
 
 def _attempt(
     experiment: Experiment,
-    splits: list[Path],
+    splits: list[Location],
     directory: Path,
     log: Callable[[dict[str, Any]], None],
-    lm: Path | None,
+    lm: Location | None,
+    dev: Location | None,
+    after: int | None,
 ) -> Exception | None:
     """Train to the end, or until all workers give up together: why."""
     settings = experiment.train
@@ -139,6 +149,7 @@ def _attempt(
             "corpus": str(corpus),
             "directory": str(directory),
             "lm": lm and str(lm),
+            "dev": dev and str(dev),
         },
         torch_config=ListeningConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(
@@ -163,7 +174,7 @@ def _attempt(
             answered()
             log(record)
 
-        with following(directory, heard):
+        with following(directory, heard, after):
             trainer.fit()
     if not (directory / STOPPED).exists():
         return None
@@ -296,6 +307,24 @@ def _train(config: dict[str, Any]) -> None:
     skipped = MetricsWriter(directory, first, SKIPPED) if rank == 0 else None
     guard, notice = Guard(LEAVE_OUT, in_a_row), Notice(rank, device)
     uploads = Uploads(directory, settings.staging, rank, world)
+    add_up = partial(_all_sum, device=device)
+    shape = experiment.lm if experiment.adapter is None else None
+    peak = peak_flops(settings, device, dtype)
+    meter = Meter(shape, vocabulary.size, rank, world, add_up, device, peak)
+    gather = deepspeed.zero.GatheredParameters if settings.zero_stage == 3 else None
+    dev = config["dev"] and DevSplit(
+        located(config["dev"]), experiment, vocabulary, dtype, rank, world, add_up, gather
+    )
+
+    def drawn(step: int) -> tuple[Phase, list[list[Chosen]], list[Batch]]:
+        """What step `step` reads, and this worker's share of it."""
+        phase, micro_batches = curriculum.step(step)
+        own = [
+            collate(data, chosen, vocabulary, settings.unit_dropout, (seed, step, n), contexts)
+            for n, chosen in enumerate(micro_batches)
+            if n % world == rank
+        ]
+        return phase, micro_batches, own
 
     def backward(loss: Tensor) -> None:
         # A loss that is no number must not have a gradient that is one: DeepSpeed skips by that.
@@ -305,14 +334,11 @@ def _train(config: dict[str, Any]) -> None:
         if not engine.is_gradient_accumulation_boundary():
             engine.step()  # counts the micro-batch; the real one waits for all losses
 
+    reading = ahead(drawn, range(first, settings.steps))
     for step in range(first, settings.steps):
-        started = time.monotonic()
-        phase, micro_batches = curriculum.step(step)
-        batches = [
-            collate(data, chosen, vocabulary, settings.unit_dropout, (seed, step, n), contexts)
-            for n, chosen in enumerate(micro_batches)
-            if n % world == rank
-        ]
+        meter.begin()
+        phase, micro_batches, batches = next(reading)
+        meter.read(batches)
         tokens = torch.tensor([sum(batch.ids.numel() for batch in batches)])
         counts = torch.stack([batch.counts() for batch in batches]).sum(0)
         *counts, tokens = _all_sum(torch.cat((counts, tokens)), device)
@@ -326,6 +352,7 @@ def _train(config: dict[str, Any]) -> None:
         sums = _all_sum(losses.sum(0), device)
         uploads.copied()
         norm = _take_step(engine)
+        done = step + 1
         if norm is None:  # on every worker alike
             found = lost(step, micro_batches, data, _of_all(losses, device))
             if metrics:
@@ -334,11 +361,12 @@ def _train(config: dict[str, Any]) -> None:
             guard.skip(found)
         else:
             guard.taken()
+            measured = meter.end()
+            measured |= dev.measure(engine, done) if dev else {}
             if metrics:
                 record = step_log(step, phase, sums, counts, norm, rate, int(tokens))
-                speed = record.tokens / (time.monotonic() - started)
-                metrics.write({**asdict(record), "tokens_per_second": speed, **uploads.told()})
-        done, leaving = step + 1, notice.agreed()
+                metrics.write({**asdict(record), **measured, **uploads.told()})
+        leaving = notice.agreed()
         if done % settings.checkpoint_steps == 0 or done == settings.steps or leaving:
             fields = {"step": done, "precision": str(dtype), "skipped_in_a_row": guard.in_a_row}
             uploads.send(engine, fields)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ from typing import Any
 import ray
 import torch
 
+from cluster.measures import memory_name, peak_bytes
 from cluster.placement import Demand, placing
+from cluster.pretraining import fit
 from cluster.progress import METRICS, MetricsWriter, following, held_training, last_record
 from cluster.rejections import REJECTED, read_rejections, write_rejections
 from cluster.stages import device
@@ -22,6 +24,7 @@ from mmrag.artifact import Artifact, Draft, nothing
 from mmrag.config import Experiment, recipe
 from mmrag.corpora import augment
 from mmrag.corpora.pronunciation import Pronunciation
+from mmrag.processes import Alone, Processes
 from mmrag.records import Rejection, Utterance
 from mmrag.speech import audio
 from mmrag.speech.hubert import HubertEncoder
@@ -62,18 +65,23 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         steps = sum(each.steps for each in experiment.pretrain.rounds)
 
         def log(record: dict[str, Any]) -> None:
-            errors = {k: v for k, v in record.items() if k.startswith("phone_errors_")}
-            tracked.log({k: record[k] for k in ("loss", "accuracy")} | errors, record["step"])
-            if record["step"] % (steps // 8 or 1) == 0:
+            step = record["step"]
+            errors = any(name.startswith("phone_errors_") for name in record)
+            if step % settings.log_steps == 0 or step == steps or errors:
+                tracked.log({name: record[name] for name in record if name != "step"}, step)
+            if step % (steps // 8 or 1) == 0:
                 stage.console.print(
-                    f"  round {record['round']}  step {record['step']}/{steps}  "
-                    f"loss {record['loss']:.2f}  masked frames guessed {record['accuracy']:.0%}"
+                    f"  round {record['round']}  step {step}/{steps}  "
+                    f"loss {record['loss']:.2f}  masked frames guessed {record['accuracy']:.0%}  "
+                    f"{record['audio_seconds_per_second']:,.0f} s of audio a second  "
+                    f"data {record['data_wait']:.0%}"
                 )
 
-        takes = {"num_cpus": experiment.pretrain.num_cpus, "num_gpus": experiment.pretrain.num_gpus}
-        with placing(Demand("pretrain", 1, **takes)), following(draft.path, log):
-            training = _pretrain.options(**takes)
-            ray.get(training.remote(experiment, draft.path))
+        settings, after = experiment.pretrain, tracked.last_step("loss") or 0
+        if settings.workers > 1:
+            fit(partial(_pretrain, experiment, draft.path), settings, draft.path, log, after)
+        else:
+            _alone(experiment, draft.path, log, after)
         last = last_record(draft.path)
         draft.summary |= {"steps": steps, "masked_accuracy": round(last["accuracy"], 3)}
         draft.summary |= {
@@ -93,9 +101,21 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     )
 
 
-@ray.remote
-def _pretrain(experiment: Experiment, directory: Path) -> None:
+def _alone(
+    experiment: Experiment, directory: Path, log: Callable[[dict[str, Any]], None], after: int
+) -> None:
+    """One process, which needs no Ray Train, nor the time that it takes to start."""
+    settings = experiment.pretrain
+    takes = {"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus}
+    with placing(Demand("pretrain", 1, **takes)), following(directory, log, after):
+        training = ray.remote(_pretrain).options(**takes)
+        ray.get(training.remote(experiment, directory, Alone()))
+
+
+def _pretrain(experiment: Experiment, directory: Path, processes: Processes) -> None:
+    """What each process runs; the first one writes."""
     torch.set_num_threads(1)
+    seconds, where = experiment.pretrain.batch_seconds, torch.device(device())
     _, splits, _ = tokenize.opened(experiment)
     spoken = _spoken(next(iter(splits.values())))
     phones, held_out = None, {}
@@ -109,12 +129,16 @@ def _pretrain(experiment: Experiment, directory: Path) -> None:
     def log(step: int, record: dict[str, float]) -> None:
         nonlocal metrics
         metrics = metrics or MetricsWriter(directory, step)
-        metrics.write({"step": step, **record})
+        speed = {"audio_seconds_per_second": seconds / record["seconds"]}
+        memory = {memory_name(where): peak_bytes(where)}
+        metrics.write({"step": step, **record, **speed, **memory})
 
     listed = directory / REJECTED
 
     def reject(clip: int, reason: str) -> None:
         """List it, beside those that were met before a run was stopped."""
+        if processes.rank:
+            return
         known = set(read_rejections(listed)) if listed.exists() else set()
         every = known | {Rejection(spoken[clip].id, reason)}
         write_rejections(listed, sorted(every, key=lambda one: one.source))
@@ -135,8 +159,11 @@ def _pretrain(experiment: Experiment, directory: Path) -> None:
         held_out=held_out,
         reject=reject,
         recorder=augment.rough,
+        processes=processes,
+        timed=True,
     )
-    encoder.save(directory)
+    if processes.rank == 0:
+        encoder.save(directory)
 
 
 def _spoken(rows: tokenize.Rows) -> list[Utterance]:

@@ -28,6 +28,28 @@ from mmrag.speech.units import Codebook
 from mmrag.storage import Location
 
 SPLITS = ("lm", "text")
+NO_CURVE = ("step", "phase", "tokens")
+"""What of a record is no figure to follow."""
+SHOWN: dict[str, Callable[[float], str]] = {
+    "loss": "loss {:.3f}".format,
+    "ctc_loss": "ctc {:.3f}".format,
+    "gradient_norm": "|g| {:.2f}".format,
+    "learning_rate": "lr {:.1e}".format,
+    "tokens_per_second": "{:,.0f} tokens/s".format,
+    "tokens_per_second_per_gpu": "({:,.0f} a worker)".format,
+    "mfu": "MFU {:.1%}".format,
+    "data_wait": "data {:.0%}".format,
+    "padding": "padding {:.0%}".format,
+    "peak_gpu_bytes": lambda size: f"GPU {size / 2**30:.1f} GiB",
+    "peak_rss_bytes": lambda size: f"RSS {size / 2**30:.1f} GiB",
+}
+"""What the line of a step says, as far as it was measured (`cluster.measures`)."""
+SHOWN_OF_DEV: dict[str, Callable[[float], str]] = {
+    "dev_loss": "dev loss {:.3f}".format,
+    "dev_text_loss": "as text {:.3f}".format,
+    "dev_wer": "dev WER {:.1%}".format,
+}
+"""What is said of the dev split beside it (`cluster.validation`)."""
 
 
 def run(experiment: Experiment, force: bool = False) -> Artifact:
@@ -64,7 +86,8 @@ def _lm(experiment: Experiment, force: bool) -> Artifact:
         )
 
         _report_unspeakable(Packed(pack(splits, draft.path, draft.path), vocabulary))
-        fit(experiment, splits, draft.path, _log(settings, tracked))
+        log, after = _log(settings, tracked), _logged(tracked)
+        fit(experiment, splits, draft.path, log, dev=_dev(settings, made), after=after)
         draft.summary |= _counts(draft.path, parameters, settings)
 
     inputs = {"tokens": made, "codebook": codebook}
@@ -81,6 +104,11 @@ def _adapter(experiment: Experiment, force: bool) -> Artifact:
         raise ConfigError("an adapter is trained on transcription alone: mixture {speech_first: 1}")
     if settings.ctc_weight:
         raise ConfigError("train.ctc_weight: an adapter has nothing that spells; it takes 0")
+    if settings.dev.wer_steps:
+        raise ConfigError(
+            "train.dev.wer_steps: an adapter reads what is retrieved, which python -m jobs.tune "
+            "measures on the dev split; it takes 0"
+        )
     heard_by = models.adaptable(experiment)
     lm, made = heard_by.made, models.corpus(experiment, heard_by)
     inputs = {"lm": lm, "tokens": made}
@@ -108,10 +136,13 @@ def _adapter(experiment: Experiment, force: bool) -> Artifact:
             f"  {parameters / 1e6:.1f} M parameters of an adapter, {_workers(settings)}, "
             f"ZeRO-{settings.zero_stage}"
         )
+        if settings.dev.loss_steps:
+            stage.console.print("  no dev loss: python -m jobs.tune measures an adapter")
         splits = [made.place / contexts.split]
         packed = pack(splits, lm.place, draft.path)
         _report_unspeakable(Packed(packed, Vocabulary.load(lm.place)))
-        fit(experiment, splits, draft.path, _log(settings, tracked), lm.place)
+        log, after = _log(settings, tracked), _logged(tracked)
+        fit(experiment, splits, draft.path, log, lm.place, after=after)
         draft.summary |= _counts(draft.path, parameters, settings)
 
     return stage.make(
@@ -154,6 +185,30 @@ def _counts(directory: Path, parameters: int, settings: Train) -> dict[str, Any]
     }
 
 
+def _dev(settings: Train, tokens: Artifact) -> Location | None:
+    """The split that is measured on; None where there is none, or nothing is to be measured.
+
+    ConfigError if word error rates are wanted of a split that is not there.
+    """
+    split = tokens.place / settings.dev.split
+    if not (settings.dev.loss_steps or settings.dev.wer_steps):
+        return None
+    if split.exists():
+        return split
+    if settings.dev.wer_steps:
+        raise ConfigError(
+            f"train.dev.wer_steps: there is no split {settings.dev.split} in {tokens.path}"
+        )
+    stage.console.print(f"  no dev loss: there is no split {settings.dev.split}")
+    return None
+
+
+def _logged(tracked: Run) -> int:
+    """The step of the last record that MLflow has; -1 for none."""
+    last = tracked.last_step("loss")
+    return -1 if last is None else last - 1  # there a step is counted when it is done
+
+
 def _log(settings: Train, tracked: Run) -> Callable[[dict[str, Any]], None]:
     """Says on the terminal and to MLflow what a step measured."""
 
@@ -165,17 +220,21 @@ def _log(settings: Train, tracked: Run) -> Callable[[dict[str, Any]], None]:
         if "checkpoint_upload_seconds" in record:
             names = ("checkpoint_stall_seconds", "checkpoint_upload_seconds")
             tracked.log({name: record[name] for name in names if name in record}, step)
-        if step % settings.log_steps and step != total:
+        dev = any(name.startswith("dev_") for name in record)
+        if step % settings.log_steps and step != total and not dev:
             return
-        names = ("loss", "ctc_loss", "gradient_norm", "learning_rate", "tokens_per_second")
-        tracked.log({name: record[name] for name in names}, step)
-        stage.console.print(
-            f"  {record['phase']:<13} step {step}/{total}  loss {record['loss']:.3f}  "
-            f"ctc {record['ctc_loss']:.3f}  |g| {record['gradient_norm']:.2f}  "
-            f"lr {record['learning_rate']:.1e}  {record['tokens_per_second']:,.0f} tokens/s"
-        )
+        measured = {name: value for name, value in record.items() if name not in NO_CURVE}
+        tracked.log(measured, step)
+        where = f"  {record['phase']:<13} step {step}/{total}  "
+        stage.console.print(where + "  ".join(_shown(record, SHOWN)))
+        if dev:
+            stage.console.print(where + "  ".join(_shown(record, SHOWN_OF_DEV)))
 
     return log
+
+
+def _shown(record: dict[str, Any], shown: dict[str, Callable[[float], str]]) -> list[str]:
+    return [show(record[name]) for name, show in shown.items() if name in record]
 
 
 def _check_base(experiment: Experiment, codebook: Artifact) -> None:

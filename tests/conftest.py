@@ -49,6 +49,8 @@ MINIATURE = [
     "train.warmup_steps=2",
     "train.checkpoint_steps=10",
     "train.log_steps=10",
+    "train.dev={loss_steps: 10, loss_utterances: 3, wer_steps: 20, wer_utterances: 2}",
+    "train.peak_flops=1e9",
     "train.workers={count: 2, num_cpus: 1}",
     "datastore.part_utterances=3",
     "datastore.index.shards=2",
@@ -69,6 +71,7 @@ ADAPTER = [
     "train.phases=[{name: adapter, steps: 24, mixture: {speech_first: 1}}]",
     "train.learning_rate=0.01",
     "train.ctc_weight=0",
+    "train.dev.wer_steps=0",
     "train.checkpoint_steps=6",
     "adapter.shape={every: 1, heads: 2, head_width: 16, window: 20,"
     " encoder_layers: 1, encoder_heads: 2, encoder_feed_forward: 32}",

@@ -20,7 +20,8 @@ WINGS = {
     "ground": [
         "storage", "config.section", "config.speech", "config.model", "config.retrieval",
         "config.decoding", "config.experiment", "config", "text", "terminal", "records", "finite",
-        "durable", "arrays", "names", "folders", "cached", "differing", "artifact", "shipped",
+        "ahead", "durable", "processes", "arrays", "names", "folders", "cached", "differing",
+        "artifact", "shipped",
         "score.rates", "score.recall", "score.significance", "score.entities", "score.biasing",
         "score",
     ],

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import (
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     model_validator,
@@ -152,6 +153,28 @@ class TrainWorkers(Workers):
         return self.count if isinstance(self.count, int) else self.count[1]
 
 
+class Dev(Section):
+    """What is measured while a model trains, on a split that it does not learn from.
+
+    The utterances are the same ones each time, whatever the number of workers.
+    """
+
+    split: Operation[str] = "dev"
+    """Of `tokens/`; where there is no such split there are no losses."""
+    loss_steps: Operation[NonNegativeInt] = 250
+    """Optimizer steps from one measurement of the loss to the next, the last step's besides; 0 for
+    none."""
+    loss_utterances: Operation[PositiveInt] = 200
+    """At most so many utterances are read for it."""
+    wer_steps: Operation[NonNegativeInt] = 0
+    """The same for the word error rate of greedy decoding without retrieval."""
+    wer_utterances: Operation[PositiveInt] = 32
+    """At most so many utterances are transcribed for it."""
+    wer_copy_gib: Operation[PositiveFloat] = 16.0
+    """Under ZeRO-3 each worker gathers a whole copy of the language model to decode with, in the
+    precision that it is trained in, and lets go of it; a larger one is refused."""
+
+
 class Train(Section):
     """Training of the language model."""
 
@@ -194,6 +217,10 @@ class Train(Section):
     """Directory on each node's own disk, where a checkpoint is written before it is sent to the
     workspace; None for the node's temporary directory."""
     log_steps: Operation[PositiveInt]
+    dev: Dev = Dev()
+    peak_flops: Operation[PositiveFloat | None] = None
+    """What a worker's hardware multiplies at most, FLOP/s: MFU is a share of it. None for the data
+    sheet's figure of a known GPU in bf16; where that is not known either, no MFU is told."""
     max_failures: Operation[int] = Field(ge=0)
     """Worker failures after which the run is given up."""
     workers: TrainWorkers

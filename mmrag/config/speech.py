@@ -143,7 +143,7 @@ class Pretrain(Section):
 
     rounds: tuple[PretrainRound, ...] = Field(min_length=1)
     batch_seconds: PositiveFloat
-    """Seconds of audio a step."""
+    """Seconds of audio a step, of all workers together."""
     crop_seconds: PositiveFloat
     """Longer clips are cropped to this."""
     learning_rate: PositiveFloat
@@ -173,8 +173,15 @@ class Pretrain(Section):
     """Utterances, by id, that are passed over; may be added to while a run is unfinished."""
     checkpoint_steps: Operation[PositiveInt] = 500
     """Steps after which a killed run finds its state again."""
+    log_steps: Operation[PositiveInt] = 1
+    """Steps from one point of a curve in MLflow to the next; `metrics.jsonl` has them all."""
+    workers: Operation[PositiveInt] = 1
+    """Processes that share the crops of each step, on Ray Train where there are several. What is
+    learned is the same, but for rounding; a stopped run goes on with any number."""
+    max_failures: Operation[NonNegativeInt] = 3
+    """Worker failures after which a run of several workers is given up."""
     num_cpus: Operation[float] = Field(gt=0)
-    """CPUs that the one training process reserves."""
+    """CPUs that each training process reserves."""
     num_gpus: Operation[float] = Field(default=0, ge=0)
 
     @model_validator(mode="after")

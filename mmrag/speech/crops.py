@@ -80,6 +80,8 @@ class Batch(NamedTuple):
     """Log-mel bands that are hidden, (B, M) bool."""
     warps: Tensor | None = None
     """What the places of a crop's bands are multiplied by, (B,)."""
+    dealt: Sequence[Sequence[int]] = ()
+    """The clips of every process's crops, where several share the step; it holds those of one."""
 
     def groups(self, frames: Callable[[int], int]) -> Iterator[Batch]:
         """Its crops, those of like length together: little is computed for padding. `frames` says
@@ -100,6 +102,49 @@ class Batch(NamedTuple):
                 None if self.warps is None else self.warps[rows],
             )
 
+    def shares(self, frames: Callable[[int], int], count: int) -> list[list[Batch]]:
+        """Its groups, dealt to at most `count`, so that each has about as many frames."""
+        shares: list[list[Batch]] = [[] for _ in range(count)]
+        held = [0] * count
+        for group in sorted(self.groups(frames), key=lambda group: -group.targets.numel()):
+            least = min(range(count), key=held.__getitem__)
+            shares[least].append(group)
+            held[least] += group.targets.numel()
+        return [share for share in shares if share]
+
+    def suspects(self, losses: Tensor) -> list[int]:
+        """The clips of the processes whose `losses` (P,) are no numbers; of all, where those of all
+        are or of none: then it is a gradient that is no number."""
+        if not self.dealt:
+            return self.clips
+        each = zip(self.dealt, losses.isfinite().tolist(), strict=True)
+        wrong = [clips for clips, finite in each if not finite]
+        return [clip for clips in wrong or self.dealt for clip in clips]
+
+
+class Share(NamedTuple):
+    """One process of several that each compute some of a step's crops."""
+
+    rank: int
+    count: int
+    samples: dict[int, int]
+    """Clip -> its length, of those that were read: what another process is to hear is not read
+    again. A process keeps its own from step to step."""
+
+
+class _Crop(NamedTuple):
+    """Where a crop is, before anything is computed of it."""
+
+    clip: int
+    sequence: Tensor | None
+    first: int
+    """Its first frame."""
+    samples: int
+    elsewhere: int | None
+    """Seed by which it is recorded anew; None where it stays as it is."""
+    wave: Tensor | None
+    """Its clip, prepared; None where another process may need it."""
+
 
 def draw(
     encoder: HubertEncoder,
@@ -112,6 +157,7 @@ def draw(
     unaligned: bool = True,
     chances: Tensor | None = None,
     record: Recorder | None = None,
+    share: Share | None = None,
 ) -> Batch:
     """Random crops of random clips, `batch_seconds` in all, and masks over their frames and bands.
 
@@ -120,10 +166,56 @@ def draw(
     without. `record` makes the share `settings.rough` of the crops sound otherwise. A clip that
     cannot be read, or holds no frame, is told to `reject` and passed over. ValueError where none
     is left.
+
+    With a `share`, all its processes draw the same crops, and each computes its own, as many frames
+    as the others within a crop. RuntimeError for a clip that was read before and cannot be again.
     """
+    drawn = _crops(
+        *(encoder, waves, targets, settings, generator, left_out, reject, unaligned, chances),
+        recorded=record is not None,
+        share=share,
+    )
+    crops = list(drawn)
+    frames = torch.tensor([encoder.frames(crop.samples) for crop in crops])
+    mask = mask_spans(frames, settings.mask_probability, settings.mask_length, generator)
+    masks, width = settings.band_masks, min(settings.band_width, encoder.bands)
+    bands = mask_bands(len(crops), encoder.bands, masks, width, generator) if masks else None
+    warp = settings.band_warp
+    warps = 1 + warp * (2 * torch.rand(len(crops), generator=generator) - 1) if warp else None
+    dealt = _deal(frames.tolist(), share.count) if share else [list(range(len(crops)))]
+    rows = dealt[share.rank if share else 0]
+    own = [crops[row] for row in rows]
+    heard = [_cut(encoder, waves, crop, record) for crop in own]
+    labels = [_labels(targets, crop, encoder.frames(crop.samples)) for crop in own]
+    return Batch(
+        waves=pad_sequence(heard, batch_first=True) if own else torch.zeros(0, 0),
+        lengths=torch.tensor([crop.samples for crop in own], dtype=torch.long),
+        targets=pad_sequence(labels, batch_first=True) if own else torch.zeros(0, 0).long(),
+        mask=mask[rows],
+        clips=[crop.clip for crop in own],
+        sequences=[crop.sequence for crop in own],
+        bands=None if bands is None else bands[rows],
+        warps=None if warps is None else warps[rows],
+        dealt=[[crops[row].clip for row in each] for each in dealt] if share else (),
+    )
+
+
+def _crops(
+    encoder: HubertEncoder,
+    waves: Sequence[Tensor],
+    targets: Targets | Phones,
+    settings: Pretrain,
+    generator: torch.Generator,
+    left_out: Collection[int],
+    reject: Reject | None,
+    unaligned: bool,
+    chances: Tensor | None,
+    recorded: bool,
+    share: Share | None,
+) -> Iterator[_Crop]:
+    """The crops of a step, in the order in which they are drawn."""
     longest = round(settings.crop_seconds * SAMPLE_RATE)
     missing, missed = settings.batch_seconds * SAMPLE_RATE, 0
-    crops, labels, clips, sequences = [], [], [], []
     while missing > 0:
         clip = _one_of(len(waves), chances, generator)
         sequence = targets.sequence(clip) if isinstance(targets, Phones) else None
@@ -132,38 +224,69 @@ def draw(
             if missed > MISSES * len(waves):
                 raise ValueError("no clip is left to draw")
             continue
+        wave = None
         try:
-            wave = encoder.prepare(waves[clip])
+            if share is None:
+                wave = encoder.prepare(waves[clip])
+                whole = len(wave)
+            else:
+                whole = _length(encoder, waves, clip, share.samples)
         except ValueError as error:
             rejected(reject, clip, error)
             continue
-        clips.append(clip)
-        sequences.append(sequence)
-        most = longest if sequence is None else len(wave)
-        spare = max(0, encoder.frames(len(wave)) - encoder.frames(most))
+        most = longest if sequence is None else whole
+        spare = max(0, encoder.frames(whole) - encoder.frames(most))
         first = _below(spare + 1, generator)
-        crop = wave[first * encoder.hop :][:most]
-        if record and sequence is None and _happens(settings.rough, generator):
-            elsewhere = np.random.default_rng(_below(2**62, generator))
-            crop = encoder.prepare(torch.from_numpy(record(crop.cpu().numpy(), elsewhere)))
-        crops.append(crop)
-        label = targets[clip][first:][: encoder.frames(len(crop))]
-        labels.append(F.pad(label, (0, encoder.frames(len(crop)) - len(label))))
-        missing -= len(crop)
-    frames = torch.tensor([len(label) for label in labels])
-    mask = mask_spans(frames, settings.mask_probability, settings.mask_length, generator)
-    masks, width = settings.band_masks, min(settings.band_width, encoder.bands)
-    warp = settings.band_warp
-    return Batch(
-        waves=pad_sequence(crops, batch_first=True),
-        lengths=torch.tensor([len(crop) for crop in crops]),
-        targets=pad_sequence(labels, batch_first=True),
-        mask=mask,
-        clips=clips,
-        sequences=sequences,
-        bands=mask_bands(len(crops), encoder.bands, masks, width, generator) if masks else None,
-        warps=1 + warp * (2 * torch.rand(len(crops), generator=generator) - 1) if warp else None,
-    )
+        samples = min(most, whole - first * encoder.hop)
+        elsewhere = None
+        if recorded and sequence is None and _happens(settings.rough, generator):
+            elsewhere = _below(2**62, generator)
+        yield _Crop(clip, sequence, first, samples, elsewhere, wave)
+        missing -= samples
+
+
+def _length(
+    encoder: HubertEncoder, waves: Sequence[Tensor], clip: int, known: dict[int, int]
+) -> int:
+    """Samples of a clip, which is read when it is first drawn; ValueError if it cannot be used."""
+    if clip not in known:
+        known[clip] = len(encoder.prepare(waves[clip]))
+    return known[clip]
+
+
+def _cut(
+    encoder: HubertEncoder, waves: Sequence[Tensor], crop: _Crop, record: Recorder | None
+) -> Tensor:
+    """What is heard of a crop (T,)."""
+    wave = crop.wave
+    if wave is None:
+        try:
+            wave = encoder.prepare(waves[crop.clip])
+        except ValueError as error:  # the other processes count on it
+            gone = f"a clip that could be read before cannot be now: {error}"
+            raise RuntimeError(gone) from error
+    heard = wave[crop.first * encoder.hop :][: crop.samples]
+    if crop.elsewhere is None:
+        return heard
+    elsewhere = np.random.default_rng(crop.elsewhere)
+    return encoder.prepare(torch.from_numpy(record(heard.cpu().numpy(), elsewhere)))
+
+
+def _labels(targets: Targets | Phones, crop: _Crop, frames: int) -> Tensor:
+    label = targets[crop.clip][crop.first :][:frames]
+    return F.pad(label, (0, frames - len(label)))
+
+
+def _deal(frames: Sequence[int], count: int) -> list[list[int]]:
+    """Crops of so many frames, dealt to `count` processes: the longest first, each to whoever has
+    the least; a process's are in the order in which they were drawn."""
+    dealt: list[list[int]] = [[] for _ in range(count)]
+    held = [0] * count
+    for row in sorted(range(len(frames)), key=lambda row: -frames[row]):
+        least = min(range(count), key=held.__getitem__)
+        dealt[least].append(row)
+        held[least] += frames[row]
+    return [sorted(rows) for rows in dealt]
 
 
 def balanced(speakers: Sequence[str], balance: float) -> Tensor:

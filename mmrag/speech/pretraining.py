@@ -6,11 +6,11 @@ audio; it has never seen a unit or a file of speech."""
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
+from time import monotonic
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,11 +19,13 @@ import torch.nn.functional as F
 import torchaudio
 from torch import Tensor, nn
 
+from mmrag.ahead import ahead
 from mmrag.artifact import sync
 from mmrag.config import Hubert, Pretrain, PretrainRound
 from mmrag.finite import non_finite
+from mmrag.processes import Alone, Processes
 from mmrag.speech.audio import SAMPLE_RATE
-from mmrag.speech.crops import Batch, Recorder, Reject, balanced, draw, rejected
+from mmrag.speech.crops import Batch, Recorder, Reject, Share, balanced, draw, rejected
 from mmrag.speech.hubert import HubertEncoder, generator_at, seeded_at
 from mmrag.speech.targets import Phones, Targets, align, evidence, loud, mfcc
 
@@ -124,15 +126,17 @@ class Round:
         seen_weight: float,
         classes: int,
         threads: int = 1,
+        processes: Processes | None = None,
     ) -> None:
         """The encoder as the round before left it is this round's teacher and starting point.
-        `threads` share the crops of a step."""
+        `threads` share the crops of a step, or of this process's share of it."""
         self.plan = plan
         self.number = number
         self.seed = seed
         self.seen_weight = seen_weight
         self.threads = threads
         self._pool = ThreadPoolExecutor(threads)
+        self._processes = processes or Alone()
         self.step = 0
         self.centroids: Tensor | None = None
         self.teacher = deepcopy(encoder) if plan.target == "hubert" else None
@@ -156,7 +160,34 @@ class Round:
         left_out: Collection[int] = (),
         reject: Reject | None = None,
     ) -> None:
-        """Make the centroids from `seconds` of audio, of clips in random order."""
+        """Make the centroids from `seconds` of audio, of clips in random order.
+
+        The first process does; ValueError in the others if it cannot.
+        """
+        processes, device = self._processes, self.model.encoder.device
+        shape = torch.zeros(2, device=device)
+        try:
+            if processes.rank == 0:
+                self.centroids = self._clustered(waves, seconds, cluster, left_out, reject)
+                shape = torch.tensor(self.centroids.shape, dtype=torch.float32, device=device)
+        finally:
+            processes.add([shape])  # of none where the first one failed: nobody waits for it
+        if not shape.any():
+            raise ValueError("the first worker could not make the targets")
+        shared = torch.zeros(*shape.int().tolist(), device=device)
+        if processes.rank == 0:
+            shared.copy_(self.centroids)
+        processes.add([shared])
+        self.centroids = shared.cpu()
+
+    def _clustered(
+        self,
+        waves: Sequence[Tensor],
+        seconds: float,
+        cluster: Cluster,
+        left_out: Collection[int],
+        reject: Reject | None,
+    ) -> Tensor:
         order = torch.randperm(len(waves), generator=generator_at(self.seed, self.number))
         features, missing = [], seconds * SAMPLE_RATE
         for clip in order.tolist():
@@ -172,7 +203,7 @@ class Round:
             if missing <= 0:
                 break
         centroids = cluster(np.concatenate(features), self.plan.classes, self.seed)
-        self.centroids = torch.from_numpy(centroids)
+        return torch.from_numpy(centroids)
 
     def train_step(
         self, batch: Batch, learning_rate: float, named: Callable[[int], str] = str
@@ -184,27 +215,52 @@ class Round:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        shares = _shares(batch.groups(self.model.encoder.frames), self.threads)
-        if len(shares) == 1:
-            worked = [self._gradients(shares[0])]
+        shares = batch.shares(self.model.encoder.frames, self.threads)
+        if len(shares) <= 1:
+            worked = [self._gradients(share) for share in shares]
         else:
             worked = list(self._pool.map(self._gradients, shares))
-        loss, count, correct, masked = sum(sums for sums, _ in worked)
+        sums, losses, gradients = self._added(worked)
+        loss, count, correct, masked = sums
         count = count.clamp(min=1)
         loss = loss / count
-        of_shares = zip(*(gradients for _, gradients in worked), strict=True)
-        for parameter, each in zip(self.model.parameters(), of_shares, strict=True):
-            found = [gradient for gradient in each if gradient is not None]
-            parameter.grad = sum(found) / count if found else None
+        for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
+            parameter.grad = None if gradient is None else gradient / count
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         for what, value in (("loss", loss), ("gradient", norm)):
             if not value.isfinite():
                 where = f"round {self.number + 1}, step {self.step + 1}"
-                read = [named(clip) for clip in dict.fromkeys(batch.clips)]
+                read = [named(clip) for clip in dict.fromkeys(batch.suspects(losses))]
                 raise non_finite(f"the {what} is not finite", where, read, "pretrain.leave_out")
         self.optimizer.step()
         self.step += 1
-        return {"loss": loss.item(), "accuracy": correct.item() / max(1, int(masked))}
+        accuracy = correct.item() / max(1, int(masked))
+        return {"loss": loss.item(), "accuracy": accuracy, "gradient_norm": norm.item()}
+
+    def _added(
+        self, worked: Sequence[tuple[Tensor, tuple[Tensor | None, ...]]]
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """Over all that was worked, in all processes: what `MaskedPrediction` gives (4,), the
+        summed loss of each process (P,), and the gradients; None for weights without any."""
+        parameters, processes = list(self.model.parameters()), self._processes
+        sums = sum((each for each, _ in worked), torch.zeros(4, device=self.model.encoder.device))
+        gradients: list[Tensor | None] = [None] * len(parameters)
+        if worked:
+            of_shares = zip(*(each for _, each in worked), strict=True)
+            found = [[one for one in each if one is not None] for each in of_shares]
+            gradients = [sum(each) if each else None for each in found]
+        losses = torch.zeros(processes.count, device=sums.device)
+        losses[processes.rank] = sums[0]
+        if processes.count > 1:
+            there = torch.tensor([float(one is not None) for one in gradients], device=sums.device)
+            whole = [
+                torch.zeros_like(parameter) if one is None else one
+                for parameter, one in zip(parameters, gradients, strict=True)
+            ]
+            processes.add([sums, losses, there, *whole])
+            anywhere = zip(whole, there.tolist(), strict=True)
+            gradients = [one if somewhere else None for one, somewhere in anywhere]
+        return sums, losses, gradients
 
     def _gradients(self, share: Sequence[Batch]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """What `MaskedPrediction` gives for some of a step's crops, (4,), and the gradients of
@@ -224,7 +280,9 @@ class Round:
         return total.detach(), gradients
 
     def save(self, path: Path) -> None:
-        """Replace `path` by this state, whole or not at all."""
+        """Replace `path` by this state, whole or not at all; the first process does."""
+        if self._processes.rank:
+            return
         state = {
             "number": self.number,
             "step": self.step,
@@ -240,7 +298,14 @@ class Round:
         sync(path.parent)
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take up what `save` wrote for this round."""
+        """Take up what `save` wrote for this round, with whatever number of processes.
+
+        RuntimeError if another process has read an older state: its file system is behind.
+        """
+        everyone = torch.tensor([float(state["step"])], device=self.model.encoder.device)
+        self._processes.add([everyone])
+        if everyone.item() != state["step"] * self._processes.count:
+            raise RuntimeError(f"the workers do not all find the same state in {STATE}")
         self.step = state["step"]
         self.centroids = state["centroids"]
         if self.teacher:
@@ -266,6 +331,8 @@ def pretrain(
     held_out: Mapping[str, HeldOut] | None = None,
     reject: Reject | None = None,
     recorder: Recorder | None = None,
+    processes: Processes | None = None,
+    timed: bool = False,
 ) -> HubertEncoder:
     """An encoder of shape `config`, pretrained on `waves`: (T_i,) each, at 16 kHz.
 
@@ -273,9 +340,17 @@ def pretrain(
     or `phones`; it goes on training the same encoder on them, under a new head. A step depends on
     the weights and on (seed, round, step) alone, so a run that finds its own unfinished state in
     `directory/.pretrain.pt` ends with the weights it would have had without the interruption.
-    `log(step, {round, loss, accuracy, learning_rate})` is called after each step; steps count
-    from 1 through all rounds. `threads` share the crops of a step: on two cores that is quicker
-    than torch's own, which wait for each other at every product. `names` are the clips' ids,
+    `log(step, {round, loss, accuracy, gradient_norm, learning_rate})` is called after each step;
+    steps count from 1 through all rounds. With `timed` the record also has `seconds`, the step's,
+    and `data_wait`, the share of it that its crops were waited for.
+
+    Each of several `processes` calls this alike; they share the crops of each step, which are the
+    same ones for any number of them, and `batch_seconds` are those of all together. Each has the
+    whole encoder and takes the same step, with gradients divided by everyone's count; the first
+    alone logs and saves, and any number of them goes on with what it saved.
+
+    `threads` share the crops of a step: on two cores that is quicker than torch's own, which wait
+    for each other at every product. `names` are the clips' ids,
     `speakers` who says each, by whom they are balanced. In rounds whose targets are phones, the
     phone error rate on `held_out` clips, by name, stands in the record of each checkpoint's step
     as `phone_errors_<name>`. `recorder` makes crops sound otherwise (`settings.rough`). A clip that
@@ -301,6 +376,8 @@ def pretrain(
         if len(left_out) == len(waves):
             raise ValueError(f"no clip can be used; {names[clip]}: {reason}")
 
+    processes = processes or Alone()
+    share = Share(processes.rank, processes.count, {}) if processes.count > 1 else None
     encoder = HubertEncoder.create(config, seed).to(device)
     phones = phones and phones.framed(encoder.field, encoder.hop)
     if phones is None and any(plan.target == "phones" for plan in settings.rounds):
@@ -321,7 +398,8 @@ def pretrain(
         if number >= saved.get("number", 0):
             clustered = plan.target != "phones"
             classes = plan.classes if clustered else phones.classes
-            current = Round(encoder, plan, number, seed, settings.seen_weight, classes, threads)
+            weight = settings.seen_weight
+            current = Round(encoder, plan, number, seed, weight, classes, threads, processes)
             if number == saved.get("number"):
                 current.restore(saved)
             elif clustered:
@@ -339,49 +417,32 @@ def pretrain(
                     *(encoder, waves, targets, settings, generator, left_out, leave, unaligned),
                     chances=chances,
                     record=recorder,
+                    share=share,
                 )
 
-            for batch in _ahead(drawn, range(current.step, plan.steps)):
+            reading = ahead(drawn, range(current.step, plan.steps))
+            while current.step < plan.steps:
+                began = monotonic()
+                batch = next(reading)
+                waited = monotonic() - began
                 rate = settings.learning_rate * schedule(current.step, plan.steps)
                 metrics = current.train_step(batch, rate, names.__getitem__)
+                if timed:
+                    seconds = monotonic() - began
+                    metrics |= {"seconds": seconds, "data_wait": waited / seconds}
                 if current.step % settings.checkpoint_steps == 0 or current.step == plan.steps:
                     current.save(path)
                     if not clustered:
                         for name, clips in (held_out or {}).items():
-                            rate_of = phone_error_rate(current.model, clips, phones)
+                            rate_of = phone_error_rate(current.model, clips, phones, processes)
                             metrics[f"phone_errors_{name}"] = rate_of
-                log(
-                    past + current.step,
-                    {"round": number + 1, **metrics, "learning_rate": rate},
-                )
+                if processes.rank == 0:
+                    log(
+                        past + current.step,
+                        {"round": number + 1, **metrics, "learning_rate": rate},
+                    )
         past += plan.steps
     return encoder
-
-
-def _shares(groups: Iterable[Batch], count: int) -> list[list[Batch]]:
-    """Groups of crops dealt to at most `count`, so that each has about as many frames."""
-    shares: list[list[Batch]] = [[] for _ in range(count)]
-    frames = [0] * count
-    for group in sorted(groups, key=lambda group: -group.targets.numel()):
-        least = min(range(count), key=frames.__getitem__)
-        shares[least].append(group)
-        frames[least] += group.targets.numel()
-    return [share for share in shares if share]
-
-
-def _ahead(drawn: Callable[[int], Batch], steps: Iterable[int]) -> Iterator[Batch]:
-    """Each step's batch; the next one is drawn meanwhile, in another thread."""
-    with ThreadPoolExecutor(1) as thread:
-        ahead: deque[Future[Batch]] = deque()
-        try:
-            for step in steps:
-                ahead.append(thread.submit(drawn, step))
-                if len(ahead) > 1:
-                    yield ahead.popleft().result()
-            for last in ahead:
-                yield last.result()
-        finally:
-            thread.shutdown(cancel_futures=True)
 
 
 class HeldOut(NamedTuple):
@@ -393,16 +454,25 @@ class HeldOut(NamedTuple):
     """What is said in each."""
 
 
-def phone_error_rate(model: MaskedPrediction, clips: HeldOut, phones: Phones) -> float:
+def phone_error_rate(
+    model: MaskedPrediction,
+    clips: HeldOut,
+    phones: Phones,
+    processes: Processes | None = None,
+) -> float:
     """Errors in the phones that the model reads off each frame, a phone that is said.
 
-    Phones that training never met count as errors.
+    Phones that training never met count as errors. Each of several processes reads some clips.
     """
-    errors = said = 0
-    for wave, names in zip(clips.waves, clips.phones, strict=True):
-        read = [phones.names[number - 1] for number in model.read(wave)]
-        errors += torchaudio.functional.edit_distance(read, list(names))
-        said += len(names)
+    processes = processes or Alone()
+    counts = torch.zeros(2)
+    for clip in range(processes.rank, len(clips.waves), processes.count):
+        names = clips.phones[clip]
+        read = [phones.names[number - 1] for number in model.read(clips.waves[clip])]
+        errors = torchaudio.functional.edit_distance(read, list(names))
+        counts += torch.tensor([errors, len(names)])
+    processes.add([counts])
+    errors, said = counts.tolist()
     return errors / max(1, said)
 
 

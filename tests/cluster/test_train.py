@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from mlflow import MlflowClient
 from ray.train import TrainingFailedError
 from safetensors.torch import load_file
 
 from cluster.checkpoints import listed
 from cluster.progress import SKIPPED, records
+from cluster.tracking import tracking_uri
 from cluster.train import CHECKPOINTS, REJECTED, deepspeed_config, fit, held, shown
+from cluster.validation import DevSplit
 from jobs import stage
 from jobs import train as stage_train
 from mmrag import artifact
@@ -149,6 +152,55 @@ def test_two_deepspeed_workers_train_an_adapter_as_the_plain_loop_does(adapted):
         assert not torch.allclose(weight, before[name], atol=1e-3), f"{name} did not learn"
     for name, weight in model.lm.named_parameters():
         assert torch.equal(weight, lm.get_parameter(name)), name
+
+
+EVERY_STEP = {
+    *("step", "phase", "loss", "ctc_loss", "gradient_norm", "learning_rate", "tokens"),
+    *("tokens_per_second", "tokens_per_second_per_gpu", "data_wait", "padding", "mfu"),
+    "peak_rss_bytes",
+}
+
+
+@pytest.mark.ray
+def test_a_training_tells_what_it_measures_at_the_steps_it_is_to(workspace):
+    told, settings = list(records(workspace.path / "lm")), workspace.experiment.train
+    for one in told:
+        done, dev = one["step"] + 1, {name for name in one if name.startswith("dev_")}
+        assert set(one) - dev == EVERY_STEP, done
+        assert 0 <= one["data_wait"] <= 1 and 0 <= one["padding"] < 1 and one["mfu"] > 0
+        assert one["tokens_per_second_per_gpu"] == pytest.approx(one["tokens_per_second"] / 2)
+        expected = {"dev_loss", "dev_text_loss"} if done % settings.dev.loss_steps == 0 else set()
+        expected |= {"dev_wer"} if done % settings.dev.wer_steps == 0 else set()
+        assert dev == expected, done
+    padded = [
+        1 - sum(3 + len(text) for text in texts) / one["tokens"]
+        for one, texts in zip(told, text_batches(workspace), strict=False)
+    ]
+    assert [one["padding"] for one in told[: len(padded)]] == pytest.approx(padded, abs=1e-6)
+
+
+def text_batches(workspace) -> list[list[list[int]]]:
+    """The texts that each step of the first phase reads, which is of text alone."""
+    experiment, (phase, *_) = workspace.experiment, workspace.experiment.train.phases
+    vocabulary = Vocabulary.load(workspace.path / "lm")
+    splits = [workspace.path / "tokens" / split for split in ("lm", "text")]
+    data = examples([one for split in splits for one in tokenized.read(split)], vocabulary)
+    curriculum = Curriculum(data, experiment.train, experiment.seed)
+    steps = [curriculum.step(step)[1] for step in range(phase.steps)]
+    return [[data[one.index].text for batch in batches for one in batch] for batches in steps]
+
+
+@pytest.mark.ray
+def test_the_dev_loss_of_two_workers_is_that_of_one_process_with_the_model_they_made(workspace):
+    experiment = workspace.experiment
+    lm, vocabulary = pretrained.load(workspace.path / "lm")
+    made = Objective(lm, len(vocabulary.alphabet), ctc_weight=0.0)
+    split = workspace.path / "tokens" / "dev"
+    dev = DevSplit(split, experiment, vocabulary, torch.float32, 0, 1, lambda sums: sums)
+    expected = dev.measure(made, experiment.train.steps)
+    last = records(workspace.path / "lm")[-1]
+    assert {name: last[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    assert set(expected) == {"dev_loss", "dev_text_loss", "dev_wer"}
 
 
 def train_job(config: Path, address: str, directory: Path) -> subprocess.Popen:
@@ -287,6 +339,31 @@ def test_another_number_of_workers_stage_and_log_interval_resume(
     every = experiment.train.checkpoint_steps
     assert list(records(made.path))[:every] == before[:every], "the first steps were made again"
     assert_same_training(made.path, workspace)
+    assert_one_curve(experiment, made.path, list(records(made.path)))
+
+
+def assert_one_curve(experiment: Experiment, made: Path, told: list[dict]) -> None:
+    """MLflow has one run of it, and in it each figure once a step, as `metrics.jsonl` has it."""
+    client = MlflowClient(tracking_uri=tracking_uri(experiment.tracking))
+    known = client.get_experiment_by_name(experiment.tracking.experiment)
+    found = [
+        run
+        for run in client.search_runs([known.experiment_id], max_results=1000)
+        if run.data.params.get("workspace") == str(experiment.workspace)
+    ]
+    [run] = found
+    assert run.info.status == "FINISHED" and run.data.tags["resumed"] == "1"
+    assert run.data.tags["fingerprint"] == artifact.load(made, "lm").fingerprint
+    by_step = {one["step"] + 1: one for one in told}
+    for name in ("loss", "dev_loss", "dev_wer", "data_wait", "mfu"):
+        points = client.get_metric_history(run.info.run_id, name)
+        steps = [point.step for point in points]
+        assert steps == sorted(set(steps)) and steps[-1] == experiment.train.steps, name
+        if "dev" in name:
+            assert steps == [step for step, one in by_step.items() if name in one]
+        if name == "loss":
+            values = [by_step[step]["loss"] for step in steps]
+            assert [point.value for point in points] == pytest.approx(values, rel=1e-6)
 
 
 @pytest.mark.ray
@@ -328,7 +405,7 @@ def stopping(at: int):
     """An act that has all workers give up together before a step."""
 
     def stop(step: int, rank: int, directory: Path) -> None:
-        from mmrag.model.train import TrainingError
+        from mmrag.model.curriculum import TrainingError
 
         if step == at:
             raise TrainingError("enough")
@@ -545,8 +622,9 @@ def fit_again(workspace, directory: Path, **changes) -> dict[str, torch.Tensor]:
     """The workspace's language model trained once more, into `directory`; its weights."""
     directory.mkdir()
     Vocabulary.load(workspace.path / "lm").save(directory)
-    splits = [workspace.path / "tokens" / split for split in ("lm", "text")]
-    fit(with_train(workspace.experiment, **changes), splits, directory, lambda _: None)
+    splits = [workspace.path / "tokens" / split for split in ("lm", "text", "dev")]
+    changed = with_train(workspace.experiment, **changes)
+    fit(changed, splits[:2], directory, lambda _: None, dev=splits[2])
     return load_file(directory / pretrained.WEIGHTS)
 
 
@@ -562,8 +640,20 @@ def test_partitioned_training_makes_the_same_steps(workspace, tmp_path, stage):
     for name, weight in weights.items():
         assert torch.allclose(weight, expected[name], atol=1e-4), name
     for one, other in zip(records(tmp_path / "lm"), records(workspace.path / "lm"), strict=True):
-        for measured in ("loss", "ctc_loss", "gradient_norm"):
-            assert one[measured] == pytest.approx(other[measured], rel=1e-4), one["step"]
+        for measured in ("loss", "ctc_loss", "gradient_norm", "dev_loss", "dev_text_loss"):
+            assert one.get(measured) == pytest.approx(other.get(measured), rel=1e-4), one["step"]
+        assert one.get("dev_wer") == other.get("dev_wer"), one["step"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_word_errors_of_a_model_too_large_to_copy_are_refused_before_it_is_trained(
+    workspace, tmp_path
+):
+    dev = workspace.experiment.train.dev.model_copy(update={"wer_copy_gib": 1e-9})
+    with pytest.raises(TrainingError, match=r"train\.dev\.wer_steps: under ZeRO-3 each worker"):
+        fit_again(workspace, tmp_path / "lm", zero_stage=3, dev=dev)
+    assert not records(tmp_path / "lm")
 
 
 @pytest.mark.ray

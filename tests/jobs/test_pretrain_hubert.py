@@ -55,3 +55,49 @@ def test_it_reads_what_is_tokenized_and_measures_phones_on_dev(workspace, borrow
     [listed] = [json.loads(line) for line in (made.path / "rejected.jsonl").open()]
     assert listed["source"] == "lm-3" and "lm-3.flac" in listed["reason"]
     assert np.isfinite([record["loss"] for record in records(made.path)]).all()
+
+
+@pytest.mark.slow
+def test_two_workers_on_ray_train_make_the_steps_of_one_process(workspace, borrow, speech):
+    """… on the same crops; what one of them cannot read is listed once."""
+
+    def made(place: str, workers: int):
+        rounds = (
+            PretrainRound(target="mfcc", classes=8, steps=3),
+            PretrainRound(target="phones", steps=5),
+        )
+        changes = {"rounds": rounds, "checkpoint_steps": 4, "workers": workers, "num_cpus": 0.8}
+        pretrain = workspace.experiment.pretrain.model_copy(update=changes)
+        tokenize = workspace.experiment.tokenize.model_copy(update={"source": str(speech)})
+        experiment = borrow().model_copy(update={"pretrain": pretrain, "tokenize": tokenize})
+        where = experiment.workspace / place
+        return pretrain_hubert.run(experiment.model_copy(update={"workspace": where}))
+
+    one, two = made("one", 1), made("two", 2)
+    alone, shared = records(one.path), records(two.path)
+    assert [record["step"] for record in shared] == list(range(1, 9))
+    for first, second in zip(alone, shared, strict=True):
+        assert first.keys() == second.keys()
+        for name in ("loss", "accuracy", "gradient_norm", "learning_rate"):
+            assert second[name] == pytest.approx(first[name], rel=1e-3, abs=1e-3), first["step"]
+    assert alone[-1]["phone_errors_assistant"] == pytest.approx(
+        shared[-1]["phone_errors_assistant"], abs=0.05
+    )
+    theirs = HubertEncoder.load(two.path).state_dict()
+    for name, value in HubertEncoder.load(one.path).state_dict().items():
+        assert np.allclose(value, theirs[name], atol=2e-3), name
+    listed = (two.path / "rejected.jsonl").read_text()
+    assert listed == (one.path / "rejected.jsonl").read_text() and "lm-3" in listed
+    hidden = {path.name for path in two.path.iterdir() if path.name.startswith(".")}
+    assert not hidden
+
+
+@pytest.mark.slow
+def test_what_every_worker_gives_up_for_is_raised_once_and_as_it_is(workspace, borrow, speech):
+    pretrain = workspace.experiment.pretrain.model_copy(
+        update={"workers": 2, "num_cpus": 0.8, "leave_out": ("nobody",)}
+    )
+    tokenize = workspace.experiment.tokenize.model_copy(update={"source": str(speech)})
+    changed = borrow().model_copy(update={"pretrain": pretrain, "tokenize": tokenize})
+    with pytest.raises(ValueError, match=r"^pretrain\.leave_out: no utterance nobody to pretrain"):
+        pretrain_hubert.run(changed)

@@ -1,13 +1,15 @@
 """An adapter that is trained for the workspace's language model, and for no other."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from jobs import train
+from jobs import stage, train
 from mmrag import artifact
 from mmrag.artifact import ArtifactError
-from mmrag.config import ConfigError, Experiment, Phase
+from mmrag.config import ConfigError, Dev, Experiment, Phase
 from mmrag.model import pretrained
 from mmrag.recogniser import Recogniser
 
@@ -97,6 +99,7 @@ def test_a_finished_adapter_is_not_trained_again(adapted):
     [
         ({"ctc_weight": 0.5}, "train.ctc_weight"),
         ({"phases": (Phase(name="a", steps=2, mixture={"text": 1.0}),)}, "speech_first: 1"),
+        ({"dev": Dev(wer_steps=5)}, r"train\.dev\.wer_steps: .*jobs\.tune"),
         (
             {
                 "phases": (
@@ -107,7 +110,7 @@ def test_a_finished_adapter_is_not_trained_again(adapted):
             "speech_first: 1",
         ),
     ],
-    ids=["ctc", "text", "one phase of two"],
+    ids=["ctc", "text", "word errors", "one phase of two"],
 )
 def test_an_adapter_learns_from_transcription_alone(adapted, borrow, changes, named):
     experiment = with_train(borrow(of=adapted), **changes)
@@ -148,3 +151,44 @@ def test_neighbours_in_a_datastore_that_was_made_again_are_refused(adapted, borr
     true = disguise(experiment, f"datastores/{name}", "datastore")
     with pytest.raises(ArtifactError, match=f"neighbours/{name} was made with datastore {true}"):
         train.run(experiment)
+
+
+def test_a_line_says_what_was_measured_and_mlflow_gets_every_figure(experiment):
+    told = []
+    tracked = SimpleNamespace(log=lambda figures, step: told.append((figures, step)))
+    log = train._log(with_train(experiment, log_steps=10), tracked)
+    figures = {
+        **{"loss": 1.0, "ctc_loss": 2.0, "gradient_norm": 0.5, "learning_rate": 0.01},
+        **{"tokens_per_second": 4000.0, "tokens_per_second_per_gpu": 2000.0, "mfu": 0.41},
+        **{"data_wait": 0.03, "padding": 0.125, "peak_gpu_bytes": 3 * 2**30},
+    }
+    dev = {"dev_loss": 1.5, "dev_text_loss": 2.5, "dev_wer": 0.5}
+    record = {"phase": "text", "tokens": 4096}
+    with stage.console.capture() as said:
+        log({**record, "step": 9, **figures})
+        log({**record, "step": 10, **figures})
+        log({**record, "step": 11, **figures, **dev})
+    assert told == [(figures, 10), (figures | dev, 12)]
+    first, second, third = said.get().splitlines()
+    assert first.split("step 10/40  ")[1] == (
+        "loss 1.000  ctc 2.000  |g| 0.50  lr 1.0e-02  4,000 tokens/s  (2,000 a worker)  MFU 41.0%  "
+        "data 3%  padding 12%  GPU 3.0 GiB"
+    )
+    assert "step 12/40" in second
+    assert third.split("step 12/40  ")[1] == "dev loss 1.500  as text 2.500  dev WER 50.0%"
+
+
+@pytest.mark.ray
+def test_without_a_dev_split_word_errors_are_refused_and_a_loss_is_not_told(workspace, borrow):
+    experiment = borrow("codebook", "tokens")
+    (experiment.workspace / "tokens" / "dev").rename(experiment.workspace / "elsewhere")
+    tokens = artifact.load(experiment.workspace / "tokens", "tokens")
+    with pytest.raises(ConfigError, match=r"train\.dev\.wer_steps: there is no split dev in"):
+        train._dev(experiment.train, tokens)
+    without = with_train(experiment, dev=Dev())
+    with stage.console.capture() as said:
+        assert train._dev(without.train, tokens) is None
+    assert "no dev loss: there is no split dev" in said.get()
+    other = with_train(experiment, dev=Dev(split="test"))
+    assert train._dev(other.train, tokens) == experiment.workspace / "tokens" / "test"
+    assert train._dev(with_train(experiment, dev=Dev(loss_steps=0)).train, tokens) is None

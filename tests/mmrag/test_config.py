@@ -201,7 +201,7 @@ ROLES = {
     "layer",
     "pretrain": "rounds batch_seconds crop_seconds learning_rate mask_probability mask_length "
     "rough band_masks band_width band_warp seen_weight balance sample_seconds leave_out:c "
-    "checkpoint_steps:o num_cpus:o num_gpus:o",
+    "checkpoint_steps:o log_steps:o workers:o max_failures:o num_cpus:o num_gpus:o",
     "tokenize": "name:o source:o codebook:o units sample_seconds min_seconds max_seconds "
     "batch_seconds:o part_seconds:l require_text precision workers.count:o "
     "workers.num_cpus:o workers.num_gpus:o",
@@ -210,7 +210,8 @@ ROLES = {
     "train": "phases base leave_out:c micro_batch_tokens micro_batches learning_rate warmup_steps "
     "weight_decay clip ctc_weight unit_dropout precision zero_stage:o deepspeed:o "
     "checkpoint_steps:o staging:o log_steps:o max_failures:o workers.count:o workers.num_cpus:o "
-    "workers.num_gpus:o",
+    "workers.num_gpus:o peak_flops:o dev.split:o dev.loss_steps:o dev.loss_utterances:o "
+    "dev.wer_steps:o dev.wer_utterances:o dev.wer_copy_gib:o",
     "datastore": "name:o source:o splits domain utterances audio voices kokoro:o paired_share "
     "metric entries window batch_tokens:o part_utterances:l local:o index.kind index.shards "
     "index.lists index.entry_bytes index.min_recall index.residual index.turned index.code_bytes "

@@ -10,9 +10,11 @@ from torch.nn import functional
 
 from mmrag.config import CrossAttention, LanguageModel
 from mmrag.model.cross_attention import Adapter, Windows
+from mmrag.model.epochs import Chosen
+from mmrag.model.examples import Example
 from mmrag.model.lm import LM
 from mmrag.model.loss import IGNORE, Batch, Objective, combine
-from mmrag.model.train import Chosen, Example, collate
+from mmrag.model.train import collate
 from mmrag.model.vocabulary import EOS, PAD, Vocabulary
 
 CTC_WEIGHT = 0.7
