@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from cluster.train import deepspeed_config
+from cluster.zero import deepspeed_config
 from jobs import stage
 from mmrag import terminal
 from mmrag.config import ConfigError, Experiment, Train, read

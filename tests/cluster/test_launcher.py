@@ -14,7 +14,7 @@ import yaml
 from ray.autoscaler._private.docker import validate_docker_config
 from ray.autoscaler._private.util import prepare_config
 
-from cluster.train import deepspeed_config
+from cluster.zero import deepspeed_config
 from mmrag import config
 
 ROOT = Path(__file__).parents[2]

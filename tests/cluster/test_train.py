@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from cluster.checkpoints import listed
 from cluster.progress import SKIPPED, records
 from cluster.tracking import tracking_uri
-from cluster.train import CHECKPOINTS, REJECTED, deepspeed_config, fit, held, shown
+from cluster.train import CHECKPOINTS, REJECTED, fit, held, shown
 from cluster.validation import DevSplit
+from cluster.zero import deepspeed_config
 from jobs import stage
 from jobs import train as stage_train
 from mmrag import artifact

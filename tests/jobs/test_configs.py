@@ -11,7 +11,7 @@ import yaml
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from cluster import train
-from cluster.train import deepspeed_config
+from cluster.zero import deepspeed_config
 from jobs import tokenize
 from mmrag import config
 from mmrag.config import Experiment
