@@ -203,12 +203,13 @@ ROLES = {
     "rough band_masks band_width band_warp seen_weight balance sample_seconds leave_out:c "
     "checkpoint_steps:o log_steps:o workers:o max_failures:o num_cpus:o num_gpus:o",
     "tokenize": "name:o source:o codebook:o units sample_seconds min_seconds max_seconds "
-    "batch_seconds:o part_seconds:l require_text precision workers.count:o "
-    "workers.num_cpus:o workers.num_gpus:o",
-    "vocabulary": "pieces tokenizer",
+    "batch_seconds:o part_seconds:l require_text precision compile:o operators:o decoders:o "
+    "workers.count:o workers.num_cpus:o workers.num_gpus:o",
+    "vocabulary": "pieces tokenizer sentences threads:o",
     "lm": "width layers heads kv_heads feed_forward tied rope_theta norm_eps qkv_bias head_width",
     "train": "phases base leave_out:c micro_batch_tokens micro_batches learning_rate warmup_steps "
     "weight_decay clip ctc_weight unit_dropout precision zero_stage:o deepspeed:o "
+    "activation_checkpointing:o loss_chunk:o compiled:o "
     "checkpoint_steps:o staging:o log_steps:o max_failures:o workers.count:o workers.num_cpus:o "
     "workers.num_gpus:o peak_flops:o dev.split:o dev.loss_steps:o dev.loss_utterances:o "
     "dev.wer_steps:o dev.wer_utterances:o dev.wer_copy_gib:o",
