@@ -154,6 +154,7 @@ def training_data(directory: Path, sizes: Sizes, tell: Progress) -> tuple[list[R
         row("the most while it lays an epoch out", "MB", "laying_out_mb", "linear", 1000),
         row("page cache it has touched", "MB", "shared_mb", "linear"),
         row("start: opened, an epoch laid out, a step made", "s", "start_s", "linear", 10),
+        row("the processor's share of that", "s", "start_cpu_s", "linear", 10),
         row("resume in the middle", "s", "middle_s", "flat", 1, 0.2),
         row("resume at the last step", "s", "last_s", "flat", 1, 0.2),
         row("disk: the pack", "MB", "disk_mb", "linear"),
@@ -197,6 +198,7 @@ def _loaded(corpus: Path, vocabulary: Path, utterances: int) -> dict[str, float]
     middle, last = ([ask(step) for _ in range(REPEATS)] for step in (steps // 2, steps - 1))
     return {
         "start_s": start["seconds"],
+        "start_cpu_s": start["cpu_seconds"],
         "laying_out_mb": start["peak_mb"],
         "middle_s": min(one["seconds"] for one in middle),
         "last_s": min(one["seconds"] for one in last),
