@@ -118,6 +118,7 @@ def test_a_wrong_value_is_an_error_that_names_file_and_key(file, override, reaso
         (["lm.width=10", "lm.heads=4"], "lm: .*width 10 is not a multiple of heads 4"),
         (["lm.width=8", "lm.heads=4", "lm.kv_heads=3"], "lm: .*heads 4 .* kv_heads 3"),
         (["train.workers.count=2"], "train: .*micro_batches 1 .* workers.count 2"),
+        (["train.compiled=true", "train.zero_stage=3"], "train: .*compiled .* zero_stage 0, 1 or 2"),
         (["pretrain.rounds=[{target: hubert, classes: 5, steps: 5}]"], "pretrain: .*first round"),
         (["pretrain.rounds=[{target: mfcc, steps: 5}]"], "rounds.0: .*mfcc: classes are given"),
         (["pretrain.rounds=[{target: phones, classes: 5, steps: 5}]"], "rounds.0: .*phones: "),
@@ -204,8 +205,8 @@ ROLES = {
     "lm": "width layers heads kv_heads feed_forward tied rope_theta norm_eps qkv_bias head_width",
     "train": "phases base leave_out:c micro_batch_tokens micro_batches learning_rate warmup_steps "
     "weight_decay clip ctc_weight unit_dropout precision zero_stage:l deepspeed:o "
-    "checkpoint_steps:o log_steps:o max_failures:o workers.count:l workers.num_cpus:o "
-    "workers.num_gpus:o",
+    "activation_checkpointing:o loss_chunk:o compiled:o checkpoint_steps:o log_steps:o "
+    "max_failures:o workers.count:l workers.num_cpus:o workers.num_gpus:o",
     "datastore": "name:o source:o splits domain utterances audio voices kokoro:o paired_share "
     "metric entries window batch_tokens:o part_utterances:l local:o index.kind index.shards "
     "index.lists index.entry_bytes index.min_recall index.residual index.turned index.code_bytes "
