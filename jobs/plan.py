@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jobs.train --plan", description=__doc__)
     add = parser.add_argument
     add("--plan", action="store_true", help="print this, in place of training")
-    add("--config", type=Path, default=stage.CONFIGS / "tiny.yaml", help="experiment YAML")
+    add("--config", type=Path, default=stage.CONFIGS / "330m.yaml", help="experiment YAML")
     add("--gpu", choices=CARDS, default="H100-80GB", help="default: %(default)s")
     add("--gpus-per-node", type=int, default=NODE, metavar="N", help="default: %(default)s")
     add("--mfu", type=float, default=0.4, help="share of peak that computing reaches (%(default)s)")
@@ -129,9 +129,10 @@ def tables(
     made, settings = cases[0].plan, experiment.train
     cluster = cluster_of(experiment, asked)
     peak = PEAK_FLOPS[cluster.card.name]
+    nodes = "one node" if cluster.nodes == 1 else f"{cluster.nodes} nodes"
     yield (
         f"{asked.config}: {made.parameters / 1e9:.2f} B parameters, ZeRO-{settings.zero_stage} on "
-        f"{cluster.gpus} x {cluster.card.name} ({cluster.nodes} nodes of {cluster.gpus_per_node}), "
+        f"{cluster.gpus} x {cluster.card.name} ({nodes} of {cluster.gpus_per_node}), "
         f"{settings.micro_batches} micro-batches of {settings.micro_batch_tokens:,} tokens a step"
     )
     yield _memory(made)

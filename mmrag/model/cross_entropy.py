@@ -45,19 +45,14 @@ class _Chunked(torch.autograd.Function):
         weight_gradient = None
         for start in range(0, len(states), chunk):
             rows = slice(start, start + chunk)
-            here, wanted = states[rows], targets[rows, None]
-            logits = (here @ weight.t()).float()
-            normaliser = logits.logsumexp(-1, keepdim=True)
-            loss += (normaliser - logits.gather(1, wanted)).sum()
-            if not (to_states or to_weight):
-                continue
-            logits = logits.sub_(normaliser).exp_()
-            gradient = logits.scatter_add_(1, wanted, -torch.ones_like(normaliser))
-            gradient = gradient.to(states.dtype)
+            here = states[rows]
+            lost, gradient = _loss_of(here, weight, targets[rows, None], to_states or to_weight)
+            loss += lost
             if to_states:
                 torch.mm(gradient, weight, out=state_gradient[rows])
             if to_weight:
                 weight_gradient = _added(weight_gradient, gradient.t() @ here, chunk < len(states))
+            del gradient  # before the next chunk's logits
         if to_weight and weight_gradient is None:
             weight_gradient = torch.zeros_like(weight)
         ctx.save_for_backward(
@@ -72,6 +67,20 @@ class _Chunked(torch.autograd.Function):
         return *scaled, None, None, None
 
 
+def _loss_of(
+    states: Tensor, weight: Tensor, targets: Tensor, learns: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The summed loss of `targets` (N, 1), and the gradient of their logits (N, V)."""
+    logits = (states @ weight.t()).float()
+    normaliser = logits.logsumexp(-1, keepdim=True)
+    loss = (normaliser - logits.gather(1, targets)).sum()
+    if not learns:
+        return loss, None
+    gradient = logits.sub_(normaliser).exp_()
+    gradient.scatter_add_(1, targets, -torch.ones_like(normaliser))
+    return loss, gradient.to(states.dtype)
+
+
 def _added(total: Tensor | None, part: Tensor, more: bool) -> Tensor:
     """A running sum, in float32 where `more` than one part is added: many small parts would be
     rounded away in bfloat16."""
@@ -82,4 +91,4 @@ def _added(total: Tensor | None, part: Tensor, more: bool) -> Tensor:
 
 def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
     """Multiplied in float32: a scale that is rounded to bfloat16 first is another learning rate."""
-    return (gradient.float() * scale).to(gradient.dtype)
+    return gradient.to(torch.float32, copy=True).mul_(scale).to(gradient.dtype)

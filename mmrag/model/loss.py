@@ -76,7 +76,7 @@ class Objective(nn.Module):
         self.lm.loss_chunk = settings.loss_chunk
         if settings.compiled:
             for block in self.lm.blocks:
-                block.compile(fullgraph=True, dynamic=True)
+                block.compile(dynamic=True)
         return self
 
     def forward(self, batch: Batch) -> Tensor:

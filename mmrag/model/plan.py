@@ -311,7 +311,7 @@ def _resident(parameters: int, half: int, partition: Partition, cluster: Cluster
 
 
 def _over(partitioned: bool, cluster: Cluster) -> str:
-    return f"a {cluster.gpus}th" if partitioned else "whole"
+    return f"1 of {cluster.gpus} parts" if partitioned else "whole"
 
 
 def _passing(
@@ -340,6 +340,8 @@ def _moments(shape: LanguageModel, vocabulary: int, settings: Train, half: int) 
     again = tokens * saved_of_layer(shape, half) * min(every, shape.layers)
     backward = tokens * (half * shape.feed_forward + WIDE * shape.width)
     matrix = half * shape.width * max(shape.feed_forward, shape.width)
+    if shape.tied:  # the output matrix's gradient waits for the embedding's
+        matrix += half * shape.width * vocabulary
     about = f"with what {every} of them saved, computed again" if every else "gradients on the way"
     return [
         Part("loss", loss, f"logits of {rows:,} positions at once"),

@@ -200,7 +200,7 @@ def test_an_experiment_goes_with_its_deepspeed_file(name):
 
 def test_workers_find_the_deepspeed_file_whatever_their_working_directory():
     sent = train._with_absolute_paths(experiment("330m"))["train"]
-    assert (sent["deepspeed"], sent["base"]) == (f"{ROOT}/cluster/deepspeed/zero2.json", None)
+    assert (sent["deepspeed"], sent["base"]) == (f"{ROOT}/cluster/deepspeed/one_node.json", None)
 
 
 @pytest.mark.parametrize("file", DEEPSPEED, ids=lambda file: file.stem)
