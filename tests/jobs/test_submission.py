@@ -204,7 +204,7 @@ def test_who_has_no_token_is_refused(story):
 def test_a_job_is_followed_and_stopped_in_the_middle(story):
     assert "synthesize: " in story.said["synthesize"]
     assert re.search(rf"step \d+/{STEPS} ", story.said["followed"])
-    assert "STOPPED" in story.said["status"]
+    assert "was stopped" in story.said["status"]
 
 
 def test_the_same_command_goes_on_where_the_stopped_one_was(story):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,8 @@ ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 SECONDS = 900
 """The longest that any one command may take."""
+STARTED = "will now block forever"
+"""What `ray start --block` says once everything is up."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ def head(directory: Path, **variables: str) -> Iterator[Head]:
         process = subprocess.Popen(command, env=own, stdout=log, stderr=log)
     made = Head(f"http://127.0.0.1:{dashboard}", own)
     try:
-        answering(f"{made.dashboard}/api/version", process, directory / "head.log")
+        until(lambda: STARTED in (directory / "head.log").read_text(), process, directory)
+        answering(f"{made.dashboard}/api/version", process, directory)
         yield made
     finally:
         end(process)
@@ -119,25 +122,33 @@ def end(process: subprocess.Popen) -> None:
     psutil.wait_procs(family, timeout=20)
 
 
-def answering(url: str, process: subprocess.Popen, log: Path) -> None:
+def answering(url: str, process: subprocess.Popen, directory: Path) -> None:
     """Return once something answers at `url`, be it that it wants a token."""
-    deadline = time.monotonic() + SECONDS
-    while True:
+
+    def answers() -> bool:
         with suppress(requests.RequestException):
-            if requests.get(url, timeout=5).status_code < 500:
-                return
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            return requests.get(url, timeout=5).status_code < 500
+        return False
+
+    until(answers, process, directory)
+
+
+def until(happens: Callable[[], bool], process: subprocess.Popen, directory: Path) -> None:
+    """Return once something happens, while a process that writes its log there is alive."""
+    deadline = time.monotonic() + SECONDS
+    while not happens():
+        logs = "".join(log.read_text() for log in directory.glob("*.log"))
+        assert process.poll() is None and time.monotonic() < deadline, logs[-3000:]
         time.sleep(0.5)
 
 
 @contextmanager
 def server(command: Sequence[str], directory: Path, url: str) -> Iterator[None]:
     """A server that answers at `url` within the block."""
-    log = directory / "server.log"
-    with log.open("wb") as written:
-        process = subprocess.Popen(command, stdout=written, stderr=written, start_new_session=True)
+    with (directory / "server.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
-        answering(url, process, log)
+        answering(url, process, directory)
         yield
     finally:
         end(process)
