@@ -18,6 +18,7 @@ from mmrag.storage import Location, Url
 
 pytestmark = pytest.mark.ray
 CONFIG = Path(tokenize.__file__).parent / "configs" / "tiny.yaml"
+PROBE = Path(tokenize.__file__).parents[1] / "serve" / "probe.flac"
 SENTENCES = ("call bhavika ruto", "port darnby is closed")
 
 
@@ -89,13 +90,16 @@ def test_it_is_made_in_a_bucket_as_in_a_directory(bucket, tmp_path, capsys, monk
         assert f"{name}: nothing to do, {bucket}/runs/a/{name} is finished" in said
     assert Datastore.open(store.place).entries == store.summary["entries"]
 
-    (tmp_path / "a.flac").write_bytes((bucket / "corpus/audio/1.flac").read_bytes())
-    printed = []
-    for root, clip in ((bucket / "runs/a", bucket / "corpus/audio/1.flac"), (tmp_path / "a",) * 2):
-        clip = clip if isinstance(clip, Url) else tmp_path / "a.flac"
-        cli.main(["transcribe", "--models", str(root), "--datastore", "texts", str(clip)])
-        printed.append(capsys.readouterr().out)
-    assert printed[0] == printed[1]
+    heard = []
+    for root, clips in ((bucket / "runs/a", bucket), (tmp_path / "a", tmp_path)):
+        (clips / "probe.flac").write_bytes(PROBE.read_bytes())
+        clip = str(clips / "probe.flac")
+        given = ["transcribe", "--json", "--models", str(root), "--datastore", "texts", clip]
+        with pytest.raises(SystemExit, match="0"):
+            cli.main(given)
+        lines = map(json.loads, capsys.readouterr().out.splitlines())
+        heard.append([line for line in lines if line.pop("file") == clip])
+    assert heard[0] == heard[1] and any(line["text"] for line in heard[0])
 
 
 def test_drafts_that_other_machines_cannot_see_are_refused_at_once(monkeypatch, ray_cluster):
