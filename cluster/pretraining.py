@@ -119,7 +119,10 @@ def fit(
 def _worker(work: Callable[[Processes], None], stopped: Path) -> None:
     """What each worker runs. What all of them give up for alike is told by a file: raised, it would
     be tried again and end the same."""
-    workers = Workers(ray.train.torch.get_device())
+    device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # of the node's GPUs, the one that `work` finds
+    workers = Workers(device)
     try:
         work(workers)
     except ValueError as error:

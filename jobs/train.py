@@ -223,8 +223,8 @@ def _log(settings: Train, tracked: Run) -> Callable[[dict[str, Any]], None]:
         dev = any(name.startswith("dev_") for name in record)
         if step % settings.log_steps and step != total and not dev:
             return
-        measured = {name: value for name, value in record.items() if name not in NO_CURVE}
-        tracked.log(measured, step)
+        # All at once: a run that goes on asks for the last step of one of them.
+        tracked.log({name: one for name, one in record.items() if name not in NO_CURVE}, step)
         where = f"  {record['phase']:<13} step {step}/{total}  "
         stage.console.print(where + "  ".join(_shown(record, SHOWN)))
         if dev:

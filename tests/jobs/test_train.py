@@ -156,7 +156,7 @@ def test_neighbours_in_a_datastore_that_was_made_again_are_refused(adapted, borr
 def test_a_line_says_what_was_measured_and_mlflow_gets_every_figure(experiment):
     told = []
     tracked = SimpleNamespace(log=lambda figures, step: told.append((figures, step)))
-    log = train._log(with_train(experiment, log_steps=10), tracked)
+    log = train._log(with_train(experiment, log_steps=10).train, tracked)
     figures = {
         **{"loss": 1.0, "ctc_loss": 2.0, "gradient_norm": 0.5, "learning_rate": 0.01},
         **{"tokens_per_second": 4000.0, "tokens_per_second_per_gpu": 2000.0, "mfu": 0.41},
