@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from jobs.benchmark import busy, drivers, simulated
 from jobs.benchmark import grids as tables
-from jobs.benchmark import simulated
 from jobs.benchmark.grids import Grid, power
 from jobs.benchmark.loaded import MB, Loading
 from jobs.benchmark.process import LOADED, Process
@@ -33,6 +33,8 @@ WORKERS = 32
 """That share each step, one of which is measured."""
 REPEATS = 3
 """Processes that resume, of which the quickest counts: what else the machine does is no matter."""
+NOTHING_MB = 100.0
+"""Megabytes that a process takes for its libraries, whatever it runs over."""
 SPARE = 2.0
 """Free disk over what a corpus takes, so that nobody else runs out of it."""
 TRAIN = {
@@ -213,7 +215,53 @@ def _bytes(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
 
-PARTS: dict[str, Part] = {"training data": training_data}
+def encoders(directory: Path, sizes: Sizes, tell: Progress) -> tuple[list[Row], list[str]]:
+    """How long a simulated encoder waits for clips while a corpus is tokenized."""
+    hours = 1.0 if sizes.quick else 4.0
+    found = busy.measure(directory, hours, tell=tell)
+    rows = [
+        Row(
+            "encoder, seconds of audio",
+            f"idle, {way}",
+            "%",
+            [3600 * hours],
+            [100 * (1 - found[way].share)],
+            "flat",
+            most,
+        )
+        for way, most in (("separate", 10), ("fused", None))
+    ]
+    return rows, [
+        f"Encoder: a simulated one of {busy.SPEED:g} times real time; separate has processes of "
+        "their own for decoding and writing, as tokenize.operators: auto has for GPUs."
+    ]
+
+
+def driver_memory(directory: Path, sizes: Sizes, tell: Progress) -> tuple[list[Row], list[str]]:
+    """What the process that runs a stage takes, over few utterances and over many."""
+    counts = (2_000, 40_000) if sizes.quick else (10_000, 200_000)
+    found = drivers.measure(directory, counts, tell=tell)
+    rows = [
+        Row(
+            "driver, utterances",
+            f"memory that {one.stage} takes",
+            "MB",
+            one.utterances,
+            [each / MB for each in one.bytes],
+            "flat",
+            negligible=NOTHING_MB,
+        )
+        for one in found
+    ]
+    each = ", ".join(f"{one.stage} {one.bytes_an_utterance:.0f}" for one in found)
+    return rows, [f"Driver: bytes by which it grows with an utterance: {each}."]
+
+
+PARTS: dict[str, Part] = {
+    "training data": training_data,
+    "encoders": encoders,
+    "driver memory": driver_memory,
+}
 TARGETS = {
     "scale.growth": Target(
         "figures that grow as they should, to no more than is wanted",
