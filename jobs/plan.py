@@ -93,7 +93,9 @@ def cases_of(experiment: Experiment, cluster: Cluster, context: int) -> list[Cas
     ConfigError for an experiment that trains no language model of its own.
     """
     if experiment.adapter is not None:
-        raise ConfigError("--plan is of a language model's training; this experiment has an adapter")
+        raise ConfigError(
+            "--plan is of a language model's training; this experiment has an adapter"
+        )
     vocabulary = len(SPECIALS) + experiment.vocabulary.pieces + experiment.tokenize.units
     settings, stage_number = experiment.train, experiment.train.zero_stage
     given = deepspeed_config(experiment, torch.bfloat16)["zero_optimization"]

@@ -106,9 +106,7 @@ class LM(nn.Module):
         self.embedding = Embedding(vocabulary, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
-        self.head: nn.Module | None = (
-            None if config.tied else Projection(config.width, vocabulary)
-        )
+        self.head: nn.Module | None = None if config.tied else Projection(config.width, vocabulary)
         self.kept_in: torch.dtype | None = None
         """What keys and values are kept in where that is not the weights' format."""
         self.block_step: Callable[..., tuple[Tensor, Tensor]] | None = None

@@ -398,8 +398,7 @@ def hours_heard(phase: Phase, tokens: int) -> float:
     weight = {form: share / sum(phase.mixture.values()) for form, share in phase.mixture.items()}
     spoken = sum(share for form, share in weight.items() if form != "text")
     mean = sum(
-        share
-        * (UNITS_A_SECOND * (form != "text") + PIECES_A_SECOND * (form != "speech"))
+        share * (UNITS_A_SECOND * (form != "text") + PIECES_A_SECOND * (form != "speech"))
         for form, share in weight.items()
     )
     return phase.steps * tokens * spoken / mean / 3600

@@ -228,7 +228,7 @@ def test_nodes_without_rdma_keep_a_copy_of_the_weights_each():
     assert zero.zero_hpz_partition_size == 8
     # Weights and gradients in 4 or 8 bits would learn something else.
     assert not zero.zero_quantized_weights and not zero.zero_quantized_gradients
-    with pytest.raises(ValueError, match="zero_hpz_partition_size 8.*workers.count 4"):
+    with pytest.raises(ValueError, match=r"zero_hpz_partition_size 8.*workers.count 4"):
         deepspeed_config(
             experiment("6.8b", f"train.deepspeed={file}", "train.workers.count=4"), torch.bfloat16
         )

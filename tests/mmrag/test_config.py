@@ -118,7 +118,7 @@ def test_a_wrong_value_is_an_error_that_names_file_and_key(file, override, reaso
         (["lm.width=10", "lm.heads=4"], "lm: .*width 10 is not a multiple of heads 4"),
         (["lm.width=8", "lm.heads=4", "lm.kv_heads=3"], "lm: .*heads 4 .* kv_heads 3"),
         (["train.workers.count=2"], "train: .*micro_batches 1 .* workers.count 2"),
-        (["train.compiled=true", "train.zero_stage=3"], "train: .*compiled .* zero_stage 0, 1 or 2"),
+        (["train.compiled=true", "train.zero_stage=3"], "train: .*compiled goes with zero_stage 0"),
         (["pretrain.rounds=[{target: hubert, classes: 5, steps: 5}]"], "pretrain: .*first round"),
         (["pretrain.rounds=[{target: mfcc, steps: 5}]"], "rounds.0: .*mfcc: classes are given"),
         (["pretrain.rounds=[{target: phones, classes: 5, steps: 5}]"], "rounds.0: .*phones: "),
