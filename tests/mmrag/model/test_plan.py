@@ -95,7 +95,7 @@ def test_the_most_that_a_micro_batch_holds_is_planned(name, every):
             forward(made.lm, 4096).backward()
     expected = planned(read)
     held = expected.micro_batch - part(expected, "gathered parameters")
-    assert counted.most <= held <= 1.15 * counted.most
+    assert counted.most <= held <= 1.25 * counted.most
 
 
 def test_activation_checkpointing_keeps_at_most_20_kb_a_token_and_layer():
