@@ -185,7 +185,7 @@ def test_a_directory_of_manifests_is_a_corpus_of_splits(tmp_path):
     for split in ("lm", "dev"):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": f"a line of {split}"}) + "\n")
     splits = tokenize._splits(tmp_path)
-    texts = {name: [one.text for one in said] for name, (said, _) in splits.items()}
+    texts = {name: [one.text for one in said] for name, said in splits.items()}
     assert texts == {"lm": ["a line of lm"], "dev": ["a line of dev"]}
     assert list(tokenize._splits(tmp_path / "dev.jsonl")) == ["all"]
 
