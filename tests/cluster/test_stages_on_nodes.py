@@ -28,6 +28,7 @@ def seen(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> di
     values["workspace"] = str(directory / "workspace")
     values["tracking"]["uri"] = f"sqlite:///{directory}/mlflow.db"
     values["synthesize"] |= {"lm": 60, "test": 12}
+    values["pretrain"]["num_cpus"] = 0.8
     values["tokenize"]["part_seconds"] = 15
     values["datastore"]["part_utterances"] = 1
     values["decode"]["batch_seconds"] = 5

@@ -36,12 +36,16 @@ class Nodes:
         own = {"num_cpus": 0, "object_store_memory": STORE_BYTES}
         self._cluster = Cluster(initialize_head=True, connect=True, head_node_args=own)
         self._nodes = {}
-        for _ in range(NODES):
-            self.add()
+        self._drained = []
+        self.fill()
 
-    def add(self) -> None:
-        node = self._cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
-        self._nodes[node.node_id] = node
+    def fill(self) -> None:
+        """Others take the places of those that went; Ray starts nodes in the main thread alone."""
+        while self._drained:
+            self._cluster.remove_node(self._drained.pop())  # what is left of its processes
+        while len(self._nodes) < NODES:
+            node = self._cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+            self._nodes[node.node_id] = node
         self._cluster.wait_for_nodes()
 
     def at_work(self) -> list[str]:
@@ -50,18 +54,17 @@ class Nodes:
         return [name for name in self._nodes if free.get(name, {}).get("CPU", 0) < 0.5]
 
     def lose(self, name: str) -> None:
-        """A node ends without a word; another one takes its place."""
+        """A node ends without a word."""
         self._cluster.remove_node(self._nodes.pop(name), allow_graceful=False)
-        self.add()
 
     def drain(self, name: str) -> None:
         """A node is told that it will be taken away, as a cloud tells its spot machines."""
         command = ["ray", "drain-node", "--address", self._cluster.address, "--node-id", name]
         command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test"]
         command += ["--deadline-remaining-seconds", "5"]
-        subprocess.run([Path(sys.executable).parent / command[0], *command[1:]], check=True)
-        self._nodes.pop(name)
-        self.add()
+        command[0] = str(Path(sys.executable).parent / "ray")
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        self._drained.append(self._nodes.pop(name))
 
     def stays(self, name: str) -> bool:
         """Whether a node is still there a while later: one that was drained goes once it idles."""
@@ -139,6 +142,7 @@ def disturbed(
     after = files_of(made.path)
     holds = contents(made)
     stays = nodes.stays(gone[0])
+    nodes.fill()
     return {
         "kept": [name for name, at in before.items() if after.get(name) == at],
         "changed": [name for name, at in before.items() if after.get(name) not in (None, at)],
@@ -197,6 +201,7 @@ def trained(nodes: Nodes, experiment: Experiment) -> dict[str, Any]:
             made = train.run(experiment)
     finally:
         stage.console.print = print_line
+    nodes.fill()
     lines = (made.path / "metrics.jsonl").read_text().splitlines()
     return {"steps": steps(), "recorded": [json.loads(line)["step"] for line in lines]}
 
