@@ -124,7 +124,7 @@ WHERE_THERE_IS_NONE = {
     **{"language": "es", "tasks": ("domain",), "whisper": "/whisper"},
     **{"domain": "everyday", "base": "mmrag:tiny", "source": str(CONFIGS), "codebook": "/book"},
     **{"tokenizer": "/tokenizer.json", "deepspeed": "/other.json", "decoy": "wrong"},
-    "kokoro": "/kokoro",
+    **{"kokoro": "/kokoro", "decoders": config.Workers(count=3, num_cpus=1)},
     **{"weights": "torchaudio:HUBERT_BASE", "gate": 3.0, "certain": 0.5, "agreement": -3.0},
 }
 
