@@ -157,7 +157,7 @@ def recipes(experiment: Experiment) -> dict[str, Recipe]:
         for module in (evaluate, tune, train):
             patch.setattr(module, "Datastore", SimpleNamespace(open=lambda path: opened))
         told = Utterance(id="a", text="a", audio=Path("a.wav"))
-        patch.setattr(tokenize, "_read", lambda path: ([told], []))
+        patch.setattr(tokenize, "Listing", lambda path: [told])
         patch.setattr(train, "_check_base", lambda *_: None)
         patch.setattr(evaluate, "show", lambda _: None)
         for name in ("named", "adaptable"):
@@ -276,10 +276,11 @@ def test_what_recorded_its_operation_as_identity_is_still_known(first, tmp_path)
         (draft.path / ".checkpoints" / "one").write_text("x")
         raise KeyboardInterrupt
     assert "log_steps" in artifact.load(tmp_path / "lm", "lm").config["train"]
-    other = Recipe(now.identity, {"train": {**now.operation["train"], "log_steps": 7}})
+    logged = {"train": {**now.operation["train"], "log_steps": 7}}
+    other = Recipe(now.identity, now.operation | logged)
     assert artifact.finished(tmp_path / "lm", "lm", other, {})
     assert artifact.resumable(tmp_path / "half", "lm", other, {})
-    others = Recipe(now.identity, with_workers(now, 5), layout=now.layout)
+    others = Recipe(now.identity, now.operation | with_workers(now, 5), layout=now.layout)
     assert artifact.finished(tmp_path / "lm", "lm", others, {})
     assert artifact.resumable(tmp_path / "half", "lm", others, {})
 
