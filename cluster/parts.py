@@ -10,6 +10,7 @@ import asyncio
 import pickle
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ from cluster.progress import bar
 from cluster.rejections import Unread
 from mmrag.config import Workers
 from mmrag.records import Rejection
+
+# A pool is started before anybody knows how many parts there are.
+warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
 
 Work = TypeVar("Work")
 AHEAD = 16
