@@ -305,12 +305,37 @@ def _told(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0][:200]
 
 
-class _Reading(io.RawIOBase):
+class Positioned(io.RawIOBase):
+    """A file of a known `size`, bytes, that is read from wherever one goes."""
+
+    size: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
+        # A broken header sends a library anywhere, and it takes no exception for an answer.
+        self._position = max(0, origin + offset)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+
+class _Reading(Positioned):
     """An object as a file: blocks of it, asked for when they are needed, the last few kept."""
 
     def __init__(self, url: Url) -> None:
         super().__init__()
-        self._url, self._position = url, 0
+        self._url = url
         with _asking(url):
             self._store = _filesystem(url)
             try:
@@ -324,23 +349,9 @@ class _Reading(io.RawIOBase):
         self._known = None if size is None else int(size)
         self._block = lru_cache(BLOCKS)(self._fetch)
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = max(0, origin + offset)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
     def readinto(self, buffer: bytearray) -> int:
         view = memoryview(buffer).cast("B")
-        if self._position >= self._size or not view:
+        if self._position >= self.size or not view:
             return 0
         number, start = divmod(self._position, BLOCK_BYTES)
         data = self._block(number)[start : start + len(view)]
@@ -351,7 +362,7 @@ class _Reading(io.RawIOBase):
         return len(data)
 
     @property
-    def _size(self) -> int:
+    def size(self) -> int:
         """Bytes; where the storage does not say, as many as there are."""
         if self._known is None:
             content = self._url.read_bytes()

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from mmrag.storage import Positioned
+
 OPEN_ENDED = 0x7FFF0000
 """A size from here on, in a file that is smaller, is what programs write that cannot know it."""
 FLAC_STARTS = (b"fLaC\x00\x00\x00\x22", b"fLaC\x80\x00\x00\x22")
@@ -22,28 +24,12 @@ ZEROS = 64
 BLOCK = 2**20
 
 
-class Slice(io.RawIOBase):
+class Slice(Positioned):
     """Bytes `start` to `end` of an open file, as a file of its own."""
 
     def __init__(self, file: BinaryIO, start: int, end: int) -> None:
         super().__init__()
         self._file, self._start, self.size = file, start, end - start
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
-        # A broken header sends a library anywhere, and it takes no exception for an answer.
-        self._position = max(0, origin + offset)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
 
     def readinto(self, buffer: bytearray) -> int:
         view = memoryview(buffer).cast("B")
