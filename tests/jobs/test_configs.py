@@ -29,7 +29,6 @@ READING = ["adapter", "adapter_small", "tiny"]
 """Experiments that train an adapter."""
 STAGES = {
     "zero2": 2,
-    "zero3": 3,
     "zero3_offload": 3,
     "one_node": 2,
     "four_nodes": 3,
