@@ -22,10 +22,10 @@ def locate(settings: Settings) -> str:
     Raises ValueError or ArtifactError, which name the model and what is wrong with it.
     """
     if settings.model.startswith(REGISTERED):
-        from cluster import tracking  # MLflow takes seconds to import
+        from cluster import registry  # MLflow takes seconds to import
 
-        registry = Tracking(uri=settings.registry, experiment="mmrag")
-        return str(tracking.fetch(settings.model, registry, settings.cache, setting="registry"))
+        store = Tracking(uri=settings.registry, experiment="mmrag")
+        return str(registry.fetch(settings.model, store, settings.cache, setting="registry"))
     if is_whisper(settings.model):
         return f"{whisper.PREFIX}{whisper.locate(settings.model).absolute()}"
     return str(shipped.find(settings.model))

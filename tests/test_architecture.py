@@ -131,7 +131,7 @@ HOMES = {
     "aiohttp": ["jobs.benchmark.load"],
     "psutil": ["jobs.benchmark"],
     "deepspeed": ["cluster.train", "cluster.checkpoints", "cluster.partitions"],
-    "mlflow": ["cluster.tracking"],
+    "mlflow": ["cluster.store", "cluster.tracking", "cluster.registry"],
     "requests": ["mmrag.client", "serve.api"],
     "rich": ["mmrag.terminal", "mmrag.cli", "mmrag.administration", "jobs"],
     "matplotlib": ["jobs.evaluation_tables", "jobs.reproduce.report", "jobs.benchmark.growth"],

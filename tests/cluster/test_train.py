@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from cluster.checkpoints import listed
 from cluster.progress import SKIPPED, records
-from cluster.tracking import tracking_uri
+from cluster.store import tracking_uri
 from cluster.train import CHECKPOINTS, REJECTED, fit, held, shown
 from cluster.validation import DevSplit
 from cluster.zero import deepspeed_config
