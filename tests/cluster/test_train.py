@@ -414,24 +414,27 @@ def test_a_checkpoint_says_how_long_training_stood_still_for_it_and_how_long_it_
 
 
 def acting(act, directory: Path):
-    """A worker that calls `act(step, rank, directory)` before each step; pickled whole."""
+    """A worker that calls `act(step, rank, directory)` before each step; pickled whole.
+
+    What a step reads is made earlier, beside the one before.
+    """
 
     def worker(config: dict) -> None:
         import ray.train
 
         from cluster import train
 
-        chosen, rank = train.Curriculum.step, ray.train.get_context().get_world_rank()
+        chosen, rank = train.learning_rate, ray.train.get_context().get_world_rank()
 
-        def step(self, number: int):
-            act(number, rank, directory)
-            return chosen(self, number)
+        def rate(step, settings):
+            act(step, rank, directory)
+            return chosen(step, settings)
 
-        train.Curriculum.step = step
+        train.learning_rate = rate
         try:
             train._worker(config)
         finally:
-            train.Curriculum.step = chosen
+            train.learning_rate = chosen
 
     return worker
 
