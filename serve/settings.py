@@ -6,6 +6,7 @@ Whatever `build` is given besides is merged over it, and checked before anything
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from mmrag.config import KNN, SLUG, ConfigError, Decode, RetrievedAttention, Sec
 from mmrag.model.prepared import Compute
 from mmrag.storage import is_url
 
+ORIGIN = r"https?://[A-Za-z0-9.-]+(:\d{1,5})?|https?://\[[0-9A-Fa-f:]+\](:\d{1,5})?"
 CONFIG = Path(__file__).parent / "config.yaml"
 KEYS = "MMRAG_API_KEYS"
 """Environment variable with the API keys, separated by commas; KEYS_FILE names a file of them."""
@@ -120,6 +122,21 @@ class RetrieverReplicas(Replicas):
     pool: Pool
 
 
+class TenantQuotas(Section):
+    """What each tenant may have at a time; None for whatever the service has room for."""
+
+    requests: PositiveInt | None = None
+    """Requests in flight, of all replicas of the ingress together."""
+    sessions: PositiveInt | None = None
+    """Live sessions."""
+    audio_seconds: PositiveFloat | None = None
+    """Audio a minute, seconds."""
+    entries: PositiveInt | None = None
+    """Entries of all its datastores together."""
+    datastores: PositiveInt | None = None
+    """None for `limits.datastores`."""
+
+
 class Limits(Section):
     """What a request may ask for."""
 
@@ -144,6 +161,33 @@ class Limits(Section):
     texts_length: PositiveInt
     """Characters of all phrases or texts of a request together: all of them are spoken."""
     datastores: PositiveInt
+    """Of each tenant."""
+    tenant: TenantQuotas = TenantQuotas()
+    """Of a tenant for which the file of keys says nothing else."""
+
+
+class Cors(Section):
+    """Which pages of other origins may call the service from a browser."""
+
+    origins: tuple[str, ...] = ()
+    """`https://app.example`, with the port where it is not the usual one; `*` for all of them."""
+
+    @field_validator("origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for one in origins:
+            if one != "*" and not re.fullmatch(ORIGIN, one):
+                raise ValueError(f"{one!r} is no origin: https://HOST or https://HOST:PORT, or *")
+        return tuple(one.lower() for one in origins)
+
+
+class Logs(Section):
+    """What is written down about requests."""
+
+    transcripts: bool = False
+    """Whether the log holds what was said, and what unforeseen errors quote; a line a request."""
+    audit: Path | None = None
+    """A directory for the audit log: who changed what, a JSON line each; None for none."""
 
 
 class RetrievalDefaults(Section):
@@ -186,6 +230,8 @@ class Settings(Section):
     retrieval_defaults: RetrievalDefaults | None = None
     """None for the model's own."""
     limits: Limits
+    cors: Cors = Cors()
+    logs: Logs = Logs()
     ingress: Replicas
     encoder: Encoding
     retriever: RetrieverReplicas
