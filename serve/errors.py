@@ -19,9 +19,17 @@ from starlette.requests import ClientDisconnect
 
 from mmrag.retrieval.segment import DatastoreError
 from mmrag.speech.audio import AudioError
-from serve.messages import DatastoreExists, InvalidRequest, Unavailable, UnknownDatastore
+from serve.messages import (
+    DatastoreExists,
+    InvalidRequest,
+    QuotaExceeded,
+    Unavailable,
+    UnknownDatastore,
+)
 
 RETRY_SECONDS = 1
+QUOTA_SECONDS = 3600
+"""Until asking again might make sense where something has to be deleted first."""
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 log = logging.getLogger("ray.serve")
 
@@ -90,6 +98,10 @@ def explained(error: Exception) -> ApiError:
             return ApiError(400, "the upload broke off")
         case InvalidRequest():
             return ApiError(400, str(error), None, error.param)
+        case QuotaExceeded():
+            # Waiting does not help: OpenAI's clients are told not to try again.
+            more = {"x-should-retry": "false", "Retry-After": str(QUOTA_SECONDS)}
+            return ApiError(429, error.message, f"quota_{error.quota}", headers=more)
         case TimeoutError():
             return ApiError(504, "the request took too long", "timeout")
         case BackPressureError():
@@ -150,6 +162,7 @@ def install(app: FastAPI) -> None:
         UnknownDatastore,
         DatastoreExists,
         InvalidRequest,
+        QuotaExceeded,
         TimeoutError,
     )
     for kind in (*foreseen, BackPressureError, Unavailable, RayError, DatastoreError):

@@ -117,7 +117,7 @@ def _plain(keys: list[str], quotas: TenantQuotas, source: str) -> list[Known]:
 
 def _require_usable(key: str) -> None:
     if key.startswith(EXPIRING):
-        raise ValueError(f"a key begins with {EXPIRING}, as those do that the service makes itself")
+        raise ValueError("a key begins with ek_, as those do that the service makes itself")
 
 
 def _of_tenants(text: str, source: str, quotas: TenantQuotas) -> list[Known]:

@@ -5,7 +5,6 @@ Whatever `build` is given besides is merged over it, and checked before anything
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -189,6 +188,11 @@ class Logs(Section):
     audit: Path | None = None
     """A directory for the audit log: who changed what, a JSON line each; None for none."""
 
+    @field_validator("audit")
+    @classmethod
+    def _absolute(cls, path: Path | None) -> Path | None:
+        return _absolute(path)
+
 
 class RetrievalDefaults(Section):
     """Retrieval parameters of a datastore that nobody tuned any for (`jobs.tune`)."""
@@ -247,10 +251,7 @@ class Settings(Section):
     @field_validator("datastores", "cache", "local")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
-        try:
-            return path and path.expanduser().absolute()
-        except RuntimeError:  # no HOME, and no account either
-            raise ValueError(f"{path}: nobody's home is known here, write the path out") from None
+        return _absolute(path)
 
     def model_post_init(self, _: Any) -> None:
         """What computes on GPUs by name reserves them, or others are placed on the same."""
@@ -282,24 +283,13 @@ def read(given: Mapping[str, Any], config: Path = CONFIG) -> Settings:
         raise ConfigError(explain(error, str(config))) from None
 
 
+def _absolute(path: Path | None) -> Path | None:
+    try:
+        return path and path.expanduser().absolute()
+    except RuntimeError:  # no HOME, and no account either
+        raise ValueError(f"{path}: nobody's home is known here, write the path out") from None
+
+
 def http_options(config: Path = CONFIG) -> dict[str, Any]:
     """Where the service listens, as Ray Serve wants it."""
     return OmegaConf.to_container(OmegaConf.load(config)["http_options"])
-
-
-def api_keys() -> list[str]:
-    """The keys that callers may use, from the environment or a file; none: nobody is asked.
-
-    Raises ConfigError if a file is named that has none: that must not let everybody in.
-    """
-    keys = os.environ.get(KEYS, "").replace(",", "\n").splitlines()
-    file = os.environ.get(KEYS_FILE)
-    if file:
-        try:
-            found = Path(file).read_text().split()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{KEYS_FILE}: {error}") from None
-        if not found:
-            raise ConfigError(f"{KEYS_FILE}: no keys in {file}")
-        keys += found
-    return [key.strip() for key in keys if key.strip()]
