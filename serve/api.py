@@ -23,13 +23,18 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.concurrency import run_in_threadpool
 
-from serve import errors, forms, middleware, schema
+from serve import errors, forms, logs, middleware, schema
+from serve.accounting import Accounting, application, book
+from serve.audit import Audit
 from serve.datastores import Datastores
 from serve.errors import ApiError
+from serve.keys import Keys
 from serve.model import described
 from serve.pipeline import Pipeline
-from serve.settings import Settings, api_keys
+from serve.quotas import Quotas
+from serve.settings import Settings
 from serve.transcriptions import Transcriptions
+from serve.usage_route import UsageRoute
 
 PAGE = Path(__file__).parent / "page"
 READY_SECONDS = 5
@@ -49,7 +54,8 @@ class Api:
     ) -> None:
         self._settings = settings
         self._pipeline = Pipeline(settings, encoder, retriever, decoder)
-        self._access = middleware.AccessRules(settings.limits, api_keys())
+        logs.install(settings.logs)
+        self._access = _access_rules(settings)
         self._model = described(settings)
         self._started = int(time.time())
 
@@ -80,6 +86,7 @@ class Api:
         vocabulary = self._model.vocabulary
         for part in (Transcriptions, Datastores):
             guarded.include_router(part(self._settings, self._pipeline, vocabulary).router())
+        guarded.include_router(UsageRoute(self._pipeline, self._access.accounting).router())
         app.include_router(guarded)
         return app
 
@@ -92,6 +99,7 @@ class Api:
         deadline = time.monotonic() + self._settings.ingress.drain_s
         while self._access.in_flight and time.monotonic() < deadline:
             await asyncio.sleep(LEAVING_SECONDS)
+        await self._access.accounting.end()
 
     async def page(self) -> FileResponse:
         """The page for people."""
@@ -137,6 +145,21 @@ class Api:
             retrieval=["none", "knn", *reads],
             fingerprints=self._model.fingerprints,
         )
+
+
+def _access_rules(settings: Settings) -> middleware.AccessRules:
+    """Who may send what, as the settings and the keys say. Raises ConfigError, or OSError where no
+    audit log can be written."""
+    quotas = Quotas()
+    return middleware.AccessRules(
+        settings.limits,
+        Keys(settings.limits.tenant, settings.datastores),
+        quotas,
+        cors=settings.cors,
+        audit=settings.logs.audit and Audit(settings.logs.audit),
+        numbered=application() is not None,
+        accounting=Accounting(quotas, book(settings.datastores)),
+    )
 
 
 def _metrics() -> str:

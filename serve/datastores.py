@@ -19,7 +19,7 @@ from mmrag.retrieval import upkeep
 from serve import forms, middleware, schema
 from serve.errors import ApiError
 from serve.housekeeping import APART
-from serve.messages import DatastoreSummary, Encoded
+from serve.messages import DatastoreSummary, Encoded, Room
 from serve.pipeline import Pipeline
 from serve.settings import Settings
 
@@ -59,54 +59,65 @@ class Datastores:
         router.post(UPKEEP)(self.tend)
         return router
 
-    async def datastores(self) -> schema.Datastores:
+    async def datastores(self, request: Request) -> schema.Datastores:
         """Every datastore."""
-        found = await self._pipeline.call(self._pipeline.retriever.stored)
+        tenant = request.state.caller.tenant
+        found = await self._pipeline.call(self._pipeline.retriever.stored, tenant.name)
         return schema.Datastores(data=[_datastore(one) for one in found])
 
     async def create(self, request: Request) -> schema.Datastore:
         """Make a datastore, of texts or of recordings with what is said in them."""
         asked, recordings = await self._additions(request, schema.NewDatastore)
-        retriever, given = self._pipeline.retriever, [asked.name, asked.texts]
+        retriever, given = self._pipeline.retriever, [_qualified(request, asked.name), asked.texts]
+        room = _room(request)
+        request.state.audit["datastore"] = asked.name
         if recordings is None:
-            return _datastore(await self._change(retriever.create, *given))
-        return _datastore(await self._change(retriever.create_paired, *given, recordings))
+            return _datastore(await self._change(retriever.create, *given, room))
+        return _datastore(await self._change(retriever.create_paired, *given, recordings, room))
 
-    async def datastore(self, name: str) -> schema.Datastore:
+    async def datastore(self, name: str, request: Request) -> schema.Datastore:
         """A datastore."""
-        return _datastore(await self._pipeline.call(self._pipeline.retriever.describe, name))
+        describe, qualified = self._pipeline.retriever.describe, _qualified(request, name)
+        return _datastore(await self._pipeline.call(describe, qualified))
 
-    async def delete(self, name: str) -> schema.DeletedDatastore:
+    async def delete(self, name: str, request: Request) -> schema.DeletedDatastore:
         """Delete a datastore."""
-        await self._pipeline.call(self._pipeline.retriever.delete, name)
+        await self._pipeline.call(self._pipeline.retriever.delete, _qualified(request, name))
         return schema.DeletedDatastore(id=name)
 
     async def documents(
         self,
         name: str,
+        request: Request,
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
         after: Annotated[int, Query(ge=0, le=2**31)] = 0,
     ) -> schema.Documents:
         """What has been added to a datastore, `limit` documents from number `after` on."""
         retriever = self._pipeline.retriever
-        found = await self._pipeline.call(retriever.documents, name, after, limit + 1)
+        listed = _qualified(request, name), after, limit + 1
+        found = await self._pipeline.call(retriever.documents, *listed)
         shown = [schema.Document(document=d, entries=n) for d, n in found[:limit]]
         return schema.Documents(data=shown, has_more=len(found) > limit)
 
     async def add(self, name: str, request: Request) -> schema.AddedEntries:
         """Add texts or recordings; the next request finds them."""
         asked, recordings = await self._additions(request, schema.NewEntries)
-        retriever, given = self._pipeline.retriever, [name, asked.texts]
+        retriever, given = self._pipeline.retriever, [_qualified(request, name), asked.texts]
+        room = _room(request)
         if recordings is None:
-            added, entries = await self._change(retriever.add, *given)
+            added, entries = await self._change(retriever.add, *given, room)
         else:
-            added, entries = await self._change(retriever.add_paired, *given, recordings)
+            added, entries = await self._change(retriever.add_paired, *given, recordings, room)
+        request.state.audit["added"] = added
         return schema.AddedEntries(datastore=name, added=added, entries=entries)
 
-    async def remove(self, name: str, document: Annotated[str, Query()]) -> schema.DeletedEntries:
+    async def remove(
+        self, name: str, document: Annotated[str, Query()], request: Request
+    ) -> schema.DeletedEntries:
         """Delete what was added as `document`."""
-        retriever = self._pipeline.retriever
-        deleted, entries = await self._pipeline.call(retriever.remove, name, document)
+        remove, qualified = self._pipeline.retriever.remove, _qualified(request, name)
+        deleted, entries = await self._pipeline.call(remove, qualified, document)
+        request.state.audit["deleted"] = deleted
         return schema.DeletedEntries(datastore=name, deleted=deleted, entries=entries)
 
     async def search(self, name: str, request: Request) -> schema.Found:
@@ -114,11 +125,15 @@ class Datastores:
         a decoder would."""
         async with asyncio.timeout(self._settings.limits.timeout_seconds):
             query, k = await self._query(request)
-            found = await self._pipeline.look_up(name, query, k)
+            found = await self._pipeline.look_up(_qualified(request, name), query, k)
         return schema.Found(data=[asdict(one) for one in found])
 
     async def tend(
-        self, name: str, task: schema.Task, given: schema.TaskOptions | None = None
+        self,
+        name: str,
+        task: schema.Task,
+        request: Request,
+        given: schema.TaskOptions | None = None,
     ) -> dict[str, Any]:
         """Look at a datastore or keep it in order: what the task tells.
 
@@ -135,7 +150,8 @@ class Datastores:
         if missing and missing[0] not in options:
             raise ApiError(422, f"{missing[0]}: {task} needs one", "missing", missing[0])
         try:
-            return await self._change(self._pipeline.retriever.tend, name, task, options)
+            about = _qualified(request, name), task, options
+            return await self._change(self._pipeline.retriever.tend, *about)
         except TimeoutError:
             if task not in APART:
                 raise
@@ -164,7 +180,9 @@ class Datastores:
             raise ApiError(422, "file: send a file", "value_error", "file")
         given = {name: form[name] for name in ("k",) if name in form}
         k = _checked(schema.Query, {"text": "", **given}).k
-        [wave], _ = await self._recording(form["file"], self._settings.limits.audio_seconds)
+        most = self._settings.limits.audio_seconds
+        [wave], seconds = await self._recording(form["file"], most)
+        request.state.quotas.audio(request.state.caller, seconds)
         encoded = await self._pipeline.encode(wave)
         if encoded is None:
             raise ApiError(400, "file: nobody speaks in the recording", None, "file")
@@ -215,7 +233,19 @@ class Datastores:
             waves, own = await self._recording(one, limits.audio_seconds - seconds)
             seconds += own
             recordings.append(waves)
+        request.state.quotas.audio(request.state.caller, seconds)
         return asked, recordings
+
+
+def _qualified(request: Request, name: str) -> str:
+    """How the retriever calls the caller's datastore of this name; UnknownDatastore for no name."""
+    return request.state.caller.tenant.datastore(name)
+
+
+def _room(request: Request) -> Room:
+    """What the caller's tenant may have."""
+    quotas = request.state.caller.tenant.quotas
+    return Room(quotas.datastores, quotas.entries)
 
 
 def _is_form(request: Request) -> bool:

@@ -37,7 +37,7 @@ from mmrag.retrieval.segment import Description, Segment
 from mmrag.retrieval.shortlist import SHORTLIST, Remembered, Shortlist
 from mmrag.speech.tokenized import Tokenized
 from mmrag.transcribe import judged, words
-from serve import probe
+from serve import logs, probe
 from serve.messages import (
     DecodeRequest,
     DecodeResult,
@@ -78,6 +78,7 @@ class Decoder:
 
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(settings.decoder.threads)
+        logs.install(settings.logs)
         self._settings = settings
         loaded = locate(settings), device(settings), language(settings)
         self._models = load_decoder(*loaded, adapted=True)
@@ -98,7 +99,8 @@ class Decoder:
         self._window_caches: OrderedDict[str, WindowCache] = OrderedDict()
         self._shortlists: OrderedDict[str, tuple[str, asyncio.Task[Shortlist]]] = OrderedDict()
         """The last of each datastore or list, and of which of its versions it is."""
-        self._pronounce = Remembered(lambda texts: Synthesizer().pronounce(texts))
+        self._pronounced: OrderedDict[str, Remembered] = OrderedDict()
+        """Of each tenant, so that the time of an answer tells of nobody else's."""
         self._metrics = _EngineMetrics()
         clip = self._clip(DecodeRequest(self._probe), None)
         self._expected = self._engine.submit(clip).future.result().hypothesis.tokens
@@ -223,7 +225,8 @@ class Decoder:
         found = request.datastore
         place, version = (found.uid, found.key) if found else (request.phrases.key, "")
         if self._shortlists.get(place, (None,))[0] != version:
-            making = asyncio.to_thread(lambda: Shortlist.of(phrases(), self._pronounce, SHORTLIST))
+            pronounce = self._pronounce_for((found or request.phrases).tenant)
+            making = asyncio.to_thread(lambda: Shortlist.of(phrases(), pronounce, SHORTLIST))
             self._shortlists[place] = version, asyncio.create_task(making)
         _, made = _freshen(self._shortlists, place)
         try:
@@ -232,6 +235,13 @@ class Decoder:
             if self._shortlists.get(place, (None, None))[1] is made:
                 del self._shortlists[place]
             raise
+
+    def _pronounce_for(self, tenant: str) -> Remembered:
+        """What says a tenant's texts, each of them once."""
+        if tenant not in self._pronounced:
+            said = Remembered(lambda texts: Synthesizer().pronounce(texts))
+            self._pronounced[tenant] = said
+        return _freshen(self._pronounced, tenant)
 
     async def _sources_of(self, request: DecodeRequest) -> RetrievalSources | None:
         """What the request's datastore and phrases offer; the same object for the same ones, so

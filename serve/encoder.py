@@ -17,7 +17,7 @@ from mmrag.model.whisper import EncodedAudio
 from mmrag.recogniser import load_encoder
 from mmrag.speech import vad
 from mmrag.speech.audio import SAMPLE_RATE
-from serve import probe
+from serve import logs, probe
 from serve.messages import Encoded, EncodedSegment, InvalidRequest
 from serve.model import device, language, locate
 from serve.settings import Settings
@@ -34,6 +34,7 @@ class Encoder:
 
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(settings.encoder.threads)
+        logs.install(settings.logs)
         self._settings = settings
         self._models = load_encoder(locate(settings), device(settings), language(settings))
         self._synthesize = None

@@ -13,6 +13,7 @@ from cluster.ports import free_ports
 VARIABLES = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.request_ids:outermost",
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",  # for a header, and between two parts of a body
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",  # on a busy machine the usual 5 do not suffice

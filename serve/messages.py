@@ -48,6 +48,23 @@ class InvalidRequest(ValueError):
         self.param = param
 
 
+class QuotaExceeded(ValueError):
+    """A tenant has as much as it may have of something; the message says so."""
+
+    def __init__(self, quota: str, message: str) -> None:
+        """`quota` is the name of the setting."""
+        super().__init__(quota, message)
+        self.quota, self.message = quota, message
+
+
+@dataclass(frozen=True)
+class Room:
+    """What all datastores of a tenant may have together; None for no limit."""
+
+    datastores: int | None = None
+    entries: int | None = None
+
+
 @dataclass(frozen=True)
 class ResolvedDatastore:
     """A datastore, resolved: its shards, and how their answers are weighted."""
@@ -64,6 +81,8 @@ class ResolvedDatastore:
     """(N,) entries whose windows are read without a search, for a small datastore."""
     phrases: Path | None = None
     """Where it lies, if its documents are phrases."""
+    tenant: str = ""
+    """Something that only datastores of the same tenant share."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +95,8 @@ class PhraseList:
     key: str
     segment: ObjectRef
     """Of a `Segment`."""
+    tenant: str = ""
+    """Whose they are."""
 
 
 @dataclass(frozen=True)

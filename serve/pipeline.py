@@ -38,6 +38,7 @@ from serve.messages import (
     weight,
 )
 from serve.settings import Settings
+from serve.tenants import DEFAULT, own_name
 
 ATTEMPTS = 5
 PAUSE_SECONDS = 0.2
@@ -59,6 +60,8 @@ class TranscriptionOptions:
     retrieval: RetrievalMode | None = None
     """None: kNN-LM and cross-attention where there is something to look up."""
     output: OutputOptions = field(default_factory=OutputOptions)
+    tenant: str = DEFAULT
+    """Whose phrases they are: what is kept of them is kept for that tenant alone."""
 
 
 @dataclass(frozen=True)
@@ -253,13 +256,13 @@ class Pipeline:
         if mode != "none" and options.datastore is not None:
             found = await self.call(self.retriever.resolve, options.datastore)
         if mode != "none" and options.phrases:
-            phrase_list = await self._phrase_list(options.phrases)
+            phrase_list = await self._phrase_list(options)
         if found is None and phrase_list is None:
             if options.retrieval not in (None, "none"):
                 raise InvalidRequest(f"retrieval {options.retrieval} needs a datastore or context")
             mode = "none"
         if options.shortlist and phrase_list is None and found.phrases is None:
-            name = options.datastore
+            name = own_name(options.datastore)
             message = f"shortlist: the documents of {name!r} are no phrases"
             raise InvalidRequest(message, "shortlist")
         if options.retrieval is None and mode != "none" and not await self.reads():
@@ -286,13 +289,14 @@ class Pipeline:
             message = "shortlist: of a datastore or of context, and not of both"
             raise InvalidRequest(message, "shortlist")
 
-    async def _phrase_list(self, phrases: Sequence[str]) -> PhraseList:
+    async def _phrase_list(self, options: TranscriptionOptions) -> PhraseList:
         """Phrases as entries, put where every decoder finds them.
 
         This process owns them: they last as long as the request that it works on.
         """
-        key, segment = await self.call(self.retriever.phrases, list(phrases))
-        return PhraseList(key, await asyncio.to_thread(ray.put, segment))
+        phrases, tenant = list(options.phrases), options.tenant
+        key, segment = await self.call(self.retriever.phrases, phrases, tenant)
+        return PhraseList(key, await asyncio.to_thread(ray.put, segment), tenant)
 
     async def reads(self) -> bool:
         """Whether the model has an adapter to read with."""

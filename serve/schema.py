@@ -264,6 +264,27 @@ class Found(BaseModel):
     data: list[Lookup]
 
 
+class DayOfUsage(BaseModel):
+    """What a tenant used on a day."""
+
+    day: str
+    requests: int
+    sessions: int
+    audio_seconds: float
+    tokens: int
+
+
+class TenantUsage(BaseModel):
+    """What a tenant has used, has, and may have (null: whatever the service has room for)."""
+
+    object: Literal["usage"] = "usage"
+    tenant: str
+    data: list[DayOfUsage]
+    datastores: int
+    entries: int
+    quotas: dict[str, float | None]
+
+
 class TaskOptions(BaseModel):
     """What a task is told."""
 

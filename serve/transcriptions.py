@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 import zlib
@@ -10,7 +11,7 @@ from asyncio import timeout
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from ray.serve.metrics import Counter, Histogram
 
@@ -24,6 +25,7 @@ from serve.settings import Settings
 
 LANGUAGES = {"en": "english", "es": "spanish", "de": "german", "fr": "french"}
 """How OpenAI's verbose answers call a language; others are called by their code."""
+log = logging.getLogger("ray.serve")
 
 
 class Transcriptions:
@@ -51,11 +53,15 @@ class Transcriptions:
         )(self.transcriptions)
         return router
 
-    async def transcriptions(self, form: Annotated[TranscriptionForm, Depends()]) -> Any:
+    async def transcriptions(
+        self, request: Request, form: Annotated[TranscriptionForm, Depends()]
+    ) -> Any:
         """Transcribe an upload. With `stream`, server-sent events."""
         form.check(self._settings)
+        caller = request.state.caller
         options = TranscriptionOptions(
-            datastore=form.datastore,
+            datastore=form.datastore and caller.tenant.datastore(form.datastore),
+            tenant=caller.tenant.name,
             phrases=form.phrases(self._settings, self._vocabulary),
             shortlist=form.shortlist,
             retrieval=form.retrieval,
@@ -71,11 +77,12 @@ class Transcriptions:
         async with timeout(self._settings.limits.timeout_seconds):
             # What cannot be served is refused before a stream begins.
             build = await self._pipeline.request_builder(options)
+            request.state.quotas.audio(caller, seconds)
             if form.stream:
-                stream = self._events(data, build, seconds, form.evidence)
+                stream = self._events(request, data, build, seconds, form.evidence)
                 return StreamingResponse(stream, media_type="text/event-stream")
             transcribed = await self._pipeline.complete(data, build)
-        self._count(seconds, started)
+        self._count(request, transcribed, seconds, started)
         return self._formatted(form, transcribed, seconds)
 
     def _formatted(
@@ -99,7 +106,7 @@ class Transcriptions:
         )
 
     async def _events(
-        self, data: bytes, build: RequestBuilder, seconds: float, evidence: bool
+        self, request: Request, data: bytes, build: RequestBuilder, seconds: float, evidence: bool
     ) -> AsyncIterator[str]:
         """A transcript as server-sent events."""
         transcribed, started = [], time.perf_counter()
@@ -110,13 +117,23 @@ class Transcriptions:
                         transcribed.append(part)
                     else:
                         yield _event(schema.Delta(delta=part).model_dump())
-            self._count(seconds, started)
+            self._count(request, transcribed, seconds, started)
             done = _plain(schema.Done, transcribed, seconds, evidence, duration=seconds)
             yield _event(json.loads(done.body))
         except Exception as error:  # the status is sent: what is left is to say so
             yield _event(errors.body(errors.explained(error)))
 
-    def _count(self, seconds: float, started: float) -> None:
+    def _count(
+        self,
+        request: Request,
+        transcribed: Sequence[TranscribedSegment],
+        seconds: float,
+        started: float,
+    ) -> None:
+        tokens = sum(len(one.result.tokens) for one in transcribed if one.result)
+        request.state.quotas.tokens(request.state.caller, tokens)
+        if self._settings.logs.transcripts:
+            log.warning("transcript: %s", _text(transcribed))
         self._audio.inc(seconds)
         self._factor.observe((time.perf_counter() - started) / max(seconds, 1e-3))
 

@@ -85,8 +85,9 @@ HOMES = {
         "serve.settings",
         "serve.schema",
         "serve.datastores",
+        "serve.keyfile",
     ],
-    "yaml": ["mmrag.config", "serve.settings", "jobs.benchmark.endpoint"],
+    "yaml": ["mmrag.config", "serve.settings", "serve.keyfile", "jobs.benchmark.endpoint"],
     # Read by the one, written by the other.
     "soundfile": ["mmrag.speech.decoders", "cluster.recording"],
     "av": ["mmrag.speech.decoders"],

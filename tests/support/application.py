@@ -57,13 +57,14 @@ async def stream(order):
     yield await transcribe(order)
 
 
-async def stored():
+async def stored(tenant):
     return []
 
 
-def made(decoder=None, retriever=None, encoder=None, **limits):
-    """The application with these parts and limits."""
-    settings = read({"limits": {"upload_mb": 0.1, **limits}})
+def made(decoder=None, retriever=None, encoder=None, cors=None, logs=None, **limits):
+    """The application with these parts and limits, and these other settings."""
+    more = {"cors": cors or {}, "logs": logs or {}}
+    settings = read({"limits": {"upload_mb": 0.1, **limits}, **more})
     api = Api.__wrapped__(
         settings,
         encoder or Handle(encode=encode),
