@@ -163,8 +163,8 @@ class TranscriptionForm:
         self._check_languages(settings.languages)
         unknown = [value for value in self._included if value not in (EVIDENCE, LOGPROBS)]
         if unknown:
-            served = f"only {LOGPROBS!r} and {EVIDENCE!r}"
-            raise _refused("include[]", f"{unknown[0]!r} is not served, {served}")
+            reason = f"{unknown[0]!r} is not served, only {LOGPROBS!r} and {EVIDENCE!r}"
+            raise _refused("include[]", reason)
         kind = self.response_format
         if self._included and kind not in ("json", "verbose_json"):
             raise _refused("include[]", f"response_format {kind!r} has no place for it")

@@ -26,7 +26,7 @@ WINGS = {
         "score",
     ],
     "speech": [
-        "containers", "decoders", "audio", "cutting", "vad", "silero", "turns", "hubert", "targets",
+        "containers", "decoders", "audio", "vad", "silero", "turns", "cutting", "hubert", "targets",
         "crops", "pretraining", "units", "tokenized",
     ],
     "corpora": [

@@ -173,11 +173,11 @@ def test_an_overlap_that_leaves_nothing_between_two_of_them_is_refused():
 
 @cache
 def conversation() -> torch.Tensor:
-    """Somebody says something, and after a second and a half something else."""
-    quiet = torch.zeros(3 * SAMPLE_RATE // 2)
+    """Somebody says something, and after a second something else."""
+    quiet = torch.zeros(SAMPLE_RATE)
     said = [
         vad.trim(torch.from_numpy(Synthesizer().speak(text, VOICES["test"][0]).wave))[0]
-        for text in ("please call maria lopez", "what time is it in boston")
+        for text in ("good morning", "maria")
     ]
     return torch.cat([quiet, said[0], quiet, said[1], quiet])
 
@@ -193,11 +193,9 @@ def spans(wave: torch.Tensor, **settings) -> list[tuple[int, int]]:
     "given",
     [
         {},
-        {"prefix_padding_ms": 0, "silence_duration_ms": 0},
+        {"prefix_padding_ms": 0, "silence_duration_ms": 0, "threshold": 0.9},
         {"prefix_padding_ms": 900, "silence_duration_ms": 700},
-        {"silence_duration_ms": 2000},
         {"prefix_padding_ms": 10_000, "silence_duration_ms": 10_000},
-        {"threshold": 1.0},
     ],
 )
 def test_turns_are_those_that_a_detector_hears_in_the_whole(given):
@@ -212,12 +210,12 @@ def test_turns_are_those_that_a_detector_hears_in_the_whole(given):
     for one, (start, end) in zip(found, expected, strict=True):
         assert torch.equal(one.wave, whole[start:end])
     if not given:
-        assert len(found) == 2 and found[0].start > 1 and found[1].start > found[0].end
+        assert len(found) == 2 and found[0].start > 0.5 and found[1].start > found[0].end
 
 
 def test_a_turn_that_is_too_long_is_cut_as_any_recording():
-    said = conversation()[3 * SAMPLE_RATE // 2 :]
-    source = encoded(torch.cat([said[:SAMPLE_RATE]] * 5).numpy(), subtype="FLOAT")
+    said = conversation()[SAMPLE_RATE:]
+    source = encoded(torch.cat([said[: SAMPLE_RATE // 2]] * 8).numpy(), subtype="FLOAT")
     given = {"threshold": 0.1, "silence_duration_ms": 3000}
     [(start, end)] = spans(audio.read(source), **given)
     found = list(cutting.turns(source, max_seconds=2.0, **given))
