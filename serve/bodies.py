@@ -17,7 +17,7 @@ from serve.errors import ApiError, RefusedBody
 from serve.places import Places
 from serve.settings import Limits
 
-TRANSCRIBE = "/v1/audio/transcriptions"
+TRANSCRIBE, TRANSLATE = "/v1/audio/transcriptions", "/v1/audio/translations"
 FORM, JSON = "multipart/form-data", "application/json"
 AUDIO = "/v1/audio/"
 """What comes to routes below it is a form."""

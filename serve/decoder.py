@@ -188,6 +188,10 @@ class Decoder:
     def _clip(self, request: DecodeRequest, sources: RetrievalSources | None) -> Clip:
         decode = self._settings.decode
         reads = sources is not None and request.mode in ("cross_attention", "both")
+        try:
+            beginning = self._models.vocabulary.encode(request.begins)
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from None
         return Clip(
             speech=self._models.vocabulary.speech_input(request.units),
             limit=self._models.longest(self._models.seconds(request.units), decode),
@@ -197,6 +201,7 @@ class Decoder:
             fallback=() if request.output.temperature > 0 else self._settings.decoder.fallback,
             retrieval=sources.votes.get(request.mode) if sources else None,
             attention=sources.attention if reads else None,
+            beginning=beginning,
         )
 
     async def _chosen(self, request: DecodeRequest) -> RetrievalSources | None:
@@ -323,6 +328,9 @@ class Decoder:
             mean_logp=hypothesis.logp / max(1, len(hypothesis.choices)),
             stopped=hypothesis.stopped,
             missing_shards=decoded.missing_shards,
+            logps=tuple(choice.logp for choice in hypothesis.choices[: len(hypothesis.tokens)]),
+            heard=len(request.units),
+            language=getattr(request.units, "language", None),
         )
 
     async def _timed(

@@ -136,6 +136,8 @@ class DecodeRequest:
     """Phrases that are listened for at most, of those of the datastore or the list; 0: all of them;
     None: a few where there are more than are read whole."""
     output: OutputOptions = field(default_factory=OutputOptions)
+    begins: str = ""
+    """Whole words that the transcript begins with, whatever is heard."""
 
     @property
     def size(self) -> int | None:
@@ -164,6 +166,12 @@ class DecodeResult:
     unclear: bool
     """Whether that is too little to rely on them."""
     missing_shards: int = 0
+    logps: tuple[float, ...] = ()
+    """Log-probability of each of `tokens`, nats."""
+    heard: int = 0
+    """Units, or frames, of speech that the model was given."""
+    language: str | None = None
+    """What is spoken, by ISO 639-1, where the model found that out for itself."""
 
     def tokens_of(self, first: int, last: int) -> tuple[int, ...]:
         """The tokens of the words `first` to `last`."""

@@ -48,6 +48,8 @@ async def transcribe(order):
         stopped=True,
         confidence=None,
         unclear=False,
+        logps=(-0.1, -0.2),
+        heard=3,
     )
 
 
@@ -61,9 +63,9 @@ async def stored(tenant):
     return []
 
 
-def made(decoder=None, retriever=None, encoder=None, cors=None, logs=None, **limits):
+def made(decoder=None, retriever=None, encoder=None, settings=None, cors=None, logs=None, **limits):
     """The application with these parts and limits, and these other settings."""
-    more = {"cors": cors or {}, "logs": logs or {}}
+    more = {"cors": cors or {}, "logs": logs or {}, **(settings or {})}
     settings = read({"limits": {"upload_mb": 0.1, **limits}, **more})
     api = Api.__wrapped__(
         settings,
