@@ -28,14 +28,14 @@ from mmrag.model.cross_attention import Adapter
 from mmrag.model.lm import LM
 from mmrag.model.vocabulary import Vocabulary
 from mmrag.model.whisper import EncodedAudio, Whisper, WhisperVocabulary
-from mmrag.records import Retriever, Units
+from mmrag.records import Line, Retriever, Units
 from mmrag.retrieval.memory import WindowCache
 from mmrag.speech.audio import SAMPLE_RATE
 from mmrag.speech.hubert import HubertEncoder
 from mmrag.speech.units import Codebook
 from mmrag.storage import Location
 
-Say = Callable[[Sequence[str]], Iterator[Any]]
+Say = Callable[[Sequence[str | Line]], Iterator[Any]]
 """Sentences -> what somebody saying each of them is encoded to."""
 
 
@@ -115,7 +115,7 @@ def text_to_speech(encoder: Encoder, seed: int = 0) -> Say:
     """
     synthesizers = Synthesizers()
 
-    def say(texts: Sequence[str]) -> Iterator[Any]:
+    def say(texts: Sequence[str | Line]) -> Iterator[Any]:
         planned = synthetic.assign_voices(texts, seed)
         for start in range(0, len(planned), SPOKEN):
             batch = planned[start : start + SPOKEN]
