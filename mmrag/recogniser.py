@@ -240,6 +240,9 @@ class SpeechLM(_Timed):
 class Recogniser(SpeechTokenizer, SpeechLM):
     """Both: sound to text."""
 
+    languages = ("en",)
+    """What is understood (ISO 639-1)."""
+
     @classmethod
     def load(cls, directory: Location, device: str = "cpu", calibrated: bool = True) -> Recogniser:
         """Read `hubert/`, `codebook/` and `lm/` below `directory`, `adapter/` if it is there, and
@@ -273,6 +276,11 @@ class WhisperRecogniser:
         directory = whisper.locate(name)
         model = Whisper.load(directory, language, device)
         return cls(model, model.vocabulary, {"whisper": whisper.fingerprint(directory)})
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """What is understood (ISO 639-1)."""
+        return self.vocabulary.spoken_languages
 
     def encode(self, waves: Sequence[Tensor]) -> list[EncodedAudio]:
         """Waves (T,) at 16 kHz, of a window at most, to encoder states."""

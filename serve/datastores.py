@@ -16,7 +16,8 @@ from starlette.datastructures import UploadFile
 from mmrag.config import SLUG
 from mmrag.model.vocabulary import Vocabulary
 from mmrag.retrieval import upkeep
-from serve import forms, middleware, schema
+from mmrag.retrieval.wording import Entry, entries
+from serve import forms, middleware, schema, wordings
 from serve.errors import ApiError
 from serve.housekeeping import APART
 from serve.messages import DatastoreSummary, Encoded
@@ -25,7 +26,9 @@ from serve.settings import Settings
 
 ALL = "/v1/datastores"
 ONE, ENTRIES = f"{ALL}/{{name}}", f"{ALL}/{{name}}/entries"
-SEARCH = f"{ONE}/search"
+SEARCH, PREVIEW = f"{ONE}/search", f"{ONE}/preview"
+PREVIEWED = 20
+"""Entries that are looked at in one request: each is spoken and heard."""
 UPKEEP = f"{ONE}/upkeep/{{task}}"
 
 
@@ -52,10 +55,11 @@ class Datastores:
         router.post(ALL, status_code=201, openapi_extra=made)(self.create)
         router.get(ONE)(self.datastore)
         router.delete(ONE)(self.delete)
-        router.get(ENTRIES)(self.documents)
+        router.get(ENTRIES, response_model_exclude_none=True)(self.documents)
         router.post(ENTRIES, openapi_extra=_takes(schema.NewEntries, said, list(said)))(self.add)
         router.delete(ENTRIES)(self.remove)
         router.post(SEARCH, openapi_extra=_takes(schema.Query, clip, ["file"]))(self.search)
+        router.post(PREVIEW, response_model_exclude_none=True)(self.preview)
         router.post(UPKEEP)(self.tend)
         return router
 
@@ -67,10 +71,11 @@ class Datastores:
     async def create(self, request: Request) -> schema.Datastore:
         """Make a datastore, of texts or of recordings with what is said in them."""
         asked, recordings = await self._additions(request, schema.NewDatastore)
-        retriever, given = self._pipeline.retriever, [asked.name, asked.texts]
+        retriever, name = self._pipeline.retriever, asked.name
         if recordings is None:
-            return _datastore(await self._change(retriever.create, *given))
-        return _datastore(await self._change(retriever.create_paired, *given, recordings))
+            return _datastore(await self._change(retriever.create, name, asked.entries))
+        given = name, asked.texts, recordings
+        return _datastore(await self._change(retriever.create_paired, *given))
 
     async def datastore(self, name: str) -> schema.Datastore:
         """A datastore."""
@@ -90,17 +95,22 @@ class Datastores:
         """What has been added to a datastore, `limit` documents from number `after` on."""
         retriever = self._pipeline.retriever
         found = await self._pipeline.call(retriever.documents, name, after, limit + 1)
-        shown = [schema.Document(document=d, entries=n) for d, n in found[:limit]]
+        shown = [
+            schema.Document(document=document, entries=count, entry=one and _entry(one))
+            for document, count, one in found[:limit]
+        ]
         return schema.Documents(data=shown, has_more=len(found) > limit)
 
     async def add(self, name: str, request: Request) -> schema.AddedEntries:
-        """Add texts or recordings; the next request finds them."""
+        """Add texts, entries or recordings; the next request finds them. An entry that is there
+        with another wording is replaced."""
         asked, recordings = await self._additions(request, schema.NewEntries)
-        retriever, given = self._pipeline.retriever, [name, asked.texts]
+        retriever = self._pipeline.retriever
         if recordings is None:
-            added, entries = await self._change(retriever.add, *given)
+            added, entries = await self._change(retriever.add, name, asked.entries)
         else:
-            added, entries = await self._change(retriever.add_paired, *given, recordings)
+            given = name, asked.texts, recordings
+            added, entries = await self._change(retriever.add_paired, *given)
         return schema.AddedEntries(datastore=name, added=added, entries=entries)
 
     async def remove(self, name: str, document: Annotated[str, Query()]) -> schema.DeletedEntries:
@@ -116,6 +126,16 @@ class Datastores:
             query, k = await self._query(request)
             found = await self._pipeline.look_up(name, query, k)
         return schema.Found(data=[asdict(one) for one in found])
+
+    async def preview(self, name: str, given: schema.PreviewedEntries) -> schema.Previews:
+        """What entries would be confused with, the riskiest first, and what the model hears of them
+        without the datastore, which stays as it is."""
+        how = self._settings.limits, self._vocabulary, self._settings.languages
+        asked = wordings.checked(given.entries, PREVIEWED, "entries", *how)
+        if not asked:
+            raise ApiError(400, "entries: nothing to look at", None, "entries")
+        found = await self._change(self._pipeline.retriever.preview, name, asked)
+        return schema.Previews(data=[asdict(one) for one in found])
 
     async def tend(
         self, name: str, task: schema.Task, given: schema.TaskOptions | None = None
@@ -187,12 +207,13 @@ class Datastores:
     async def _additions(
         self, request: Request, kind: type[schema.NewEntries]
     ) -> tuple[schema.NewEntries, list[list[Any]] | None]:
-        """What is to be added, from JSON or a form; with the waves of each recording, if any."""
+        """What is to be added, from JSON or a form: entries, or texts with the waves of a recording
+        each."""
         limits, data, param = self._settings.limits, [], "texts"
         if _is_form(request):
             most = limits.texts + forms.MORE_FIELDS
             form = await request.form(max_files=most, max_fields=most)
-            param, single = "text", kind.model_fields.keys() - {"texts"}
+            param, single = "text", kind.model_fields.keys() - {"texts", "entries"}
             forms.check_fields(form, single, ("file", "text"))
             data = form.getlist("file")
             if not all(isinstance(one, UploadFile) for one in data):
@@ -202,11 +223,10 @@ class Datastores:
         else:
             given = await request.body()
         asked = _checked(kind, given)
+        if not data:
+            return asked.model_copy(update={"entries": self._entries(asked, param)}), None
         texts = schema.bounded_texts(asked.texts, limits.texts, param, limits, self._vocabulary)
         asked = asked.model_copy(update={"texts": texts})
-        if not data:
-            schema.check_length(texts, param, limits)
-            return asked, None
         if len(data) != len(asked.texts):
             message = f"{len(data)} recordings and {len(asked.texts)} texts: one text each"
             raise ApiError(400, message, None, "text")
@@ -216,6 +236,19 @@ class Datastores:
             seconds += own
             recordings.append(waves)
         return asked, recordings
+
+    def _entries(self, asked: schema.NewEntries, param: str) -> list[Entry]:
+        """The texts and the entries of a request, checked."""
+        required = not isinstance(asked, schema.NewDatastore)
+        if required and not asked.model_fields_set & {"texts", "entries"}:
+            raise ApiError(422, "texts: Field required, or entries", "missing", "texts")
+        limits = self._settings.limits
+        how = limits, self._vocabulary, self._settings.languages
+        texts = wordings.checked(asked.texts, limits.texts, param, *how)
+        more = wordings.checked(asked.entries, limits.texts - len(texts), "entries", *how)
+        every = entries([*texts, *more])
+        wordings.check_length(every, param, limits)
+        return every
 
 
 def _is_form(request: Request) -> bool:
@@ -239,6 +272,11 @@ def _takes(kind: type[Body], form: dict[str, Any], required: Sequence[str]) -> d
     content = {middleware.JSON: kind.model_json_schema(), middleware.FORM: recordings}
     kinds = {name: {"schema": one} for name, one in content.items()}
     return {"requestBody": {"required": True, "content": kinds}}
+
+
+def _entry(one: Entry) -> schema.Entry | None:
+    """An entry that says more than its text."""
+    return None if one.plain else schema.Entry(**one.fields())
 
 
 def _datastore(stored: DatastoreSummary) -> schema.Datastore:

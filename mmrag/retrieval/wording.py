@@ -9,8 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
+
+from mmrag.records import Line
+from mmrag.text import read_lines
 
 HEAVIEST = 2.0
 """Twice the votes of an entry that nobody weighed."""
@@ -38,6 +42,21 @@ class Entry:
         return self.text if self.display_as is None else self.display_as
 
     @property
+    def spoken(self) -> Entry:
+        """What of it is heard: entries that are alike in this have the same keys."""
+        return replace(self, display_as=None, weight=1.0)
+
+    def lines(self, carrier: str, spoken: str) -> list[str | Line]:
+        """A carrier sentence about it, said in each of its ways; `spoken` is how the model writes
+        it, which is what is said where no pronunciation is given."""
+        said = self.pronunciations or (spoken,)
+        return [self._line(carrier.format(phrase=one), one) for one in said]
+
+    def _line(self, sentence: str, pronunciation: str) -> str | Line:
+        phonetic = bool(self.pronunciations) and is_ipa(pronunciation)
+        return Line(sentence, phonetic, self.language) if phonetic or self.language else sentence
+
+    @property
     def plain(self) -> bool:
         """Whether it is a text and nothing else."""
         return self == Entry(self.text)
@@ -49,6 +68,11 @@ class Entry:
         if self.pronunciations:
             told["pronunciations"] = list(self.pronunciations)
         return {"text": self.text, **told}
+
+
+def is_ipa(pronunciation: str) -> bool:
+    """Whether a pronunciation is IPA, and not a respelling."""
+    return len(pronunciation) > 2 and pronunciation[0] == pronunciation[-1] == "/"
 
 
 FIELDS = tuple(field.name for field in fields(Entry))
@@ -85,9 +109,21 @@ def line(given: str) -> Entry:
         return entry(given)
     try:
         read = json.loads(given)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not a JSON object: {error}") from None
     return entry(read)
+
+
+def read_entries(file: Path) -> list[Entry]:
+    """The entries of a file, one a line (`line`); ValueError, which names the line, for what is
+    none, OSError for a file that cannot be read."""
+    found = []
+    for number, text in read_lines(file):
+        try:
+            found.append(line(text))
+        except ValueError as error:
+            raise ValueError(f"{file}:{number}: {error}") from None
+    return entries(found)
 
 
 def entries(given: Iterable[str | Mapping[str, Any] | Entry]) -> list[Entry]:
@@ -110,6 +146,8 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{name}: a text, not {type(value).__name__}")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError(f"{name}: half a character is no text")
     return evened(value)
 
 

@@ -33,7 +33,7 @@ from mmrag.corpora.voices.speech import (
     UnspeakableError,
     played,
 )
-from mmrag.records import Timed
+from mmrag.records import Line, Timed
 
 _NATIVE_RATE = 22_050
 
@@ -212,7 +212,7 @@ class Synthesizer:
             timed_phones([(name, ms * slower) for name, ms in phones], duration),
         )
 
-    def pronounce(self, texts: Sequence[str], voice: str = "en-us") -> list[tuple[str, ...]]:
+    def pronounce(self, texts: Sequence[str | Line], voice: str = "en-us") -> list[tuple[str, ...]]:
         """The PHONES that each text is said in, a tenth of a millisecond a name: none for what is
         not said. Raises ValueError for a voice that espeak-ng does not have."""
         with _ONE_AT_A_TIME, self._opened(voice) as espeak:
@@ -221,6 +221,11 @@ class Synthesizer:
             read.argtypes = (ctypes.POINTER(ctypes.c_char_p), ctypes.c_int, ctypes.c_int)
             said = []
             for text in texts:
+                if isinstance(text, Line):
+                    if text.phonetic:
+                        said.append(inventory.folded(text.text.replace("/", " ")))
+                        continue
+                    text = text.text
                 left, clauses = ctypes.c_char_p(text.encode()), []
                 while left.value:
                     clauses.append(read(ctypes.byref(left), _UTF8, _PHONEMES_IN_IPA).decode())

@@ -40,7 +40,9 @@ def test_slashes_are_no_ipa_where_nobody_says_so(synthesizer):
     one, other = "either /or/ both", "please call /zɒlˈpɪdɛm/ today"
     for text in (one, other):
         plain = synthesizer.speak(text, AMERICAN)
-        assert plain.wave.tolist() == synthesizer.speak(text, AMERICAN, phonetic=False).wave.tolist()
+        assert (
+            plain.wave.tolist() == synthesizer.speak(text, AMERICAN, phonetic=False).wave.tolist()
+        )
 
 
 @pytest.mark.parametrize(
@@ -49,7 +51,7 @@ def test_slashes_are_no_ipa_where_nobody_says_so(synthesizer):
 )
 def test_what_no_voice_says_is_refused_by_name(written, why):
     assert why in ipa.refusal(written)
-    with pytest.raises(ValueError, match="IPA|nothing to say"):
+    with pytest.raises(ValueError, match=r"IPA|nothing to say"):
         ipa.mnemonics(written)
 
 
