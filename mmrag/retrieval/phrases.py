@@ -284,7 +284,9 @@ class Phrases:
             self._mentions.setdefault(name, []).append(middle)
             self._spans.setdefault(name, []).append(range(*span))
         self.names = list(self._mentions)
-        self._ways = {name: max(1, len(own)) for name, own in datastore.wordings.pronunciations().items()}
+        self._ways = {
+            name: max(1, len(own)) for name, own in datastore.wordings.pronunciations().items()
+        }
 
     def mentions(self, phrase: str, most: int | None = None) -> list[int]:
         """An entry for each time the phrase was spoken, at most so many; none for an unknown one.

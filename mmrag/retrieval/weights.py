@@ -30,7 +30,11 @@ class Weights:
         ValueError where neither is given.
         """
         parts = [(one, shift) for one, shift in ((first, 0), (second, SECOND)) if one is not None]
-        found = [(own + shift, weights) for one, shift in parts for own, weights in [one.wordings.weights()]]
+        found = [
+            (own + shift, weights)
+            for one, shift in parts
+            for own, weights in [one.wordings.weights()]
+        ]
         entries, weights = (np.concatenate(columns) for columns in zip(*found, strict=True))
         if not len(entries):
             return None

@@ -25,9 +25,7 @@ class Wordings:
         """Whether any document was given as an entry."""
         return bool(self._segments)
 
-    def __call__(
-        self, documents: Iterable[str] | None = None, about: str = ""
-    ) -> dict[str, Entry]:
+    def __call__(self, documents: Iterable[str] | None = None, about: str = "") -> dict[str, Entry]:
         """The entries that documents are, by their names, of those that were given as entries and
         are not deleted; of all in order of appearance, or of these `documents`, or of those that
         have a field `about`."""

@@ -95,7 +95,7 @@ def test_a_datastore_has_its_entries_written_until_they_are_given_otherwise(
     changed = service.request("POST", entries(name), json={"entries": [other]}).json()
     assert changed["added"] > 0 and changed["entries"] == added.json()["entries"]
     assert service.text(file, datastore=name) == "please call Priya tomorrow"
-    problems = service.request("POST", f"/v1/datastores/{name}/upkeep/verify").json()
+    problems = service.request("POST", f"/v1/datastores/{name}/upkeep/verify", json={}).json()
     assert problems == {"problems": []}
     mine = json.dumps(NAME | {"display_as": "P."})
     assert service.text(file, datastore=name, context=mine) == "please call P. tomorrow"

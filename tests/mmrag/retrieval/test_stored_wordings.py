@@ -100,7 +100,8 @@ def test_wordings_stay_when_segments_are_merged_and_go_with_their_entries(direct
     assert after.wordings() == before.wordings()
     assert after.wordings().keys() == {"seven", "silent", "plain"}
     assert [one.tolist() for one in after.wordings.weights()] == [
-        one[~np.isin(before.wordings.weights()[0], before.deleted)].tolist() for one in before.wordings.weights()
+        one[~np.isin(before.wordings.weights()[0], before.deleted)].tolist()
+        for one in before.wordings.weights()
     ]
     assert after.hidden.tolist() == before.hidden.tolist()
     assert b"Gone" not in b"".join(file.read_bytes() for file in directory.rglob("*.safetensors"))
