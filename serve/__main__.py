@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,7 @@ def main() -> None:
         "--dashboard-port", type=_port, default=8265, help="Ray's own dashboard (default: 8265)"
     )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="as in serve/config.yaml")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     prepare()
     try:
         address.check()
@@ -103,8 +104,8 @@ def _run(
     """Serve the application in a cluster until it is stopped; raises StartupError."""
     import ray
 
-    from serve import startup
-    from serve.listening import require_port
+    from serve.guardian import guarded
+    from serve.startup import StartupError
 
     stop.cluster = True
     address = os.environ.get("RAY_ADDRESS")
@@ -118,11 +119,26 @@ def _run(
     except (RuntimeError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         doing = f"join the cluster at RAY_ADDRESS={address}" if address else "start Ray"
-        raise startup.StartupError(f"cannot {doing}: {reason}") from None
+        raise StartupError(f"cannot {doing}: {reason}") from None
     stop.listen()  # again: Ray has installed its own
+    session = None if address else Path(context.address_info["session_dir"])
+    with guarded(session) if session else nullcontext():
+        _serve_there(settings, application, http, context.dashboard_url, stop)
+
+
+def _serve_there(
+    settings: Settings, application: Any, http: dict[str, Any], dashboard: str, stop: Stop
+) -> None:
+    """Serve the application in the cluster that this process is connected to, and leave it."""
+    import ray
+
+    from serve import startup
+    from serve.listening import require_port
+
+    address = os.environ.get("RAY_ADDRESS")
     service, leave = None, False
     try:
-        runs = startup.serve_runs(http, context.dashboard_url)
+        runs = startup.serve_runs(http, dashboard)
         if address and not runs:
             require_port(http["host"], http["port"])
         startup.require_room(settings)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from ray.serve import metrics
 
+from mmrag.artifact import ArtifactError
 from mmrag.config import RetrievalMode
 from mmrag.contents import Lookup, near
 from mmrag.corpora.voices.espeak import Synthesizer
@@ -26,7 +27,7 @@ from mmrag.decoding.tune import Tuned
 from mmrag.model.lm import LM
 from mmrag.model.prepared import prepare
 from mmrag.recogniser import load_decoder, load_encoder
-from mmrag.records import Retriever, Transcript, Word
+from mmrag.records import Retriever, Transcript, Utterance, Word
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.entries import read_entries
 from mmrag.retrieval.interpolation import Retrieval
@@ -100,8 +101,37 @@ class Decoder:
         """The last of each datastore or list, and of which of its versions it is."""
         self._pronounce = Remembered(lambda texts: Synthesizer().pronounce(texts))
         self._metrics = _EngineMetrics()
-        clip = self._clip(DecodeRequest(self._probe), None)
-        self._expected = self._engine.submit(clip).future.result().hypothesis.tokens
+        self._expected = self._transcribed(None)
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Transcribe the probe in every way that callers' clips are: with others in the batch, with
+        something to look up and read, and aligned. What a step does for the first time (memory,
+        kernels, compiled shapes) takes long, and is done before anybody waits."""
+        models, rows = self._models, self._settings.decoder.rows
+        clips = [self._clip(DecodeRequest(self._probe), None) for _ in range(rows)]
+        for job in [self._engine.submit(clip) for clip in clips]:
+            job.future.result()
+        heard = models.vocabulary.decode(self._expected)
+        said = Tokenized(Utterance(id="probe", text=heard, document=heard), self._probe)
+        lm, vocabulary = models.lm, models.vocabulary
+        reading = self._engine.call(lambda: read_entries(lm, vocabulary, [said], WINDOW, "all"))
+        try:
+            sources = self._made(None, reading.result())
+        except ArtifactError as error:  # who looks something up is told
+            log.warning("%s", error)
+        else:
+            self._transcribed(sources, "both" if models.adapter else "knn")
+        speech, times = vocabulary.speech_input(self._probe), models.times(self._probe)
+        tokens = self._expected
+        self._engine.call(lambda: align(lm, vocabulary, speech, times, tokens, None)).result()
+
+    def _transcribed(
+        self, sources: RetrievalSources | None, mode: RetrievalMode = "none"
+    ) -> list[int]:
+        """The probe's tokens."""
+        clip = self._clip(DecodeRequest(self._probe, mode=mode), sources)
+        return self._engine.submit(clip).future.result().hypothesis.tokens
 
     async def transcribe(self, request: DecodeRequest) -> DecodeResult:
         """The transcript of a segment. Given up when the caller is."""
@@ -168,6 +198,9 @@ class Decoder:
     async def describe(self) -> tuple[Description, bool]:
         """What datastores of this model are, and whether it can read them (an adapter)."""
         return self._described(), self._models.adapter is not None
+
+    async def alive(self) -> None:
+        """Returns: this replica takes calls."""
 
     async def check_health(self) -> None:
         """Transcribe the probe; RuntimeError if it does not read as it did at the start."""

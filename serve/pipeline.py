@@ -24,6 +24,7 @@ from mmrag.decoding.stitch import Stitcher
 from mmrag.recogniser import is_whisper
 from mmrag.records import Timed, Word
 from mmrag.speech import audio, cutting
+from serve import probe
 from serve.handles import SizedHandle, by_reference
 from serve.messages import (
     DecodeRequest,
@@ -101,6 +102,16 @@ class Pipeline:
         self._reads: bool | None = None
         self._ahead = 0
         """Segments under way besides the first of each upload."""
+
+    async def warm_up(self) -> None:
+        """Transcribe the probe in every way that callers may ask for: whole, streamed, timed."""
+        data = probe.FILE.read_bytes()
+        await self.seconds(data)
+        timed = TranscriptionOptions(output=OutputOptions(timed=True))
+        for options in (TranscriptionOptions(), timed):
+            await self.complete(data, await self.request_builder(options))
+        async for _ in self.transcribe(data, await self.request_builder(TranscriptionOptions())):
+            pass
 
     async def seconds(self, data: bytes) -> float:
         """Length of an upload: what it decodes to, or as much of it as exceeds what is taken.

@@ -144,6 +144,8 @@ class Model(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "mmrag"
+    version: str | None = None
+    """Of a registered model."""
     languages: list[str]
     retrieval: list[str]
     fingerprints: dict[str, str]

@@ -6,6 +6,7 @@ Whatever `build` is given besides is merged over it, and checked before anything
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from mmrag.model.prepared import Compute
 from mmrag.storage import is_url
 
 CONFIG = Path(__file__).parent / "config.yaml"
+ALIASED = r"models:/[^@/]+@[^@/]+"
+"""A registered model by an alias, which may be moved."""
 KEYS = "MMRAG_API_KEYS"
 """Environment variable with the API keys, separated by commas; KEYS_FILE names a file of them."""
 KEYS_FILE = "MMRAG_API_KEYS_FILE"
@@ -167,6 +170,9 @@ class Settings(Section):
     package (`mmrag:tiny`), or a directory, or its URL, with hubert/, codebook/ and lm/."""
     registry: str
     """MLflow's address; MLFLOW_TRACKING_URI in the environment wins."""
+    model_check_s: float = Field(default=0, ge=0)
+    """How often the registry is asked whether the alias of `model` was moved, seconds: the service
+    then goes over to the new version. 0: never, a service stays with the version it began with."""
     cache: Path
     """Where registered models are kept once fetched."""
     languages: tuple[str, ...] = Field(min_length=1)
@@ -207,7 +213,13 @@ class Settings(Section):
             raise ValueError(f"{path}: nobody's home is known here, write the path out") from None
 
     def model_post_init(self, _: Any) -> None:
-        """What computes on GPUs by name reserves them, or others are placed on the same."""
+        """Only an alias can be moved. And what computes on GPUs by name reserves them, or others
+        are placed on the same."""
+        if self.model_check_s and not re.fullmatch(ALIASED, self.model):
+            raise ValueError(
+                f"model_check_s is {self.model_check_s:g} with model {self.model}: only the alias "
+                "of a registered model can be moved (models:/NAME@ALIAS); set it to 0"
+            )
         for part in ("encoder", "decoder"):
             if self.device.startswith("cuda") and not getattr(self, part).num_gpus:
                 raise ValueError(

@@ -15,6 +15,7 @@ from ray.serve.schema import ApplicationStatus
 
 from cluster import placement
 from cluster.placement import Demand
+from serve.replacement import reason
 from serve.settings import Settings
 
 APPLICATION = "mmrag"
@@ -103,7 +104,7 @@ def wait_until_running(stopped: Callable[[], bool], say: Callable[[str], None]) 
         if found is not None and found.status == ApplicationStatus.RUNNING and listens:
             return True
         if found is not None and found.status == ApplicationStatus.DEPLOY_FAILED:
-            raise StartupError(_summary(found))
+            raise StartupError(f"the service cannot start: {reason(found)}")
         if found is not None and time.monotonic() > remind:
             pause *= 2
             remind = time.monotonic() + pause
@@ -114,13 +115,6 @@ def wait_until_running(stopped: Callable[[], bool], say: Callable[[str], None]) 
             say(f"still starting: {', '.join(waiting)}; {_free()}")
         time.sleep(POLL_SECONDS)
     return False
-
-
-def _summary(found: Any) -> str:
-    """Why an application failed: the last line of what its deployments say."""
-    said = [one.message for one in found.deployments.values() if one.message] or [found.message]
-    lines = [line.strip() for line in said[0].splitlines() if line.strip()]
-    return f"the service cannot start: {lines[-1] if lines else 'no reason given'}"
 
 
 def _free() -> str:

@@ -129,7 +129,7 @@ HOMES = {
     "fastapi_offline": ["serve.api"],
     "starlette": ["serve"],
     "aiohttp": ["jobs.benchmark.load"],
-    "psutil": ["jobs.benchmark"],
+    "psutil": ["jobs.benchmark", "serve.guardian"],
     "deepspeed": ["cluster.train", "cluster.checkpoints", "cluster.partitions"],
     "mlflow": ["cluster.tracking"],
     "requests": ["mmrag.client", "serve.api"],
