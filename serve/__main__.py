@@ -106,7 +106,9 @@ def _run(
 
     from serve.guardian import guarded
     from serve.startup import StartupError
+    from serve.traces import tracing
 
+    traced = tracing(settings.traces)
     stop.cluster = True
     address = os.environ.get("RAY_ADDRESS")
     try:
@@ -123,11 +125,16 @@ def _run(
     stop.listen()  # again: Ray has installed its own
     session = None if address else Path(context.address_info["session_dir"])
     with guarded(session) if session else nullcontext():
-        _serve_there(settings, application, http, context.dashboard_url, stop)
+        _serve_there(settings, application, http, context.dashboard_url, stop, traced)
 
 
 def _serve_there(
-    settings: Settings, application: Any, http: dict[str, Any], dashboard: str, stop: Stop
+    settings: Settings,
+    application: Any,
+    http: dict[str, Any],
+    dashboard: str,
+    stop: Stop,
+    traced: dict[str, Any] | None,
 ) -> None:
     """Serve the application in the cluster that this process is connected to, and leave it."""
     import ray
@@ -146,7 +153,7 @@ def _serve_there(
             return  # the cluster is left below
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         leave = True
-        service = _deploy(application, http)
+        service = _deploy(application, http, traced)
         if startup.wait_until_running(stop.asked.is_set, _write):
             where = f"http://{http['host']}:{http['port']}"
             _write(f"ready: {where} (the page), {where}/docs (the API)")
@@ -163,14 +170,16 @@ def _serve_there(
             ray.shutdown()
 
 
-def _deploy(application: Any, http: dict[str, Any]) -> DeploymentHandle:
+def _deploy(
+    application: Any, http: dict[str, Any], traced: dict[str, Any] | None
+) -> DeploymentHandle:
     """Begin to start the application; nobody waits for it here."""
     from ray import serve
     from ray.serve.api import RunTarget
 
     from serve.startup import APPLICATION, listen
 
-    listen(http)
+    listen(http, traced)
     _write("starting: the models are being read")
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     target = RunTarget(application, name=APPLICATION, logging_config=quiet)

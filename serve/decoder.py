@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from mmrag.contents import Lookup, near
 from mmrag.corpora.voices.espeak import Synthesizer
 from mmrag.decoding.align import align
 from mmrag.decoding.decode import Clip, Hypothesis
-from mmrag.decoding.engine import Decoded, Engine, Statistics
+from mmrag.decoding.engine import Decoded, Engine, Job, Statistics
 from mmrag.decoding.tune import Tuned
 from mmrag.model.lm import LM
 from mmrag.model.prepared import prepare
@@ -38,7 +39,7 @@ from mmrag.retrieval.segment import Description, Segment
 from mmrag.retrieval.shortlist import SHORTLIST, Remembered, Shortlist
 from mmrag.speech.tokenized import Tokenized
 from mmrag.transcribe import judged, words
-from serve import probe
+from serve import probe, traces
 from serve.messages import (
     DecodeRequest,
     DecodeResult,
@@ -136,12 +137,14 @@ class Decoder:
     async def transcribe(self, request: DecodeRequest) -> DecodeResult:
         """The transcript of a segment. Given up when the caller is."""
         sources = await self._chosen(request)
+        handed_in = time.time_ns()
         job = self._engine.submit(self._clip(request, sources), self._settings.decode.agreement)
         try:
             decoded = await asyncio.shield(asyncio.wrap_future(job.future))
         finally:
             job.cancel()
             self._metrics.record(self._engine.statistics)
+        _trace(job, handed_in)
         return await self._result(request, sources, decoded)
 
     async def stream(self, request: DecodeRequest) -> AsyncIterator[str | DecodeResult]:
@@ -152,7 +155,7 @@ class Decoder:
         def report(tokens: list[int] | None) -> None:
             loop.call_soon_threadsafe(news.put_nowait, tokens)
 
-        clip = self._clip(request, sources)
+        clip, handed_in = self._clip(request, sources), time.time_ns()
         job = self._engine.submit(clip, self._settings.decode.agreement, report)
         job.future.add_done_callback(lambda _: report(None))
         sent = ""
@@ -162,6 +165,7 @@ class Decoder:
                 if text.startswith(sent) and text != sent:
                     yield text[len(sent) :]
                     sent = text
+            _trace(job, handed_in)
             result = await self._result(request, sources, job.future.result())
         finally:
             job.cancel()
@@ -395,6 +399,13 @@ class _EngineMetrics:
         for field, gauge in self._gauges.items():
             gauge.set(getattr(now, field))
         self._seen = now
+
+
+def _trace(job: Job, handed_in: int) -> None:
+    """What a clip's time went to, in a trace of its request."""
+    tokens = len(job.future.result().hypothesis.tokens)
+    traces.record("queue", handed_in, job.begun)
+    traces.record("steps", job.begun, tokens=tokens)
 
 
 def _offer(

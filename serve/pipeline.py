@@ -24,7 +24,7 @@ from mmrag.decoding.stitch import Stitcher
 from mmrag.recogniser import is_whisper
 from mmrag.records import Timed, Word
 from mmrag.speech import audio, cutting
-from serve import probe
+from serve import probe, traces
 from serve.handles import SizedHandle, by_reference
 from serve.messages import (
     DecodeRequest,
@@ -193,7 +193,8 @@ class Pipeline:
         wanted = request.output
         if segment.before or segment.after:
             request = replace(request, output=replace(wanted, timed=True))
-        result = await self.call(self._decoder.of(request.size).transcribe, request)
+        with traces.span("decode"):
+            result = await self.call(self._decoder.of(request.size).transcribe, request)
         result = _later(result, segment.start - segment.before + encoded.start)
         made = TranscribedSegment(segment.start, segment.end, result, encoded.speech)
         return made, wanted
@@ -205,7 +206,8 @@ class Pipeline:
     async def encode(self, wave: np.ndarray) -> EncodedSegment | None:
         """A wave's units; None where nobody speaks."""
         encoder = self._encoder.of(None if self._large else wave.nbytes)
-        return await self.call(encoder.encode, wave)
+        with traces.span("encode", samples=len(wave)):
+            return await self.call(encoder.encode, wave)
 
     async def look_up(self, name: str, asked: str | Encoded, k: int) -> list[Lookup]:
         """What a datastore finds before each token of a text, or of what is said.
@@ -232,7 +234,13 @@ class Pipeline:
 
     def _segments(self, data: bytes) -> Iterator[cutting.Segment]:
         longest = self.settings.decode.max_seconds
-        return cutting.segments(data, longest, overlap=cutting.overlap(longest))
+        cut = cutting.segments(data, longest, overlap=cutting.overlap(longest))
+        while True:
+            with traces.span("cut"):
+                segment = next(cut, None)
+            if segment is None:
+                return
+            yield segment
 
     async def _encoded(
         self, data: bytes
@@ -262,7 +270,8 @@ class Pipeline:
         phrase_list: PhraseList | None = None
         mode = options.retrieval or "both"
         if mode != "none" and options.datastore is not None:
-            found = await self.call(self.retriever.resolve, options.datastore)
+            with traces.span("resolve"):
+                found = await self.call(self.retriever.resolve, options.datastore)
         if mode != "none" and options.phrases:
             phrase_list = await self._phrase_list(options.phrases)
         if found is None and phrase_list is None:

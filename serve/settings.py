@@ -149,6 +149,15 @@ class Limits(Section):
     datastores: PositiveInt
 
 
+class Traces(Section):
+    """Who is told how long each part of a request took."""
+
+    endpoint: str | None = Field(default=None, pattern=r"https?://.+")
+    """OpenTelemetry's collector (OTLP over HTTP: http://host:4318); None for nobody."""
+    share: float = Field(default=0.01, ge=0, le=1)
+    """Of requests whose caller does not say whether they are traced."""
+
+
 class RetrievalDefaults(Section):
     """Retrieval parameters of a datastore that nobody tuned any for (`jobs.tune`)."""
 
@@ -192,6 +201,8 @@ class Settings(Section):
     retrieval_defaults: RetrievalDefaults | None = None
     """None for the model's own."""
     limits: Limits
+    traces: Traces = Traces()
+    """Of a service that `python -m serve` starts; `serve deploy` has `tracing_config` for it."""
     ingress: Replicas
     encoder: Encoding
     retriever: RetrieverReplicas

@@ -79,10 +79,11 @@ def demands(settings: Settings) -> list[Demand]:
     ]
 
 
-def listen(http: dict[str, Any]) -> None:
+def listen(http: dict[str, Any], tracing: dict[str, Any] | None = None) -> None:
     """Start Serve and whatever takes HTTP for it; StartupError if that does not come up."""
+    quiet = {"log_level": "WARNING"}
     try:
-        serve.start(http_options=http, logging_config={"log_level": "WARNING"})
+        serve.start(http_options=http, logging_config=quiet, tracing_config=tracing)
     except (RayError, TimeoutError) as error:
         raise StartupError(
             f"Ray Serve's HTTP proxy does not start ({type(error).__name__}): is this machine too "

@@ -132,7 +132,8 @@ HOMES = {
     "psutil": ["jobs.benchmark", "serve.guardian"],
     "deepspeed": ["cluster.train", "cluster.checkpoints", "cluster.partitions"],
     "mlflow": ["cluster.tracking"],
-    "requests": ["mmrag.client", "serve.api"],
+    "requests": ["mmrag.client", "serve.api", "serve.traces"],
+    "opentelemetry": ["serve.traces"],
     "rich": ["mmrag.terminal", "mmrag.cli", "mmrag.administration", "jobs"],
     "matplotlib": ["jobs.evaluation_tables", "jobs.reproduce.report", "jobs.benchmark.growth"],
     # Ray Data's rows are Arrow's: values are packed on their way between our own processes.
