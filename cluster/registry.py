@@ -104,16 +104,7 @@ def fetch(uri: str, tracking: Tracking, cache: Path, setting: str = URI_SETTING)
     ConnectionError if the store does not answer, OSError if the download fails, and ArtifactError
     for a version without one of the three, or whose files are not those that were registered.
     """
-    parts = MODEL_URI.fullmatch(uri)
-    if parts is None:
-        raise ValueError(f"{uri!r} is neither models:/NAME@ALIAS nor models:/NAME/VERSION")
-    store = tracking_uri(tracking)
-    if store.startswith(SQLITE) and not Path(store.removeprefix(SQLITE)).exists():
-        raise ConnectionError(f"there is no MLflow store at {store}")  # MLflow would make one
-    client, known = _ask(store, parts["name"], setting)
-    if known is None:
-        raise ValueError(f"no model {parts['name']!r} is registered in {shown(store)}")
-    version = _version(client, store, known, parts["alias"], parts["version"])
+    client, store, version = _registered(uri, tracking, setting)
     fingerprints = {
         key.removeprefix(FINGERPRINT): value
         for key, value in version.tags.items()
@@ -133,6 +124,31 @@ def fetch(uri: str, tracking: Tracking, cache: Path, setting: str = URI_SETTING)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
     return path
+
+
+def pinned(uri: str, tracking: Tracking, setting: str = URI_SETTING) -> str:
+    """`models:/NAME/VERSION` of the version that `models:/NAME@ALIAS` means now.
+
+    Raises what `fetch` raises for one that is not there.
+    """
+    _, _, version = _registered(uri, tracking, setting)
+    return f"models:/{version.name}/{version.version}"
+
+
+def _registered(
+    uri: str, tracking: Tracking, setting: str
+) -> tuple[MlflowClient, str, ModelVersion]:
+    """A client, the store, and the version that a URI means now."""
+    parts = MODEL_URI.fullmatch(uri)
+    if parts is None:
+        raise ValueError(f"{uri!r} is neither models:/NAME@ALIAS nor models:/NAME/VERSION")
+    store = tracking_uri(tracking)
+    if store.startswith(SQLITE) and not Path(store.removeprefix(SQLITE)).exists():
+        raise ConnectionError(f"there is no MLflow store at {store}")  # MLflow would make one
+    client, known = _ask(store, parts["name"], setting)
+    if known is None:
+        raise ValueError(f"no model {parts['name']!r} is registered in {shown(store)}")
+    return client, store, _version(client, store, known, parts["alias"], parts["version"])
 
 
 def _ask(

@@ -7,8 +7,9 @@ The outer of three layers: HTTP here and in the modules of the routes, a typed r
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from asyncio import timeout
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,28 @@ from fastapi_offline import FastAPIOffline
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.concurrency import run_in_threadpool
+from starlette.types import ASGIApp
 
 from serve import errors, forms, logs, middleware, schema
 from serve.accounting import Accounting, application, book
 from serve.audit import Audit
 from serve.datastores import Datastores
 from serve.keys import Keys
-from serve.model import described
+from serve.model import described, version
 from serve.pipeline import Pipeline
 from serve.quotas import Quotas
+from serve.readiness import Readiness
+from serve.replacement import Served, of_version
 from serve.settings import Settings
+from serve.switching import Switch
 from serve.transcriptions import Transcriptions
 from serve.usage_route import UsageRoute
 
 PAGE = Path(__file__).parent / "page"
-READY_SECONDS = 5
 LEAVING_SECONDS = 0.1
+FOLLOW_SECONDS = 1.0
+"""How often an ingress asks which version of the model is served."""
+log = logging.getLogger("ray.serve")
 
 
 @serve.ingress()
@@ -47,19 +54,67 @@ class Api:
     def __init__(
         self,
         settings: Settings,
-        encoder: DeploymentHandle,
-        retriever: DeploymentHandle,
-        decoder: DeploymentHandle,
+        encoder: DeploymentHandle | None = None,
+        retriever: DeploymentHandle | None = None,
+        decoder: DeploymentHandle | None = None,
+        models: DeploymentHandle | None = None,
     ) -> None:
+        """The parts of one model, or `models`, which knows whose parts are served."""
         self._settings = settings
-        self._pipeline = Pipeline(settings, encoder, retriever, decoder)
+        self._models = models
         logs.install(settings.logs)
         self._access = _access_rules(settings)
-        self._model = described(settings)
         self._started = int(time.time())
+        self._warm = False
+        self._readiness = Readiness(self._alive)
+        if models is None:
+            self._pipeline = Pipeline(settings, encoder, retriever, decoder)
+            self._model = described(settings)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    async def __serve_build_asgi_app__(self) -> ASGIApp:
         """The application, as `serve.ingress` asks for it."""
+        if self._models is None:
+            return self._application()
+        self._replica = serve.get_replica_context().replica_id.unique_id
+        self._served = await self._models.current.remote(self._replica)
+        await self._take_up(self._served)
+        self._switch = Switch(self._served.application, self._application())
+        self._following = asyncio.create_task(self._follow())
+        return self._switch
+
+    async def check_health(self) -> None:
+        """Transcribe a clip before anybody's: what is slow the first time is slow then."""
+        if not self._warm:
+            await self._pipeline.warm_up()
+            self._warm = True
+
+    async def _take_up(self, served: Served) -> None:
+        """Have the parts of a version, and what is known of it."""
+        settings = of_version(self._settings, served)
+        known = await asyncio.to_thread(described, settings)
+        parts = (
+            serve.get_deployment_handle(part, served.application)
+            for part in ("encoder", "retriever", "decoder")
+        )
+        pipeline = Pipeline(settings, *parts)
+        await pipeline.warm_up()
+        self._settings, self._pipeline, self._model, self._warm = settings, pipeline, known, True
+
+    async def _follow(self) -> None:
+        """Give requests to whatever version is served, for ever."""
+        while True:
+            await asyncio.sleep(FOLLOW_SECONDS)
+            try:
+                served = await self._models.current.remote(self._replica, self._switch.in_use)
+                if served != self._served:
+                    await self._take_up(served)
+                    self._switch.to(served.application, self._application())
+                    self._served = served
+            except Exception as error:  # what is served stays, until the next time
+                log.warning("%s stays for now: %s", self._served.model, error)
+
+    def _application(self) -> FastAPI:
+        """The routes, answered by the model that is served now."""
         app = FastAPIOffline(
             title="mmrag",
             version="1",
@@ -110,15 +165,16 @@ class Api:
 
     async def readyz(self) -> Any:
         """Whether every part of the service answers; 503 while one does not."""
+        if self._access.draining or not await self._readiness.ready():
+            status = "stopping" if self._access.draining else "starting"
+            return JSONResponse({"status": status}, 503, {"Retry-After": "1"})
+        return schema.Status(status="ok")
+
+    def _alive(self) -> list[Awaitable[None]]:
+        """Calls to every part."""
         pipeline = self._pipeline
         parts = (pipeline.encoder, pipeline.retriever, pipeline.decoder)
-        try:
-            async with timeout(READY_SECONDS):
-                for part in parts:
-                    await part.check_health.remote()
-        except Exception:  # whatever it is, the service is not ready
-            return JSONResponse({"status": "starting"}, 503, {"Retry-After": "1"})
-        return schema.Status(status="ok")
+        return [part.alive.remote() for part in parts]
 
     async def metrics(self) -> PlainTextResponse:
         """The service's metrics on every machine, as Prometheus reads them."""
@@ -138,6 +194,7 @@ class Api:
         own, *aliases = self._settings.names
         return schema.Model(
             id=name or own,
+            version=version(self._settings),
             created=self._started,
             root=own,
             aliases=aliases,

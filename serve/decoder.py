@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
@@ -16,17 +17,18 @@ import numpy as np
 import torch
 from ray.serve import metrics
 
+from mmrag.artifact import ArtifactError
 from mmrag.config import RetrievalMode
 from mmrag.contents import Lookup, near
 from mmrag.corpora.voices.espeak import Synthesizer
 from mmrag.decoding.align import align
 from mmrag.decoding.decode import Clip, Hypothesis
-from mmrag.decoding.engine import Decoded, Engine, Statistics
+from mmrag.decoding.engine import Decoded, Engine, Job, Statistics
 from mmrag.decoding.tune import Tuned
 from mmrag.model.lm import LM
 from mmrag.model.prepared import prepare
 from mmrag.recogniser import load_decoder, load_encoder
-from mmrag.records import Retriever, Transcript, Word
+from mmrag.records import Retriever, Transcript, Utterance, Word
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.display import Display
 from mmrag.retrieval.entries import read_entries
@@ -39,7 +41,7 @@ from mmrag.retrieval.shortlist import SHORTLIST, Remembered, Shortlist
 from mmrag.retrieval.weights import Weights
 from mmrag.speech.tokenized import Tokenized
 from mmrag.transcribe import judged, words
-from serve import logs, probe
+from serve import logs, probe, traces
 from serve.messages import (
     DecodeRequest,
     DecodeResult,
@@ -106,18 +108,49 @@ class Decoder:
         self._pronounced: OrderedDict[str, Remembered] = OrderedDict()
         """Of each tenant, so that the time of an answer tells of nobody else's."""
         self._metrics = _EngineMetrics()
-        clip = self._clip(DecodeRequest(self._probe), None)
-        self._expected = self._engine.submit(clip).future.result().hypothesis.tokens
+        self._expected = self._transcribed(None)
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Transcribe the probe in every way that callers' clips are: with others in the batch, with
+        something to look up and read, and aligned. What a step does for the first time (memory,
+        kernels, compiled shapes) takes long, and is done before anybody waits."""
+        models, rows = self._models, self._settings.decoder.rows
+        clips = [self._clip(DecodeRequest(self._probe), None) for _ in range(rows)]
+        for job in [self._engine.submit(clip) for clip in clips]:
+            job.future.result()
+        heard = models.vocabulary.decode(self._expected)
+        said = Tokenized(Utterance(id="probe", text=heard, document=heard), self._probe)
+        lm, vocabulary = models.lm, models.vocabulary
+        reading = self._engine.call(lambda: read_entries(lm, vocabulary, [said], WINDOW, "all"))
+        try:
+            sources = self._made(None, reading.result())
+        except ArtifactError as error:  # who looks something up is told
+            log.warning("%s", error)
+        else:
+            self._transcribed(sources, "both" if models.adapter else "knn")
+        speech, times = vocabulary.speech_input(self._probe), models.times(self._probe)
+        tokens = self._expected
+        self._engine.call(lambda: align(lm, vocabulary, speech, times, tokens, None)).result()
+
+    def _transcribed(
+        self, sources: RetrievalSources | None, mode: RetrievalMode = "none"
+    ) -> list[int]:
+        """The probe's tokens."""
+        clip = self._clip(DecodeRequest(self._probe, mode=mode), sources)
+        return self._engine.submit(clip).future.result().hypothesis.tokens
 
     async def transcribe(self, request: DecodeRequest) -> DecodeResult:
         """The transcript of a segment. Given up when the caller is."""
         sources = await self._chosen(request)
+        handed_in = time.time_ns()
         job = self._engine.submit(self._clip(request, sources), self._settings.decode.agreement)
         try:
             decoded = await asyncio.shield(asyncio.wrap_future(job.future))
         finally:
             job.cancel()
             self._metrics.record(self._engine.statistics)
+        _trace(job, handed_in)
         return await self._result(request, sources, decoded)
 
     async def stream(self, request: DecodeRequest) -> AsyncIterator[str | DecodeResult]:
@@ -128,7 +161,7 @@ class Decoder:
         def report(tokens: list[int] | None) -> None:
             loop.call_soon_threadsafe(news.put_nowait, tokens)
 
-        clip = self._clip(request, sources)
+        clip, handed_in = self._clip(request, sources), time.time_ns()
         job = self._engine.submit(clip, self._settings.decode.agreement, report)
         job.future.add_done_callback(lambda _: report(None))
         sent, display = "", sources.display if sources else Display()
@@ -138,6 +171,7 @@ class Decoder:
                 if text.startswith(sent) and text != sent:
                     yield text[len(sent) :]
                     sent = text
+            _trace(job, handed_in)
             result = await self._result(request, sources, job.future.result())
         finally:
             job.cancel()
@@ -175,6 +209,9 @@ class Decoder:
     async def describe(self) -> tuple[Description, bool]:
         """What datastores of this model are, and whether it can read them (an adapter)."""
         return self._described(), self._models.adapter is not None
+
+    async def alive(self) -> None:
+        """Returns: this replica takes calls."""
 
     async def check_health(self) -> None:
         """Transcribe the probe; RuntimeError if it does not read as it did at the start."""
@@ -406,6 +443,13 @@ class _EngineMetrics:
         for name, gauge in self._gauges.items():
             gauge.set(getattr(now, name))
         self._seen = now
+
+
+def _trace(job: Job, handed_in: int) -> None:
+    """What a clip's time went to, in a trace of its request."""
+    tokens = len(job.future.result().hypothesis.tokens)
+    traces.record("queue", handed_in, job.begun)
+    traces.record("steps", job.begun, tokens=tokens)
 
 
 def _offer(

@@ -63,6 +63,9 @@ class Encoder:
         """Sentences, said by a synthesizer and encoded; ImportError without the extra."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._speak, texts)
 
+    async def alive(self) -> None:
+        """Returns: this replica takes calls."""
+
     async def check_health(self) -> None:
         """Encode the probe; RuntimeError if its units are not what they were at the start."""
         [encoded] = await asyncio.get_running_loop().run_in_executor(

@@ -7,11 +7,17 @@ then leaves more of the processor to the models. What the shell exports stays as
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 from cluster.ports import free_ports
 
+HAPROXY = Path(__file__).parent / "haproxy.sh"
+
 VARIABLES = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_HAPROXY_BINARY_PATH": str(HAPROXY),
+    "MMRAG_PYTHON": sys.executable,  # by which it runs
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.request_ids:outermost",
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",  # for a header, and between two parts of a body

@@ -27,6 +27,7 @@ from mmrag.recogniser import is_whisper
 from mmrag.records import Timed, Word
 from mmrag.retrieval.wording import Entry
 from mmrag.speech import audio, cutting
+from serve import probe, traces
 from serve.handles import SizedHandle, by_reference
 from serve.messages import (
     DecodeRequest,
@@ -110,6 +111,16 @@ class Pipeline:
         self._reads: bool | None = None
         self._ahead = 0
         """Segments under way besides the first of each upload."""
+
+    async def warm_up(self) -> None:
+        """Transcribe the probe in every way that callers may ask for: whole, streamed, timed."""
+        data = probe.FILE.read_bytes()
+        await self.seconds(data)
+        timed = TranscriptionOptions(output=OutputOptions(timed=True))
+        for options in (TranscriptionOptions(), timed):
+            await self.complete(data, await self.request_builder(options))
+        async for _ in self.transcribe(data, await self.request_builder(TranscriptionOptions())):
+            pass
 
     async def seconds(self, data: bytes) -> float:
         """Length of an upload: what it decodes to, or as much of it as exceeds what is taken.
@@ -197,7 +208,8 @@ class Pipeline:
         wanted = request.output
         if segment.before or segment.after:
             request = replace(request, output=replace(wanted, timed=True))
-        result = await self.call(self._decoder.of(request.size).transcribe, request)
+        with traces.span("decode"):
+            result = await self.call(self._decoder.of(request.size).transcribe, request)
         result = _later(result, segment.start - segment.before + encoded.start)
         made = TranscribedSegment(segment.start, segment.end, result, encoded.speech)
         return made, wanted
@@ -209,7 +221,8 @@ class Pipeline:
     async def encode(self, wave: np.ndarray) -> EncodedSegment | None:
         """A wave's units; None where nobody speaks."""
         encoder = self._encoder.of(None if self._large else wave.nbytes)
-        return await self.call(encoder.encode, wave)
+        with traces.span("encode", samples=len(wave)):
+            return await self.call(encoder.encode, wave)
 
     async def look_up(self, name: str, asked: str | Encoded, k: int) -> list[Lookup]:
         """What a datastore finds before each token of a text, or of what is said.
@@ -238,8 +251,14 @@ class Pipeline:
         self, data: bytes, chunking: Mapping[str, Any] | None = None
     ) -> Iterator[cutting.Segment]:
         longest = self.settings.decode.max_seconds
-        cut = cutting.segments if chunking is None else partial(cutting.turns, **chunking)
-        return cut(data, longest, overlap=cutting.overlap(longest))
+        cutter = cutting.segments if chunking is None else partial(cutting.turns, **chunking)
+        cut = cutter(data, longest, overlap=cutting.overlap(longest))
+        while True:
+            with traces.span("cut"):
+                segment = next(cut, None)
+            if segment is None:
+                return
+            yield segment
 
     async def _encoded(
         self, data: bytes, chunking: Mapping[str, Any] | None
@@ -269,7 +288,8 @@ class Pipeline:
         phrase_list: PhraseList | None = None
         mode = options.retrieval or "both"
         if mode != "none" and options.datastore is not None:
-            found = await self.call(self.retriever.resolve, options.datastore)
+            with traces.span("resolve"):
+                found = await self.call(self.retriever.resolve, options.datastore)
         if mode != "none" and options.phrases:
             phrase_list = await self._phrase_list(options)
         if found is None and phrase_list is None:

@@ -112,6 +112,9 @@ class Retriever:
         self._housekeeping = Housekeeping(settings.retriever.shard_cpus, SHARD_CPUS)
         self._taking_up: dict[str, asyncio.Task] = {}
 
+    async def alive(self) -> None:
+        """Returns: this replica takes calls."""
+
     async def check_health(self) -> None:
         """Open what is preloaded, and call every open shard, which keeps it alive.
 

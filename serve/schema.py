@@ -206,6 +206,8 @@ class Model(BaseModel):
     """The model that answers to this id: another's where the id is an alias."""
     aliases: list[str]
     """Further ids that it answers to."""
+    version: str | None = None
+    """Of a registered model."""
     languages: list[str]
     retrieval: list[str]
     fingerprints: dict[str, str]

@@ -29,6 +29,8 @@ from mmrag.storage import is_url
 
 ORIGIN = r"https?://[A-Za-z0-9.-]+(:\d{1,5})?|https?://\[[0-9A-Fa-f:]+\](:\d{1,5})?"
 CONFIG = Path(__file__).parent / "config.yaml"
+ALIASED = r"models:/[^@/]+@[^@/]+"
+"""A registered model by an alias, which may be moved."""
 KEYS = "MMRAG_API_KEYS"
 """Environment variable with the API keys, separated by commas; KEYS_FILE names a file of them."""
 KEYS_FILE = "MMRAG_API_KEYS_FILE"
@@ -207,6 +209,15 @@ class Logs(Section):
         return _absolute(path)
 
 
+class Traces(Section):
+    """Who is told how long each part of a request took."""
+
+    endpoint: str | None = Field(default=None, pattern=r"https?://.+")
+    """OpenTelemetry's collector (OTLP over HTTP: http://host:4318); None for nobody."""
+    share: float = Field(default=0.01, ge=0, le=1)
+    """Of requests whose caller does not say whether they are traced."""
+
+
 class RetrievalDefaults(Section):
     """Retrieval parameters of a datastore that nobody tuned any for (`jobs.tune`)."""
 
@@ -236,6 +247,9 @@ class Settings(Section):
     package (`mmrag:tiny`), or a directory, or its URL, with hubert/, codebook/ and lm/."""
     registry: str
     """MLflow's address; MLFLOW_TRACKING_URI in the environment wins."""
+    model_check_s: float = Field(default=0, ge=0)
+    """How often the registry is asked whether the alias of `model` was moved, seconds: the service
+    then goes over to the new version. 0: never, a service stays with the version it began with."""
     cache: Path
     """Where registered models are kept once fetched."""
     languages: tuple[str, ...] = Field(min_length=1)
@@ -257,6 +271,8 @@ class Settings(Section):
     limits: Limits
     cors: Cors = Cors()
     logs: Logs = Logs()
+    traces: Traces = Traces()
+    """Of a service that `python -m serve` starts; `serve deploy` has `tracing_config` for it."""
     ingress: Replicas
     encoder: Encoding
     retriever: RetrieverReplicas
@@ -288,7 +304,13 @@ class Settings(Section):
         return _absolute(path)
 
     def model_post_init(self, _: Any) -> None:
-        """What computes on GPUs by name reserves them, or others are placed on the same."""
+        """Only an alias can be moved. And what computes on GPUs by name reserves them, or others
+        are placed on the same."""
+        if self.model_check_s and not re.fullmatch(ALIASED, self.model):
+            raise ValueError(
+                f"model_check_s is {self.model_check_s:g} with model {self.model}: only the alias "
+                "of a registered model can be moved (models:/NAME@ALIAS); set it to 0"
+            )
         for part in ("encoder", "decoder"):
             if self.device.startswith("cuda") and not getattr(self, part).num_gpus:
                 raise ValueError(

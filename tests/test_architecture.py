@@ -132,10 +132,11 @@ HOMES = {
     "fastapi_offline": ["serve.api"],
     "starlette": ["serve"],
     "aiohttp": ["jobs.benchmark.load"],
-    "psutil": ["jobs.benchmark"],
+    "psutil": ["jobs.benchmark", "serve.guardian"],
     "deepspeed": ["cluster.train", "cluster.checkpoints", "cluster.partitions"],
     "mlflow": ["cluster.store", "cluster.tracking", "cluster.registry"],
-    "requests": ["mmrag.client", "serve.api"],
+    "requests": ["mmrag.client", "serve.api", "serve.traces"],
+    "opentelemetry": ["serve.traces"],
     "rich": ["mmrag.terminal", "mmrag.cli", "mmrag.administration", "jobs"],
     "matplotlib": ["jobs.evaluation_tables", "jobs.reproduce.report", "jobs.benchmark.growth"],
     # Ray Data's rows are Arrow's: values are packed on their way between our own processes.

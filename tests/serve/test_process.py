@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import openai
@@ -14,6 +15,7 @@ from openai import OpenAI
 from service_process import serving, start
 
 from cluster.ports import free_ports
+from serve.listening import require_port
 
 SENTENCE = "please call priya raghavan tomorrow"
 NAME = "priya raghavan"
@@ -109,6 +111,39 @@ def test_who_leaves_makes_room(process, write, wave):
     )
     assert answer.json()["text"] == "is the helmet still on the old farm"
     assert time.monotonic() - started < 20, "what was given up is still being transcribed"
+
+
+def listening(process):
+    """The addresses on which HAProxy listens, of a service's processes."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    programs = [one for one in family if Path(one.cmdline()[0] or "-").name == "haproxy"]
+    assert programs
+    return {
+        (found.laddr.ip, found.laddr.port)
+        for one in programs
+        for found in one.net_connections("tcp")
+        if found.status == psutil.CONN_LISTEN
+    }
+
+
+def test_haproxy_listens_to_this_machine_alone_but_for_callers(process):
+    addresses = listening(process)
+    assert len(addresses) == 3 and {ip for ip, _ in addresses} == {"127.0.0.1"}
+    assert ("127.0.0.1", int(process.url.rpartition(":")[2])) in addresses
+
+
+def test_nothing_is_left_behind_by_kill_9(tmp_path):
+    with serving(tmp_path, "--host", "0.0.0.0") as killed:
+        port = int(killed.url.rpartition(":")[2])
+        open_to_all = {at for at in listening(killed) if at[0] != "127.0.0.1"}
+        assert open_to_all == {("0.0.0.0", port)}
+        family = psutil.Process(killed.pid).children(recursive=True)
+        assert len(family) > 6
+        killed.process.kill()
+        killed.process.wait()
+        _, alive = psutil.wait_procs(family, timeout=30)
+        assert alive == []
+        require_port("0.0.0.0", port)
 
 
 def test_a_wrong_setting_is_named_in_one_line(tmp_path):
