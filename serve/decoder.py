@@ -186,6 +186,10 @@ class Decoder:
     def _clip(self, request: DecodeRequest, sources: RetrievalSources | None) -> Clip:
         decode = self._settings.decode
         reads = sources is not None and request.mode in ("cross_attention", "both")
+        try:
+            beginning = self._models.vocabulary.encode(request.begins)
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from None
         return Clip(
             speech=self._models.vocabulary.speech_input(request.units),
             limit=self._models.longest(self._models.seconds(request.units), decode),
@@ -195,6 +199,7 @@ class Decoder:
             fallback=() if request.output.temperature > 0 else self._settings.decoder.fallback,
             retrieval=sources.votes.get(request.mode) if sources else None,
             attention=sources.attention if reads else None,
+            beginning=beginning,
         )
 
     async def _chosen(self, request: DecodeRequest) -> RetrievalSources | None:

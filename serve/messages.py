@@ -115,6 +115,8 @@ class DecodeRequest:
     """Phrases that are listened for at most, of those of the datastore or the list; 0: all of them;
     None: a few where there are more than are read whole."""
     output: OutputOptions = field(default_factory=OutputOptions)
+    begins: str = ""
+    """Whole words that the transcript begins with, whatever is heard."""
 
     @property
     def size(self) -> int | None:

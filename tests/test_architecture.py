@@ -26,8 +26,8 @@ WINGS = {
         "score",
     ],
     "speech": [
-        "containers", "decoders", "audio", "cutting", "vad", "hubert", "targets", "crops",
-        "pretraining", "units", "tokenized",
+        "containers", "decoders", "audio", "cutting", "vad", "silero", "turns", "hubert", "targets",
+        "crops", "pretraining", "units", "tokenized",
     ],
     "corpora": [
         "voices.speech", "voices.phones", "voices.espeak", "voices.kokoro", "voices.flite",
@@ -49,8 +49,8 @@ WINGS = {
         "upkeep", "shortlist", "contexts",
     ],
     "decoding": [
-        "confidence", "boost", "hypotheses", "candidates", "beams", "rows", "decode", "guard",
-        "align", "stitch", "engine", "tune",
+        "confidence", "boost", "hypotheses", "candidates", "beginnings", "beams", "rows", "decode", "guard",
+        "align", "stitch", "partial", "engine", "tune",
     ],
     "front door": ["recogniser", "transcribe", "contents", "client", "administration", "cli"],
 }  # fmt: skip

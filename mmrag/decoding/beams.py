@@ -40,9 +40,16 @@ class Clip:
     """Phrases to favour."""
     context: Sequence[int] = ()
     """Text that stands before the speech in the prompt."""
+    beginning: Sequence[int] = ()
+    """Whole words that the transcript begins with, whatever is heard."""
     fallback: tuple[float, ...] = ()
     """Temperatures at which the engine makes a transcript again, one after the other, until it
     believes what it gets."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest transcript: one more than the beginning has, at least."""
+        return max(self.limit, len(self.beginning) + 1)
 
     @property
     def queries_with_text(self) -> bool:
@@ -126,7 +133,7 @@ class Beams:
         self.width = np.array([clip.beams for clip in clips])
         """Beams of each search (S,)."""
         self.temperature = np.array([clip.temperature for clip in clips])
-        self._left = np.array([clip.limit for clip in clips])
+        self._left = np.array([clip.longest - len(clip.beginning) for clip in clips])
         self._stopped = np.zeros(rows, np.int64)
         self._history = history
 
@@ -143,6 +150,12 @@ class Beams:
     def temperatures(self) -> np.ndarray | None:
         """Those of the rows (B,); None where all are 0."""
         return self.temperature[self.owner] if self.temperature.any() else None
+
+    def begin(self, rows: np.ndarray, newest: np.ndarray, logp: np.ndarray) -> None:
+        """These rows (R,) go on with a token that was given, in the history as `newest` (R,), of
+        log-probability `logp` (R,)."""
+        self.newest[rows] = newest
+        self.logp[rows] += logp
 
     def rank(self, tokens: np.ndarray, logp: np.ndarray, end: int) -> Ranked:
         """The best of `tokens` (B, K), of log-probabilities `logp` (B, K), a beam's worth for each

@@ -123,6 +123,15 @@ class BoostedRows:
             earned = earned.index_copy(0, torch.from_numpy(own).to(like.device), one)
         return earned
 
+    def begin(self, row: int, tokens: Sequence[int]) -> np.ndarray:
+        """A row goes on with `tokens` (T,); what each of them earns (T,), nats."""
+        boost, earned = self._boosts.get(int(self._boost[row])), np.zeros(len(tokens), np.float32)
+        for place, token in enumerate(tokens if boost else ()):
+            state = self._states[row : row + 1]
+            earned[place] = boost.bonus(state)[0, token]
+            self._states[row] = boost.advance(state, np.array([token]))[0]
+        return earned
+
     def advance(self, tokens: np.ndarray) -> None:
         """Every row goes on with its token, of `tokens` (B,)."""
         for number, boost in self._boosts.items():

@@ -11,21 +11,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mmrag.config import Decode
 from mmrag.decoding.beams import Beams, BeamSearch, Clip
+from mmrag.decoding.beginnings import evidence
 from mmrag.decoding.boost import Boost
 from mmrag.decoding.candidates import likeliest, voters
 from mmrag.decoding.hypotheses import Choice, History, Hypothesis
 from mmrag.decoding.rows import Prompt, Rows
 from mmrag.model.contract import Speech, SpeechDecoder, TextVocabulary
 from mmrag.model.pages import PagePool
-from mmrag.records import NO_ENTRY
+from mmrag.records import NO_ENTRY, Neighbours
 from mmrag.retrieval.interpolation import Retrieval
-from mmrag.retrieval.memory import AttentionSource
+from mmrag.retrieval.memory import AttendedWindow, AttentionSource
 from mmrag.retrieval.searching import Searches
 
 __all__ = ["Batch", "BeamSearch", "Choice", "Clip", "Hypothesis", "Prompt", "decode"]
@@ -42,6 +45,7 @@ def decode(
     boosts: Sequence[Boost] | None = None,
     contexts: Sequence[Sequence[int]] | None = None,
     attention_sources: Sequence[AttentionSource | None] | None = None,
+    beginnings: Sequence[Sequence[int]] | None = None,
 ) -> list[Hypothesis]:
     """Transcribe clips given as unit ids (vocabulary ids), at most `limits` tokens each.
 
@@ -56,6 +60,7 @@ def decode(
         "boost": boosts,
         "context": contexts,
         "attention": attention_sources,
+        "beginning": beginnings,
     }
     given = {name: values for name, values in one_each.items() if values is not None}
     for name, values in given.items():
@@ -169,16 +174,20 @@ class Batch:
 
     def _step(self, batch: Rows) -> None:
         """Forward, retrieve, transform, choose."""
-        first, beams = batch.first, batch.beams
+        beams, allowed = batch.beams, self._allowed_next(batch)
         output = batch.read()
-        lm_logp = self._logp(output.logits, first)
+        lm_logp = _logp(output.logits, allowed)
 
         started = time.perf_counter()
         logp, attended = lm_logp, None
         if batch.memory:
             rows, logits, attended = batch.attend(output, lm_logp)
-            logp = logp.index_copy(0, rows, self._logp(logits, first))
-        pending = batch.ask(logp, output)
+            own = allowed if allowed.ndim == 1 else allowed[rows]
+            logp = logp.index_copy(0, rows, _logp(logits, own))
+        queries = batch.queries(output)
+        if batch.beginnings is not None:
+            lm_logp, logp, queries, attended = self._begin(batch, lm_logp, logp, queries, attended)
+        pending = batch.ask(logp, queries)
         asked = time.perf_counter()
         bonus = batch.boosted.bonus(logp)
         waited = time.perf_counter()
@@ -191,9 +200,7 @@ class Batch:
         ranked = beams.rank(found.tokens, found.logp, self._vocabulary.eos)
         rows, columns = ranked.rows, ranked.columns
         tokens, chosen_logp = found.tokens[rows, columns], found.logp[rows, columns]
-        entries, distances = NO_ENTRY, float("inf")
-        if neighbours is not None:
-            entries, distances = voters(neighbours, rows, tokens)
+        entries, distances = _voters(neighbours, rows, tokens)
         newest = self._history.append(
             beams.newest[rows],
             attended and [attended[row] for row in rows.tolist()],
@@ -206,7 +213,74 @@ class Batch:
         )
         batch.go_on(beams.advance(ranked, tokens, chosen_logp, newest), found.first)
 
-    def _logp(self, logits: Tensor, first: bool) -> Tensor:
-        """Log-probabilities (B, V) over what may be the next token, or the first of all."""
-        allowed = self._allowed_first if first else self._allowed
-        return logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)
+    def _begin(
+        self,
+        batch: Rows,
+        lm_logp: Tensor,
+        logp: Tensor,
+        queries: Tensor | None,
+        attended: list[Sequence[AttendedWindow]] | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, list[Sequence[AttendedWindow]] | None]:
+        """Take the rows' beginnings in, with their evidence. What is given is of every place (N, V
+        or D), what is returned of each row's last (B, V or D)."""
+        begun = batch.beginnings
+        given, last = (
+            torch.from_numpy(places).to(logp.device) for places in (begun.given, begun.last)
+        )
+        chosen, found = logp[given], None
+        if queries is not None:
+            chosen, found = batch.heard_of_given(chosen, queries[given])
+            queries = queries[last]
+        tokens, rows = begun.tokens[begun.given], begun.rows[begun.given]
+        own, alone, preferred = evidence(tokens, chosen, lm_logp[given])
+        for row, count in enumerate(begun.counts - 1):
+            own[rows == row] += batch.boosted.begin(row, tokens[rows == row]) if count else 0
+        entries, distances = _voters(found, np.arange(len(tokens)), tokens)
+        offsets = begun.offsets[begun.given]
+        for offset in range(offsets.max() + 1):
+            at = np.flatnonzero(offsets == offset)
+            newest = self._history.append(
+                batch.beams.newest[rows[at]],
+                attended and [attended[place] for place in begun.given[at].tolist()],
+                token=tokens[at],
+                logp=own[at],
+                lm_logp=alone[at],
+                lm_token=preferred[at],
+                entry=entries[at],
+                distance=distances[at],
+            )
+            batch.beams.begin(rows[at], newest, own[at])
+        attended = attended and [attended[place] for place in begun.last.tolist()]
+        return lm_logp[last], logp[last], queries, attended
+
+    def _allowed_next(self, batch: Rows) -> Tensor:
+        """What may be the next token (V,) bool, or the first of all; with beginnings, at every
+        place (N, V)."""
+        if not batch.first:
+            return self._allowed
+        if batch.beginnings is None:
+            return self._allowed_first
+        begun = batch.beginnings
+        behind = (begun.tokens < 0) & (begun.offsets > 0)
+        kinds = np.select([begun.offsets == 0, behind], [0, 1], 2)
+        masks = torch.stack((self._allowed_first, self._allowed_behind, self._allowed))
+        return masks[torch.from_numpy(kinds).to(masks.device)]
+
+    @cached_property
+    def _allowed_behind(self) -> Tensor:
+        """What may come next where the last word is over (V,) bool."""
+        return self._allowed & torch.from_numpy(self._vocabulary.word_starts()).to(self._lm.device)
+
+
+def _logp(logits: Tensor, allowed: Tensor) -> Tensor:
+    """Log-probabilities (B, V) over what is `allowed` (V,) or (B, V)."""
+    return logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)
+
+
+def _voters(
+    neighbours: Neighbours | None, rows: np.ndarray, tokens: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """`voters`, of which there are none without neighbours."""
+    if neighbours is None:
+        return np.full(len(rows), NO_ENTRY), np.full(len(rows), np.float32(np.inf))
+    return voters(neighbours, rows, tokens)

@@ -91,7 +91,8 @@ class Job:
     doubted: list[Hypothesis] = field(default_factory=list)
     """Transcripts that were not believed, and made again with the same help."""
     size: tuple[int, int] | None = None
-    """Tokens of its prompt, and pages that it may need; None until it is to be let in."""
+    """Tokens of its prompt and beginning, and pages that it may need; None until it is to be let
+    in."""
     prompt: Prompt | None = None
     """Its prompt while it is read a part at a time."""
 
@@ -267,23 +268,23 @@ class Engine:
         if self._pool is not None and job.size[1] > self._pages:
             return ClipTooLong(
                 f"a prompt of {job.size[0]} tokens, {job.clip.beams} beams and at most "
-                f"{job.clip.limit} tokens each need {job.size[1]} pages of the "
+                f"{job.clip.longest} tokens each need {job.size[1]} pages of the "
                 f"{self._pages} that there are"
             )
         return None
 
     def _size(self, clip: Clip) -> tuple[int, int]:
-        """Tokens of a clip's prompt, and pages that it needs at worst."""
+        """Tokens of a clip's prompt and beginning, and pages that it needs at worst."""
         prompts = [self._vocabulary.prompt(clip.speech, clip.context)]
         if clip.queries_with_text:
             prompts.append(self._vocabulary.prompt(None))
         pages = 0
         if self._pool is not None:
             for prompt in prompts:
-                pages += self._pool.pages_for(len(prompt) + clip.limit)
+                pages += self._pool.pages_for(len(prompt) + clip.longest)
                 # Another beam shares full pages alone, and is copied before one that ends is gone.
-                pages += (clip.beams - 1) * (self._pool.pages_for(clip.limit) + 2)
-        return len(prompts[0]), pages
+                pages += (clip.beams - 1) * (self._pool.pages_for(clip.longest) + 2)
+        return len(prompts[0]) + len(clip.beginning), pages
 
     def _fits(self, job: Job) -> bool:
         """Whether there is room for a clip beside those that were let in."""
@@ -393,7 +394,7 @@ class Engine:
         if job.listens:
             self._tell(job, heard.tokens)
         del self._jobs[job]
-        self._count(tokens=len(heard.choices), clips=1)
+        self._count(tokens=len(heard.choices) - len(job.clip.beginning), clips=1)
         with suppress(InvalidStateError):  # cancelled just now
             job.future.set_result(Decoded(heard, job.missing_shards, job.alone))
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mmrag.decoding.beams import Beams, Clip
+from mmrag.decoding.beginnings import Beginnings
 from mmrag.decoding.boost import BoostedRows
 from mmrag.model.contract import SpeechDecoder, TextVocabulary
 from mmrag.model.lm import LMOutput
@@ -41,11 +42,15 @@ class Rows:
         self.beams = beams
         self.first = True
         prompts = [vocabulary.prompt(clip.speech, clip.context) for clip in clips]
-        self.ids, self.lengths = pad_ids(prompts, lm.device)
+        begun = [list(clip.beginning) for clip in clips]
+        self.beginnings = Beginnings.of(begun) if any(begun) else None
+        """What is read with the prompts, where any begins with something; None behind that."""
+        texts = [[*one, *text] for one, text in zip(prompts, begun, strict=True)]
+        self.ids, self.lengths = pad_ids(texts, lm.device)
         """The tokens to read next (B, T) and how many of them there are (B,)."""
         self.shortest = min(map(len, prompts))
-        """The least of them."""
-        longest = max(clip.limit for clip in clips)
+        """The least of them, without a beginning."""
+        longest = max(clip.longest for clip in clips)
         capacity = self.ids.shape[1] + longest
         self._cache = lm.cache([clip.speech for clip in clips], capacity, pool)
         self.memory: RetrievedMemory | None = None
@@ -53,7 +58,7 @@ class Rows:
         sources = [clip.attention for clip in clips if clip.attention is not None]
         if sources:
             self.memory = RetrievedMemory(lm, sources, capacity, reading_pool)
-        asking = sum(clip.queries_with_text for clip in clips)
+        asking = [clip.beginning for clip in clips if clip.queries_with_text]
         if asking:
             self._text_states = _TextOnlyStates(lm, vocabulary, asking, longest, pool)
         greedy = [c.beams == 1 and not c.temperature and c.boost is None for c in clips]
@@ -63,21 +68,23 @@ class Rows:
         self.boosted = BoostedRows([clip.boost for clip in clips])
         self._reads = np.array([clip.attention is not None for clip in clips])
         self._asks_with_text = np.array([clip.queries_with_text for clip in clips])
-        places = torch.arange(self.ids.shape[1], device=lm.device)
-        self._last = places == (self.lengths - 1)[:, None]
+        positions = torch.arange(self.ids.shape[1], device=lm.device)
+        given = torch.tensor([len(text) for text in begun], device=lm.device)
+        self._at = positions >= (self.lengths - 1 - given)[:, None]
+        self._at &= positions < self.lengths[:, None]
         self._place()
 
     def read(self) -> LMOutput:
-        """What the model makes of the next tokens."""
+        """What the model makes of the next tokens, at every place of the beginnings."""
         if self.ids.shape[1] == 1:
             return self._lm(self.ids, self._cache)
-        return self._lm(self.ids, self._cache, self.lengths, self._last)
+        return self._lm(self.ids, self._cache, self.lengths, self._at)
 
     def read_part(self, tokens: int) -> None:
         """Read so many tokens of every row, and fewer than any has to read."""
         part, self.ids = self.ids[:, :tokens], self.ids[:, tokens:]
         self.lengths, self.shortest = self.lengths - tokens, self.shortest - tokens
-        self._last = self._last[:, tokens:]
+        self._at = self._at[:, tokens:]
         self._lm(part, self._cache, at=torch.zeros_like(part, dtype=torch.bool))
         if self.memory:
             self.memory.read_prompt(part)
@@ -86,35 +93,63 @@ class Rows:
         self, output: LMOutput, lm_logp: Tensor
     ) -> tuple[Tensor, Tensor, list[Sequence[AttendedWindow]]]:
         """The rows that read (B',) and their logits (B', V) with what they read; what every row
-        attended to."""
+        attended to. With beginnings, each of these, and `lm_logp`, has a row for every place."""
         rows, places = self._attending, self._reads.nonzero()[0].tolist()
-        excluded, read = self._excluding(places), (self.ids, self.lengths, self._last)
+        excluded, read = self._excluding(places), (self.ids, self.lengths, self._at)
+        begun, found, counts = self.beginnings, rows, None
+        if begun is not None:
+            lm_logp, counts = lm_logp[self._on_device(begun.last)], begun.counts[places]
+            found = self._on_device(begun.of_rows(self._reads))
         if len(places) < len(self.beams):
             output = replace(output, keys=output.keys[rows], states=output.states[rows])
             read, lm_logp = tuple(one[rows] for one in read), lm_logp[rows]
-        logits, own = self.memory.read(*read, output, lm_logp, excluded)
+        logits, own = self.memory.read(*read, output, lm_logp, excluded, counts)
         self._note_missing(places, self.memory.missing_shards)
-        attended: list[Sequence[AttendedWindow]] = [()] * len(self.beams)
-        for place, windows in zip(places, own.rows(), strict=True):
+        all_ = len(self.beams) if begun is None else len(begun.rows)
+        attended: list[Sequence[AttendedWindow]] = [()] * all_
+        for place, windows in zip(found.tolist(), own.rows(), strict=True):
             attended[place] = windows
-        return rows, logits, attended
+        return found, logits, attended
 
-    def ask(self, logp: Tensor, output: LMOutput) -> Pending | None:
-        """Look things up for the rows that search, whose model says `logp` (B, V): in another
-        thread where that takes long. None if no row searches."""
+    def queries(self, output: LMOutput) -> Tensor | None:
+        """What is looked up with, of every row (B, D); with beginnings, of every place (N, D). None
+        if no row searches."""
         if not self._searching.any():
             return None
         if self.ids.shape[1] == 1:
             queries = output.keys[:, 0]
-        else:
+        elif self.beginnings is None:
             rows = torch.arange(len(self.ids), device=self.ids.device)
             queries = output.keys[rows, self.lengths - 1]
+        else:
+            queries = output.keys[self.beginnings.positions(self.lengths)]
         if self._text_states:
             asking = self._asking_with_text
-            newest = self.ids[asking, -1:]
-            queries = queries.index_copy(0, asking, self._text_states.read(newest))
+            found = self._text_states.read(self.ids[asking, -1:])
+            if self.beginnings is not None:
+                asking = self._on_device(self.beginnings.of_rows(self._asks_with_text))
+            queries = queries.index_copy(0, asking, found)
+        return queries
+
+    def ask(self, logp: Tensor, queries: Tensor | None) -> Pending | None:
+        """Look things up with `queries` (B, D) for the rows that search, whose model says `logp`
+        (B, V): in another thread where that takes long. None if no row searches."""
+        if queries is None:
+            return None
         tokens, places = self.beams.tokens.tolist(), range(len(self.beams))
         return self._searches.begin(logp, queries, tokens, self._excluding(places))
+
+    def heard_of_given(self, logp: Tensor, queries: Tensor) -> tuple[Tensor, Neighbours]:
+        """`logp` (G, V) at the places whose next token is given, mixed with what is found there
+        with `queries` (G, D), and the neighbours."""
+        rows = self.beginnings.rows[self.beginnings.given].tolist()
+        owners = [self.beams.searches[self.beams.owner[row]].clip for row in rows]
+        searches = RowSearches([clip.retrieval for clip in owners])
+        nothing = [-1] * len(rows)
+        mixed, found, missing = searches.retrieve(logp, queries, nothing, self._excluding(rows))
+        self._note_missing(rows, missing)
+        self._searches.searches += searches.searches
+        return mixed, found
 
     def heard(self, pending: Pending | None) -> tuple[Tensor | None, Neighbours | None]:
         """What was asked mixed with what the neighbours say (B, V), and these; None and None where
@@ -142,7 +177,7 @@ class Rows:
         else:
             self.ids = torch.from_numpy(self.beams.tokens).to(self._lm.device)[:, None]
         self.lengths, self.first, self.shortest = torch.ones_like(self.ids[:, 0]), False, 1
-        self._last = torch.ones_like(self.ids, dtype=torch.bool)
+        self._at, self.beginnings = torch.ones_like(self.ids, dtype=torch.bool), None
 
     def keep(self, rows: np.ndarray) -> bool:
         """Keep these rows (R,), which may repeat; whether they are all, as they were."""
@@ -161,8 +196,8 @@ class Rows:
         if len(rows):
             self._cache = self._cache.select(rows.tolist())
             index = torch.from_numpy(rows).to(self._lm.device)
-            self.ids, self.lengths, self._last = (
-                one[index] for one in (self.ids, self.lengths, self._last)
+            self.ids, self.lengths, self._at = (
+                one[index] for one in (self.ids, self.lengths, self._at)
             )
         self._searches.select(rows.tolist())
         self.boosted.select(rows)
@@ -183,7 +218,7 @@ class Rows:
         self._cache = self._cache.join(other._cache)
         self._searches.join(other._searches)
         self.boosted.join(other.boosted)
-        for name in ("ids", "lengths", "_last"):
+        for name in ("ids", "lengths", "_at"):
             setattr(self, name, torch.cat((getattr(self, name), getattr(other, name))))
         for name in _OF_ROWS:
             setattr(self, name, np.concatenate((getattr(self, name), getattr(other, name))))
@@ -209,9 +244,11 @@ class Rows:
     def _place(self) -> None:
         """Number the rows that read, and those that ask with text, on the device."""
         self._attending, self._asking_with_text = (
-            torch.from_numpy(places.nonzero()[0]).to(self._lm.device)
-            for places in (self._reads, self._asks_with_text)
+            self._on_device(places.nonzero()[0]) for places in (self._reads, self._asks_with_text)
         )
+
+    def _on_device(self, index: np.ndarray) -> Tensor:
+        return torch.from_numpy(index).to(self._lm.device)
 
 
 _OF_ROWS = ("_searching", "_excluded", "_reads", "_asks_with_text")
@@ -244,20 +281,29 @@ class _TextOnlyStates:
     """Reads the transcripts so far as if nobody had spoken: queries for keys of text alone."""
 
     def __init__(
-        self, lm: SpeechDecoder, vocabulary: TextVocabulary, rows: int, limit: int, pool: PagePool
+        self,
+        lm: SpeechDecoder,
+        vocabulary: TextVocabulary,
+        beginnings: Sequence[Sequence[int]],
+        limit: int,
+        pool: PagePool,
     ) -> None:
+        """A row for each of `beginnings`, most of which are empty."""
         self._lm = lm
         self._prompt = vocabulary.prompt(None)
-        self._cache = lm.cache([None] * rows, len(self._prompt) + limit, pool)
-        self._begun = False
+        self._cache = lm.cache([None] * len(beginnings), len(self._prompt) + limit, pool)
+        self._beginnings: Sequence[Sequence[int]] | None = beginnings
 
     def read(self, ids: Tensor) -> Tensor:
-        """The state (B, D) after the newest tokens `ids` (B, 1); first of all, after the prompt."""
-        if not self._begun:
-            ids = torch.tensor([self._prompt] * len(ids), device=ids.device)
-        self._begun = True
-        at = None if ids.shape[1] == 1 else torch.zeros_like(ids, dtype=torch.bool)
-        return self._lm(ids, self._cache, at=at).keys[:, -1]
+        """The state (B, D) after the newest tokens `ids` (B, 1); first of all, after the prompt and
+        each token of the beginnings, at every place of these (N, D)."""
+        if self._beginnings is None:
+            return self._lm(ids, self._cache).keys[:, -1]
+        texts, self._beginnings = self._beginnings, None
+        ids, lengths = pad_ids([[*self._prompt, *text] for text in texts], ids.device)
+        at = torch.zeros_like(ids, dtype=torch.bool)
+        keys = self._lm(ids, self._cache, lengths, at).keys
+        return keys[Beginnings.of(texts).positions(lengths)]
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, which may repeat."""

@@ -215,22 +215,31 @@ class RetrievedMemory:
         output: LMOutput,
         lm_logp: Tensor,
         exclude_documents: Sequence[int] | None,
+        counts: np.ndarray | None = None,
     ) -> tuple[Tensor, Attended]:
         """Logits (B, V) at each row's last token with what is read, and its windows by attention.
 
-        `output` and `lm_logp` (B, V) are the language model's own for `ids`.
+        `output` and `lm_logp` (B, V) are the language model's own for `ids`. With `counts` (B,), so
+        many last tokens of each row read what the last one finds, and there are logits and windows
+        of every one of them, row by row.
         """
         newest = torch.arange(len(lengths), device=lengths.device), lengths - 1
         self._search(output.keys, newest, lm_logp, exclude_documents)
         if self._stale.any():
             self._lay_out()
-        memory = self._laid.memory(self._adapter, lengths - 1)
+        if counts is None:
+            first, most, rows, offsets = lengths - 1, 1, newest[0], 0
+        else:
+            first, most, rows, offsets = _last_positions(lengths, counts)
+        memory = self._laid.memory(self._adapter, first, most)
         if self._cache is None:
             last = self._lm.config.layers - 1
             states, attention = memory.read(last, output.states, output.keys)
-            return self._lm.logits(states[newest]), self._laid.attended(attention[:, 0])
-        read = self._lm(ids, self._cache, lengths, at, memory)
-        return read.logits, self._laid.attended(read.attention.mean(0)[:, 0])
+            logits = self._lm.logits(states[rows, first[rows] + offsets])
+        else:
+            read = self._lm(ids, self._cache, lengths, at, memory)
+            logits, attention = read.logits, read.attention.mean(0)
+        return logits, self._laid.attended(attention[rows, offsets], rows)
 
     def read_prompt(self, ids: Tensor) -> None:
         """Read the beginnings (B, T) of the rows' prompts, where nothing is attended to."""
@@ -366,6 +375,17 @@ class RetrievedMemory:
         return torch.from_numpy(entries).to(device), torch.from_numpy(distances).to(device)
 
 
+def _last_positions(lengths: Tensor, counts: np.ndarray) -> tuple[Tensor, int, Tensor, Tensor]:
+    """The last `counts` (B,) positions of rows of `lengths` (B,): the first of each row (B,), the
+    most of any, and row and place in the row of every one (N,)."""
+    rows = np.repeat(np.arange(len(counts)), counts)
+    offsets = np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]
+    many, rows, offsets = (
+        torch.from_numpy(one).to(lengths.device) for one in (counts, rows, offsets)
+    )
+    return lengths - many, int(counts.max()), rows, offsets
+
+
 @dataclass(frozen=True)
 class _Layout:
     """What B rows read: `encoded` (L, 2, B, H, M, d), a token's window in its row `windows` (B, M),
@@ -381,19 +401,23 @@ class _Layout:
         """(B, 1, M)"""
         return (self.windows >= 0)[:, None]
 
-    def memory(self, adapter: Adapter, start: Tensor) -> Memory:
-        """To be read at position `start` (B,) of each row."""
-        return Memory(adapter, self.encoded.transpose(1, 2), self.visible, start)
+    def memory(self, adapter: Adapter, start: Tensor, positions: int = 1) -> Memory:
+        """To be read at so many positions of each row from `start` (B,) on."""
+        visible = self.visible.expand(-1, positions, -1)
+        return Memory(adapter, self.encoded.transpose(1, 2), visible, start)
 
-    def attended(self, attention: Tensor) -> Attended:
-        """Attention (B, M) summed by window: each row's most read ones."""
-        shares = attention.new_zeros(self.entries.shape)
-        shares.scatter_add_(1, self.windows.clamp(min=0), attention)
+    def attended(self, attention: Tensor, rows: Tensor) -> Attended:
+        """Attention (N, M) of a position of each of `rows` (N,), summed by window: the most read
+        ones."""
+        described = (self.windows, self.entries, self.distances)
+        windows, entries, distances = (one[rows] for one in described)
+        shares = attention.new_zeros(entries.shape)
+        shares.scatter_add_(1, windows.clamp(min=0), attention)
         best = shares.topk(min(ATTRIBUTED_WINDOWS, shares.shape[1]))
         return Attended(
-            self.entries.gather(1, best.indices),
+            entries.gather(1, best.indices),
             best.values,
-            self.distances.gather(1, best.indices),
+            distances.gather(1, best.indices),
         )
 
     def select(self, rows: Tensor, tokens: int, windows: int) -> _Layout:

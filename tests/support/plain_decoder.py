@@ -83,7 +83,7 @@ class PhraseTree:
 
 def decode_plainly(lm, vocabulary, clip: Clip, phrases=None) -> list[Hypothesis]:
     """The hypotheses of a clip whose beam search is over; `phrases` in the place of its boost."""
-    live, finished = [Hypothesis()], []
+    live, finished = [_begun(lm, vocabulary, clip, phrases)], []
     while live:
         candidates = [
             (one, choice) for one in live for choice in _next(lm, vocabulary, clip, phrases, one)
@@ -96,17 +96,29 @@ def decode_plainly(lm, vocabulary, clip: Clip, phrases=None) -> list[Hypothesis]
                     finished.append(one.then(choice, stopped=True))
             elif len(live) < clip.beams:
                 live.append(one.then(choice))
-        if len(finished) >= clip.beams or any(len(one.choices) >= clip.limit for one in live):
+        if len(finished) >= clip.beams or any(len(one.choices) >= clip.longest for one in live):
             finished = finished or live
             live = []
     return sorted(finished, key=lambda one: one.score(clip.length_penalty), reverse=True)
 
 
-def _next(lm, vocabulary, clip, phrases, hypothesis) -> list[Choice]:
+def _begun(lm, vocabulary, clip, phrases) -> Hypothesis:
+    """The beginning of a clip, each token as it might have been chosen."""
+    begun = Hypothesis()
+    for token in clip.beginning:
+        found = _next(lm, vocabulary, clip, phrases, begun, candidates=vocabulary.size)
+        [choice] = [choice for choice in found if choice.token == token]
+        begun = begun.then(choice)
+    return begun
+
+
+def _next(lm, vocabulary, clip, phrases, hypothesis, candidates=None) -> list[Choice]:
     """What may follow a hypothesis, read from its start."""
     tokens = hypothesis.tokens
     prompt = vocabulary.prompt(clip.speech, clip.context)
     allowed = vocabulary.transcript_ids() if tokens else vocabulary.first_ids()
+    if tokens and len(tokens) == len(clip.beginning):
+        allowed = allowed & vocabulary.word_starts()
     output = lm(torch.tensor([[*prompt, *tokens]]))
     lm_logp = output.logits[-1:].masked_fill(~torch.from_numpy(allowed), -torch.inf)
     logp = lm_logp = lm_logp.log_softmax(-1)
@@ -119,7 +131,7 @@ def _next(lm, vocabulary, clip, phrases, hypothesis) -> list[Choice]:
         logp, found = retrieve(lm_logp, keys, clip.retrieval, excluded)
     if phrases is not None:
         logp = logp + phrases.bonus(tokens).to(logp)
-    return choose(logp, lm_logp, found, 2 * clip.beams)[0]
+    return choose(logp, lm_logp, found, candidates or 2 * clip.beams)[0]
 
 
 def choose(

@@ -29,10 +29,18 @@ class Pieces:
     size = 9
 
 
-VOCABULARY = Vocabulary(Pieces(), units=6)
+class Words(Vocabulary):
+    """The first three of its pieces begin a word."""
+
+    def word_starts(self):
+        starts = np.zeros(self.size, bool)
+        starts[[EOS, FIRST, FIRST + 1, FIRST + 2]] = True
+        return starts
+
+
+VOCABULARY = Words(Pieces(), units=6)
 FIRST, LAST = VOCABULARY.first_piece, VOCABULARY.first_unit - 1
-STARTS = torch.zeros(VOCABULARY.size, dtype=torch.bool)
-STARTS[[EOS, FIRST, FIRST + 1, FIRST + 2]] = True
+STARTS = torch.from_numpy(VOCABULARY.word_starts())
 
 
 @cache
@@ -64,11 +72,12 @@ kinds = st.tuples(
     st.integers(0, len(RETRIEVALS) - 1),
     st.integers(0, len(PHRASES) - 1),
     st.integers(-1, 1),  # document excluded
+    st.lists(st.sampled_from([FIRST, FIRST + 4, LAST]), max_size=4).map(tuple),  # beginning
 )
 
 
 def clip_of(kind):
-    speech, beams, penalty, limit, retrieval, phrases, document = kind
+    speech, beams, penalty, limit, retrieval, phrases, document, beginning = kind
     units = [VOCABULARY.first_unit + n % 5 for n in range(speech, 4 * speech + 2)]
     boost = PHRASES[phrases] and Boost(PHRASES[phrases], 0.8, STARTS)
     return Clip(
@@ -80,6 +89,7 @@ def clip_of(kind):
         exclude_document=document,
         boost=boost,
         context=[LAST] * speech,
+        beginning=() if retrieval == 3 else beginning,  # neighbours alone say no other token
     )
 
 
@@ -134,7 +144,7 @@ def test_random_clips_that_come_and_go_get_what_plain_decoding_gives_them(plan):
 
 
 def test_the_n_best_are_those_that_stopped_by_their_score():
-    kind = (2, 4, 0.6, 7, 0, 0, -1)
+    kind = (2, 4, 0.6, 7, 0, 0, -1, ())
     [search] = (batch := Batch(random_lm(), VOCABULARY)).join([clip_of(kind)])
     while batch.searches:
         batch.step()
@@ -175,7 +185,7 @@ def test_a_step_waits_once_for_what_was_chosen_however_many_rows_and_layers_ther
     for count, layers in ((1, 1), (12, 3)):
         lm = random_lm(layers)
         batch = Batch(lm, VOCABULARY)
-        batch.join([clip_of((n % 3, beams, 0.6, 30, 0, int(boosted), -1)) for n in range(count)])
+        batch.join([clip_of((n % 3, beams, 0.6, 30, 0, int(boosted), -1, ())) for n in range(count)])
         batch.step()
         with torch.inference_mode():
             output = batch._rows.read()

@@ -1,0 +1,87 @@
+"""What was told stays told, and was agreed on."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmrag.decoding.partial import Agreement, beginnings, common
+
+texts = st.lists(st.sampled_from("a b c".split()), max_size=6)
+hypotheses = st.lists(texts, max_size=8)
+
+
+def test_a_word_is_told_once_the_next_hypothesis_has_it_too():
+    agreement = Agreement()
+    assert agreement.update("please".split()) == []
+    assert agreement.update("please call my".split()) == ["please"]
+    assert agreement.update("please call maria low".split()) == ["call"]
+    assert agreement.update("please call maria lopez".split()) == ["maria"]
+    assert agreement.finish("please call maria lopez tomorrow".split()) == ["lopez", "tomorrow"]
+    assert agreement.told == "please call maria lopez tomorrow".split()
+    assert (agreement.revised, agreement.changes) == (2, 0), "my, low"
+
+
+@given(hypotheses, texts)
+def test_what_was_told_is_the_beginning_of_all_that_is_told_later(guesses, final):
+    agreement, before = Agreement(), []
+    for words in guesses:
+        newly = agreement.update(words)
+        assert agreement.told == before + newly
+        before = list(agreement.told)
+    assert agreement.told == before + agreement.finish(final) or not final
+    assert agreement.told[: len(before)] == before
+
+
+@given(hypotheses)
+def test_two_hypotheses_in_a_row_had_each_word_at_its_place(guesses):
+    agreement, last = Agreement(), []
+    for words in guesses:
+        place = len(agreement.told)
+        for word in agreement.update(words):
+            assert words[place] == last[place] == word
+            place += 1
+        last = words
+
+
+@given(hypotheses)
+def test_hypotheses_that_begin_with_what_was_told_end_in_the_final_transcript(guesses):
+    agreement = Agreement()
+    for words in guesses:
+        agreement.update([*agreement.told, *words])
+    final = [*agreement.told, "d"]
+    agreement.finish(final)
+    assert agreement.told == final and agreement.changes == 0
+
+
+@given(texts)
+def test_a_hypothesis_said_twice_is_told_whole(words):
+    agreement = Agreement()
+    assert agreement.update(words) == []
+    assert agreement.update(words) == words
+    assert agreement.revised == 0
+    assert agreement.finish(words) == []
+
+
+def test_a_final_transcript_that_has_it_otherwise_is_counted_and_repeats_nothing():
+    agreement = Agreement()
+    for _ in range(2):
+        agreement.update("call maria".split())
+    assert agreement.update("please call maria lopez".split()) == []
+    assert agreement.update("please call maria lopez".split()) == [], "it contradicts what was told"
+    assert agreement.finish("please call maria lopez".split()) == ["lopez"]
+    assert agreement.changes == 1
+
+
+@given(texts, texts)
+def test_beginnings_are_as_far_away_as_edits_say(told, words):
+    def edits(one, other):
+        if not one or not other:
+            return len(one) + len(other)
+        return min(
+            edits(one[1:], other[1:]) + (one[0] != other[0]),
+            edits(one[1:], other) + 1,
+            edits(one, other[1:]) + 1,
+        )
+
+    found = beginnings(told[:4], words[:4])
+    assert found == [edits(told[:4], words[:4][:n]) for n in range(len(words[:4]) + 1)]
+    assert words[: common(told, words)] == told[: common(told, words)]
