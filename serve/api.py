@@ -26,8 +26,11 @@ from starlette.concurrency import run_in_threadpool
 from serve import errors, forms, middleware, schema
 from serve.datastores import Datastores
 from serve.errors import ApiError
+from serve.keys import Keys
 from serve.model import described
 from serve.pipeline import Pipeline
+from serve.quotas import Quotas
+from serve.realtime.route import Realtime
 from serve.settings import Settings, api_keys
 from serve.transcriptions import Transcriptions
 
@@ -51,6 +54,11 @@ class Api:
         self._pipeline = Pipeline(settings, encoder, retriever, decoder)
         self._access = middleware.AccessRules(settings.limits, api_keys())
         self._model = described(settings)
+        self._keys = Keys(settings.limits.tenant, settings.datastores)
+        self._quotas = Quotas()
+        self._realtime = Realtime(
+            settings, self._pipeline, self._model.vocabulary, self._keys, self._quotas
+        )
         self._started = int(time.time())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -80,7 +88,9 @@ class Api:
         vocabulary = self._model.vocabulary
         for part in (Transcriptions, Datastores):
             guarded.include_router(part(self._settings, self._pipeline, vocabulary).router())
+        guarded.include_router(self._realtime.secrets())
         app.include_router(guarded)
+        app.include_router(self._realtime.sockets())
         return app
 
     async def drain(self) -> None:
@@ -90,6 +100,7 @@ class Api:
         """
         self._access.draining = True
         deadline = time.monotonic() + self._settings.ingress.drain_s
+        await self._realtime.drain()
         while self._access.in_flight and time.monotonic() < deadline:
             await asyncio.sleep(LEAVING_SECONDS)
 

@@ -182,7 +182,7 @@ class Pipeline:
         wanted = request.output
         if segment.before or segment.after:
             request = replace(request, output=replace(wanted, timed=True))
-        result = await self.call(self._decoder.of(request.size).transcribe, request)
+        result = await self.decode(request)
         result = _later(result, segment.start - segment.before + encoded.start)
         made = TranscribedSegment(segment.start, segment.end, result, encoded.speech)
         return made, wanted
@@ -195,6 +195,10 @@ class Pipeline:
         """A wave's units; None where nobody speaks."""
         encoder = self._encoder.of(None if self._large else wave.nbytes)
         return await self.call(encoder.encode, wave)
+
+    async def decode(self, request: DecodeRequest) -> DecodeResult:
+        """All that is heard in a segment; its words' times count from the units' beginning."""
+        return await self.call(self._decoder.of(request.size).transcribe, request)
 
     async def look_up(self, name: str, asked: str | Encoded, k: int) -> list[Lookup]:
         """What a datastore finds before each token of a text, or of what is said.

@@ -185,7 +185,9 @@ def test_a_step_waits_once_for_what_was_chosen_however_many_rows_and_layers_ther
     for count, layers in ((1, 1), (12, 3)):
         lm = random_lm(layers)
         batch = Batch(lm, VOCABULARY)
-        batch.join([clip_of((n % 3, beams, 0.6, 30, 0, int(boosted), -1, ())) for n in range(count)])
+        batch.join(
+            [clip_of((n % 3, beams, 0.6, 30, 0, int(boosted), -1, ())) for n in range(count)]
+        )
         batch.step()
         with torch.inference_mode():
             output = batch._rows.read()
