@@ -361,11 +361,13 @@ def _kept(
     if (first, last) != (0, len(result.words)):
         words, ends = result.words[first:last], result.ends[first:last]
         begin = result.ends[first - 1] if first else 0
+        end = ends[-1] if ends else begin
         result = replace(
             result,
             text=" ".join(word.text for word in words),
             words=words,
-            tokens=result.tokens[begin : ends[-1] if ends else begin],
+            tokens=result.tokens[begin:end],
+            logps=result.logps[begin:end],
             ends=tuple(end - begin for end in ends),
         )
     if not (wanted.evidence or wanted.timed):
