@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from asyncio import QueueEmpty, QueueFull
 from contextlib import ExitStack
@@ -30,6 +31,7 @@ from serve.realtime.options import options
 from serve.realtime.session import Over, RealtimeSession
 from serve.settings import Settings
 
+log = logging.getLogger("ray.serve")
 PATH, SECRETS = "/v1/realtime", "/v1/realtime/client_secrets"
 SUBPROTOCOL = "realtime"
 UNREAD = 2000
@@ -38,7 +40,7 @@ LOOK_SECONDS = 0.25
 """How often a session's time is looked at."""
 LEAVING_SECONDS = 10.0
 """How long the last turns may take when the service stops."""
-NORMAL, GOING_AWAY, POLICY = 1000, 1001, 1008
+NORMAL, GOING_AWAY, POLICY, FAULT = 1000, 1001, 1008, 1011
 """Codes of WebSocket's closing."""
 USUAL_SECONDS = 600
 """How long a client secret lasts where nothing is said."""
@@ -118,6 +120,7 @@ class Realtime:
             finally:
                 self._open.discard(connection)
                 self._load.open(len(self._open))
+                log.info("%s", connection.session.summary)
 
     def _given(self, websocket: WebSocket, caller: Caller) -> Session:
         """With what a session begins. Raises ApiError for one that cannot."""
@@ -163,7 +166,15 @@ class Realtime:
         )
 
     def _logprobs(self, result: DecodeResult, words: int) -> list[dict[str, Any]]:
-        return []
+        """Of the tokens of the first words of a transcript, as the wire has them."""
+        tokens, sent = result.tokens[: result.ends[words - 1]], ""
+        found = []
+        for place, logp in enumerate(result.logps[: len(tokens)]):
+            text = self._vocabulary.decode(tokens[: place + 1])
+            added = text.removeprefix(sent) if text.startswith(sent) else ""
+            sent += added
+            found.append(events.logprob(added, logp))
+        return found
 
 
 class _Connection:
@@ -189,13 +200,13 @@ class _Connection:
     async def serve(self) -> None:
         """Until either side has enough."""
         self.session.begin()
-        parts = (self.session.run(), self._read(), self._write(), self._watch())
-        tasks = [asyncio.create_task(part) for part in parts]
+        hearing = asyncio.create_task(self.session.run())
+        parts = (self._read(), self._write(), self._watch(), self._done.wait())
+        tasks = [hearing, *map(asyncio.create_task, parts)]
         try:
-            await asyncio.wait(
-                [*tasks, asyncio.create_task(self._done.wait())],
-                return_when=asyncio.FIRST_COMPLETED,
-            )
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if hearing.done():  # it never ends by itself
+                self._end(events.refusal(hearing.exception()), FAULT)
         finally:
             for task in tasks:
                 task.cancel()

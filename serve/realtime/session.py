@@ -102,6 +102,7 @@ class RealtimeSession:
         self._before: str | None = None
         """The last item."""
         self._strikes = 0
+        self._turns = self._words = self._revised = 0
         self._options_now = options(self.settings)
         self._found = self.settings.audio.input.transcription
         """What was wanted last that could be found."""
@@ -155,6 +156,15 @@ class RealtimeSession:
         self._queue("end", None)
         while self._work or self._turn or self._running:
             await asyncio.sleep(0.02)
+
+    @property
+    def summary(self) -> str:
+        """What it was, in a line for the log: no word of what was said."""
+        told, revised = self._words, self._revised
+        return (
+            f"session={self.id} seconds={self._heard / SAMPLE_RATE:.1f} turns={self._turns} "
+            f"words={told} revised={revised} changes={revised / max(1, told):.3f}"
+        )
 
     @property
     def held(self) -> int:
@@ -305,7 +315,7 @@ class RealtimeSession:
         last = next(reversed(self._running.values()), None)
         self._turn = turn
         running = self._running[turn] = asyncio.create_task(turn.run(last))
-        running.add_done_callback(lambda _: self._running.pop(turn, None))
+        running.add_done_callback(lambda _: self._ran(turn))
         if spoken:
             self._tell(
                 {
@@ -314,6 +324,13 @@ class RealtimeSession:
                     "audio_start_ms": _milliseconds(sample),
                 }
             )
+
+    def _ran(self, turn: Turn) -> None:
+        """A turn has its transcript, or was given up."""
+        self._running.pop(turn, None)
+        self._turns += 1
+        self._words += turn.words
+        self._revised += turn.revised
 
     def _feed(self, until: int) -> None:
         """Hand the turn under way its audio up to a sample."""
