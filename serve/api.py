@@ -25,7 +25,6 @@ from starlette.concurrency import run_in_threadpool
 
 from serve import errors, forms, middleware, schema
 from serve.datastores import Datastores
-from serve.errors import ApiError
 from serve.keys import Keys
 from serve.model import described
 from serve.pipeline import Pipeline
@@ -84,7 +83,7 @@ class Api:
         bearer = HTTPBearer(auto_error=False)
         guarded = APIRouter(dependencies=[Depends(bearer), Depends(forms.query_parameters)])
         guarded.get("/v1/models")(self.models)
-        guarded.get("/v1/models/{model}")(self.model)
+        guarded.get("/v1/models/{model:path}")(self.model)
         vocabulary = self._model.vocabulary
         for part in (Transcriptions, Datastores):
             guarded.include_router(part(self._settings, self._pipeline, vocabulary).router())
@@ -133,17 +132,18 @@ class Api:
         return schema.Models(data=[self._described()])
 
     async def model(self, model: str) -> schema.Model:
-        """One model, by its id."""
-        if model != self._settings.name:
-            message = f"no model {model!r} here: this is {self._settings.name!r}"
-            raise ApiError(404, message, "model_not_found", "model")
-        return self._described()
+        """The model, by its id or an alias."""
+        forms.check_model(model, self._settings)
+        return self._described(model)
 
-    def _described(self) -> schema.Model:
+    def _described(self, name: str | None = None) -> schema.Model:
         reads = ["cross_attention", "both"] if self._model.adapted else []
+        own, *aliases = self._settings.names
         return schema.Model(
-            id=self._settings.name,
+            id=name or own,
             created=self._started,
+            root=own,
+            aliases=aliases,
             languages=list(self._settings.languages),
             retrieval=["none", "knn", *reads],
             fingerprints=self._model.fingerprints,

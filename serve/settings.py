@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -18,6 +18,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    StringConstraints,
     ValidationError,
     field_validator,
 )
@@ -32,6 +33,18 @@ CONFIG = Path(__file__).parent / "config.yaml"
 KEYS = "MMRAG_API_KEYS"
 """Environment variable with the API keys, separated by commas; KEYS_FILE names a file of them."""
 KEYS_FILE = "MMRAG_API_KEYS_FILE"
+
+ALIASES = (
+    "whisper-1",
+    "gpt-transcribe",
+    "gpt-live-transcribe",
+    "gpt-4o-transcribe",
+    "gpt-4o-mini-transcribe",
+    "gpt-4o-mini-transcribe-2025-12-15",
+    "gpt-realtime-whisper",
+)
+"""OpenAI's models that clients name where they name any."""
+Alias = Annotated[str, StringConstraints(pattern=r"^[!-~]{1,100}$")]
 
 
 class Replicas(Section):
@@ -214,6 +227,14 @@ class Settings(Section):
 
     name: str = Field(pattern=SLUG)
     """The model's id in the API."""
+    aliases: tuple[Alias, ...] = ALIASES
+    """Further ids that it answers to, so that clients that name another model get this one."""
+    usage: Literal["duration", "tokens"] = "duration"
+    """What a json answer counts: seconds of audio, or tokens. Verbose answers always count seconds,
+    and streams tokens."""
+    unknown_fields: Literal["refuse", "warn"] = "refuse"
+    """What becomes of a form with a field that nobody here reads: refused (400), or answered
+    without it, with a Warning header that names it."""
     model: str
     """`models:/NAME@ALIAS` or `models:/NAME/VERSION` of the MLflow registry, a model of this
     package (`mmrag:tiny`), or a directory, or its URL, with hubert/, codebook/ and lm/."""
@@ -244,6 +265,19 @@ class Settings(Section):
     encoder: Encoding
     retriever: RetrieverReplicas
     decoder: Decoding
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every id that the model answers to, its own first."""
+        return tuple(dict.fromkeys((self.name, *self.aliases)))
+
+    @field_validator("aliases")
+    @classmethod
+    def _kept_promises(cls, aliases: tuple[str, ...]) -> tuple[str, ...]:
+        for alias in aliases:
+            if "diarize" in alias:
+                raise ValueError(f"{alias} promises speakers, whom this service cannot tell apart")
+        return aliases
 
     @field_validator("datastores", "cache", "local", mode="before")
     @classmethod
