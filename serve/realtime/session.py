@@ -140,8 +140,12 @@ class RealtimeSession:
                     self._update(event)
                 case events.Append():
                     self._append(event)
+                case events.Commit():
+                    self._wave(self._decoder.flush())
+                    self._queue("commit", event_id)
                 case _:
-                    self._queue("commit" if isinstance(event, events.Commit) else "clear", event_id)
+                    self._decoder.flush()
+                    self._queue("clear", event_id)
             self._strikes = 0
         except Exception as error:
             refused = events.refusal(error)

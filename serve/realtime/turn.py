@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -269,8 +269,9 @@ class Turn:
         heard = await self._hear(True, longest + cutting.PAUSE_SAMPLES)
         wave = self._wave()
         head = torch.from_numpy(wave[: longest + cutting.PAUSE_SAMPLES])
-        cut = cutting.place(head, around.longest) if len(head) > longest else len(head)
         words = heard.result.words if heard.result else ()
+        cut = cutting.place(head, around.longest) if len(head) > longest else len(head)
+        cut = min(max(_between(words, cut, heard.start), cutting.PAUSE_SAMPLES), len(wave))
         ends = cut / SAMPLE_RATE - heard.start
         finished = sum((word.start + word.end) / 2 <= ends for word in words)
         told = [*self._carried, *self._agreement.told]
@@ -318,6 +319,17 @@ class Turn:
         self._waves, self.held = [], 0
         self._around.load.failed()
         self._around.tell(events.failed(self.item, events.refusal(error)))
+
+
+def _between(words: Sequence[Word], cut: int, start: float) -> int:
+    """The sample nearest to `cut` that lies in none of the words, which are timed from `start`
+    seconds on."""
+    at = cut / SAMPLE_RATE - start
+    for number, word in enumerate(words):
+        if word.start < at < word.end:
+            first = number > 0 and at - word.start < word.end - at
+            return round(((word.start if first else word.end) + start) * SAMPLE_RATE)
+    return cut
 
 
 async def _nothing() -> None:
