@@ -106,8 +106,7 @@ def test_openais_client_commits_a_turn_and_reads_it(service, client, clip, spoke
                 break
     deltas = "".join(event.delta for event in told if event.type == f"{PREFIX}delta")
     [completed] = [event for event in told if event.type == f"{PREFIX}completed"]
-    assert deltas == completed.transcript and "priya" in completed.transcript
-    assert completed.transcript == expected
+    assert deltas == completed.transcript == expected
     assert completed.usage.type == "duration" and completed.usage.seconds > 1
 
 
@@ -130,7 +129,7 @@ def test_openais_asynchronous_client_finds_two_turns(service, spoken):
 
     found = asyncio.run(asyncio.wait_for(listen(), SECONDS))
     texts = [one.transcript for one in found if one.type == f"{PREFIX}completed"]
-    assert "priya" in texts[0] and "weather" in texts[1]
+    assert texts[0].startswith("please call") and "weather" in texts[1]
     kinds = [one.type for one in found]
     for kind in ("speech_started", "speech_stopped", "committed"):
         assert kinds.count(f"input_audio_buffer.{kind}") == 2
@@ -185,7 +184,7 @@ def test_a_client_secret_opens_the_session_that_it_was_made_for(service, client,
         assert talking.socket.subprotocol == "realtime"
         assert talking.told[0]["session"]["audio"]["input"]["turn_detection"] is None
         talking.send(*appended(spoken(TURN)), {"type": "input_audio_buffer.commit"})
-        assert "priya" in talking.hear("completed")["transcript"]
+        assert talking.hear("completed")["transcript"].startswith("please call")
 
 
 @pytest.mark.parametrize(
@@ -257,7 +256,7 @@ def test_a_silent_session_stays_open_and_then_listens(service, talk, spoken):
         with pytest.raises(TimeoutError):
             talking.socket.recv(3)
         talking.send(*appended(spoken(TURN) + quiet(1)))
-        assert "priya" in talking.hear("completed")["transcript"]
+        assert talking.hear("completed")["transcript"].startswith("please call")
     kinds = [event["type"] for event in talking.told]
     assert kinds.count("input_audio_buffer.speech_started") == 1
 
@@ -288,8 +287,8 @@ def malformed(chance):
         audio = base64.b64encode(chance.randbytes(chance.randrange(3000))).decode()
         return json.dumps({"type": WORDS[1], "audio": audio})
     if kind == 3:
-        return json.dumps({"type": chance.choice(WORDS), **(value(chance, 3) or {})}
-                          if chance.random() < 0.5 else {"type": chance.choice(WORDS)})
+        more = {chance.choice(NAMES): value(chance, 3) for _ in range(chance.randrange(2))}
+        return json.dumps({"type": chance.choice(WORDS), **more})
     if kind == 4:
         inner = {chance.choice(NAMES): value(chance)}
         return json.dumps({"type": WORDS[0], "session": {"audio": {"input": inner}}})
@@ -317,7 +316,7 @@ def test_malformed_sessions_are_answered_and_the_service_stays_healthy(
                 assert event["error"]["type"] != "server_error", (seed, event)
     with talk(service) as talking:
         talking.send(*appended(spoken(TURN) + quiet(1)))
-        assert "priya" in talking.hear("completed")["transcript"]
+        assert talking.hear("completed")["transcript"].startswith("please call")
 
 
 def test_the_metrics_count_sessions(service):
@@ -327,3 +326,21 @@ def test_the_metrics_count_sessions(service):
         time.sleep(1)
     assert service.metric("realtime_audio_seconds_total") > 1
     assert np.isfinite(service.metric("realtime_sessions"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_session_goes_on_while_a_replica_dies_under_it(service, talk, spoken, part):
+    with talk(service) as talking:
+        talking.send(*appended(spoken(TURN)))
+        talking.hear("input_audio_buffer.speech_started")
+        for process in service.processes(part):
+            process.kill()
+        talking.send(*appended(quiet(1)))
+        event = talking.hear("conversation.item.done")
+        told = [one["type"].removeprefix(PREFIX) for one in talking.told]
+        assert event["item"]["content"][0]["transcript"] or "failed" in told
+        service.ready()
+        talking.send(*appended(spoken(OTHER) + quiet(1)))
+        assert "weather" in talking.hear("completed")["transcript"]
