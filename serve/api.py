@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import ray
 import requests
@@ -34,6 +35,7 @@ from serve.model import described, version
 from serve.pipeline import Pipeline
 from serve.quotas import Quotas
 from serve.readiness import Readiness
+from serve.realtime.route import Realtime
 from serve.replacement import Served, of_version
 from serve.settings import Settings
 from serve.switching import Switch
@@ -64,6 +66,8 @@ class Api:
         self._models = models
         logs.install(settings.logs)
         self._access = _access_rules(settings)
+        self._realtime: WeakSet[Realtime] = WeakSet()
+        """Of every version that has sessions."""
         self._started = int(time.time())
         self._warm = False
         self._readiness = Readiness(self._alive)
@@ -141,7 +145,12 @@ class Api:
         for part in (Transcriptions, Datastores):
             guarded.include_router(part(self._settings, self._pipeline, vocabulary).router())
         guarded.include_router(UsageRoute(self._pipeline, self._access.accounting).router())
+        keys, quotas = self._access.keys, self._access.quotas
+        realtime = Realtime(self._settings, self._pipeline, vocabulary, keys, quotas)
+        self._realtime.add(realtime)
+        guarded.include_router(realtime.secrets())
         app.include_router(guarded)
+        app.include_router(realtime.sockets())
         return app
 
     async def drain(self) -> None:
@@ -151,6 +160,7 @@ class Api:
         """
         self._access.draining = True
         deadline = time.monotonic() + self._settings.ingress.drain_s
+        await asyncio.gather(*(one.drain() for one in self._realtime))
         while self._access.in_flight and time.monotonic() < deadline:
             await asyncio.sleep(LEAVING_SECONDS)
         await self._access.accounting.end()

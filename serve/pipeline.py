@@ -209,7 +209,7 @@ class Pipeline:
         if segment.before or segment.after:
             request = replace(request, output=replace(wanted, timed=True))
         with traces.span("decode"):
-            result = await self.call(self._decoder.of(request.size).transcribe, request)
+            result = await self.decode(request)
         result = _later(result, segment.start - segment.before + encoded.start)
         made = TranscribedSegment(segment.start, segment.end, result, encoded.speech)
         return made, wanted
@@ -223,6 +223,10 @@ class Pipeline:
         encoder = self._encoder.of(None if self._large else wave.nbytes)
         with traces.span("encode", samples=len(wave)):
             return await self.call(encoder.encode, wave)
+
+    async def decode(self, request: DecodeRequest) -> DecodeResult:
+        """All that is heard in a segment; its words' times count from the units' beginning."""
+        return await self.call(self._decoder.of(request.size).transcribe, request)
 
     async def look_up(self, name: str, asked: str | Encoded, k: int) -> list[Lookup]:
         """What a datastore finds before each token of a text, or of what is said.

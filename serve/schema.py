@@ -503,3 +503,31 @@ def check_length(texts: Sequence[str], param: str, limits: Limits) -> None:
     if length > limits.texts_length:
         message = f"{param}: {length} characters in all, at most {limits.texts_length}"
         raise ApiError(400, f"{message} in a request", None, param)
+
+
+class ExpiresAfter(BaseModel):
+    """When a client secret expires."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    anchor: Literal["created_at"] = "created_at"
+    seconds: int = Field(600, ge=10, le=7200)
+
+
+class ClientSecretRequest(BaseModel):
+    """What a client secret is to be."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    expires_after: ExpiresAfter = ExpiresAfter()
+    session: dict[str, Any] = Field(
+        default_factory=dict, description="a session as `session.update` has it"
+    )
+
+
+class ClientSecret(BaseModel):
+    """A key for the realtime sessions of a browser."""
+
+    value: str
+    expires_at: int
+    session: dict[str, Any]

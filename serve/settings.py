@@ -176,6 +176,14 @@ class Limits(Section):
     """Characters of all phrases or texts of a request together: all of them are spoken."""
     datastores: PositiveInt
     """Of each tenant."""
+    sessions: PositiveInt = 64
+    """Realtime sessions that a replica of the ingress holds; beyond, they are refused (429)."""
+    session_seconds: PositiveFloat = 14_400
+    """The longest that a session lasts."""
+    silent_seconds: PositiveFloat = 7200
+    """The longest that no audio comes in one."""
+    session_buffer_seconds: PositiveFloat = 120
+    """Audio of one that waits to be transcribed; beyond, it is refused by an `error` event."""
     tenant: TenantQuotas = TenantQuotas()
     """Of a tenant for which the file of keys says nothing else."""
 

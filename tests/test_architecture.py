@@ -26,8 +26,8 @@ WINGS = {
         "score",
     ],
     "speech": [
-        "containers", "decoders", "audio", "vad", "silero", "turns", "cutting", "hubert", "targets",
-        "crops", "pretraining", "units", "tokenized",
+        "containers", "decoders", "audio", "resampling", "vad", "silero", "turns", "cutting",
+        "hubert", "targets", "crops", "pretraining", "units", "tokenized",
     ],
     "corpora": [
         "voices.speech", "voices.phones", "voices.ipa", "voices.espeak", "voices.kokoro",
@@ -88,6 +88,7 @@ HOMES = {
         "serve.schema",
         "serve.datastores",
         "serve.keyfile",
+        "serve.realtime.events",
     ],
     "yaml": ["mmrag.config", "serve.settings", "serve.keyfile", "jobs.benchmark.endpoint"],
     # Read by the one, written by the other.
@@ -131,7 +132,7 @@ HOMES = {
     "fastapi": ["serve"],
     "fastapi_offline": ["serve.api"],
     "starlette": ["serve"],
-    "aiohttp": ["jobs.benchmark.load"],
+    "aiohttp": ["jobs.benchmark.load", "jobs.benchmark.live"],
     "psutil": ["jobs.benchmark", "serve.guardian"],
     "deepspeed": ["cluster.train", "cluster.checkpoints", "cluster.partitions"],
     "mlflow": ["cluster.store", "cluster.tracking", "cluster.registry"],
