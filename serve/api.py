@@ -25,9 +25,11 @@ from starlette.concurrency import run_in_threadpool
 
 from serve import errors, forms, middleware, schema
 from serve.datastores import Datastores
-from serve.errors import ApiError
+from serve.keys import Keys
 from serve.model import described
 from serve.pipeline import Pipeline
+from serve.quotas import Quotas
+from serve.realtime.route import Realtime
 from serve.settings import Settings, api_keys
 from serve.transcriptions import Transcriptions
 
@@ -51,6 +53,11 @@ class Api:
         self._pipeline = Pipeline(settings, encoder, retriever, decoder)
         self._access = middleware.AccessRules(settings.limits, api_keys())
         self._model = described(settings)
+        self._keys = Keys(settings.limits.tenant, settings.datastores)
+        self._quotas = Quotas()
+        self._realtime = Realtime(
+            settings, self._pipeline, self._model.vocabulary, self._keys, self._quotas
+        )
         self._started = int(time.time())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -76,11 +83,13 @@ class Api:
         bearer = HTTPBearer(auto_error=False)
         guarded = APIRouter(dependencies=[Depends(bearer), Depends(forms.query_parameters)])
         guarded.get("/v1/models")(self.models)
-        guarded.get("/v1/models/{model}")(self.model)
+        guarded.get("/v1/models/{model:path}")(self.model)
         vocabulary = self._model.vocabulary
         for part in (Transcriptions, Datastores):
             guarded.include_router(part(self._settings, self._pipeline, vocabulary).router())
+        guarded.include_router(self._realtime.secrets())
         app.include_router(guarded)
+        app.include_router(self._realtime.sockets())
         return app
 
     async def drain(self) -> None:
@@ -90,6 +99,7 @@ class Api:
         """
         self._access.draining = True
         deadline = time.monotonic() + self._settings.ingress.drain_s
+        await self._realtime.drain()
         while self._access.in_flight and time.monotonic() < deadline:
             await asyncio.sleep(LEAVING_SECONDS)
 
@@ -122,17 +132,18 @@ class Api:
         return schema.Models(data=[self._described()])
 
     async def model(self, model: str) -> schema.Model:
-        """One model, by its id."""
-        if model != self._settings.name:
-            message = f"no model {model!r} here: this is {self._settings.name!r}"
-            raise ApiError(404, message, "model_not_found", "model")
-        return self._described()
+        """The model, by its id or an alias."""
+        forms.check_model(model, self._settings)
+        return self._described(model)
 
-    def _described(self) -> schema.Model:
+    def _described(self, name: str | None = None) -> schema.Model:
         reads = ["cross_attention", "both"] if self._model.adapted else []
+        own, *aliases = self._settings.names
         return schema.Model(
-            id=self._settings.name,
+            id=name or own,
             created=self._started,
+            root=own,
+            aliases=aliases,
             languages=list(self._settings.languages),
             retrieval=["none", "knn", *reads],
             fingerprints=self._model.fingerprints,

@@ -318,6 +318,9 @@ class Decoder:
             mean_logp=hypothesis.logp / max(1, len(hypothesis.choices)),
             stopped=hypothesis.stopped,
             missing_shards=decoded.missing_shards,
+            logps=tuple(choice.logp for choice in hypothesis.choices[: len(hypothesis.tokens)]),
+            heard=len(request.units),
+            language=getattr(request.units, "language", None),
         )
 
     async def _timed(

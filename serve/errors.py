@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -29,10 +30,17 @@ class ApiError(Exception):
     """An answer that is not a success."""
 
     def __init__(
-        self, status: int, message: str, code: str | None = None, param: str | None = None
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
+        """`headers` go with it, over those that go with every answer of its status."""
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
+        self.headers = headers or {}
 
 
 class RefusedBody(HTTPException):
@@ -58,11 +66,13 @@ def body(error: ApiError) -> dict[str, Any]:
 
 def headers(error: ApiError) -> dict[str, str]:
     """The HTTP headers that go with it."""
-    if error.status == 401:
-        return {"WWW-Authenticate": "Bearer"}
-    if error.status == 408:
-        return {"Connection": "close"}
-    return {"Retry-After": str(RETRY_SECONDS)} if error.status in (429, 503) else {}
+    usual = {
+        401: {"WWW-Authenticate": "Bearer"},
+        408: {"Connection": "close"},
+        429: {"Retry-After": str(RETRY_SECONDS)},
+        503: {"Retry-After": str(RETRY_SECONDS)},
+    }
+    return usual.get(error.status, {}) | error.headers
 
 
 def explained(error: Exception) -> ApiError:

@@ -145,6 +145,12 @@ class DecodeResult:
     unclear: bool
     """Whether that is too little to rely on them."""
     missing_shards: int = 0
+    logps: tuple[float, ...] = ()
+    """Log-probability of each of `tokens`, nats."""
+    heard: int = 0
+    """Units, or frames, of speech that the model was given."""
+    language: str | None = None
+    """What is spoken, by ISO 639-1, where the model found that out for itself."""
 
     def tokens_of(self, first: int, last: int) -> tuple[int, ...]:
         """The tokens of the words `first` to `last`."""

@@ -24,7 +24,7 @@ from serve.settings import Limits
 
 GUARDED = "/v1/"
 """Paths below it need a key, where there are any."""
-TRANSCRIBE = "/v1/audio/transcriptions"
+TRANSCRIBE, TRANSLATE = "/v1/audio/transcriptions", "/v1/audio/translations"
 FORM, JSON = "multipart/form-data", "application/json"
 GRACE_SECONDS = 10.0
 """Time that every upload has before its pace counts."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from ray.serve.handle import DeploymentHandle
 from mmrag.config import RetrievalMode
 from mmrag.contents import Lookup
 from mmrag.decoding.stitch import Stitcher
+from mmrag.model.whisper import EncodedAudio
 from mmrag.recogniser import is_whisper
 from mmrag.records import Timed, Word
 from mmrag.speech import audio, cutting
@@ -59,6 +61,9 @@ class TranscriptionOptions:
     retrieval: RetrievalMode | None = None
     """None: kNN-LM and cross-attention where there is something to look up."""
     output: OutputOptions = field(default_factory=OutputOptions)
+    languages: tuple[str, ...] = ()
+    """ISO 639-1 codes of what may be spoken, the likeliest first; none: whatever it is. For a model
+    that finds out for itself, and is told otherwise by them."""
 
 
 @dataclass(frozen=True)
@@ -115,14 +120,15 @@ class Pipeline:
         return length
 
     async def transcribe(
-        self, data: bytes, build: RequestBuilder
+        self, data: bytes, build: RequestBuilder, chunking: Mapping[str, Any] | None = None
     ) -> AsyncIterator[str | TranscribedSegment]:
         """Text as it is made, and each segment of the upload when it is complete.
 
-        The text of every segment but the first starts with a blank.
+        The text of every segment but the first starts with a blank. `chunking` are settings of
+        `cutting.turns`, by which the upload is cut then.
         """
         first, stitcher = True, Stitcher()
-        async for segment, encoded in self._encoded(data):
+        async for segment, encoded in self._encoded(data, chunking):
             if encoded is not None and not (segment.before or segment.after):
                 begun, blank = False, "" if first else " "
                 async for part in self._decoded(build(encoded)):
@@ -140,8 +146,13 @@ class Pipeline:
                     first = False
                 yield made
 
-    async def complete(self, data: bytes, build: RequestBuilder) -> list[TranscribedSegment]:
-        """The whole of an upload, segment by segment; some of them are decoded at a time."""
+    async def complete(
+        self, data: bytes, build: RequestBuilder, chunking: Mapping[str, Any] | None = None
+    ) -> list[TranscribedSegment]:
+        """The whole of an upload, segment by segment; some of them are decoded at a time.
+
+        `chunking` as in `transcribe`.
+        """
         found: list[TranscribedSegment] = []
         stitcher = Stitcher()
         under_way: deque[tuple[cutting.Segment, asyncio.Task]] = deque()
@@ -152,7 +163,7 @@ class Pipeline:
             found.extend(_add(stitcher, segment, *await task))
 
         try:
-            async for segment in _each(self._segments(data)):
+            async for segment in _each(self._segments(data, chunking)):
                 while under_way and (len(under_way) == AHEAD or self._ahead >= ALL_AHEAD):
                     await finish()
                 self._ahead += bool(under_way)
@@ -182,7 +193,7 @@ class Pipeline:
         wanted = request.output
         if segment.before or segment.after:
             request = replace(request, output=replace(wanted, timed=True))
-        result = await self.call(self._decoder.of(request.size).transcribe, request)
+        result = await self.decode(request)
         result = _later(result, segment.start - segment.before + encoded.start)
         made = TranscribedSegment(segment.start, segment.end, result, encoded.speech)
         return made, wanted
@@ -195,6 +206,10 @@ class Pipeline:
         """A wave's units; None where nobody speaks."""
         encoder = self._encoder.of(None if self._large else wave.nbytes)
         return await self.call(encoder.encode, wave)
+
+    async def decode(self, request: DecodeRequest) -> DecodeResult:
+        """All that is heard in a segment; its words' times count from the units' beginning."""
+        return await self.call(self._decoder.of(request.size).transcribe, request)
 
     async def look_up(self, name: str, asked: str | Encoded, k: int) -> list[Lookup]:
         """What a datastore finds before each token of a text, or of what is said.
@@ -219,17 +234,20 @@ class Pipeline:
                 await asyncio.sleep(PAUSE_SECONDS * 2**attempt)
         raise Unavailable("a part of the service does not answer: try again")
 
-    def _segments(self, data: bytes) -> Iterator[cutting.Segment]:
+    def _segments(
+        self, data: bytes, chunking: Mapping[str, Any] | None = None
+    ) -> Iterator[cutting.Segment]:
         longest = self.settings.decode.max_seconds
-        return cutting.segments(data, longest, overlap=cutting.overlap(longest))
+        cut = cutting.segments if chunking is None else partial(cutting.turns, **chunking)
+        return cut(data, longest, overlap=cutting.overlap(longest))
 
     async def _encoded(
-        self, data: bytes
+        self, data: bytes, chunking: Mapping[str, Any] | None
     ) -> AsyncIterator[tuple[cutting.Segment, EncodedSegment | None]]:
         """Each segment and its units; the next one is encoded meanwhile."""
         before: tuple[cutting.Segment, asyncio.Task] | None = None
         try:
-            async for segment in _each(self._segments(data)):
+            async for segment in _each(self._segments(data, chunking)):
                 ahead = asyncio.create_task(self.encode(segment.wave.numpy()))
                 done, before = before, (segment, ahead)
                 if done is not None:
@@ -265,7 +283,7 @@ class Pipeline:
         if options.retrieval is None and mode != "none" and not await self.reads():
             mode = "knn"
         return lambda encoded: DecodeRequest(
-            units=encoded.units,
+            units=told(encoded.units, options.languages),
             audible=encoded.audible,
             mode=mode,
             datastore=found,
@@ -324,6 +342,18 @@ class Pipeline:
         raise Unavailable("a part of the service does not answer: try again")
 
 
+def told(encoded: Encoded, languages: Sequence[str]) -> Encoded:
+    """Encoded speech as it goes to the decoder: in one of these languages, if it names one.
+
+    A Whisper's encoder names the likeliest of all; where that is none of `languages`, the first of
+    them counts.
+    """
+    named = isinstance(encoded, EncodedAudio) and encoded.language is not None
+    if not named or not languages or encoded.language in languages:
+        return encoded
+    return replace(encoded, language=languages[0])
+
+
 async def _each(items: Iterator[Any]) -> AsyncIterator[Any]:
     """Walk through an iterator that works, without holding up the event loop."""
     end = object()
@@ -357,11 +387,13 @@ def _kept(
     if (first, last) != (0, len(result.words)):
         words, ends = result.words[first:last], result.ends[first:last]
         begin = result.ends[first - 1] if first else 0
+        end = ends[-1] if ends else begin
         result = replace(
             result,
             text=" ".join(word.text for word in words),
             words=words,
-            tokens=result.tokens[begin : ends[-1] if ends else begin],
+            tokens=result.tokens[begin:end],
+            logps=result.logps[begin:end],
             ends=tuple(end - begin for end in ends),
         )
     if not (wanted.evidence or wanted.timed):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmrag.config import SLUG
 from mmrag.model.vocabulary import Vocabulary
@@ -40,11 +40,48 @@ class ErrorReply(BaseModel):
     error: Error
 
 
-class Usage(BaseModel):
-    """What was transcribed."""
+class DurationUsage(BaseModel):
+    """What was transcribed: audio, begun seconds."""
 
     type: Literal["duration"] = "duration"
     seconds: int
+
+
+class InputTokens(BaseModel):
+    """What the model was given: units (or frames) of speech, and text before it."""
+
+    audio_tokens: int
+    text_tokens: int = 0
+    """Of phrases none: they are looked up, and no part of the prompt."""
+
+
+class TokenUsage(BaseModel):
+    """What was transcribed: tokens in and out."""
+
+    type: Literal["tokens"] = "tokens"
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+    input_token_details: InputTokens
+
+
+class Language(BaseModel):
+    """A language that was heard, by ISO 639-1."""
+
+    code: str
+
+
+class Logprob(BaseModel):
+    """A token of the transcript: what it adds to the text, blank included, and how likely it was.
+
+    Where a letter takes several tokens, the last of them adds it.
+    """
+
+    token: str
+    bytes: list[int]
+    """`token` in UTF-8."""
+    logprob: float
+    """Natural logarithm of its probability, retrieval included."""
 
 
 class Evidence(BaseModel):
@@ -94,9 +131,9 @@ class Segment(BaseModel):
     temperature: float
     avg_logprob: float
     compression_ratio: float
-    no_speech_prob: float | None = None
+    no_speech_prob: float = 0.0
     """How likely it is that nobody speaks, by the speech detector, which looks no further where it
-    is below 0.01; null where it is off."""
+    is below 0.01; 0 where it is off."""
     confidence: float | None = None
     """Share of the words that is expected to be right; null where the model is not calibrated."""
     unclear: bool = False
@@ -107,7 +144,11 @@ class Transcription(BaseModel):
     """The transcript; `words` and `missing_shards` with include[]=retrieval."""
 
     text: str
-    usage: Usage
+    usage: DurationUsage | TokenUsage = Field(discriminator="type")
+    languages: list[Language] | None = None
+    """Those heard; empty where nobody speaks, or nothing says in which."""
+    logprobs: list[Logprob] | None = None
+    """With include[]=logprobs."""
     words: list[TimedWord] | None = None
     missing_shards: int | None = None
     """Index shards that did not answer: what they hold was not found."""
@@ -128,6 +169,19 @@ class Delta(BaseModel):
 
     type: Literal["transcript.text.delta"] = "transcript.text.delta"
     delta: str
+    logprobs: list[Logprob] | None = None
+
+
+class SegmentEvent(BaseModel):
+    """A segment of a stream is complete (verbose_json)."""
+
+    type: Literal["transcript.text.segment"] = "transcript.text.segment"
+    id: str
+    start: float
+    end: float
+    text: str
+    speaker: Literal[""] = ""
+    """OpenAI's event has one; speakers are not told apart here, so it is always empty."""
 
 
 class Done(Transcription):
@@ -137,6 +191,10 @@ class Done(Transcription):
     duration: float
 
 
+class VerboseDone(Done, VerboseTranscription):
+    """The same with times."""
+
+
 class Model(BaseModel):
     """A model that transcribes."""
 
@@ -144,6 +202,10 @@ class Model(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "mmrag"
+    root: str
+    """The model that answers to this id: another's where the id is an alias."""
+    aliases: list[str]
+    """Further ids that it answers to."""
     languages: list[str]
     retrieval: list[str]
     fingerprints: dict[str, str]
@@ -283,10 +345,34 @@ class TaskOptions(BaseModel):
     """index: below which it is not used."""
 
 
+class ServerVad(BaseModel):
+    """Where to cut an upload: after each silence of `silence_duration_ms`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["server_vad"]
+    threshold: float = Field(default=0.5, ge=0, le=1)
+    """From which probability on a sound is speech."""
+    prefix_padding_ms: int = Field(default=300, ge=0, le=10_000)
+    """Audio to keep before the speech."""
+    silence_duration_ms: int = Field(default=200, ge=0, le=10_000)
+
+
 class Status(BaseModel):
     """Whether the service works."""
 
     status: Literal["ok", "starting"]
+
+
+def server_vad(fields: Mapping[str, Any]) -> ServerVad:
+    """The chunking strategy of these fields; ApiError (400) names the one that is wrong."""
+    try:
+        return ServerVad.model_validate(fields)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        param = "chunking_strategy" + "".join(f"[{part}]" for part in problem["loc"])[:40]
+        message = f"{param}: {problem['msg']}"
+        raise ApiError(400, message, "unsupported_value", param) from None
 
 
 def evened(texts: Iterable[str]) -> list[str]:
@@ -321,3 +407,31 @@ def check_length(texts: Sequence[str], param: str, limits: Limits) -> None:
     if length > limits.texts_length:
         message = f"{param}: {length} characters in all, at most {limits.texts_length}"
         raise ApiError(400, f"{message} in a request", None, param)
+
+
+class ExpiresAfter(BaseModel):
+    """When a client secret expires."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    anchor: Literal["created_at"] = "created_at"
+    seconds: int = Field(600, ge=10, le=7200)
+
+
+class ClientSecretRequest(BaseModel):
+    """What a client secret is to be."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    expires_after: ExpiresAfter = ExpiresAfter()
+    session: dict[str, Any] = Field(
+        default_factory=dict, description="a session as `session.update` has it"
+    )
+
+
+class ClientSecret(BaseModel):
+    """A key for the realtime sessions of a browser."""
+
+    value: str
+    expires_at: int
+    session: dict[str, Any]

@@ -6,9 +6,10 @@ Whatever `build` is given besides is merged over it, and checked before anything
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -17,6 +18,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    StringConstraints,
     ValidationError,
     field_validator,
 )
@@ -26,10 +28,23 @@ from mmrag.config import KNN, SLUG, ConfigError, Decode, RetrievedAttention, Sec
 from mmrag.model.prepared import Compute
 from mmrag.storage import is_url
 
+ORIGIN = r"https?://[A-Za-z0-9.-]+(:\d{1,5})?|https?://\[[0-9A-Fa-f:]+\](:\d{1,5})?"
 CONFIG = Path(__file__).parent / "config.yaml"
 KEYS = "MMRAG_API_KEYS"
 """Environment variable with the API keys, separated by commas; KEYS_FILE names a file of them."""
 KEYS_FILE = "MMRAG_API_KEYS_FILE"
+
+ALIASES = (
+    "whisper-1",
+    "gpt-transcribe",
+    "gpt-live-transcribe",
+    "gpt-4o-transcribe",
+    "gpt-4o-mini-transcribe",
+    "gpt-4o-mini-transcribe-2025-12-15",
+    "gpt-realtime-whisper",
+)
+"""OpenAI's models that clients name where they name any."""
+Alias = Annotated[str, StringConstraints(pattern=r"^[!-~]{1,100}$")]
 
 
 class Replicas(Section):
@@ -120,6 +135,21 @@ class RetrieverReplicas(Replicas):
     pool: Pool
 
 
+class TenantQuotas(Section):
+    """What each tenant may have at a time; None for whatever the service has room for."""
+
+    requests: PositiveInt | None = None
+    """Requests in flight, of all replicas of the ingress together."""
+    sessions: PositiveInt | None = None
+    """Live sessions."""
+    audio_seconds: PositiveFloat | None = None
+    """Audio a minute, seconds."""
+    entries: PositiveInt | None = None
+    """Entries of all its datastores together."""
+    datastores: PositiveInt | None = None
+    """None for `limits.datastores`."""
+
+
 class Limits(Section):
     """What a request may ask for."""
 
@@ -144,6 +174,41 @@ class Limits(Section):
     texts_length: PositiveInt
     """Characters of all phrases or texts of a request together: all of them are spoken."""
     datastores: PositiveInt
+    """Of each tenant."""
+    sessions: PositiveInt = 64
+    """Realtime sessions that a replica of the ingress holds; beyond, they are refused (429)."""
+    session_seconds: PositiveFloat = 14_400
+    """The longest that a session lasts."""
+    silent_seconds: PositiveFloat = 7200
+    """The longest that no audio comes in one."""
+    session_buffer_seconds: PositiveFloat = 120
+    """Audio of one that waits to be transcribed; beyond, it is refused by an `error` event."""
+    tenant: TenantQuotas = TenantQuotas()
+    """Of a tenant for which the file of keys says nothing else."""
+
+
+class Cors(Section):
+    """Which pages of other origins may call the service from a browser."""
+
+    origins: tuple[str, ...] = ()
+    """`https://app.example`, with the port where it is not the usual one; `*` for all of them."""
+
+    @field_validator("origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for one in origins:
+            if one != "*" and not re.fullmatch(ORIGIN, one):
+                raise ValueError(f"{one!r} is no origin: https://HOST or https://HOST:PORT, or *")
+        return tuple(one.lower() for one in origins)
+
+
+class Logs(Section):
+    """What is written down about requests."""
+
+    transcripts: bool = False
+    """Whether the log holds what was said, and what unforeseen errors quote; a line a request."""
+    audit: Path | None = None
+    """A directory for the audit log: who changed what, a JSON line each; None for none."""
 
 
 class RetrievalDefaults(Section):
@@ -162,6 +227,14 @@ class Settings(Section):
 
     name: str = Field(pattern=SLUG)
     """The model's id in the API."""
+    aliases: tuple[Alias, ...] = ALIASES
+    """Further ids that it answers to, so that clients that name another model get this one."""
+    usage: Literal["duration", "tokens"] = "duration"
+    """What a json answer counts: seconds of audio, or tokens. Verbose answers always count seconds,
+    and streams tokens."""
+    unknown_fields: Literal["refuse", "warn"] = "refuse"
+    """What becomes of a form with a field that nobody here reads: refused (400), or answered
+    without it, with a Warning header that names it."""
     model: str
     """`models:/NAME@ALIAS` or `models:/NAME/VERSION` of the MLflow registry, a model of this
     package (`mmrag:tiny`), or a directory, or its URL, with hubert/, codebook/ and lm/."""
@@ -186,10 +259,25 @@ class Settings(Section):
     retrieval_defaults: RetrievalDefaults | None = None
     """None for the model's own."""
     limits: Limits
+    cors: Cors = Cors()
+    logs: Logs = Logs()
     ingress: Replicas
     encoder: Encoding
     retriever: RetrieverReplicas
     decoder: Decoding
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every id that the model answers to, its own first."""
+        return tuple(dict.fromkeys((self.name, *self.aliases)))
+
+    @field_validator("aliases")
+    @classmethod
+    def _kept_promises(cls, aliases: tuple[str, ...]) -> tuple[str, ...]:
+        for alias in aliases:
+            if "diarize" in alias:
+                raise ValueError(f"{alias} promises speakers, whom this service cannot tell apart")
+        return aliases
 
     @field_validator("datastores", "cache", "local", mode="before")
     @classmethod

@@ -26,8 +26,8 @@ WINGS = {
         "score",
     ],
     "speech": [
-        "containers", "decoders", "audio", "cutting", "vad", "silero", "turns", "hubert", "targets",
-        "crops", "pretraining", "units", "tokenized",
+        "containers", "decoders", "audio", "resampling", "cutting", "vad", "silero", "turns",
+        "hubert", "targets", "crops", "pretraining", "units", "tokenized",
     ],
     "corpora": [
         "voices.speech", "voices.phones", "voices.espeak", "voices.kokoro", "voices.flite",
@@ -85,6 +85,7 @@ HOMES = {
         "serve.settings",
         "serve.schema",
         "serve.datastores",
+        "serve.realtime.events",
     ],
     "yaml": ["mmrag.config", "serve.settings", "jobs.benchmark.endpoint"],
     # Read by the one, written by the other.
@@ -128,7 +129,7 @@ HOMES = {
     "fastapi": ["serve"],
     "fastapi_offline": ["serve.api"],
     "starlette": ["serve"],
-    "aiohttp": ["jobs.benchmark.load"],
+    "aiohttp": ["jobs.benchmark.load", "jobs.benchmark.live"],
     "psutil": ["jobs.benchmark"],
     "deepspeed": ["cluster.train", "cluster.checkpoints", "cluster.partitions"],
     "mlflow": ["cluster.tracking"],

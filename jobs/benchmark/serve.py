@@ -23,7 +23,7 @@ import numpy as np
 import psutil
 from rich.console import Console
 
-from jobs.benchmark import endpoint
+from jobs.benchmark import endpoint, realtime
 from jobs.benchmark.endpoint import Endpoint, EndpointError
 from jobs.benchmark.load import CONNECTION, HANG, Answer, Plan
 from jobs.benchmark.plain import BaselinePlan
@@ -79,12 +79,14 @@ class Profile:
     """How long the load goes on before a process is killed, and after another one is there."""
     step: float
     """How long the load goes on once there are as many replicas as it needs."""
+    live: float
+    """How long people speak in so many sessions."""
     plain: tuple[int, ...] = CONCURRENCIES
     """Callers of the plain process."""
 
 
-FULL = Profile(alone=CLIPS, level=12, tail=60, overload=30, fault=8, step=10)
-QUICK = Profile(alone=24, level=3, tail=10, overload=10, fault=2, step=2, plain=(8, 16))
+FULL = Profile(alone=CLIPS, level=12, tail=60, overload=30, fault=8, step=10, live=40)
+QUICK = Profile(alone=24, level=3, tail=10, overload=10, fault=2, step=2, live=15, plain=(8, 16))
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ class Serving:
         with self._started(ONE_EACH, {}) as service:
             results = self.speed(service)
             results |= self.against(plain, results)
+            results |= self.live()
             results["serve.overload"] = self.overload(results["saturation"], service)
             results["serve.faults"] = self.faults(results["saturation"], service)
         with self._started(ONE_EACH | SCALING, SCALING_ENVIRONMENT) as service:
@@ -143,7 +146,7 @@ class Serving:
         """What can be measured of a service that runs already."""
         self._url = url.rstrip("/")
         self._key = os.environ.get("MMRAG_API_KEYS", "").partition(",")[0] or None
-        results = self.speed(None)
+        results = self.speed(None) | self.live()
         results["serve.overload"] = self.overload(results["saturation"], None)
         left_out = dict.fromkeys(key for key in TARGETS if key not in results)
         return {"url": self._url, **results, **left_out}
@@ -220,6 +223,11 @@ class Serving:
             "tail": tail,
             "texts": {str(one.clip): one.text for one in answers if one.status == "200"},
         }
+
+    def live(self) -> dict[str, Any]:
+        """People who speak to the service, more and more of them."""
+        progress.print("realtime sessions")
+        return realtime.measure(self._url, self.clips.files, self.pace.live, self._key)
 
     def against(self, plain: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
         """The service beside the plain process; takes the transcripts out of both."""

@@ -45,6 +45,18 @@ TARGETS = {
         lambda ratio: ratio <= 3,
         lambda ratio: f"{ratio:.2f}",
     ),
+    "realtime.sessions": Target(
+        "people who speak at a time, transcripts within 1 s of the end of a turn",
+        "≥ 20",
+        lambda sessions: sessions >= 20,
+        str,
+    ),
+    "realtime.final_ms": Target(
+        "time from the end of a turn to its transcript, 95th percentile",
+        "≤ 300 ms",
+        lambda final: final <= 300,
+        lambda final: f"{final:.0f} ms",
+    ),
     "serve.autoscale": Target(
         "a step of load: decoder replicas, failed requests",
         "1 → 2 → 1, 0 failed",

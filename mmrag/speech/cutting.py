@@ -1,5 +1,5 @@
 """A recording of any length to segments that a model can hear: cut in pauses, or in speech so that
-both sides hear what the cut fell into.
+both sides hear what the cut fell into; or where a detector hears that somebody begins and ends.
 
 Knows samples alone; what is said at a cut in speech is for `mmrag.decoding.stitch` to put together.
 """
@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from mmrag.speech import audio
 from mmrag.speech.audio import SAMPLE_RATE, WHOLE, Span
 from mmrag.speech.decoders import Source
+from mmrag.speech.silero import FRAME
+from mmrag.speech.turns import Started, TurnDetector
 
 PAUSE_SAMPLES = SAMPLE_RATE // 10
 """Width of the window whose energy decides where to cut: a pause, not a stop consonant."""
@@ -28,6 +30,8 @@ LONG_PAUSE = SAMPLE_RATE * 2 // 5
 """So long is a pause between sentences; longer ones are no better."""
 SILENCE = 1e-7
 """Mean square of a window below which there is nothing to hear, whatever is around it."""
+LATEST_START = SAMPLE_RATE
+"""So long after a turn's first sound it is told, at most, for all of its padding to be there."""
 OVERLAP_SECONDS = 2.0
 """What neighbours share where they are cut in speech: some words whole, at the slowest pace."""
 
@@ -50,6 +54,47 @@ class Segment:
 def overlap(max_seconds: float) -> float:
     """What neighbours among segments of at most `max_seconds` share where nobody pauses."""
     return min(OVERLAP_SECONDS, max_seconds / 3)
+
+
+def turns(
+    source: Source,
+    max_seconds: float,
+    min_seconds: float = 0.1,
+    overlap: float = 0.0,
+    threshold: float = 0.5,
+    prefix_padding_ms: int = 300,
+    silence_duration_ms: int = 200,
+) -> Iterator[Segment]:
+    """Cut `source` where a `TurnDetector` with these settings hears somebody begin and finish: each
+    turn is a segment, or several where it is longer than `max_seconds`, cut as `segments` cuts.
+
+    What lies between two turns is in no segment; the audio that comes before a turn, and the
+    silence that ends it, are in its segment. No more audio is in memory than `segments` keeps and
+    the padding. Raises as `segments` does, and ValueError as `TurnDetector` does.
+    """
+    detector = TurnDetector(threshold, prefix_padding_ms, silence_duration_ms)
+    before = prefix_padding_ms * SAMPLE_RATE // 1000 + LATEST_START
+    limit, least, half = _samples(max_seconds, min_seconds, overlap)
+    kept, position = torch.empty(0), 0  # what is in no segment yet, and where that begins
+    turn: _Cutter | None = None
+    for block in audio.blocks(source, min_seconds=min_seconds):
+        kept = torch.cat([kept, block])
+        judged = (position + len(kept)) // FRAME * FRAME
+        for event in detector.push(block):
+            cut = max(0, event.sample - position)
+            if isinstance(event, Started):
+                turn = _Cutter(limit, least, half, position + cut)
+            else:
+                yield from turn.fed(kept[:cut], last=True)
+                turn = None
+            kept, position = kept[cut:], position + cut
+        # Between turns, what the next may begin with is kept; in one, what may be behind its end.
+        cut = max(0, judged - position if turn else len(kept) - before)
+        if turn:
+            yield from turn.fed(kept[:cut])
+        kept, position = kept[cut:], position + cut
+    if turn:
+        yield from turn.fed(kept, last=True)
 
 
 def segments(
@@ -75,34 +120,56 @@ def segments(
     `min_seconds` is more than half of `max_seconds`, which would leave nowhere to cut, or
     `overlap` more than a third.
     """
+    cutter = _Cutter(*_samples(max_seconds, min_seconds, overlap))
+    for block in audio.blocks(source, span, min_seconds=min_seconds):
+        yield from cutter.fed(block)
+    yield from cutter.fed(torch.empty(0), last=True)
+
+
+def _samples(max_seconds: float, min_seconds: float, overlap: float) -> tuple[int, int, int]:
+    """The longest and the shortest segment, and half of what neighbours share, in samples."""
     limit, least = int(max_seconds * SAMPLE_RATE), math.ceil(min_seconds * SAMPLE_RATE)
     if limit < 2 * PAUSE_SAMPLES or 2 * least > limit:
         raise ValueError(
             f"cannot cut segments of {min_seconds} to {max_seconds} s: the longest must be at "
             f"least 0.2 s and twice the shortest"
         )
-    cutter = _Cutter(limit, least, int(overlap * SAMPLE_RATE) // 2)
-    for block in audio.blocks(source, span, min_seconds=min_seconds):
-        cutter.pending = torch.cat([cutter.pending, block])
-        while len(cutter.pending) > limit + least:  # what follows the cut is long enough, too
-            yield cutter.cut()
-    while len(cutter.pending) > limit:
-        yield cutter.cut()
-    yield cutter.rest()
+    return limit, least, int(overlap * SAMPLE_RATE) // 2
+
+
+def place(wave: torch.Tensor, max_seconds: float, min_seconds: float = 0.1) -> int:
+    """The sample at which to cut a wave (T,) that is longer than `max_seconds`: in the longest
+    pause of the last three quarters of what fits (of long ones the last), or where it is quietest
+    in the second half, if nobody pauses. ValueError for a wave that fits."""
+    limit, least = int(max_seconds * SAMPLE_RATE), math.ceil(min_seconds * SAMPLE_RATE)
+    if len(wave) <= limit:
+        raise ValueError(f"{len(wave)} samples need no cut: {limit} fit")
+    cutter = _Cutter(limit, least, 0)
+    cutter.pending = wave
+    return cutter.place()
 
 
 class _Cutter:
     """What of a recording has not been cut yet, and where the next cut falls. All in samples."""
 
-    def __init__(self, limit: int, least: int, half_overlap: int) -> None:
+    def __init__(self, limit: int, least: int, half_overlap: int, position: int = 0) -> None:
         if 6 * half_overlap > limit:
             raise ValueError(f"an overlap of {2 * half_overlap} samples in segments of {limit}")
         self.pending = torch.empty(0)
-        self.position = 0
+        self.position = position
         """Where `pending` begins."""
         self._limit, self._least, self._half = limit, least, half_overlap
         self._before = 0
         """How much of `pending` lies before the next segment's start."""
+
+    def fed(self, wave: torch.Tensor, last: bool = False) -> Iterator[Segment]:
+        """What can be cut off once `wave` (T,) is there, too; all of it if that was the last."""
+        self.pending = torch.cat([self.pending, wave])
+        room = self._limit + (0 if last else self._least)  # what follows a cut is long enough, too
+        while len(self.pending) > room:
+            yield self.cut()
+        if last:
+            yield self.rest()
 
     def cut(self) -> Segment:
         """The first segment of `pending`, which is longer than the limit."""
@@ -114,6 +181,15 @@ class _Cutter:
             return self._segment(cut, 0)
         highest = max(lowest + 1, min(highest, self._limit - self._half))
         return self._segment(lowest + _quietest(self.pending[lowest:highest]), self._half)
+
+    def place(self) -> int:
+        """Where to cut `pending`, which is longer than the limit, if nothing is to be shared."""
+        highest = max(1, min(self._limit, len(self.pending) - self._least))
+        pause = self._pause(highest)
+        if pause is not None:
+            return pause
+        lowest = min(max(self._least, self._limit // 2), highest - 1)
+        return lowest + _quietest(self.pending[lowest:highest])
 
     def rest(self) -> Segment:
         """All of `pending`."""

@@ -6,6 +6,8 @@ import requests
 from application import TRANSCRIBE, Handle, client, made, served
 from openai import OpenAI
 
+from mmrag.speech import cutting
+
 
 @pytest.fixture
 def listed(second, monkeypatch):
@@ -50,11 +52,14 @@ def test_lists_come_with_brackets_or_without(second, brackets):
     [
         ({"promt": "a name"}, "promt", "unknown"),
         ({"contexts[]": "a"}, "contexts[]", "unknown"),
-        ({"known_speaker_names[]": "a"}, "known_speaker_names[]", "unknown"),
-        ({"include[]": "logprobs"}, "include[]", "unsupported_value"),
-        ({"include": "retrieval", "include[]": "logprobs"}, "include[]", "unsupported_value"),
+        ({"known_speaker_names[]": "a"}, "known_speaker_names[]", "unsupported_value"),
+        ({"known_speaker_references": "a"}, "known_speaker_references", "unsupported_value"),
+        ({"response_format": "diarized_json"}, "response_format", "unsupported_value"),
+        ({"include[]": "speakers"}, "include[]", "unsupported_value"),
+        ({"include": "retrieval", "include[]": "all"}, "include[]", "unsupported_value"),
+        ({"include": "logprobs", "response_format": "text"}, "include[]", "unsupported_value"),
         ({"chunking_strategy": "server_vad"}, "chunking_strategy", "unsupported_value"),
-        ({"chunking_strategy[type]": "server_vad"}, "chunking_strategy[type]", "unknown"),
+        ({"chunking_strategy": "[" * 5000}, "chunking_strategy", "unsupported_value"),
         ({"language": ["en", "en"]}, "language", "unsupported_value"),
         ({"stream": "true", "response_format": "srt"}, "stream", "unsupported_value"),
         ({"include": "retrieval", "response_format": "vtt"}, "include[]", "unsupported_value"),
@@ -66,19 +71,8 @@ def test_a_field_that_is_not_served_is_refused_by_its_name(second, refused, fiel
     assert param.removesuffix("[]") in refused(answer, 400, code, param)
 
 
-def test_openais_client_may_send_its_own_fields(second):
-    with served(made()) as url:
-        create = OpenAI(base_url=f"{url}/v1", api_key="none").audio.transcriptions.create
-        assert create(model="mmrag", chunking_strategy="auto", **second).text == "a word"
-        with pytest.raises(openai.BadRequestError, match="logprobs") as wrong:
-            create(model="mmrag", include=["logprobs"], **second)
-        assert wrong.value.param == "include[]"
-        with pytest.raises(openai.BadRequestError, match="chunking_strategy"):
-            create(model="mmrag", chunking_strategy={"type": "server_vad"}, **second)
-
-
-@pytest.mark.parametrize("language", ["en", "EN", "en-US", "en_GB", "en-Latn-US"])
-def test_a_region_does_not_change_a_language(second, language):
+@pytest.mark.parametrize("language", ["en", "EN", "en-US", "en_GB", "en-Latn-US", "English"])
+def test_neither_a_region_nor_a_name_changes_a_language(second, language):
     for name in ("language", "languages[]", "languages"):
         answer = client(made()).post(TRANSCRIBE, files=second, data={name: language})
         assert answer.status_code == 200, answer.text
@@ -182,10 +176,159 @@ def test_a_path_that_leads_nowhere_has_no_methods(refused):
     assert client(made()).head(TRANSCRIBE).status_code == 405
 
 
-def test_openais_client_retrieves_the_model_by_its_id(refused):
+def test_openais_client_retrieves_the_model_by_its_id_and_by_others(refused):
     with served(made()) as url:
         models = OpenAI(base_url=f"{url}/v1", api_key="none").models
-        assert models.retrieve("mmrag") == models.list().data[0]
-        with pytest.raises(openai.NotFoundError, match="no model 'whisper-1'") as missing:
-            models.retrieve("whisper-1")
-        assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
+        [listed] = models.list().data
+        assert models.retrieve("mmrag") == listed and "whisper-1" in listed.aliases
+        alias = models.retrieve("whisper-1")
+        assert (alias.id, alias.root, alias.aliases) == ("whisper-1", "mmrag", listed.aliases)
+        with pytest.raises(
+            openai.NotFoundError, match=r"no model 'whisper-2'.*'whisper-1'"
+        ) as wrong:
+            models.retrieve("whisper-2")
+        assert (wrong.value.code, wrong.value.param) == ("model_not_found", "model")
+
+
+def test_aliases_are_a_setting_and_may_hold_slashes(second, refused):
+    app = made(settings={"aliases": ["Systran/faster-whisper-small"]})
+    with served(app) as url:
+        found = OpenAI(base_url=f"{url}/v1", api_key="none").models.retrieve(
+            "Systran/faster-whisper-small"
+        )
+        assert found.root == "mmrag"
+    asked = client(app).post
+    model = {"model": "Systran/faster-whisper-small"}
+    assert asked(TRANSCRIBE, files=second, data=model).status_code == 200
+    for name in ("whisper-1", "gpt-4o-transcribe-diarize"):
+        answer = asked(TRANSCRIBE, files=second, data={"model": name})
+        message = refused(answer, 404, "model_not_found", "model")
+        assert "this is 'mmrag', which also answers to 'Systran/faster-whisper-small'" in message
+        assert ("no diarization" in message) == ("diarize" in name)
+
+
+@pytest.mark.parametrize(
+    ("fields", "cut"),
+    [
+        ({}, None),
+        ({"chunking_strategy": ""}, None),
+        ({"chunking_strategy": "auto"}, None),
+        ({"chunking_strategy": '"auto"'}, None),
+        ({"chunking_strategy": '{"type": "server_vad"}'}, (0.5, 300, 200)),
+        ({"chunking_strategy[type]": "server_vad"}, (0.5, 300, 200)),
+        (
+            {
+                "chunking_strategy[type]": "server_vad",
+                "chunking_strategy[threshold]": "0.4",
+                "chunking_strategy[prefix_padding_ms]": "0",
+                "chunking_strategy[silence_duration_ms]": "900",
+            },
+            (0.4, 0, 900),
+        ),
+    ],
+)
+def test_an_upload_is_cut_as_the_form_says_however_it_says_so(second, fields, cut, monkeypatch):
+    asked = []
+    turns = cutting.turns
+
+    def watched(*arguments, **settings):
+        settings.pop("overlap")
+        asked.append(tuple(settings.values()))
+        return turns(*arguments, **settings)
+
+    monkeypatch.setattr(cutting, "turns", watched)
+    assert client(made()).post(TRANSCRIBE, files=second, data=fields).status_code == 200
+    assert asked == ([cut] if cut else [])
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"chunking_strategy": '{"type": "semantic_vad"}'}, "chunking_strategy[type]"),
+        ({"chunking_strategy[threshold]": "0.4"}, "chunking_strategy[type]"),
+        (
+            {"chunking_strategy": '{"type": "server_vad", "threshold": 2}'},
+            "chunking_strategy[threshold]",
+        ),
+        (
+            {"chunking_strategy": '{"type": "server_vad", "threshold": NaN}'},
+            "chunking_strategy[threshold]",
+        ),
+        (
+            {"chunking_strategy": '{"type": "server_vad", "eagerness": "low"}'},
+            "chunking_strategy[eagerness]",
+        ),
+        (
+            {
+                "chunking_strategy[type]": "server_vad",
+                "chunking_strategy[silence_duration_ms]": "-1",
+            },
+            "chunking_strategy[silence_duration_ms]",
+        ),
+        (
+            {"chunking_strategy": "auto", "chunking_strategy[type]": "server_vad"},
+            "chunking_strategy",
+        ),
+    ],
+)
+def test_a_way_to_cut_that_cannot_be_is_refused_by_the_part_that_is_wrong(
+    second, refused, fields, param
+):
+    answer = client(made()).post(TRANSCRIBE, files=second, data=fields)
+    assert param in refused(answer, 400, "unsupported_value", param)
+
+
+def test_unknown_fields_may_be_named_in_a_header_of_the_answer(second, refused):
+    app = client(made(settings={"unknown_fields": "warn"}))
+    fields = {"temperature_inc": "0.2", "no_context": ["a", "b"], 'qu"\\é\n': "1"}
+    for more in ({}, {"stream": "true"}):
+        answer = app.post(TRANSCRIBE, files=second, data={**fields, **more})
+        assert answer.status_code == 200 and "a word" in answer.text
+        code, agent, text = answer.headers["Warning"].split(" ", 2)
+        assert (code, agent) == ("299", "-")
+        assert text.startswith('"') and text.endswith('"') and text.count('"') == 2
+        assert "temperature_inc, no_context, qu" in text
+    assert "Warning" not in app.post(TRANSCRIBE, files=second).headers
+    many = {f"field{n}": "x" for n in range(100)}
+    assert len(app.post(TRANSCRIBE, files=second, data=many).headers["Warning"]) < 300
+    for name in ("known_speaker_names[]", "promt"):
+        answer = app.post(TRANSCRIBE, files=second, data={name: "a", "language": "xx"})
+        refused(
+            answer,
+            400,
+            *{"promt": ("unsupported_language", "language")}.get(name, ("unsupported_value", name)),
+        )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model": "whisper-1", "language": "en", "prompt": "", "response_format": "json"},
+        {"model": "gpt-4o-mini-transcribe", "language": "auto", "temperature": "0.0"},
+        {"model": "", "language": "", "temperature": "", "response_format": "", "stream": ""},
+        {"model": "whisper-1", "temperature": "0", "stream": "False", "chunking_strategy": ""},
+    ],
+)
+def test_what_clients_in_use_send_is_taken(second, fields):
+    """Voice assistants, agents and scripts that were written for other servers."""
+    answer = client(made()).post(TRANSCRIBE, files=second, data=fields)
+    assert answer.status_code == 200, answer.text
+
+
+def test_hotwords_are_names_as_a_prompt_is(listed):
+    fields = {"prompt": "mira kapoor", "hotwords": "priya raghavan, quentin ashdown"}
+    assert listed(**fields) == ["mira kapoor", "priya raghavan", "quentin ashdown"]
+
+
+def test_nothing_is_translated_and_the_answer_says_so(second, refused, monkeypatch):
+    with served(made(upload_mb=2)) as url:
+        translate = OpenAI(base_url=f"{url}/v1", api_key="none").audio.translations.create
+        for file in (second["file"], ("a.wav", bytes(1_900_000))):
+            with pytest.raises(openai.BadRequestError, match="nothing is translated here"):
+                translate(model="whisper-1", file=file)
+    asked = client(made())
+    refused(asked.post("/v1/audio/translations", json={}), 400, "unsupported")
+    refused(asked.post("/v1/audio/translations", files=second), 400, "unsupported")
+    monkeypatch.setenv("MMRAG_API_KEYS", "one")
+    answer = client(made()).post("/v1/audio/translations", files=second)
+    refused(answer, 401, "invalid_api_key")

@@ -35,6 +35,7 @@ ROUTES = [
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{model}"),
     ("POST", TRANSCRIBE),
+    ("POST", "/v1/audio/translations"),
     ("GET", DATASTORES),
     ("POST", DATASTORES),
     ("GET", f"{DATASTORES}/{{name}}"),

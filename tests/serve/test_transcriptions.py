@@ -144,6 +144,101 @@ def test_a_stream_with_evidence_ends_as_the_whole_answer_does(service, file, dat
     assert done["words"] == whole["words"] and done["missing_shards"] == 0
 
 
+def test_openais_client_gets_the_log_probability_of_each_token(client, service, long):
+    ask = {"model": "whisper-1", "file": ("a.flac", long), "include": ["logprobs"]}
+    told = client.audio.transcriptions.create(**ask)
+    assert "".join(one.token for one in told.logprobs) == told.text == " ".join(SEVERAL)
+    assert all(one.logprob <= 0 and bytes(one.bytes).decode() == one.token for one in told.logprobs)
+    *deltas, done = client.audio.transcriptions.create(**ask, stream=True)
+    assert len(deltas) > 1 and "".join(event.delta for event in deltas) == done.text == told.text
+    for event in deltas:
+        assert "".join(one.token for one in event.logprobs) == event.delta
+    found = [one.logprob for one in told.logprobs]
+    assert [one.logprob for one in done.logprobs] == pytest.approx(found, abs=1e-3)
+    sent = [one.model_dump() for event in deltas for one in event.logprobs]
+    assert sent == [one.model_dump() for one in done.logprobs]
+
+
+def test_log_probabilities_come_beside_evidence_and_agree_with_it(service, file):
+    told = service.transcribe(file, context=[NAME], include=["logprobs", "retrieval"]).json()
+    assert told["text"] == SENTENCE and len(told["words"]) == len(SENTENCE.split())
+    whole = np.prod([word["probability"] for word in told["words"]])
+    assert np.exp(sum(one["logprob"] for one in told["logprobs"])) == pytest.approx(whole, rel=1e-3)
+
+
+def test_a_stream_with_times_tells_of_each_segment(client, long, duration):
+    told = list(
+        client.audio.transcriptions.create(
+            model="gpt-4o-transcribe",
+            file=("a.flac", long),
+            stream=True,
+            response_format="verbose_json",
+            timestamp_granularities=["word", "segment"],
+        )
+    )
+    segments = [event for event in told if event.type == "transcript.text.segment"]
+    done = told[-1]
+    assert " ".join(event.text for event in segments) == done.text == " ".join(SEVERAL)
+    assert [event.id for event in segments] == [str(n) for n in range(len(segments))]
+    times = [time for event in segments for time in (event.start, event.end)]
+    assert times == sorted(times) and times[0] >= 0 and times[-1] <= duration(long)
+    assert told.index(segments[0]) < len(told) - 4, "not only at the end"
+    assert [(one["start"], one["end"]) for one in done.segments] == list(
+        zip(times[::2], times[1::2], strict=True)
+    )
+    assert done.usage.output_tokens > 10 < done.usage.input_token_details.audio_tokens
+    assert done.languages[0].code == "en" and len(done.words) == len(done.text.split())
+
+
+@pytest.fixture(scope="module")
+def pauses(wave, write):
+    """A file with a second and a half of silence around each sentence."""
+    quiet = np.zeros(24_000, np.float32)
+    return write(np.concatenate([quiet, *(part for s in SEVERAL for part in (wave(s), quiet))]))
+
+
+def turns(service, file, **strategy):
+    """When the parts begin that a file is cut into, seconds; and what is said in it."""
+    fields = {f"chunking_strategy[{name}]": value for name, value in strategy.items()}
+    asked = {"response_format": "verbose_json", **fields}
+    told = service.transcribe(file, **asked).json()
+    return sorted({one["seek"] / 100 for one in told["segments"]}), told["text"]
+
+
+def test_an_upload_is_cut_where_the_caller_says_that_a_silence_is_long_enough(service, pauses):
+    begun, text = turns(service, pauses, type="server_vad", silence_duration_ms=700)
+    assert text == " ".join(SEVERAL) and len(begun) == 3
+    assert begun[0] > 1, "the silence before is in no part"
+    earlier, text = turns(
+        service, pauses, type="server_vad", silence_duration_ms=700, prefix_padding_ms=1000
+    )
+    assert text == " ".join(SEVERAL)
+    assert np.subtract(begun, earlier) == pytest.approx([0.7] * 3, abs=0.05)
+    assert turns(service, pauses, type="server_vad", threshold=1)[1] == ""
+
+
+def test_openais_client_and_curl_cut_alike(client, service, pauses, tmp_path):
+    (tmp_path / "a.flac").write_bytes(pauses)
+    strategy = {"type": "server_vad", "silence_duration_ms": 700, "prefix_padding_ms": 200}
+    command = ["curl", "-sS", "--fail", "-m", "60", "-F", f"file=@{tmp_path / 'a.flac'}"]
+    command += ["-F", f"chunking_strategy={json.dumps(strategy)}", "-F", "include[]=logprobs"]
+    command += ["-F", "response_format=verbose_json", f"{service.url}/v1/audio/transcriptions"]
+    raw = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    told = client.audio.transcriptions.create(
+        model="whisper-1",
+        file=tmp_path / "a.flac",
+        chunking_strategy=strategy,
+        response_format="verbose_json",
+    )
+    assert told.text == raw["text"] == " ".join(SEVERAL)
+    assert [one.seek for one in told.segments] == [one["seek"] for one in raw["segments"]]
+    assert "".join(one["token"] for one in raw["logprobs"]) == raw["text"]
+    streamed = client.audio.transcriptions.create(
+        model="whisper-1", file=tmp_path / "a.flac", chunking_strategy=strategy, stream=True
+    )
+    assert list(streamed)[-1].text == told.text
+
+
 @pytest.mark.parametrize("kind", ["text", "srt", "vtt"])
 def test_curl_gets_text_and_subtitles(service, plain, kind, tmp_path):
     (tmp_path / "a.flac").write_bytes(plain)
@@ -242,7 +337,7 @@ def test_what_sounds_like_no_sentence_is_marked_as_unclear_and_a_sentence_is_not
 
 def test_evidence_is_only_given_to_who_asks(service, file, datastore):
     told = service.transcribe(file, datastore=datastore(NAME)).json()
-    assert set(told) == {"text", "usage"}
+    assert set(told) == {"text", "usage", "languages"}
 
 
 def test_temperature_zero_says_the_same_every_time_and_one_may_not(service, plain, file):
@@ -257,8 +352,8 @@ def test_the_models_name_and_language_may_be_given(service, plain):
 
 def test_openais_client_raises_its_own_errors(client, file):
     ask = client.audio.transcriptions.create
-    with pytest.raises(openai.NotFoundError, match="no model 'whisper-1'") as missing:
-        ask(model="whisper-1", file=("a", file))
+    with pytest.raises(openai.NotFoundError, match="no model 'whisper-2'") as missing:
+        ask(model="whisper-2", file=("a", file))
     assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
     with pytest.raises(openai.BadRequestError, match="cannot be read as audio") as unreadable:
         ask(model="mmrag", file=("a", b"not audio at all"))
@@ -285,7 +380,7 @@ def test_a_stream_that_cannot_begin_is_refused_with_a_status(service, client, fi
 @pytest.mark.parametrize(
     ("asked", "status", "code", "param"),
     [
-        ({"model": "whisper-1"}, 404, "model_not_found", "model"),
+        ({"model": "whisper-2"}, 404, "model_not_found", "model"),
         ({"language": "xx"}, 400, "unsupported_language", "language"),
         ({"temperature": "2"}, 422, "less_than_equal", "temperature"),
         ({"temperature": "nan"}, 422, "less_than_equal", "temperature"),

@@ -48,6 +48,8 @@ async def transcribe(order):
         stopped=True,
         confidence=None,
         unclear=False,
+        logps=(-0.1, -0.2),
+        heard=3,
     )
 
 
@@ -61,9 +63,9 @@ async def stored():
     return []
 
 
-def made(decoder=None, retriever=None, encoder=None, **limits):
-    """The application with these parts and limits."""
-    settings = read({"limits": {"upload_mb": 0.1, **limits}})
+def made(decoder=None, retriever=None, encoder=None, settings=None, **limits):
+    """The application with these parts, settings and limits."""
+    settings = read({"limits": {"upload_mb": 0.1, **limits}, **(settings or {})})
     api = Api.__wrapped__(
         settings,
         encoder or Handle(encode=encode),

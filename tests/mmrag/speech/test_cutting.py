@@ -1,6 +1,7 @@
 """A recording of any length is cut so that nothing of it is lost, in pauses where it has some."""
 
 import weakref
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -11,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tones import encoded, tone
 
-from mmrag.speech import audio, cutting, decoders
+from mmrag.corpora.voices.espeak import VOICES, Synthesizer
+from mmrag.speech import audio, cutting, decoders, vad
 from mmrag.speech.audio import SAMPLE_RATE
+from mmrag.speech.turns import TurnDetector
 
 
 @settings(max_examples=25, deadline=None)
@@ -166,3 +169,65 @@ def test_an_overlap_that_leaves_nothing_between_two_of_them_is_refused():
     with pytest.raises(ValueError, match="overlap"):
         list(cutting.segments(encoded(tone(1.0)), max_seconds=1.0, overlap=0.4))
     assert cutting.overlap(30.0) == 2.0 and cutting.overlap(3.0) == 1.0
+
+
+@cache
+def conversation() -> torch.Tensor:
+    """Somebody says something, and after a second and a half something else."""
+    quiet = torch.zeros(3 * SAMPLE_RATE // 2)
+    said = [
+        vad.trim(torch.from_numpy(Synthesizer().speak(text, VOICES["test"][0]).wave))[0]
+        for text in ("please call maria lopez", "what time is it in boston")
+    ]
+    return torch.cat([quiet, said[0], quiet, said[1], quiet])
+
+
+def spans(wave: torch.Tensor, **settings) -> list[tuple[int, int]]:
+    """The turns that a detector hears in a wave that it gets as a whole."""
+    events = TurnDetector(**settings).push(wave)
+    ends = [event.sample for event in events] + [len(wave)] * (len(events) % 2)
+    return list(zip(ends[::2], ends[1::2], strict=True))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"prefix_padding_ms": 0, "silence_duration_ms": 0},
+        {"prefix_padding_ms": 900, "silence_duration_ms": 700},
+        {"silence_duration_ms": 2000},
+        {"prefix_padding_ms": 10_000, "silence_duration_ms": 10_000},
+        {"threshold": 1.0},
+    ],
+)
+def test_turns_are_those_that_a_detector_hears_in_the_whole(given):
+    source = encoded(conversation().numpy(), subtype="FLOAT")
+    whole = audio.read(source)
+    found = list(cutting.turns(source, max_seconds=30.0, **given))
+    usual = {"silence_duration_ms": 200} | given
+    expected = spans(whole, **usual)
+    assert [(one.start, one.end) for one in found] == [
+        (start / SAMPLE_RATE, end / SAMPLE_RATE) for start, end in expected
+    ]
+    for one, (start, end) in zip(found, expected, strict=True):
+        assert torch.equal(one.wave, whole[start:end])
+    if not given:
+        assert len(found) == 2 and found[0].start > 1 and found[1].start > found[0].end
+
+
+def test_a_turn_that_is_too_long_is_cut_as_any_recording():
+    said = conversation()[3 * SAMPLE_RATE // 2 :]
+    source = encoded(torch.cat([said[:SAMPLE_RATE]] * 5).numpy(), subtype="FLOAT")
+    given = {"threshold": 0.1, "silence_duration_ms": 3000}
+    [(start, end)] = spans(audio.read(source), **given)
+    found = list(cutting.turns(source, max_seconds=2.0, **given))
+    whole = audio.read(source)[start:end]
+    assert len(found) > 2 and all(len(one.wave) <= 2 * SAMPLE_RATE for one in found)
+    assert torch.equal(torch.cat([one.wave for one in found]), whole)
+    shared = list(cutting.turns(source, max_seconds=2.0, overlap=0.5, **given))
+    assert all(len(one.wave) <= 2 * SAMPLE_RATE for one in shared)
+    assert all(one.end == after.start for one, after in pairwise(shared))
+
+
+def test_there_are_no_turns_where_nobody_speaks():
+    assert list(cutting.turns(encoded(np.zeros(40_000, np.float32)), max_seconds=5.0)) == []
