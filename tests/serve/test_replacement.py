@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from service_process import serving
 
 from cluster.progress import METRICS
-from cluster.registry import ALIAS, register
+from cluster.registry import ALIAS
 from jobs import register
 from mmrag import artifact, shipped
 from mmrag.config import Tracking
