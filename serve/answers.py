@@ -58,6 +58,16 @@ class Answer:
     transcribed: list[TranscribedSegment] = field(default_factory=list)
     _segments: list[schema.Segment] = field(default_factory=list)
 
+    @property
+    def text(self) -> str:
+        """The transcript so far."""
+        return " ".join(one.text for one in self._heard() if one.text)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were chosen for it."""
+        return sum(len(one.tokens) for one in self._heard())
+
     def add(self, one: TranscribedSegment) -> None:
         """The next segment is complete."""
         self.transcribed.append(one)
@@ -74,7 +84,7 @@ class Answer:
             del fields["languages"]  # that type has `language`
             return JSONResponse(_shown(schema.VerboseTranscription, fields))
         if kind == "text":
-            return PlainTextResponse(self._text() + "\n")
+            return PlainTextResponse(self.text + "\n")
         write = captions.srt if kind == "srt" else captions.vtt
         cues = [cue for one in self._heard() for cue in captions.cues(one.words)]
         media_type = "application/x-subrip" if kind == "srt" else "text/vtt"
@@ -89,7 +99,7 @@ class Answer:
             if not self.form.logprobs:
                 yield _shown(schema.Delta, {"delta": part})
             return
-        before, known = " " if self._text() else "", len(self._segments)
+        before, known = " " if self.text else "", len(self._segments)
         self.add(part)
         if self.form.logprobs and part.result and part.result.text:
             logprobs = token_logprobs(part.result, self.vocabulary, before)
@@ -112,7 +122,7 @@ class Answer:
         counted = self._duration() if self.settings.usage == "duration" else self._tokens()
         codes = dict.fromkeys(self._codes())
         fields: dict[str, Any] = {
-            "text": self._text(),
+            "text": self.text,
             "usage": counted,
             "languages": [schema.Language(code=one) for one in codes],
         }
@@ -172,9 +182,6 @@ class Answer:
     def _heard(self) -> list[DecodeResult]:
         return [one.result for one in self.transcribed if one.result]
 
-    def _text(self) -> str:
-        return " ".join(one.text for one in self._heard() if one.text)
-
     def _words(self) -> list[Word]:
         return [word for one in self._heard() for word in one.words]
 
@@ -191,11 +198,10 @@ class Answer:
 
     def _tokens(self) -> schema.TokenUsage:
         heard = sum(one.heard for one in self._heard())
-        made = sum(len(one.tokens) for one in self._heard())
         return schema.TokenUsage(
             input_tokens=heard,
-            output_tokens=made,
-            total_tokens=heard + made,
+            output_tokens=self.tokens,
+            total_tokens=heard + self.tokens,
             input_token_details=schema.InputTokens(audio_tokens=heard),
         )
 

@@ -76,7 +76,7 @@ class Transcriptions:
             else:
                 for one in await self._pipeline.complete(data, build, chunking):
                     answer.add(one)
-                self._count(seconds, started)
+                self._count(answer, started)
                 response = answer.response()
         response.headers.update(forms.warning(request))
         return response
@@ -115,14 +115,14 @@ class Transcriptions:
                 async for part in self._pipeline.transcribe(data, build, chunking):
                     for event in answer.events(part):
                         yield _event(event)
-            self._count(answer.seconds, started)
+            self._count(answer, started)
             yield _event(answer.done())
         except Exception as error:  # the status is sent: what is left is to say so
             yield _event(errors.body(errors.explained(error)))
 
-    def _count(self, seconds: float, started: float) -> None:
-        self._audio.inc(seconds)
-        self._factor.observe((time.perf_counter() - started) / max(seconds, 1e-3))
+    def _count(self, answer: Answer, started: float) -> None:
+        self._audio.inc(answer.seconds)
+        self._factor.observe((time.perf_counter() - started) / max(answer.seconds, 1e-3))
 
 
 def _event(fields: dict[str, Any]) -> str:
