@@ -58,6 +58,16 @@ class Answer:
     transcribed: list[TranscribedSegment] = field(default_factory=list)
     _segments: list[schema.Segment] = field(default_factory=list)
 
+    @property
+    def text(self) -> str:
+        """The transcript so far."""
+        return " ".join(one.text for one in self._heard() if one.text)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were chosen for it."""
+        return sum(len(one.tokens) for one in self._heard())
+
     def add(self, one: TranscribedSegment) -> None:
         """The next segment is complete."""
         self.transcribed.append(one)
@@ -172,10 +182,6 @@ class Answer:
     def _heard(self) -> list[DecodeResult]:
         return [one.result for one in self.transcribed if one.result]
 
-    @property
-    def text(self) -> str:
-        return " ".join(one.text for one in self._heard() if one.text)
-
     def _words(self) -> list[Word]:
         return [word for one in self._heard() for word in one.words]
 
@@ -192,11 +198,10 @@ class Answer:
 
     def _tokens(self) -> schema.TokenUsage:
         heard = sum(one.heard for one in self._heard())
-        made = sum(len(one.tokens) for one in self._heard())
         return schema.TokenUsage(
             input_tokens=heard,
-            output_tokens=made,
-            total_tokens=heard + made,
+            output_tokens=self.tokens,
+            total_tokens=heard + self.tokens,
             input_token_details=schema.InputTokens(audio_tokens=heard),
         )
 

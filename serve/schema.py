@@ -191,7 +191,7 @@ class Done(Transcription):
     duration: float
 
 
-class VerboseDone(Done, VerboseTranscription):
+class VerboseDone(VerboseTranscription, Done):
     """The same with times."""
 
 

@@ -129,8 +129,7 @@ class Transcriptions:
             yield _event(errors.body(errors.explained(error)))
 
     def _count(self, request: Request, answer: Answer, started: float) -> None:
-        tokens = sum(len(one.result.tokens) for one in answer.transcribed if one.result)
-        request.state.quotas.tokens(request.state.caller, tokens)
+        request.state.quotas.tokens(request.state.caller, answer.tokens)
         if self._settings.logs.transcripts:
             log.warning("transcript: %s", answer.text)
         self._audio.inc(answer.seconds)

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from mmrag import shipped
 from mmrag.model.vocabulary import Vocabulary
 from mmrag.model.whisper import EncodedAudio
-from mmrag.records import Units
+from mmrag.records import Units, Word
 from serve.answers import Answer, token_logprobs
 from serve.forms import TranscriptionForm
-from serve.messages import DecodeResult
-from serve.pipeline import TranscribedSegment, told
+from serve.messages import DecodeResult, OutputOptions
+from serve.pipeline import TranscribedSegment, _kept, told
 from serve.settings import read
 
 VOCABULARY = Vocabulary.load(shipped.find(shipped.TINY) / "lm")
@@ -123,3 +123,14 @@ def test_a_model_that_finds_out_the_language_is_told_which_it_may_be():
     single = replace(wide, language=None)
     units = Units(np.arange(3), np.ones(3, int))
     assert told(single, ("en",)) is single and told(units, ("en",)) is units
+
+
+def test_of_a_segment_that_shares_words_only_those_that_count_have_tokens():
+    tokens = VOCABULARY.encode("please call priya on friday")
+    ends = tuple(end for _, end in VOCABULARY.word_ends(tokens))
+    words = tuple(Word(text, 1.0, 1.0) for text in "please call priya on friday".split())
+    whole = replace(result(tokens), words=words, ends=ends)
+    made = _kept(TranscribedSegment(0, 4, whole), OutputOptions(), slice(1, 4)).result
+    assert made.text == "call priya on"
+    assert made.logps == whole.logps[ends[0] : ends[3]]
+    assert "".join(one.token for one in token_logprobs(made, VOCABULARY)) == made.text

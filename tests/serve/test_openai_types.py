@@ -322,6 +322,8 @@ def test_every_event_of_a_stream_is_one_of_openais(second, form, logprobs):
     if form == "text" and logprobs:
         return
     given = {"stream": "true", "response_format": form}
+    if form == "verbose_json":
+        given["timestamp_granularities[]"] = EVERYTHING["timestamp_granularities[]"]
     given |= {"include[]": "logprobs"} if logprobs else {}
     answer = client(application()).post(TRANSCRIBE, files=second, data=given)
     events = [json.loads(line[6:]) for line in answer.text.splitlines() if line]
