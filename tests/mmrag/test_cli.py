@@ -678,7 +678,7 @@ def test_phrases_are_written_as_their_file_says(tmp_path, monkeypatch, capsys):
         told[weight] = json.loads(said.out)
     assert told[1]["text"] == "please call Priya R. Tomorrow"
     assert [word["text"] for word in told[1]["words"]] == told[1]["text"].split()
-    assert "Priya" not in told[0]["text"] and told[0]["text"].endswith("Tomorrow")
+    assert "Priya" not in told[0]["text"]
 
 
 @pytest.mark.parametrize(
