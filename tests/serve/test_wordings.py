@@ -194,3 +194,26 @@ def test_the_command_puts_entries_in_and_previews_them(service, file, datastore,
     clip.write_bytes(file)
     said = call("transcribe", clip, "--phrases", lines, "--url", service.url, "--json")
     assert json.loads(said)["text"] == SHOWN
+
+
+WRITTEN = {"A1C": "a one c", "O'Brien-Smith": "o'brien smith", "Zoë": "zoe", "5-HTP": "five htp"}
+SAID = {"A1C": "A one C", "O'Brien-Smith": "O'Brien-Smith", "Zoë": "Zoe", "5-HTP": "five-HTP"}
+
+
+def test_digits_capitals_hyphens_apostrophes_and_accents_are_said_found_and_written(
+    service, clip, datastore
+):
+    name = datastore(*WRITTEN)
+    asked = {"entries": list(WRITTEN)}
+    previews = service.request("POST", f"/v1/datastores/{name}/preview", json=asked).json()["data"]
+    for one in previews:
+        assert (one["writes"], one["shows"]) == (WRITTEN[one["text"]], one["text"])
+        assert one["heard"][0]["sentence"] == f"please call {SAID[one['text']]} today"
+    for given in WRITTEN:
+        query = {"text": f"please call {given} today", "k": 1}
+        found = service.request("POST", f"/v1/datastores/{name}/search", json=query).json()["data"]
+        assert given in {near["document"] for one in found for near in one["neighbours"]}
+    for given in WRITTEN:
+        answer = service.transcribe(clip("send a message to Zoe now"), context=given)
+        assert answer.status_code == 200, answer.text
+        assert (given in answer.json()["text"].split()) == (given == "Zoë")

@@ -129,6 +129,8 @@ VOICES: dict[str, tuple[Voice, ...]] = {
 """Who speaks which splits. No voice, and no variant (the part after the plus), is in two rows."""
 
 
+REGIONAL = ("es-419", "fr-be", "fr-ch", "pt-br")
+"""Voices of a region, of languages other than English."""
 ABROAD = ("m1", "m7", "f1", "f3")
 """Variants that speak other languages."""
 
@@ -146,7 +148,7 @@ def speaking(language: str | None, split: str, draw: Random) -> Voice:
     of the region if there are such; else a variant of espeak-ng's voice of that language."""
     code, _, region = (language or "en").lower().replace("_", "-").partition("-")
     if code != "en":
-        name = f"{code}-{region}" if region else code
+        name = f"{code}-{region}" if f"{code}-{region}" in REGIONAL else code
         variant = draw.choice(ABROAD)
         return Voice(f"{name}-{variant}", f"{name}+{variant}", draw.randint(40, 60), 165)
     regional = [voice for voice in VOICES["train"] if voice.name.startswith(f"en-{region}")]
