@@ -82,7 +82,7 @@ class ResolvedDatastore:
     phrases: Path | None = None
     """Where it lies, if its documents are phrases."""
     tenant: str = ""
-    """Something that only datastores of the same tenant share."""
+    """Whose it is."""
 
 
 @dataclass(frozen=True)

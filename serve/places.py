@@ -1,4 +1,4 @@
-"""Places for what is done at a time, shared among tenants: whoever has much leaves room for others."""
+"""Places for what is done at a time, shared among tenants: who has much leaves room for others."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ from serve.messages import (
 )
 from serve.model import described, retrieval_defaults, tuned_below
 from serve.settings import Settings
-from serve.tenants import DEFAULT, directory_of, own_name, place_of, tenant_of
+from serve.tenants import DEFAULT, directory_of, own_name, place_of, tenant_at, tenant_of
 
 KEPT_OPEN = 500
 """Datastores in the pool that a replica has open itself: each maps a dozen files a segment."""
@@ -378,7 +378,7 @@ class Retriever:
         listed = are_phrases(datastore, self._vocabulary, [document for document, _ in documents])
         found = key, uid, retriever, chosen.knn, chosen.both, read, whole
         phrases = datastore.directory if listed else None
-        return ResolvedDatastore(*found, phrases, datastore.directory.parent.name)
+        return ResolvedDatastore(*found, phrases, tenant_at(self._root, datastore.directory))
 
     def _require_room(self, name: str, room: Room | None, more: int = 0) -> None:
         """Raises DatastoreExists, InvalidRequest where there are as many as there may be, and
