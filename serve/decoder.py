@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from ray.serve import metrics
 
 from mmrag.config import RetrievalMode
 from mmrag.contents import Lookup, near
-from mmrag.corpora.voices.espeak import Synthesizer
 from mmrag.decoding.align import align
 from mmrag.decoding.decode import Clip, Hypothesis
 from mmrag.decoding.engine import Decoded, Engine, Statistics
@@ -28,13 +27,15 @@ from mmrag.model.prepared import prepare
 from mmrag.recogniser import load_decoder, load_encoder
 from mmrag.records import Retriever, Transcript, Word
 from mmrag.retrieval.datastore import Datastore
+from mmrag.retrieval.display import Display
 from mmrag.retrieval.entries import read_entries
 from mmrag.retrieval.interpolation import Retrieval
 from mmrag.retrieval.memory import AttentionSource, WindowCache
 from mmrag.retrieval.phrases import WINDOW, Phrases
 from mmrag.retrieval.retrievers import SECOND, JoinedRetriever, SubsetRetriever
 from mmrag.retrieval.segment import Description, Segment
-from mmrag.retrieval.shortlist import SHORTLIST, Remembered, Shortlist
+from mmrag.retrieval.shortlist import SHORTLIST, Shortlist
+from mmrag.retrieval.weights import Weights
 from mmrag.speech.tokenized import Tokenized
 from mmrag.transcribe import judged, words
 from serve import logs, probe
@@ -46,6 +47,7 @@ from serve.messages import (
     ResolvedDatastore,
 )
 from serve.model import device, language, locate, retrieval_defaults, tuned_below
+from serve.pronouncing import Pronouncing
 from serve.settings import RetrievalDefaults, Settings
 
 log = logging.getLogger("ray.serve")
@@ -58,7 +60,7 @@ KEPT = 32
 class RetrievalSources:
     """What one datastore or list offers a clip."""
 
-    source: Retriever
+    source: Retriever | None
     votes: dict[RetrievalMode, Retrieval]
     """How neighbours vote, by mode."""
     attention: AttentionSource | None
@@ -66,6 +68,8 @@ class RetrievalSources:
     """What may be made a shortlist of; None where that is no list of phrases alone."""
     many: bool = False
     """Whether they are too many to be read whole."""
+    display: Display = field(default_factory=Display)
+    """How its entries are written."""
 
     def given(self, shortlist: Shortlist, text: str, mode: RetrievalMode) -> RetrievalSources:
         """What is offered to a clip whose transcript without it is `text`."""
@@ -99,8 +103,7 @@ class Decoder:
         self._window_caches: OrderedDict[str, WindowCache] = OrderedDict()
         self._shortlists: OrderedDict[str, tuple[str, asyncio.Task[Shortlist]]] = OrderedDict()
         """The last of each datastore or list, and of which of its versions it is."""
-        self._pronounced: OrderedDict[str, Remembered] = OrderedDict()
-        """Of each tenant, so that the time of an answer tells of nobody else's."""
+        self._pronouncing = Pronouncing()
         self._metrics = _EngineMetrics()
         clip = self._clip(DecodeRequest(self._probe), None)
         self._expected = self._engine.submit(clip).future.result().hypothesis.tokens
@@ -127,10 +130,10 @@ class Decoder:
         clip = self._clip(request, sources)
         job = self._engine.submit(clip, self._settings.decode.agreement, report)
         job.future.add_done_callback(lambda _: report(None))
-        sent = ""
+        sent, display = "", sources.display if sources else Display()
         try:
             while (tokens := await news.get()) is not None:
-                text = self._models.vocabulary.decode(tokens)
+                text = display.settled(self._models.vocabulary.decode(tokens))
                 if text.startswith(sent) and text != sent:
                     yield text[len(sent) :]
                     sent = text
@@ -138,8 +141,9 @@ class Decoder:
         finally:
             job.cancel()
             self._metrics.record(self._engine.statistics)
-        if result.text.startswith(sent) and result.text != sent:
-            yield result.text[len(sent) :]
+        text = result.shown().text
+        if text.startswith(sent) and text != sent:
+            yield text[len(sent) :]
         yield result
 
     async def entries(self, spoken: list[Tokenized], kind: str) -> Segment:
@@ -225,7 +229,7 @@ class Decoder:
         found = request.datastore
         place, version = (found.uid, found.key) if found else (request.phrases.key, "")
         if self._shortlists.get(place, (None,))[0] != version:
-            pronounce = self._pronounce_for((found or request.phrases).tenant)
+            pronounce = self._pronouncing.of((found or request.phrases).tenant)
             making = asyncio.to_thread(lambda: Shortlist.of(phrases(), pronounce, SHORTLIST))
             self._shortlists[place] = version, asyncio.create_task(making)
         _, made = _freshen(self._shortlists, place)
@@ -235,13 +239,6 @@ class Decoder:
             if self._shortlists.get(place, (None, None))[1] is made:
                 del self._shortlists[place]
             raise
-
-    def _pronounce_for(self, tenant: str) -> Remembered:
-        """What says a tenant's texts, each of them once."""
-        if tenant not in self._pronounced:
-            said = Remembered(lambda texts: Synthesizer().pronounce(texts))
-            self._pronounced[tenant] = said
-        return _freshen(self._pronounced, tenant)
 
     async def _sources_of(self, request: DecodeRequest) -> RetrievalSources | None:
         """What the request's datastore and phrases offer; the same object for the same ones, so
@@ -256,15 +253,34 @@ class Decoder:
         key = (found.key if found else "", phrases.key if phrases else "")
         if key not in self._sources:
             listed = await phrases.segment if phrases else None
-            made = self._made(found, listed)
+            worded = (
+                found and found.worded and await asyncio.to_thread(Datastore.open, found.worded)
+            )
+            display = await asyncio.to_thread(self._display, listed, worded or None)
+            made = replace(self._made(found, listed, worded or None), display=display)
             self._sources.setdefault(key, made)
         return _freshen(self._sources, key)
 
-    def _made(self, found: ResolvedDatastore | None, listed: Segment | None) -> RetrievalSources:
-        """What a datastore, a request's phrases, or both together offer."""
+    def _display(self, listed: Segment | None, worded: Datastore | None) -> Display:
+        """How the entries of a request and of a datastore are written; the request's first."""
+        display, spoken = Display(), self._models.vocabulary.spoken
+        for own in (listed and listed.wordings, worded and worded.wordings()):
+            display |= Display.of((own or {}).values(), spoken)
+        return display
+
+    def _made(
+        self, found: ResolvedDatastore | None, listed: Segment | None, worded: Datastore | None
+    ) -> RetrievalSources:
+        """What a datastore, a request's phrases, or both together offer; `worded` is the datastore
+        where any of its documents weighs more or less than others."""
+        if listed is not None and not len(listed.tokens):
+            listed = None  # all of them weigh nothing
+        if found is None and listed is None:
+            return RetrievalSources(None, {}, None)
         if listed is None:
             cache = self._models.adapter and self._cache_of(found)
-            offered = _offer(found.retriever, found, cache, found.whole)
+            weights = Weights.of(worded) if worded is not None else None
+            offered = _offer(found.retriever, found, cache, found.whole, weights)
             if found.phrases is None:
                 return offered
             directory = found.phrases
@@ -277,13 +293,14 @@ class Decoder:
         source: Retriever = SubsetRetriever(phrases, np.arange(phrases.entries))
         named = Phrases(phrases)
         whole = named.first_mentions()
+        weights = Weights.of(phrases) if found is None else Weights.of(worded, phrases)
         if found is not None:
             source = JoinedRetriever(found.retriever, source)
             small = found.whole is not None
             whole = np.concatenate((found.whole, whole + SECOND)) if small else None
         cache = self._models.adapter and self._models.window_cache(source)
         settings = found or retrieval_defaults(self._settings, self._tuned, phrases)
-        offered = _offer(source, settings, cache, whole)
+        offered = _offer(source, settings, cache, whole, weights)
         if found is not None:
             return offered
         many = len(named.names) > settings.attention.whole
@@ -323,6 +340,7 @@ class Decoder:
             mean_logp=hypothesis.logp / max(1, len(hypothesis.choices)),
             stopped=hypothesis.stopped,
             missing_shards=decoded.missing_shards,
+            display=sources.display.among(heard.text.split()) if sources else Display(),
         )
 
     async def _timed(
@@ -366,11 +384,11 @@ class _EngineMetrics:
 
     def record(self, now: Statistics) -> None:
         """Count what happened since the last time."""
-        for field, counter in self._counters.items():
-            if (more := getattr(now, field) - getattr(self._seen, field)) > 0:
+        for name, counter in self._counters.items():
+            if (more := getattr(now, name) - getattr(self._seen, name)) > 0:
                 counter.inc(more)
-        for field, gauge in self._gauges.items():
-            gauge.set(getattr(now, field))
+        for name, gauge in self._gauges.items():
+            gauge.set(getattr(now, name))
         self._seen = now
 
 
@@ -379,12 +397,14 @@ def _offer(
     settings: ResolvedDatastore | Tuned | RetrievalDefaults,
     cache: WindowCache | None,
     whole: np.ndarray | None,
+    weights: Weights | None,
 ) -> RetrievalSources:
-    votes = {"knn": Retrieval(source, settings.knn), "both": Retrieval(source, settings.both)}
+    kinds = {"knn": settings.knn, "both": settings.both}
+    votes = {kind: Retrieval(source, knn, weights) for kind, knn in kinds.items()}
     return RetrievalSources(
         source,
         votes,
-        cache and AttentionSource(cache, settings.attention, source, whole),
+        cache and AttentionSource(cache, settings.attention, source, whole, weights),
     )
 
 

@@ -17,7 +17,8 @@ from starlette.datastructures import FormData, QueryParams
 
 from mmrag.config import SLUG, RetrievalMode
 from mmrag.model.vocabulary import Vocabulary
-from serve import schema
+from mmrag.retrieval.wording import Entry
+from serve import schema, wordings
 from serve.errors import ApiError
 from serve.messages import OutputOptions
 from serve.settings import Settings
@@ -31,7 +32,10 @@ EVIDENCE = "retrieval"
 """What `include` may ask for."""
 _Texts = list[str] | None
 _Granularities = list[schema.Granularity] | None
-_CONTEXT = "phrases to listen for in this request"
+_CONTEXT = (
+    "phrases to listen for in this request: texts, or JSON objects of text, display_as, "
+    "pronunciations, weight and language"
+)
 _SHORTLIST = (
     "of many phrases, listen in each segment for so many that sound most like what was heard "
     "without them; 0: for all; else for ten, where there are more phrases than are read whole"
@@ -87,7 +91,7 @@ class TranscriptionForm:
         plain = self.response_format in ("json", "text")
         return OutputOptions(self.temperature, not plain or self.evidence, self.evidence)
 
-    def phrases(self, settings: Settings, vocabulary: Vocabulary) -> list[str]:
+    def phrases(self, settings: Settings, vocabulary: Vocabulary) -> list[Entry]:
         """What is listened for: the context, and the names that the prompt lists.
 
         A prompt is free text: what of it cannot be listened for is passed over.
@@ -95,7 +99,8 @@ class TranscriptionForm:
         limits = settings.limits
         fields = (self.context, self.context_, self.keywords, self.keywords_)
         texts = [text for field in fields for text in field or ()]
-        listed = schema.bounded_texts(texts, limits.phrases, "context[]", limits, vocabulary)
+        how = limits, vocabulary, settings.languages
+        listed = wordings.checked(texts, limits.phrases, "context[]", *how, lines=True)
         named = [
             part
             for part in schema.evened(re.split(r"[,;\n]", self.prompt or ""))
@@ -104,8 +109,10 @@ class TranscriptionForm:
             and vocabulary.refusal(part) is None
         ]
         most = limits.phrases - len(listed)
-        found = [*listed, *schema.bounded_texts(named, most, "prompt", limits, vocabulary)]
-        schema.check_length(found, "context[]", limits)
+        prompted = wordings.checked(named, most, "prompt", *how)
+        told = {one.text for one in listed}
+        found = [*listed, *(one for one in prompted if one.text not in told)]
+        wordings.check_length(found, "context[]", limits)
         return found
 
     def check(self, settings: Settings) -> None:

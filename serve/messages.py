@@ -5,7 +5,7 @@ Whatever may be large goes by reference (`handles`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from cluster.shards import ShardedRetriever
 from mmrag.config import KNN, RetrievalMode, RetrievedAttention
 from mmrag.model.whisper import EncodedAudio
 from mmrag.records import Units, Word
+from mmrag.retrieval.display import Display
 
 Encoded = Units | EncodedAudio
 """Speech as a decoder takes it: units, or the states of a Whisper's encoder."""
@@ -81,6 +82,8 @@ class ResolvedDatastore:
     """(N,) entries whose windows are read without a search, for a small datastore."""
     phrases: Path | None = None
     """Where it lies, if its documents are phrases."""
+    worded: Path | None = None
+    """Where it lies, if any of its documents says how it is written or what it weighs."""
     tenant: str = ""
     """Whose it is."""
 
@@ -164,6 +167,26 @@ class DecodeResult:
     unclear: bool
     """Whether that is too little to rely on them."""
     missing_shards: int = 0
+    display: Display = field(default_factory=Display)
+    """How the entries in it are to be written: `text` and `words` are the model's own."""
+
+    def shown(self) -> DecodeResult:
+        """The same as it is read, entries written as their owner writes them."""
+        found = self.display.met(self.text.split()) if self.display else []
+        if not found:
+            return self
+        ends, at = [], 0
+        for first, last, written in found if self.ends else []:
+            same = len(written) == last - first
+            own = self.ends[first:last] if same else [self.ends[last - 1]] * len(written)
+            ends += [*self.ends[at:first], *own]
+            at = last
+        return replace(
+            self,
+            text=self.display.of_text(self.text),
+            words=self.display.of_words(self.words),
+            ends=(*ends, *self.ends[at:]),
+        )
 
     def tokens_of(self, first: int, last: int) -> tuple[int, ...]:
         """The tokens of the words `first` to `last`."""

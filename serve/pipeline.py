@@ -23,6 +23,7 @@ from mmrag.contents import Lookup
 from mmrag.decoding.stitch import Stitcher
 from mmrag.recogniser import is_whisper
 from mmrag.records import Timed, Word
+from mmrag.retrieval.wording import Entry
 from mmrag.speech import audio, cutting
 from serve.handles import SizedHandle, by_reference
 from serve.messages import (
@@ -54,7 +55,7 @@ class TranscriptionOptions:
     """What a caller asks for besides the upload."""
 
     datastore: str | None = None
-    phrases: Sequence[str] = ()
+    phrases: Sequence[Entry] = ()
     shortlist: int | None = None
     """As in `DecodeRequest`."""
     retrieval: RetrievalMode | None = None
@@ -131,7 +132,7 @@ class Pipeline:
                 async for part in self._decoded(build(encoded)):
                     if isinstance(part, DecodeResult):
                         first = first and not part.text
-                        result = _later(part, segment.start + encoded.start)
+                        result = _later(part, segment.start + encoded.start).shown()
                         yield TranscribedSegment(segment.start, segment.end, result, encoded.speech)
                     else:
                         yield part if begun else blank + part
@@ -353,7 +354,7 @@ def _kept(
     made: TranscribedSegment, wanted: OutputOptions | None, counted: slice
 ) -> TranscribedSegment:
     """A segment with those of its words that count, and without them where only the text is
-    wanted."""
+    wanted; as it is read, which it becomes here: seams are found by the model's own words."""
     result = made.result
     if result is None or wanted is None:
         return made
@@ -370,7 +371,7 @@ def _kept(
         )
     if not (wanted.evidence or wanted.timed):
         result = replace(result, words=(), ends=())
-    return replace(made, result=result)
+    return replace(made, result=result.shown())
 
 
 def _later(result: DecodeResult, start: float) -> DecodeResult:

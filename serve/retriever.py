@@ -16,7 +16,7 @@ import shutil
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -34,12 +34,15 @@ from mmrag.config import SLUG
 from mmrag.decoding.tune import tuned
 from mmrag.retrieval import datastore as stored
 from mmrag.retrieval import upkeep
+from mmrag.retrieval.confusion import Preview, common_words, confusable, written
 from mmrag.retrieval.datastore import Datastore
+from mmrag.retrieval.display import Display
 from mmrag.retrieval.index import index_directory, save_index, saved_shards
-from mmrag.retrieval.phrases import Phrases, are_phrases
+from mmrag.retrieval.phrases import WINDOW, Phrases, are_phrases, fresh
 from mmrag.retrieval.reindexing import behind
 from mmrag.retrieval.segment import DatastoreError, Segment, join
 from mmrag.retrieval.snapshots import SnapshotError
+from mmrag.retrieval.wording import Entry, entries
 from serve import logs
 from serve.additions import Additions
 from serve.handles import by_reference
@@ -55,6 +58,7 @@ from serve.messages import (
     UnknownDatastore,
 )
 from serve.model import described, retrieval_defaults, tuned_below
+from serve.pronouncing import Pronouncing
 from serve.settings import Settings
 from serve.tenants import DEFAULT, directory_of, own_name, place_of, tenant_at, tenant_of
 
@@ -91,6 +95,9 @@ class Retriever:
         logs.install(settings.logs)
         known = described(settings)
         self._keyed_by, self._vocabulary = known.keyed_by, known.vocabulary
+        self._width = known.width
+        self._words: list[str] | None = None
+        self._pronouncing = Pronouncing()
         self._additions = Additions(by_reference(encoder), self._decoder, known.vocabulary)
         self._tuned = tuned_below(settings)
         self._app = serve.get_replica_context().app_name
@@ -98,7 +105,7 @@ class Retriever:
         self._root.mkdir(parents=True, exist_ok=True)
         self._open: dict[str, OpenDatastore] = {}
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._phrases: defaultdict[str, OrderedDict[str, Segment]] = defaultdict(OrderedDict)
+        self._phrases: defaultdict[str, OrderedDict[Entry, Segment]] = defaultdict(OrderedDict)
         """Tenant -> its own, so that the time of an answer tells of nobody else's."""
         self._preload = list(settings.preload)
         self._housekeeping = Housekeeping(settings.retriever.shard_cpus, SHARD_CPUS)
@@ -142,12 +149,12 @@ class Retriever:
         return await asyncio.to_thread(_stored, self._path(name))
 
     async def create(
-        self, name: str, texts: Sequence[str], room: Room | None = None
+        self, name: str, given: Sequence[Entry], room: Room | None = None
     ) -> DatastoreSummary:
-        """Make a datastore of these texts; DatastoreExists if the name is taken, QuotaExceeded
+        """Make a datastore of these entries; DatastoreExists if the name is taken, QuotaExceeded
         where the tenant has no `room` for it."""
         self._require_room(name, room)
-        return await self._create(name, await self._additions.spoken(texts), room)
+        return await self._create(name, await self._additions.spoken(given), room)
 
     async def create_paired(
         self,
@@ -161,16 +168,19 @@ class Retriever:
         return await self._create(name, await self._additions.paired(texts, waves), room)
 
     async def add(
-        self, name: str, texts: Sequence[str], room: Room | None = None
+        self, name: str, given: Sequence[Entry], room: Room | None = None
     ) -> tuple[int, int]:
-        """Add texts, those that are there already left out: entries added, and all there are.
+        """Add entries, those that are there already left out, and those that are there with another
+        wording replaced: entries added, and all there are.
 
         When it returns, every shard knows them.
         """
         async with self._locks[name]:
             one = await self._opened(name)
-            new = [t for t in texts if not len(one.datastore.entries_of([t]))]
-            return await self._append(one, name, await self._additions.spoken(new), room)
+            new = fresh(one.datastore, given)
+            replaced = one.datastore.entries_of(each.text for each in new)
+            segments = await self._additions.spoken(new)
+            return await self._append(one, name, segments, room, replaced.tolist())
 
     async def add_paired(
         self,
@@ -184,11 +194,39 @@ class Retriever:
             one = await self._opened(name)
             return await self._append(one, name, await self._additions.paired(texts, waves), room)
 
-    async def documents(self, name: str, after: int, limit: int) -> list[tuple[str, int]]:
-        """`limit` documents, from number `after` on, with their entries; deleted ones left out."""
-        return await asyncio.to_thread(
-            lambda: _documents(Datastore.open(self._path(name)))[after : after + limit]
-        )
+    async def preview(self, name: str, given: Sequence[Entry]) -> list[Preview]:
+        """What entries would be confused with in a datastore, which stays as it is, and what the
+        model hears of them without it."""
+        async with self._locks[name]:
+            temperature = (await self._opened(name)).found.knn.temperature
+        if self._words is None:
+            self._words = await asyncio.to_thread(common_words, self._vocabulary)
+        datastore = await asyncio.to_thread(Datastore.open, self._path(name))
+        documents = [document for document, _ in await asyncio.to_thread(_documents, datastore)]
+        pronounce, previews = self._pronouncing.of(tenant_of(name)), []
+        for one in given:
+            spoken = join(await self._additions.spoken([one]))
+            among = datastore, documents, self._words, self._vocabulary, pronounce
+            found = await asyncio.to_thread(confusable, one, spoken, *among, temperature)
+            heard = await self._additions.heard(one)
+            writes = written(one, self._vocabulary)
+            shows = Display.of([one], self._vocabulary.spoken).of_text(writes)
+            previews.append(Preview(one.text, writes, shows, heard, tuple(found)))
+        return previews
+
+    async def documents(
+        self, name: str, after: int, limit: int
+    ) -> list[tuple[str, int, Entry | None]]:
+        """`limit` documents, from number `after` on, with how many entries they are, and as what
+        they were given; deleted ones left out."""
+
+        def read() -> list[tuple[str, int, Entry | None]]:
+            datastore = Datastore.open(self._path(name))
+            listed = _documents(datastore)[after : after + limit]
+            worded = datastore.wordings(document for document, _ in listed)
+            return [(document, count, worded.get(document)) for document, count in listed]
+
+        return await asyncio.to_thread(read)
 
     async def remove(self, name: str, document: str) -> tuple[int, int]:
         """Delete a document's entries: how many, and what is left. Unknown ones are none."""
@@ -228,30 +266,37 @@ class Retriever:
                 await asyncio.to_thread(one.retriever.close)
             await asyncio.to_thread(shutil.rmtree, aside, True)
 
-    async def phrases(self, phrases: Sequence[str], tenant: str = DEFAULT) -> tuple[str, Segment]:
+    async def phrases(
+        self, given: Sequence[Entry], tenant: str = DEFAULT
+    ) -> tuple[str, Segment]:
         """Phrases for one request as entries, and a digest of them and of whose they are.
 
         Each is spoken and read the first time that the tenant sends it, and kept: a request that
-        was given up goes on there when it is made again. Raises InvalidRequest for one that cannot
-        be spoken.
+        was given up goes on there when it is made again. What weighs nothing is not spoken. Raises
+        InvalidRequest for one that cannot be.
         """
-        phrases, kept = list(dict.fromkeys(phrases)), self._phrases[tenant]
-        found = {phrase: kept[phrase] for phrase in phrases if phrase in kept}
-        new = [phrase for phrase in phrases if phrase not in found]
+        given, kept = entries(given), self._phrases[tenant]
+        told = {one.text: one.spoken for one in given if one.weight > 0}
+        found = {one: kept[one] for one in told.values() if one in kept}
+        new = [one for one in told.values() if one not in found]
 
         def keep(made: dict[str, Segment]) -> None:
-            kept.update(made)
-            found.update(made)
+            spoken = {told[text]: segment for text, segment in made.items()}
+            kept.update(spoken)
+            found.update(spoken)
 
         await self._additions.phrases(new, keep)
-        if missing := [phrase for phrase in phrases if phrase not in found]:
+        if missing := [text for text, one in told.items() if one not in found]:
             raise InvalidRequest(f"nothing to listen for in {missing[0]!r}")
-        for phrase in phrases:
-            kept[phrase] = found[phrase]
-            kept.move_to_end(phrase)
+        for one in told.values():
+            kept[one] = found[one]
+            kept.move_to_end(one)
         _forget(self._phrases, REMEMBERED)
-        key = hashlib.sha256(json.dumps([tenant, phrases]).encode()).hexdigest()
-        return key, await asyncio.to_thread(join, [found[phrase] for phrase in phrases])
+        fields = json.dumps([tenant, *(one.fields() for one in given)])
+        segments = [Segment.empty(self._width, WINDOW), *(found[one] for one in told.values())]
+        joined = await asyncio.to_thread(join, segments)
+        worded = replace(joined, wordings={one.text: one for one in given})
+        return hashlib.sha256(fields.encode()).hexdigest(), worded
 
     def _path(self, name: str) -> Path:
         """The directory of a datastore; UnknownDatastore if there is none."""
@@ -377,8 +422,9 @@ class Retriever:
         key = f"{uid}-{'-'.join(map(str, version))}-{index}"
         listed = are_phrases(datastore, self._vocabulary, [document for document, _ in documents])
         found = key, uid, retriever, chosen.knn, chosen.both, read, whole
-        phrases = datastore.directory if listed else None
-        return ResolvedDatastore(*found, phrases, tenant_at(self._root, datastore.directory))
+        where = datastore.directory
+        phrases, worded = where if listed else None, where if datastore.wordings else None
+        return ResolvedDatastore(*found, phrases, worded, tenant_at(self._root, where))
 
     def _require_room(self, name: str, room: Room | None, more: int = 0) -> None:
         """Raises DatastoreExists, InvalidRequest where there are as many as there may be, and
@@ -427,23 +473,28 @@ class Retriever:
             return await asyncio.to_thread(make)
 
     async def _append(
-        self, one: OpenDatastore, name: str, segments: Sequence[Segment], room: Room | None
+        self,
+        one: OpenDatastore,
+        name: str,
+        segments: Sequence[Segment],
+        room: Room | None,
+        instead_of: Sequence[int] = (),
     ) -> tuple[int, int]:
         before = one.datastore.entries
         if segments:
-            more = _entries(segments)
+            more = _entries(segments) - len(instead_of)
             await asyncio.to_thread(self._require_entries, name, room, more)
-            await asyncio.to_thread(_publish, one.datastore.directory, segments)
+            await asyncio.to_thread(_publish, one.datastore.directory, segments, instead_of)
             await self._refreshed(one, name)
             self._housekeeping.tidy(one.datastore.directory)
         return one.datastore.entries - before, _count(one.datastore)
 
 
-def _publish(directory: Path, segments: Sequence[Segment]) -> None:
+def _publish(directory: Path, segments: Sequence[Segment], instead_of: Sequence[int] = ()) -> None:
     if segments:
         name = f"added-{uuid4().hex}"
         stored.write_segment(directory, name, join(segments))
-        stored.publish(directory, [name])
+        stored.publish(directory, [name], instead_of)
 
 
 def _digest(*about: object) -> str:
@@ -467,7 +518,7 @@ def _count(datastore: Datastore) -> int:
     return datastore.entries - len(datastore.deleted)
 
 
-def _forget(kept: dict[str, OrderedDict[str, Segment]], most: int) -> None:
+def _forget(kept: dict[str, OrderedDict[Any, Segment]], most: int) -> None:
     """Drop what is more than may be kept, the oldest first, of whoever has the most: nobody's load
     drops what another has met."""
     for _ in range(sum(map(len, kept.values())) - most):

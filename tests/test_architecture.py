@@ -30,8 +30,9 @@ WINGS = {
         "pretraining", "units", "tokenized",
     ],
     "corpora": [
-        "voices.speech", "voices.phones", "voices.espeak", "voices.kokoro", "voices.flite",
-        "voices.engines", "augment", "ids", "manifest", "grammar", "sentences", "synthetic",
+        "voices.speech", "voices.phones", "voices.ipa", "voices.espeak", "voices.kokoro",
+        "voices.flite", "voices.engines", "augment", "ids", "manifest", "grammar", "sentences",
+        "synthetic",
         "recordings", "pronunciation", "spanish", "splits", "slue_voxpopuli", "spoken_squad",
         "passages", "librispeech_biasing", "kaldi", "lhotse_cuts", "huggingface", "sources",
     ],
@@ -42,11 +43,12 @@ WINGS = {
         "whisper_cache", "whisper", "whisper_training",
     ],
     "retrieval": [
-        "segment", "mapped", "tensors", "columns", "stored", "local", "datastore", "snapshots",
-        "compaction", "verify", "gpu", "scalar", "ivf", "sizing", "held_out", "index",
-        "reindexing", "retrievers", "knn",
+        "wording", "segment", "mapped", "tensors", "columns", "stored", "wordings", "local",
+        "datastore",
+        "snapshots", "compaction", "verify", "gpu", "scalar", "ivf", "sizing", "held_out", "index",
+        "reindexing", "retrievers", "weights", "knn",
         "interpolation", "recent", "lookup", "overlap", "searching", "memory", "entries", "phrases",
-        "upkeep", "shortlist", "contexts",
+        "display", "upkeep", "shortlist", "confusion", "contexts",
     ],
     "decoding": [
         "confidence", "boost", "hypotheses", "candidates", "beams", "rows", "decode", "guard",

@@ -16,8 +16,8 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from serve import retriever as retrievers
-from serve.decoder import Decoder
 from serve.messages import UnknownDatastore
+from serve.pronouncing import TENANTS, Pronouncing
 from serve.tenants import Tenant, directory_of, own_name, place_of, tenant_at, tenant_of
 
 KEYS = """
@@ -129,22 +129,25 @@ def test_a_phrase_that_one_tenant_sent_is_new_to_the_other(monkeypatch):
 
     class Additions:
         async def phrases(self, new, keep):
-            spoken.append(list(new))
-            keep(dict.fromkeys(new, "a segment"))
+            spoken.append([one.text for one in new])
+            keep({one.text: "a segment" for one in new})
 
-    monkeypatch.setattr(retrievers, "join", lambda segments: segments)
+    monkeypatch.setattr(retrievers, "join", lambda segments: segments[0])
     owner = retrievers.Retriever.__new__(retrievers.Retriever)
     owner._phrases, owner._additions = defaultdict(OrderedDict), Additions()
+    owner._width = 4
     keys = [asyncio.run(owner.phrases(["olaf"], whose))[0] for whose in ("acme", "acme", "globex")]
     assert spoken == [["olaf"], [], ["olaf"]]
     assert keys[0] == keys[1] != keys[2]
 
 
 def test_each_tenants_phrases_are_pronounced_for_it_alone():
-    owner = Decoder.__new__(Decoder)
-    owner._pronounced = OrderedDict()
-    acme = owner._pronounce_for("acme")
-    assert owner._pronounce_for("acme") is acme is not owner._pronounce_for("globex")
+    pronouncing = Pronouncing()
+    acme = pronouncing.of("acme")
+    assert pronouncing.of("acme") is acme is not pronouncing.of("globex")
+    for other in range(TENANTS):
+        pronouncing.of(f"tenant {other}")
+    assert pronouncing.of("acme") is not acme, "not of all of them for ever"
 
 
 def test_nobodys_load_drops_what_another_has_met():
