@@ -266,9 +266,7 @@ class Retriever:
                 await asyncio.to_thread(one.retriever.close)
             await asyncio.to_thread(shutil.rmtree, aside, True)
 
-    async def phrases(
-        self, given: Sequence[Entry], tenant: str = DEFAULT
-    ) -> tuple[str, Segment]:
+    async def phrases(self, given: Sequence[Entry], tenant: str = DEFAULT) -> tuple[str, Segment]:
         """Phrases for one request as entries, and a digest of them and of whose they are.
 
         Each is spoken and read the first time that the tenant sends it, and kept: a request that
