@@ -20,7 +20,6 @@ from ray.serve import metrics
 from mmrag.artifact import ArtifactError
 from mmrag.config import RetrievalMode
 from mmrag.contents import Lookup, near
-from mmrag.corpora.voices.espeak import Synthesizer
 from mmrag.decoding.align import align
 from mmrag.decoding.decode import Clip, Hypothesis
 from mmrag.decoding.engine import Decoded, Engine, Job, Statistics
@@ -37,7 +36,7 @@ from mmrag.retrieval.memory import AttentionSource, WindowCache
 from mmrag.retrieval.phrases import WINDOW, Phrases
 from mmrag.retrieval.retrievers import SECOND, JoinedRetriever, SubsetRetriever
 from mmrag.retrieval.segment import Description, Segment
-from mmrag.retrieval.shortlist import SHORTLIST, Remembered, Shortlist
+from mmrag.retrieval.shortlist import SHORTLIST, Shortlist
 from mmrag.retrieval.weights import Weights
 from mmrag.speech.tokenized import Tokenized
 from mmrag.transcribe import judged, words
@@ -50,6 +49,7 @@ from serve.messages import (
     ResolvedDatastore,
 )
 from serve.model import device, language, locate, retrieval_defaults, tuned_below
+from serve.pronouncing import Pronouncing
 from serve.settings import RetrievalDefaults, Settings
 
 log = logging.getLogger("ray.serve")
@@ -105,8 +105,7 @@ class Decoder:
         self._window_caches: OrderedDict[str, WindowCache] = OrderedDict()
         self._shortlists: OrderedDict[str, tuple[str, asyncio.Task[Shortlist]]] = OrderedDict()
         """The last of each datastore or list, and of which of its versions it is."""
-        self._pronounced: OrderedDict[str, Remembered] = OrderedDict()
-        """Of each tenant, so that the time of an answer tells of nobody else's."""
+        self._pronouncing = Pronouncing()
         self._metrics = _EngineMetrics()
         self._expected = self._transcribed(None)
         self._warm_up()
@@ -272,7 +271,7 @@ class Decoder:
         found = request.datastore
         place, version = (found.uid, found.key) if found else (request.phrases.key, "")
         if self._shortlists.get(place, (None,))[0] != version:
-            pronounce = self._pronounce_for((found or request.phrases).tenant)
+            pronounce = self._pronouncing.of((found or request.phrases).tenant)
             making = asyncio.to_thread(lambda: Shortlist.of(phrases(), pronounce, SHORTLIST))
             self._shortlists[place] = version, asyncio.create_task(making)
         _, made = _freshen(self._shortlists, place)
@@ -282,13 +281,6 @@ class Decoder:
             if self._shortlists.get(place, (None, None))[1] is made:
                 del self._shortlists[place]
             raise
-
-    def _pronounce_for(self, tenant: str) -> Remembered:
-        """What says a tenant's texts, each of them once."""
-        if tenant not in self._pronounced:
-            said = Remembered(lambda texts: Synthesizer().pronounce(texts))
-            self._pronounced[tenant] = said
-        return _freshen(self._pronounced, tenant)
 
     async def _sources_of(self, request: DecodeRequest) -> RetrievalSources | None:
         """What the request's datastore and phrases offer; the same object for the same ones, so

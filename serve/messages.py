@@ -82,10 +82,10 @@ class ResolvedDatastore:
     """(N,) entries whose windows are read without a search, for a small datastore."""
     phrases: Path | None = None
     """Where it lies, if its documents are phrases."""
-    tenant: str = ""
-    """Something that only datastores of the same tenant share."""
     worded: Path | None = None
     """Where it lies, if any of its documents says how it is written or what it weighs."""
+    tenant: str = ""
+    """Whose it is."""
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,8 @@ class _Request:
         await self._send(message)
 
     def _complete(self, headers: MutableHeaders) -> None:
-        secure(headers, self.scope["path"], self.headers.get("host", ""))
+        asked = self.scope.get("method", "GET"), self.scope["path"]
+        secure(headers, *asked, self.headers.get("host", ""))
         origins.mark(headers, self.headers, self._access.cors)
         if not self._access.numbered:
             headers[HEADER] = self._id

@@ -31,7 +31,6 @@ from cluster.shards import ShardedRetriever, serve_shards
 from mmrag import durable
 from mmrag.artifact import ArtifactError
 from mmrag.config import SLUG
-from mmrag.corpora.voices.espeak import Synthesizer
 from mmrag.decoding.tune import tuned
 from mmrag.retrieval import datastore as stored
 from mmrag.retrieval import upkeep
@@ -42,7 +41,6 @@ from mmrag.retrieval.index import index_directory, save_index, saved_shards
 from mmrag.retrieval.phrases import WINDOW, Phrases, are_phrases, fresh
 from mmrag.retrieval.reindexing import behind
 from mmrag.retrieval.segment import DatastoreError, Segment, join
-from mmrag.retrieval.shortlist import Remembered
 from mmrag.retrieval.snapshots import SnapshotError
 from mmrag.retrieval.wording import Entry, entries
 from serve import logs
@@ -60,8 +58,9 @@ from serve.messages import (
     UnknownDatastore,
 )
 from serve.model import described, retrieval_defaults, tuned_below
+from serve.pronouncing import Pronouncing
 from serve.settings import Settings
-from serve.tenants import DEFAULT, directory_of, own_name, place_of, tenant_of
+from serve.tenants import DEFAULT, directory_of, own_name, place_of, tenant_at, tenant_of
 
 KEPT_OPEN = 500
 """Datastores in the pool that a replica has open itself: each maps a dozen files a segment."""
@@ -98,7 +97,7 @@ class Retriever:
         self._keyed_by, self._vocabulary = known.keyed_by, known.vocabulary
         self._width = known.width
         self._words: list[str] | None = None
-        self._pronounce = Remembered(lambda texts: Synthesizer().pronounce(texts))
+        self._pronouncing = Pronouncing()
         self._additions = Additions(by_reference(encoder), self._decoder, known.vocabulary)
         self._tuned = tuned_below(settings)
         self._app = serve.get_replica_context().app_name
@@ -207,10 +206,10 @@ class Retriever:
             self._words = await asyncio.to_thread(common_words, self._vocabulary)
         datastore = await asyncio.to_thread(Datastore.open, self._path(name))
         documents = [document for document, _ in await asyncio.to_thread(_documents, datastore)]
-        previews = []
+        pronounce, previews = self._pronouncing.of(tenant_of(name)), []
         for one in given:
             spoken = join(await self._additions.spoken([one]))
-            among = datastore, documents, self._words, self._vocabulary, self._pronounce
+            among = datastore, documents, self._words, self._vocabulary, pronounce
             found = await asyncio.to_thread(confusable, one, spoken, *among, temperature)
             heard = await self._additions.heard(one)
             writes = written(one, self._vocabulary)
@@ -426,7 +425,7 @@ class Retriever:
         found = key, uid, retriever, chosen.knn, chosen.both, read, whole
         where = datastore.directory
         phrases, worded = where if listed else None, where if datastore.wordings else None
-        return ResolvedDatastore(*found, phrases, where.parent.name, worded)
+        return ResolvedDatastore(*found, phrases, worded, tenant_at(self._root, where))
 
     def _require_room(self, name: str, room: Room | None, more: int = 0) -> None:
         """Raises DatastoreExists, InvalidRequest where there are as many as there may be, and

@@ -31,12 +31,12 @@ HEADERS = {
 HOST = re.compile(r"[a-z0-9.-]+(:\d+)?|\[[0-9a-f:]+\](:\d+)?", re.IGNORECASE)
 
 
-def secure(headers: MutableHeaders, path: str, host: str) -> None:
-    """Complete an answer's headers; `host` is where the request says that it was sent to."""
+def secure(headers: MutableHeaders, method: str, path: str, host: str) -> None:
+    """Complete the headers of an answer to a request; `host` is where it says that it was sent."""
     headers.update(HEADERS)
     policy = DOCS_POLICY if path in ("/docs", "/redoc") else POLICY
     # Not every browser counts a WebSocket to the page's own address as 'self'.
     sockets = f" ws://{host} wss://{host}" if HOST.fullmatch(host) else ""
     headers["Content-Security-Policy"] = f"{policy}; connect-src 'self'{sockets}"
-    if path.startswith("/v1/"):
+    if method == "GET" and path.startswith("/v1/"):  # nobody keeps an answer to anything else
         headers["Cache-Control"] = "no-store"

@@ -53,6 +53,11 @@ def directory_of(root: Path, tenant: str) -> Path:
     return root if tenant == DEFAULT else root / f"{MARK}{tenant}"
 
 
+def tenant_at(root: Path, directory: Path) -> str:
+    """Whose the datastore in a directory is."""
+    return DEFAULT if directory.parent == root else directory.parent.name.removeprefix(MARK)
+
+
 def place_of(root: Path, datastore: str) -> Path:
     """Where a datastore lies or would lie; UnknownDatastore for what is no name of one."""
     tenant, name = tenant_of(datastore), own_name(datastore)

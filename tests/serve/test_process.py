@@ -1,5 +1,6 @@
 """`python -m serve`: the service as people start it, with HAProxy in front, and as they stop it."""
 
+import re
 import signal
 import socket
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 import requests
 from openai import OpenAI
 from service_process import serving, start
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 from cluster.ports import free_ports
 from serve.listening import require_port
@@ -51,6 +54,24 @@ def test_only_who_has_the_key_comes_in(process, theirs, refused, clip):
     with pytest.raises(openai.AuthenticationError):
         OpenAI(base_url=f"{process.url}/v1", api_key="guess", max_retries=0).models.list()
     assert [model.id for model in theirs.models.list()] == ["mmrag"]
+
+
+def test_whatever_id_a_request_comes_with_its_answer_has_one(process):
+    for given, kept in (("order-7", True), ("a b", False), ("a" * 200, False)):
+        answer = requests.get(
+            f"{process.url}/healthz", headers={"X-Request-ID": given}, timeout=SECONDS
+        )
+        [one] = answer.raw.headers.getlist("x-request-id")
+        assert one == given if kept else re.fullmatch("[0-9a-f]{32}", one)
+
+
+def test_a_websocket_without_the_key_is_told_so_over_http(process):
+    address = process.url.replace("http", "ws") + "/v1/realtime"
+    for offered in (["realtime"], ["realtime", "openai-insecure-api-key.guess"]):
+        with pytest.raises(InvalidStatus) as refused_with, connect(address, subprotocols=offered):
+            pass
+        assert refused_with.value.response.status_code == 401
+        assert b"invalid_api_key" in refused_with.value.response.body
 
 
 def test_a_name_that_is_added_is_heard(process, theirs, clip):

@@ -56,6 +56,7 @@ class Shelf:
 
     def handle(self) -> Handle:
         names = "stored", "describe", "create", "add", "delete", "documents", "remove", "resolve"
+        names += ("preview",)
         return Handle(**{name: getattr(self, name) for name in names})
 
     def _found(self, name):
@@ -70,17 +71,21 @@ class Shelf:
     async def describe(self, name):
         return self._found(name)
 
-    async def create(self, name, texts, room):
+    async def create(self, name, entries, room):
         self.rooms.append(room)
-        self.held[name] = list(texts)
+        self.held[name] = [one.text for one in entries]
         return self._found(name)
 
-    async def add(self, name, texts, room):
+    async def add(self, name, entries, room):
         self._found(name)
-        if len(texts) > 1:
+        if len(entries) > 1:
             raise QuotaExceeded("entries", "50 of 50 entries are there already")
-        self.held[name] += texts
-        return len(texts), len(self.held[name])
+        self.held[name] += [one.text for one in entries]
+        return len(entries), len(self.held[name])
+
+    async def preview(self, name, entries):
+        self._found(name)
+        return []
 
     async def delete(self, name):
         self._found(name)
@@ -88,7 +93,7 @@ class Shelf:
 
     async def documents(self, name, after, limit):
         self._found(name)
-        return [(text, 1) for text in self.held[name]]
+        return [(text, 1, None) for text in self.held[name]]
 
     async def remove(self, name, document):
         self._found(name)
@@ -131,6 +136,8 @@ def test_anothers_datastore_is_as_one_that_is_not_there(tenants, refused, second
             asked.post(f"{one}/entries", json={"texts": ["a"]}, headers=BOSS),
             asked.delete(f"{one}/entries?document=olaf", headers=BOSS),
             asked.delete(one, headers=BOSS),
+            asked.post(f"{one}/search", json={"text": "olaf"}, headers=BOSS),
+            asked.post(f"{one}/preview", json={"entries": ["olaf"]}, headers=BOSS),
             asked.post(TRANSCRIBE, files=second, data={"datastore": name}, headers=BOSS),
         ]
         return [(one.status_code, one.text.replace(name, "NAME")) for one in tried]
@@ -376,9 +383,10 @@ def test_no_host_writes_the_policy(host):
     assert policy.endswith("connect-src 'self'")
 
 
-def test_answers_of_the_api_are_not_kept(second):
+def test_what_the_api_tells_is_not_kept():
     asked = client(made())
-    assert asked.post(TRANSCRIBE, files=second).headers["Cache-Control"] == "no-store"
+    for path in ("/v1/models", "/v1/datastores"):
+        assert asked.get(path).headers["Cache-Control"] == "no-store"
     assert "Cache-Control" not in asked.get("/page/page.js").headers
 
 

@@ -3,17 +3,22 @@ lie apart. The ingress is in this process, with keys; the deployments behind it 
 """
 
 import asyncio
+import json
 import re
 from collections import OrderedDict, defaultdict
+from pathlib import Path
 
 import pytest
 import requests
 from application import TRANSCRIBE, made, served
 from ray import serve
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 from serve import retriever as retrievers
 from serve.messages import UnknownDatastore
-from serve.tenants import Tenant, directory_of, own_name, place_of, tenant_of
+from serve.pronouncing import TENANTS, Pronouncing
+from serve.tenants import Tenant, directory_of, own_name, place_of, tenant_at, tenant_of
 
 KEYS = """
 tenants:
@@ -124,15 +129,25 @@ def test_a_phrase_that_one_tenant_sent_is_new_to_the_other(monkeypatch):
 
     class Additions:
         async def phrases(self, new, keep):
-            spoken.append(list(new))
-            keep(dict.fromkeys(new, "a segment"))
+            spoken.append([one.text for one in new])
+            keep({one.text: "a segment" for one in new})
 
-    monkeypatch.setattr(retrievers, "join", lambda segments: segments)
+    monkeypatch.setattr(retrievers, "join", lambda segments: segments[0])
     owner = retrievers.Retriever.__new__(retrievers.Retriever)
     owner._phrases, owner._additions = defaultdict(OrderedDict), Additions()
+    owner._width = 4
     keys = [asyncio.run(owner.phrases(["olaf"], whose))[0] for whose in ("acme", "acme", "globex")]
     assert spoken == [["olaf"], [], ["olaf"]]
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_each_tenants_phrases_are_pronounced_for_it_alone():
+    pronouncing = Pronouncing()
+    acme = pronouncing.of("acme")
+    assert pronouncing.of("acme") is acme is not pronouncing.of("globex")
+    for other in range(TENANTS):
+        pronouncing.of(f"tenant {other}")
+    assert pronouncing.of("acme") is not acme, "not of all of them for ever"
 
 
 def test_nobodys_load_drops_what_another_has_met():
@@ -144,6 +159,49 @@ def test_nobodys_load_drops_what_another_has_met():
     assert list(kept["acme"]) == [6, 7, 8, 9] and list(kept["globex"]) == ["a", "b"]
     retrievers._forget(kept, 6)
     assert sum(map(len, kept.values())) == 6
+
+
+def test_usage_is_counted_by_whatever_replica_and_told_at_once(service, clip, duration):
+    """Through the real ingress, and the ledger's actor behind it."""
+
+    def used():
+        told = service.request("GET", "/v1/usage").json()
+        assert told["tenant"] == "default"
+        [today, *_] = [*told["data"], dict.fromkeys(("requests", "audio_seconds", "tokens"), 0)]
+        return today
+
+    file, before = clip(SENTENCE), used()
+    service.text(file)
+    after = used()
+    assert after["requests"] == before["requests"] + 2, "each question counts too"
+    assert after["audio_seconds"] - before["audio_seconds"] == pytest.approx(duration(file))
+    assert after["tokens"] > before["tokens"]
+    [kept] = (service.directory / ".usage").glob("*.json")
+    assert kept.name == "default.json" and after["day"] in kept.read_text()
+
+
+def test_an_answer_has_its_id_once_and_so_has_every_line_of_the_log(service, second):
+    """In whatever process it is written, and without the words of the request."""
+    [retriever] = service.processes("retriever")
+    logs = [Path(one.path) for one in retriever.open_files() if one.path.endswith(".log")]
+    given = {"data": {"datastore": "never-was-there"}, "files": second}
+    answer = service.request("POST", TRANSCRIBE, headers={"X-Request-ID": "order-7"}, **given)
+    assert answer.status_code == 404 and "never-was-there" in answer.text
+    assert answer.raw.headers.getlist("x-request-id") == ["order-7"]
+    text = "".join(log.read_text() for log in logs)
+    lines = [line for line in text.splitlines() if "order-7" in line]
+    assert any("Request failed" in line for line in lines)
+    assert "UnknownDatastore" in text and "never-was-there" not in text
+
+
+def test_a_page_elsewhere_opens_no_websocket_and_is_told_why(service):
+    """Over HTTP, through whatever Ray Serve puts in front."""
+    address = service.url.replace("http", "ws") + "/v1/realtime"
+    with pytest.raises(InvalidStatus) as refused_with, connect(address, origin="https://a.b"):
+        pass
+    response = refused_with.value.response
+    assert response.status_code == 403
+    assert json.loads(response.body)["error"]["code"] == "origin_not_allowed"
 
 
 def test_the_service_tells_its_metrics_of_no_tenant(url, service, second):
@@ -173,3 +231,4 @@ def test_a_datastores_place_tells_whose_it_is(tmp_path):
     for tenant in ("acme", "default"):
         name = Tenant(tenant).datastore("names")
         assert (tenant_of(name), own_name(name)) == (tenant, "names")
+        assert tenant_at(tmp_path, place_of(tmp_path, name)) == tenant
