@@ -23,6 +23,10 @@ VARIABLES = {
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",  # for a header, and between two parts of a body
     # A connection outlives a change of the replicas: as long as limits.session_seconds.
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "14400",
+    "RAY_SERVE_HAPROXY_NBTHREAD": "2",
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # a message a request to a process in Python
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # the usual 0.1 take a twentieth of a core
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "2000",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",  # on a busy machine the usual 5 do not suffice
     "RAY_worker_niceness": "0",  # as HAProxy's, which would else be served first

@@ -123,7 +123,7 @@ class Models:
             await asyncio.sleep(self._settings.model_check_s)
             try:
                 wanted = await self._wanted()
-            except (ConnectionError, ValueError, OSError) as error:
+            except Exception as error:  # whatever it is: the watch does not end
                 log.warning("the registry is asked again later: %s", error)
                 continue
             if wanted == self._served:

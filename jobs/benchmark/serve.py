@@ -41,6 +41,8 @@ RAMP = 0.2
 """Share of a closed loop's time that is not counted: its callers start all at once."""
 DATASTORE, EVERY = "benchmark", 3
 """While processes are killed, every third request looks things up."""
+FIRST = 10
+"""Requests of a service that has just started."""
 SAMPLE_SECONDS = 0.5
 RECOVERY_SECONDS = 90
 """How long a killed process may take to come again, and an idle replica to go."""
@@ -200,7 +202,9 @@ class Serving:
         }
 
     def speed(self, service: Endpoint | None) -> dict[str, Any]:
-        """The service by itself: a lone caller, more and more of them, random arrivals."""
+        """The service by itself: its first requests, a lone caller, more and more of them, random
+        arrivals."""
+        first = self._first() if service else None
         self._load(concurrency=max(CONCURRENCIES), seconds=3)  # the first requests are slow
         progress.print("one request at a time")
         answers = self._load(concurrency=1, seconds=600, requests=self.pace.alone)
@@ -217,12 +221,19 @@ class Serving:
         answers = self._load(rate=rate, seconds=self.pace.tail)
         tail = {"rate": rate, "statuses": statuses(answers), **percentiles(answers)}
         return {
+            "first": first,
             "saturation": best,
             "levels": levels,
             "serve.p99_over_p50": tail["p99_ms"] / tail["p50_ms"],
             "tail": tail,
             "texts": {str(one.clip): one.text for one in answers if one.status == "200"},
         }
+
+    def _first(self) -> dict[str, float]:
+        """How long the first request of all takes, and later ones of the same clip."""
+        answers = self._load(concurrency=1, seconds=600, requests=FIRST, clips=self.clips.files[:1])
+        first, *more = (1e3 * one.seconds for one in answers)
+        return {"first_ms": first, "tenth_ms": more[-1], "again_ms": float(np.median(more))}
 
     def live(self) -> dict[str, Any]:
         """People who speak to the service, more and more of them."""
@@ -326,7 +337,9 @@ class Serving:
 
     def _plan(self, **how: Any) -> Plan:
         url = self._url + TRANSCRIBE
-        return Plan(url=url, clips=self.clips.files, key=self._key, seed=SEED, **how)
+        return Plan(
+            **{"url": url, "clips": self.clips.files, "key": self._key, "seed": SEED, **how}
+        )
 
     def _load(self, **how: Any) -> list[Answer]:
         with Process(LOAD, self._plan(**how)) as load:
