@@ -49,8 +49,8 @@ WINGS = {
         "upkeep", "shortlist", "contexts",
     ],
     "decoding": [
-        "confidence", "boost", "hypotheses", "candidates", "beginnings", "beams", "rows", "decode", "guard",
-        "align", "stitch", "partial", "engine", "tune",
+        "confidence", "boost", "hypotheses", "candidates", "beginnings", "beams", "rows", "decode",
+        "guard", "align", "stitch", "partial", "engine", "tune",
     ],
     "front door": ["recogniser", "transcribe", "contents", "client", "administration", "cli"],
 }  # fmt: skip
