@@ -15,7 +15,6 @@ from schemathesis.checks import not_a_server_error
 from service_process import serving
 
 from mmrag import shipped
-
 from serve.accounting import USAGE
 
 BODIES = 1000

@@ -122,7 +122,7 @@ def test_who_does_not_read_has_to_go(monkeypatch):
 
 def test_the_subprotocol_is_confirmed_where_it_is_offered(serving):
     client = serving()
-    with client.websocket_connect(PATH, subprotocols=["realtime"]) as socket:
-        assert socket.accepted_subprotocol == "realtime"
-    with client.websocket_connect(PATH) as socket:
-        assert socket.accepted_subprotocol is None
+    for offered, confirmed in ((["other", "realtime"], "realtime"), ([], None)):
+        with client.websocket_connect(PATH, subprotocols=offered) as socket:
+            assert socket.accepted_subprotocol == confirmed
+            assert socket.receive_json()["type"] == "session.created"

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -18,6 +19,7 @@ from serve.pipeline import TranscriptionOptions
 from serve.realtime import session as sessions
 from serve.realtime.load import Load
 from serve.realtime.session import STRIKES, Over, RealtimeSession
+from serve.realtime.turn import AsHeard
 
 MANUAL = {"type": "session.update", "session": {"audio": {"input": {"turn_detection": None}}}}
 COMMIT, CLEAR = {"type": "input_audio_buffer.commit"}, {"type": "input_audio_buffer.clear"}
@@ -86,11 +88,10 @@ class Client:
 
 
 @asynccontextmanager
-async def connected(load, ears=None, *, buffered=60, charge=lambda seconds: None):
+async def connected(load, ears=None, *, charge=lambda seconds: None, **given):
     told = []
-    session = RealtimeSession(
-        ears or Levels(), load, told.append, options, charge, longest=LONGEST, buffered=buffered
-    )
+    how = {"longest": LONGEST, "buffered": 60, "patience": 20} | given
+    session = RealtimeSession(ears or Levels(), load, told.append, options, charge, **how)
     session.begin()
     running = asyncio.create_task(session.run())
     try:
@@ -231,6 +232,42 @@ def test_a_word_after_a_pause_belongs_to_the_turn(load):
     assert asyncio.run(talk()).transcripts() == ["word1 word2"]
 
 
+class Abbreviated(AsHeard):
+    """`word2 word3` is written W23; as `mmrag.retrieval.display.Display` has it."""
+
+    def of_text(self, text):
+        return text.replace("word2 word3", "W23")
+
+    def settled(self, text):
+        words = text.split()[:-1]
+        return self.of_text(" ".join(words[: -(words[-1:] == ["word2"]) or None]))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_entries_are_told_as_they_are_written(load, known):
+    async def talk():
+        async with connected(load) as client:
+            writing = Abbreviated()
+            around = client.session._around
+
+            def partly(result):
+                return writing if known or result.words else AsHeard()
+
+            client.session._around = replace(around, written=partly)
+            client.send(MANUAL)
+            for level in (1, 2, 3, 4, 5):
+                client.say(level, step=0.05)
+                await asyncio.sleep(0.31)
+            client.send(COMMIT)
+            await client.settle()
+            return client
+
+    client = asyncio.run(talk())
+    [completed] = client.of("completed")
+    expected = "word1 W23 word4 word5" if known else "word1 word2 word3 word4 word5"
+    assert completed["transcript"] == client.deltas(completed["item_id"]) == expected
+
+
 def update(**transcription):
     inner = {"input": {"transcription": transcription}}
     return {"type": "session.update", "event_id": "mine", "session": {"audio": inner}}
@@ -272,6 +309,18 @@ def test_a_datastore_that_is_not_there_is_refused_and_the_old_one_stays(load):
     assert error["error"]["code"] == "datastore_not_found"
     assert client.transcripts() == ["word1"]
     assert client.session.settings.audio.input.transcription.datastore == "names"
+
+
+def test_changes_that_come_faster_than_they_are_made_are_refused(load):
+    async def talk():
+        async with connected(load, Levels(seconds=0.01)) as client:
+            client.send(*[update(context=[f"name-{number}"]) for number in range(12)])
+            await client.settle()
+            return client
+
+    client = asyncio.run(talk())
+    assert client.problems() == ["busy"] * 4 and len(client.of("session.updated")) == 8
+    assert client.session.settings.audio.input.transcription.context == ["name-7"]
 
 
 def test_clearing_forgets_what_was_said(load):
@@ -349,6 +398,20 @@ def test_a_turn_that_cannot_be_transcribed_says_so_and_the_next_one_is(load):
     [failed] = client.of("failed")
     assert failed["error"]["code"] == "unavailable" and failed["error"]["type"] == "server_error"
     assert client.transcripts() == ["word2"]
+
+
+def test_a_decoder_that_never_answers_is_not_waited_for(load):
+    async def talk():
+        ears = Levels(seconds=100)
+        async with connected(load, ears, patience=0.05) as client:
+            client.send(MANUAL)
+            client.say(*range(1, 20))
+            client.send(COMMIT)
+            await client.settle()
+            return client
+
+    [failed] = asyncio.run(talk()).of("failed")
+    assert failed["error"]["code"] == "timeout"
 
 
 REFUSED = [
