@@ -123,7 +123,7 @@ class Decoder:
         lm, vocabulary = models.lm, models.vocabulary
         reading = self._engine.call(lambda: read_entries(lm, vocabulary, [said], WINDOW, "all"))
         try:
-            sources = self._made(None, reading.result())
+            sources = self._made(None, reading.result(), None)
         except ArtifactError as error:  # who looks something up is told
             log.warning("%s", error)
         else:
