@@ -35,7 +35,7 @@ from cluster.checkpoints import FIELDS, Bookkeeping, CheckpointError, Saved, Upl
 from cluster.measures import Meter, peak_flops
 from cluster.packing import pack, pack_contexts, packed_contexts
 from cluster.placement import Demand, placing
-from cluster.preemption import ListeningConfig, Notice, Preempted
+from cluster.preemption import ListeningConfig, Notice, Preempted, Stopped, stopping
 from cluster.progress import SKIPPED, MetricsWriter, following
 from cluster.validation import DevSplit
 from cluster.zero import deepspeed_config
@@ -105,17 +105,23 @@ def fit(
     was read, and the third in a row raises NonFiniteLoss. Raises TrainingError for a run that
     cannot be made, CheckpointError for a checkpoint that cannot be gone on from; none is tried
     again. Workers that are asked to leave commit a checkpoint first, and others go on from it.
+    SIGTERM to this process asks all of them, and then raises Stopped.
     """
     deepspeed_config(experiment, torch.float32)  # a bad file is refused here, not by every worker
     mend(directory / CHECKPOINTS / RUN)
-    while True:
-        stopped = _attempt(experiment, splits, directory, log, lm, dev, after)
-        if not isinstance(stopped, Preempted):
-            break
-        print(f"{stopped}: going on where there is room", file=sys.stderr, flush=True)
-        after = None  # what is there has been told
-    if stopped:
-        raise stopped
+    with stopping(directory) as asked_to_stop:
+        while True:
+            ended = _attempt(experiment, splits, directory, log, lm, dev, after)
+            if not isinstance(ended, Preempted):
+                break
+            stop = asked_to_stop()
+            then = "the same command goes on from there" if stop else "going on where there is room"
+            print(f"{ended}: {then}", file=sys.stderr, flush=True)
+            if stop:
+                raise Stopped(str(ended))
+            after = None  # what is there has been told
+    if ended:
+        raise ended
 
 
 def _attempt(
@@ -242,7 +248,7 @@ def _train(config: dict[str, Any]) -> None:
     first, in_a_row = _restore(engine, dtype)
     metrics = MetricsWriter(directory, first) if rank == 0 else None
     skipped = MetricsWriter(directory, first, SKIPPED) if rank == 0 else None
-    guard, notice = Guard(LEAVE_OUT, in_a_row), Notice(rank, device)
+    guard, notice = Guard(LEAVE_OUT, in_a_row), Notice(rank, device, directory)
     uploads = Uploads(directory, settings.staging, rank, world)
     add_up = partial(_all_sum, device=device)
     shape = experiment.lm if experiment.adapter is None else None

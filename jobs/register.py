@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from cluster import tracking
+from cluster import registry
 from jobs import publish, stage
 from mmrag import artifact, shipped, terminal
 from mmrag.artifact import Artifact
@@ -24,7 +24,7 @@ def run(
     experiment: Experiment,
     name: str = NAME,
     models: str | None = None,
-    alias: str = tracking.ALIAS,
+    alias: str = registry.ALIAS,
 ) -> str:
     """Register `hubert/`, `codebook/`, `lm/`, and what there is of `adapter/`, `calibration/`,
     `retrieval/` and `tuned/`, as a new version of `name`.
@@ -33,7 +33,7 @@ def run(
     which `alias` names from now on. ArtifactError if they do not belong together.
     """
     made = _belonging(experiment, models)
-    version = tracking.register(experiment.tracking, name, made, alias)
+    version = registry.register(experiment.tracking, name, made, alias)
     parts = ", ".join(f"{place} {one.fingerprint}" for place, one in made.items())
     stage.console.print(
         f"registered {name}, version {version}, alias {alias}: {parts}\n"
@@ -99,7 +99,7 @@ def main() -> None:
         "default: the experiment's workspace",
     )
     parser.add_argument(
-        "--alias", default=tracking.ALIAS, help="name of the new version (default: %(default)s)"
+        "--alias", default=registry.ALIAS, help="name of the new version (default: %(default)s)"
     )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     with terminal.command("error"):

@@ -20,11 +20,23 @@ from mmrag.folders import printable
 
 if TYPE_CHECKING:
     from mmrag.client import Service
+    from mmrag.config import Decode
+    from mmrag.retrieval.wording import Entry
 
 console = Console(highlight=False, soft_wrap=True)
 KEY = "MMRAG_API_KEY"
 """Environment variable: a command line is everybody's to read."""
-TEXTS = "a text a line: a phrase of up to five words, or a sentence"
+TEXTS = (
+    "a text a line: a phrase of up to five words, or a sentence; or a JSON object of text, "
+    "display_as, pronunciations, weight and language"
+)
+WORDING = {
+    "display_as": "--display-as",
+    "pronunciations": "--pronunciation",
+    "weight": "--weight",
+    "language": "--language",
+}
+"""What may be said of an entry, and the options that say it."""
 SNAPSHOT_TASKS = {
     "create": ("create_snapshot", "made"),
     "list": ("list_snapshots", ""),
@@ -55,11 +67,20 @@ def add_commands(commands: Any) -> None:
     )
     adding = command("add", _add, "put a file's lines into a datastore")
     adding.add_argument("directory", type=Path)
-    adding.add_argument("file", type=Path, help=TEXTS)
+    adding.add_argument("file", type=Path, nargs="?", help=TEXTS)
+    adding.add_argument("--text", help="one entry more, to which the options below belong")
     searching = command("search", _search, "what is near, token by token, to a text or a recording")
     searching.add_argument("directory", type=Path)
     searching.add_argument("query", help="a text, or an audio file of one sentence")
     searching.add_argument("-k", type=int, default=4, help="neighbours (default: %(default)s)")
+    searching.add_argument(
+        "--hear",
+        action="store_true",
+        help="what the text, as an entry, would be confused with, and what the models hear when it "
+        "is said, without the datastore",
+    )
+    for one in (adding, searching):
+        _add_wording(one)
     for one in (creating, adding, searching):
         one.add_argument(
             "--models",
@@ -105,6 +126,20 @@ def add_commands(commands: Any) -> None:
             help="of a running endpoint, whose datastore's name then stands for the directory; the "
             f"environment variable {KEY} holds the API key, if it wants one",
         )
+
+
+def _add_wording(command: Any) -> None:
+    """Options of one entry."""
+    command.add_argument("--display-as", metavar="TEXT", help="how transcripts write it")
+    command.add_argument(
+        "--pronunciation",
+        action="append",
+        dest="pronunciations",
+        metavar="SOUND",
+        help="how it is said: a respelling (zole pie dem), or IPA (/zɒlˈpɪdɛm/); may be repeated",
+    )
+    command.add_argument("--weight", type=float, help="0 (never retrieved) to 2 (default: 1)")
+    command.add_argument("--language", help="in which it is said, of those that the models know")
 
 
 def run(options: argparse.Namespace) -> bool:
@@ -198,7 +233,13 @@ def _create(options: argparse.Namespace) -> bool:
 
 
 def _add(options: argparse.Namespace) -> bool:
-    texts = _lines(options.file)
+    texts = _lines(options.file) if options.file else []
+    if options.text is not None:
+        texts = [*texts, _worded(options, options.text)]
+    elif _wording(options):
+        raise ValueError(f"{_flags(options)} goes with --text")
+    elif options.file is None:
+        raise ValueError("add: a file, or --text")
     if options.url is not None:
         told = _service(options).add(str(options.directory), texts)
     else:
@@ -210,7 +251,73 @@ def _add(options: argparse.Namespace) -> bool:
     return _told(options, told, f"{printable(options.directory)}: {told['added']:,} entries more")
 
 
+def _wording(options: argparse.Namespace) -> dict[str, Any]:
+    """What was said of one entry."""
+    told = {name: getattr(options, name) for name in WORDING}
+    return {name: value for name, value in told.items() if value is not None}
+
+
+def _flags(options: argparse.Namespace) -> str:
+    return ", ".join(WORDING[name] for name in _wording(options))
+
+
+def _worded(options: argparse.Namespace, text: str) -> Entry:
+    from mmrag.retrieval.wording import entry
+
+    return entry({"text": text, **_wording(options)})
+
+
+def _previewed(options: argparse.Namespace) -> bool:
+    """What an entry would be confused with."""
+    [told] = _preview(options, _worded(options, options.query))
+    if options.json:
+        print(json.dumps(told, ensure_ascii=False))
+        return False
+    line = f"{told['text']}: the model writes “{told['writes']}”, transcripts “{told['shows']}”"
+    console.print(line, markup=False)
+    for one in told["heard"]:
+        verdict = "heard" if one["right"] else "not heard"
+        said = f"  said as {one['pronunciation']}: “{one['heard']}” ({verdict})"
+        console.print(said, markup=False)
+    table = Table(title="may be confused with", title_justify="left")
+    for name in ("what", "kind", "sounds alike", "loses votes", "takes votes"):
+        table.add_column(name, justify="left" if name in ("what", "kind") else "right")
+    for one in told["confused_with"]:
+        shares = (one.get(name) for name in ("sound", "loses", "takes"))
+        shown = ("–" if share is None else f"{share:.0%}" for share in shares)
+        table.add_row(escape(one["text"]), one["kind"], *shown)
+    console.print(table if told["confused_with"] else "nothing is like it")
+    return False
+
+
+def _preview(options: argparse.Namespace, one: Entry) -> list[dict[str, Any]]:
+    if options.url is not None:
+        return _service(options).preview(str(options.directory), [one])
+    from mmrag import contents, recogniser
+    from mmrag.decoding.tune import default, tuned
+    from mmrag.retrieval.datastore import Datastore
+
+    name = options.models or shipped.DEFAULT
+    models, store = recogniser.load(name), Datastore.open(options.directory)
+    foreign = recogniser.is_whisper(name)  # whose checkpoint holds nothing of ours
+    below = store.directory.parent.parent if foreign else shipped.find(name)
+    chosen = tuned(below, store.directory) or default(below, store)
+    found = contents.preview(options.directory, models, [one], _plainly(), chosen.knn.temperature)
+    return [asdict(told) for told in found]
+
+
+def _plainly() -> Decode:
+    """How what is looked up is transcribed."""
+    from mmrag.config import Decode
+
+    return Decode(beams=1, length_penalty=0.6, tokens_per_second=16, max_seconds=30)
+
+
 def _search(options: argparse.Namespace) -> bool:
+    if options.hear:
+        return _previewed(options)
+    if _wording(options):
+        raise ValueError(f"{_flags(options)} goes with --hear")
     if options.k < 1:
         raise ValueError(f"-k {options.k}: at least one neighbour")
     found = _looked_up(options)
@@ -236,18 +343,16 @@ def _looked_up(options: argparse.Namespace) -> list[dict[str, Any]]:
     if options.url is not None:
         return _service(options).look_up(str(options.directory), asked, options.k)
     from mmrag import contents, recogniser
-    from mmrag.config import Decode
 
-    decode = Decode(beams=1, length_penalty=0.6, tokens_per_second=16, max_seconds=30)
     models = recogniser.load(options.models or shipped.DEFAULT)
-    found = contents.look_up(options.directory, models, asked, options.k, decode)
+    found = contents.look_up(options.directory, models, asked, options.k, _plainly())
     return [asdict(one) for one in found]
 
 
-def _lines(file: Path) -> list[str]:
-    from mmrag.text import read_lines
+def _lines(file: Path) -> list[Entry]:
+    from mmrag.retrieval.wording import read_entries
 
-    return [line for _, line in read_lines(file)]
+    return read_entries(file)
 
 
 def _told(options: argparse.Namespace, told: dict[str, Any], line: str) -> bool:

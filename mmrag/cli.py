@@ -28,8 +28,8 @@ from mmrag.artifact import ArtifactError
 from mmrag.client import Answer, Service, ServiceError
 from mmrag.folders import printable
 from mmrag.records import Transcript, Word
+from mmrag.retrieval.wording import read_entries
 from mmrag.storage import Location, located
-from mmrag.text import read_lines
 
 if TYPE_CHECKING:
     from mmrag.config import KNN, RetrievedAttention
@@ -146,7 +146,7 @@ def _there(options: argparse.Namespace) -> bool:
     """Have the endpoint at `options.url` transcribe; whether it could not a file."""
     try:
         service = Service(options.url, os.environ.get(KEY))
-        phrases = [] if options.phrases is None else _listed(options.phrases)
+        phrases = [] if options.phrases is None else read_entries(options.phrases)
         if options.retrieval not in (None, "none") and not (options.datastore or phrases):
             raise ValueError(f"--retrieval {options.retrieval} needs a --datastore or --phrases")
     except (OSError, ValueError) as error:
@@ -206,8 +206,9 @@ def _parser() -> argparse.ArgumentParser:
         "--phrases",
         type=Path,
         metavar="FILE",
-        help="phrases to listen for, one a line (names, drugs, products); spoken by a synthesizer "
-        "once and remembered",
+        help="phrases to listen for, one a line (names, drugs, products), or as JSON objects of "
+        "text, display_as, pronunciations, weight and language; spoken by a synthesizer once and "
+        "remembered",
     )
     command.add_argument(
         "--shortlist",
@@ -310,11 +311,13 @@ def _max_seconds(text: str) -> float:
 def _found(options: argparse.Namespace, recogniser: AnyRecogniser) -> dict[str, Any]:
     """What `transcribe` is given to look things up in."""
     from mmrag.retrieval.datastore import Datastore
+    from mmrag.retrieval.display import Display
     from mmrag.retrieval.index import saved_shards
     from mmrag.retrieval.interpolation import Retrieval
     from mmrag.retrieval.memory import AttentionSource
     from mmrag.retrieval.phrases import Phrases
     from mmrag.retrieval.retrievers import LocalRetriever
+    from mmrag.retrieval.weights import Weights
 
     if options.datastore is not None and options.phrases is not None:
         raise ValueError("--datastore or --phrases: one of them")
@@ -330,12 +333,15 @@ def _found(options: argparse.Namespace, recogniser: AnyRecogniser) -> dict[str, 
     if mode == "none":
         return {}
     retriever = LocalRetriever.load(saved_shards(datastore.directory), datastore)
-    found: dict[str, Any] = {"source": retriever}
+    display = Display.of(datastore.wordings().values(), recogniser.vocabulary.spoken)
+    weights = Weights.of(datastore)
+    found: dict[str, Any] = {"source": retriever, "display": display}
     knn, read = _tuned(options, datastore, mode)
     if mode in ("knn", "both"):
-        found["retrieval"] = Retrieval(retriever, knn)
+        found["retrieval"] = Retrieval(retriever, knn, weights)
     if mode in ("cross_attention", "both"):
-        found["attention"] = AttentionSource(recogniser.window_cache(retriever), read, retriever)
+        bank = recogniser.window_cache(retriever)
+        found["attention"] = AttentionSource(bank, read, retriever, weights=weights)
     if options.shortlist:
         found["shortlist"] = _shortlist(Phrases(datastore), options.shortlist)
     return found
@@ -386,38 +392,41 @@ def _phrases(options: argparse.Namespace, recogniser: AnyRecogniser) -> dict[str
     """The phrases of a file, as a small datastore that is read whole."""
     import numpy as np
 
+    from mmrag.contents import check
     from mmrag.decoding.tune import default
+    from mmrag.retrieval.display import Display
     from mmrag.retrieval.interpolation import Retrieval
     from mmrag.retrieval.memory import AttentionSource
     from mmrag.retrieval.phrases import Phrases, remember
     from mmrag.retrieval.retrievers import SubsetRetriever
+    from mmrag.retrieval.weights import Weights
 
     mode = options.retrieval or ("cross_attention" if recogniser.adapter else "knn")
     if mode == "none":
         return {}
     if mode != "knn" and recogniser.adapter is None:
         recogniser.window_cache(None)  # says why there is none
-    listed = _listed(options.phrases)
-    identity = recogniser.keyed_by
-    say = recogniser.synthesizer()
+    every = read_entries(options.phrases)
+    check(every, recogniser)
+    display = Display.of(every, recogniser.vocabulary.spoken)
+    listed = [one for one in every if one.weight > 0]
+    if not listed and every:
+        return {"display": display}
+    models = recogniser.lm, recogniser.vocabulary, recogniser.keyed_by, recogniser.synthesizer()
     with terminal.progress("speaking the phrases") as progress:
-        datastore = remember(
-            _cache(), listed, recogniser.lm, recogniser.vocabulary, identity, say, progress
-        )
+        datastore = remember(_cache(), listed, *models, progress)
     retriever = SubsetRetriever(datastore, np.arange(datastore.entries))
-    found: dict[str, Any] = {"source": retriever}
+    found: dict[str, Any] = {"source": retriever, "display": display}
+    weights = Weights.of(datastore)
     settings = default(_below(options.models), datastore)
     if mode in ("knn", "both"):
         knn = settings.both if mode == "both" else settings.knn
-        found["retrieval"] = Retrieval(retriever, _weighed(options, knn))
+        found["retrieval"] = Retrieval(retriever, _weighed(options, knn), weights)
     phrases = Phrases(datastore)
     if mode in ("cross_attention", "both"):
-        found["attention"] = AttentionSource(
-            recogniser.window_cache(retriever),
-            settings.attention,
-            retriever,
-            phrases.first_mentions(),
-        )
+        bank, whole = recogniser.window_cache(retriever), phrases.first_mentions()
+        how = settings.attention, retriever, whole, weights
+        found["attention"] = AttentionSource(bank, *how)
     many = len(listed) > settings.attention.whole
     most = options.shortlist if options.shortlist is not None else many * SHORTLIST
     if most:
@@ -433,10 +442,6 @@ def _cache() -> Path:
         raise ValueError(
             f"there is no home directory to keep spoken phrases in: set {CACHE} to a directory"
         ) from None
-
-
-def _listed(file: Path) -> list[str]:
-    return [line for _, line in read_lines(file)]
 
 
 def _print(file: Location, transcript: Transcript, as_json: bool) -> None:

@@ -20,6 +20,7 @@ from urllib.parse import quote, urlsplit
 import requests
 
 from mmrag.records import Source, Transcript, Word
+from mmrag.retrieval.wording import Entry, entry
 
 ROUTE, DATASTORES = "/v1/audio/transcriptions", "/v1/datastores"
 CONNECT_SECONDS, READ_SECONDS = 5, 300
@@ -68,7 +69,7 @@ class Service:
         self,
         path: Path,
         datastore: str | None = None,
-        phrases: Sequence[str] = (),
+        phrases: Sequence[str | Entry] = (),
         retrieval: str | None = None,
         shortlist: int | None = None,
     ) -> Iterator[str | Answer]:
@@ -85,7 +86,7 @@ class Service:
             ("datastore", datastore),
             ("retrieval", retrieval),
             ("shortlist", None if shortlist is None else str(shortlist)),
-            *(("context[]", phrase) for phrase in phrases),
+            *(("context[]", _field(entry(phrase))) for phrase in phrases),
         ]
         with path.open("rb") as file, self._accepted(file, form) as response:
             try:
@@ -107,14 +108,21 @@ class Service:
         """The service's datastores, as it describes them. Raises ServiceError."""
         return self._asked("GET", DATASTORES)["data"]
 
-    def create(self, name: str, texts: Sequence[str]) -> dict[str, Any]:
+    def create(self, name: str, texts: Sequence[str | Entry]) -> dict[str, Any]:
         """Make a datastore of texts; what it then is. Raises ServiceError."""
-        return self._asked("POST", DATASTORES, json={"name": name, "texts": list(texts)})
+        return self._asked("POST", DATASTORES, json={"name": name, **_given(texts)})
 
-    def add(self, name: str, texts: Sequence[str]) -> dict[str, Any]:
+    def add(self, name: str, texts: Sequence[str | Entry]) -> dict[str, Any]:
         """Put texts into a datastore; how many entries were `added`. Raises ServiceError."""
         place = f"{DATASTORES}/{quote(name, safe='')}/entries"
-        return self._asked("POST", place, json={"texts": list(texts)})
+        return self._asked("POST", place, json=_given(texts))
+
+    def preview(self, name: str, given: Sequence[str | Entry]) -> list[dict[str, Any]]:
+        """What entries would be confused with in a datastore, and what is heard of them today.
+        Raises ServiceError."""
+        place = f"{DATASTORES}/{quote(name, safe='')}/preview"
+        asked = {"entries": [entry(one).fields() for one in given]}
+        return self._asked("POST", place, json=asked)["data"]
 
     def remove(self, name: str, document: str) -> dict[str, Any]:
         """Delete a document; how many entries were `deleted`. Raises ServiceError."""
@@ -200,6 +208,21 @@ class Service:
         if response.is_redirect:
             said = f"moved to {response.headers['Location']}"
         return f"{self.url} answers {response.status_code}: {said}"
+
+
+def _field(one: Entry) -> str:
+    """An entry as a form has it."""
+    return one.text if one.plain else json.dumps(one.fields(), ensure_ascii=False)
+
+
+def _given(texts: Sequence[str | Entry]) -> dict[str, Any]:
+    """What a datastore is to be given: texts, and the entries that say more."""
+    every = [entry(one) for one in texts]
+    more = [one.fields() for one in every if not one.plain]
+    return {
+        "texts": [one.text for one in every if one.plain],
+        **({"entries": more} if more else {}),
+    }
 
 
 class _Bearer(requests.auth.AuthBase):

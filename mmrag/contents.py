@@ -2,34 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
 
 from mmrag.config import Decode
+from mmrag.corpora.voices import ipa
+from mmrag.corpora.voices.espeak import Synthesizer
 from mmrag.model.contract import Speech, TextVocabulary
 from mmrag.model.states import read_states
 from mmrag.recogniser import AnyRecogniser, Decoder
-from mmrag.records import NO_ENTRY, Retriever, Utterance
+from mmrag.records import NO_ENTRY, Retriever
 from mmrag.retrieval import datastore
 from mmrag.retrieval.compaction import compact
+from mmrag.retrieval.confusion import (
+    Preview,
+    common_words,
+    confusable,
+    heard,
+    hearing,
+    written,
+)
 from mmrag.retrieval.datastore import Datastore
+from mmrag.retrieval.display import Display
 from mmrag.retrieval.entries import read_entries
 from mmrag.retrieval.index import save_index, saved_shards
-from mmrag.retrieval.phrases import BATCH, Progress, Say, description, phrases_and_sentences, speak
+from mmrag.retrieval.phrases import (
+    BATCH,
+    Progress,
+    Say,
+    description,
+    fresh,
+    phrases_and_sentences,
+    sentences,
+    speak,
+)
 from mmrag.retrieval.retrievers import LocalRetriever
-from mmrag.retrieval.segment import DatastoreError, Segment
+from mmrag.retrieval.segment import DatastoreError, Segment, join
+from mmrag.retrieval.shortlist import Remembered
+from mmrag.retrieval.wording import Entry, entry, is_ipa
 from mmrag.speech import audio, vad
 from mmrag.speech.tokenized import Tokenized
+from mmrag.text import fold, is_letter
 from mmrag.transcribe import recognise
 
 
 def create(
     directory: Path,
-    texts: Sequence[str],
+    texts: Sequence[str | Entry],
     recogniser: AnyRecogniser,
     spoken: bool = True,
     progress: Progress | None = None,
@@ -42,7 +66,7 @@ def create(
     """
     if (directory / "datastore.json").exists():
         raise DatastoreError(f"{directory} holds a datastore already: `add` puts more into it")
-    _check(texts, recogniser)
+    check(texts, recogniser)
     say = recogniser.synthesizer() if spoken else None
     datastore.create(directory, description(recogniser.lm, recogniser.keyed_by, say))
     save_index(directory)
@@ -51,12 +75,13 @@ def create(
 
 def add(
     directory: Path,
-    texts: Sequence[str],
+    texts: Sequence[str | Entry],
     recogniser: AnyRecogniser,
     progress: Progress | None = None,
 ) -> int:
     """Put texts into a datastore, each a document of its own, those that are there already left
-    out; the entries they became. `progress` is as in `create`.
+    out; the entries they became. `progress` is as in `create`. An entry that is there with another
+    wording is replaced.
 
     A phrase (`phrases_and_sentences`) is put into carrier sentences and its own tokens alone are
     entries; of a longer text every token is. Raises DatastoreError for a datastore of other models
@@ -67,31 +92,50 @@ def add(
     store.require(recogniser.keyed_by)
     if store.description.audio == "paired":
         raise DatastoreError(f"{directory} is keyed over recordings: texts alone do not go into it")
-    _check(texts, recogniser)
+    check(texts, recogniser)
     say = recogniser.synthesizer() if store.description.audio == "spoken" else None
-    phrases, longer = (
-        [text for text in some if not len(store.entries_of([text]))]
-        for some in phrases_and_sentences(texts)
-    )
+    phrases, longer = (fresh(store, some) for some in phrases_and_sentences(texts))
+    replaced = store.entries_of(one.text for one in (*phrases, *longer))
     names, added = [], 0
     for segment in _segments(phrases, longer, recogniser, say, progress):
         names.append(f"added-{uuid4().hex}")
         datastore.write_segment(directory, names[-1], segment)
         added += len(segment.tokens)
-    datastore.publish(directory, names)
+    datastore.publish(directory, names, replaced)
     compact(directory)
     return added
 
 
-def _check(texts: Sequence[str], recogniser: Decoder) -> None:
-    """ValueError for the first text that the models cannot listen for."""
-    if refused := next(filter(None, map(recogniser.vocabulary.refusal, texts)), None):
-        raise ValueError(refused)
+def check(given: Iterable[str | Entry], recogniser: AnyRecogniser) -> None:
+    """ValueError for the first entry that the models cannot listen for, or nobody can say."""
+    for one in map(entry, given):
+        refused = unsayable(one, recogniser.languages) or recogniser.vocabulary.refusal(one.text)
+        if refused:
+            raise ValueError(refused)
+
+
+def unsayable(one: Entry, languages: Sequence[str]) -> str | None:
+    """Why an entry cannot be said by a model that speaks these languages (ISO 639-1); None if it
+    can."""
+    own = one.language and re.split("[-_]", one.language.lower())[0]
+    if own and own not in languages:
+        return f"language {one.language!r}: this model understands {', '.join(languages)}"
+    for number, said in enumerate(one.pronunciations):
+        where = f"pronunciations[{number}]"
+        if is_ipa(said):
+            if refused := ipa.refusal(said[1:-1]):
+                return f"{where}: {refused}"
+        elif lost := [letter for letter in fold(said) if is_letter(letter) and letter > "\x7f"]:
+            named = ", ".join(map(repr, dict.fromkeys(lost)))
+            return f"{where}: {named}: write it in Latin letters, or as IPA between slashes"
+        elif not any(map(str.isalnum, said)):
+            return f"{where}: nothing to say in {said!r}"
+    return None
 
 
 def _segments(
-    phrases: Sequence[str],
-    longer: Sequence[str],
+    phrases: Sequence[Entry],
+    longer: Sequence[Entry],
     recogniser: AnyRecogniser,
     say: Say | None,
     progress: Progress | None,
@@ -111,13 +155,11 @@ def _segments(
     window = description(lm, {}, say).window
     for start in range(0, len(longer), BATCH):
         batch = longer[start : start + BATCH]
-        said = [vocabulary.spoken(text) for text in batch]
-        heard = [None] * len(said) if say is None else list(say(said))
-        utterances = [
-            Tokenized(Utterance(id=uuid4().hex, text=text, document=document), units)
-            for text, document, units in zip(said, batch, heard, strict=True)
-        ]
-        yield read_entries(lm, vocabulary, utterances, window, "all")
+        said = list(sentences(batch, vocabulary.spoken))
+        heard = [None] * len(said) if say is None else list(say([line for _, line in said]))
+        spoken = [Tokenized(one, units) for (one, _), units in zip(said, heard, strict=True)]
+        made = read_entries(lm, vocabulary, spoken, window, "all")
+        yield replace(made, wordings={one.text: one for one in batch if not one.plain})
         read += len(batch)
         if progress is not None:
             progress(read, every)
@@ -162,6 +204,43 @@ def look_up(
     return near(retriever, recogniser, query, k, speech)
 
 
+def preview(
+    directory: Path,
+    recogniser: AnyRecogniser,
+    given: Sequence[Entry],
+    settings: Decode,
+    temperature: float,
+) -> list[Preview]:
+    """What entries would be confused with in a datastore, which stays as it is, where votes have
+    this temperature; and what the models hear of them without it, by `settings`.
+
+    Raises DatastoreError for a datastore of other models, ValueError for an entry that they cannot
+    listen for.
+    """
+    store = Datastore.open(directory)
+    store.require(recogniser.keyed_by)
+    check(given, recogniser)
+    vocabulary, say = recogniser.vocabulary, recogniser.synthesizer()
+    pronounce, words = Remembered(Synthesizer().pronounce), common_words(vocabulary)
+    names = store.document_names(store.document_counts()[0])
+    keyed = say if store.description.audio != "none" else None
+    found = []
+    for one in given:
+        phrases, longer = phrases_and_sentences([one])
+        spoken = join(list(_segments(phrases, longer, recogniser, keyed, None)))
+        among = store, names, words, vocabulary, pronounce
+        confused = confusable(one, spoken, *among, temperature)
+        lines = hearing(one, vocabulary)
+        texts = recognise(recogniser, list(say(lines)), settings)
+        told = [vocabulary.decode(text.tokens) for text in texts]
+        said = [line if isinstance(line, str) else line.text for line in lines]
+        writes = written(one, vocabulary)
+        shows = Display.of([one], vocabulary.spoken).of_text(writes)
+        understood = heard(one, vocabulary, told, said)
+        found.append(Preview(one.text, writes, shows, understood, tuple(confused)))
+    return found
+
+
 def near(
     retriever: Retriever,
     models: Decoder,
@@ -173,7 +252,8 @@ def near(
     `speech`. Raises ValueError for a text that the models cannot listen for."""
     vocabulary, tokens = models.vocabulary, text
     if isinstance(text, str):
-        _check([text], models)
+        if refused := vocabulary.refusal(text):
+            raise ValueError(refused)
         tokens = vocabulary.encode(vocabulary.spoken(text))
     keys, following, _, _ = read_states(models.lm, vocabulary, [tokens], [speech], logits=False)
     found = retriever.search(keys.cpu().numpy(), k)

@@ -28,14 +28,14 @@ from mmrag.model.cross_attention import Adapter
 from mmrag.model.lm import LM
 from mmrag.model.vocabulary import Vocabulary
 from mmrag.model.whisper import EncodedAudio, Whisper, WhisperVocabulary
-from mmrag.records import Retriever, Units
+from mmrag.records import Line, Retriever, Units
 from mmrag.retrieval.memory import WindowCache
 from mmrag.speech.audio import SAMPLE_RATE
 from mmrag.speech.hubert import HubertEncoder
 from mmrag.speech.units import Codebook
 from mmrag.storage import Location
 
-Say = Callable[[Sequence[str]], Iterator[Any]]
+Say = Callable[[Sequence[str | Line]], Iterator[Any]]
 """Sentences -> what somebody saying each of them is encoded to."""
 
 
@@ -115,7 +115,7 @@ def text_to_speech(encoder: Encoder, seed: int = 0) -> Say:
     """
     synthesizers = Synthesizers()
 
-    def say(texts: Sequence[str]) -> Iterator[Any]:
+    def say(texts: Sequence[str | Line]) -> Iterator[Any]:
         planned = synthetic.assign_voices(texts, seed)
         for start in range(0, len(planned), SPOKEN):
             batch = planned[start : start + SPOKEN]
@@ -240,6 +240,9 @@ class SpeechLM(_Timed):
 class Recogniser(SpeechTokenizer, SpeechLM):
     """Both: sound to text."""
 
+    languages = ("en",)
+    """What is understood (ISO 639-1)."""
+
     @classmethod
     def load(cls, directory: Location, device: str = "cpu", calibrated: bool = True) -> Recogniser:
         """Read `hubert/`, `codebook/` and `lm/` below `directory`, `adapter/` if it is there, and
@@ -273,6 +276,11 @@ class WhisperRecogniser:
         directory = whisper.locate(name)
         model = Whisper.load(directory, language, device)
         return cls(model, model.vocabulary, {"whisper": whisper.fingerprint(directory)})
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """What is understood (ISO 639-1)."""
+        return self.vocabulary.spoken_languages
 
     def encode(self, waves: Sequence[Tensor]) -> list[EncodedAudio]:
         """Waves (T,) at 16 kHz, of a window at most, to encoder states."""

@@ -189,6 +189,17 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Line:
+    """What a synthesizer is to say where that is more than a text."""
+
+    text: str
+    phonetic: bool = False
+    """Whether what stands between slashes in `text` is IPA."""
+    language: str | None = None
+    """Whose voice is to say it (BCP 47); None: as ever."""
+
+
+@dataclass(frozen=True)
 class Word:
     """One word of a transcript with the evidence for it.
 

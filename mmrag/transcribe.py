@@ -23,6 +23,7 @@ from mmrag.decoding.stitch import Stitcher
 from mmrag.model.contract import TextVocabulary
 from mmrag.recogniser import AnyRecogniser
 from mmrag.records import NO_ENTRY, Retriever, Source, Timed, Transcript, Word
+from mmrag.retrieval.display import Display
 from mmrag.retrieval.interpolation import Retrieval
 from mmrag.retrieval.memory import AttentionSource
 from mmrag.retrieval.shortlist import Shortlist
@@ -33,6 +34,8 @@ from mmrag.storage import Location
 
 BATCH_SECONDS = 60.0
 """Audio that is transcribed at once, where nobody says how much."""
+AS_HEARD = Display()
+"""As the model writes."""
 
 
 def transcribe(
@@ -44,6 +47,7 @@ def transcribe(
     attention: AttentionSource | None = None,
     shortlist: Shortlist | None = None,
     batch_seconds: float = BATCH_SECONDS,
+    display: Display = AS_HEARD,
 ) -> Iterator[Transcript]:
     """Transcribe a file of any length in segments of at most `settings.max_seconds`, in order.
 
@@ -52,7 +56,8 @@ def transcribe(
     segments hear the same words, which are given once.
 
     `source` names where retrieved words come from; it is what `retrieval` and `attention` search,
-    all of it, or the phrases of a `shortlist` that a segment may have said.
+    all of it, or the phrases of a `shortlist` that a segment may have said. Entries are written as
+    `display` has them.
     Raises AudioError if the file cannot be read or is too short to hold a word; where it breaks
     off, what was said before has been given.
     """
@@ -64,9 +69,10 @@ def transcribe(
             heard = _heard(batch, recogniser, settings, retrieval, source, attention, shortlist)
             for segment, made, timed in heard:
                 where = segment.start, segment.before, segment.after
-                yield from starmap(_kept, stitcher.add(made, timed, *where))
+                complete = starmap(_kept, stitcher.add(made, timed, *where))
+                yield from map(display.of_transcript, complete)
     except AudioError:
-        yield from starmap(_kept, stitcher.rest())
+        yield from map(display.of_transcript, starmap(_kept, stitcher.rest()))
         raise
 
 

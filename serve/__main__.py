@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,7 @@ def main() -> None:
         "--dashboard-port", type=_port, default=8265, help="Ray's own dashboard (default: 8265)"
     )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="as in serve/config.yaml")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     prepare()
     try:
         address.check()
@@ -103,9 +104,11 @@ def _run(
     """Serve the application in a cluster until it is stopped; raises StartupError."""
     import ray
 
-    from serve import startup
-    from serve.listening import require_port
+    from serve.guardian import guarded
+    from serve.startup import StartupError
+    from serve.traces import tracing
 
+    traced = tracing(settings.traces)
     stop.cluster = True
     address = os.environ.get("RAY_ADDRESS")
     try:
@@ -118,11 +121,31 @@ def _run(
     except (RuntimeError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         doing = f"join the cluster at RAY_ADDRESS={address}" if address else "start Ray"
-        raise startup.StartupError(f"cannot {doing}: {reason}") from None
+        raise StartupError(f"cannot {doing}: {reason}") from None
     stop.listen()  # again: Ray has installed its own
+    session = None if address else Path(context.address_info["session_dir"])
+    with guarded(session) if session else nullcontext():
+        _serve_there(settings, application, http, context.dashboard_url, stop, traced)
+
+
+def _serve_there(
+    settings: Settings,
+    application: Any,
+    http: dict[str, Any],
+    dashboard: str,
+    stop: Stop,
+    traced: dict[str, Any] | None,
+) -> None:
+    """Serve the application in the cluster that this process is connected to, and leave it."""
+    import ray
+
+    from serve import startup
+    from serve.listening import require_port
+
+    address = os.environ.get("RAY_ADDRESS")
     service, leave = None, False
     try:
-        runs = startup.serve_runs(http, context.dashboard_url)
+        runs = startup.serve_runs(http, dashboard)
         if address and not runs:
             require_port(http["host"], http["port"])
         startup.require_room(settings)
@@ -130,7 +153,7 @@ def _run(
             return  # the cluster is left below
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         leave = True
-        service = _deploy(application, http)
+        service = _deploy(application, http, traced)
         if startup.wait_until_running(stop.asked.is_set, _write):
             where = f"http://{http['host']}:{http['port']}"
             _write(f"ready: {where} (the page), {where}/docs (the API)")
@@ -147,14 +170,16 @@ def _run(
             ray.shutdown()
 
 
-def _deploy(application: Any, http: dict[str, Any]) -> DeploymentHandle:
+def _deploy(
+    application: Any, http: dict[str, Any], traced: dict[str, Any] | None
+) -> DeploymentHandle:
     """Begin to start the application; nobody waits for it here."""
     from ray import serve
     from ray.serve.api import RunTarget
 
     from serve.startup import APPLICATION, listen
 
-    listen(http)
+    listen(http, traced)
     _write("starting: the models are being read")
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     target = RunTarget(application, name=APPLICATION, logging_config=quiet)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import groupby
 from uuid import uuid4
 
@@ -10,12 +11,17 @@ import numpy as np
 from ray.serve.handle import DeploymentHandle
 
 from mmrag.model.vocabulary import Vocabulary
-from mmrag.records import Utterance
-from mmrag.retrieval.phrases import phrases_and_sentences, utterances
+from mmrag.records import Line, Utterance
+from mmrag.retrieval.confusion import Heard, heard, hearing
+from mmrag.retrieval.phrases import phrases_and_sentences, sayings, sentences
 from mmrag.retrieval.segment import Segment
+from mmrag.retrieval.wording import Entry
 from mmrag.speech.tokenized import Tokenized
-from serve.messages import Encoded, InvalidRequest
+from serve.messages import DecodeRequest, Encoded, InvalidRequest
 from serve.parts import PART_SENTENCES, in_order, parts
+
+Said = tuple[Utterance, str | Line]
+"""An utterance as it is written, and what is said of it."""
 
 
 class Additions:
@@ -29,16 +35,18 @@ class Additions:
         self._decoder = decoder
         self._vocabulary = vocabulary
 
-    async def spoken(self, texts: Sequence[str]) -> list[Segment]:
+    async def spoken(self, given: Sequence[Entry]) -> list[Segment]:
         """Texts as entries: a phrase is said in carrier sentences, a sentence as it stands."""
-        phrases, longer = phrases_and_sentences(texts)
-        spoken = self._vocabulary.spoken
-        sentences = [
-            [Utterance(id=uuid4().hex, text=spoken(text), document=text)] for text in longer
-        ]
-        return [
+        phrases, longer = phrases_and_sentences(given)
+        said = [[one] for one in sentences(longer, self._vocabulary.spoken)]
+        made = [
             *await self._read_spoken(self._carried(phrases), "entities"),
-            *await self._read_spoken(sentences, "all"),
+            *await self._read_spoken(said, "all"),
+        ]
+        worded = {one.text: one for one in (*phrases, *(one for one in longer if not one.plain))}
+        return [
+            replace(one, wordings={n: worded[n] for _, n in one.names if n in worded})
+            for one in made
         ]
 
     async def paired(
@@ -56,7 +64,7 @@ class Additions:
         return await in_order(self._read(*zip(*p, strict=True), "all") for p in paired)
 
     async def phrases(
-        self, phrases: Sequence[str], keep: Callable[[dict[str, Segment]], None]
+        self, phrases: Sequence[Entry], keep: Callable[[dict[str, Segment]], None]
     ) -> None:
         """Phrases as entries, of which `keep` is told as soon as some are there: each phrase's."""
 
@@ -66,9 +74,18 @@ class Additions:
 
         await self._read_spoken(self._carried(phrases), "entities", cut)
 
+    async def heard(self, one: Entry) -> tuple[Heard, ...]:
+        """What the model hears of an entry without retrieval, however it is pronounced."""
+        lines = hearing(one, self._vocabulary)
+        units = await self._encoder.synthesize.remote(lines)
+        asked = (self._decoder.transcribe.remote(DecodeRequest(own)) for own in units)
+        texts = [result.text for result in await in_order(asked)]
+        sentences = [line if isinstance(line, str) else line.text for line in lines]
+        return heard(one, self._vocabulary, texts, sentences)
+
     async def _read_spoken(
         self,
-        groups: Sequence[Sequence[Utterance]],
+        groups: Sequence[Sequence[Said]],
         kind: str,
         keep: Callable[[Segment], Segment] = lambda segment: segment,
     ) -> list[Segment]:
@@ -77,15 +94,17 @@ class Additions:
         A group stays together. `keep` is called with each segment as soon as it is there. Raises
         InvalidRequest for a text that cannot be spoken, before anything is spoken.
         """
-        for one in (one for group in groups for one in group):
+        lines = {one.id: line for group in groups for one, line in group}
+        for one in (one for group in groups for one, _ in group):
             if refusal := self._vocabulary.refusal(one.document):
                 raise InvalidRequest(refusal)
 
         async def read(part: Sequence[Utterance]) -> Segment:
-            units = await self._encoder.synthesize.remote([one.text for one in part])
+            units = await self._encoder.synthesize.remote([lines[one.id] for one in part])
             return keep(await self._read(part, units, kind))
 
-        return await in_order(read(part) for part in parts(groups))
+        told = [[one for one, _ in group] for group in groups]
+        return await in_order(read(part) for part in parts(told))
 
     async def _read(
         self, said: Sequence[Utterance], units: Sequence[Encoded], kind: str
@@ -94,10 +113,10 @@ class Additions:
         spoken = [Tokenized(one, own) for one, own in zip(said, units, strict=True)]
         return await self._decoder.entries.remote(spoken, kind)
 
-    def _carried(self, phrases: Sequence[str]) -> list[list[Utterance]]:
+    def _carried(self, phrases: Sequence[Entry]) -> list[list[Said]]:
         """Each phrase's carrier sentences."""
-        said = utterances(phrases, spoken=self._vocabulary.spoken)
-        return [list(group) for _, group in groupby(said, lambda one: one.document)]
+        said = sayings(phrases, spoken=self._vocabulary.spoken)
+        return [list(group) for _, group in groupby(said, lambda one: one[0].document)]
 
 
 def _by_document(segment: Segment) -> dict[str, Segment]:

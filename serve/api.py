@@ -7,10 +7,12 @@ The outer of three layers: HTTP here and in the modules of the routes, a typed r
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from asyncio import timeout
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import ray
 import requests
@@ -22,17 +24,29 @@ from fastapi_offline import FastAPIOffline
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.concurrency import run_in_threadpool
+from starlette.types import ASGIApp
 
-from serve import errors, forms, middleware, schema
+from serve import errors, forms, logs, middleware, schema
+from serve.accounting import Accounting, application, book
+from serve.audit import Audit
 from serve.datastores import Datastores
-from serve.model import described
+from serve.keys import Keys
+from serve.model import described, version
 from serve.pipeline import Pipeline
-from serve.settings import Settings, api_keys
+from serve.quotas import Quotas
+from serve.readiness import Readiness
+from serve.realtime.route import Realtime
+from serve.replacement import Served, of_version
+from serve.settings import Settings
+from serve.switching import Switch
 from serve.transcriptions import Transcriptions
+from serve.usage_route import UsageRoute
 
 PAGE = Path(__file__).parent / "page"
-READY_SECONDS = 5
 LEAVING_SECONDS = 0.1
+FOLLOW_SECONDS = 1.0
+"""How often an ingress asks which version of the model is served."""
+log = logging.getLogger("ray.serve")
 
 
 @serve.ingress()
@@ -42,18 +56,69 @@ class Api:
     def __init__(
         self,
         settings: Settings,
-        encoder: DeploymentHandle,
-        retriever: DeploymentHandle,
-        decoder: DeploymentHandle,
+        encoder: DeploymentHandle | None = None,
+        retriever: DeploymentHandle | None = None,
+        decoder: DeploymentHandle | None = None,
+        models: DeploymentHandle | None = None,
     ) -> None:
+        """The parts of one model, or `models`, which knows whose parts are served."""
         self._settings = settings
-        self._pipeline = Pipeline(settings, encoder, retriever, decoder)
-        self._access = middleware.AccessRules(settings.limits, api_keys())
-        self._model = described(settings)
+        self._models = models
+        logs.install(settings.logs)
+        self._access = _access_rules(settings)
+        self._realtime: WeakSet[Realtime] = WeakSet()
+        """Of every version that has sessions."""
         self._started = int(time.time())
+        self._warm = False
+        self._readiness = Readiness(self._alive)
+        if models is None:
+            self._pipeline = Pipeline(settings, encoder, retriever, decoder)
+            self._model = described(settings)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    async def __serve_build_asgi_app__(self) -> ASGIApp:
         """The application, as `serve.ingress` asks for it."""
+        if self._models is None:
+            return self._application()
+        self._replica = serve.get_replica_context().replica_id.unique_id
+        self._served = await self._models.current.remote(self._replica)
+        await self._take_up(self._served)
+        self._switch = Switch(self._served.application, self._application())
+        self._following = asyncio.create_task(self._follow())
+        return self._switch
+
+    async def check_health(self) -> None:
+        """Transcribe a clip before anybody's: what is slow the first time is slow then."""
+        if not self._warm:
+            await self._pipeline.warm_up()
+            self._warm = True
+
+    async def _take_up(self, served: Served) -> None:
+        """Have the parts of a version, and what is known of it."""
+        settings = of_version(self._settings, served)
+        known = await asyncio.to_thread(described, settings)
+        parts = (
+            serve.get_deployment_handle(part, served.application)
+            for part in ("encoder", "retriever", "decoder")
+        )
+        pipeline = Pipeline(settings, *parts)
+        await pipeline.warm_up()
+        self._settings, self._pipeline, self._model, self._warm = settings, pipeline, known, True
+
+    async def _follow(self) -> None:
+        """Give requests to whatever version is served, for ever."""
+        while True:
+            await asyncio.sleep(FOLLOW_SECONDS)
+            try:
+                served = await self._models.current.remote(self._replica, self._switch.in_use)
+                if served != self._served:
+                    await self._take_up(served)
+                    self._switch.to(served.application, self._application())
+                    self._served = served
+            except Exception as error:  # what is served stays, until the next time
+                log.warning("%s stays for now: %s", self._served.model, error)
+
+    def _application(self) -> FastAPI:
+        """The routes, answered by the model that is served now."""
         app = FastAPIOffline(
             title="mmrag",
             version="1",
@@ -79,7 +144,13 @@ class Api:
         vocabulary = self._model.vocabulary
         for part in (Transcriptions, Datastores):
             guarded.include_router(part(self._settings, self._pipeline, vocabulary).router())
+        guarded.include_router(UsageRoute(self._pipeline, self._access.accounting).router())
+        keys, quotas = self._access.keys, self._access.quotas
+        realtime = Realtime(self._settings, self._pipeline, vocabulary, keys, quotas)
+        self._realtime.add(realtime)
+        guarded.include_router(realtime.secrets())
         app.include_router(guarded)
+        app.include_router(realtime.sockets())
         return app
 
     async def drain(self) -> None:
@@ -89,8 +160,10 @@ class Api:
         """
         self._access.draining = True
         deadline = time.monotonic() + self._settings.ingress.drain_s
+        await asyncio.gather(*(one.drain() for one in self._realtime))
         while self._access.in_flight and time.monotonic() < deadline:
             await asyncio.sleep(LEAVING_SECONDS)
+        await self._access.accounting.end()
 
     async def page(self) -> FileResponse:
         """The page for people."""
@@ -102,15 +175,16 @@ class Api:
 
     async def readyz(self) -> Any:
         """Whether every part of the service answers; 503 while one does not."""
+        if self._access.draining or not await self._readiness.ready():
+            status = "stopping" if self._access.draining else "starting"
+            return JSONResponse({"status": status}, 503, {"Retry-After": "1"})
+        return schema.Status(status="ok")
+
+    def _alive(self) -> list[Awaitable[None]]:
+        """Calls to every part."""
         pipeline = self._pipeline
         parts = (pipeline.encoder, pipeline.retriever, pipeline.decoder)
-        try:
-            async with timeout(READY_SECONDS):
-                for part in parts:
-                    await part.check_health.remote()
-        except Exception:  # whatever it is, the service is not ready
-            return JSONResponse({"status": "starting"}, 503, {"Retry-After": "1"})
-        return schema.Status(status="ok")
+        return [part.alive.remote() for part in parts]
 
     async def metrics(self) -> PlainTextResponse:
         """The service's metrics on every machine, as Prometheus reads them."""
@@ -130,6 +204,7 @@ class Api:
         own, *aliases = self._settings.names
         return schema.Model(
             id=name or own,
+            version=version(self._settings),
             created=self._started,
             root=own,
             aliases=aliases,
@@ -137,6 +212,21 @@ class Api:
             retrieval=["none", "knn", *reads],
             fingerprints=self._model.fingerprints,
         )
+
+
+def _access_rules(settings: Settings) -> middleware.AccessRules:
+    """Who may send what, as the settings and the keys say. Raises ConfigError, or OSError where no
+    audit log can be written."""
+    quotas = Quotas()
+    return middleware.AccessRules(
+        settings.limits,
+        Keys(settings.limits.tenant, settings.datastores),
+        quotas,
+        cors=settings.cors,
+        audit=settings.logs.audit and Audit(settings.logs.audit),
+        numbered=application() is not None,
+        accounting=Accounting(quotas, book(settings.datastores)),
+    )
 
 
 def _metrics() -> str:

@@ -3,6 +3,9 @@
 HTTP ─ ingress ─┬─ encoder     audio -> units
                 ├─ retriever   datastores, index shards, phrases
                 └─ decoder     units -> text, and straight to the shards
+
+With `model_check_s`, the three on the right are an application of their own for each version of the
+model, and the ingress learns of it from `Models` (`replacement`).
 """
 
 from __future__ import annotations
@@ -11,18 +14,17 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig
 
 from serve.api import Api
-from serve.decoder import Decoder
-from serve.encoder import Encoder
+from serve.deployments import deployed, parts
 from serve.fetched import fetch_datastores
-from serve.model import described
-from serve.retriever import Retriever
-from serve.settings import Replicas, read
+from serve.keys import Keys
+from serve.model import described, pinned
+from serve.replacement import Models
+from serve.settings import read
 
-HEALTH_PERIOD_SECONDS = 10
-HEALTH_TIMEOUT_SECONDS = 30
+MODELS_CPUS = 0.02
+"""What starts and ends other deployments has little to do itself."""
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -32,29 +34,14 @@ def build(args: dict[str, Any]) -> Application:
     is no such model or its parts were not made for each other.
     """
     settings = read(args)
-    described(settings)
+    Keys(settings.limits.tenant, settings.datastores)  # wrong ones are named here
+    now = pinned(settings)
+    described(now)
     fetch_datastores(settings)
-    decoder = _deployed(Decoder, settings.decoder).bind(settings)
-    encoder = _deployed(Encoder, settings.encoder).bind(settings)
-    retriever = _deployed(Retriever, settings.retriever).bind(settings, encoder, decoder)
-    return _deployed(Api, settings.ingress).bind(settings, encoder, retriever, decoder)
-
-
-def _deployed(cls: type, replicas: Replicas) -> serve.Deployment:
-    return serve.deployment(
-        cls,
-        name=cls.__name__.lower(),
-        ray_actor_options={"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus},
-        autoscaling_config=AutoscalingConfig(
-            min_replicas=replicas.min,
-            max_replicas=replicas.max,
-            target_ongoing_requests=replicas.target_ongoing_requests,
-            upscale_delay_s=replicas.upscale_delay_s,
-            downscale_delay_s=replicas.downscale_delay_s,
-        ),
-        max_ongoing_requests=replicas.max_ongoing_requests,
-        max_queued_requests=replicas.max_queued_requests,
-        graceful_shutdown_timeout_s=replicas.drain_s,
-        health_check_period_s=HEALTH_PERIOD_SECONDS,
-        health_check_timeout_s=HEALTH_TIMEOUT_SECONDS,
+    ingress = deployed(Api, settings.ingress)
+    if not settings.model_check_s:
+        return ingress.bind(now, *parts(now))
+    models = serve.deployment(
+        Models, name="models", num_replicas=1, ray_actor_options={"num_cpus": MODELS_CPUS}
     )
+    return ingress.bind(settings, models=models.bind(settings))

@@ -16,16 +16,19 @@ from starlette.datastructures import UploadFile
 from mmrag.config import SLUG
 from mmrag.model.vocabulary import Vocabulary
 from mmrag.retrieval import upkeep
-from serve import forms, middleware, schema
+from mmrag.retrieval.wording import Entry, entries
+from serve import forms, middleware, schema, wordings
 from serve.errors import ApiError
 from serve.housekeeping import APART
-from serve.messages import DatastoreSummary, Encoded
+from serve.messages import DatastoreSummary, Encoded, Room
 from serve.pipeline import Pipeline
 from serve.settings import Settings
 
 ALL = "/v1/datastores"
 ONE, ENTRIES = f"{ALL}/{{name}}", f"{ALL}/{{name}}/entries"
-SEARCH = f"{ONE}/search"
+SEARCH, PREVIEW = f"{ONE}/search", f"{ONE}/preview"
+PREVIEWED = 20
+"""Entries that are looked at in one request: each is spoken and heard."""
 UPKEEP = f"{ONE}/upkeep/{{task}}"
 
 
@@ -52,61 +55,79 @@ class Datastores:
         router.post(ALL, status_code=201, openapi_extra=made)(self.create)
         router.get(ONE)(self.datastore)
         router.delete(ONE)(self.delete)
-        router.get(ENTRIES)(self.documents)
+        router.get(ENTRIES, response_model_exclude_none=True)(self.documents)
         router.post(ENTRIES, openapi_extra=_takes(schema.NewEntries, said, list(said)))(self.add)
         router.delete(ENTRIES)(self.remove)
         router.post(SEARCH, openapi_extra=_takes(schema.Query, clip, ["file"]))(self.search)
+        router.post(PREVIEW, response_model_exclude_none=True)(self.preview)
         router.post(UPKEEP)(self.tend)
         return router
 
-    async def datastores(self) -> schema.Datastores:
+    async def datastores(self, request: Request) -> schema.Datastores:
         """Every datastore."""
-        found = await self._pipeline.call(self._pipeline.retriever.stored)
+        tenant = request.state.caller.tenant
+        found = await self._pipeline.call(self._pipeline.retriever.stored, tenant.name)
         return schema.Datastores(data=[_datastore(one) for one in found])
 
     async def create(self, request: Request) -> schema.Datastore:
         """Make a datastore, of texts or of recordings with what is said in them."""
         asked, recordings = await self._additions(request, schema.NewDatastore)
-        retriever, given = self._pipeline.retriever, [asked.name, asked.texts]
+        retriever, name = self._pipeline.retriever, _qualified(request, asked.name)
+        room = _room(request)
+        request.state.audit["datastore"] = asked.name
         if recordings is None:
-            return _datastore(await self._change(retriever.create, *given))
-        return _datastore(await self._change(retriever.create_paired, *given, recordings))
+            return _datastore(await self._change(retriever.create, name, asked.entries, room))
+        given = name, asked.texts, recordings, room
+        return _datastore(await self._change(retriever.create_paired, *given))
 
-    async def datastore(self, name: str) -> schema.Datastore:
+    async def datastore(self, name: str, request: Request) -> schema.Datastore:
         """A datastore."""
-        return _datastore(await self._pipeline.call(self._pipeline.retriever.describe, name))
+        describe, qualified = self._pipeline.retriever.describe, _qualified(request, name)
+        return _datastore(await self._pipeline.call(describe, qualified))
 
-    async def delete(self, name: str) -> schema.DeletedDatastore:
+    async def delete(self, name: str, request: Request) -> schema.DeletedDatastore:
         """Delete a datastore."""
-        await self._pipeline.call(self._pipeline.retriever.delete, name)
+        await self._pipeline.call(self._pipeline.retriever.delete, _qualified(request, name))
         return schema.DeletedDatastore(id=name)
 
     async def documents(
         self,
         name: str,
+        request: Request,
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
         after: Annotated[int, Query(ge=0, le=2**31)] = 0,
     ) -> schema.Documents:
         """What has been added to a datastore, `limit` documents from number `after` on."""
         retriever = self._pipeline.retriever
-        found = await self._pipeline.call(retriever.documents, name, after, limit + 1)
-        shown = [schema.Document(document=d, entries=n) for d, n in found[:limit]]
+        listed = _qualified(request, name), after, limit + 1
+        found = await self._pipeline.call(retriever.documents, *listed)
+        shown = [
+            schema.Document(document=document, entries=count, entry=one and _entry(one))
+            for document, count, one in found[:limit]
+        ]
         return schema.Documents(data=shown, has_more=len(found) > limit)
 
     async def add(self, name: str, request: Request) -> schema.AddedEntries:
-        """Add texts or recordings; the next request finds them."""
+        """Add texts, entries or recordings; the next request finds them. An entry that is there
+        with another wording is replaced."""
         asked, recordings = await self._additions(request, schema.NewEntries)
-        retriever, given = self._pipeline.retriever, [name, asked.texts]
+        retriever, qualified = self._pipeline.retriever, _qualified(request, name)
+        room = _room(request)
         if recordings is None:
-            added, entries = await self._change(retriever.add, *given)
+            added, entries = await self._change(retriever.add, qualified, asked.entries, room)
         else:
-            added, entries = await self._change(retriever.add_paired, *given, recordings)
+            given = qualified, asked.texts, recordings, room
+            added, entries = await self._change(retriever.add_paired, *given)
+        request.state.audit["added"] = added
         return schema.AddedEntries(datastore=name, added=added, entries=entries)
 
-    async def remove(self, name: str, document: Annotated[str, Query()]) -> schema.DeletedEntries:
+    async def remove(
+        self, name: str, document: Annotated[str, Query()], request: Request
+    ) -> schema.DeletedEntries:
         """Delete what was added as `document`."""
-        retriever = self._pipeline.retriever
-        deleted, entries = await self._pipeline.call(retriever.remove, name, document)
+        remove, qualified = self._pipeline.retriever.remove, _qualified(request, name)
+        deleted, entries = await self._pipeline.call(remove, qualified, document)
+        request.state.audit["deleted"] = deleted
         return schema.DeletedEntries(datastore=name, deleted=deleted, entries=entries)
 
     async def search(self, name: str, request: Request) -> schema.Found:
@@ -114,11 +135,28 @@ class Datastores:
         a decoder would."""
         async with asyncio.timeout(self._settings.limits.timeout_seconds):
             query, k = await self._query(request)
-            found = await self._pipeline.look_up(name, query, k)
+            found = await self._pipeline.look_up(_qualified(request, name), query, k)
         return schema.Found(data=[asdict(one) for one in found])
 
+    async def preview(
+        self, name: str, given: schema.PreviewedEntries, request: Request
+    ) -> schema.Previews:
+        """What entries would be confused with, the riskiest first, and what the model hears of them
+        without the datastore, which stays as it is."""
+        how = self._settings.limits, self._vocabulary, self._settings.languages
+        asked = wordings.checked(given.entries, PREVIEWED, "entries", *how)
+        if not asked:
+            raise ApiError(400, "entries: nothing to look at", None, "entries")
+        preview, qualified = self._pipeline.retriever.preview, _qualified(request, name)
+        found = await self._change(preview, qualified, asked)
+        return schema.Previews(data=[asdict(one) for one in found])
+
     async def tend(
-        self, name: str, task: schema.Task, given: schema.TaskOptions | None = None
+        self,
+        name: str,
+        task: schema.Task,
+        request: Request,
+        given: schema.TaskOptions | None = None,
     ) -> dict[str, Any]:
         """Look at a datastore or keep it in order: what the task tells.
 
@@ -135,7 +173,8 @@ class Datastores:
         if missing and missing[0] not in options:
             raise ApiError(422, f"{missing[0]}: {task} needs one", "missing", missing[0])
         try:
-            return await self._change(self._pipeline.retriever.tend, name, task, options)
+            about = _qualified(request, name), task, options
+            return await self._change(self._pipeline.retriever.tend, *about)
         except TimeoutError:
             if task not in APART:
                 raise
@@ -164,7 +203,9 @@ class Datastores:
             raise ApiError(422, "file: send a file", "value_error", "file")
         given = {name: form[name] for name in ("k",) if name in form}
         k = _checked(schema.Query, {"text": "", **given}).k
-        [wave], _ = await self._recording(form["file"], self._settings.limits.audio_seconds)
+        most = self._settings.limits.audio_seconds
+        [wave], seconds = await self._recording(form["file"], most)
+        request.state.quotas.audio(request.state.caller, seconds)
         encoded = await self._pipeline.encode(wave)
         if encoded is None:
             raise ApiError(400, "file: nobody speaks in the recording", None, "file")
@@ -187,12 +228,13 @@ class Datastores:
     async def _additions(
         self, request: Request, kind: type[schema.NewEntries]
     ) -> tuple[schema.NewEntries, list[list[Any]] | None]:
-        """What is to be added, from JSON or a form; with the waves of each recording, if any."""
+        """What is to be added, from JSON or a form: entries, or texts with the waves of a recording
+        each."""
         limits, data, param = self._settings.limits, [], "texts"
         if _is_form(request):
             most = limits.texts + forms.MORE_FIELDS
             form = await request.form(max_files=most, max_fields=most)
-            param, single = "text", kind.model_fields.keys() - {"texts"}
+            param, single = "text", kind.model_fields.keys() - {"texts", "entries"}
             forms.check_fields(form, single, ("file", "text"))
             data = form.getlist("file")
             if not all(isinstance(one, UploadFile) for one in data):
@@ -202,11 +244,10 @@ class Datastores:
         else:
             given = await request.body()
         asked = _checked(kind, given)
+        if not data:
+            return asked.model_copy(update={"entries": self._entries(asked, param)}), None
         texts = schema.bounded_texts(asked.texts, limits.texts, param, limits, self._vocabulary)
         asked = asked.model_copy(update={"texts": texts})
-        if not data:
-            schema.check_length(texts, param, limits)
-            return asked, None
         if len(data) != len(asked.texts):
             message = f"{len(data)} recordings and {len(asked.texts)} texts: one text each"
             raise ApiError(400, message, None, "text")
@@ -215,7 +256,32 @@ class Datastores:
             waves, own = await self._recording(one, limits.audio_seconds - seconds)
             seconds += own
             recordings.append(waves)
+        request.state.quotas.audio(request.state.caller, seconds)
         return asked, recordings
+
+    def _entries(self, asked: schema.NewEntries, param: str) -> list[Entry]:
+        """The texts and the entries of a request, checked."""
+        required = not isinstance(asked, schema.NewDatastore)
+        if required and not asked.model_fields_set & {"texts", "entries"}:
+            raise ApiError(422, "texts: Field required, or entries", "missing", "texts")
+        limits = self._settings.limits
+        how = limits, self._vocabulary, self._settings.languages
+        texts = wordings.checked(asked.texts, limits.texts, param, *how)
+        more = wordings.checked(asked.entries, limits.texts - len(texts), "entries", *how)
+        every = entries([*texts, *more])
+        wordings.check_length(every, param, limits)
+        return every
+
+
+def _qualified(request: Request, name: str) -> str:
+    """How the retriever calls the caller's datastore of this name; UnknownDatastore for no name."""
+    return request.state.caller.tenant.datastore(name)
+
+
+def _room(request: Request) -> Room:
+    """What the caller's tenant may have."""
+    quotas = request.state.caller.tenant.quotas
+    return Room(quotas.datastores, quotas.entries)
 
 
 def _is_form(request: Request) -> bool:
@@ -239,6 +305,11 @@ def _takes(kind: type[Body], form: dict[str, Any], required: Sequence[str]) -> d
     content = {middleware.JSON: kind.model_json_schema(), middleware.FORM: recordings}
     kinds = {name: {"schema": one} for name, one in content.items()}
     return {"requestBody": {"required": True, "content": kinds}}
+
+
+def _entry(one: Entry) -> schema.Entry | None:
+    """An entry that says more than its text."""
+    return None if one.plain else schema.Entry(**one.fields())
 
 
 def _datastore(stored: DatastoreSummary) -> schema.Datastore:

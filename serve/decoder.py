@@ -8,36 +8,39 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from ray.serve import metrics
 
+from mmrag.artifact import ArtifactError
 from mmrag.config import RetrievalMode
 from mmrag.contents import Lookup, near
-from mmrag.corpora.voices.espeak import Synthesizer
 from mmrag.decoding.align import align
 from mmrag.decoding.decode import Clip, Hypothesis
-from mmrag.decoding.engine import Decoded, Engine, Statistics
+from mmrag.decoding.engine import Decoded, Engine, Job, Statistics
 from mmrag.decoding.tune import Tuned
 from mmrag.model.lm import LM
 from mmrag.model.prepared import prepare
 from mmrag.recogniser import load_decoder, load_encoder
-from mmrag.records import Retriever, Transcript, Word
+from mmrag.records import Retriever, Transcript, Utterance, Word
 from mmrag.retrieval.datastore import Datastore
+from mmrag.retrieval.display import Display
 from mmrag.retrieval.entries import read_entries
 from mmrag.retrieval.interpolation import Retrieval
 from mmrag.retrieval.memory import AttentionSource, WindowCache
 from mmrag.retrieval.phrases import WINDOW, Phrases
 from mmrag.retrieval.retrievers import SECOND, JoinedRetriever, SubsetRetriever
 from mmrag.retrieval.segment import Description, Segment
-from mmrag.retrieval.shortlist import SHORTLIST, Remembered, Shortlist
+from mmrag.retrieval.shortlist import SHORTLIST, Shortlist
+from mmrag.retrieval.weights import Weights
 from mmrag.speech.tokenized import Tokenized
 from mmrag.transcribe import judged, words
-from serve import probe
+from serve import logs, probe, traces
 from serve.messages import (
     DecodeRequest,
     DecodeResult,
@@ -46,6 +49,7 @@ from serve.messages import (
     ResolvedDatastore,
 )
 from serve.model import device, language, locate, retrieval_defaults, tuned_below
+from serve.pronouncing import Pronouncing
 from serve.settings import RetrievalDefaults, Settings
 
 log = logging.getLogger("ray.serve")
@@ -58,7 +62,7 @@ KEPT = 32
 class RetrievalSources:
     """What one datastore or list offers a clip."""
 
-    source: Retriever
+    source: Retriever | None
     votes: dict[RetrievalMode, Retrieval]
     """How neighbours vote, by mode."""
     attention: AttentionSource | None
@@ -66,6 +70,8 @@ class RetrievalSources:
     """What may be made a shortlist of; None where that is no list of phrases alone."""
     many: bool = False
     """Whether they are too many to be read whole."""
+    display: Display = field(default_factory=Display)
+    """How its entries are written."""
 
     def given(self, shortlist: Shortlist, text: str, mode: RetrievalMode) -> RetrievalSources:
         """What is offered to a clip whose transcript without it is `text`."""
@@ -78,6 +84,7 @@ class Decoder:
 
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(settings.decoder.threads)
+        logs.install(settings.logs)
         self._settings = settings
         loaded = locate(settings), device(settings), language(settings)
         self._models = load_decoder(*loaded, adapted=True)
@@ -98,20 +105,51 @@ class Decoder:
         self._window_caches: OrderedDict[str, WindowCache] = OrderedDict()
         self._shortlists: OrderedDict[str, tuple[str, asyncio.Task[Shortlist]]] = OrderedDict()
         """The last of each datastore or list, and of which of its versions it is."""
-        self._pronounce = Remembered(lambda texts: Synthesizer().pronounce(texts))
+        self._pronouncing = Pronouncing()
         self._metrics = _EngineMetrics()
-        clip = self._clip(DecodeRequest(self._probe), None)
-        self._expected = self._engine.submit(clip).future.result().hypothesis.tokens
+        self._expected = self._transcribed(None)
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Transcribe the probe in every way that callers' clips are: with others in the batch, with
+        something to look up and read, and aligned. What a step does for the first time (memory,
+        kernels, compiled shapes) takes long, and is done before anybody waits."""
+        models, rows = self._models, self._settings.decoder.rows
+        clips = [self._clip(DecodeRequest(self._probe), None) for _ in range(rows)]
+        for job in [self._engine.submit(clip) for clip in clips]:
+            job.future.result()
+        heard = models.vocabulary.decode(self._expected)
+        said = Tokenized(Utterance(id="probe", text=heard, document=heard), self._probe)
+        lm, vocabulary = models.lm, models.vocabulary
+        reading = self._engine.call(lambda: read_entries(lm, vocabulary, [said], WINDOW, "all"))
+        try:
+            sources = self._made(None, reading.result())
+        except ArtifactError as error:  # who looks something up is told
+            log.warning("%s", error)
+        else:
+            self._transcribed(sources, "both" if models.adapter else "knn")
+        speech, times = vocabulary.speech_input(self._probe), models.times(self._probe)
+        tokens = self._expected
+        self._engine.call(lambda: align(lm, vocabulary, speech, times, tokens, None)).result()
+
+    def _transcribed(
+        self, sources: RetrievalSources | None, mode: RetrievalMode = "none"
+    ) -> list[int]:
+        """The probe's tokens."""
+        clip = self._clip(DecodeRequest(self._probe, mode=mode), sources)
+        return self._engine.submit(clip).future.result().hypothesis.tokens
 
     async def transcribe(self, request: DecodeRequest) -> DecodeResult:
         """The transcript of a segment. Given up when the caller is."""
         sources = await self._chosen(request)
+        handed_in = time.time_ns()
         job = self._engine.submit(self._clip(request, sources), self._settings.decode.agreement)
         try:
             decoded = await asyncio.shield(asyncio.wrap_future(job.future))
         finally:
             job.cancel()
             self._metrics.record(self._engine.statistics)
+        _trace(job, handed_in)
         return await self._result(request, sources, decoded)
 
     async def stream(self, request: DecodeRequest) -> AsyncIterator[str | DecodeResult]:
@@ -122,22 +160,24 @@ class Decoder:
         def report(tokens: list[int] | None) -> None:
             loop.call_soon_threadsafe(news.put_nowait, tokens)
 
-        clip = self._clip(request, sources)
+        clip, handed_in = self._clip(request, sources), time.time_ns()
         job = self._engine.submit(clip, self._settings.decode.agreement, report)
         job.future.add_done_callback(lambda _: report(None))
-        sent = ""
+        sent, display = "", sources.display if sources else Display()
         try:
             while (tokens := await news.get()) is not None:
-                text = self._models.vocabulary.decode(tokens)
+                text = display.settled(self._models.vocabulary.decode(tokens))
                 if text.startswith(sent) and text != sent:
                     yield text[len(sent) :]
                     sent = text
+            _trace(job, handed_in)
             result = await self._result(request, sources, job.future.result())
         finally:
             job.cancel()
             self._metrics.record(self._engine.statistics)
-        if result.text.startswith(sent) and result.text != sent:
-            yield result.text[len(sent) :]
+        text = result.shown().text
+        if text.startswith(sent) and text != sent:
+            yield text[len(sent) :]
         yield result
 
     async def entries(self, spoken: list[Tokenized], kind: str) -> Segment:
@@ -168,6 +208,9 @@ class Decoder:
     async def describe(self) -> tuple[Description, bool]:
         """What datastores of this model are, and whether it can read them (an adapter)."""
         return self._described(), self._models.adapter is not None
+
+    async def alive(self) -> None:
+        """Returns: this replica takes calls."""
 
     async def check_health(self) -> None:
         """Transcribe the probe; RuntimeError if it does not read as it did at the start."""
@@ -228,7 +271,8 @@ class Decoder:
         found = request.datastore
         place, version = (found.uid, found.key) if found else (request.phrases.key, "")
         if self._shortlists.get(place, (None,))[0] != version:
-            making = asyncio.to_thread(lambda: Shortlist.of(phrases(), self._pronounce, SHORTLIST))
+            pronounce = self._pronouncing.of((found or request.phrases).tenant)
+            making = asyncio.to_thread(lambda: Shortlist.of(phrases(), pronounce, SHORTLIST))
             self._shortlists[place] = version, asyncio.create_task(making)
         _, made = _freshen(self._shortlists, place)
         try:
@@ -251,15 +295,34 @@ class Decoder:
         key = (found.key if found else "", phrases.key if phrases else "")
         if key not in self._sources:
             listed = await phrases.segment if phrases else None
-            made = self._made(found, listed)
+            worded = (
+                found and found.worded and await asyncio.to_thread(Datastore.open, found.worded)
+            )
+            display = await asyncio.to_thread(self._display, listed, worded or None)
+            made = replace(self._made(found, listed, worded or None), display=display)
             self._sources.setdefault(key, made)
         return _freshen(self._sources, key)
 
-    def _made(self, found: ResolvedDatastore | None, listed: Segment | None) -> RetrievalSources:
-        """What a datastore, a request's phrases, or both together offer."""
+    def _display(self, listed: Segment | None, worded: Datastore | None) -> Display:
+        """How the entries of a request and of a datastore are written; the request's first."""
+        display, spoken = Display(), self._models.vocabulary.spoken
+        for own in (listed and listed.wordings, worded and worded.wordings()):
+            display |= Display.of((own or {}).values(), spoken)
+        return display
+
+    def _made(
+        self, found: ResolvedDatastore | None, listed: Segment | None, worded: Datastore | None
+    ) -> RetrievalSources:
+        """What a datastore, a request's phrases, or both together offer; `worded` is the datastore
+        where any of its documents weighs more or less than others."""
+        if listed is not None and not len(listed.tokens):
+            listed = None  # all of them weigh nothing
+        if found is None and listed is None:
+            return RetrievalSources(None, {}, None)
         if listed is None:
             cache = self._models.adapter and self._cache_of(found)
-            offered = _offer(found.retriever, found, cache, found.whole)
+            weights = Weights.of(worded) if worded is not None else None
+            offered = _offer(found.retriever, found, cache, found.whole, weights)
             if found.phrases is None:
                 return offered
             directory = found.phrases
@@ -272,13 +335,14 @@ class Decoder:
         source: Retriever = SubsetRetriever(phrases, np.arange(phrases.entries))
         named = Phrases(phrases)
         whole = named.first_mentions()
+        weights = Weights.of(phrases) if found is None else Weights.of(worded, phrases)
         if found is not None:
             source = JoinedRetriever(found.retriever, source)
             small = found.whole is not None
             whole = np.concatenate((found.whole, whole + SECOND)) if small else None
         cache = self._models.adapter and self._models.window_cache(source)
         settings = found or retrieval_defaults(self._settings, self._tuned, phrases)
-        offered = _offer(source, settings, cache, whole)
+        offered = _offer(source, settings, cache, whole, weights)
         if found is not None:
             return offered
         many = len(named.names) > settings.attention.whole
@@ -321,6 +385,7 @@ class Decoder:
             logps=tuple(choice.logp for choice in hypothesis.choices[: len(hypothesis.tokens)]),
             heard=len(request.units),
             language=getattr(request.units, "language", None),
+            display=sources.display.among(heard.text.split()) if sources else Display(),
         )
 
     async def _timed(
@@ -364,12 +429,19 @@ class _EngineMetrics:
 
     def record(self, now: Statistics) -> None:
         """Count what happened since the last time."""
-        for field, counter in self._counters.items():
-            if (more := getattr(now, field) - getattr(self._seen, field)) > 0:
+        for name, counter in self._counters.items():
+            if (more := getattr(now, name) - getattr(self._seen, name)) > 0:
                 counter.inc(more)
-        for field, gauge in self._gauges.items():
-            gauge.set(getattr(now, field))
+        for name, gauge in self._gauges.items():
+            gauge.set(getattr(now, name))
         self._seen = now
+
+
+def _trace(job: Job, handed_in: int) -> None:
+    """What a clip's time went to, in a trace of its request."""
+    tokens = len(job.future.result().hypothesis.tokens)
+    traces.record("queue", handed_in, job.begun)
+    traces.record("steps", job.begun, tokens=tokens)
 
 
 def _offer(
@@ -377,12 +449,14 @@ def _offer(
     settings: ResolvedDatastore | Tuned | RetrievalDefaults,
     cache: WindowCache | None,
     whole: np.ndarray | None,
+    weights: Weights | None,
 ) -> RetrievalSources:
-    votes = {"knn": Retrieval(source, settings.knn), "both": Retrieval(source, settings.both)}
+    kinds = {"knn": settings.knn, "both": settings.both}
+    votes = {kind: Retrieval(source, knn, weights) for kind, knn in kinds.items()}
     return RetrievalSources(
         source,
         votes,
-        cache and AttentionSource(cache, settings.attention, source, whole),
+        cache and AttentionSource(cache, settings.attention, source, whole, weights),
     )
 
 

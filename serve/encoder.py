@@ -11,13 +11,13 @@ import torch
 from ray import serve
 from ray.serve.metrics import Counter, Histogram
 
-from mmrag.corpora.voices.speech import UnspeakableError
 from mmrag.decoding.align import audible
 from mmrag.model.whisper import EncodedAudio
 from mmrag.recogniser import load_encoder
+from mmrag.records import Line
 from mmrag.speech import vad
 from mmrag.speech.audio import SAMPLE_RATE
-from serve import probe
+from serve import logs, probe
 from serve.messages import Encoded, EncodedSegment, InvalidRequest
 from serve.model import device, language, locate
 from serve.settings import Settings
@@ -34,6 +34,7 @@ class Encoder:
 
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(settings.encoder.threads)
+        logs.install(settings.logs)
         self._settings = settings
         self._models = load_encoder(locate(settings), device(settings), language(settings))
         self._synthesize = None
@@ -58,9 +59,12 @@ class Encoder:
         """
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, waves)
 
-    async def synthesize(self, texts: list[str]) -> list[Encoded]:
+    async def synthesize(self, texts: list[str | Line]) -> list[Encoded]:
         """Sentences, said by a synthesizer and encoded; ImportError without the extra."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._speak, texts)
+
+    async def alive(self) -> None:
+        """Returns: this replica takes calls."""
 
     async def check_health(self) -> None:
         """Encode the probe; RuntimeError if its units are not what they were at the start."""
@@ -89,12 +93,12 @@ class Encoder:
         self._busy.inc(time.perf_counter() - started)
         return found
 
-    def _speak(self, texts: list[str]) -> list[Encoded]:
+    def _speak(self, texts: list[str | Line]) -> list[Encoded]:
         if self._synthesize is None:
             self._synthesize = self._models.synthesizer()
         try:
             return list(self._synthesize(texts))
-        except UnspeakableError as error:
+        except ValueError as error:  # nothing that can be spoken, or a language without a voice
             raise InvalidRequest(str(error)) from None
 
 

@@ -7,13 +7,26 @@ then leaves more of the processor to the models. What the shell exports stays as
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 from cluster.ports import free_ports
 
+HAPROXY = Path(__file__).parent / "haproxy.sh"
+
 VARIABLES = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_HAPROXY_BINARY_PATH": str(HAPROXY),
+    "MMRAG_PYTHON": sys.executable,  # by which it runs
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.request_ids:outermost",
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",  # for a header, and between two parts of a body
+    # A connection outlives a change of the replicas: as long as limits.session_seconds.
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "14400",
+    "RAY_SERVE_HAPROXY_NBTHREAD": "2",
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # a message a request to a process in Python
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # the usual 0.1 take a twentieth of a core
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "2000",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",  # on a busy machine the usual 5 do not suffice
     "RAY_worker_niceness": "0",  # as HAProxy's, which would else be served first

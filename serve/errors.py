@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -18,9 +19,17 @@ from starlette.requests import ClientDisconnect
 
 from mmrag.retrieval.segment import DatastoreError
 from mmrag.speech.audio import AudioError
-from serve.messages import DatastoreExists, InvalidRequest, Unavailable, UnknownDatastore
+from serve.messages import (
+    DatastoreExists,
+    InvalidRequest,
+    QuotaExceeded,
+    Unavailable,
+    UnknownDatastore,
+)
 
 RETRY_SECONDS = 1
+QUOTA_SECONDS = 3600
+"""Until asking again might make sense where something has to be deleted first."""
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 log = logging.getLogger("ray.serve")
 
@@ -29,10 +38,17 @@ class ApiError(Exception):
     """An answer that is not a success."""
 
     def __init__(
-        self, status: int, message: str, code: str | None = None, param: str | None = None
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
+        """`headers` go with it, over those that go with every answer of its status."""
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
+        self.headers = headers or {}
 
 
 class RefusedBody(HTTPException):
@@ -58,11 +74,13 @@ def body(error: ApiError) -> dict[str, Any]:
 
 def headers(error: ApiError) -> dict[str, str]:
     """The HTTP headers that go with it."""
-    if error.status == 401:
-        return {"WWW-Authenticate": "Bearer"}
-    if error.status == 408:
-        return {"Connection": "close"}
-    return {"Retry-After": str(RETRY_SECONDS)} if error.status in (429, 503) else {}
+    usual = {
+        401: {"WWW-Authenticate": "Bearer"},
+        408: {"Connection": "close"},
+        429: {"Retry-After": str(RETRY_SECONDS)},
+        503: {"Retry-After": str(RETRY_SECONDS)},
+    }
+    return usual.get(error.status, {}) | error.headers
 
 
 def explained(error: Exception) -> ApiError:
@@ -80,6 +98,10 @@ def explained(error: Exception) -> ApiError:
             return ApiError(400, "the upload broke off")
         case InvalidRequest():
             return ApiError(400, str(error), None, error.param)
+        case QuotaExceeded():
+            # Waiting does not help: OpenAI's clients are told not to try again.
+            more = {"x-should-retry": "false", "Retry-After": str(QUOTA_SECONDS)}
+            return ApiError(429, error.message, f"quota_{error.quota}", headers=more)
         case TimeoutError():
             return ApiError(504, "the request took too long", "timeout")
         case BackPressureError():
@@ -140,6 +162,7 @@ def install(app: FastAPI) -> None:
         UnknownDatastore,
         DatastoreExists,
         InvalidRequest,
+        QuotaExceeded,
         TimeoutError,
     )
     for kind in (*foreseen, BackPressureError, Unavailable, RayError, DatastoreError):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 from mmrag import artifact
+from mmrag.durable import make_directory
 from mmrag.storage import Location, Url, located
 from serve.settings import Settings
+from serve.tenants import MARK
 
 
 def fetch_datastores(settings: Settings) -> list[str]:
@@ -18,13 +22,17 @@ def fetch_datastores(settings: Settings) -> list[str]:
     root = located(settings.datastores_from)
     new = [name for name in _names(root) if not (settings.datastores / name).exists()]
     for name in new:
+        make_directory((settings.datastores / name).parent)
         artifact.adopt(root / name, settings.datastores / name, "datastore")
     return new
 
 
 def _names(root: Location) -> list[str]:
-    """What stages made in a directory, or at a URL."""
+    """What stages made in a directory, or at a URL; a tenant's own lie one deeper."""
     if isinstance(root, Url):
         described = (name.rpartition("/") for name in root.listing()[0])
-        return [name for name, _, file in described if file == artifact.FILE and "/" not in name]
-    return sorted(one.parent.name for one in root.glob(f"[!.]*/{artifact.FILE}"))
+        found = [name for name, _, file in described if file == artifact.FILE]
+        return [one for one in found if "/" not in one or re.fullmatch(f"{MARK}[^/]+/[^/]+", one)]
+    own = root.glob(f"{MARK}*/[!.]*/{artifact.FILE}")
+    found = [*root.glob(f"[!.]*/{artifact.FILE}"), *own]
+    return sorted(str(one.parent.relative_to(root)) for one in found)

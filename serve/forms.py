@@ -19,7 +19,8 @@ from starlette.datastructures import FormData, QueryParams
 
 from mmrag.config import SLUG, RetrievalMode
 from mmrag.model.vocabulary import Vocabulary
-from serve import languages, schema
+from mmrag.retrieval.wording import Entry
+from serve import languages, schema, wordings
 from serve.errors import ApiError
 from serve.messages import OutputOptions
 from serve.settings import Settings
@@ -45,7 +46,10 @@ _Texts = list[str] | None
 _Granularities = list[schema.Granularity] | None
 _PROMPT = "names to listen for, separated by commas or line breaks"
 _CHUNKING = "`auto`: in pauses; or a server_vad object as JSON, or its fields one by one"
-_CONTEXT = "phrases to listen for in this request"
+_CONTEXT = (
+    "phrases to listen for in this request: texts, or JSON objects of text, display_as, "
+    "pronunciations, weight and language"
+)
 _SHORTLIST = (
     "of many phrases, listen in each segment for so many that sound most like what was heard "
     "without them; 0: for all; else for ten, where there are more phrases than are read whole"
@@ -135,7 +139,7 @@ class TranscriptionForm:
             nested = _parsed(given)
         return schema.server_vad(nested) if nested and nested != {"type": "auto"} else None
 
-    def phrases(self, settings: Settings, vocabulary: Vocabulary) -> list[str]:
+    def phrases(self, settings: Settings, vocabulary: Vocabulary) -> list[Entry]:
         """What is listened for: the context, and the names that the prompt lists.
 
         A prompt is free text: what of it cannot be listened for is passed over.
@@ -143,7 +147,8 @@ class TranscriptionForm:
         limits = settings.limits
         fields = (self.context, self.context_, self.keywords, self.keywords_)
         texts = [text for field in fields for text in field or ()]
-        listed = schema.bounded_texts(texts, limits.phrases, "context[]", limits, vocabulary)
+        how = limits, vocabulary, settings.languages
+        listed = wordings.checked(texts, limits.phrases, "context[]", *how, lines=True)
         prose = f"{self.prompt or ''}\n{self.hotwords or ''}"
         named = [
             part
@@ -153,8 +158,10 @@ class TranscriptionForm:
             and vocabulary.refusal(part) is None
         ]
         most = limits.phrases - len(listed)
-        found = [*listed, *schema.bounded_texts(named, most, "prompt", limits, vocabulary)]
-        schema.check_length(found, "context[]", limits)
+        prompted = wordings.checked(named, most, "prompt", *how)
+        told = {one.text for one in listed}
+        found = [*listed, *(one for one in prompted if one.text not in told)]
+        wordings.check_length(found, "context[]", limits)
         return found
 
     def check(self, settings: Settings) -> None:

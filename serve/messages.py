@@ -5,7 +5,7 @@ Whatever may be large goes by reference (`handles`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from cluster.shards import ShardedRetriever
 from mmrag.config import KNN, RetrievalMode, RetrievedAttention
 from mmrag.model.whisper import EncodedAudio
 from mmrag.records import Units, Word
+from mmrag.retrieval.display import Display
 
 Encoded = Units | EncodedAudio
 """Speech as a decoder takes it: units, or the states of a Whisper's encoder."""
@@ -48,6 +49,23 @@ class InvalidRequest(ValueError):
         self.param = param
 
 
+class QuotaExceeded(ValueError):
+    """A tenant has as much as it may have of something; the message says so."""
+
+    def __init__(self, quota: str, message: str) -> None:
+        """`quota` is the name of the setting."""
+        super().__init__(quota, message)
+        self.quota, self.message = quota, message
+
+
+@dataclass(frozen=True)
+class Room:
+    """What all datastores of a tenant may have together; None for no limit."""
+
+    datastores: int | None = None
+    entries: int | None = None
+
+
 @dataclass(frozen=True)
 class ResolvedDatastore:
     """A datastore, resolved: its shards, and how their answers are weighted."""
@@ -64,6 +82,10 @@ class ResolvedDatastore:
     """(N,) entries whose windows are read without a search, for a small datastore."""
     phrases: Path | None = None
     """Where it lies, if its documents are phrases."""
+    worded: Path | None = None
+    """Where it lies, if any of its documents says how it is written or what it weighs."""
+    tenant: str = ""
+    """Whose it is."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +98,8 @@ class PhraseList:
     key: str
     segment: ObjectRef
     """Of a `Segment`."""
+    tenant: str = ""
+    """Whose they are."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +175,26 @@ class DecodeResult:
     """Units, or frames, of speech that the model was given."""
     language: str | None = None
     """What is spoken, by ISO 639-1, where the model found that out for itself."""
+    display: Display = field(default_factory=Display)
+    """How the entries in it are to be written: `text` and `words` are the model's own."""
+
+    def shown(self) -> DecodeResult:
+        """The same as it is read, entries written as their owner writes them."""
+        found = self.display.met(self.text.split()) if self.display else []
+        if not found:
+            return self
+        ends, at = [], 0
+        for first, last, written in found if self.ends else []:
+            same = len(written) == last - first
+            own = self.ends[first:last] if same else [self.ends[last - 1]] * len(written)
+            ends += [*self.ends[at:first], *own]
+            at = last
+        return replace(
+            self,
+            text=self.display.of_text(self.text),
+            words=self.display.of_words(self.words),
+            ends=(*ends, *self.ends[at:]),
+        )
 
     def tokens_of(self, first: int, last: int) -> tuple[int, ...]:
         """The tokens of the words `first` to `last`."""

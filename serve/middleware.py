@@ -1,45 +1,47 @@
-"""The middleware around every route: API keys, admission, the size and the pace of a body.
+"""The middleware around every route: who a caller is and what he may do, how much at a time, and
+what every answer carries.
 
-A request takes one of the places for work when its body is complete; while it comes in, it takes
-one of the places for uploads. So slow uploads shut nobody out. HEAD is answered like GET. Every
-answer gets security headers and is counted in the metrics.
+HEAD is answered like GET. Every answer gets security headers, a request id, and is counted in the
+metrics, which know of no tenant: anybody may read them.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
+import logging
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.errors import ApiError, RefusedBody, respond
-from serve.settings import Limits
+from serve import bodies, origins, roles
+from serve.accounting import Accounting
+from serve.audit import Audit
+from serve.bodies import FORM, JSON, TRANSCRIBE, Body
+from serve.errors import ApiError, respond
+from serve.keys import Caller, Keys
+from serve.places import Places
+from serve.quotas import Quotas
+from serve.request_ids import HEADER, request_id
+from serve.security import secure
+from serve.settings import Cors, Limits
+
+__all__ = ["FORM", "JSON", "TRANSCRIBE", "AccessRules", "AdmissionMiddleware", "RequestMetrics"]
 
 GUARDED = "/v1/"
 """Paths below it need a key, where there are any."""
-TRANSCRIBE, TRANSLATE = "/v1/audio/transcriptions", "/v1/audio/translations"
-FORM, JSON = "multipart/form-data", "application/json"
-GRACE_SECONDS = 10.0
-"""Time that every upload has before its pace counts."""
-JSON_BYTES = 4_000_000
-"""The largest body that is no upload: it is kept in memory while it comes in."""
-POLICY = (
-    "default-src 'self'; media-src 'self' blob:; worker-src 'self' blob:; object-src 'none'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-"""The page's; that of the API's own pages (/docs) allows the inline script they consist of."""
-DOCS_POLICY = POLICY.replace(
-    "default-src 'self';",
-    "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data:;",
-)
+SECRETS = "/v1/realtime/client_secrets"
+"""Where keys are made that expire: that is written down too."""
+KEY_PROTOCOL = "openai-insecure-api-key."
+"""How a browser, which sends no headers with a WebSocket, sends the key: among subprotocols."""
+PROTOCOL = "realtime"
+"""The subprotocol that is chosen where it is offered."""
+POLICY_VIOLATION = 4000
+"""Added to a status where a server can only close a WebSocket that it refuses: 4401."""
+log = logging.getLogger("ray.serve")
 
 
 @dataclass
@@ -47,36 +49,60 @@ class AccessRules:
     """Who may send requests, how many at a time, how large and how slowly."""
 
     limits: Limits
-    keys: Sequence[str]
-    receiving: int = 0
-    """Requests whose body is still coming in."""
-    working: int = 0
-    """Requests that are being worked on."""
+    keys: Keys
+    quotas: Quotas = field(default_factory=Quotas)
+    cors: Cors = field(default_factory=Cors)
+    audit: Audit | None = None
     draining: bool = False
     """Whether the service is about to stop: new requests are refused."""
-    digests: list[bytes] = field(init=False)
+    numbered: bool = False
+    """Whether somebody outside writes the request's id into its answer."""
+    accounting: Accounting | None = None
+    """Whom the other replicas hear of what is counted here."""
+    receiving: Places = field(init=False)
+    """Requests whose body is still coming in."""
+    working: Places = field(init=False)
+    """Requests that are being worked on."""
 
     def __post_init__(self) -> None:
-        self.digests = [_digest(key) for key in self.keys]
+        self.receiving = Places(self.limits.receiving, lambda: self.keys.tenants)
+        self.working = Places(self.limits.requests, lambda: self.keys.tenants)
 
     @property
     def in_flight(self) -> int:
         """Requests that have begun and have not been answered."""
-        return self.receiving + self.working
+        return self.receiving.taken + self.working.taken
 
-    @property
-    def busy(self) -> ApiError | None:
-        """Why no further request is worked on just now."""
-        if self.working < self.limits.requests:
-            return None
-        return ApiError(429, "too many requests at a time: try again", "busy")
+    def known(self, scope: Scope) -> Caller:
+        """Who sends a request. Raises ApiError (401)."""
+        if self.accounting is not None:
+            self.accounting.begin()
+        caller = self.keys.caller(_key(scope))
+        if caller is None:
+            message = "this needs a valid API key: Authorization: Bearer KEY"
+            raise ApiError(401, message, "invalid_api_key")
+        return caller
 
-    def knows(self, authorization: str | None) -> bool:
-        """Whether the header holds one of the keys; every key is compared, in constant time."""
-        scheme, _, key = (authorization or "").partition(" ")
-        given = _digest(key.strip())
-        matches = [hmac.compare_digest(given, digest) for digest in self.digests]
-        return not self.digests or (scheme.lower() == "bearer" and any(matches))
+    def require(self, scope: Scope, caller: Caller) -> None:
+        """Raises ApiError (403, 413, 415, 429, 503) where a caller may not send a request."""
+        socket = scope["type"] == "websocket"
+        method = "GET" if socket else scope["method"]
+        if socket or method not in ("GET", "OPTIONS"):
+            origins.require_allowed(Headers(scope=scope), self.cors)
+        caller.require(roles.needed(method, scope["path"]))
+        if (socket or method == "POST") and self.draining:
+            raise ApiError(503, "the service is stopping", "unavailable")
+        if method == "POST":
+            self._require_room(scope, caller)
+
+    def _require_room(self, scope: Scope, caller: Caller) -> None:
+        """Raises ApiError where a body would come in for nothing."""
+        if not self.working.has_room(caller.tenant.name):
+            raise ApiError(429, bodies.BUSY, "busy")
+        if not self.receiving.has_room(caller.tenant.name):
+            raise ApiError(429, bodies.BUSY_UPLOADS, "busy")
+        if refusal := bodies.refusal(scope, self.limits):
+            raise refusal
 
 
 class RequestMetrics:
@@ -104,155 +130,144 @@ class AdmissionMiddleware:
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "http":
+            await self._answer(_Request(scope, self._access, send), receive)
+        elif scope["type"] == "websocket":
+            await self._connect(_Request(scope, self._access, send), receive)
+        else:
             await self._app(scope, receive, send)
-            return
-        access, metrics = self._access, self._metrics
-        started, status = time.perf_counter(), None
 
-        async def answer(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                _secure(message, scope["path"])
-            await send(message)
-
-        if scope["method"] == "HEAD":  # the server sends no body, whatever it is given
-            scope = {**scope, "method": "GET"}
-        body = _Body(receive, access)
+    async def _answer(self, request: _Request, receive: Receive) -> None:
+        """An HTTP request."""
+        access, metrics, scope = self._access, self._metrics, request.scope
+        body = Body(receive, access.limits, access.receiving, access.working)
         try:
-            refusal = _refusal(scope, access)
-            if refusal:
-                await respond(refusal)(scope, receive, answer)
-                return
-            if _works(scope):
-                body.begin(_largest(scope, access.limits))
-            await self._app(scope, body, answer)
+            asked = origins.preflight(scope["method"], request.headers, access.cors)
+            if asked is not None:
+                await asked(scope, receive, request.send)
+            elif not request.guarded:
+                await self._app(scope, body, request.send)
+            else:
+                caller = request.admitted()
+                with access.quotas.request(caller):
+                    if scope["method"] == "POST":
+                        body.begin(caller.tenant.name, bodies.largest(scope, access.limits))
+                    await self._app(scope, body, request.send)
         except Exception as error:  # here, so that its answer is like the others
-            if status is not None:
+            if request.status is not None:
                 raise
-            await respond(error)(scope, receive, answer)
+            await respond(error)(scope, receive, request.send)
         finally:
             body.end()
             path = getattr(scope.get("route"), "path", "other")
-            metrics.requests.inc(tags={"path": path, "status": str(status or 500)})
-            metrics.seconds.observe(time.perf_counter() - started, tags={"path": path})
-            metrics.in_flight.set(access.working)
-            metrics.receiving.set(access.receiving)
+            metrics.requests.inc(tags={"path": path, "status": str(request.status or 500)})
+            metrics.seconds.observe(time.perf_counter() - request.started, tags={"path": path})
+            metrics.in_flight.set(access.working.taken)
+            metrics.receiving.set(access.receiving.taken)
 
-
-class _Body:
-    """The body of a request: so many bytes and no further, in time, and then a place for work.
-
-    Raises RefusedBody (413, 408, 429).
-    """
-
-    def __init__(self, receive: Receive, access: AccessRules) -> None:
-        self._receive = receive
-        self._access = access
-        self._largest = 0.0
-        self._received = 0
-        self._started = 0.0
-        self._state: Literal["free", "receiving", "working"] = "free"
-
-    def begin(self, largest: float) -> None:
-        """Take a place for uploads; `largest` is the most bytes that may come."""
-        self._largest, self._started = largest, time.monotonic()
-        self._access.receiving += 1
-        self._state = "receiving"
-
-    def end(self) -> None:
-        """Leave whatever place it has."""
-        self._access.receiving -= self._state == "receiving"
-        self._access.working -= self._state == "working"
-        self._state = "free"
-
-    async def __call__(self) -> Message:
-        if self._state != "receiving":
-            return await self._receive()
-        message = await self._next()
-        self._received += len(message.get("body", b""))
-        if self._received > self._largest:
-            raise RefusedBody(_too_large(self._largest))
-        if message["type"] == "http.request" and not message.get("more_body"):
-            self._work()
-        return message
-
-    async def _next(self) -> Message:
-        limits = self._access.limits
-        pace = GRACE_SECONDS + self._received / limits.receive_bytes_per_second
-        left = self._started + min(pace, limits.receive_seconds) - time.monotonic()
+    async def _connect(self, request: _Request, receive: Receive) -> None:
+        """A WebSocket, which lives as long as its session."""
+        scope = request.scope
         try:
-            async with asyncio.timeout(left):
-                return await self._receive()
-        except TimeoutError:
-            if pace < limits.receive_seconds:
-                slowest = limits.receive_bytes_per_second
-                message = f"the upload came in at less than {slowest:g} bytes a second"
+            request.admitted()
+            await self._app(scope, receive, request.send)
+        except ApiError as error:  # the route's own too: it counts its sessions
+            if request.status is not None:
+                raise
+            await receive()  # websocket.connect
+            if "websocket.http.response" in scope.get("extensions", {}):
+                await respond(error)(scope, receive, request.send)
             else:
-                message = f"the upload took longer than {limits.receive_seconds:g} s"
-            raise RefusedBody(ApiError(408, message, "slow_upload")) from None
-
-    def _work(self) -> None:
-        """Exchange the place for uploads for one for work."""
-        if busy := self._access.busy:
-            raise RefusedBody(busy)
-        self.end()
-        self._access.working += 1
-        self._state = "working"
+                code = POLICY_VIOLATION + error.status
+                reason = error.message[:120]
+                await request.send({"type": "websocket.close", "code": code, "reason": reason})
 
 
-def _works(scope: Scope) -> bool:
-    """Whether a request has a body that is worked on."""
-    return scope["method"] == "POST" and scope["path"].startswith(GUARDED)
+class _Request:
+    """A request on its way in, and its answer on the way out."""
+
+    def __init__(self, scope: Scope, access: AccessRules, send: Send) -> None:
+        self.started = time.perf_counter()
+        self.headers = Headers(scope=scope)
+        self.status: int | None = None
+        self._access, self._send = access, send
+        self._id = request_id(self.headers)
+        self._caller: Caller | None = None
+        self._changes: dict[str, Any] = {}
+        self._offered = scope.get("subprotocols", ())
+        state = scope.get("state", {}) | {"request_id": self._id, "audit": self._changes}
+        self.scope = {**scope, "state": state}
+        if scope.get("method") == "HEAD":  # the server sends no body, whatever it is given
+            self.scope["method"] = "GET"
+
+    @property
+    def guarded(self) -> bool:
+        """Whether it is for somebody with a key."""
+        return self.scope["path"].startswith(GUARDED)
+
+    def admitted(self) -> Caller:
+        """The caller, whom routes find in the request's state. Raises ApiError."""
+        self._caller = self._access.known(self.scope)
+        self._access.require(self.scope, self._caller)
+        self.scope["state"] |= {"caller": self._caller, "quotas": self._access.quotas}
+        if "subprotocols" in self.scope:
+            kept = [one for one in self._offered if not one.startswith(KEY_PROTOCOL)]
+            self.scope["subprotocols"] = kept
+        return self._caller
+
+    async def send(self, message: Message) -> None:
+        """Send a part of the answer; the first one is completed."""
+        kind = message["type"]
+        if kind in ("http.response.start", "websocket.http.response.start"):
+            self.status = message["status"]
+            self._complete(MutableHeaders(scope=message))
+            await self._audited()
+        elif kind == "websocket.accept":
+            self.status = 101
+            self._accept(message)
+        elif kind == "websocket.close":
+            self.status = self.status or 403
+        await self._send(message)
+
+    def _complete(self, headers: MutableHeaders) -> None:
+        asked = self.scope.get("method", "GET"), self.scope["path"]
+        secure(headers, *asked, self.headers.get("host", ""))
+        origins.mark(headers, self.headers, self._access.cors)
+        if not self._access.numbered:
+            headers[HEADER] = self._id
+        if self.guarded:
+            passed = (time.perf_counter() - self.started) * 1000
+            headers["openai-processing-ms"] = str(round(passed))
+        if self._caller is not None:
+            headers.update(self._access.quotas.headers(self._caller))
+
+    def _accept(self, message: Message) -> None:
+        if message.get("subprotocol") is None and PROTOCOL in self._offered:
+            message["subprotocol"] = PROTOCOL
+        message.setdefault("headers", [])
+        headers = MutableHeaders(scope=message)
+        headers[HEADER] = self._id
+
+    async def _audited(self) -> None:
+        """Write down what was changed before anybody is told that it was."""
+        audit, caller, method = self._access.audit, self._caller, self.scope.get("method", "GET")
+        if audit is None or caller is None or method in ("GET", "OPTIONS"):
+            return
+        path = self.scope["path"]
+        if roles.needed(method, path) == "transcribe" and path != SECRETS:
+            return
+        who = {"request_id": self._id, "tenant": caller.tenant.name, "key": caller.key}
+        what = {"method": method, "path": path[:300], "status": self.status, **self._changes}
+        try:
+            await asyncio.to_thread(audit.write, **who, **what)
+        except OSError as error:  # what was changed stays so
+            log.error("the audit log cannot be written: %s", error)
 
 
-def _kind(scope: Scope) -> str:
-    return Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
-
-
-def _largest(scope: Scope, limits: Limits) -> float:
-    """Bytes that a body may have."""
-    upload = limits.upload_mb * 1e6
-    return min(upload, JSON_BYTES) if _kind(scope) == JSON else upload
-
-
-def _too_large(largest: float) -> ApiError:
-    return ApiError(413, f"the upload is larger than {largest / 1e6:g} MB", "too_large")
-
-
-def _refusal(scope: Scope, access: AccessRules) -> ApiError | None:
-    """Why a request is not let in."""
-    headers = Headers(scope=scope)
-    if not scope["path"].startswith(GUARDED):
-        return None
-    if not access.knows(headers.get("authorization")):
-        message = "this needs a valid API key: Authorization: Bearer KEY"
-        return ApiError(401, message, "invalid_api_key")
-    if not _works(scope):
-        return None
-    if access.draining:
-        return ApiError(503, "the service is stopping", "unavailable")
-    if access.busy:
-        return access.busy
-    if access.receiving >= access.limits.receiving:
-        return ApiError(429, "too many uploads at a time: try again", "busy")
-    stated, largest = headers.get("content-length", "0"), _largest(scope, access.limits)
-    if stated.isdigit() and int(stated) > largest:
-        return _too_large(largest)
-    kind = _kind(scope)
-    known = (FORM,) if scope["path"] == TRANSCRIBE else (JSON, FORM)
-    if kind not in known:
-        return ApiError(415, f"send {' or '.join(known)}, not {kind or 'nothing'}")
-    return None
-
-
-def _secure(message: Message, path: str) -> None:
-    headers = MutableHeaders(scope=message)
-    headers["X-Content-Type-Options"] = "nosniff"
-    headers["Referrer-Policy"] = "no-referrer"
-    headers["Content-Security-Policy"] = DOCS_POLICY if path in ("/docs", "/redoc") else POLICY
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
+def _key(scope: Scope) -> str | None:
+    """The key that comes with a request, if any."""
+    scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return key.strip()
+    offered = [one for one in scope.get("subprotocols", ()) if one.startswith(KEY_PROTOCOL)]
+    return offered[0].removeprefix(KEY_PROTOCOL) if offered else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from mmrag import shipped
@@ -22,13 +24,31 @@ def locate(settings: Settings) -> str:
     Raises ValueError or ArtifactError, which name the model and what is wrong with it.
     """
     if settings.model.startswith(REGISTERED):
-        from cluster import tracking  # MLflow takes seconds to import
+        from cluster import registry  # MLflow takes seconds to import
 
-        registry = Tracking(uri=settings.registry, experiment="mmrag")
-        return str(tracking.fetch(settings.model, registry, settings.cache, setting="registry"))
+        return str(
+            registry.fetch(settings.model, _registry(settings), settings.cache, setting="registry")
+        )
     if is_whisper(settings.model):
         return f"{whisper.PREFIX}{whisper.locate(settings.model).absolute()}"
     return str(shipped.find(settings.model))
+
+
+def pinned(settings: Settings) -> Settings:
+    """The same settings with the version that an alias means now, so that a replica which starts
+    later has the others' model. Raises what `locate` raises for one that is not there."""
+    if not settings.model.startswith(REGISTERED):
+        return settings
+    from cluster import registry  # MLflow takes seconds to import
+
+    model = registry.pinned(settings.model, _registry(settings), setting="registry")
+    return settings.model_copy(update={"model": model, "model_check_s": 0})
+
+
+def version(settings: Settings) -> str | None:
+    """The number of a registered version; None for another model."""
+    found = re.fullmatch(rf"{REGISTERED}[^/]+/(\d+)", settings.model)
+    return found and found[1]
 
 
 def language(settings: Settings) -> str | None:
@@ -48,6 +68,10 @@ def described(settings: Settings) -> Outline:
             f"{known.window_seconds:g} s at once"
         )
     return known
+
+
+def _registry(settings: Settings) -> Tracking:
+    return Tracking(uri=settings.registry, experiment="mmrag")
 
 
 def device(settings: Settings) -> str:

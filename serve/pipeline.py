@@ -25,7 +25,9 @@ from mmrag.decoding.stitch import Stitcher
 from mmrag.model.whisper import EncodedAudio
 from mmrag.recogniser import is_whisper
 from mmrag.records import Timed, Word
+from mmrag.retrieval.wording import Entry
 from mmrag.speech import audio, cutting
+from serve import probe, traces
 from serve.handles import SizedHandle, by_reference
 from serve.messages import (
     DecodeRequest,
@@ -40,6 +42,7 @@ from serve.messages import (
     weight,
 )
 from serve.settings import Settings
+from serve.tenants import DEFAULT, own_name
 
 ATTEMPTS = 5
 PAUSE_SECONDS = 0.2
@@ -55,12 +58,14 @@ class TranscriptionOptions:
     """What a caller asks for besides the upload."""
 
     datastore: str | None = None
-    phrases: Sequence[str] = ()
+    phrases: Sequence[Entry] = ()
     shortlist: int | None = None
     """As in `DecodeRequest`."""
     retrieval: RetrievalMode | None = None
     """None: kNN-LM and cross-attention where there is something to look up."""
     output: OutputOptions = field(default_factory=OutputOptions)
+    tenant: str = DEFAULT
+    """Whose phrases they are: what is kept of them is kept for that tenant alone."""
     languages: tuple[str, ...] = ()
     """ISO 639-1 codes of what may be spoken, the likeliest first; none: whatever it is. For a model
     that finds out for itself, and is told otherwise by them."""
@@ -107,6 +112,16 @@ class Pipeline:
         self._ahead = 0
         """Segments under way besides the first of each upload."""
 
+    async def warm_up(self) -> None:
+        """Transcribe the probe in every way that callers may ask for: whole, streamed, timed."""
+        data = probe.FILE.read_bytes()
+        await self.seconds(data)
+        timed = TranscriptionOptions(output=OutputOptions(timed=True))
+        for options in (TranscriptionOptions(), timed):
+            await self.complete(data, await self.request_builder(options))
+        async for _ in self.transcribe(data, await self.request_builder(TranscriptionOptions())):
+            pass
+
     async def seconds(self, data: bytes) -> float:
         """Length of an upload: what it decodes to, or as much of it as exceeds what is taken.
 
@@ -134,7 +149,7 @@ class Pipeline:
                 async for part in self._decoded(build(encoded)):
                     if isinstance(part, DecodeResult):
                         first = first and not part.text
-                        result = _later(part, segment.start + encoded.start)
+                        result = _later(part, segment.start + encoded.start).shown()
                         yield TranscribedSegment(segment.start, segment.end, result, encoded.speech)
                     else:
                         yield part if begun else blank + part
@@ -193,7 +208,8 @@ class Pipeline:
         wanted = request.output
         if segment.before or segment.after:
             request = replace(request, output=replace(wanted, timed=True))
-        result = await self.call(self._decoder.of(request.size).transcribe, request)
+        with traces.span("decode"):
+            result = await self.decode(request)
         result = _later(result, segment.start - segment.before + encoded.start)
         made = TranscribedSegment(segment.start, segment.end, result, encoded.speech)
         return made, wanted
@@ -205,7 +221,12 @@ class Pipeline:
     async def encode(self, wave: np.ndarray) -> EncodedSegment | None:
         """A wave's units; None where nobody speaks."""
         encoder = self._encoder.of(None if self._large else wave.nbytes)
-        return await self.call(encoder.encode, wave)
+        with traces.span("encode", samples=len(wave)):
+            return await self.call(encoder.encode, wave)
+
+    async def decode(self, request: DecodeRequest) -> DecodeResult:
+        """All that is heard in a segment; its words' times count from the units' beginning."""
+        return await self.call(self._decoder.of(request.size).transcribe, request)
 
     async def look_up(self, name: str, asked: str | Encoded, k: int) -> list[Lookup]:
         """What a datastore finds before each token of a text, or of what is said.
@@ -234,8 +255,14 @@ class Pipeline:
         self, data: bytes, chunking: Mapping[str, Any] | None = None
     ) -> Iterator[cutting.Segment]:
         longest = self.settings.decode.max_seconds
-        cut = cutting.segments if chunking is None else partial(cutting.turns, **chunking)
-        return cut(data, longest, overlap=cutting.overlap(longest))
+        cutter = cutting.segments if chunking is None else partial(cutting.turns, **chunking)
+        cut = cutter(data, longest, overlap=cutting.overlap(longest))
+        while True:
+            with traces.span("cut"):
+                segment = next(cut, None)
+            if segment is None:
+                return
+            yield segment
 
     async def _encoded(
         self, data: bytes, chunking: Mapping[str, Any] | None
@@ -265,15 +292,16 @@ class Pipeline:
         phrase_list: PhraseList | None = None
         mode = options.retrieval or "both"
         if mode != "none" and options.datastore is not None:
-            found = await self.call(self.retriever.resolve, options.datastore)
+            with traces.span("resolve"):
+                found = await self.call(self.retriever.resolve, options.datastore)
         if mode != "none" and options.phrases:
-            phrase_list = await self._phrase_list(options.phrases)
+            phrase_list = await self._phrase_list(options)
         if found is None and phrase_list is None:
             if options.retrieval not in (None, "none"):
                 raise InvalidRequest(f"retrieval {options.retrieval} needs a datastore or context")
             mode = "none"
         if options.shortlist and phrase_list is None and found.phrases is None:
-            name = options.datastore
+            name = own_name(options.datastore)
             message = f"shortlist: the documents of {name!r} are no phrases"
             raise InvalidRequest(message, "shortlist")
         if options.retrieval is None and mode != "none" and not await self.reads():
@@ -300,13 +328,14 @@ class Pipeline:
             message = "shortlist: of a datastore or of context, and not of both"
             raise InvalidRequest(message, "shortlist")
 
-    async def _phrase_list(self, phrases: Sequence[str]) -> PhraseList:
+    async def _phrase_list(self, options: TranscriptionOptions) -> PhraseList:
         """Phrases as entries, put where every decoder finds them.
 
         This process owns them: they last as long as the request that it works on.
         """
-        key, segment = await self.call(self.retriever.phrases, list(phrases))
-        return PhraseList(key, await asyncio.to_thread(ray.put, segment))
+        phrases, tenant = list(options.phrases), options.tenant
+        key, segment = await self.call(self.retriever.phrases, phrases, tenant)
+        return PhraseList(key, await asyncio.to_thread(ray.put, segment), tenant)
 
     async def reads(self) -> bool:
         """Whether the model has an adapter to read with."""
@@ -375,7 +404,7 @@ def _kept(
     made: TranscribedSegment, wanted: OutputOptions | None, counted: slice
 ) -> TranscribedSegment:
     """A segment with those of its words that count, and without them where only the text is
-    wanted."""
+    wanted; as it is read, which it becomes here: seams are found by the model's own words."""
     result = made.result
     if result is None or wanted is None:
         return made
@@ -394,7 +423,7 @@ def _kept(
         )
     if not (wanted.evidence or wanted.timed):
         result = replace(result, words=(), ends=())
-    return replace(made, result=result)
+    return replace(made, result=result.shown())
 
 
 def _later(result: DecodeResult, start: float) -> DecodeResult:

@@ -16,7 +16,7 @@ import shutil
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -34,12 +34,16 @@ from mmrag.config import SLUG
 from mmrag.decoding.tune import tuned
 from mmrag.retrieval import datastore as stored
 from mmrag.retrieval import upkeep
+from mmrag.retrieval.confusion import Preview, common_words, confusable, written
 from mmrag.retrieval.datastore import Datastore
+from mmrag.retrieval.display import Display
 from mmrag.retrieval.index import index_directory, save_index, saved_shards
-from mmrag.retrieval.phrases import Phrases, are_phrases
+from mmrag.retrieval.phrases import WINDOW, Phrases, are_phrases, fresh
 from mmrag.retrieval.reindexing import behind
 from mmrag.retrieval.segment import DatastoreError, Segment, join
 from mmrag.retrieval.snapshots import SnapshotError
+from mmrag.retrieval.wording import Entry, entries
+from serve import logs
 from serve.additions import Additions
 from serve.handles import by_reference
 from serve.housekeeping import APART, Housekeeping
@@ -47,17 +51,21 @@ from serve.messages import (
     DatastoreExists,
     DatastoreSummary,
     InvalidRequest,
+    QuotaExceeded,
     ResolvedDatastore,
+    Room,
     Unavailable,
     UnknownDatastore,
 )
 from serve.model import described, retrieval_defaults, tuned_below
+from serve.pronouncing import Pronouncing
 from serve.settings import Settings
+from serve.tenants import DEFAULT, directory_of, own_name, place_of, tenant_at, tenant_of
 
 KEPT_OPEN = 500
 """Datastores in the pool that a replica has open itself: each maps a dozen files a segment."""
 REMEMBERED = 20_000
-"""Phrases of requests that a replica keeps, spoken and read."""
+"""Phrases of requests that a replica keeps, spoken and read, of all tenants together."""
 SHARD_CPUS = "retriever.shard_cpus"
 """The setting of what each actor of a datastore reserves."""
 log = logging.getLogger("ray.serve")
@@ -84,8 +92,12 @@ class Retriever:
     ) -> None:
         self._settings = settings
         self._decoder = by_reference(decoder)
+        logs.install(settings.logs)
         known = described(settings)
         self._keyed_by, self._vocabulary = known.keyed_by, known.vocabulary
+        self._width = known.width
+        self._words: list[str] | None = None
+        self._pronouncing = Pronouncing()
         self._additions = Additions(by_reference(encoder), self._decoder, known.vocabulary)
         self._tuned = tuned_below(settings)
         self._app = serve.get_replica_context().app_name
@@ -93,10 +105,14 @@ class Retriever:
         self._root.mkdir(parents=True, exist_ok=True)
         self._open: dict[str, OpenDatastore] = {}
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._phrases: OrderedDict[str, Segment] = OrderedDict()
+        self._phrases: defaultdict[str, OrderedDict[Entry, Segment]] = defaultdict(OrderedDict)
+        """Tenant -> its own, so that the time of an answer tells of nobody else's."""
         self._preload = list(settings.preload)
         self._housekeeping = Housekeeping(settings.retriever.shard_cpus, SHARD_CPUS)
         self._taking_up: dict[str, asyncio.Task] = {}
+
+    async def alive(self) -> None:
+        """Returns: this replica takes calls."""
 
     async def check_health(self) -> None:
         """Open what is preloaded, and call every open shard, which keeps it alive.
@@ -121,55 +137,99 @@ class Retriever:
         async with self._locks[name]:
             return (await self._opened(name)).found
 
-    async def stored(self) -> list[DatastoreSummary]:
-        """Every datastore that can be read."""
+    async def stored(self, tenant: str = DEFAULT) -> list[DatastoreSummary]:
+        """Every datastore of a tenant that can be read."""
         found = []
-        for name in sorted(each.name for each in self._root.iterdir() if self._is_one(each)):
+        for path in self._all(tenant):
             try:
-                found.append(await self.describe(name))
+                found.append(await asyncio.to_thread(_stored, path))
             except (UnknownDatastore, DatastoreError) as error:  # just deleted, or damaged
                 log.warning("%s", error)
         return found
 
     async def describe(self, name: str) -> DatastoreSummary:
         """A datastore, without starting its shards."""
-        return await asyncio.to_thread(lambda: _stored(name, Datastore.open(self._path(name))))
+        return await asyncio.to_thread(_stored, self._path(name))
 
-    async def create(self, name: str, texts: Sequence[str]) -> DatastoreSummary:
-        """Make a datastore of these texts; DatastoreExists if the name is taken."""
-        self._require_room(name)
-        return await self._create(name, await self._additions.spoken(texts))
+    async def create(
+        self, name: str, given: Sequence[Entry], room: Room | None = None
+    ) -> DatastoreSummary:
+        """Make a datastore of these entries; DatastoreExists if the name is taken, QuotaExceeded
+        where the tenant has no `room` for it."""
+        self._require_room(name, room)
+        return await self._create(name, await self._additions.spoken(given), room)
 
     async def create_paired(
-        self, name: str, texts: Sequence[str], waves: Sequence[Sequence[np.ndarray]]
+        self,
+        name: str,
+        texts: Sequence[str],
+        waves: Sequence[Sequence[np.ndarray]],
+        room: Room | None = None,
     ) -> DatastoreSummary:
         """Make a datastore of recordings and what is said in them."""
-        self._require_room(name)
-        return await self._create(name, await self._additions.paired(texts, waves))
+        self._require_room(name, room)
+        return await self._create(name, await self._additions.paired(texts, waves), room)
 
-    async def add(self, name: str, texts: Sequence[str]) -> tuple[int, int]:
-        """Add texts, those that are there already left out: entries added, and all there are.
+    async def add(
+        self, name: str, given: Sequence[Entry], room: Room | None = None
+    ) -> tuple[int, int]:
+        """Add entries, those that are there already left out, and those that are there with another
+        wording replaced: entries added, and all there are.
 
         When it returns, every shard knows them.
         """
         async with self._locks[name]:
             one = await self._opened(name)
-            new = [t for t in texts if not len(one.datastore.entries_of([t]))]
-            return await self._append(one, name, await self._additions.spoken(new))
+            new = fresh(one.datastore, given)
+            replaced = one.datastore.entries_of(each.text for each in new)
+            segments = await self._additions.spoken(new)
+            return await self._append(one, name, segments, room, replaced.tolist())
 
     async def add_paired(
-        self, name: str, texts: Sequence[str], waves: Sequence[Sequence[np.ndarray]]
+        self,
+        name: str,
+        texts: Sequence[str],
+        waves: Sequence[Sequence[np.ndarray]],
+        room: Room | None = None,
     ) -> tuple[int, int]:
         """Add recordings and what is said in them."""
         async with self._locks[name]:
             one = await self._opened(name)
-            return await self._append(one, name, await self._additions.paired(texts, waves))
+            return await self._append(one, name, await self._additions.paired(texts, waves), room)
 
-    async def documents(self, name: str, after: int, limit: int) -> list[tuple[str, int]]:
-        """`limit` documents, from number `after` on, with their entries; deleted ones left out."""
-        return await asyncio.to_thread(
-            lambda: _documents(Datastore.open(self._path(name)))[after : after + limit]
-        )
+    async def preview(self, name: str, given: Sequence[Entry]) -> list[Preview]:
+        """What entries would be confused with in a datastore, which stays as it is, and what the
+        model hears of them without it."""
+        async with self._locks[name]:
+            temperature = (await self._opened(name)).found.knn.temperature
+        if self._words is None:
+            self._words = await asyncio.to_thread(common_words, self._vocabulary)
+        datastore = await asyncio.to_thread(Datastore.open, self._path(name))
+        documents = [document for document, _ in await asyncio.to_thread(_documents, datastore)]
+        pronounce, previews = self._pronouncing.of(tenant_of(name)), []
+        for one in given:
+            spoken = join(await self._additions.spoken([one]))
+            among = datastore, documents, self._words, self._vocabulary, pronounce
+            found = await asyncio.to_thread(confusable, one, spoken, *among, temperature)
+            heard = await self._additions.heard(one)
+            writes = written(one, self._vocabulary)
+            shows = Display.of([one], self._vocabulary.spoken).of_text(writes)
+            previews.append(Preview(one.text, writes, shows, heard, tuple(found)))
+        return previews
+
+    async def documents(
+        self, name: str, after: int, limit: int
+    ) -> list[tuple[str, int, Entry | None]]:
+        """`limit` documents, from number `after` on, with how many entries they are, and as what
+        they were given; deleted ones left out."""
+
+        def read() -> list[tuple[str, int, Entry | None]]:
+            datastore = Datastore.open(self._path(name))
+            listed = _documents(datastore)[after : after + limit]
+            worded = datastore.wordings(document for document, _ in listed)
+            return [(document, count, worded.get(document)) for document, count in listed]
+
+        return await asyncio.to_thread(read)
 
     async def remove(self, name: str, document: str) -> tuple[int, int]:
         """Delete a document's entries: how many, and what is left. Unknown ones are none."""
@@ -194,7 +254,8 @@ class Retriever:
         if task == "roll_back":  # to what the index may have left out
             self._housekeeping.tidy(path)
         if "problems" in told:  # which are said of files
-            told = {"problems": [one.replace(str(path), name) for one in told["problems"]]}
+            own = own_name(name)
+            told = {"problems": [one.replace(str(path), own) for one in told["problems"]]}
         return told
 
     async def delete(self, name: str) -> None:
@@ -208,40 +269,47 @@ class Retriever:
                 await asyncio.to_thread(one.retriever.close)
             await asyncio.to_thread(shutil.rmtree, aside, True)
 
-    async def phrases(self, phrases: Sequence[str]) -> tuple[str, Segment]:
-        """Phrases for one request as entries, and a digest of them.
+    async def phrases(self, given: Sequence[Entry], tenant: str = DEFAULT) -> tuple[str, Segment]:
+        """Phrases for one request as entries, and a digest of them and of whose they are.
 
-        Each is spoken and read the first time that it is met, and kept: a request that was given up
-        goes on there when it is made again. Raises InvalidRequest for one that cannot be spoken.
+        Each is spoken and read the first time that the tenant sends it, and kept: a request that
+        was given up goes on there when it is made again. What weighs nothing is not spoken. Raises
+        InvalidRequest for one that cannot be.
         """
-        phrases = list(dict.fromkeys(phrases))
-        found = {phrase: self._phrases[phrase] for phrase in phrases if phrase in self._phrases}
-        new = [phrase for phrase in phrases if phrase not in found]
+        given, kept = entries(given), self._phrases[tenant]
+        told = {one.text: one.spoken for one in given if one.weight > 0}
+        found = {one: kept[one] for one in told.values() if one in kept}
+        new = [one for one in told.values() if one not in found]
 
         def keep(made: dict[str, Segment]) -> None:
-            self._phrases.update(made)
-            found.update(made)
+            spoken = {told[text]: segment for text, segment in made.items()}
+            kept.update(spoken)
+            found.update(spoken)
 
         await self._additions.phrases(new, keep)
-        if missing := [phrase for phrase in phrases if phrase not in found]:
+        if missing := [text for text, one in told.items() if one not in found]:
             raise InvalidRequest(f"nothing to listen for in {missing[0]!r}")
-        for phrase in phrases:
-            self._phrases[phrase] = found[phrase]
-            self._phrases.move_to_end(phrase)
-        while len(self._phrases) > REMEMBERED:
-            self._phrases.popitem(last=False)
-        key = hashlib.sha256(json.dumps(phrases).encode()).hexdigest()
-        return key, await asyncio.to_thread(join, [found[phrase] for phrase in phrases])
+        for one in told.values():
+            kept[one] = found[one]
+            kept.move_to_end(one)
+        _forget(self._phrases, REMEMBERED)
+        fields = json.dumps([tenant, [one.fields() for one in given]])
+        segments = [Segment.empty(self._width, WINDOW), *(found[one] for one in told.values())]
+        joined = await asyncio.to_thread(join, segments)
+        worded = replace(joined, wordings={one.text: one for one in given})
+        return hashlib.sha256(fields.encode()).hexdigest(), worded
 
     def _path(self, name: str) -> Path:
         """The directory of a datastore; UnknownDatastore if there is none."""
-        path = self._root / name
-        if not re.fullmatch(SLUG, name) or not self._is_one(path):
-            raise UnknownDatastore(f"no datastore {name!r}")
+        path = place_of(self._root, name)
+        if not _is_one(path):
+            raise UnknownDatastore(f"no datastore {own_name(name)!r}")
         return path
 
-    def _is_one(self, path: Path) -> bool:
-        return (path / "datastore.json").exists() and re.fullmatch(SLUG, path.name) is not None
+    def _all(self, tenant: str) -> list[Path]:
+        """The directories of a tenant's datastores."""
+        directory = directory_of(self._root, tenant)
+        return sorted(filter(_is_one, directory.iterdir())) if directory.exists() else []
 
     async def _opened(self, name: str) -> OpenDatastore:
         """The datastore as it is now, its shards started and up to date."""
@@ -271,7 +339,7 @@ class Retriever:
         retriever = self._serve(datastore, uid, index)
         # The first search: a shard that is not there shows here, and not in a transcript.
         if datastore.entries and retriever.search(datastore.keys(0, 1), 1).missing_shards:
-            raise Unavailable(f"datastore {name!r}: a shard does not answer")
+            raise Unavailable(f"datastore {own_name(name)!r}: a shard does not answer")
         found = self._found(datastore, retriever, uid, version, index)
         return OpenDatastore(datastore, retriever, uid, version, index, found)
 
@@ -355,51 +423,79 @@ class Retriever:
         key = f"{uid}-{'-'.join(map(str, version))}-{index}"
         listed = are_phrases(datastore, self._vocabulary, [document for document, _ in documents])
         found = key, uid, retriever, chosen.knn, chosen.both, read, whole
-        return ResolvedDatastore(*found, datastore.directory if listed else None)
+        where = datastore.directory
+        phrases, worded = where if listed else None, where if datastore.wordings else None
+        return ResolvedDatastore(*found, phrases, worded, tenant_at(self._root, where))
 
-    def _require_room(self, name: str) -> None:
-        """Raises DatastoreExists, or InvalidRequest where there are as many as there may be."""
-        if (self._root / name).exists():
-            raise DatastoreExists(f"there is a datastore {name!r} already")
-        most = self._settings.limits.datastores
-        if len(list(self._root.iterdir())) >= most:
+    def _require_room(self, name: str, room: Room | None, more: int = 0) -> None:
+        """Raises DatastoreExists, InvalidRequest where there are as many as there may be, and
+        QuotaExceeded where the tenant may have no more of them, or not `more` entries."""
+        if place_of(self._root, name).exists():
+            raise DatastoreExists(f"there is a datastore {own_name(name)!r} already")
+        most, there = self._settings.limits.datastores, len(self._all(tenant_of(name)))
+        if room is not None and room.datastores is not None and there >= room.datastores:
+            raise QuotaExceeded("datastores", f"{room.datastores} datastores are there already")
+        if there >= most:
             raise InvalidRequest(f"{most} datastores are there already")
+        self._require_entries(name, room, more)
 
-    async def _create(self, name: str, segments: Sequence[Segment]) -> DatastoreSummary:
+    def _require_entries(self, name: str, room: Room | None, more: int) -> None:
+        """Raises QuotaExceeded where the tenant of a datastore may not have so many more entries.
+        Other additions that are under way just now are not seen."""
+        if room is None or room.entries is None:
+            return
+        there = sum(_stored(one).entries for one in self._all(tenant_of(name)))
+        if there + more > room.entries:
+            message = f"{there} of {room.entries} entries are there already, and {more} more"
+            raise QuotaExceeded("entries", f"{message} are too many" if more else message)
+
+    async def _create(
+        self, name: str, segments: Sequence[Segment], room: Room | None
+    ) -> DatastoreSummary:
         async with self._locks[name]:
             described, _ = await self._decoder.describe.remote()
 
             def make() -> DatastoreSummary:
-                self._require_room(name)  # again: entries take their time
+                self._require_room(name, room, _entries(segments))  # again: they take their time
+                path = place_of(self._root, name)
+                durable.make_directory(path.parent)
                 aside = self._root / f".new-{uuid4().hex}"
                 stored.create(aside, described)
                 _publish(aside, segments)
                 save_index(aside)
                 try:
-                    durable.rename(aside, self._root / name)
+                    durable.rename(aside, path)
                 except OSError:
                     shutil.rmtree(aside)
-                    raise DatastoreExists(f"there is a datastore {name!r} already") from None
-                return _stored(name, Datastore.open(self._root / name))
+                    own = own_name(name)
+                    raise DatastoreExists(f"there is a datastore {own!r} already") from None
+                return _stored(path)
 
             return await asyncio.to_thread(make)
 
     async def _append(
-        self, one: OpenDatastore, name: str, segments: Sequence[Segment]
+        self,
+        one: OpenDatastore,
+        name: str,
+        segments: Sequence[Segment],
+        room: Room | None,
+        instead_of: Sequence[int] = (),
     ) -> tuple[int, int]:
         before = one.datastore.entries
         if segments:
-            await asyncio.to_thread(_publish, one.datastore.directory, segments)
+            more = _entries(segments) - len(instead_of)
+            await asyncio.to_thread(self._require_entries, name, room, more)
+            await asyncio.to_thread(_publish, one.datastore.directory, segments, instead_of)
             await self._refreshed(one, name)
             self._housekeeping.tidy(one.datastore.directory)
         return one.datastore.entries - before, _count(one.datastore)
 
 
-def _publish(directory: Path, segments: Sequence[Segment]) -> None:
+def _publish(directory: Path, segments: Sequence[Segment], instead_of: Sequence[int] = ()) -> None:
     if segments:
         name = f"added-{uuid4().hex}"
         stored.write_segment(directory, name, join(segments))
-        stored.publish(directory, [name])
+        stored.publish(directory, [name], instead_of)
 
 
 def _digest(*about: object) -> str:
@@ -423,6 +519,23 @@ def _count(datastore: Datastore) -> int:
     return datastore.entries - len(datastore.deleted)
 
 
-def _stored(name: str, datastore: Datastore) -> DatastoreSummary:
-    documents = len(_documents(datastore))
-    return DatastoreSummary(name, _count(datastore), documents, datastore.description.audio)
+def _forget(kept: dict[str, OrderedDict[Entry, Segment]], most: int) -> None:
+    """Drop what is more than may be kept, the oldest first, of whoever has the most: nobody's load
+    drops what another has met."""
+    for _ in range(sum(map(len, kept.values())) - most):
+        max(kept.values(), key=len).popitem(last=False)
+
+
+def _entries(segments: Sequence[Segment]) -> int:
+    return sum(len(one.tokens) for one in segments)
+
+
+def _is_one(path: Path) -> bool:
+    return (path / "datastore.json").exists() and re.fullmatch(SLUG, path.name) is not None
+
+
+def _stored(path: Path) -> DatastoreSummary:
+    """What a datastore is, as its tenant is told. Raises DatastoreError."""
+    datastore = Datastore.open(path)
+    documents, audio = len(_documents(datastore)), datastore.description.audio
+    return DatastoreSummary(path.name, _count(datastore), documents, audio)

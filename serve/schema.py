@@ -206,6 +206,8 @@ class Model(BaseModel):
     """The model that answers to this id: another's where the id is an alias."""
     aliases: list[str]
     """Further ids that it answers to."""
+    version: str | None = None
+    """Of a registered model."""
     languages: list[str]
     retrieval: list[str]
     fingerprints: dict[str, str]
@@ -243,11 +245,34 @@ class DeletedDatastore(BaseModel):
     deleted: Literal[True] = True
 
 
+class Entry(BaseModel):
+    """A name or phrase that says how it is written, how it is said and how much it weighs."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: str
+    """What the model writes, in its letters."""
+    display_as: str | None = None
+    """What transcripts have in its place; as `text` stands where it is left out."""
+    pronunciations: list[str] | None = None
+    """Respellings ("zole pie dem"), or IPA between slashes ("/zɒlˈpɪdɛm/")."""
+    weight: float | None = Field(default=None, ge=0, le=2)
+    """0: never retrieved; 1 where it is left out."""
+    language: str | None = None
+    """In which it is said, of those that the model understands."""
+
+
+ENTRY = {"anyOf": [{"type": "string"}, Entry.model_json_schema()]}
+"""A text, or more than that; `retrieval.wording` checks it."""
+
+
 class Document(BaseModel):
     """A phrase, a sentence or a recording of a datastore."""
 
     document: str
     entries: int
+    entry: Entry | None = None
+    """As it was given, where that was more than a text."""
 
 
 class Documents(BaseModel):
@@ -277,18 +302,19 @@ class DeletedEntries(BaseModel):
 
 
 class NewEntries(BaseModel):
-    """Texts to add: names and other phrases (at most five words), or sentences."""
+    """Texts to add: names and other phrases (at most five words), or sentences; and entries, which
+    say more."""
 
     model_config = ConfigDict(extra="forbid")
 
-    texts: list[str]
+    texts: list[str] = []
+    entries: list[str | dict[str, Any]] = Field(default=[], json_schema_extra={"items": ENTRY})
 
 
 class NewDatastore(NewEntries):
     """A datastore to make."""
 
     name: str = Field(pattern=SLUG)
-    texts: list[str] = []
 
 
 class Query(BaseModel):
@@ -324,6 +350,76 @@ class Found(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[Lookup]
+
+
+class DayOfUsage(BaseModel):
+    """What a tenant used on a day."""
+
+    day: str
+    requests: int
+    sessions: int
+    audio_seconds: float
+    tokens: int
+
+
+class TenantUsage(BaseModel):
+    """What a tenant has used, has, and may have (null: whatever the service has room for)."""
+
+    object: Literal["usage"] = "usage"
+    tenant: str
+    data: list[DayOfUsage]
+    datastores: int
+    entries: int
+    quotas: dict[str, float | None]
+
+
+class PreviewedEntries(BaseModel):
+    """What is to be looked at before it is put in."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    entries: list[str | dict[str, Any]] = Field(json_schema_extra={"items": ENTRY})
+
+
+class Heard(BaseModel):
+    """A sentence about an entry, and what the model hears of it without the datastore."""
+
+    pronunciation: str
+    sentence: str
+    heard: str
+    right: bool
+
+
+class Confusable(BaseModel):
+    """What an entry may be confused with: of a datastore's documents and of common words."""
+
+    text: str
+    kind: Literal["entry", "word"]
+    sound: float
+    """Share of their phones that is alike, 0 to 1."""
+    loses: float | None = None
+    """Of the votes where the new entry is said, the share that this would take."""
+    takes: float | None = None
+    """Of the votes where this is said, the share that the new entry would take."""
+
+
+class Preview(BaseModel):
+    """An entry before it is put in."""
+
+    text: str
+    writes: str
+    """What the model writes for it."""
+    shows: str
+    """What a transcript has in its place."""
+    heard: list[Heard]
+    confused_with: list[Confusable]
+
+
+class Previews(BaseModel):
+    """One an entry."""
+
+    object: Literal["list"] = "list"
+    data: list[Preview]
 
 
 class TaskOptions(BaseModel):
@@ -407,3 +503,31 @@ def check_length(texts: Sequence[str], param: str, limits: Limits) -> None:
     if length > limits.texts_length:
         message = f"{param}: {length} characters in all, at most {limits.texts_length}"
         raise ApiError(400, f"{message} in a request", None, param)
+
+
+class ExpiresAfter(BaseModel):
+    """When a client secret expires."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    anchor: Literal["created_at"] = "created_at"
+    seconds: int = Field(600, ge=10, le=7200)
+
+
+class ClientSecretRequest(BaseModel):
+    """What a client secret is to be."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    expires_after: ExpiresAfter = ExpiresAfter()
+    session: dict[str, Any] = Field(
+        default_factory=dict, description="a session as `session.update` has it"
+    )
+
+
+class ClientSecret(BaseModel):
+    """A key for the realtime sessions of a browser."""
+
+    value: str
+    expires_at: int
+    session: dict[str, Any]

@@ -5,7 +5,7 @@ Whatever `build` is given besides is merged over it, and checked before anything
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,7 +27,10 @@ from mmrag.config import KNN, SLUG, ConfigError, Decode, RetrievedAttention, Sec
 from mmrag.model.prepared import Compute
 from mmrag.storage import is_url
 
+ORIGIN = r"https?://[A-Za-z0-9.-]+(:\d{1,5})?|https?://\[[0-9A-Fa-f:]+\](:\d{1,5})?"
 CONFIG = Path(__file__).parent / "config.yaml"
+ALIASED = r"models:/[^@/]+@[^@/]+"
+"""A registered model by an alias, which may be moved."""
 KEYS = "MMRAG_API_KEYS"
 """Environment variable with the API keys, separated by commas; KEYS_FILE names a file of them."""
 KEYS_FILE = "MMRAG_API_KEYS_FILE"
@@ -133,6 +136,21 @@ class RetrieverReplicas(Replicas):
     pool: Pool
 
 
+class TenantQuotas(Section):
+    """What each tenant may have at a time; None for whatever the service has room for."""
+
+    requests: PositiveInt | None = None
+    """Requests in flight, of all replicas of the ingress together."""
+    sessions: PositiveInt | None = None
+    """Live sessions."""
+    audio_seconds: PositiveFloat | None = None
+    """Audio a minute, seconds."""
+    entries: PositiveInt | None = None
+    """Entries of all its datastores together."""
+    datastores: PositiveInt | None = None
+    """None for `limits.datastores`."""
+
+
 class Limits(Section):
     """What a request may ask for."""
 
@@ -157,6 +175,55 @@ class Limits(Section):
     texts_length: PositiveInt
     """Characters of all phrases or texts of a request together: all of them are spoken."""
     datastores: PositiveInt
+    """Of each tenant."""
+    sessions: PositiveInt = 64
+    """Realtime sessions that a replica of the ingress holds; beyond, they are refused (429)."""
+    session_seconds: PositiveFloat = 14_400
+    """The longest that a session lasts."""
+    silent_seconds: PositiveFloat = 7200
+    """The longest that no audio comes in one."""
+    session_buffer_seconds: PositiveFloat = 120
+    """Audio of one that waits to be transcribed; beyond, it is refused by an `error` event."""
+    tenant: TenantQuotas = TenantQuotas()
+    """Of a tenant for which the file of keys says nothing else."""
+
+
+class Cors(Section):
+    """Which pages of other origins may call the service from a browser."""
+
+    origins: tuple[str, ...] = ()
+    """`https://app.example`, with the port where it is not the usual one; `*` for all of them."""
+
+    @field_validator("origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for one in origins:
+            if one != "*" and not re.fullmatch(ORIGIN, one):
+                raise ValueError(f"{one!r} is no origin: https://HOST or https://HOST:PORT, or *")
+        return tuple(one.lower() for one in origins)
+
+
+class Logs(Section):
+    """What is written down about requests."""
+
+    transcripts: bool = False
+    """Whether the log holds what was said, and what unforeseen errors quote; a line a request."""
+    audit: Path | None = None
+    """A directory for the audit log: who changed what, a JSON line each; None for none."""
+
+    @field_validator("audit")
+    @classmethod
+    def _absolute(cls, path: Path | None) -> Path | None:
+        return _absolute(path)
+
+
+class Traces(Section):
+    """Who is told how long each part of a request took."""
+
+    endpoint: str | None = Field(default=None, pattern=r"https?://.+")
+    """OpenTelemetry's collector (OTLP over HTTP: http://host:4318); None for nobody."""
+    share: float = Field(default=0.01, ge=0, le=1)
+    """Of requests whose caller does not say whether they are traced."""
 
 
 class RetrievalDefaults(Section):
@@ -188,6 +255,9 @@ class Settings(Section):
     package (`mmrag:tiny`), or a directory, or its URL, with hubert/, codebook/ and lm/."""
     registry: str
     """MLflow's address; MLFLOW_TRACKING_URI in the environment wins."""
+    model_check_s: float = Field(default=0, ge=0)
+    """How often the registry is asked whether the alias of `model` was moved, seconds: the service
+    then goes over to the new version. 0: never, a service stays with the version it began with."""
     cache: Path
     """Where registered models are kept once fetched."""
     languages: tuple[str, ...] = Field(min_length=1)
@@ -207,6 +277,10 @@ class Settings(Section):
     retrieval_defaults: RetrievalDefaults | None = None
     """None for the model's own."""
     limits: Limits
+    cors: Cors = Cors()
+    logs: Logs = Logs()
+    traces: Traces = Traces()
+    """Of a service that `python -m serve` starts; `serve deploy` has `tracing_config` for it."""
     ingress: Replicas
     encoder: Encoding
     retriever: RetrieverReplicas
@@ -235,13 +309,16 @@ class Settings(Section):
     @field_validator("datastores", "cache", "local")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
-        try:
-            return path and path.expanduser().absolute()
-        except RuntimeError:  # no HOME, and no account either
-            raise ValueError(f"{path}: nobody's home is known here, write the path out") from None
+        return _absolute(path)
 
     def model_post_init(self, _: Any) -> None:
-        """What computes on GPUs by name reserves them, or others are placed on the same."""
+        """Only an alias can be moved. And what computes on GPUs by name reserves them, or others
+        are placed on the same."""
+        if self.model_check_s and not re.fullmatch(ALIASED, self.model):
+            raise ValueError(
+                f"model_check_s is {self.model_check_s:g} with model {self.model}: only the alias "
+                "of a registered model can be moved (models:/NAME@ALIAS); set it to 0"
+            )
         for part in ("encoder", "decoder"):
             if self.device.startswith("cuda") and not getattr(self, part).num_gpus:
                 raise ValueError(
@@ -270,24 +347,13 @@ def read(given: Mapping[str, Any], config: Path = CONFIG) -> Settings:
         raise ConfigError(explain(error, str(config))) from None
 
 
+def _absolute(path: Path | None) -> Path | None:
+    try:
+        return path and path.expanduser().absolute()
+    except RuntimeError:  # no HOME, and no account either
+        raise ValueError(f"{path}: nobody's home is known here, write the path out") from None
+
+
 def http_options(config: Path = CONFIG) -> dict[str, Any]:
     """Where the service listens, as Ray Serve wants it."""
     return OmegaConf.to_container(OmegaConf.load(config)["http_options"])
-
-
-def api_keys() -> list[str]:
-    """The keys that callers may use, from the environment or a file; none: nobody is asked.
-
-    Raises ConfigError if a file is named that has none: that must not let everybody in.
-    """
-    keys = os.environ.get(KEYS, "").replace(",", "\n").splitlines()
-    file = os.environ.get(KEYS_FILE)
-    if file:
-        try:
-            found = Path(file).read_text().split()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{KEYS_FILE}: {error}") from None
-        if not found:
-            raise ConfigError(f"{KEYS_FILE}: no keys in {file}")
-        keys += found
-    return [key.strip() for key in keys if key.strip()]

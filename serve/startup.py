@@ -15,6 +15,7 @@ from ray.serve.schema import ApplicationStatus
 
 from cluster import placement
 from cluster.placement import Demand
+from serve.replacement import reason
 from serve.settings import Settings
 
 APPLICATION = "mmrag"
@@ -78,10 +79,11 @@ def demands(settings: Settings) -> list[Demand]:
     ]
 
 
-def listen(http: dict[str, Any]) -> None:
+def listen(http: dict[str, Any], tracing: dict[str, Any] | None = None) -> None:
     """Start Serve and whatever takes HTTP for it; StartupError if that does not come up."""
+    quiet = {"log_level": "WARNING"}
     try:
-        serve.start(http_options=http, logging_config={"log_level": "WARNING"})
+        serve.start(http_options=http, logging_config=quiet, tracing_config=tracing)
     except (RayError, TimeoutError) as error:
         raise StartupError(
             f"Ray Serve's HTTP proxy does not start ({type(error).__name__}): is this machine too "
@@ -103,7 +105,7 @@ def wait_until_running(stopped: Callable[[], bool], say: Callable[[str], None]) 
         if found is not None and found.status == ApplicationStatus.RUNNING and listens:
             return True
         if found is not None and found.status == ApplicationStatus.DEPLOY_FAILED:
-            raise StartupError(_summary(found))
+            raise StartupError(f"the service cannot start: {reason(found)}")
         if found is not None and time.monotonic() > remind:
             pause *= 2
             remind = time.monotonic() + pause
@@ -114,13 +116,6 @@ def wait_until_running(stopped: Callable[[], bool], say: Callable[[str], None]) 
             say(f"still starting: {', '.join(waiting)}; {_free()}")
         time.sleep(POLL_SECONDS)
     return False
-
-
-def _summary(found: Any) -> str:
-    """Why an application failed: the last line of what its deployments say."""
-    said = [one.message for one in found.deployments.values() if one.message] or [found.message]
-    lines = [line.strip() for line in said[0].splitlines() if line.strip()]
-    return f"the service cannot start: {lines[-1] if lines else 'no reason given'}"
 
 
 def _free() -> str:

@@ -6,6 +6,7 @@ Forms are read in `forms`, answers written in `answers`. POST /v1/audio/translat
 from __future__ import annotations
 
 import json
+import logging
 import time
 from asyncio import timeout
 from collections.abc import AsyncIterator
@@ -16,12 +17,15 @@ from fastapi.responses import Response, StreamingResponse
 from ray.serve.metrics import Counter, Histogram
 
 from mmrag.model.vocabulary import Vocabulary
-from serve import errors, forms, middleware, schema
+from serve import errors, forms, schema
 from serve.answers import Answer
+from serve.bodies import TRANSCRIBE, TRANSLATE
 from serve.errors import ApiError
 from serve.forms import TranscriptionForm
 from serve.pipeline import Pipeline, RequestBuilder, TranscriptionOptions
 from serve.settings import Settings
+
+log = logging.getLogger("ray.serve")
 
 
 class Transcriptions:
@@ -43,11 +47,11 @@ class Transcriptions:
         router = APIRouter()
         kinds = schema.VerboseTranscription | schema.Transcription
         router.post(
-            middleware.TRANSCRIBE,
+            TRANSCRIBE,
             response_model=kinds,
             dependencies=[Depends(forms.FieldCheck(self._settings.unknown_fields))],
         )(self.transcriptions)
-        router.post(middleware.TRANSLATE)(self.translations)
+        router.post(TRANSLATE)(self.translations)
         return router
 
     async def transcriptions(
@@ -55,9 +59,11 @@ class Transcriptions:
     ) -> Any:
         """Transcribe an upload. With `stream`, server-sent events."""
         form.check(self._settings)
+        caller = request.state.caller
         chunking = form.chunking and form.chunking.model_dump(exclude={"type"})
         options = TranscriptionOptions(
-            datastore=form.datastore,
+            datastore=form.datastore and caller.tenant.datastore(form.datastore),
+            tenant=caller.tenant.name,
             phrases=form.phrases(self._settings, self._vocabulary),
             shortlist=form.shortlist,
             retrieval=form.retrieval,
@@ -70,13 +76,14 @@ class Transcriptions:
         async with timeout(self._settings.limits.timeout_seconds):
             # What cannot be served is refused before a stream begins.
             build = await self._pipeline.request_builder(options)
+            request.state.quotas.audio(caller, seconds)
             if form.stream:
-                stream = self._events(answer, data, build, chunking)
+                stream = self._events(request, answer, data, build, chunking)
                 response = StreamingResponse(stream, media_type="text/event-stream")
             else:
                 for one in await self._pipeline.complete(data, build, chunking):
                     answer.add(one)
-                self._count(answer, started)
+                self._count(request, answer, started)
                 response = answer.response()
         response.headers.update(forms.warning(request))
         return response
@@ -103,6 +110,7 @@ class Transcriptions:
 
     async def _events(
         self,
+        request: Request,
         answer: Answer,
         data: bytes,
         build: RequestBuilder,
@@ -115,12 +123,15 @@ class Transcriptions:
                 async for part in self._pipeline.transcribe(data, build, chunking):
                     for event in answer.events(part):
                         yield _event(event)
-            self._count(answer, started)
+            self._count(request, answer, started)
             yield _event(answer.done())
         except Exception as error:  # the status is sent: what is left is to say so
             yield _event(errors.body(errors.explained(error)))
 
-    def _count(self, answer: Answer, started: float) -> None:
+    def _count(self, request: Request, answer: Answer, started: float) -> None:
+        request.state.quotas.tokens(request.state.caller, answer.tokens)
+        if self._settings.logs.transcripts:
+            log.warning("transcript: %s", answer.text)
         self._audio.inc(answer.seconds)
         self._factor.observe((time.perf_counter() - started) / max(answer.seconds, 1e-3))
 

@@ -14,6 +14,7 @@ from jobs.benchmark.endpoint import EndpointError
 LOAD, PLAIN = "jobs.benchmark.load", "jobs.benchmark.plain"
 OPENED, BUILT = "jobs.benchmark.opened", "jobs.benchmark.built"
 DECODED, BARE = "jobs.benchmark.decoded", "jobs.benchmark.bare"
+LIVE = "jobs.benchmark.live"
 LOADED, DRIVEN = "jobs.benchmark.loaded", "jobs.benchmark.driven"
 SHARING = {"OMP_WAIT_POLICY": "passive"}
 """Of a process that builds with every core: its threads do not spin while one of them waits for a

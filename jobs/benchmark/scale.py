@@ -87,18 +87,21 @@ class Row:
     """Values below this are as good as none: how they grow is of no matter."""
 
     @property
-    def exponent(self) -> float:
-        """The power of the size that the figure grows as."""
+    def exponent(self) -> float | None:
+        """The power of the size that the figure grows as; None of one size alone."""
+        if len(self.sizes) < 2:
+            return None
         least = max(self.negligible, 1e-9)
         return exponent(self.sizes, [max(value, least) for value in self.values])
 
     @property
     def grows(self) -> str:
         """`flat`, `linear`, or the power where it is more than that."""
-        if len(self.sizes) < 2:
+        found = self.exponent
+        if found is None:
             return "one size alone"
         limits = ((FLAT, "flat"), (LINEAR, "linear"))
-        return next((word for most, word in limits if self.exponent <= most), power(self.exponent))
+        return next((word for most, word in limits if found <= most), power(found))
 
     @property
     def good(self) -> bool:

@@ -23,7 +23,7 @@ import numpy as np
 import psutil
 from rich.console import Console
 
-from jobs.benchmark import endpoint
+from jobs.benchmark import endpoint, realtime
 from jobs.benchmark.endpoint import Endpoint, EndpointError
 from jobs.benchmark.load import CONNECTION, HANG, Answer, Plan
 from jobs.benchmark.plain import BaselinePlan
@@ -41,6 +41,8 @@ RAMP = 0.2
 """Share of a closed loop's time that is not counted: its callers start all at once."""
 DATASTORE, EVERY = "benchmark", 3
 """While processes are killed, every third request looks things up."""
+FIRST = 10
+"""Requests of a service that has just started."""
 SAMPLE_SECONDS = 0.5
 RECOVERY_SECONDS = 90
 """How long a killed process may take to come again, and an idle replica to go."""
@@ -79,12 +81,14 @@ class Profile:
     """How long the load goes on before a process is killed, and after another one is there."""
     step: float
     """How long the load goes on once there are as many replicas as it needs."""
+    live: float
+    """How long people speak in so many sessions."""
     plain: tuple[int, ...] = CONCURRENCIES
     """Callers of the plain process."""
 
 
-FULL = Profile(alone=CLIPS, level=12, tail=60, overload=30, fault=8, step=10)
-QUICK = Profile(alone=24, level=3, tail=10, overload=10, fault=2, step=2, plain=(8, 16))
+FULL = Profile(alone=CLIPS, level=12, tail=60, overload=30, fault=8, step=10, live=40)
+QUICK = Profile(alone=24, level=3, tail=10, overload=10, fault=2, step=2, live=15, plain=(8, 16))
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,7 @@ class Serving:
         with self._started(ONE_EACH, {}) as service:
             results = self.speed(service)
             results |= self.against(plain, results)
+            results |= self.live()
             results["serve.overload"] = self.overload(results["saturation"], service)
             results["serve.faults"] = self.faults(results["saturation"], service)
         with self._started(ONE_EACH | SCALING, SCALING_ENVIRONMENT) as service:
@@ -143,7 +148,7 @@ class Serving:
         """What can be measured of a service that runs already."""
         self._url = url.rstrip("/")
         self._key = os.environ.get("MMRAG_API_KEYS", "").partition(",")[0] or None
-        results = self.speed(None)
+        results = self.speed(None) | self.live()
         results["serve.overload"] = self.overload(results["saturation"], None)
         left_out = dict.fromkeys(key for key in TARGETS if key not in results)
         return {"url": self._url, **results, **left_out}
@@ -197,7 +202,9 @@ class Serving:
         }
 
     def speed(self, service: Endpoint | None) -> dict[str, Any]:
-        """The service by itself: a lone caller, more and more of them, random arrivals."""
+        """The service by itself: its first requests, a lone caller, more and more of them, random
+        arrivals."""
+        first = self._first() if service else None
         self._load(concurrency=max(CONCURRENCIES), seconds=3)  # the first requests are slow
         progress.print("one request at a time")
         answers = self._load(concurrency=1, seconds=600, requests=self.pace.alone)
@@ -214,12 +221,24 @@ class Serving:
         answers = self._load(rate=rate, seconds=self.pace.tail)
         tail = {"rate": rate, "statuses": statuses(answers), **percentiles(answers)}
         return {
+            "first": first,
             "saturation": best,
             "levels": levels,
             "serve.p99_over_p50": tail["p99_ms"] / tail["p50_ms"],
             "tail": tail,
             "texts": {str(one.clip): one.text for one in answers if one.status == "200"},
         }
+
+    def _first(self) -> dict[str, float]:
+        """How long the first request of all takes, and later ones of the same clip."""
+        answers = self._load(concurrency=1, seconds=600, requests=FIRST, clips=self.clips.files[:1])
+        first, *more = (1e3 * one.seconds for one in answers)
+        return {"first_ms": first, "tenth_ms": more[-1], "again_ms": float(np.median(more))}
+
+    def live(self) -> dict[str, Any]:
+        """People who speak to the service, more and more of them."""
+        progress.print("realtime sessions")
+        return realtime.measure(self._url, self.clips.files, self.pace.live, self._key)
 
     def against(self, plain: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
         """The service beside the plain process; takes the transcripts out of both."""
@@ -318,7 +337,9 @@ class Serving:
 
     def _plan(self, **how: Any) -> Plan:
         url = self._url + TRANSCRIBE
-        return Plan(url=url, clips=self.clips.files, key=self._key, seed=SEED, **how)
+        return Plan(
+            **{"url": url, "clips": self.clips.files, "key": self._key, "seed": SEED, **how}
+        )
 
     def _load(self, **how: Any) -> list[Answer]:
         with Process(LOAD, self._plan(**how)) as load:

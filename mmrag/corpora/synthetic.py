@@ -26,8 +26,9 @@ from mmrag.config import Sentences, Synthesize
 from mmrag.corpora import augment
 from mmrag.corpora import sentences as real
 from mmrag.corpora.grammar import GRAMMAR, expand
-from mmrag.corpora.voices import engines
+from mmrag.corpora.voices import engines, espeak
 from mmrag.corpora.voices.speech import Engine, Speech, Voice
+from mmrag.records import Line
 
 SPLITS = ("lm", "text", "adapter", "datastore", "dev", "test")
 GROUPS = {"lm": 0.55, "adapter": 0.2, "dev": 0.1, "test": 0.15}
@@ -67,6 +68,8 @@ class Planned:
     """Of its augmentation."""
     rough: bool = False
     """Whether it is recorded badly: what models are trained on, and never tested on."""
+    phonetic: bool = False
+    """As in `Line`."""
 
 
 @dataclass(frozen=True)
@@ -159,17 +162,24 @@ def _real(config: Sentences, taken: set[str], seed: int) -> dict[str, list[Sente
 
 
 def assign_voices(
-    texts: Iterable[str], seed: int, shares: Mapping[str, float] = MappingProxyType({"espeak": 1.0})
+    texts: Iterable[str | Line],
+    seed: int,
+    shares: Mapping[str, float] = MappingProxyType({"espeak": 1.0}),
 ) -> list[Planned]:
     """Lines of any text, each with a training voice that depends on `seed` and the line alone, of
-    synthesizers with these `shares`.
+    synthesizers with these `shares`; one with IPA or in a language that is named has espeak-ng's.
     """
     planned = []
     for number, text in enumerate(texts):
-        draw = Random(f"{seed} spoken {text}")
+        line = text if isinstance(text, Line) else Line(text)
+        draw = Random(f"{seed} spoken {line.text}")
         id = f"spoken-{number:06d}"
-        voice = engines.cast(shares, "spoken", draw)
-        planned.append(Planned(id, text, "", (), voice, id, draw.getrandbits(32)))
+        if line.phonetic or line.language:  # phonemes are those of an English voice
+            voice = espeak.speaking(None if line.phonetic else line.language, "spoken", draw)
+        else:
+            voice = engines.cast(shares, "spoken", draw)
+        seeds = draw.getrandbits(32)
+        planned.append(Planned(id, line.text, "", (), voice, id, seeds, phonetic=line.phonetic))
     return planned
 
 
@@ -180,7 +190,8 @@ def render(planned: Planned, synthesizer: Engine) -> Speech:
     """
     if planned.voice is None:
         raise ValueError(f"{planned.id} has no voice: it is text alone")
-    speech = synthesizer.speak(planned.text, planned.voice)
+    how = {"phonetic": True} if planned.phonetic else {}
+    speech = synthesizer.speak(planned.text, planned.voice, **how)
     draw = np.random.default_rng(planned.seed)
     record = augment.rough if planned.rough else augment.mild
     return replace(speech, wave=np.clip(record(speech.wave, draw), -1, 1))

@@ -2,7 +2,8 @@
 
 Shallow fusion with a prefix tree (Zhao et al., Interspeech 2019): each piece that goes on along a
 phrase earns `weight` nats, and a hypothesis that leaves a phrase before its end gives back what the
-unfinished part had earned. The baseline that retrieval is measured against.
+unfinished part had earned. The baseline that retrieval is measured against. Phrases may weigh more
+or less than others: a piece earns as many times `weight` as the heaviest phrase that it may become.
 """
 
 from __future__ import annotations
@@ -26,54 +27,68 @@ class Boost:
     """
 
     def __init__(
-        self, phrases: Iterable[Sequence[int]], weight: float, word_starts: Tensor
+        self,
+        phrases: Iterable[Sequence[int]],
+        weight: float,
+        word_starts: Tensor,
+        weights: Sequence[float] | None = None,
     ) -> None:
-        """`phrases` as ids; `word_starts` (V,) bool, the ids that end the word before them."""
+        """`phrases` as ids; `word_starts` (V,) bool, the ids that end the word before them;
+        `weights` are the phrases' own, 1 each without: one of 0 is not favoured."""
         self.weight = weight
         self._word_starts = word_starts
         starts = word_starts.numpy()
         self._vocabulary = len(starts)
-        self._build([phrase for phrase in phrases if len(phrase)], starts)
+        listed = list(phrases)
+        each = zip(listed, weights or [1.0] * len(listed), strict=True)
+        self._build([(phrase, own) for phrase, own in each if len(phrase) and own > 0], starts)
         opening, opened = np.zeros(len(starts), np.float32), np.full(len(starts), self._outside)
         pieces = self._edges[: np.searchsorted(self._edges, len(starts))]
         met = pieces[starts[pieces]]
-        opening[met] = 1.0
+        opening[met] = self._gains[: len(pieces)][starts[pieces]]
         opened[pieces] = np.where(starts[pieces], np.arange(len(pieces)) + 1, self._outside)
         self._opened = opened
         self._opening = torch.from_numpy(opening)
 
-    def _build(self, phrases: Sequence[Sequence[int]], starts: np.ndarray) -> None:
-        """The tree, a level at a time.
+    def _build(self, weighed: Sequence[tuple[Sequence[int], float]], starts: np.ndarray) -> None:
+        """The tree of phrases and their weights, a level at a time.
 
-        An edge is its node's number times V plus its piece; in order, they lead to the nodes from 1
-        on. `_whole` is the length of the longest phrase that a node starts with if a new word
-        follows (0 for none), `_inner` that of the longest one if its last word goes on, both less
-        what the node has earned: its depth.
+        An edge is its node's number times V plus its piece, and gains the largest weight of the
+        phrases behind it; in order, they lead to the nodes from 1 on. `_whole` is the length, times
+        its weight, of the longest phrase that a node starts with if a new word follows (0 for
+        none), `_inner` that of the longest one if its last word goes on, both less what the node
+        has earned: the gains on the way to it.
         """
+        phrases = [phrase for phrase, _ in weighed]
+        weights = np.array([own for _, own in weighed], np.float64)
         lengths = np.array([len(phrase) for phrase in phrases], np.int64)
         node = np.zeros(len(phrases), np.int64)
-        edges, whole, inner, depths = [], [np.zeros(1)], [np.zeros(1)], [np.zeros(1)]
+        edges, whole, inner, earned = [], [np.zeros(1)], [np.zeros(1)], [np.zeros(1)]
+        gains = [np.zeros(0)]
         count = 1
         for depth in range(1, int(lengths.max(initial=0)) + 1):
             longer = lengths >= depth
             phrases = [phrase for phrase, kept in zip(phrases, longer, strict=True) if kept]
-            lengths, node = lengths[longer], node[longer]
+            lengths, node, weights = lengths[longer], node[longer], weights[longer]
             pieces = np.array([phrase[depth - 1] for phrase in phrases], np.int64)
             new, place = np.unique(node * self._vocabulary + pieces, return_inverse=True)
             parent = new // self._vocabulary - (count - len(whole[-1]))
             own = np.where(starts[new % self._vocabulary], whole[-1][parent], inner[-1][parent])
-            ends = np.zeros(len(new), bool)
-            ends[place[lengths == depth]] = True
+            heaviest, ended = np.zeros(len(new)), np.zeros(len(new))
+            np.maximum.at(heaviest, place, weights)
+            np.maximum.at(ended, place[lengths == depth], weights[lengths == depth])
             edges.append(new)
+            gains.append(heaviest)
+            earned.append(earned[-1][parent] + heaviest)
             inner.append(own)
-            whole.append(np.where(ends, depth, own))
-            depths.append(np.full(len(new), float(depth)))
+            whole.append(np.where(ended > 0, depth * ended, own))
             node, count = count + place, count + len(new)
         self._outside = count
         self._edges = np.concatenate(edges) if edges else np.empty(0, np.int64)
-        earned = np.append(np.concatenate(depths), 0.0)
-        self._whole = (np.append(np.concatenate(whole), 0.0) - earned).astype(np.float32)
-        self._inner = (np.append(np.concatenate(inner), 0.0) - earned).astype(np.float32)
+        self._gains = np.concatenate(gains).astype(np.float32)
+        total = np.append(np.concatenate(earned), 0.0)
+        self._whole = (np.append(np.concatenate(whole), 0.0) - total).astype(np.float32)
+        self._inner = (np.append(np.concatenate(inner), 0.0) - total).astype(np.float32)
 
     def advance(self, states: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """The states (R,) of hypotheses in `states` (R,) that go on with `tokens` (R,)."""
@@ -97,7 +112,8 @@ class Boost:
             rows = np.repeat(np.arange(len(states)), count)
             places = np.arange(count.sum()) + np.repeat(begin - (count.cumsum() - count), count)
             pieces = self._edges[places] % self._vocabulary
-            kept[torch.from_numpy(rows).to(device), torch.from_numpy(pieces).to(device)] = 1.0
+            where = torch.from_numpy(rows).to(device), torch.from_numpy(pieces).to(device)
+            kept[where] = torch.from_numpy(self._gains[places]).to(device)
         return self.weight * kept
 
 

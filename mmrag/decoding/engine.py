@@ -10,6 +10,7 @@ all read with one adapter. Knows nothing of audio, HTTP or other processes.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
@@ -95,6 +96,8 @@ class Job:
     in."""
     prompt: Prompt | None = None
     """Its prompt while it is read a part at a time."""
+    begun: int | None = None
+    """When it was let into the batch, nanoseconds since the epoch; None while it waits."""
 
     @property
     def listens(self) -> bool:
@@ -257,6 +260,7 @@ class Engine:
                     _fail(job.future, error)
                 elif not job.cancelled:
                     self._jobs[job] = None
+                    job.begun = job.begun or time.time_ns()
 
     def _measure(self, job: Job) -> Exception | None:
         """Find out how large a clip is; the error if it cannot be told, or will never fit."""

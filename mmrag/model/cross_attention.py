@@ -121,9 +121,10 @@ class Block(nn.Module):
         return both.unflatten(-1, (self.heads, -1)).transpose(2, 3)
 
     def forward(
-        self, x: Tensor, key: Tensor, memory: Tensor, visible: Tensor
+        self, x: Tensor, key: Tensor, memory: Tensor, visible: Tensor, lean: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Read `memory` (B, 2, H, M, d) where `visible` (B, T, M) says so.
+        """Read `memory` (B, 2, H, M, d) where `visible` (B, T, M) says so, `lean` (B, M) added to
+        the scores.
 
         x (B, T, D) and its `key`, the normalised input of the layer's feed-forward -> x with what
         was read, and the share of attention on each of the M (B, T, M), averaged over the heads;
@@ -135,6 +136,8 @@ class Block(nn.Module):
         scores = torch.cat((q @ null.transpose(-1, -2), q @ k.transpose(-1, -2)), -1)
         seen = torch.cat((visible.new_ones(*visible.shape[:2], 1), visible), 2)
         scores = scores.float() / math.sqrt(q.shape[-1])
+        if lean is not None:
+            scores[..., 1:] += lean[:, None, None]
         attention = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)[..., 1:]
         mixed = (attention.to(v.dtype) @ v).transpose(1, 2).flatten(2)
         return x + self.gate(self.out(mixed)), attention.mean(1)
@@ -209,6 +212,8 @@ class Memory:
     encoded: Tensor
     visible: Tensor
     start: Tensor
+    lean: Tensor | None = None
+    """(B, M), the logarithms of what tokens weigh; None where all weigh one."""
 
     @property
     def layers(self) -> list[int]:
@@ -225,7 +230,8 @@ class Memory:
         here = x.gather(1, at)
         key = key.gather(1, at)
         visible = self.visible & inside[..., None]
-        read, attention = self.adapter.blocks[number](here, key, self.encoded[number], visible)
+        block, memory = self.adapter.blocks[number], self.encoded[number]
+        read, attention = block(here, key, memory, visible, self.lean)
         return x.scatter_add(1, at, read - here), attention
 
     def at(self, start: Tensor) -> Memory:
@@ -239,4 +245,5 @@ class Memory:
             encoded=self.encoded[:, rows],
             visible=self.visible[rows],
             start=self.start[rows],
+            lean=None if self.lean is None else self.lean[rows],
         )

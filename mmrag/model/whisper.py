@@ -149,6 +149,13 @@ class WhisperVocabulary:
             )
         self.language = language if self.multilingual else None
 
+    @property
+    def spoken_languages(self) -> tuple[str, ...]:
+        """What it understands, as it is told (ISO 639-1)."""
+        if not self.multilingual:
+            return ("en",)
+        return (self.language,) if self.language else tuple(self.languages)
+
     @classmethod
     def load(cls, directory: Path, language: str | None = None) -> WhisperVocabulary:
         """Read a checkpoint's tokenizer; WhisperError if it is damaged or lacks something."""

@@ -24,6 +24,7 @@ from mmrag.retrieval.datastore import listing, locked, read_list, write_list
 from mmrag.retrieval.segment import Description
 from mmrag.retrieval.stored import ARRAYS, IDS, StoredSegment, open_segment, segment_file, tables
 from mmrag.retrieval.tensors import write_tensors
+from mmrag.retrieval.wording import Entry
 
 FANOUT = 8
 """So many neighbours of a size become one: each entry is written again a logarithm of times."""
@@ -215,6 +216,7 @@ def _tables(
     """The names that are still in use, and the documents' numbers."""
     pairs: list[tuple[str, str] | None] = []
     numbers: dict[str, int] = {}
+    wordings: dict[str, Entry] = {}
     for one, (start, stop) in zip(sources, pairwise(edges.tolist()), strict=True):
         living = np.zeros(len(one.utterances), bool)
         living[one.arrays["utterances"][~gone[start:stop]]] = True
@@ -227,6 +229,8 @@ def _tables(
             document = one.documents[local]
             numbers[document] = int(one.arrays[IDS][local])
             pairs.append((one.utterances[utterance], document))
-    made = tables(pairs)
+            if worded := one.wording(local):
+                wordings[document] = worded  # the latest
+    made = tables(pairs, wordings)
     names = Names(made["document_text"], made["document_offsets"])
     return made | {IDS: np.array([numbers[name] for name in names], np.int32)}

@@ -19,6 +19,9 @@ write at once; `segments.json` names the ones that count, in order, and is repla
         document_text, document_offsets      the names of these
         document_digests (L,) uint64, ascending: their `digest`, to be searched by
         document_ids     (L,) int32, their numbers in the datastore, given when it is published
+        wording_text, wording_offsets        JSON of the documents that were given as entries
+                         (`wording`); "" for the others, and none of these where no document was
+        wording_weights  (L,) float16, what they weigh: those of 0 are never found
 
 A file's header has the digest of each of these arrays but the last, and the list has that of the
 header and that of the numbers. All of them stay mapped: opening a datastore reads the list and the
@@ -66,6 +69,7 @@ from mmrag.retrieval.stored import (
     write_file,
 )
 from mmrag.retrieval.tensors import digest, overwrite
+from mmrag.retrieval.wordings import Wordings
 from mmrag.storage import Location
 
 LIST = "segments.json"
@@ -127,8 +131,9 @@ def write_segment(directory: Path | str, name: str, segment: Segment) -> None:
         aside.unlink(missing_ok=True)
 
 
-def publish(directory: Path | str, names: Sequence[str]) -> None:
-    """Append written segments, in this order: all of them appear at once, or none.
+def publish(directory: Path | str, names: Sequence[str], instead_of: Iterable[int] = ()) -> None:
+    """Append written segments, in this order: all of them appear at once, or none; what they stand
+    `instead_of`, entries that are there, is hidden in the same moment.
 
     Raises ValueError for a name that is malformed, DatastoreError for a segment that is published
     already, given twice, missing or damaged.
@@ -145,7 +150,12 @@ def publish(directory: Path | str, names: Sequence[str]) -> None:
         for one in given:
             overwrite(segment_file(directory, one.name), IDS, one.arrays[IDS])
             listed["segments"].append(listing(one))
-        write_list(directory, listed)
+        gone = np.fromiter(instead_of, np.int64)
+        if len(gone):
+            gone = np.union1d(deleted_entries(directory, listed), gone)
+            write_deleted(directory, listed, gone)
+        else:
+            write_list(directory, listed)
 
 
 def delete(directory: Path | str, entries: Iterable[int]) -> None:
@@ -269,6 +279,11 @@ class Datastore:
         """(N,) int32, each entry's document."""
         self.deleted = deleted
         """(M,) int64, deleted entries, ascending."""
+        self.wordings = Wordings(segments, self._starts, deleted)
+        """What was said of documents that were given as entries."""
+        entries, weights = self.wordings.weights()
+        self.hidden = np.union1d(deleted, entries[weights == 0])
+        """(M,) int64, those that nobody finds, ascending: the deleted ones, and what weighs 0."""
 
     def __str__(self) -> str:
         return "a datastore in memory" if self.directory is None else str(self.directory)

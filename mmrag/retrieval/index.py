@@ -70,7 +70,7 @@ class IndexShard:
         """Entries, counted from the first, that were deleted before they would have been coded."""
         self._hidden_here: set[int] = set()
         """What `delete` was told, and the datastore may not know."""
-        self._hide(datastore.deleted)
+        self._hide(datastore.hidden)
 
     @classmethod
     def build(
@@ -179,7 +179,7 @@ class IndexShard:
             self._index.add(keys)
         self.stop = stop
         self._deleted = np.pad(self._deleted, (0, stop - start))
-        self._hide(self.datastore.deleted)
+        self._hide(self.datastore.hidden)
 
     def refresh(self, last: bool) -> None:
         """Hide what the datastore says was deleted since; the `last` shard takes in what was
@@ -190,12 +190,12 @@ class IndexShard:
         if last:
             self.add(self.stop, self.datastore.entries)
         hidden = np.array(sorted(self._hidden_here), np.int64)
-        kept = np.count_nonzero(self._deleted[self._local(self.datastore.deleted)])
-        own = np.setdiff1d(hidden, self.datastore.deleted, assume_unique=True)
+        kept = np.count_nonzero(self._deleted[self._local(self.datastore.hidden)])
+        own = np.setdiff1d(hidden, self.datastore.hidden, assume_unique=True)
         if kept + len(own) < self._deletions:
             self._build_again()
             self._hide(hidden)
-        self._hide(self.datastore.deleted)
+        self._hide(self.datastore.hidden)
 
     def delete(self, entries: Iterable[int]) -> None:
         """Never return these again; ids outside the shard are ignored.

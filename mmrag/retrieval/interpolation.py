@@ -11,6 +11,7 @@ from torch import Tensor
 from mmrag.config import KNN
 from mmrag.records import NO_ENTRY, Neighbours, Retriever
 from mmrag.retrieval.knn import gate, knn_logp, mix
+from mmrag.retrieval.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class Retrieval:
 
     retriever: Retriever
     settings: KNN
+    weights: Weights | None = None
+    """What its entries weigh; None where each weighs one."""
 
 
 def sayable(found: Neighbours, lm_logp: Tensor) -> Neighbours:

@@ -83,6 +83,29 @@ def votes_logp(distances: np.ndarray, tokens: np.ndarray, temperature: np.ndarra
     return np.where(found, said, np.float32(-np.inf))
 
 
+def weighed(
+    distances: np.ndarray, temperature: np.ndarray, weights_logp: np.ndarray, mixed: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Neighbours whose votes count by a weight each: what `votes_logp` and `mix_votes` are to be
+    given instead of `distances` (B, K) float32 and the weights `mixed` (B,) in.
+
+    With v_i = softmax(-distance / temperature) and W = sum w_i v_i, the mixture is proportional to
+    (1 - m) p_LM + m sum w_i v_i: a weight multiplies the odds of its token against the language
+    model, whoever else votes. `weights_logp` (B, K) are the logarithms of w, `temperature` (B,).
+    """
+    lean = np.where(np.isfinite(distances), weights_logp, np.float32(0))
+    moved = distances - temperature[:, None] * lean
+    nearest = distances.min(1, keepdims=True, initial=np.inf)
+    found = np.isfinite(nearest)
+    with np.errstate(all="ignore"):
+        votes = np.exp((distances - np.where(found, nearest, 0)) / -temperature[:, None])
+        votes = np.where(found, votes, 0)
+        total = np.maximum(votes.sum(1), np.finfo(np.float32).tiny)
+        heard = mixed * (votes * np.exp(lean)).sum(1) / total
+    share = heard / np.maximum(1 - mixed + heard, np.finfo(np.float32).tiny)
+    return moved.astype(np.float32), np.where(found[:, 0], share, mixed).astype(np.float32)
+
+
 def mix_votes(lm_logp: Tensor, votes_logp: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
     """`mix` where neighbours are all that has votes: `votes_logp` (B, K) of their `tokens` (B, K).
 

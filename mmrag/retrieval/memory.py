@@ -24,6 +24,7 @@ from mmrag.model.lm import LM, LMOutput
 from mmrag.model.pages import PagePool
 from mmrag.records import NO_ENTRY, Retriever
 from mmrag.retrieval.knn import gate
+from mmrag.retrieval.weights import Weights
 
 MAX_CACHED_WINDOWS = 4096
 """Encoded windows that a bank keeps; beyond, it starts afresh."""
@@ -140,6 +141,8 @@ class AttentionSource:
     settings: RetrievedAttention
     retriever: Retriever
     entries: np.ndarray | None = None
+    weights: Weights | None = None
+    """What entries weigh: a window gets its entry's times the attention."""
 
     @cached_property
     def whole(self) -> bool:
@@ -231,7 +234,7 @@ class RetrievedMemory:
             first, most, rows, offsets = lengths - 1, 1, newest[0], 0
         else:
             first, most, rows, offsets = _last_positions(lengths, counts)
-        memory = self._laid.memory(self._adapter, first, most)
+        memory = self._laid.memory(self._adapter, first, self._uneven, most)
         if self._cache is None:
             last = self._lm.config.layers - 1
             states, attention = memory.read(last, output.states, output.keys)
@@ -290,6 +293,7 @@ class RetrievedMemory:
 
     def _rules(self) -> None:
         """What the rows' settings ask, as arrays."""
+        self._uneven = any(one.weights is not None for one in self._readings)
         searching = [not one.whole for one in self._readings]
         self._searching = np.array(searching, bool)
         self._stride = np.array([one.settings.stride for one in self._readings], np.int64)
@@ -363,16 +367,20 @@ class RetrievedMemory:
             self._laid = laid if whole else self._laid.put(index, laid)
         self._stale[:] = False
 
-    def _described(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The entries of rows (B, A) and their distances, padded."""
+    def _described(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """The entries of rows (B, A), their distances and the logarithms of their weights,
+        padded."""
         most = max(1, *(len(self._entries[row]) for row in rows))
         entries = np.full((len(rows), most), NO_ENTRY, np.int64)
         distances = np.full((len(rows), most), np.inf, np.float32)
+        lean = np.zeros((len(rows), most), np.float32)
         for number, row in enumerate(rows):
             entries[number, : len(self._entries[row])] = self._entries[row]
+            if (weights := self._readings[row].weights) is not None:
+                lean[number] = weights.of_entries(entries[number])
             distances[number, : len(self._distances[row])] = self._distances[row]
         device = self._lm.embedding.weight.device
-        return torch.from_numpy(entries).to(device), torch.from_numpy(distances).to(device)
+        return tuple(torch.from_numpy(one).to(device) for one in (entries, distances, lean))
 
 
 def _last_positions(lengths: Tensor, counts: np.ndarray) -> tuple[Tensor, int, Tensor, Tensor]:
@@ -389,22 +397,26 @@ def _last_positions(lengths: Tensor, counts: np.ndarray) -> tuple[Tensor, int, T
 @dataclass(frozen=True)
 class _Layout:
     """What B rows read: `encoded` (L, 2, B, H, M, d), a token's window in its row `windows` (B, M),
-    -1 for padding, and the windows' entries and their distances (B, A)."""
+    -1 for padding, and the windows' entries, their distances and the logarithms of their weights
+    (B, A)."""
 
     encoded: Tensor
     windows: Tensor
     entries: Tensor
     distances: Tensor
+    lean: Tensor
 
     @cached_property
     def visible(self) -> Tensor:
         """(B, 1, M)"""
         return (self.windows >= 0)[:, None]
 
-    def memory(self, adapter: Adapter, start: Tensor, positions: int = 1) -> Memory:
-        """To be read at so many positions of each row from `start` (B,) on."""
+    def memory(self, adapter: Adapter, start: Tensor, uneven: bool, positions: int = 1) -> Memory:
+        """To be read at so many positions of each row from `start` (B,) on; `uneven` if any window
+        may weigh more or less than one."""
+        lean = self.lean.gather(1, self.windows.clamp(min=0)) if uneven else None
         visible = self.visible.expand(-1, positions, -1)
-        return Memory(adapter, self.encoded.transpose(1, 2), visible, start)
+        return Memory(adapter, self.encoded.transpose(1, 2), visible, start, lean)
 
     def attended(self, attention: Tensor, rows: Tensor) -> Attended:
         """Attention (N, M) of a position of each of `rows` (N,), summed by window: the most read
@@ -428,6 +440,7 @@ class _Layout:
             self.windows[:, :tokens].index_select(0, rows),
             self.entries[:, :windows].index_select(0, rows),
             self.distances[:, :windows].index_select(0, rows),
+            self.lean[:, :windows].index_select(0, rows),
         )
 
     def join(self, other: _Layout) -> _Layout:
@@ -447,6 +460,7 @@ class _Layout:
             made.windows.fill_(-1),
             made.entries.fill_(NO_ENTRY),
             made.distances.fill_(torch.inf),
+            made.lean.zero_(),
         )
 
     def put(self, rows: Tensor, other: _Layout) -> _Layout:
@@ -468,8 +482,9 @@ class _Layout:
             pad(self.windows, (0, tokens), value=-1),
             pad(self.entries, (0, windows), value=NO_ENTRY),
             pad(self.distances, (0, windows), value=math.inf),
+            pad(self.lean, (0, windows)),
         )
 
 
-_FLAT = ("windows", "entries", "distances")
+_FLAT = ("windows", "entries", "distances", "lean")
 """What of a layout has its rows first."""

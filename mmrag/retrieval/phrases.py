@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from uuid import uuid4
@@ -20,11 +22,12 @@ from mmrag import durable
 from mmrag.config import KNN
 from mmrag.model.lm import LM
 from mmrag.model.vocabulary import Vocabulary
-from mmrag.records import Units, Utterance
+from mmrag.records import Line, Units, Utterance
 from mmrag.retrieval import datastore
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.entries import read_entries
 from mmrag.retrieval.segment import Description, Segment
+from mmrag.retrieval.wording import Entry, entries
 from mmrag.speech.tokenized import Tokenized
 
 WINDOW = 20
@@ -37,7 +40,7 @@ BATCH = 64
 """Sentences read at once."""
 PHRASE_WORDS = 5
 """Words of the longest text that counts as a phrase, and not as a sentence."""
-Say = Callable[[Sequence[str]], Iterable[Units]]
+Say = Callable[[Sequence[str | Line]], Iterable[Units]]
 """Sentences -> the units of somebody saying each, in their order; they may come bit by bit."""
 Progress = Callable[[int, int], None]
 """Told the sentences that were spoken so far, and all that there are."""
@@ -48,6 +51,7 @@ about all of their phrases to build a datastore of."""
 
 CARRIERS = ("please call {phrase} today", "about {phrase} next week", "{phrase}")
 """Sentences in which a phrase is spoken; the first is the one that is read."""
+BARE = "{phrase}"
 
 
 def utterances(
@@ -70,12 +74,57 @@ def utterances(
             )
 
 
-def phrases_and_sentences(texts: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Texts that are to be found again: phrases, and the longer ones that are sentences; each once,
-    its words a space apart."""
-    texts = list(dict.fromkeys(" ".join(text.split()) for text in texts))
-    short = {text: len(text.split()) <= PHRASE_WORDS for text in texts}
-    return [text for text in texts if short[text]], [text for text in texts if not short[text]]
+def sayings(
+    phrases: Sequence[str | Entry],
+    carriers: Sequence[str] = CARRIERS,
+    spoken: Callable[[str], str] = str,
+) -> Iterator[tuple[Utterance, str | Line]]:
+    """As `utterances`, with what is said of each: a carrier sentence in every pronunciation that an
+    entry has, written as ever; in a language that is not the carriers' the phrase alone."""
+    for number, one in enumerate(entries(phrases)):
+        own = [BARE] if foreign(one) else carriers
+        written = spoken(one.text)
+        said = [(carrier, line) for carrier in own for line in one.lines(carrier, written)]
+        for way, (carrier, line) in enumerate(said):
+            text = carrier.format(phrase=written)
+            about = f"phrase-{number:06d}-{way}"
+            yield Utterance(id=about, text=text, document=one.text, entities=(one.text,)), line
+
+
+def foreign(one: Entry) -> bool:
+    """Whether an entry is of another language than the carrier sentences."""
+    return one.language is not None and re.split("[-_]", one.language.lower())[0] != "en"
+
+
+def phrases_and_sentences(
+    texts: Iterable[str | Entry],
+) -> tuple[list[Entry], list[Entry]]:
+    """What is to be found again: phrases, and the longer ones that are sentences; each once, its
+    words a space apart."""
+    every = entries(texts)
+    short = {one.text: len(one.text.split()) <= PHRASE_WORDS for one in every}
+    return [one for one in every if short[one.text]], [one for one in every if not short[one.text]]
+
+
+def sentences(
+    longer: Iterable[Entry], spoken: Callable[[str], str]
+) -> Iterator[tuple[Utterance, str | Line]]:
+    """Texts that are said as they stand, in each of their pronunciations, and what is said."""
+    for one in longer:
+        written = spoken(one.text)
+        for line in one.lines(BARE, written):
+            yield Utterance(id=uuid4().hex, text=written, document=one.text), line
+
+
+def fresh(datastore: Datastore, given: Sequence[Entry]) -> list[Entry]:
+    """Those entries that a datastore has not, or with another wording."""
+    wordings = datastore.wordings(one.text for one in given)
+    return [
+        one
+        for one in given
+        if one != wordings.get(one.text, Entry(one.text))
+        or not len(datastore.entries_of([one.text]))
+    ]
 
 
 def read_lists(path: Path) -> dict[str, list[str]]:
@@ -105,7 +154,7 @@ def description(lm: LM, identity: Mapping[str, str], say: Say | None) -> Descrip
 
 
 def speak(
-    phrases: Sequence[str],
+    phrases: Sequence[str | Entry],
     lm: LM,
     vocabulary: Vocabulary,
     say: Say | None,
@@ -116,27 +165,29 @@ def speak(
     Without `say` the phrases are read as text alone. Raises ValueError, at the call, for a phrase
     that the vocabulary refuses, or none at all.
     """
-    refused = next(filter(None, map(vocabulary.refusal, phrases)), None)
-    if refused or not phrases:
+    given = {one.text: one for one in entries(phrases)}
+    refused = next(filter(None, map(vocabulary.refusal, given)), None)
+    if refused or not given:
         raise ValueError(refused or "nothing to listen for: no phrases")
-    told = list(utterances(phrases, spoken=vocabulary.spoken))
+    told = list(sayings(list(given.values()), spoken=vocabulary.spoken))
 
     def read(start: int) -> Segment:
         batch = told[start : start + BATCH]
-        heard = [None] * len(batch) if say is None else say([one.text for one in batch])
+        heard = [None] * len(batch) if say is None else say([line for _, line in batch])
         spoken = []
-        for one, units in zip(batch, heard, strict=True):
+        for (one, _), units in zip(batch, heard, strict=True):
             spoken.append(Tokenized(one, units))
             if progress is not None:
                 progress(start + len(spoken), len(told))
-        return read_entries(lm, vocabulary, spoken, WINDOW, "entities")
+        made = read_entries(lm, vocabulary, spoken, WINDOW, "entities")
+        return replace(made, wordings={name: given[name] for _, name in made.names})
 
     return map(read, range(0, len(told), BATCH))
 
 
 def remember(
     cache: Path,
-    phrases: Sequence[str],
+    phrases: Sequence[str | Entry],
     lm: LM,
     vocabulary: Vocabulary,
     identity: Mapping[str, str],
@@ -152,7 +203,7 @@ def remember(
     segments = speak(phrases, lm, vocabulary, say, progress)
     content = json.dumps(
         [
-            {phrase: vocabulary.spoken(phrase) for phrase in phrases},
+            {one.text: [vocabulary.spoken(one.text), one.fields()] for one in entries(phrases)},
             CARRIERS,
             described.audio,
             dict(sorted(identity.items())),
@@ -215,7 +266,7 @@ def are_phrases(datastore: Datastore, vocabulary: Vocabulary, documents: Sequenc
 class Phrases:
     """A datastore of entities, phrase by phrase: each time one was spoken is a window.
 
-    What is deleted from the datastore was not spoken.
+    What is deleted from the datastore was not spoken, and what weighs nothing is never retrieved.
     """
 
     def __init__(self, datastore: Datastore) -> None:
@@ -223,7 +274,7 @@ class Phrases:
         starts = np.flatnonzero(np.diff(datastore.utterances, prepend=-1))
         stops = np.append(starts, datastore.entries)[1:]
         # The window around the middle reaches as far to both sides as it can.
-        middles = np.setdiff1d((starts + stops) // 2, datastore.deleted)
+        middles = np.setdiff1d((starts + stops) // 2, datastore.hidden)
         self._mentions: dict[str, list[int]] = {}
         self._spans: dict[str, list[range]] = {}
         names = datastore.document_names(datastore.documents[middles])
@@ -233,6 +284,9 @@ class Phrases:
             self._mentions.setdefault(name, []).append(middle)
             self._spans.setdefault(name, []).append(range(*span))
         self.names = list(self._mentions)
+        self._ways = {
+            name: max(1, len(own)) for name, own in datastore.wordings.pronunciations().items()
+        }
 
     def mentions(self, phrase: str, most: int | None = None) -> list[int]:
         """An entry for each time the phrase was spoken, at most so many; none for an unknown one.
@@ -265,9 +319,11 @@ class Phrases:
         return found
 
     def first_mentions(self, phrases: Iterable[str] | None = None, most: int = 1) -> np.ndarray:
-        """At most so many `mentions` of each phrase, one phrase after the other: (N,) int64.
+        """At most so many `mentions` of each phrase, in each of its pronunciations, one phrase
+        after the other: (N,) int64.
 
         Of all phrases without `phrases`.
         """
         named = self.names if phrases is None else phrases
-        return np.array([entry for name in named for entry in self.mentions(name, most)], np.int64)
+        found = (self.mentions(name, most * self._ways.get(name, 1)) for name in named)
+        return np.array([mention for own in found for mention in own], np.int64)

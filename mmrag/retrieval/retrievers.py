@@ -113,10 +113,10 @@ class SubsetRetriever:
     """As `LocalRetriever.snapshot`: nothing changes here."""
 
     def __init__(self, datastore: Datastore, entries: np.ndarray) -> None:
-        """`entries` (N,) int64 ids, of which the deleted ones are left out."""
+        """`entries` (N,) int64 ids, of which those that nobody finds are left out."""
         self.datastore = datastore
         kept = np.unique(np.asarray(entries, np.int64))
-        self._entries = kept[~np.isin(kept, datastore.deleted)]
+        self._entries = kept[~np.isin(kept, datastore.hidden)]
         self._keys = datastore.keys_of(self._entries)
         self._squares = (self._keys**2).sum(axis=1)
 

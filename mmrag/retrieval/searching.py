@@ -23,7 +23,7 @@ from mmrag.config import KNN
 from mmrag.records import NO_ENTRY, Neighbours
 from mmrag.retrieval import overlap
 from mmrag.retrieval.interpolation import Retrieval
-from mmrag.retrieval.knn import mix_votes, settled, votes_logp
+from mmrag.retrieval.knn import mix_votes, settled, votes_logp, weighed
 from mmrag.retrieval.lookup import (
     ANSWERED,
     CERTAIN,
@@ -285,11 +285,23 @@ class RowSearches:
         """`lm_logp` (B, V) with what the neighbours say."""
         if not near.any():
             return lm_logp
-        votes = votes_logp(heard.distances, heard.tokens, self._temperature)
-        tokens, weight = heard.tokens.astype(np.int64), np.where(near, self._weight, 0)
+        distances, weight = self._weighed(heard)
+        votes = votes_logp(distances, heard.tokens, self._temperature)
+        tokens, weight = heard.tokens.astype(np.int64), np.where(near, weight, 0)
         device = lm_logp.device
         sent = (_sent(values, device) for values in (votes, tokens, weight.astype(np.float32)))
         return mix_votes(lm_logp, *sent)
+
+    def _weighed(self, heard: Neighbours) -> tuple[np.ndarray, np.ndarray]:
+        """Distances (B, K) and the weights (B,) of what is heard, as the entries' own weights bend
+        them."""
+        uneven = [(one, rows) for one, rows in self._asking if one.weights is not None]
+        if not uneven:
+            return heard.distances, self._weight
+        lean = np.zeros(heard.distances.shape, np.float32)
+        for one, rows in uneven:
+            lean[rows] = one.weights.of_entries(heard.entries[rows])
+        return weighed(heard.distances, self._temperature, lean, self._weight)
 
     def _remember_seconds(self, one: Lookup) -> None:
         if one.seconds is None:
@@ -317,7 +329,10 @@ class RowSearches:
         certain = [math.inf if one.certain is None else math.log(one.certain) for one in settings]
         self._certain = column(certain, np.float64)
         may_settle = column([one.settled for one in settings], bool) & self._greedy
-        self._settling = np.where(may_settle, self._weight, np.float32(1))
+        heavy = [one.weights.heaviest if one.weights else 1.0 for one in kept]
+        odds = self._weight * column([1.0] * none + heavy, np.float32)
+        largest_weight = np.maximum(self._weight, odds / (1 - self._weight + odds))
+        self._settling = np.where(may_settle, largest_weight, np.float32(1))
         self._asked = np.flatnonzero(self._weight > 0)
         self._asking = [
             (one, np.flatnonzero(self._which == number))

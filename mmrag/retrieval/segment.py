@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+
+from mmrag.retrieval.wording import Entry
 
 Metric = Literal["l2", "ip", "cosine"]
 
@@ -44,6 +46,8 @@ class Segment:
     positions: np.ndarray
     utterances: np.ndarray
     names: Sequence[tuple[str, str]]
+    wordings: Mapping[str, Entry] = field(default_factory=dict)
+    """Document -> the entry that it is, for those that were given as one."""
 
     @classmethod
     def empty(cls, width: int, window: int) -> Segment:
@@ -64,6 +68,7 @@ def join(segments: Sequence[Segment]) -> Segment:
         positions=np.concatenate([segment.positions for segment in segments]),
         utterances=np.concatenate(shifted),
         names=[name for segment in segments for name in segment.names],
+        wordings={name: one for segment in segments for name, one in segment.wordings.items()},
     )
 
 

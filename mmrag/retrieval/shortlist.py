@@ -14,8 +14,10 @@ from itertools import chain, groupby
 
 import numpy as np
 from rapidfuzz import fuzz, process
+from rapidfuzz.distance import Levenshtein
 from scipy import sparse
 
+from mmrag.records import Line
 from mmrag.retrieval.interpolation import Retrieval
 from mmrag.retrieval.memory import AttentionSource
 from mmrag.retrieval.phrases import Phrases
@@ -29,7 +31,7 @@ RANK = 60
 """Added to both ranks before they are joined (reciprocal rank fusion, Cormack et al. 2009)."""
 REMEMBERED = 500_000
 """Texts whose phones are kept."""
-Pronounce = Callable[[Sequence[str]], list[tuple[str, ...]]]
+Pronounce = Callable[[Sequence[str | Line]], list[tuple[str, ...]]]
 """Texts -> the phones that each is said in, in IPA."""
 
 _RUNS = (2, 3, 4)
@@ -49,9 +51,9 @@ class Remembered:
         """At most about so many are remembered, and then none."""
         self._pronounce = pronounce
         self._most = most
-        self._said: dict[str, tuple[str, ...]] = {}
+        self._said: dict[str | Line, tuple[str, ...]] = {}
 
-    def __call__(self, texts: Sequence[str]) -> list[tuple[str, ...]]:
+    def __call__(self, texts: Sequence[str | Line]) -> list[tuple[str, ...]]:
         """The phones of each text, as `Pronounce`. From any thread."""
         found = {text: said for text in texts if (said := self._said.get(text)) is not None}
         new = list(dict.fromkeys(text for text in texts if text not in found))
@@ -137,6 +139,26 @@ class Shortlist:
             retrieval and replace(retrieval, retriever=retriever),
             attention and replace(attention, retriever=retriever, entries=windows),
         )
+
+
+def sound_alike(some: Sequence[Sequence[str]], others: Sequence[Sequence[str]]) -> np.ndarray:
+    """How much of their sound phones share, each of `some` with each of `others`: (S, O) float32.
+
+    1: the same phones; 0: none of them. It is what is left after the fewest phones are put in, left
+    out and exchanged, over the longer one's length; one that is exchanged for another that it is
+    heard for counts half.
+    """
+    known = sorted(set(chain.from_iterable((*some, *others))))
+    kinds = {phone: _CLASS.get(phone, phone) for phone in known}
+    letter = {name: chr(ord("A") + n) for n, name in enumerate({*known, *kinds.values()})}
+    exact = {phone: letter[phone] for phone in known}
+    shares = []
+    for letters in (exact, {phone: letter[kind] for phone, kind in kinds.items()}):
+        texts = (
+            ["".join(letters[phone] for phone in one) for one in each] for each in (some, others)
+        )
+        shares.append(process.cdist(*texts, scorer=Levenshtein.normalized_similarity))
+    return (shares[0] + shares[1]) / 2
 
 
 def _once(phones: Sequence[str]) -> tuple[str, ...]:

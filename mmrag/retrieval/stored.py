@@ -18,6 +18,7 @@ from mmrag.names import Names, digest
 from mmrag.retrieval.mapped import open_array
 from mmrag.retrieval.segment import DatastoreError, Description, Segment, prepare
 from mmrag.retrieval.tensors import Tensors, open_tensors, write_tensors
+from mmrag.retrieval.wording import Entry, entry
 
 ARRAYS = {
     "keys": np.float16,
@@ -36,6 +37,12 @@ TABLES = {
     "document_digests": np.uint64,
 }
 """What a segment says of its utterances and documents."""
+WORDINGS = {
+    "wording_text": np.uint8,
+    "wording_offsets": np.int64,
+    "wording_weights": np.float16,
+}
+"""What a segment says of documents that were given as entries; none of them where none was."""
 IDS = "document_ids"
 """The numbers of its documents in the datastore: -1 each, until it is published."""
 Opened = TypeVar("Opened")
@@ -63,6 +70,33 @@ class StoredSegment:
     @cached_property
     def documents(self) -> Names:
         return Names(self.arrays["document_text"], self.arrays["document_offsets"])
+
+    def with_wordings(self, having: str = "") -> np.ndarray:
+        """Its documents (M,) int64 that were given as entries, and have this in their JSON."""
+        said = [having in told if told else False for told in self._wordings]
+        return np.flatnonzero(said)
+
+    @cached_property
+    def _wordings(self) -> Names:
+        return Names(self.arrays["wording_text"], self.arrays["wording_offsets"])
+
+    @property
+    def worded(self) -> bool:
+        """Whether any of its documents was given as an entry."""
+        return "wording_text" in self.arrays
+
+    def wording(self, document: int) -> Entry | None:
+        """The entry that one of its documents is; None for what was not given as one."""
+        said = self._wordings[document] if self.worded else ""
+        return entry({"text": self.documents[document], **json.loads(said)}) if said else None
+
+    def weights(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """What its entries weigh, float32; 1 where nobody said so."""
+        documents = self.arrays["utterance_documents"][self.arrays["utterances"][rows]]
+        if not self.worded:
+            return np.ones(len(documents), np.float32)
+        own = np.append(self.arrays["wording_weights"], np.float16(1)).astype(np.float32)
+        return own[documents]  # -1, of one that is erased, is the last
 
     def document(self, name: str) -> int | None:
         """Which of its documents has this name; None for none."""
@@ -146,10 +180,13 @@ def open_segment(
         raise DatastoreError(f"segment {name} of {directory} is missing")
     stored = _opened(open_tensors, path)
     arrays, fields = stored.arrays, ARRAYS | TABLES | {IDS: np.int32}
+    if WORDINGS.keys() & arrays.keys():
+        fields |= WORDINGS
     if arrays.keys() != fields.keys() or stored.header.digests.keys() != fields.keys() - {IDS}:
         raise DatastoreError(f"{path} is damaged: it has the arrays {', '.join(arrays)}")
     shapes = _shapes(listed["entries"] if listed else len(arrays["tokens"]), description)
     shapes |= _table_shapes(len(arrays["utterance_documents"]), len(arrays["document_digests"]))
+    shapes |= _wording_shapes(len(arrays["document_digests"]))
     for field, dtype in fields.items():
         found, shape = arrays[field], shapes.get(field, arrays[field].shape[:1])
         if found.shape != shape or found.dtype != dtype:
@@ -234,12 +271,14 @@ def arrays_of(name: str, segment: Segment, description: Description) -> dict[str
         for field, dtype in ARRAYS.items()
         if field != "keys"
     }
-    return {"keys": keys} | columns | tables(segment.names)
+    return {"keys": keys} | columns | tables(segment.names, segment.wordings)
 
 
-def tables(names: Sequence[tuple[str, str] | None]) -> dict[str, np.ndarray]:
+def tables(
+    names: Sequence[tuple[str, str] | None], wordings: Mapping[str, Entry]
+) -> dict[str, np.ndarray]:
     """What a segment says of its utterances and documents: (utterance, document) pairs, None for
-    an utterance that is erased."""
+    an utterance that is erased, and the entries that documents are."""
     known = {pair[1] for pair in names if pair}
     documents = sorted(known, key=lambda name: (digest(name), name))
     place = {document: number for number, document in enumerate(documents)}
@@ -251,6 +290,25 @@ def tables(names: Sequence[tuple[str, str] | None]) -> dict[str, np.ndarray]:
         "document_text": about.text,
         "document_offsets": about.offsets,
         "document_digests": np.array([digest(document) for document in documents], np.uint64),
+        **_worded(documents, wordings),
+    }
+
+
+def _worded(documents: Sequence[str], wordings: Mapping[str, Entry]) -> dict[str, np.ndarray]:
+    """The arrays WORDINGS of documents, in order; none where no document is an entry."""
+    given = [wordings.get(document) for document in documents]
+    if not any(given):
+        return {}
+    told = [one.fields() if one else {} for one in given]
+    for one in told:
+        one.pop("text", None)
+    texts = [json.dumps(one) if entry else "" for one, entry in zip(told, given, strict=True)]
+    said = Names.of(texts)
+    weights = [one.weight if one else 1.0 for one in given]
+    return {
+        "wording_text": said.text,
+        "wording_offsets": said.offsets,
+        "wording_weights": np.array(weights, np.float16),
     }
 
 
@@ -272,6 +330,10 @@ def _table_shapes(utterances: int, documents: int) -> dict[str, tuple[int, ...]]
         "document_digests": (documents,),
         IDS: (documents,),
     }
+
+
+def _wording_shapes(documents: int) -> dict[str, tuple[int, ...]]:
+    return {"wording_offsets": (documents + 1,), "wording_weights": (documents,)}
 
 
 def _indexes(indices: np.ndarray, length: int) -> bool:

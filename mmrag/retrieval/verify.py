@@ -68,7 +68,14 @@ def _contradictions(segment: StoredSegment, listed: dict) -> Iterator[str]:
     numbers = arrays[IDS]
     if len(numbers) and not (numbers.min() >= 0 and numbers.max() < listed["documents"]):
         yield f"a document's number is not one of {listed['documents']}"
-    for kind in ("utterance", "document"):
+    for kind in ("utterance", "document", *(["wording"] * segment.worded)):
         offsets, text = arrays[f"{kind}_offsets"], arrays[f"{kind}_text"]
         if offsets[0] != 0 or offsets[-1] != len(text) or (np.diff(offsets) < 0).any():
             yield f"{kind} names do not add up to {len(text)} bytes"
+            return
+    if segment.worded:
+        try:
+            for document in range(len(segment.documents)):
+                segment.wording(document)
+        except ValueError as error:
+            yield f"a document's wording is none: {error}"

@@ -137,6 +137,18 @@ def _samples(max_seconds: float, min_seconds: float, overlap: float) -> tuple[in
     return limit, least, int(overlap * SAMPLE_RATE) // 2
 
 
+def place(wave: torch.Tensor, max_seconds: float, min_seconds: float = 0.1) -> int:
+    """The sample at which to cut a wave (T,) that is longer than `max_seconds`: in the longest
+    pause of the last three quarters of what fits (of long ones the last), or where it is quietest
+    in the second half, if nobody pauses. ValueError for a wave that fits."""
+    limit, least = int(max_seconds * SAMPLE_RATE), math.ceil(min_seconds * SAMPLE_RATE)
+    if len(wave) <= limit:
+        raise ValueError(f"{len(wave)} samples need no cut: {limit} fit")
+    cutter = _Cutter(limit, least, 0)
+    cutter.pending = wave
+    return cutter.place()
+
+
 class _Cutter:
     """What of a recording has not been cut yet, and where the next cut falls. All in samples."""
 
@@ -169,6 +181,15 @@ class _Cutter:
             return self._segment(cut, 0)
         highest = max(lowest + 1, min(highest, self._limit - self._half))
         return self._segment(lowest + _quietest(self.pending[lowest:highest]), self._half)
+
+    def place(self) -> int:
+        """Where to cut `pending`, which is longer than the limit, if nothing is to be shared."""
+        highest = max(1, min(self._limit, len(self.pending) - self._least))
+        pause = self._pause(highest)
+        if pause is not None:
+            return pause
+        lowest = min(max(self._least, self._limit // 2), highest - 1)
+        return lowest + _quietest(self.pending[lowest:highest])
 
     def rest(self) -> Segment:
         """All of `pending`."""

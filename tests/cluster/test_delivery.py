@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from cluster import delivery, tracking
+from cluster import delivery, store
 from cluster.delivery import Delivery
 from cluster.tracking import run
 from jobs import stage
@@ -181,7 +181,7 @@ def test_a_deleted_experiment_is_named_with_the_command_that_brings_it_back(own,
     at = Tracking(uri=own.tracking.uri, experiment=tmp_path.name)
     with run(at, "first", {}):
         pass
-    uri = tracking.tracking_uri(at)
+    uri = store.tracking_uri(at)
     client = MlflowClient(tracking_uri=uri)
     number = client.get_experiment_by_name(at.experiment).experiment_id
     client.delete_experiment(number)
@@ -275,7 +275,7 @@ def test_a_file_that_is_no_database_is_named_in_seconds(tmp_path):
 def test_the_patience_of_the_shell_is_kept_and_ours_is_not_left_behind(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "99")
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
-    with tracking._hurry(), tracking._hurry():
+    with store.hurry(), store.hurry():
         assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "99"
         assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
     assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ

@@ -508,7 +508,7 @@ def test_models_and_artifacts_of_the_service_are_found_where_the_jobs_leave_them
 
 def our_metrics() -> set[str]:
     """The names under which this service counts, as Ray exports them."""
-    text = "".join(file.read_text() for file in sorted((ROOT / "serve").glob("*.py")))
+    text = "".join(file.read_text() for file in sorted((ROOT / "serve").rglob("*.py")))
     whole = re.findall(r'(?:Counter|Gauge|Histogram)\(\s*"(mmrag_[a-z_]+)"', text)
     [prefix] = re.findall(r'name = "(mmrag_decoder_)\{\}"\.format', text)
     parts = re.findall(r'metrics\.\w+\(\s*name\("([a-z_]+)"\)', text)

@@ -9,7 +9,7 @@ import ray.train
 import torch
 
 from cluster import preemption
-from cluster.preemption import NOTICE_SECONDS, ListeningConfig, Notice, listen
+from cluster.preemption import NOTICE_SECONDS, STOP, ListeningConfig, Notice, listen, stopping
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def notice(tmp_path, monkeypatch) -> Iterator[Notice]:
         "gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1
     )
     listen()
-    yield Notice(0, torch.device("cpu"))
+    yield Notice(0, torch.device("cpu"), tmp_path)
     torch.distributed.destroy_process_group()
     signal.signal(signal.SIGTERM, before)
     preemption._asked.clear()
@@ -34,11 +34,27 @@ def test_a_worker_stays_until_it_is_asked_and_sigterm_asks_it(notice):
     assert notice.agreed() and notice.agreed()
 
 
-def test_rays_notice_is_looked_at_now_and_then(notice, monkeypatch):
+def test_sigterm_to_whoever_runs_the_training_asks_all_workers_once(notice, tmp_path, capfd):
+    told = []
+    signal.signal(signal.SIGTERM, lambda *_: told.append("as before"))
+    (tmp_path / STOP).touch()  # of a run that was killed
+    with stopping(tmp_path) as asked:
+        assert not asked() and not notice.agreed()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked() and notice.agreed() and not told
+        assert "after its step, with a checkpoint" in capfd.readouterr().err
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert told == ["as before"]
+    assert not (tmp_path / STOP).exists()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert len(told) == 2, "outside of the block nothing is changed"
+
+
+def test_rays_notice_is_looked_at_now_and_then(notice, tmp_path, monkeypatch):
     now, looks = [1000.0], []
     monkeypatch.setattr(preemption.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(ray.train, "get_preemption_info", lambda: looks.append(now[0]) or "soon")
-    notice = Notice(0, torch.device("cpu"))
+    notice = Notice(0, torch.device("cpu"), tmp_path)
     for _ in range(5):
         assert not notice.agreed()
     now[0] += NOTICE_SECONDS

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 
 from cluster.checkpoints import listed
 from cluster.progress import SKIPPED, records
-from cluster.tracking import tracking_uri
+from cluster.store import tracking_uri
 from cluster.train import CHECKPOINTS, REJECTED, fit, held, shown
 from cluster.validation import DevSplit
 from cluster.zero import deepspeed_config
@@ -297,6 +299,37 @@ def test_a_killed_training_of_an_adapter_goes_on_to_the_very_same_weights(
     assert_same_artifact(made, adapted.path / "adapter", "adapter", pretrained.ADAPTER_WEIGHTS)
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_job_that_is_told_to_end_stores_its_step_first_and_goes_on_from_it(
+    borrow, ray_cluster, tmp_path
+):
+    copied = borrow("codebook", "tokens")
+    phases = (copied.train.phases[0].model_copy(update={"steps": 150}),)
+    settings = copied.train.model_copy(update={"phases": phases, "checkpoint_steps": 1000})
+    copied = copied.model_copy(update={"train": settings})
+    draft, config = copied.workspace / ".lm.partial", tmp_path / "experiment.yaml"
+    config.write_text(copied.model_dump_json())
+    job = train_job(config, ray_cluster, tmp_path)
+    try:
+        deadline = time.monotonic() + WAIT_SECONDS
+        while len(list(records(draft))) < 5:
+            assert job.poll() is None, (tmp_path / "output.txt").read_text()
+            assert time.monotonic() < deadline, "no step was made"
+            time.sleep(0.02)
+        job.terminate()
+        assert job.wait(WAIT_SECONDS) == 128 + signal.SIGTERM
+    finally:
+        job.kill()
+        job.wait()
+    said = (tmp_path / "output.txt").read_text()
+    [step] = re.findall(r"did so after step (\d+): the same command goes on", said)
+    assert "Traceback" not in said and held(draft).what == f"1 checkpoint up to step {step}"
+    assert train_job(config, ray_cluster, tmp_path).wait(WAIT_SECONDS) == 0
+    steps = [one["step"] for one in records(copied.workspace / "lm")]
+    assert steps == list(range(150)), "no step is missing, and none is there twice"
+
+
 def files(directory: Path) -> set[str]:
     return {path.relative_to(directory).as_posix() for path in directory.rglob("*")}
 
@@ -381,24 +414,27 @@ def test_a_checkpoint_says_how_long_training_stood_still_for_it_and_how_long_it_
 
 
 def acting(act, directory: Path):
-    """A worker that calls `act(step, rank, directory)` before each step; pickled whole."""
+    """A worker that calls `act(step, rank, directory)` before each step; pickled whole.
+
+    What a step reads is made earlier, beside the one before.
+    """
 
     def worker(config: dict) -> None:
         import ray.train
 
         from cluster import train
 
-        chosen, rank = train.Curriculum.step, ray.train.get_context().get_world_rank()
+        chosen, rank = train.learning_rate, ray.train.get_context().get_world_rank()
 
-        def step(self, number: int):
-            act(number, rank, directory)
-            return chosen(self, number)
+        def rate(step, settings):
+            act(step, rank, directory)
+            return chosen(step, settings)
 
-        train.Curriculum.step = step
+        train.learning_rate = rate
         try:
             train._worker(config)
         finally:
-            train.Curriculum.step = chosen
+            train.learning_rate = chosen
 
     return worker
 

@@ -3,7 +3,7 @@
 import pytest
 from mlflow import MlflowClient
 
-from cluster.tracking import tracking_uri
+from cluster.store import tracking_uri
 from jobs import demo, stage
 from mmrag import artifact
 

@@ -6,7 +6,7 @@ import pytest
 from mlflow import MlflowClient
 
 from cluster.modes import open_locally
-from cluster.tracking import tracking_uri
+from cluster.store import tracking_uri
 from jobs import evaluate, evaluation_tables, models, tune
 from mmrag import artifact
 from mmrag.artifact import ArtifactError

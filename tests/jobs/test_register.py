@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from cluster.tracking import fetch
+from cluster.registry import fetch
 from jobs import register, stage
 from mmrag import artifact, shipped
 from mmrag.artifact import ArtifactError

@@ -11,7 +11,7 @@ import ray
 from mlflow import MlflowClient
 
 from cluster.progress import METRICS, MetricsWriter, following
-from cluster.tracking import tracking_uri
+from cluster.store import tracking_uri
 from jobs import evaluate, stage, tokenize, train
 from mmrag import artifact, config
 from mmrag.artifact import ArtifactError

@@ -85,6 +85,62 @@ def written(tmp_path_factory):
     return file
 
 
+TINY = ("--models", "mmrag:tiny")
+
+
+def test_entries_are_put_in_with_what_is_said_of_them_and_replaced(tmp_path, call):
+    place, file = tmp_path / "drugs", tmp_path / "entries.jsonl"
+    worded = {"text": "zolpidem", "display_as": "Zolpidem®", "pronunciations": ["zole pie dem"]}
+    file.write_text(json.dumps(worded) + "\nmetformin\n")
+    assert call("create", place, file, "--text-only", *TINY)[0] == 0
+    store = Datastore.open(place)
+    known = store.wordings()
+    assert known["zolpidem"].fields() == worded and known["metformin"].plain
+    assert call("add", place, file, *TINY)[1] == [f"{place}: 0 entries more"], "they are there"
+    options = ("--display-as", "ZOLPIDEM", "--weight", "0.5")
+    assert call("add", place, "--text", "zolpidem", *options, *TINY)[0] == 0
+    store.refresh()
+    again = store.wordings()["zolpidem"]
+    assert again.fields() == {"text": "zolpidem", "display_as": "ZOLPIDEM", "weight": 0.5}
+    assert len(store.entries_of(["zolpidem"])) == len(store.wordings.weights()[0])
+    assert call("verify", place)[0] == 0
+
+
+def test_an_entry_is_looked_at_before_it_is_put_in(tmp_path, call):
+    place, file = tmp_path / "drugs", tmp_path / "names.txt"
+    file.write_text("zaleplon\nmetformin\n")
+    assert call("create", place, file, "--text-only", *TINY)[0] == 0
+    before = Datastore.open(place).segments
+    asked = ("search", place, "Zalepon", "--hear", "--pronunciation", "zalla pon", *TINY)
+    status, [line], _ = call(*asked, "--json")
+    told = json.loads(line)
+    assert status == 0 and (told["writes"], told["shows"]) == ("zalepon", "Zalepon")
+    near = {one["text"]: one for one in told["confused_with"]}
+    assert near["zaleplon"]["kind"] == "entry" and near["zaleplon"]["sound"] > 0.5
+    [heard] = told["heard"]
+    assert heard["pronunciation"] == "zalla pon" and heard["heard"].startswith("please call")
+    status, lines, _ = call(*asked)
+    assert status == 0 and any("zaleplon" in line for line in lines)
+    assert Datastore.open(place).segments == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("add", "DIR"), "add: a file, or --text"),
+        (("add", "DIR", "FILE", "--weight", "2"), "--weight goes with --text"),
+        (("add", "DIR", "--text", "a", "--weight", "3"), "weight: a number from 0 to 2"),
+        (("search", "DIR", "a", "--display-as", "A"), "--display-as goes with --hear"),
+    ],
+)
+def test_what_is_said_of_an_entry_goes_with_one(directory, call, tmp_path, arguments, said):
+    file = tmp_path / "names.txt"
+    file.write_text("rome\n")
+    places = {"DIR": directory, "FILE": file}
+    status, _, errors = call(*(places.get(one, one) for one in arguments))
+    assert status == 1 and said in errors
+
+
 def test_a_datastore_is_made_of_texts_added_to_and_looked_up_in(
     tmp_path, call, written, monkeypatch
 ):

@@ -17,8 +17,10 @@ from random_models import write_calibration, write_models
 from rich.console import Console
 from whisper_checkpoint import random_whisper
 
-from mmrag import artifact, cli, recogniser, terminal
+from mmrag import artifact, cli, recogniser, shipped, terminal
 from mmrag.config import KNN, Index, LanguageModel, RetrievedAttention, as_dict
+from mmrag.corpora.synthetic import assign_voices, render
+from mmrag.corpora.voices.espeak import Synthesizer
 from mmrag.decoding.tune import DEFAULTS, SETTINGS, Tuned
 from mmrag.model.vocabulary import SentencePieces, Vocabulary
 from mmrag.recogniser import CALIBRATION
@@ -389,6 +391,9 @@ def test_what_cannot_be_used_is_named_before_anything_is_transcribed(mmrag, clip
         ),
         (b"rome\n---\n", "nothing to listen for in '---'"),
         ("rome".encode("utf-16"), "names.txt:1: not UTF-8 text"),
+        (b'rome\n{"text": "oslo", "weight": 9}\n', "names.txt:2: weight: a number from 0 to 2"),
+        (b'{"text": "oslo", "language": "no"}\n', "language 'no': this model understands en"),
+        (b'{"text": "oslo"\n', "names.txt:1: not a JSON object"),
     ],
 )
 def test_a_phrase_that_cannot_be_listened_for_is_named(mmrag, clip, tmp_path, content, told):
@@ -654,6 +659,26 @@ def test_phrases_that_are_spoken_show_how_far_they_are(models, clip, tmp_path, m
         said = capsys.readouterr()
         assert stopped.value.code == 0, said.err
         assert ("speaking the phrases: 6/6 sentences" in said.err) == told
+
+
+def test_phrases_are_written_as_their_file_says(tmp_path, monkeypatch, capsys):
+    file, names = tmp_path / "clip.wav", tmp_path / "names.jsonl"
+    [planned] = assign_voices(["please call priya raghavan tomorrow"], seed=0)
+    soundfile.write(file, render(planned, Synthesizer()).wave, SAMPLE_RATE)
+    monkeypatch.setenv(cli.CACHE, str(tmp_path / "cache"))
+    told = {}
+    for weight in (1, 0):
+        one = {"text": "priya raghavan", "display_as": "Priya R.", "weight": weight}
+        names.write_text(json.dumps(one) + "\nTomorrow\n")
+        asked = ["--models", shipped.TINY, "--phrases", str(names), "--json"]
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["transcribe", str(file), *asked])
+        said = capsys.readouterr()
+        assert stopped.value.code == 0, said.err
+        told[weight] = json.loads(said.out)
+    assert told[1]["text"] == "please call Priya R. Tomorrow"
+    assert [word["text"] for word in told[1]["words"]] == told[1]["text"].split()
+    assert "Priya" not in told[0]["text"]
 
 
 @pytest.mark.parametrize(

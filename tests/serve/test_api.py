@@ -91,11 +91,14 @@ def test_the_description_of_the_api_is_valid_and_has_every_route(service):
         "/v1/models/{model}",
         "/v1/audio/transcriptions",
         "/v1/audio/translations",
+        "/v1/realtime/client_secrets",
         "/v1/datastores",
         "/v1/datastores/{name}",
         "/v1/datastores/{name}/entries",
+        "/v1/datastores/{name}/preview",
         "/v1/datastores/{name}/search",
         "/v1/datastores/{name}/upkeep/{task}",
+        "/v1/usage",
     }
 
 

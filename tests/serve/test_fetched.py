@@ -14,7 +14,7 @@ from serve.settings import Settings, read
 @pytest.fixture(params=["a bucket", "a directory"])
 def source(request, tmp_path):
     root = empty("runs") if request.param == "a bucket" else tmp_path / "runs"
-    for name, segments in (("names", 1), ("towns", 2)):
+    for name, segments in (("names", 1), ("towns", 2), ("@acme/names", 1)):
         with artifact.create(root / "datastores" / name, "datastore", {}, {}) as draft:
             datastore.create(draft.path, DESCRIPTION)
             fill(draft.path, segments)
@@ -27,7 +27,7 @@ def settings(source, tmp_path) -> Settings:
 
 
 def test_each_is_copied_once_and_may_then_be_changed(settings):
-    assert fetch_datastores(settings) == ["names", "towns"]
+    assert fetch_datastores(settings) == ["@acme/names", "names", "towns"]
     served = Datastore.open(settings.datastores / "names")
     entries = served.entries
     fill(served.directory, 1, first=7)

@@ -5,10 +5,17 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 from uuid import uuid4
 
+import malformed
+import psutil
 import pytest
+import requests
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
+from service_process import serving
+
+from mmrag import shipped
+from serve.accounting import USAGE
 
 BODIES = 1000
 TRANSCRIBE, DATASTORES = "/v1/audio/transcriptions", "/v1/datastores"
@@ -26,7 +33,7 @@ def healthy_afterwards(service):
     for made in service.request("GET", DATASTORES).json()["data"]:
         service.request("DELETE", f"{DATASTORES}/{made['id']}")
     assert [process.pid for part in parts for process in service.processes(part)] == before
-    assert not any(service.directory.iterdir())
+    assert {path.name for path in service.directory.iterdir()} <= {USAGE}
 
 
 ROUTES = [
@@ -167,3 +174,32 @@ def test_a_thousand_parts_in_a_form_are_too_many(service, refused):
     fields = [("context[]", (None, f"name {n}")) for n in range(1200)]
     answer = service.request("POST", TRANSCRIBE, files=[("file", ("a", b"?")), *fields])
     assert answer.status_code == 400 and set(answer.json()) == {"error"}
+
+
+def test_malformed_requests_are_refused_or_dropped(service):
+    host, _, port = service.url.removeprefix("http://").partition(":")
+    for sent in malformed.requests(60):
+        malformed.check(malformed.exchange(host, int(port), sent), sent)
+    service.ready()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_thousand_malformed_requests_leave_a_service_healthy(tmp_path, clip):
+    """Through HAProxy, as callers' requests come, eight at a time."""
+    sentence = "is the helmet still on the old farm"
+    with serving(tmp_path, f"model={shipped.TINY}", "decode.max_seconds=4") as process:
+        port = int(process.url.rpartition(":")[2])
+        family = {one.pid for one in psutil.Process(process.pid).children(recursive=True)}
+
+        def send(sent: bytes) -> None:
+            malformed.check(malformed.exchange("127.0.0.1", port, sent), sent)
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(send, malformed.requests(2000)))
+        assert requests.get(f"{process.url}/readyz", timeout=60).json() == {"status": "ok"}
+        files = {"file": ("a.flac", clip(sentence))}
+        url = f"{process.url}/v1/audio/transcriptions"
+        assert requests.post(url, files=files, timeout=60).json()["text"] == sentence
+        after = {one.pid for one in psutil.Process(process.pid).children(recursive=True)}
+        assert family <= after, "a process has ended"

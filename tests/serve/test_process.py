@@ -1,9 +1,11 @@
 """`python -m serve`: the service as people start it, with HAProxy in front, and as they stop it."""
 
+import re
 import signal
 import socket
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import openai
@@ -12,8 +14,11 @@ import pytest
 import requests
 from openai import OpenAI
 from service_process import serving, start
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 from cluster.ports import free_ports
+from serve.listening import require_port
 
 SENTENCE = "please call priya raghavan tomorrow"
 NAME = "priya raghavan"
@@ -49,6 +54,24 @@ def test_only_who_has_the_key_comes_in(process, theirs, refused, clip):
     with pytest.raises(openai.AuthenticationError):
         OpenAI(base_url=f"{process.url}/v1", api_key="guess", max_retries=0).models.list()
     assert [model.id for model in theirs.models.list()] == ["mmrag"]
+
+
+def test_whatever_id_a_request_comes_with_its_answer_has_one(process):
+    for given, kept in (("order-7", True), ("a b", False), ("a" * 200, False)):
+        answer = requests.get(
+            f"{process.url}/healthz", headers={"X-Request-ID": given}, timeout=SECONDS
+        )
+        [one] = answer.raw.headers.getlist("x-request-id")
+        assert one == given if kept else re.fullmatch("[0-9a-f]{32}", one)
+
+
+def test_a_websocket_without_the_key_is_told_so_over_http(process):
+    address = process.url.replace("http", "ws") + "/v1/realtime"
+    for offered in (["realtime"], ["realtime", "openai-insecure-api-key.guess"]):
+        with pytest.raises(InvalidStatus) as refused_with, connect(address, subprotocols=offered):
+            pass
+        assert refused_with.value.response.status_code == 401
+        assert b"invalid_api_key" in refused_with.value.response.body
 
 
 def test_a_name_that_is_added_is_heard(process, theirs, clip):
@@ -109,6 +132,39 @@ def test_who_leaves_makes_room(process, write, wave):
     )
     assert answer.json()["text"] == "is the helmet still on the old farm"
     assert time.monotonic() - started < 20, "what was given up is still being transcribed"
+
+
+def listening(process):
+    """The addresses on which HAProxy listens, of a service's processes."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    programs = [one for one in family if Path(one.cmdline()[0] or "-").name == "haproxy"]
+    assert programs
+    return {
+        (found.laddr.ip, found.laddr.port)
+        for one in programs
+        for found in one.net_connections("tcp")
+        if found.status == psutil.CONN_LISTEN
+    }
+
+
+def test_haproxy_listens_to_this_machine_alone_but_for_callers(process):
+    addresses = listening(process)
+    assert len(addresses) == 3 and {ip for ip, _ in addresses} == {"127.0.0.1"}
+    assert ("127.0.0.1", int(process.url.rpartition(":")[2])) in addresses
+
+
+def test_nothing_is_left_behind_by_kill_9(tmp_path):
+    with serving(tmp_path, "--host", "0.0.0.0") as killed:
+        port = int(killed.url.rpartition(":")[2])
+        open_to_all = {at for at in listening(killed) if at[0] != "127.0.0.1"}
+        assert open_to_all == {("0.0.0.0", port)}
+        family = psutil.Process(killed.pid).children(recursive=True)
+        assert len(family) > 6
+        killed.process.kill()
+        killed.process.wait()
+        _, alive = psutil.wait_procs(family, timeout=30)
+        assert alive == []
+        require_port("0.0.0.0", port)
 
 
 def test_a_wrong_setting_is_named_in_one_line(tmp_path):

@@ -20,7 +20,7 @@ def texts(*given, most=10):
 def phrases(context, prompt):
     """What a request with this context and prompt listens for."""
     form = TranscriptionForm(file=None, context=context, prompt=prompt)
-    return form.phrases(SETTINGS, VOCABULARY)
+    return [one.text for one in form.phrases(SETTINGS, VOCABULARY)]
 
 
 def test_texts_keep_the_writing_of_who_sent_them():

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from mmrag import shipped
 from mmrag.config import ConfigError
 from serve.app import build
-from serve.settings import CONFIG, api_keys, http_options, read
+from serve.settings import CONFIG, http_options, read
 
 
 def test_the_file_is_complete_and_stays_on_this_machine(monkeypatch, tmp_path):
@@ -94,25 +94,3 @@ def test_without_a_home_only_a_path_below_it_is_refused(monkeypatch, tmp_path):
             read({"datastores": "~/kept"})
     monkeypatch.delenv("HOME", raising=False)
     assert read({}).datastores.is_relative_to(tmp_path)
-
-
-def test_keys_come_from_the_environment_or_a_file(monkeypatch, tmp_path):
-    for name in ("MMRAG_API_KEYS", "MMRAG_API_KEYS_FILE"):
-        monkeypatch.delenv(name, raising=False)
-    assert api_keys() == []
-    monkeypatch.setenv("MMRAG_API_KEYS", "one, two,,")
-    assert api_keys() == ["one", "two"]
-    (tmp_path / "keys").write_text("three\n\n four \n")
-    monkeypatch.setenv("MMRAG_API_KEYS_FILE", str(tmp_path / "keys"))
-    assert api_keys() == ["one", "two", "three", "four"]
-
-
-@pytest.mark.parametrize("content", [None, "", "\n \n", b"\xff"])
-def test_a_file_without_keys_lets_nobody_in(monkeypatch, tmp_path, content):
-    """Whoever names a file wants to be asked for keys."""
-    if content is not None:
-        (tmp_path / "keys").write_bytes(content if isinstance(content, bytes) else content.encode())
-    monkeypatch.delenv("MMRAG_API_KEYS", raising=False)
-    monkeypatch.setenv("MMRAG_API_KEYS_FILE", str(tmp_path / "keys"))
-    with pytest.raises(ConfigError, match="MMRAG_API_KEYS_FILE"):
-        api_keys()

@@ -59,13 +59,14 @@ async def stream(order):
     yield await transcribe(order)
 
 
-async def stored():
+async def stored(tenant):
     return []
 
 
-def made(decoder=None, retriever=None, encoder=None, settings=None, **limits):
-    """The application with these parts, settings and limits."""
-    settings = read({"limits": {"upload_mb": 0.1, **limits}, **(settings or {})})
+def made(decoder=None, retriever=None, encoder=None, settings=None, cors=None, logs=None, **limits):
+    """The application with these parts and limits, and these other settings."""
+    more = {"cors": cors or {}, "logs": logs or {}, **(settings or {})}
+    settings = read({"limits": {"upload_mb": 0.1, **limits}, **more})
     api = Api.__wrapped__(
         settings,
         encoder or Handle(encode=encode),

@@ -27,6 +27,8 @@ from mmrag.config import Experiment, read
 
 STORE_BYTES = 80_000_000
 NODES = 3
+PARTS = 3
+"""Of an output, that are there when a node goes."""
 
 
 class Nodes:
@@ -120,8 +122,8 @@ def disturbed(
     directory: str,
     disturb: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Run a stage and disturb a node at work, as soon as a part of the output is there (where a
-    stage writes none, as soon as it works); then the same stage again, with nobody disturbed.
+    """Run a stage and disturb a node at work, as soon as some parts of the output are there (where
+    a stage writes none, as soon as it works); then the same stage again, with nobody disturbed.
 
     `kept` are files that were written before and are the same afterwards, `changed` those that are
     not; `made` and `again` are what both outputs hold.
@@ -132,7 +134,7 @@ def disturbed(
 
     def meanwhile(over: threading.Event) -> None:
         parts = job is not evaluate
-        until(lambda: nodes.at_work() and (written(path) or not parts), over)
+        until(lambda: nodes.at_work() and (len(written(path)) >= PARTS or not parts), over)
         gone.append(nodes.at_work()[0])
         before.update(written(path))
         disturb(gone[0])
@@ -187,7 +189,8 @@ def trained(nodes: Nodes, experiment: Experiment) -> dict[str, Any]:
     said: list[str] = []
 
     def steps() -> list[int]:
-        return [int(one) for line in said for one in re.findall(r"step (\d+)/", line)]
+        lines = [line for line in said if not re.search(r"  dev (loss|WER)", line)]
+        return [int(one) for line in lines for one in re.findall(r"step (\d+)/", line)]
 
     def meanwhile(over: threading.Event) -> None:
         every = experiment.train.checkpoint_steps

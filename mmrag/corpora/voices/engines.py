@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from mmrag.corpora.voices import espeak, kokoro
 from mmrag.corpora.voices.speech import Engine, Speech, Voice
@@ -31,11 +32,12 @@ class Synthesizers:
         self.kokoro = kokoro
         self._open: dict[str, Engine] = {}
 
-    def speak(self, text: str, voice: Voice) -> Speech:
-        """Say `text`, as `Engine.speak` does; ImportError or OSError for what is not installed."""
+    def speak(self, text: str, voice: Voice, **how: Any) -> Speech:
+        """Say `text`, as `Engine.speak` does, `how` the voice's engine alone can; ImportError or
+        OSError for what is not installed."""
         if voice.engine not in self._open:
             self._open[voice.engine] = ENGINES[voice.engine].open(self)
-        return self._open[voice.engine].speak(text, voice)
+        return self._open[voice.engine].speak(text, voice, **how)
 
 
 ENGINES: dict[str, _Kind] = {

@@ -24,6 +24,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from mmrag.corpora.voices import ipa
 from mmrag.corpora.voices import phones as inventory
 from mmrag.corpora.voices.speech import (
     SHORTEST_SECONDS,
@@ -32,14 +33,14 @@ from mmrag.corpora.voices.speech import (
     UnspeakableError,
     played,
 )
-from mmrag.records import Timed
+from mmrag.records import Line, Timed
 
 _NATIVE_RATE = 22_050
 
 # Constants of espeak-ng's speak_lib.h.
 _SYNCHRONOUS, _PHONE_EVENTS, _IN_IPA, _DO_NOT_EXIT = 2, 0x0001, 0x0002, 0x8000
 _PHONEMES_IN_IPA = 2
-_OK, _RATE, _PITCH, _UTF8 = 0, 1, 3, 1
+_OK, _RATE, _PITCH, _UTF8, _WITH_PHONEMES = 0, 1, 3, 1, 0x100
 _END_OF_LIST, _WORD, _PHONE = 0, 1, 7
 
 _ONE_AT_A_TIME = threading.Lock()
@@ -128,12 +129,32 @@ VOICES: dict[str, tuple[Voice, ...]] = {
 """Who speaks which splits. No voice, and no variant (the part after the plus), is in two rows."""
 
 
+REGIONAL = ("es-419", "fr-be", "fr-ch", "pt-br")
+"""Voices of a region, of languages other than English."""
+ABROAD = ("m1", "m7", "f1", "f3")
+"""Variants that speak other languages."""
+
+
 def cast(split: str, draw: Random) -> Voice:
     """Who says a sentence of `split`: dev and test have voices of their own, as they are; the
     others share those of train, varied."""
     if split in VOICES and split != "train":
         return draw.choice(VOICES[split])
     return varied(draw.choice(VOICES["train"]), draw)
+
+
+def speaking(language: str | None, split: str, draw: Random) -> Voice:
+    """Who says a sentence of `split` in a language (BCP 47): one of the cast where it is English,
+    of the region if there are such; else a variant of espeak-ng's voice of that language."""
+    code, _, region = (language or "en").lower().replace("_", "-").partition("-")
+    if code != "en":
+        name = f"{code}-{region}" if f"{code}-{region}" in REGIONAL else code
+        variant = draw.choice(ABROAD)
+        return Voice(f"{name}-{variant}", f"{name}+{variant}", draw.randint(40, 60), 165)
+    regional = [voice for voice in VOICES["train"] if voice.name.startswith(f"en-{region}")]
+    if not region or not regional:
+        return cast(split, draw)
+    return varied(draw.choice(regional), draw)
 
 
 def varied(voice: Voice, draw: Random) -> Voice:
@@ -168,11 +189,12 @@ class Synthesizer:
         self._data = Path(espeakng_loader.get_data_path())
         self._variants = {path.name for path in (self._data / "voices" / "!v").iterdir()}
 
-    def speak(self, text: str, voice: Voice) -> Speech:
-        """Say `text`. The same text and voice give identical samples.
+    def speak(self, text: str, voice: Voice, phonetic: bool = False) -> Speech:
+        """Say `text`, in which IPA stands between slashes if it is `phonetic`. The same text and
+        voice give identical samples.
 
-        Raises ValueError for a voice that espeak-ng does not have, UnspeakableError for text of
-        which it makes no speech.
+        Raises ValueError for a voice that espeak-ng does not have, and for IPA that no voice can
+        say, UnspeakableError for text of which it makes no speech.
         """
         if not text.split() or "\0" in text:
             raise UnspeakableError(f"nothing that can be spoken in {text!r}")
@@ -180,18 +202,19 @@ class Synthesizer:
         if plus and variant not in self._variants:  # espeak-ng would silently ignore it
             raise ValueError(f"espeak-ng has no variant {variant!r} of voice {voice.name!r}")
         with _ONE_AT_A_TIME:
-            samples, events, phones = self._synthesize(text, voice)
+            said = ipa.phonetic(text) if phonetic else text
+            samples, events, phones = self._synthesize(said, voice, phonetic)
         if len(samples) < SHORTEST_SECONDS * _NATIVE_RATE:
             raise UnspeakableError(f"nothing that can be spoken in {text!r}")
         wave, slower = played(samples.astype(np.float32) / 32768, _NATIVE_RATE, voice.speed)
         duration = len(samples) / _NATIVE_RATE * slower
         return Speech(
             wave,
-            timed_words(text, [(position, ms * slower) for position, ms in events], duration),
+            timed_words(said, [(position, ms * slower) for position, ms in events], duration),
             timed_phones([(name, ms * slower) for name, ms in phones], duration),
         )
 
-    def pronounce(self, texts: Sequence[str], voice: str = "en-us") -> list[tuple[str, ...]]:
+    def pronounce(self, texts: Sequence[str | Line], voice: str = "en-us") -> list[tuple[str, ...]]:
         """The PHONES that each text is said in, a tenth of a millisecond a name: none for what is
         not said. Raises ValueError for a voice that espeak-ng does not have."""
         with _ONE_AT_A_TIME, self._opened(voice) as espeak:
@@ -200,6 +223,11 @@ class Synthesizer:
             read.argtypes = (ctypes.POINTER(ctypes.c_char_p), ctypes.c_int, ctypes.c_int)
             said = []
             for text in texts:
+                if isinstance(text, Line):
+                    if text.phonetic:
+                        said.append(inventory.folded(text.text.replace("/", " ")))
+                        continue
+                    text = text.text
                 left, clauses = ctypes.c_char_p(text.encode()), []
                 while left.value:
                     clauses.append(read(ctypes.byref(left), _UTF8, _PHONEMES_IN_IPA).decode())
@@ -223,7 +251,7 @@ class Synthesizer:
             ctypes.CDLL(None).dlclose(ctypes.c_void_p(espeak._handle))
 
     def _synthesize(
-        self, text: str, voice: Voice
+        self, text: str, voice: Voice, phonetic: bool
     ) -> tuple[np.ndarray, list[tuple[int, int]], list[tuple[str, int]]]:
         """Samples (T,) int16 at the native rate; for each word event (text position, ms), for
         each phone event (name, ms)."""
@@ -258,7 +286,8 @@ class Synthesizer:
             ctypes.CDLL(None).srand(1)  # some voices draw their noise from the C library
             encoded = text.encode()
             status = espeak.espeak_Synth(
-                encoded, ctypes.c_size_t(len(encoded) + 1), 0, 0, 0, _UTF8, None, None
+                *(encoded, ctypes.c_size_t(len(encoded) + 1), 0, 0, 0),
+                *(_UTF8 | _WITH_PHONEMES * phonetic, None, None),
             )
             espeak.espeak_Synchronize()
         if failures:

@@ -49,6 +49,12 @@ def folded(ipa: str) -> tuple[str, ...]:
     return tuple(phones)
 
 
+def unknown(ipa: str) -> list[str]:
+    """The symbols of a piece of IPA that are none of a phone's and no marks, each once."""
+    known = {*"".join(_KNOWN), "ː", ":"}
+    return [letter for letter in dict.fromkeys(ipa.translate(_MARKS)) if letter not in known]
+
+
 _MARKS = str.maketrans("", "", "ˈˌ',%=\u0303\u0329\u032a\u0361ʲʰʔ")
 
 

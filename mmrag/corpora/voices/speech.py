@@ -51,8 +51,9 @@ AnyVoice = TypeVar("AnyVoice", bound=Voice, contravariant=True)
 class Engine(Protocol[AnyVoice]):
     """A synthesizer."""
 
-    def speak(self, text: str, voice: AnyVoice) -> Speech:
-        """Say `text`. The same text and voice give identical samples.
+    def speak(self, text: str, voice: AnyVoice, **how: bool) -> Speech:
+        """Say `text`, `how` an engine may be told to. The same text and voice give identical
+        samples.
 
         Raises ValueError for a voice that the engine does not have, UnspeakableError for text of
         which it makes no speech.

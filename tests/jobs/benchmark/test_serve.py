@@ -259,9 +259,11 @@ def test_percentiles_are_those_of_transcripts_alone():
 @pytest.mark.parametrize(
     ("key", "good", "bad"),
     [
-        ("serve.throughput_vs_engine", 0.85, 0.84),
-        ("serve.added_latency_ms", 25.0, 25.1),
+        ("serve.throughput_vs_engine", 0.9, 0.89),
+        ("serve.added_latency_ms", 15.0, 15.1),
         ("serve.p99_over_p50", 3.0, 3.1),
+        ("realtime.sessions", 20, 19),
+        ("realtime.final_ms", 300.0, 301.0),
         (
             "serve.autoscale",
             {"replicas": [(0, 1), (5, 2), (40, 1)], "failed": 0, "requests": 9},

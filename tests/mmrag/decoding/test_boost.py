@@ -198,3 +198,54 @@ def test_a_word_that_begins_with_a_phrase_does_not_earn_the_phrase(tokens):
 def test_a_phrase_is_not_met_inside_a_word():
     assert total([[7]], [3, 7, EOS]) == 0
     assert total([[7, 8]], [3, 7, 8, EOS]) == 0
+
+
+def weighed_earnings(weighed, tokens):
+    """The slow twin with weights: what `tokens` have earned so far, of (phrase, weight) pairs."""
+    total, run = 0.0, []
+
+    def going(part):
+        own = [w for phrase, w in weighed if w > 0 and phrase[: len(part)] == part]
+        return max(own, default=0.0) if STARTS[part[0]] else 0.0
+
+    def left(part, following):
+        after, found = [*part, following], {}
+        for phrase, w in weighed:
+            if part[: len(phrase)] == phrase and STARTS[after[len(phrase)]] and w > 0:
+                found[len(phrase)] = max(w, found.get(len(phrase), 0.0))
+        return max(found) * found[max(found)] if found else 0.0
+
+    for token in tokens:
+        if going([*run, token]):
+            run.append(token)
+            continue
+        total += left(run, token)
+        run = [token] if going([token]) else []
+    return WEIGHT * (total + sum(going(run[: end + 1]) for end in range(len(run))))
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.sampled_from(WORDS), min_size=1, max_size=4).map(joined),
+            st.sampled_from([0.0, 0.5, 1.0, 2.0]),
+        ),
+        max_size=6,
+    ),
+    texts,
+)
+def test_a_piece_earns_by_the_weight_of_the_heaviest_phrase_that_it_may_become(weighed, tokens):
+    boost = Boost([p for p, _ in weighed], WEIGHT, STARTS, [w for _, w in weighed])
+    for end in range(len(tokens) + 1):
+        bonus = bonus_after(boost, tokens[:end])
+        before = weighed_earnings(weighed, tokens[:end])
+        expected = [weighed_earnings(weighed, [*tokens[:end], t]) - before for t in range(SIZE)]
+        np.testing.assert_allclose(bonus.numpy(), expected, atol=1e-5)
+
+
+@given(phrases, texts)
+def test_phrases_that_all_weigh_one_earn_to_the_bit_what_unweighed_ones_do(phrases, tokens):
+    even = Boost(phrases, WEIGHT, STARTS, [1.0] * len(phrases))
+    plain = Boost(phrases, WEIGHT, STARTS)
+    for end in range(len(tokens) + 1):
+        assert torch.equal(bonus_after(even, tokens[:end]), bonus_after(plain, tokens[:end]))

@@ -5,18 +5,23 @@ from hypothesis import strategies as st
 
 from mmrag.decoding.partial import Agreement, beginnings, common
 
-texts = st.lists(st.sampled_from("a b c".split()), max_size=6)
+
+def split(text):
+    return text.split()
+
+
+texts = st.lists(st.sampled_from("abc"), max_size=6)
 hypotheses = st.lists(texts, max_size=8)
 
 
 def test_a_word_is_told_once_the_next_hypothesis_has_it_too():
     agreement = Agreement()
-    assert agreement.update("please".split()) == []
-    assert agreement.update("please call my".split()) == ["please"]
-    assert agreement.update("please call maria low".split()) == ["call"]
-    assert agreement.update("please call maria lopez".split()) == ["maria"]
-    assert agreement.finish("please call maria lopez tomorrow".split()) == ["lopez", "tomorrow"]
-    assert agreement.told == "please call maria lopez tomorrow".split()
+    assert agreement.update(split("please")) == []
+    assert agreement.update(split("please call my")) == ["please"]
+    assert agreement.update(split("please call maria low")) == ["call"]
+    assert agreement.update(split("please call maria lopez")) == ["maria"]
+    assert agreement.finish(split("please call maria lopez tomorrow")) == ["lopez", "tomorrow"]
+    assert agreement.told == split("please call maria lopez tomorrow")
     assert (agreement.revised, agreement.changes) == (2, 0), "my, low"
 
 
@@ -64,10 +69,10 @@ def test_a_hypothesis_said_twice_is_told_whole(words):
 def test_a_final_transcript_that_has_it_otherwise_is_counted_and_repeats_nothing():
     agreement = Agreement()
     for _ in range(2):
-        agreement.update("call maria".split())
-    assert agreement.update("please call maria lopez".split()) == []
-    assert agreement.update("please call maria lopez".split()) == [], "it contradicts what was told"
-    assert agreement.finish("please call maria lopez".split()) == ["lopez"]
+        agreement.update(split("call maria"))
+    assert agreement.update(split("please call maria lopez")) == []
+    assert agreement.update(split("please call maria lopez")) == [], "it contradicts what was told"
+    assert agreement.finish(split("please call maria lopez")) == ["lopez"]
     assert agreement.changes == 1
 
 

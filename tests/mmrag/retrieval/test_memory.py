@@ -27,6 +27,7 @@ from mmrag.retrieval.memory import (
     RetrievedMemory,
     WindowCache,
 )
+from mmrag.retrieval.weights import Weights
 
 WIDTH, WINDOW, ENTRIES, SAID = 16, 5, 60, 6
 SHAPE = LanguageModel(width=WIDTH, layers=2, heads=4, kv_heads=2, feed_forward=24, tied=False)
@@ -678,6 +679,31 @@ def test_clips_that_read_with_two_adapters_cannot_be_decoded_together():
         listen(lm, clips(2), two)
 
 
+class Words(Vocabulary):
+    """Every piece is a word."""
+
+    def word_starts(self):
+        starts = np.zeros(self.size, bool)
+        starts[[EOS, *range(FIRST, LAST + 1)]] = True
+        return starts
+
+
+@pytest.mark.parametrize("every", EVERY.values(), ids=EVERY)
+@pytest.mark.parametrize("counts", [(2, 0, 5), (1, 3, 2), (4, 4, 4)])
+def test_the_beginning_of_a_transcript_is_read_beside_its_list_as_if_chosen(every, counts):
+    lm, adapter = random_lm(), random_adapter(every)
+    words = Words(Pieces(), units=6)
+    one = reading_of(lm, adapter, entries=np.arange(6), whole=6)
+    sources, speech = [one, None, one], clips(3)
+    free = listen(lm, speech, sources)
+    begun = [heard.tokens[:n] for heard, n in zip(free, counts, strict=True)]
+    given = {"attention_sources": sources, "beginnings": begun}
+    again = decode(lm, words, speech, [9] * 3, options(), **given)
+    for heard, other in zip(again, free, strict=True):
+        agree(heard, other)
+    assert any(choice.attended for heard in again for choice in heard.choices[:1])
+
+
 def test_windows_wider_than_the_adapter_reads_are_refused_by_both_widths():
     lm, shape = random_lm(), random_adapter().config.model_copy(update={"window": WINDOW - 1})
     one = reading_of(lm, Adapter(shape, SHAPE).eval(), entries=[20])
@@ -844,3 +870,51 @@ def test_a_clip_that_reads_with_another_adapter_is_refused_and_the_batch_goes_on
     for clip, search in zip(mine, staying, strict=True):
         [alone] = staggered(lm, [clip], [0])
         same(search, alone)
+
+
+def test_a_windows_weight_multiplies_its_place_in_attention():
+    adapter, store = random_adapter(), Store()
+    bank = WindowCache(adapter, random_lm(), store)
+    encoded, windows = bank.gather([np.array([3, 15, 27], np.int64)])
+    x, key = torch.randn(2, 1, 1, WIDTH, generator=torch.Generator().manual_seed(0))
+    block, memory, visible = adapter.blocks[0], encoded[0].transpose(0, 1), (windows >= 0)[:, None]
+    plain, shares = block(x, key, memory, visible)
+    even, same = block(x, key, memory, visible, torch.zeros(windows.shape))
+    assert torch.equal(plain, even) and torch.equal(shares, same)
+    lean = torch.where(windows == 1, math.log(2), 0.0)
+    _, doubled = block(x, key, memory, visible, lean)
+    assert doubled[0, 0][windows[0] == 1].sum() > shares[0, 0][windows[0] == 1].sum()
+    gone = torch.where(windows == 1, -torch.inf, 0.0)
+    without, rest = block(x, key, memory, visible & (windows != 1)[:, None])
+    silent, left = block(x, key, memory, visible, gone)
+    torch.testing.assert_close(silent, without)
+    torch.testing.assert_close(left, rest)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.permutations(range(4)), st.lists(st.sampled_from([0.25, 1.0, 2.0]), min_size=3, max_size=3)
+)
+def test_rows_keep_the_weights_of_their_windows_as_they_come_and_go(order, weights):
+    lm, adapter, store = random_lm(), random_adapter(), Store()
+    entries = np.array([3, 15, 27], np.int64)
+    rules = RetrievedAttention(k=3, stride=1, whole=10)
+    lean = Weights(entries, np.log(np.array(weights, np.float32)))
+    bank = WindowCache(adapter, lm, store)
+    sources = [
+        AttentionSource(bank, rules, store, entries[:2], lean),
+        AttentionSource(bank, rules, store, entries, None),
+        AttentionSource(bank, rules, store, entries, lean),
+        AttentionSource(bank, rules, store, entries[:1], None),
+    ]
+
+    def laid(chosen):
+        rows = RetrievedMemory(lm, [sources[n] for n in chosen], 16, None)
+        rows._lay_out()
+        return rows._laid
+
+    together = laid(range(4)).select(torch.tensor(order), 99, 99)
+    for row, number in enumerate(order):
+        alone = laid([number])
+        found = together.lean[row, : alone.lean.shape[1]]
+        torch.testing.assert_close(found, alone.lean[0])

@@ -1,14 +1,22 @@
 import ctypes
 import sys
 from itertools import pairwise
+from random import Random
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmrag.corpora.voices.espeak import Synthesizer, Voice, timed_phones, timed_words
-from mmrag.records import Timed
+from mmrag.corpora.voices.espeak import (
+    VOICES,
+    Synthesizer,
+    Voice,
+    speaking,
+    timed_phones,
+    timed_words,
+)
+from mmrag.records import Line, Timed
 from mmrag.speech.audio import SAMPLE_RATE
 
 pytest.importorskip("espeakng_loader")
@@ -244,6 +252,36 @@ def test_texts_are_pronounced_as_they_are_spoken(synthesizer):
     assert smith[:3] == ("d", "ɑ", "k") and smith[-1] == "s"
     with pytest.raises(ValueError, match="no voice 'nowhere'"):
         synthesizer.pronounce(["a"], "nowhere")
+
+
+def test_ipa_is_pronounced_as_it_is_written_and_respellings_as_they_are_read(synthesizer):
+    ipa, plain, respelled = (
+        Line("/ˈzɒlpɪdɛm/", phonetic=True),
+        "zole pie dem",
+        Line("zole pie dem", language="en-GB"),
+    )
+    first, second, third = synthesizer.pronounce([ipa, plain, respelled])
+    assert first == ("z", "ɑ", "l", "p", "ɪ", "d", "ɛ", "m")
+    assert second == third and second[:3] == ("z", "oʊ", "l")
+
+
+@pytest.mark.parametrize(
+    ("language", "name"),
+    [("es", "es+"), ("es_MX", "es+"), ("es-419", "es-419+"), ("de-AT", "de+"), ("pt-BR", "pt-br+")],
+)
+def test_another_language_has_a_voice_that_speaks_it(synthesizer, language, name):
+    voice = speaking(language, "train", Random(0))
+    assert voice.name.startswith(name)
+    assert len(synthesizer.speak("hola", voice).wave)
+    assert voice == speaking(language, "train", Random(0))
+
+
+def test_english_of_a_region_is_said_by_its_voices_and_other_english_by_anybody():
+    for seed in range(20):
+        assert speaking("en-GB", "train", Random(seed)).name.startswith("en-gb")
+        assert speaking("en_us", "train", Random(seed)).name.startswith("en-us")
+    names = {speaking("en-AU", "train", Random(seed)).id for seed in range(200)}
+    assert names == {voice.id for voice in VOICES["train"]}
 
 
 def test_a_failure_while_sound_arrives_reaches_the_caller(synthesizer, monkeypatch):

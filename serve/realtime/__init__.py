@@ -1,0 +1,1 @@
+"""Realtime transcription sessions over a WebSocket, as OpenAI's clients speak them."""

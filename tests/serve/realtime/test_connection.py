@@ -1,0 +1,128 @@
+"""How a connection ends: the service stops, its time is over, nobody reads, there is no room."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from fastapi import FastAPI
+from spoken_levels import LevelDetector, Levels, base64_of, said
+from starlette.testclient import TestClient, WebSocketDenialResponse
+from starlette.websockets import WebSocketDisconnect
+
+from serve import errors
+from serve.keys import Keys
+from serve.quotas import Quotas
+from serve.realtime import route
+from serve.realtime import session as sessions
+from serve.realtime.route import PATH, POLICY, Realtime, _Connection
+from serve.settings import read
+
+VOCABULARY = SimpleNamespace(refusal=lambda text: None)
+MANUAL = {"type": "session.update", "session": {"audio": {"input": {"turn_detection": None}}}}
+
+
+@pytest.fixture(autouse=True)
+def by_loudness(monkeypatch):
+    monkeypatch.setattr(sessions, "TurnDetector", LevelDetector)
+
+
+@pytest.fixture
+def serving(tmp_path):
+    """`serving(**limits)`: a client of the routes, with nothing behind them but a fake."""
+    opened = []
+
+    def start(**limits):
+        settings = read({"limits": limits, "datastores": str(tmp_path), "decode.max_seconds": 2})
+        keys, app = Keys(settings.limits.tenant, settings.datastores), FastAPI()
+        realtime = Realtime(settings, Levels(), VOCABULARY, keys, Quotas())
+        errors.install(app)
+        app.include_router(realtime.sockets())
+        app.include_router(realtime.secrets())
+        app.post("/drain")(realtime.drain)
+        opened.append(TestClient(app))
+        return opened[-1].__enter__()
+
+    yield start
+    for client in opened:
+        client.__exit__(None, None, None)
+
+
+def append(*levels):
+    return {"type": "input_audio_buffer.append", "audio": base64_of(said(*levels))}
+
+
+def told(socket):
+    """Every event until the connection is closed, and how it was."""
+    found = []
+    try:
+        while True:
+            found.append(socket.receive_json())
+    except WebSocketDisconnect as closed:
+        return found, closed
+
+
+def test_a_service_that_stops_finishes_what_was_said_and_says_why(serving):
+    client = serving()
+    with client.websocket_connect(PATH) as socket:
+        for event in (MANUAL, append(1, 2)):
+            socket.send_json(event)
+        assert client.post("/drain").status_code == 200
+        found, closed = told(socket)
+    assert closed.code == 1001
+    [completed] = [event for event in found if event["type"].endswith("completed")]
+    assert completed["transcript"] == "word1 word2"
+    assert found[-1]["error"]["code"] == "server_shutting_down"
+    with pytest.raises(WebSocketDenialResponse) as refused, client.websocket_connect(PATH):
+        pass
+    assert refused.value.status_code == 503
+
+
+@pytest.mark.parametrize(
+    ("limit", "code"),
+    [("session_seconds", "session_expired"), ("silent_seconds", "session_silent")],
+)
+def test_a_session_whose_time_is_over_is_told_so(serving, limit, code):
+    with serving(**{limit: 0.3}).websocket_connect(PATH) as socket:
+        found, closed = told(socket)
+    assert closed.code == 1000
+    assert [event["type"] for event in found] == ["session.created", "error"]
+    assert found[-1]["error"]["code"] == code
+
+
+def test_there_are_so_many_sessions_and_no_more(serving):
+    client = serving(sessions=1)
+    with client.websocket_connect(PATH):
+        with pytest.raises(WebSocketDenialResponse) as refused, client.websocket_connect(PATH):
+            pass
+        assert refused.value.status_code == 429
+        assert json.loads(refused.value.content)["error"]["code"] == "busy"
+    with client.websocket_connect(PATH) as again:
+        assert again.receive_json()["type"] == "session.created"
+
+
+def test_a_fault_of_ours_is_told_and_its_words_are_not(serving, monkeypatch):
+    def broken(self, wave):
+        raise RuntimeError("a secret")
+
+    monkeypatch.setattr(LevelDetector, "push", broken)
+    with serving().websocket_connect(PATH) as socket:
+        socket.send_json(append(1))
+        found, closed = told(socket)
+    assert closed.code == 1011 and "secret" not in json.dumps(found)
+    assert found[-1]["error"]["type"] == "server_error"
+
+
+def test_who_does_not_read_has_to_go(monkeypatch):
+    monkeypatch.setattr(route, "UNREAD", 3)
+    connection = _Connection(SimpleNamespace(), SimpleNamespace(limits=None))
+    for number in range(5):
+        connection.tell({"number": number})
+    assert connection._closing[0] == POLICY and connection._unsent.qsize() == 3
+
+
+def test_the_subprotocol_is_confirmed_where_it_is_offered(serving):
+    client = serving()
+    for offered, confirmed in ((["other", "realtime"], "realtime"), ([], None)):
+        with client.websocket_connect(PATH, subprotocols=offered) as socket:
+            assert socket.accepted_subprotocol == confirmed
+            assert socket.receive_json()["type"] == "session.created"

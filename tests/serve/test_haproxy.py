@@ -1,0 +1,107 @@
+"""What Ray tells HAProxy, made safe before HAProxy reads it."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from serve import environment, haproxy
+
+RAYS = """global
+    stats socket /tmp/somewhere/admin.sock mode 666 level admin expose-fd listeners
+    stats timeout 30s
+defaults
+    mode http
+frontend prometheus
+    bind :9101
+    mode http
+frontend http_frontend
+    bind *:8000
+backend default_backend
+    http-request return status 404
+listen stats
+  bind *:8404
+  stats enable
+"""
+
+
+def test_only_what_callers_need_stays_open():
+    told = haproxy.closed(RAYS)
+    binds = [line.split()[1] for line in told.splitlines() if line.split()[0] == "bind"]
+    assert binds == ["127.0.0.1:9101", "*:8000", "127.0.0.1:8404"]
+    assert "mode 600 level admin" in told and "666" not in told
+    assert haproxy.closed(told) == told
+
+
+def test_rays_own_template_has_what_is_closed():
+    ray = Path(importlib.util.find_spec("ray").origin).parent
+    written = (ray / "serve" / "_private" / "haproxy_templates.py").read_text()
+    rays = written.partition('HAPROXY_CONFIG_TEMPLATE = """')[2]
+    rays = rays.replace("{{ config.metrics_port }}", "1").replace("{{ config.stats_port }}", "2")
+    told = haproxy.closed(rays)
+    assert "bind 127.0.0.1:1\n" in told and "bind 127.0.0.1:2\n" in told
+    assert "mode 600 level admin" in told
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """A program that takes HAProxy's place and stays; the command that starts it is returned."""
+    program = tmp_path / "stand-in"
+    program.write_text(
+        f"#!/bin/sh\nexec {sys.executable} -c 'import time; time.sleep(60)' \"$@\"\n"
+    )
+    program.chmod(0o755)
+    (tmp_path / "haproxy.cfg").write_text(RAYS)
+    return [str(environment.HAPROXY), "-db", "-f", str(tmp_path / "haproxy.cfg")], {
+        **os.environ,
+        "MMRAG_PYTHON": sys.executable,
+        haproxy.BINARY: str(program),
+    }
+
+
+def ends(process, seconds=10):
+    _, alive = psutil.wait_procs([process], timeout=seconds)
+    return not alive
+
+
+def test_it_becomes_haproxy_and_ends_with_whoever_started_it(stand_in, tmp_path):
+    command, variables = stand_in
+    parent = f"import subprocess, time; print(subprocess.Popen({command}).pid, flush=True)"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", f"{parent}; time.sleep(60)"], stdout=subprocess.PIPE, env=variables
+    )
+    child = psutil.Process(int(parent.stdout.readline()))
+    try:
+        deadline = time.monotonic() + 20
+        while "time.sleep(60)" not in " ".join(child.cmdline()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert child.cmdline()[-3:] == command[1:], "Ray knows HAProxy by its command line"
+        assert (tmp_path / "haproxy.cfg").read_text() == haproxy.closed(RAYS)
+        parent.send_signal(signal.SIGKILL)
+        parent.wait(10)
+        assert ends(child)
+    finally:
+        parent.stdout.close()
+        if child.is_running():
+            child.kill()
+
+
+def test_where_there_is_none_it_says_what_to_do(monkeypatch):
+    monkeypatch.delenv(haproxy.BINARY, raising=False)
+    monkeypatch.setattr(haproxy.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(haproxy.shutil, "which", lambda _: None)
+    with pytest.raises(FileNotFoundError, match="install ray"):
+        haproxy.find()
+
+
+def test_the_program_may_be_run():
+    assert os.access(environment.HAPROXY, os.X_OK)
+    assert environment.VARIABLES["RAY_SERVE_HAPROXY_BINARY_PATH"] == str(environment.HAPROXY)
+    assert Path(environment.VARIABLES["MMRAG_PYTHON"]).exists()
