@@ -126,9 +126,10 @@ def test_a_model_that_finds_out_the_language_is_told_which_it_may_be():
 
 
 def test_of_a_segment_that_shares_words_only_those_that_count_have_tokens():
-    tokens = VOCABULARY.encode("please call priya on friday")
+    said = "please call priya on friday"
+    tokens = VOCABULARY.encode(said)
     ends = tuple(end for _, end in VOCABULARY.word_ends(tokens))
-    words = tuple(Word(text, 1.0, 1.0) for text in ["please", "call", "priya", "on", "friday"])
+    words = tuple(Word(text, 1.0, 1.0) for text in said.split())
     whole = replace(result(tokens), words=words, ends=ends)
     made = _kept(TranscribedSegment(0, 4, whole), OutputOptions(), slice(1, 4)).result
     assert made.text == "call priya on"
