@@ -149,10 +149,11 @@ def sound_alike(some: Sequence[Sequence[str]], others: Sequence[Sequence[str]]) 
     heard for counts half.
     """
     known = sorted(set(chain.from_iterable((*some, *others))))
-    exact = {phone: chr(ord("A") + number) for number, phone in enumerate(known)}
-    folded = {phone: exact.get(_CLASS.get(phone, phone), exact[phone]) for phone in known}
+    kinds = {phone: _CLASS.get(phone, phone) for phone in known}
+    letter = {name: chr(ord("A") + n) for n, name in enumerate({*known, *kinds.values()})}
+    exact = {phone: letter[phone] for phone in known}
     shares = []
-    for letters in (exact, folded):
+    for letters in (exact, {phone: letter[kind] for phone, kind in kinds.items()}):
         texts = (
             ["".join(letters[phone] for phone in one) for one in each] for each in (some, others)
         )

@@ -670,8 +670,8 @@ def test_phrases_are_written_as_their_file_says(tmp_path, monkeypatch, capsys):
     for weight in (1, 0):
         one = {"text": "priya raghavan", "display_as": "Priya R.", "weight": weight}
         names.write_text(json.dumps(one) + "\nTomorrow\n")
+        asked = ["--models", shipped.TINY, "--phrases", str(names), "--json"]
         with pytest.raises(SystemExit) as stopped:
-            asked = ["--models", shipped.TINY, "--phrases", str(names), "--json"]
             cli.main(["transcribe", str(file), *asked])
         said = capsys.readouterr()
         assert stopped.value.code == 0, said.err

@@ -15,7 +15,7 @@ def listed(second, monkeypatch):
         asked = []
 
         async def phrases(texts):
-            asked.extend(texts)
+            asked.extend(one.text for one in texts)
             raise TimeoutError
 
         app = made(retriever=Handle(phrases=phrases))

@@ -54,6 +54,7 @@ def test_sounds_share_phones_and_those_heard_for_each_other_count_half():
     [[same, voiceless, other]] = sound_alike([one], [one, ("s", "oʊ", "l"), ("k", "æ", "t")])
     assert same == 1 and other == 0
     assert voiceless == pytest.approx((2 / 3 + 1) / 2)
+    assert sound_alike([("z",)], [("ʃ",)]) == 0.5, "whether or not the first of their kind is there"
 
 
 def test_what_has_its_keys_near_takes_votes_and_what_is_far_takes_none(pronounce):
