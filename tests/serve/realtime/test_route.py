@@ -72,7 +72,6 @@ class Talk:
                 return event
         raise TimeoutError(kind)
 
-
     def shut_out(self, *events):
         """Send, and read on: with which code the connection is closed; None if it breaks off."""
         try:
