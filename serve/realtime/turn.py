@@ -34,6 +34,9 @@ PAUSE_SECONDS = 0.3
 """From one partial transcript's beginning to the next one's, at least."""
 REST = 3.0
 """And so many times as long as the last one took: a session takes a quarter of its time at most."""
+UNSURE = 2
+"""Words at the end of a partial transcript that are not counted as heard: a language model that is
+cut off in a sentence goes on with a likely one."""
 SETTLED = SAMPLE_RATE // 10
 """So long is nobody heard before a turn is transcribed as if it were over: the end of a word is
 softer than the word."""
@@ -285,10 +288,10 @@ class Turn:
         )
 
     def _agree(self, heard: _Heard) -> None:
-        """Tell what this transcript and the one before agree on. The last word may only have been
-        begun, where somebody goes on speaking."""
+        """Tell what this transcript and the one before agree on. The last words may only have been
+        begun, or made up, where somebody goes on speaking."""
         words = heard.result.text.split() if heard.result else []
-        words = words if heard.complete else words[:-1]
+        words = words if heard.complete else words[:-UNSURE]
         if words[: len(self._carried)] == self._carried:
             self._tell(self._agreement.update(words[len(self._carried) :]))
 
