@@ -160,6 +160,7 @@ class Realtime:
             lambda seconds: self._quotas.audio(caller, seconds),
             longest=settings.decode.max_seconds,
             buffered=settings.limits.session_buffer_seconds,
+            patience=settings.limits.timeout_seconds,
             given=given,
             logprobs=self._logprobs,
             expires=int(time.time() + settings.limits.session_seconds),

@@ -36,6 +36,8 @@ KEPT = 2 * SAMPLE_RATE
 """Samples without speech that are kept: a turn that begins now began a little earlier."""
 STRIKES = 20
 """Events in a row that are refused until the session is ended."""
+CHANGES = 8
+"""Changes of what is looked up that may be under way."""
 REFRESH_SECONDS = 1.0
 """How often a datastore is looked up anew while it is listened for: it may have grown."""
 log = logging.getLogger("ray.serve")
@@ -65,13 +67,15 @@ class RealtimeSession:
         *,
         longest: float,
         buffered: float,
+        patience: float,
         given: Session | None = None,
         logprobs: Callable[[DecodeResult, int], list[dict[str, Any]]] = lambda result, words: [],
         expires: int | None = None,
     ) -> None:
         """`options` says what the pipeline is asked for with a session's settings, and refuses
         them; `charge` counts seconds of audio, and raises ApiError where there were too many.
-        `longest` seconds are decoded at once, `buffered` seconds may wait."""
+        `longest` seconds are decoded at once, which may take `patience` seconds; `buffered`
+        seconds may wait."""
         self.id = events.new_id("sess")
         self.settings = given or Session()
         self.expires = expires
@@ -80,7 +84,7 @@ class RealtimeSession:
         self._send = tell
         self._buffered = int(buffered * SAMPLE_RATE)
         self._around = Around(
-            ears, load, longest, self._looked_up, self._settled, self._tell, logprobs
+            ears, load, longest, patience, self._looked_up, self._settled, self._tell, logprobs
         )
         self._decoder = AudioDecoder(self.settings.audio.input.format.type)
         self._work: deque[tuple[str, Any]] = deque()
@@ -109,6 +113,8 @@ class RealtimeSession:
         self._lookup: Lookup | None = None
         self._resolved = 0.0
         self._changing: asyncio.Task[None] | None = None
+        """The last change of what is looked up that is under way."""
+        self._changes: set[asyncio.Task[None]] = set()
 
     def begin(self) -> None:
         """The first event."""
@@ -124,7 +130,7 @@ class RealtimeSession:
                 while self._work:
                     await self._step(*self._work.popleft())
         finally:
-            tasks = [*self._running.values(), *([self._changing] if self._changing else [])]
+            tasks = [*self._running.values(), *self._changes]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -208,6 +214,9 @@ class RealtimeSession:
     def _update(self, event: events.Update) -> None:
         """Take over new settings: the audio's at once, and what is looked up as soon as it has been
         found, for the turn under way too."""
+        if len(self._changes) >= CHANGES:
+            message = f"{CHANGES} changes of what is looked up are under way: wait for them"
+            raise Refused(message, "busy", kind="rate_limit_error")
         settings = self.settings.updated(event.session)
         options = self._options(settings)
         inner = settings.audio.input
@@ -223,6 +232,8 @@ class RealtimeSession:
         self._options_now = options
         changed = self._change(options, inner.transcription, event.event_id, self._changing)
         self._changing = asyncio.create_task(changed)
+        self._changes.add(self._changing)
+        self._changing.add_done_callback(self._changes.discard)
 
     async def _change(
         self,

@@ -58,6 +58,33 @@ class Ears(Protocol):
         """What is said."""
 
 
+class Writing(Protocol):
+    """How entries are written where a model writes in its own letters."""
+
+    def of_text(self, text: str) -> str:
+        """A text as it is read."""
+
+    def settled(self, text: str) -> str:
+        """As much of it, as it is read, as no later word changes."""
+
+    def of_words(self, words: Sequence[Word]) -> tuple[Word, ...]:
+        """Words as they are read."""
+
+
+class AsHeard:
+    """Everything is written as the model writes it."""
+
+    def of_text(self, text: str) -> str:
+        """As it is."""
+        return text
+
+    settled = of_text
+
+    def of_words(self, words: Sequence[Word]) -> tuple[Word, ...]:
+        """As they are."""
+        return tuple(words)
+
+
 @dataclass(frozen=True)
 class Around:
     """What a turn needs of its session."""
@@ -66,6 +93,8 @@ class Around:
     load: Load
     longest: float
     """Seconds that are decoded at once."""
+    patience: float
+    """Seconds that this may take."""
     lookup: Callable[[], Awaitable[Lookup]]
     """What to look up in, as it is now."""
     settled: Callable[[], Awaitable[Lookup]]
@@ -74,6 +103,8 @@ class Around:
     """Send an event."""
     logprobs: Callable[[DecodeResult, int], list[dict[str, Any]]]
     """Of the tokens of so many words."""
+    written: Callable[[DecodeResult], Writing] = lambda result: AsHeard()
+    """How the entries that a transcript may hold are written."""
 
 
 @dataclass
@@ -112,6 +143,11 @@ class Turn:
         self._carried: list[str] = []
         """Words told that belong to the piece under way, though they were told with the last."""
         self._agreement = Agreement()
+        self._writing: Writing = AsHeard()
+        self._said: list[str] = []
+        """Words of the piece under way that may be shown, as the model writes them."""
+        self._shown = ""
+        """What of them has been told, as it is read."""
         self._news = asyncio.Event()
         self._heard: _Heard | None = None
         self._about: _Heard | None = None
@@ -220,17 +256,18 @@ class Turn:
         """Transcribe the piece, or its first `samples`."""
         around, wave = self._around, self._wave()[:samples]
         heard = self._about = _Heard(self._origin + len(wave), -1, complete)
-        encoding = around.ears.encode(wave) if len(wave) else _nothing()
-        lookup, encoded = await asyncio.gather(around.lookup(), encoding)
-        heard.version = lookup.version
-        if encoded is None:
-            return heard
         begins = " ".join([*self._carried, *self._agreement.told])
-        request = replace(
-            lookup.build(encoded), output=OutputOptions(timed=complete), begins=begins
-        )
-        heard.result = await around.ears.decode(request)
+        async with asyncio.timeout(around.patience):
+            encoding = around.ears.encode(wave) if len(wave) else _nothing()
+            lookup, encoded = await asyncio.gather(around.lookup(), encoding)
+            heard.version = lookup.version
+            if encoded is None:
+                return heard
+            request = lookup.build(encoded)
+            request = replace(request, output=OutputOptions(timed=complete), begins=begins)
+            heard.result = await around.ears.decode(request)
         heard.start = encoded.start
+        self._writing = around.written(heard.result)
         return heard
 
     def _wave(self) -> np.ndarray:
@@ -248,19 +285,31 @@ class Turn:
         )
 
     def _agree(self, heard: _Heard) -> None:
-        """Tell what this transcript and the one before agree on."""
+        """Tell what this transcript and the one before agree on. The last word may only have been
+        begun, where somebody goes on speaking."""
         words = heard.result.text.split() if heard.result else []
+        words = words if heard.complete else words[:-1]
         if words[: len(self._carried)] == self._carried:
             self._tell(self._agreement.update(words[len(self._carried) :]))
 
-    def _tell(self, words: list[str]) -> None:
-        if not words:
-            return
-        text = " ".join(words)
-        text = f" {text}" if self.text else text
-        self.text += text
+    def _tell(self, words: Sequence[str], last: bool = False) -> None:
+        """Show these words too; `last`: the piece has no more, and what might have become an entry
+        is shown as well."""
+        self._said += words
         self.words += len(words)
-        self._around.tell(events.delta(self.item, text, None))
+        text = " ".join(self._said)
+        shown = self._writing.of_text(text) if last else self._writing.settled(text)
+        if not shown.startswith(self._shown):  # an entry begins with a word that has been told
+            rest = self._said[len(self._shown.split()) :] if last else []
+            shown = " ".join([self._shown, *self._writing.of_text(" ".join(rest)).split()])
+        added, self._shown = shown[len(self._shown) :], shown
+        if last:
+            self._said, self._shown = [], ""
+        if added:
+            if self.text and not added.startswith(" "):
+                added = f" {added}"
+            self.text += added
+            self._around.tell(events.delta(self.item, added, None))
 
     async def _cut(self) -> None:
         """Finish what lies before a pause, and go on behind it."""
@@ -276,7 +325,7 @@ class Turn:
         finished = sum((word.start + word.end) / 2 <= ends for word in words)
         told = [*self._carried, *self._agreement.told]
         texts = [word.text for word in words]
-        self._tell(texts[len(told) : finished])
+        self._tell(texts[len(told) : finished], last=True)
         self._segment(heard, words[:finished])
         self.revised += self._agreement.revised
         self._carried, self._agreement = told[finished:], Agreement()
@@ -289,14 +338,15 @@ class Turn:
         """Tell what has not been told, and that it is all."""
         around = self._around
         longest = int(around.longest * SAMPLE_RATE)
-        lookup = await around.settled()
+        async with asyncio.timeout(around.patience):
+            lookup = await around.settled()
         while self.held > longest + cutting.PAUSE_SAMPLES:
             await self._cut()
         heard = self._heard
         if not self._serves(heard) or heard.version != lookup.version:
             heard = await self._hear(True)
         words = heard.result.text.split() if heard.result else []
-        self._tell(self._agreement.finish(words[len(self._carried) :]))
+        self._tell(self._agreement.finish(words[len(self._carried) :]), last=True)
         self._segment(heard, heard.result.words if heard.result else ())
         self.revised += self._agreement.revised
         self._waves, self.held = [], 0
@@ -310,7 +360,10 @@ class Turn:
         if self._logprobs is not None:
             self._logprobs += self._around.logprobs(heard.result, len(words))
         start = self._origin / SAMPLE_RATE + heard.start
-        timed = [replace(word, start=start + word.start, end=start + word.end) for word in words]
+        timed = [
+            replace(word, start=start + word.start, end=start + word.end)
+            for word in self._writing.of_words(words)
+        ]
         text = " ".join(word.text for word in timed)
         told = [events.timed(word) for word in timed]
         self._around.tell(events.segment(self.item, text, timed[0].start, timed[-1].end, told))

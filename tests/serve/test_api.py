@@ -90,6 +90,7 @@ def test_the_description_of_the_api_is_valid_and_has_every_route(service):
         "/v1/models",
         "/v1/models/{model}",
         "/v1/audio/transcriptions",
+        "/v1/realtime/client_secrets",
         "/v1/datastores",
         "/v1/datastores/{name}",
         "/v1/datastores/{name}/entries",

@@ -13,9 +13,12 @@ import torch
 from openai import AsyncOpenAI
 from openai.types.realtime.realtime_server_event import RealtimeServerEvent
 from pydantic import TypeAdapter
+from service_process import serving
 from torchaudio.transforms import Resample
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
+
+from mmrag import shipped
 
 TURN, OTHER = "please call priya raghavan tomorrow", "what is the weather in lisbon"
 SECONDS = 60
@@ -68,6 +71,15 @@ class Talk:
             if event["type"].removeprefix(PREFIX) == kind:
                 return event
         raise TimeoutError(kind)
+
+    def shut_out(self, *events):
+        """Send, and read on: with which code the connection is closed; None if it breaks off."""
+        try:
+            self.send(*events)
+            while True:
+                self.hear("error")
+        except ConnectionClosed as closed:
+            return closed.rcvd and closed.rcvd.code
 
 
 @pytest.fixture(scope="session")
@@ -218,22 +230,14 @@ def test_garbage_is_answered_until_there_was_too_much_of_it(service, talk):
         codes = [talking.hear("error")["error"] for _ in range(4)]
         assert [one["code"] for one in codes] == [*["invalid_json"] * 3, "invalid_value"]
         assert codes[3]["event_id"] == "mine"
-        with pytest.raises(ConnectionClosed) as closed:
-            talking.send(*["?"] * 40)
-            while True:
-                talking.hear("error")
-        assert closed.value.rcvd.code == 1008
+        assert talking.shut_out(*["?"] * 40) == 1008
 
 
 def test_who_floods_is_told_and_then_shut_out(service, talk):
     with talk(service) as talking:
         talking.send({"type": "session.update", "session": MANUAL})
-        with pytest.raises(ConnectionClosed) as closed:
-            for _ in range(60):
-                talking.send(*appended(quiet(20), size=10**6))
-            while True:
-                talking.hear("error")
-        assert closed.value.rcvd is None or closed.value.rcvd.code == 1008
+        flood = [*appended(quiet(20), size=10**6)] * 60
+        assert talking.shut_out(*flood) in (None, 1008)
     full = [one["error"]["code"] for one in talking.told if one["type"] == "error"]
     assert set(full) <= {"input_audio_buffer_full"}
 
@@ -302,7 +306,7 @@ def test_malformed_sessions_are_answered_and_the_service_stays_healthy(
     service, talk, spoken, sessions
 ):
     for seed in range(sessions):
-        chance = random.Random(seed)
+        chance, code = random.Random(seed), None
         with talk(service) as talking:
             try:
                 for _ in range(chance.randrange(1, 12)):
@@ -310,7 +314,8 @@ def test_malformed_sessions_are_answered_and_the_service_stays_healthy(
                 talking.send({"type": "input_audio_buffer.clear"})
                 talking.hear("input_audio_buffer.cleared")
             except ConnectionClosed as closed:
-                assert closed.rcvd is None or closed.rcvd.code in (1000, 1007, 1008, 1009), seed
+                code = closed.rcvd and closed.rcvd.code
+        assert code in (None, 1000, 1007, 1008, 1009), seed
         for event in talking.told:
             if event["type"] == "error":
                 assert event["error"]["type"] != "server_error", (seed, event)
@@ -344,3 +349,20 @@ def test_a_session_goes_on_while_a_replica_dies_under_it(service, talk, spoken, 
         service.ready()
         talking.send(*appended(spoken(OTHER) + quiet(1)))
         assert "weather" in talking.hear("completed")["transcript"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_silent_connection_outlives_haproxys_patience(tmp_path, talk, spoken):
+    """Through HAProxy, as `make serve` has it: only the service's pings keep the connection."""
+    with (
+        serving(tmp_path, f"model={shipped.TINY}", "decode.max_seconds=4") as process,
+        talk(process, ping_interval=None) as talking,
+    ):
+        with pytest.raises(TimeoutError):
+            talking.socket.recv(50)
+        talking.send(*appended(spoken(TURN) + quiet(1)))
+        assert talking.hear("completed")["transcript"].startswith("please call")
+        process.process.terminate()
+        assert talking.hear("error")["error"]["code"] == "server_shutting_down"
+        assert talking.shut_out() == 1001

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -16,8 +17,10 @@ from serve.errors import ApiError
 from serve.messages import Unavailable
 from serve.pipeline import TranscriptionOptions
 from serve.realtime import session as sessions
+from serve.realtime import turn
 from serve.realtime.load import Load
 from serve.realtime.session import STRIKES, Over, RealtimeSession
+from serve.realtime.turn import AsHeard
 
 MANUAL = {"type": "session.update", "session": {"audio": {"input": {"turn_detection": None}}}}
 COMMIT, CLEAR = {"type": "input_audio_buffer.commit"}, {"type": "input_audio_buffer.clear"}
@@ -34,6 +37,13 @@ def load():
 @pytest.fixture(autouse=True)
 def by_loudness(monkeypatch):
     monkeypatch.setattr(sessions, "TurnDetector", LevelDetector)
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """A partial transcript of every bit of new audio."""
+    for name in ("PAUSE_SECONDS", "REST", "STEP"):
+        monkeypatch.setattr(turn, name, 0)
 
 
 def options(session):
@@ -57,6 +67,20 @@ class Client:
         for start in range(0, len(wave), size):
             part = base64_of(wave[start : start + size])
             self.send({"type": "input_audio_buffer.append", "audio": part})
+
+    async def until(self, condition):
+        """Return once it is so."""
+        async with asyncio.timeout(20):
+            while not condition():
+                await asyncio.sleep(0.005)
+
+    async def with_time(self, ears, *levels):
+        """Words, each of which is heard before the next one is said."""
+        for level in levels:
+            count = len(ears.decoded)
+            self.say(level, step=0.25)
+            await self.until(lambda count=count: len(ears.decoded) > count)
+            await self.until(lambda: not ears.under_way)
 
     async def slowly(self, *levels, seconds=0.02):
         """Words, one after the other, with time to hear each."""
@@ -86,11 +110,10 @@ class Client:
 
 
 @asynccontextmanager
-async def connected(load, ears=None, *, buffered=60, charge=lambda seconds: None):
+async def connected(load, ears=None, *, charge=lambda seconds: None, **given):
     told = []
-    session = RealtimeSession(
-        ears or Levels(), load, told.append, options, charge, longest=LONGEST, buffered=buffered
-    )
+    how = {"longest": LONGEST, "buffered": 60, "patience": 20} | given
+    session = RealtimeSession(ears or Levels(), load, told.append, options, charge, **how)
     session.begin()
     running = asyncio.create_task(session.run())
     try:
@@ -156,14 +179,12 @@ def test_two_turns_are_found_and_told_in_order(load):
     assert second["start"] == pytest.approx(1.75, abs=0.05), "by the session's clock"
 
 
-def test_words_are_told_while_somebody_speaks_and_never_taken_back(load):
+def test_words_are_told_while_somebody_speaks_and_never_taken_back(load, eager):
     async def talk():
         ears = Levels()
         async with connected(load, ears) as client:
             client.send(MANUAL)
-            for level in (1, 2, 3, 4, 5, 6):
-                client.say(level, step=0.05)
-                await asyncio.sleep(0.31)
+            await client.with_time(ears, 1, 2, 3, 4, 5, 6)
             before = "".join(event["delta"] for event in client.of("delta"))
             client.send(COMMIT)
             await client.settle()
@@ -205,10 +226,8 @@ def test_what_was_transcribed_while_it_was_quiet_is_the_final_transcript(load):
     async def talk():
         ears = Levels()
         async with connected(load, ears) as client:
-            client.say(1, 2)
-            await asyncio.sleep(0.05)
-            client.say(0, step=0.05)
-            await asyncio.sleep(0.05)
+            client.say(1, 2, 0)
+            await client.until(lambda: any(one.output.timed for one in ears.decoded))
             before = len(ears.decoded)
             client.say(0, 0)
             await client.settle()
@@ -221,14 +240,50 @@ def test_what_was_transcribed_while_it_was_quiet_is_the_final_transcript(load):
 
 def test_a_word_after_a_pause_belongs_to_the_turn(load):
     async def talk():
-        async with connected(load) as client:
+        ears = Levels()
+        async with connected(load, ears) as client:
             client.say(1, 0)
-            await asyncio.sleep(0.05)
+            await client.until(lambda: any(one.output.timed for one in ears.decoded))
             client.say(2, 0, 0, 0)
             await client.settle()
             return client
 
     assert asyncio.run(talk()).transcripts() == ["word1 word2"]
+
+
+class Abbreviated(AsHeard):
+    """`word2 word3` is written W23; as `mmrag.retrieval.display.Display` has it."""
+
+    def of_text(self, text):
+        return text.replace("word2 word3", "W23")
+
+    def settled(self, text):
+        words = text.split()[:-1]
+        return self.of_text(" ".join(words[: -(words[-1:] == ["word2"]) or None]))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_entries_are_told_as_they_are_written(load, eager, known):
+    async def talk():
+        ears = Levels()
+        async with connected(load, ears) as client:
+            writing = Abbreviated()
+            around = client.session._around
+
+            def partly(result):
+                return writing if known or result.words else AsHeard()
+
+            client.session._around = replace(around, written=partly)
+            client.send(MANUAL)
+            await client.with_time(ears, 1, 2, 3, 4, 5)
+            client.send(COMMIT)
+            await client.settle()
+            return client
+
+    client = asyncio.run(talk())
+    [completed] = client.of("completed")
+    expected = "word1 W23 word4 word5" if known else "word1 word2 word3 word4 word5"
+    assert completed["transcript"] == client.deltas(completed["item_id"]) == expected
 
 
 def update(**transcription):
@@ -272,6 +327,18 @@ def test_a_datastore_that_is_not_there_is_refused_and_the_old_one_stays(load):
     assert error["error"]["code"] == "datastore_not_found"
     assert client.transcripts() == ["word1"]
     assert client.session.settings.audio.input.transcription.datastore == "names"
+
+
+def test_changes_that_come_faster_than_they_are_made_are_refused(load):
+    async def talk():
+        async with connected(load, Levels(seconds=0.01)) as client:
+            client.send(*[update(context=[f"name-{number}"]) for number in range(12)])
+            await client.settle()
+            return client
+
+    client = asyncio.run(talk())
+    assert client.problems() == ["busy"] * 4 and len(client.of("session.updated")) == 8
+    assert client.session.settings.audio.input.transcription.context == ["name-7"]
 
 
 def test_clearing_forgets_what_was_said(load):
@@ -349,6 +416,20 @@ def test_a_turn_that_cannot_be_transcribed_says_so_and_the_next_one_is(load):
     [failed] = client.of("failed")
     assert failed["error"]["code"] == "unavailable" and failed["error"]["type"] == "server_error"
     assert client.transcripts() == ["word2"]
+
+
+def test_a_decoder_that_never_answers_is_not_waited_for(load):
+    async def talk():
+        ears = Levels(seconds=100)
+        async with connected(load, ears, patience=0.05) as client:
+            client.send(MANUAL)
+            client.say(*range(1, 20))
+            client.send(COMMIT)
+            await client.settle()
+            return client
+
+    [failed] = asyncio.run(talk()).of("failed")
+    assert failed["error"]["code"] == "timeout"
 
 
 REFUSED = [
