@@ -64,6 +64,17 @@ class Beginnings:
         behind = torch.from_numpy(self.counts[self.rows] - self.offsets).to(lengths.device)
         return rows, lengths[rows] - behind
 
+    def without_a_word_gone_on_with(self, logp: Tensor, starts: Tensor, end: int) -> Tensor:
+        """`logp` (B, V) of the first tokens that are chosen, -inf for those that would go on with
+        the last word of a beginning: which are not among `starts` (V,) bool. The `end` stays
+        possible."""
+        behind = torch.from_numpy(self.counts > 1).to(logp.device)[:, None]
+        logp = logp.masked_fill(behind & ~starts, -torch.inf)
+        least = torch.where(behind[:, 0], LEAST_LOGP, -torch.inf).to(logp)
+        return logp.index_copy(
+            1, torch.tensor([end], device=logp.device), logp[:, end].maximum(least)[:, None]
+        )
+
 
 def evidence(
     tokens: np.ndarray, logp: Tensor, lm_logp: Tensor

@@ -174,7 +174,7 @@ class Batch:
 
     def _step(self, batch: Rows) -> None:
         """Forward, retrieve, transform, choose."""
-        beams, allowed = batch.beams, self._allowed_next(batch)
+        beams, begun, allowed = batch.beams, batch.beginnings, self._allowed_next(batch)
         output = batch.read()
         lm_logp = _logp(output.logits, allowed)
 
@@ -185,7 +185,7 @@ class Batch:
             own = allowed if allowed.ndim == 1 else allowed[rows]
             logp = logp.index_copy(0, rows, _logp(logits, own))
         queries = batch.queries(output)
-        if batch.beginnings is not None:
+        if begun is not None:
             lm_logp, logp, queries, attended = self._begin(batch, lm_logp, logp, queries, attended)
         pending = batch.ask(logp, queries)
         asked = time.perf_counter()
@@ -195,6 +195,8 @@ class Batch:
         logp = logp if mixed is None else mixed
         self.retrieval_seconds += asked - started + time.perf_counter() - waited
         logp = logp if bonus is None else logp + bonus
+        if begun is not None:
+            logp = begun.without_a_word_gone_on_with(logp, self._word_starts, self._vocabulary.eos)
 
         found = likeliest(logp, lm_logp, beams.candidates, beams.temperatures)
         ranked = beams.rank(found.tokens, found.logp, self._vocabulary.eos)
@@ -260,16 +262,13 @@ class Batch:
             return self._allowed
         if batch.beginnings is None:
             return self._allowed_first
-        begun = batch.beginnings
-        behind = (begun.tokens < 0) & (begun.offsets > 0)
-        kinds = np.select([begun.offsets == 0, behind], [0, 1], 2)
-        masks = torch.stack((self._allowed_first, self._allowed_behind, self._allowed))
-        return masks[torch.from_numpy(kinds).to(masks.device)]
+        later = torch.from_numpy(batch.beginnings.offsets > 0).to(self._lm.device)
+        return torch.where(later[:, None], self._allowed, self._allowed_first)
 
     @cached_property
-    def _allowed_behind(self) -> Tensor:
+    def _word_starts(self) -> Tensor:
         """What may come next where the last word is over (V,) bool."""
-        return self._allowed & torch.from_numpy(self._vocabulary.word_starts()).to(self._lm.device)
+        return torch.from_numpy(self._vocabulary.word_starts()).to(self._lm.device)
 
 
 def _logp(logits: Tensor, allowed: Tensor) -> Tensor:

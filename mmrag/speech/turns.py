@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mmrag.speech.audio import SAMPLE_RATE
@@ -80,7 +79,7 @@ class TurnDetector:
         self._padding, self._silence = (
             round(ms * SAMPLE_RATE / 1000) for ms in (prefix_padding_ms, silence_duration_ms)
         )
-        self._rest = torch.zeros(0)
+        self._rest = np.zeros(0, np.float32)
         """What has come and is less than a frame."""
         self._loudness = np.zeros(REMEMBERED, np.float32)
         self._judged = 0
@@ -105,19 +104,19 @@ class TurnDetector:
         somebody speaks, and between turns. If it goes on, the turn will have ended here."""
         return self._quiet
 
-    def push(self, wave: Tensor) -> list[Started | Stopped]:
+    def push(self, wave: Tensor | np.ndarray) -> list[Started | Stopped]:
         """The events that the next part (T,) of the stream, float32 at 16 kHz, brings about.
 
         Samples are counted from the stream's start. However the stream is cut into parts, the
         events are the same. A turn never starts before the last one stopped.
         """
-        wave = torch.cat((self._rest, wave.float().cpu()))
+        wave = np.concatenate((self._rest, np.asarray(wave, np.float32)))
         whole = len(wave) // FRAME * FRAME
-        self._rest = wave[whole:].clone()
-        found = [self._judge(frame) for frame in wave[:whole].split(FRAME) if whole]
+        self._rest = wave[whole:].copy()
+        found = [self._judge(frame) for frame in wave[:whole].reshape(-1, FRAME)]
         return [event for event in found if event is not None]
 
-    def _judge(self, frame: Tensor) -> Started | Stopped | None:
+    def _judge(self, frame: np.ndarray) -> Started | Stopped | None:
         """What the next frame (FRAME,) brings about."""
         likely, self._state = self._network(self._raised(frame), self._state)
         start, self._judged = self._judged, self._judged + FRAME
@@ -149,12 +148,12 @@ class TurnDetector:
         self._stopped = quiet + self._silence
         return Stopped(self._stopped, quiet)
 
-    def _raised(self, frame: Tensor) -> Tensor:
+    def _raised(self, frame: np.ndarray) -> np.ndarray:
         """A frame as loud as the network needs it, where the stream is very quiet."""
         place = self._judged // BLOCK % REMEMBERED
-        levels = frame.view(-1, BLOCK).square().mean(1).sqrt().numpy()
+        levels = np.sqrt((frame.reshape(-1, BLOCK) ** 2).mean(1))
         self._loudness[(place + np.arange(len(levels))) % REMEMBERED] = levels
         loud = np.partition(self._loudness, -LOUD_BLOCKS)[-LOUD_BLOCKS]
         if NOISE_LEVEL < loud < HEARD_LEVEL:
-            return frame * float(HEARD_LEVEL / loud)
+            return frame * np.float32(HEARD_LEVEL / loud)
         return frame

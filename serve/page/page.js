@@ -1,206 +1,89 @@
 // The page of the transcription endpoint: audio in, words as they are heard, and why a word was chosen.
 // It knows the endpoint by its HTTP contract alone. What comes from outside becomes text, never markup.
 
-const $ = (id) => document.getElementById(id);
+import { api, events, getJson, postJson } from "/page/api.js";
+import { $, busy, complain, count, h, percent, say } from "/page/dom.js";
+import { LiveSession, RATE } from "/page/live.js";
+import { listen, wav } from "/page/microphone.js";
 
 let audio = null; // the File to transcribe
 let result = null; // its last whole transcript: {words, how}
 let running = null; // the AbortController of the transcription under way
-let recording = null; // the recording under way: {finish}
+let recording = null; // the recording under way: {session, names: those being added, drop(), finish()}
 let opened = null; // the button of the word whose evidence is shown
 let datastores = new Map(); // what the server has, by name
 
-/** An element with its attributes and listeners ("onclick": f); children are nodes or text. */
-function h(tag, attributes = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else element.setAttribute(name, value);
-  }
-  element.append(...children);
-  return element;
-}
-
-const count = (n, one, many = `${one}s`) => `${n.toLocaleString("en")} ${n === 1 ? one : many}`;
-
-function percent(p) {
-  if (p > 0 && p < 0.0001) return "<0.01%";
-  return p.toLocaleString("en", { style: "percent", maximumSignificantDigits: 3 });
-}
-
-// ---- what the page says ----
-
-/** The state of things, in the footer. A new state ends the last complaint. */
-function say(text) {
-  $("status").textContent = text;
-  $("alert").textContent = "";
-}
-
-function complain(error) {
-  $("status").textContent = "";
-  $("alert").textContent = error.message;
-}
-
-/** Run `work` once at a time for this button, which keeps its focus; what goes wrong is said. */
-async function busy(button, work) {
-  if (button.getAttribute("aria-disabled") === "true") return;
-  button.setAttribute("aria-disabled", "true");
-  try {
-    await work();
-  } catch (error) {
-    complain(error);
-  } finally {
-    button.removeAttribute("aria-disabled");
-  }
-}
-
-// ---- the API ----
-
-/** A request with the key, if one was given. Throws an Error whose message a person can read. */
-async function api(path, { headers = {}, ...options } = {}) {
-  const key = sessionStorage.getItem("key");
-  if (key) headers = { ...headers, Authorization: `Bearer ${key}` };
-  let response;
-  try {
-    response = await fetch(path, { ...options, headers });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Error("The server could not be reached. Is it running?");
-  }
-  if (response.ok) return response;
-  const message = await explanation(response);
-  if (response.status !== 401) throw Object.assign(new Error(message), { status: response.status });
-  if (sessionStorage.getItem("key") === key) await askForKey(message); // else it was given meanwhile
-  return api(path, { headers, ...options });
-}
-
-const getJson = async (path) => (await api(path)).json();
-
-const postJson = async (path, body) => {
-  const headers = { "Content-Type": "application/json" };
-  return (await api(path, { method: "POST", headers, body: JSON.stringify(body) })).json();
-};
-
-/** What a refusal means, in words, and when to try again if the server says so (in seconds, or a date). */
-async function explanation(response) {
-  const body = await response.json().catch(() => ({})); // a proxy's page is not JSON
-  const message = body.error?.message ?? `The server answered ${response.status} ${response.statusText}`.trim();
-  const sentence = /[.!?]$/.test(message) ? message : `${message}.`;
-  const after = response.headers.get("Retry-After");
-  if (!after) return sentence;
-  const wait = Math.ceil(Number.isNaN(+after) ? (Date.parse(after) - Date.now()) / 1000 : +after);
-  if (!(wait > 0)) return `${sentence} Try again now.`;
-  const time = new Date(Date.now() + wait * 1000).toLocaleTimeString();
-  return `${sentence} Try again in ${count(wait, "second")}, at ${time}.`;
-}
-
-/** Ask for the key, which this tab alone keeps. Throws if none is given. */
-async function askForKey(message) {
-  const dialog = $("key-dialog");
-  $("key-message").textContent = message;
-  if (!dialog.open) {
-    dialog.returnValue = $("key").value = "";
-    dialog.showModal();
-  }
-  await new Promise((resolve) => dialog.addEventListener("close", resolve, { once: true })); // more than one may wait
-  if (dialog.returnValue !== "use") throw new Error("Without an API key this server does nothing.");
-  sessionStorage.setItem("key", $("key").value);
-}
-
-/** The events of a text/event-stream, parsed, wherever the network cut it. */
-async function* events(body) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  let text = "";
-  for (;;) {
-    const { value, done } = await reader.read().catch((error) => {
-      if (error.name === "AbortError") throw error;
-      throw new Error("The connection broke before the transcript was complete.");
-    });
-    if (done) return;
-    const blocks = (text + value).split(/\r?\n\r?\n/);
-    text = blocks.pop();
-    for (const block of blocks) {
-      const lines = block.split(/\r?\n/).filter((line) => line.startsWith("data:"));
-      if (lines.length) yield JSON.parse(lines.map((line) => line.slice(5)).join("\n"));
-    }
-  }
-}
-
 // ---- audio ----
 
-/** Take `file` as the audio to transcribe; what was shown of the last one goes. */
-function useAudio(file) {
-  running?.abort();
-  running = result = null;
+/** Take `file` as the audio to transcribe; what was shown of the last one goes, or stays where that is `heard` of it. */
+function useAudio(file, heard = false) {
+  if (!heard) dropAudio();
   audio = file;
-  URL.revokeObjectURL($("player").src);
   $("player").src = URL.createObjectURL(file);
   $("file-name").textContent = file.name;
   $("heard").hidden = false;
-  $("transcript").replaceChildren();
-  $("how").textContent = "";
-  for (const id of ["previous", "legend", "again"]) $(id).hidden = true;
-  closeEvidence();
   showRunning();
   say("Ready to transcribe.");
 }
 
-/** Record the microphone as PCM: what MediaRecorder makes (webm) is not readable by the server. */
-async function record() {
-  const context = new AudioContext(); // at the microphone's own rate: the server resamples
-  await context.audioWorklet.addModule("/page/recorder.js");
-  const stream = await navigator.mediaDevices.getUserMedia({ audio: true }).catch((error) => {
-    context.close();
-    const reasons = {
-      NotAllowedError: "The microphone was refused. Allow it for this page in the browser's settings.",
-      NotFoundError: "No microphone was found.",
-    };
-    throw new Error(reasons[error.name] ?? `The microphone cannot be used: ${error.message}`);
-  });
-  const recorder = new AudioWorkletNode(context, "recorder", { channelCount: 1, channelCountMode: "explicit" });
-  const blocks = [];
-  recorder.port.onmessage = ({ data }) => blocks.push(data);
-  // It puts out silence, and yet leads somewhere: a node that does not may never run.
-  context.createMediaStreamSource(stream).connect(recorder).connect(context.destination);
+/** What was shown of the last audio goes, and what is made of it. */
+function dropAudio() {
+  recording?.drop();
+  running?.abort();
+  running = result = audio = null;
+  URL.revokeObjectURL($("player").src);
+  $("player").removeAttribute("src");
+  $("transcript").replaceChildren();
+  $("how").textContent = "";
+  for (const id of ["heard", "previous", "legend", "again"]) $(id).hidden = true;
+  closeEvidence();
+  showRunning();
+}
 
-  const began = Date.now();
+/** Hear the microphone, and show the words while they are spoken. */
+async function record() {
+  const session = new LiveSession({
+    protocols: subprotocols,
+    settings: liveSettings,
+    turn: showTurn,
+    gone: (turn) => forgetTurn(turn.id),
+    state: (name, error) => recording && liveState(name, error),
+    problem: complain,
+  });
+  const stop = await listen((block) => session.append(block), () => recording?.finish());
+  dropAudio();
+  const began = new Date();
   const tick = () => {
     const seconds = Math.floor((Date.now() - began) / 1000);
     $("elapsed").textContent = `${Math.floor(seconds / 60)}:${String(seconds % 60).padStart(2, "0")}`;
   };
   const clock = setInterval(tick, 250);
-  const finish = async () => {
+  const end = async () => {
     recording = null;
     clearInterval(clock);
     $("elapsed").textContent = "";
     $("record").textContent = "Record";
-    stream.getTracks().forEach((track) => track.stop());
-    await context.close();
-    const name = `recording ${new Date(began).toLocaleTimeString()}.wav`;
-    useAudio(new File([wav(blocks, context.sampleRate)], name, { type: "audio/wav" }));
+    document.body.classList.remove("recording");
+    await stop();
   };
-  stream.getTracks()[0].addEventListener("ended", finish); // unplugged
-  recording = { finish };
+  recording = {
+    session,
+    names: [],
+    drop: () => (session.close(), showLive(false), end()),
+    finish: async () => {
+      await end();
+      say("Hearing the last words…");
+      await session.finish();
+      showLive(false);
+      finishLive(session, new File(wav(session.blocks), `recording ${began.toLocaleTimeString()}.wav`, { type: "audio/wav" }));
+    },
+  };
   $("record").textContent = "Finish recording";
+  document.body.classList.add("recording");
+  showLive(true);
   tick();
-  say("Recording.");
-}
-
-/** A mono, 16-bit WAV of blocks of samples from -1 to 1; `rate` in samples a second. */
-function wav(blocks, rate) {
-  const bytes = 2 * blocks.reduce((sum, block) => sum + block.length, 0);
-  const view = new DataView(new ArrayBuffer(44 + bytes));
-  let at = 0;
-  const text = (letters) => [...letters].forEach((letter) => view.setUint8(at++, letter.charCodeAt(0)));
-  const u16 = (value) => view.setUint16((at += 2) - 2, value, true);
-  const u32 = (value) => view.setUint32((at += 4) - 4, value, true);
-  text("RIFF"), u32(36 + bytes), text("WAVEfmt "), u32(16);
-  u16(1), u16(1), u32(rate), u32(2 * rate), u16(2), u16(16); // PCM, one channel, bytes a second and a sample, bits
-  text("data"), u32(bytes);
-  for (const block of blocks) {
-    for (const sample of block) view.setInt16((at += 2) - 2, Math.max(-1, Math.min(1, sample)) * 0x7fff, true);
-  }
-  return view.buffer;
+  say("Connecting. What you say is kept.");
+  session.start();
 }
 
 // ---- transcribing ----
@@ -262,9 +145,8 @@ function begin(how) {
 
 /** Put the words of the whole transcript in place of the deltas, with what changed marked. */
 function finish({ text, duration, words, missing_shards: missing }, how) {
-  words ??= text.split(/\s+/).filter(Boolean).map((word) => ({ word }));
+  words ??= textWords(text);
   const [before, now] = result ? shared(result.words, words) : [[], words.map(() => true)];
-  const spaced = (nodes) => nodes.flatMap((node) => [node, " "]).slice(0, -1);
   const nodes = words.map((word, i) => (now[i] ? wordNode(word) : h("ins", {}, wordNode(word))));
   $("transcript").replaceChildren(...spaced(nodes));
   if (!words.length) $("transcript").append(h("span", { class: "quiet" }, "No speech was heard in this recording."));
@@ -286,6 +168,10 @@ function finish({ text, duration, words, missing_shards: missing }, how) {
   say(`${said.join("; ")}.`);
   result = { words, how };
 }
+
+const textWords = (text) => text.split(/\s+/).filter(Boolean).map((word) => ({ word }));
+
+const spaced = (nodes) => nodes.flatMap((node) => [node, " "]).slice(0, -1);
 
 function wordNode(word) {
   if (!word.changed && word.unclear) return h("span", { class: "unclear" }, word.word);
@@ -313,6 +199,85 @@ function shared(before, after) {
     else j++;
   }
   return kept;
+}
+
+// ---- live ----
+
+/** The WebSocket's subprotocols: behind a key, a secret that only opens a session, and not for long. */
+async function subprotocols() {
+  if (!sessionStorage.getItem("key")) return ["realtime"];
+  const asked = { expires_after: { anchor: "created_at", seconds: 60 } };
+  const { value } = await postJson("/v1/realtime/client_secrets", asked);
+  return ["realtime", `openai-insecure-api-key.${value}`];
+}
+
+/** What a session listens for, as the page says now. */
+function liveSettings() {
+  const datastore = $("datastore").value || null;
+  const context = recording?.names ?? [];
+  const retrieval = datastore || context.length ? $("retrieval").value : "none";
+  const format = { type: "audio/pcm", rate: RATE };
+  return { type: "transcription", audio: { input: { format, transcription: { datastore, context, retrieval } } } };
+}
+
+function liveState(name, error) {
+  if (name === "open") say("Listening. The words appear as you speak.");
+  if (name === "lost") say("The connection was lost. Connecting again; what you say is kept.");
+  if (name !== "refused") return;
+  say(`${error.message} Go on: the recording is kept, and transcribed when you finish.`);
+}
+
+/** Whether words come while they are spoken: each is shown, and read aloud once its turn is whole. */
+function showLive(on) {
+  $("transcript").setAttribute("aria-live", on ? "off" : "polite");
+  $("transcript").toggleAttribute("aria-busy", on);
+  if (on) $("spoken").replaceChildren();
+}
+
+const turnNode = (id) => $("transcript").querySelector(`[data-turn="${CSS.escape(id)}"]`);
+
+function showTurn({ id, text, done, words }) {
+  let node = turnNode(id);
+  if (!node && !text) return;
+  if (!node) {
+    node = h("span", { "data-turn": id });
+    $("transcript").append(node, " ");
+  }
+  if (done) {
+    const same = words.map(({ word }) => word).join(" ") === text;
+    node.replaceChildren(...(same ? spaced(words.map(wordNode)) : [text]));
+    $("spoken").append(h("p", {}, text));
+    return;
+  }
+  const shown = node.textContent;
+  if (text.startsWith(shown)) node.append(h("span", { class: "delta" }, text.slice(shown.length)));
+  else node.textContent = text;
+}
+
+function forgetTurn(id) {
+  turnNode(id)?.nextSibling?.remove();
+  turnNode(id)?.remove();
+}
+
+/** The recording as a file, with what was heard of it; without a session it is transcribed now. */
+function finishLive(session, file) {
+  const words = session.turns.flatMap(({ text, words }) => (words.length ? words : textWords(text)));
+  const heard = session.turns.length > 0;
+  useAudio(file, heard);
+  if (!heard && session.refused) return transcribe();
+  const unclear = words.filter((word) => word.unclear).length;
+  $("legend-unclear").hidden = $("legend").hidden = !unclear;
+  $("legend-changed").hidden = $("legend-differs").hidden = true;
+  if (!words.length) {
+    $("transcript").replaceChildren(h("span", { class: "quiet" }, "No speech was heard in this recording."));
+    return say("Nothing was heard. Is the right microphone chosen?");
+  }
+  const how = `live, ${$("datastore").value || "no datastore"}`;
+  result = { words, how };
+  $("how").textContent = how;
+  showRunning();
+  const rest = session.refused ? " The connection was lost before the end: transcribe again for all of it." : "";
+  say(`${count(words.length, "word")}${unclear ? `, ${unclear} unclear` : ""}. Transcribe again to see what retrieval did.${rest}`);
 }
 
 // ---- evidence ----
@@ -414,6 +379,28 @@ async function addNames() {
   if (!texts.length) throw new Error("Write at least one name.");
   let name = $("datastore").value;
   say(`Adding ${count(texts.length, "name")}: each is spoken first…`);
+  await inTheSameBreath(texts, async () => {
+    name = await store(name, texts);
+  });
+  $("names").value = "";
+  changedNames(`${count(texts.length, "name")} added to ${name}.`);
+}
+
+/** While somebody speaks, names are listened for at once; once `work` has put them into the datastore, as its own. */
+async function inTheSameBreath(names, work) {
+  const session = recording;
+  if (session) session.names = names;
+  session?.session.update();
+  try {
+    await work();
+  } finally {
+    if (session) session.names = [];
+    session?.session.update();
+  }
+}
+
+/** Put names into a datastore, or into a new one; its name. */
+async function store(name, texts) {
   if (name) {
     await postJson(`${storePath(name)}/entries`, { texts });
   } else {
@@ -423,12 +410,12 @@ async function addNames() {
       return postJson(`${storePath(name)}/entries`, { texts });
     });
   }
-  $("names").value = "";
   await loadDatastores(name);
-  changedNames(`${count(texts.length, "name")} added to ${name}.`);
+  return name;
 }
 
 function changedNames(text) {
+  if (recording) return say(`${text} Listening for what the datastore has now.`);
   $("again").hidden = !result;
   say(result ? `${text} Transcribe again to see the difference.` : text);
 }
@@ -451,7 +438,11 @@ $("names-form").addEventListener("submit", (event) => {
   event.preventDefault();
   busy($("add"), addNames);
 });
-$("datastore").addEventListener("change", () => loadContents().catch(complain));
+$("datastore").addEventListener("change", () => {
+  recording?.session.update();
+  loadContents().catch(complain);
+});
+$("retrieval").addEventListener("change", () => recording?.session.update());
 $("more").addEventListener("click", () => busy($("more"), () => loadContents($("entries").children.length)));
 
 // Dropped anywhere: a near miss must not leave the page for the file.
@@ -466,10 +457,6 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && opened && !$("key-dialog").open) closeEvidence(true);
 });
 
-if (!navigator.mediaDevices) {
-  $("record").disabled = true;
-  $("record").title = "Browsers lend the microphone to https pages and to localhost alone.";
-}
 try {
   const { data } = await getJson("/v1/models");
   for (const option of $("retrieval").options) option.disabled = !data[0].retrieval.includes(option.value);

@@ -117,8 +117,6 @@ def _next(lm, vocabulary, clip, phrases, hypothesis, candidates=None) -> list[Ch
     tokens = hypothesis.tokens
     prompt = vocabulary.prompt(clip.speech, clip.context)
     allowed = vocabulary.transcript_ids() if tokens else vocabulary.first_ids()
-    if tokens and len(tokens) == len(clip.beginning):
-        allowed = allowed & vocabulary.word_starts()
     output = lm(torch.tensor([[*prompt, *tokens]]))
     lm_logp = output.logits[-1:].masked_fill(~torch.from_numpy(allowed), -torch.inf)
     logp = lm_logp = lm_logp.log_softmax(-1)
@@ -131,6 +129,8 @@ def _next(lm, vocabulary, clip, phrases, hypothesis, candidates=None) -> list[Ch
         logp, found = retrieve(lm_logp, keys, clip.retrieval, excluded)
     if phrases is not None:
         logp = logp + phrases.bonus(tokens).to(logp)
+    if tokens and len(tokens) == len(clip.beginning):
+        logp = logp.masked_fill(~torch.from_numpy(vocabulary.word_starts()), -torch.inf)
     return choose(logp, lm_logp, found, candidates or 2 * clip.beams)[0]
 
 

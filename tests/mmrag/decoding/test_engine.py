@@ -401,6 +401,40 @@ def test_an_incredible_transcript_is_made_again_without_retrieval(help_):
     assert ear.told == first, "of the first transcript alone"
 
 
+class Words(Vocabulary):
+    """Every piece is a word."""
+
+    def word_starts(self):
+        starts = np.zeros(self.size, bool)
+        starts[[EOS, *range(FIRST, LAST + 1)]] = True
+        return starts
+
+
+def test_whoever_listens_hears_a_beginning_and_what_follows_it():
+    lm, ear, beginning = random_lm(), Ear(), [LAST, FIRST, FIRST]
+    with running(lm) as engine:
+        engine._batch._vocabulary = Words(Pieces(), units=6)
+        clip = replace(lasting(6), beginning=beginning)
+        heard = result(engine.submit(clip, hear=ear)).hypothesis
+        assert engine.statistics.tokens == 3, "those that were chosen"
+    assert heard.tokens == [*beginning, FIRST, FIRST, FIRST]
+    assert ear.told == [heard.tokens[:n] for n in (4, 5, 6)]
+
+
+def test_a_transcript_that_is_made_again_keeps_its_beginning():
+    lm, beginning = random_lm(), [LAST, FIRST]
+    clip = replace(clips(1)[0], beginning=beginning)
+    helped = replace(clip, retrieval=asking(Insistent(EOS), weight=0.99))
+    with running(lm) as engine:
+        engine._batch._vocabulary = Words(Pieces(), units=6)
+        first = result(engine.submit(helped))
+        again = result(engine.submit(helped, agreement=-1e-9))
+        plain = result(engine.submit(clip))
+    assert first.hypothesis.tokens == beginning and again.alone
+    assert again.hypothesis.tokens[:2] == beginning and len(again.hypothesis.tokens) > 2
+    agree(again.hypothesis, plain.hypothesis)
+
+
 def test_shards_missed_by_the_first_transcript_are_remembered_by_the_second():
     with running() as engine:
         jobs = [

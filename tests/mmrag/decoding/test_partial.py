@@ -3,20 +3,25 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmrag.decoding.partial import Agreement, beginnings, common
+from mmrag.decoding.partial import Agreement, beginnings, common, sayable
 
-texts = st.lists(st.sampled_from("a b c".split()), max_size=6)
+
+def split(text):
+    return text.split()
+
+
+texts = st.lists(st.sampled_from("abc"), max_size=6)
 hypotheses = st.lists(texts, max_size=8)
 
 
 def test_a_word_is_told_once_the_next_hypothesis_has_it_too():
     agreement = Agreement()
-    assert agreement.update("please".split()) == []
-    assert agreement.update("please call my".split()) == ["please"]
-    assert agreement.update("please call maria low".split()) == ["call"]
-    assert agreement.update("please call maria lopez".split()) == ["maria"]
-    assert agreement.finish("please call maria lopez tomorrow".split()) == ["lopez", "tomorrow"]
-    assert agreement.told == "please call maria lopez tomorrow".split()
+    assert agreement.update(split("please")) == []
+    assert agreement.update(split("please call my")) == ["please"]
+    assert agreement.update(split("please call maria low")) == ["call"]
+    assert agreement.update(split("please call maria lopez")) == ["maria"]
+    assert agreement.finish(split("please call maria lopez tomorrow")) == ["lopez", "tomorrow"]
+    assert agreement.told == split("please call maria lopez tomorrow")
     assert (agreement.revised, agreement.changes) == (2, 0), "my, low"
 
 
@@ -64,11 +69,27 @@ def test_a_hypothesis_said_twice_is_told_whole(words):
 def test_a_final_transcript_that_has_it_otherwise_is_counted_and_repeats_nothing():
     agreement = Agreement()
     for _ in range(2):
-        agreement.update("call maria".split())
-    assert agreement.update("please call maria lopez".split()) == []
-    assert agreement.update("please call maria lopez".split()) == [], "it contradicts what was told"
-    assert agreement.finish("please call maria lopez".split()) == ["lopez"]
+        agreement.update(split("call maria"))
+    assert agreement.update(split("please call maria lopez")) == []
+    assert agreement.update(split("please call maria lopez")) == [], "it contradicts what was told"
+    assert agreement.finish(split("please call maria lopez")) == ["lopez"]
     assert agreement.changes == 1
+
+
+def test_a_word_that_there_was_no_time_to_say_is_not_told():
+    agreement = Agreement()
+    heard = split("please call the head office of crimmer anderson")
+    agreement.update(heard, 0.7)
+    assert agreement.update(heard, 0.9) == ["please"]
+    assert agreement.update(heard, 1.2) == ["call"]
+    assert agreement.update(heard, 1.2) == []
+    assert agreement.update(heard) == split("the head office of crimmer anderson")
+
+
+@given(texts, st.floats(0, 10), st.floats(0, 10))
+def test_the_longer_somebody_speaks_the_more_words_may_be_told(words, one, other):
+    counts = [sayable(words, seconds) for seconds in (*sorted((one, other)), 1000.0)]
+    assert counts == sorted(counts) and counts[-1] == len(words)
 
 
 @given(texts, texts)

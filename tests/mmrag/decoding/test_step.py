@@ -1,5 +1,6 @@
 """The batch's step over all rows at once, against decoding one clip and one token at a time."""
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -141,6 +142,44 @@ def test_random_clips_that_come_and_go_get_what_plain_decoding_gives_them(plan):
             assert len(found) == len(expected)
             for one, other in zip(found, expected, strict=True):
                 agree(one, other)
+
+
+@settings(max_examples=25, deadline=None)
+@given(kinds, st.integers(1, 7))
+def test_the_beginning_of_a_transcript_leads_to_that_transcript(kind, count):
+    """Greedy; for the same reasons, whatever is looked up, where a word is over."""
+    kind = (kind[0], 1, *kind[2:-1], ())
+    batch, free = Batch(random_lm(), VOCABULARY), plainly(kind)[0]
+    count = max((n for n in range(count) if starts(free, n)), default=0)
+    clip = replace(clip_of(kind), beginning=free.tokens[:count])
+    [search] = batch.join([clip])
+    while batch.searches:
+        batch.step()
+    agree(search.best(), free)
+
+
+def starts(heard, place):
+    """Whether what a transcript has at a place begins a word, or is its end."""
+    tokens = [choice.token for choice in heard.choices]
+    return place < len(tokens) and bool(STARTS[tokens[place]])
+
+
+def test_a_beginning_that_nobody_would_choose_is_kept_all_the_same():
+    unlikely = (FIRST, VOCABULARY.first_unit)  # a unit is no text
+    for beams in (1, 3):
+        clip = Clip([VOCABULARY.first_unit], 6, beams, beginning=unlikely, retrieval=RETRIEVALS[3])
+        [search] = (batch := Batch(random_lm(), VOCABULARY)).join([clip])
+        while batch.searches:
+            batch.step()
+        heard = search.best()
+        assert tuple(heard.tokens[:2]) == unlikely and np.isfinite(heard.logp)
+        assert starts(heard, 2), "a word is not gone on with"
+
+
+def test_a_beginning_as_long_as_the_limit_leaves_room_for_one_token():
+    clip = Clip([VOCABULARY.first_unit], 2, beginning=[FIRST] * 5)
+    [search] = Batch(random_lm(), VOCABULARY).join([clip])
+    assert search.over and len(search.best().choices) == 6
 
 
 def test_the_n_best_are_those_that_stopped_by_their_score():

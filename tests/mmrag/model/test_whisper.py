@@ -99,6 +99,40 @@ def test_a_clip_that_joins_a_running_batch_is_decoded_as_if_alone(directory, whi
     assert [one.best().tokens for one in searches] == expected
 
 
+def test_a_transcript_goes_on_from_the_words_that_it_begins_with(whisper):
+    """Greedy, as reading everything from the start for every token has it."""
+    vocabulary, speech = whisper.vocabulary, whisper.encode(noise(3))
+    begun = [vocabulary.encode(text) for text in ("the red door", "", "call")]
+    heard = decode(whisper, vocabulary, speech, [LIMIT] * 3, OPTIONS, beginnings=begun)
+    allowed, first, starts = (
+        torch.from_numpy(ids)
+        for ids in (vocabulary.transcript_ids(), vocabulary.first_ids(), vocabulary.word_starts())
+    )
+    for clip, beginning, one in zip(speech, begun, heard, strict=True):
+        tokens = list(beginning)
+        while len(tokens) < LIMIT and vocabulary.eos not in tokens:
+            ids = torch.tensor([[*vocabulary.prompt(clip), *tokens]])
+            logits = whisper(ids, whisper.cache([clip], ids.shape[1])).logits[-1]
+            behind = allowed & starts if len(tokens) == len(beginning) else allowed
+            logits[~(behind if tokens else first)] = -torch.inf
+            tokens.append(int(logits.argmax()))
+        assert [choice.token for choice in one.choices] == tokens
+    words = vocabulary.decode(heard[0].tokens).split()
+    assert words[:3] == ["the", "red", "door"], "and whatever follows is another word"
+
+
+@pytest.mark.parametrize("beams", [2, 3])
+def test_every_hypothesis_begins_with_what_is_given(whisper, beams):
+    given = whisper.vocabulary.encode("turn on")
+    clip = Clip(whisper.encode(noise(1))[0], LIMIT, beams, beginning=given)
+    [search] = (batch := Batch(whisper, whisper.vocabulary)).join([clip])
+    while batch.searches:
+        batch.step()
+    found = search.nbest(beams)
+    assert len(found) == beams
+    assert all(one.tokens[: len(given)] == given for one in found)
+
+
 class Insistent:
     """A datastore that always says one token."""
 

@@ -678,6 +678,31 @@ def test_clips_that_read_with_two_adapters_cannot_be_decoded_together():
         listen(lm, clips(2), two)
 
 
+class Words(Vocabulary):
+    """Every piece is a word."""
+
+    def word_starts(self):
+        starts = np.zeros(self.size, bool)
+        starts[[EOS, *range(FIRST, LAST + 1)]] = True
+        return starts
+
+
+@pytest.mark.parametrize("every", EVERY.values(), ids=EVERY)
+@pytest.mark.parametrize("counts", [(2, 0, 5), (1, 3, 2), (4, 4, 4)])
+def test_the_beginning_of_a_transcript_is_read_beside_its_list_as_if_chosen(every, counts):
+    lm, adapter = random_lm(), random_adapter(every)
+    words = Words(Pieces(), units=6)
+    one = reading_of(lm, adapter, entries=np.arange(6), whole=6)
+    sources, speech = [one, None, one], clips(3)
+    free = listen(lm, speech, sources)
+    begun = [heard.tokens[:n] for heard, n in zip(free, counts, strict=True)]
+    given = {"attention_sources": sources, "beginnings": begun}
+    again = decode(lm, words, speech, [9] * 3, options(), **given)
+    for heard, other in zip(again, free, strict=True):
+        agree(heard, other)
+    assert any(choice.attended for heard in again for choice in heard.choices[:1])
+
+
 def test_windows_wider_than_the_adapter_reads_are_refused_by_both_widths():
     lm, shape = random_lm(), random_adapter().config.model_copy(update={"window": WINDOW - 1})
     one = reading_of(lm, Adapter(shape, SHAPE).eval(), entries=[20])
