@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from mmrag.decoding.partial import Agreement
+from mmrag.decoding.partial import LETTERS_A_SECOND, Agreement
 from mmrag.records import Word
 from mmrag.speech import cutting
 from mmrag.speech.audio import SAMPLE_RATE
@@ -34,9 +35,6 @@ PAUSE_SECONDS = 0.3
 """From one partial transcript's beginning to the next one's, at least."""
 REST = 3.0
 """And so many times as long as the last one took: a session takes a quarter of its time at most."""
-UNSURE = 2
-"""Words at the end of a partial transcript that are not counted as heard: a language model that is
-cut off in a sentence goes on with a likely one."""
 SETTLED = SAMPLE_RATE // 10
 """So long is nobody heard before a turn is transcribed as if it were over: the end of a word is
 softer than the word."""
@@ -288,12 +286,15 @@ class Turn:
         )
 
     def _agree(self, heard: _Heard) -> None:
-        """Tell what this transcript and the one before agree on. The last words may only have been
-        begun, or made up, where somebody goes on speaking."""
-        words = heard.result.text.split() if heard.result else []
-        words = words if heard.complete else words[:-UNSURE]
-        if words[: len(self._carried)] == self._carried:
-            self._tell(self._agreement.update(words[len(self._carried) :]))
+        """Tell what this transcript and the one before agree on: while somebody goes on speaking,
+        as much of it as there was time to say."""
+        words, carried = heard.result.text.split() if heard.result else [], len(self._carried)
+        if words[:carried] != self._carried:
+            return
+        passed = (heard.until - self._origin) / SAMPLE_RATE - heard.start
+        own = passed - len(" ".join(self._carried)) / LETTERS_A_SECOND
+        seconds = math.inf if heard.complete else own
+        self._tell(self._agreement.update(words[carried:], seconds))
 
     def _tell(self, words: Sequence[str], last: bool = False) -> None:
         """Show these words too; `last`: the piece has no more, and what might have become an entry
