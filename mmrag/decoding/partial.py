@@ -2,12 +2,22 @@
 
 The newest words of a hypothesis are guesses: more audio changes them. A word is told once two
 hypotheses in a row have it at its place (LocalAgreement-2: Macháček et al., "Turning Whisper into
-Real-Time Transcription System", arXiv 2307.14743). Knows words alone.
+Real-Time Transcription System", arXiv 2307.14743). A language model that has heard the beginning of
+a sentence likes to finish it, twice in a row the same way: so a word is told only when there has
+been time to say it. Knows words and seconds alone.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
+
+LETTERS_A_SECOND = 15.0
+"""Nobody is expected to say more, a blank behind each word among them: 180 English words a minute.
+"""
+UNFINISHED_SECONDS = 0.3
+"""The end of what was heard, in which a word may not be over."""
 
 
 class Agreement:
@@ -23,11 +33,12 @@ class Agreement:
         """Words told that the final transcript has otherwise (substituted, inserted, deleted)."""
         self._before: list[str] = []
 
-    def update(self, words: Sequence[str]) -> list[str]:
+    def update(self, words: Sequence[str], seconds: float = math.inf) -> list[str]:
         """The words newly agreed on, of the newest hypothesis `words`: those after the told ones
         which the hypothesis before has at the same place, up to the first that it has not.
 
-        A hypothesis that does not begin with the words told agrees with nothing.
+        A hypothesis that does not begin with the words told agrees with nothing. With `seconds`
+        of speech so far, only words are told that there was time to say.
         """
         words, before, count = list(words), self._before, len(self.told)
         self._before = words
@@ -35,7 +46,7 @@ class Agreement:
         self.revised += len(before) - same
         if common(self.told, words) < count:
             return []
-        newly = words[count:same]
+        newly = words[count : min(same, sayable(words, seconds))]
         self.told += newly
         return newly
 
@@ -53,6 +64,13 @@ class Agreement:
         self.told += words[begin:]
         self._before = []
         return words[begin:]
+
+
+def sayable(words: Sequence[str], seconds: float) -> int:
+    """How many of the first words there is time to say in so many seconds, and to finish."""
+    most = LETTERS_A_SECOND * (seconds - UNFINISHED_SECONDS)
+    letters = itertools.accumulate(len(word) + 1 for word in words)
+    return sum(one <= most for one in letters)
 
 
 def common(one: Sequence[str], other: Sequence[str]) -> int:

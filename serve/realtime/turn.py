@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from mmrag.decoding.partial import Agreement
+from mmrag.decoding.partial import LETTERS_A_SECOND, Agreement
 from mmrag.records import Word
 from mmrag.speech import cutting
 from mmrag.speech.audio import SAMPLE_RATE
@@ -285,12 +286,15 @@ class Turn:
         )
 
     def _agree(self, heard: _Heard) -> None:
-        """Tell what this transcript and the one before agree on. The last word may only have been
-        begun, where somebody goes on speaking."""
-        words = heard.result.text.split() if heard.result else []
-        words = words if heard.complete else words[:-1]
-        if words[: len(self._carried)] == self._carried:
-            self._tell(self._agreement.update(words[len(self._carried) :]))
+        """Tell what this transcript and the one before agree on: while somebody goes on speaking,
+        as much of it as there was time to say."""
+        words, carried = heard.result.text.split() if heard.result else [], len(self._carried)
+        if words[:carried] != self._carried:
+            return
+        passed = (heard.until - self._origin) / SAMPLE_RATE - heard.start
+        own = passed - len(" ".join(self._carried)) / LETTERS_A_SECOND
+        seconds = math.inf if heard.complete else own
+        self._tell(self._agreement.update(words[carried:], seconds))
 
     def _tell(self, words: Sequence[str], last: bool = False) -> None:
         """Show these words too; `last`: the piece has no more, and what might have become an entry

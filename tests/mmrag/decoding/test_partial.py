@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmrag.decoding.partial import Agreement, beginnings, common
+from mmrag.decoding.partial import Agreement, beginnings, common, sayable
 
 
 def split(text):
@@ -74,6 +74,22 @@ def test_a_final_transcript_that_has_it_otherwise_is_counted_and_repeats_nothing
     assert agreement.update(split("please call maria lopez")) == [], "it contradicts what was told"
     assert agreement.finish(split("please call maria lopez")) == ["lopez"]
     assert agreement.changes == 1
+
+
+def test_a_word_that_there_was_no_time_to_say_is_not_told():
+    agreement = Agreement()
+    heard = split("please call the head office of crimmer anderson")
+    agreement.update(heard, 0.7)
+    assert agreement.update(heard, 0.9) == ["please"]
+    assert agreement.update(heard, 1.2) == ["call"]
+    assert agreement.update(heard, 1.2) == []
+    assert agreement.update(heard) == split("the head office of crimmer anderson")
+
+
+@given(texts, st.floats(0, 10), st.floats(0, 10))
+def test_the_longer_somebody_speaks_the_more_words_may_be_told(words, one, other):
+    counts = [sayable(words, seconds) for seconds in (*sorted((one, other)), 1000.0)]
+    assert counts == sorted(counts) and counts[-1] == len(words)
 
 
 @given(texts, texts)

@@ -1,6 +1,8 @@
 """How a connection ends: the service stops, its time is over, nobody reads, there is no room."""
 
 import json
+from concurrent.futures import CancelledError
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
 import pytest
@@ -47,6 +49,13 @@ def serving(tmp_path):
         client.__exit__(None, None, None)
 
 
+@contextmanager
+def connected(client, **more):
+    """A session. The test client may cancel what it has closed before that has ended."""
+    with suppress(CancelledError), client.websocket_connect(PATH, **more) as socket:
+        yield socket
+
+
 def append(*levels):
     return {"type": "input_audio_buffer.append", "audio": base64_of(said(*levels))}
 
@@ -63,7 +72,7 @@ def told(socket):
 
 def test_a_service_that_stops_finishes_what_was_said_and_says_why(serving):
     client = serving()
-    with client.websocket_connect(PATH) as socket:
+    with connected(client) as socket:
         for event in (MANUAL, append(1, 2)):
             socket.send_json(event)
         assert client.post("/drain").status_code == 200
@@ -82,7 +91,7 @@ def test_a_service_that_stops_finishes_what_was_said_and_says_why(serving):
     [("session_seconds", "session_expired"), ("silent_seconds", "session_silent")],
 )
 def test_a_session_whose_time_is_over_is_told_so(serving, limit, code):
-    with serving(**{limit: 0.3}).websocket_connect(PATH) as socket:
+    with connected(serving(**{limit: 0.3})) as socket:
         found, closed = told(socket)
     assert closed.code == 1000
     assert [event["type"] for event in found] == ["session.created", "error"]
@@ -91,12 +100,12 @@ def test_a_session_whose_time_is_over_is_told_so(serving, limit, code):
 
 def test_there_are_so_many_sessions_and_no_more(serving):
     client = serving(sessions=1)
-    with client.websocket_connect(PATH):
+    with connected(client):
         with pytest.raises(WebSocketDenialResponse) as refused, client.websocket_connect(PATH):
             pass
         assert refused.value.status_code == 429
         assert json.loads(refused.value.content)["error"]["code"] == "busy"
-    with client.websocket_connect(PATH) as again:
+    with connected(client) as again:
         assert again.receive_json()["type"] == "session.created"
 
 
@@ -105,7 +114,7 @@ def test_a_fault_of_ours_is_told_and_its_words_are_not(serving, monkeypatch):
         raise RuntimeError("a secret")
 
     monkeypatch.setattr(LevelDetector, "push", broken)
-    with serving().websocket_connect(PATH) as socket:
+    with connected(serving()) as socket:
         socket.send_json(append(1))
         found, closed = told(socket)
     assert closed.code == 1011 and "secret" not in json.dumps(found)
@@ -123,6 +132,6 @@ def test_who_does_not_read_has_to_go(monkeypatch):
 def test_the_subprotocol_is_confirmed_where_it_is_offered(serving):
     client = serving()
     for offered, confirmed in ((["other", "realtime"], "realtime"), ([], None)):
-        with client.websocket_connect(PATH, subprotocols=offered) as socket:
+        with connected(client, subprotocols=offered) as socket:
             assert socket.accepted_subprotocol == confirmed
             assert socket.receive_json()["type"] == "session.created"

@@ -17,6 +17,7 @@ from serve.errors import ApiError
 from serve.messages import Unavailable
 from serve.pipeline import TranscriptionOptions
 from serve.realtime import session as sessions
+from serve.realtime import turn
 from serve.realtime.load import Load
 from serve.realtime.session import STRIKES, Over, RealtimeSession
 from serve.realtime.turn import AsHeard
@@ -36,6 +37,13 @@ def load():
 @pytest.fixture(autouse=True)
 def by_loudness(monkeypatch):
     monkeypatch.setattr(sessions, "TurnDetector", LevelDetector)
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """A partial transcript of every bit of new audio."""
+    for name in ("PAUSE_SECONDS", "REST", "STEP"):
+        monkeypatch.setattr(turn, name, 0)
 
 
 def options(session):
@@ -59,6 +67,20 @@ class Client:
         for start in range(0, len(wave), size):
             part = base64_of(wave[start : start + size])
             self.send({"type": "input_audio_buffer.append", "audio": part})
+
+    async def until(self, condition):
+        """Return once it is so."""
+        async with asyncio.timeout(20):
+            while not condition():
+                await asyncio.sleep(0.005)
+
+    async def with_time(self, ears, *levels):
+        """Words, each of which is heard before the next one is said."""
+        for level in levels:
+            count = len(ears.decoded)
+            self.say(level, step=0.25)
+            await self.until(lambda count=count: len(ears.decoded) > count)
+            await self.until(lambda: not ears.under_way)
 
     async def slowly(self, *levels, seconds=0.02):
         """Words, one after the other, with time to hear each."""
@@ -157,14 +179,12 @@ def test_two_turns_are_found_and_told_in_order(load):
     assert second["start"] == pytest.approx(1.75, abs=0.05), "by the session's clock"
 
 
-def test_words_are_told_while_somebody_speaks_and_never_taken_back(load):
+def test_words_are_told_while_somebody_speaks_and_never_taken_back(load, eager):
     async def talk():
         ears = Levels()
         async with connected(load, ears) as client:
             client.send(MANUAL)
-            for level in (1, 2, 3, 4, 5, 6):
-                client.say(level, step=0.05)
-                await asyncio.sleep(0.31)
+            await client.with_time(ears, 1, 2, 3, 4, 5, 6)
             before = "".join(event["delta"] for event in client.of("delta"))
             client.send(COMMIT)
             await client.settle()
@@ -206,10 +226,8 @@ def test_what_was_transcribed_while_it_was_quiet_is_the_final_transcript(load):
     async def talk():
         ears = Levels()
         async with connected(load, ears) as client:
-            client.say(1, 2)
-            await asyncio.sleep(0.05)
-            client.say(0, step=0.05)
-            await asyncio.sleep(0.05)
+            client.say(1, 2, 0)
+            await client.until(lambda: any(one.output.timed for one in ears.decoded))
             before = len(ears.decoded)
             client.say(0, 0)
             await client.settle()
@@ -222,9 +240,10 @@ def test_what_was_transcribed_while_it_was_quiet_is_the_final_transcript(load):
 
 def test_a_word_after_a_pause_belongs_to_the_turn(load):
     async def talk():
-        async with connected(load) as client:
+        ears = Levels()
+        async with connected(load, ears) as client:
             client.say(1, 0)
-            await asyncio.sleep(0.05)
+            await client.until(lambda: any(one.output.timed for one in ears.decoded))
             client.say(2, 0, 0, 0)
             await client.settle()
             return client
@@ -244,9 +263,10 @@ class Abbreviated(AsHeard):
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_entries_are_told_as_they_are_written(load, known):
+def test_entries_are_told_as_they_are_written(load, eager, known):
     async def talk():
-        async with connected(load) as client:
+        ears = Levels()
+        async with connected(load, ears) as client:
             writing = Abbreviated()
             around = client.session._around
 
@@ -255,9 +275,7 @@ def test_entries_are_told_as_they_are_written(load, known):
 
             client.session._around = replace(around, written=partly)
             client.send(MANUAL)
-            for level in (1, 2, 3, 4, 5):
-                client.say(level, step=0.05)
-                await asyncio.sleep(0.31)
+            await client.with_time(ears, 1, 2, 3, 4, 5)
             client.send(COMMIT)
             await client.settle()
             return client
