@@ -141,8 +141,8 @@ class Datastores:
     async def preview(
         self, name: str, given: schema.PreviewedEntries, request: Request
     ) -> schema.Previews:
-        """What entries would be confused with, the riskiest first, and what the model hears of them
-        without the datastore, which stays as it is."""
+        """What entries would be confused with, what is most alike first, and what the model hears
+        of them without the datastore, which stays as it is."""
         how = self._settings.limits, self._vocabulary, self._settings.languages
         asked = wordings.checked(given.entries, PREVIEWED, "entries", *how)
         if not asked:

@@ -7,6 +7,7 @@ Words that the model writes anyway have no keys; what sounds like them may be wr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -27,7 +28,7 @@ CANDIDATES = 50
 """Documents whose votes are counted: so many by their sound, and so many by their keys."""
 MOST = 20
 """That are told of."""
-SOUND, VOTES = 0.6, 0.05
+SOUND, VOTES = 0.6, 0.1
 """What sounds less alike, and takes fewer votes, is not told of."""
 WORD_LETTERS = 3
 """Letters of a common word, at least."""
@@ -122,7 +123,7 @@ def confusable(
     temperature: float,
 ) -> list[Confusable]:
     """What `new` would be confused with, of the `documents` that are in a datastore and of common
-    `words`; the riskiest first. The datastore stays as it is.
+    `words`; what is most alike by sound or by votes first. The datastore stays as it is.
 
     `spoken` are its entries, as they would be put in; `temperature` is that of the votes.
     """
@@ -143,7 +144,7 @@ def confusable(
     heard = _sounds(new, [Entry(word) for word in other], vocabulary, pronounce)
     told += map(Confusable, other, ["word"] * len(other), heard.tolist())
     kept = [one for one in told if one.sound >= SOUND or one.risk >= VOTES]
-    return sorted(kept, key=lambda one: (-one.risk, -one.sound, one.text))[:MOST]
+    return sorted(kept, key=lambda one: (-max(one.risk, one.sound), one.text))[:MOST]
 
 
 def _sounds(
@@ -193,6 +194,8 @@ class _Said:
     keys: np.ndarray
     tokens: np.ndarray
     utterances: np.ndarray
+    carriers: np.ndarray
+    """The number of the carrier sentence that each stands in; negative where nobody knows."""
     weight: float
 
 
@@ -202,11 +205,29 @@ def _votes(
     """`Confusable.loses` and `Confusable.takes`."""
     metric = there.description.metric
     entries = np.setdiff1d(there.entries_of([old.text]), there.hidden)
-    utterances = there.utterances[entries]
-    other = _Said(there.keys_of(entries), there.tokens[entries], utterances, old.weight)
-    keys = prepare(spoken.keys, metric).astype(np.float16).astype(np.float32)  # as they are stored
-    own = _Said(keys, spoken.tokens, spoken.utterances, new.weight)
+    told = [utterance for _, utterance in there.origins(entries)]
+    other = _Said(
+        there.keys_of(entries),
+        there.tokens[entries],
+        there.utterances[entries],
+        _carriers(told, old),
+        old.weight,
+    )
+    own = _Said(
+        prepare(spoken.keys, metric).astype(np.float16).astype(np.float32),  # as they are stored
+        spoken.tokens,
+        spoken.utterances,
+        _carriers([spoken.names[one][0] for one in spoken.utterances], new),
+        new.weight,
+    )
     return _taken(own, other, metric, temperature), _taken(other, own, metric, temperature)
+
+
+def _carriers(utterances: Sequence[str], of: Entry) -> np.ndarray:
+    """In which carrier sentence each of the utterances (`phrases.sayings`) is."""
+    ways = max(1, len(of.pronunciations))
+    found = [re.fullmatch(r"phrase-\d+-(\d+)", name) for name in utterances]
+    return np.array([int(one[1]) // ways if one else -1 for one in found], np.int64)
 
 
 def _taken(one: _Said, by: _Said, metric: Metric, temperature: float) -> float:
@@ -221,10 +242,14 @@ def _taken(one: _Said, by: _Said, metric: Metric, temperature: float) -> float:
     foreign = np.arange(len(tokens)) >= len(one.tokens)
     often = len(np.unique(one.utterances)) > 1
     shares = []
-    for key, token, utterance in zip(one.keys, one.tokens, one.utterances, strict=True):
+    carriers = np.concatenate([one.carriers, by.carriers])
+    for key, token, utterance, carrier in zip(
+        one.keys, one.tokens, one.utterances, one.carriers, strict=True
+    ):
         apart = distances(np.broadcast_to(key, keys.shape), keys, metric)
-        if often:
-            apart[: len(one.tokens)][one.utterances == utterance] = np.inf  # which it is itself
+        if often:  # itself, and what another says in the same sentence, which would be as near
+            apart[: len(one.tokens)][one.utterances == utterance] = np.inf
+            apart[foreign & (carriers == carrier) & (carriers >= 0)] = np.inf
         votes = weights * np.exp(-(apart - apart.min()) / temperature)
         shares.append(float(votes[foreign & (tokens != token)].sum() / votes.sum()))
     return float(np.mean(shares))
