@@ -87,7 +87,7 @@ class Realtime:
         self, request: Request, asked: schema.ClientSecretRequest
     ) -> schema.ClientSecret:
         """A key for one who may only open a session, and with what that session begins."""
-        caller: Caller = getattr(request.state, "caller", None) or Caller()
+        caller: Caller = request.state.caller
         seconds = asked.expires_after.seconds if asked.expires_after else USUAL_SECONDS
         given = asked.session or {}
         try:
@@ -101,7 +101,7 @@ class Realtime:
 
     async def realtime(self, websocket: WebSocket) -> None:
         """A session, from the first event to the last."""
-        caller: Caller = getattr(websocket.state, "caller", None) or Caller()
+        caller: Caller = websocket.state.caller
         with ExitStack() as admitted:
             try:
                 given = self._given(websocket, caller)

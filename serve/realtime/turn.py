@@ -22,6 +22,7 @@ import torch
 
 from mmrag.decoding.partial import LETTERS_A_SECOND, Agreement
 from mmrag.records import Word
+from mmrag.retrieval.display import Display
 from mmrag.speech import cutting
 from mmrag.speech.audio import SAMPLE_RATE
 from serve.messages import DecodeRequest, DecodeResult, EncodedSegment, OutputOptions
@@ -59,33 +60,6 @@ class Ears(Protocol):
         """What is said."""
 
 
-class Writing(Protocol):
-    """How entries are written where a model writes in its own letters."""
-
-    def of_text(self, text: str) -> str:
-        """A text as it is read."""
-
-    def settled(self, text: str) -> str:
-        """As much of it, as it is read, as no later word changes."""
-
-    def of_words(self, words: Sequence[Word]) -> tuple[Word, ...]:
-        """Words as they are read."""
-
-
-class AsHeard:
-    """Everything is written as the model writes it."""
-
-    def of_text(self, text: str) -> str:
-        """As it is."""
-        return text
-
-    settled = of_text
-
-    def of_words(self, words: Sequence[Word]) -> tuple[Word, ...]:
-        """As they are."""
-        return tuple(words)
-
-
 @dataclass(frozen=True)
 class Around:
     """What a turn needs of its session."""
@@ -104,8 +78,6 @@ class Around:
     """Send an event."""
     logprobs: Callable[[DecodeResult, int], list[dict[str, Any]]]
     """Of the tokens of so many words."""
-    written: Callable[[DecodeResult], Writing] = lambda result: AsHeard()
-    """How the entries that a transcript may hold are written."""
 
 
 @dataclass
@@ -144,7 +116,8 @@ class Turn:
         self._carried: list[str] = []
         """Words told that belong to the piece under way, though they were told with the last."""
         self._agreement = Agreement()
-        self._writing: Writing = AsHeard()
+        self._display = Display()
+        """How the entries in the last transcript are written."""
         self._said: list[str] = []
         """Words of the piece under way that may be shown, as the model writes them."""
         self._shown = ""
@@ -268,7 +241,7 @@ class Turn:
             request = replace(request, output=OutputOptions(timed=complete), begins=begins)
             heard.result = await around.ears.decode(request)
         heard.start = encoded.start
-        self._writing = around.written(heard.result)
+        self._display = heard.result.display
         return heard
 
     def _wave(self) -> np.ndarray:
@@ -302,10 +275,10 @@ class Turn:
         self._said += words
         self.words += len(words)
         text = " ".join(self._said)
-        shown = self._writing.of_text(text) if last else self._writing.settled(text)
+        shown = self._display.of_text(text) if last else self._display.settled(text)
         if not shown.startswith(self._shown):  # an entry begins with a word that has been told
             rest = self._said[len(self._shown.split()) :] if last else []
-            shown = " ".join([self._shown, *self._writing.of_text(" ".join(rest)).split()])
+            shown = " ".join([self._shown, *self._display.of_text(" ".join(rest)).split()])
         added, self._shown = shown[len(self._shown) :], shown
         if last:
             self._said, self._shown = [], ""
@@ -366,7 +339,7 @@ class Turn:
         start = self._origin / SAMPLE_RATE + heard.start
         timed = [
             replace(word, start=start + word.start, end=start + word.end)
-            for word in self._writing.of_words(words)
+            for word in self._display.of_words(words)
         ]
         text = " ".join(word.text for word in timed)
         told = [events.timed(word) for word in timed]

@@ -5,13 +5,16 @@
 
 import asyncio
 import base64
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
 
 from mmrag.records import Word
+from mmrag.retrieval.display import Display
 from mmrag.speech.audio import SAMPLE_RATE
 from mmrag.speech.turns import Started, Stopped
 from serve.messages import DecodeRequest, DecodeResult, EncodedSegment, UnknownDatastore
@@ -39,6 +42,8 @@ class Levels:
     """How long decoding takes."""
     failing: Exception | None = None
     datastores: tuple[str, ...] = ("names",)
+    display: Callable[[tuple[Word, ...]], Any] = lambda shown: Display()
+    """How entries are written, by the words that are shown of a transcript."""
     decoded: list[DecodeRequest] = field(default_factory=list)
     spans: list[int] = field(default_factory=list)
     under_way: int = 0
@@ -73,7 +78,8 @@ class Levels:
         texts = [*begun, *(word.text for word in words[len(begun) :])]
         words = [replace(word, text=text) for word, text in zip(words, texts, strict=False)]
         shown = tuple(words) if request.output.timed else ()
-        return DecodeResult(" ".join(texts), shown, (), (), 0.0, True, None, False)
+        text, display = " ".join(texts), self.display(shown)
+        return DecodeResult(text, shown, (), (), 0.0, True, None, False, display=display)
 
 
 def heard(wave, spelt):

@@ -3,7 +3,6 @@
 import asyncio
 import json
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -13,6 +12,7 @@ from openai.types.realtime.realtime_server_event import RealtimeServerEvent
 from pydantic import TypeAdapter
 from spoken_levels import LevelDetector, Levels, base64_of, said
 
+from mmrag.retrieval.display import Display
 from serve.errors import ApiError
 from serve.messages import Unavailable
 from serve.pipeline import TranscriptionOptions
@@ -20,7 +20,6 @@ from serve.realtime import session as sessions
 from serve.realtime import turn
 from serve.realtime.load import Load
 from serve.realtime.session import STRIKES, Over, RealtimeSession
-from serve.realtime.turn import AsHeard
 
 MANUAL = {"type": "session.update", "session": {"audio": {"input": {"turn_detection": None}}}}
 COMMIT, CLEAR = {"type": "input_audio_buffer.commit"}, {"type": "input_audio_buffer.clear"}
@@ -251,39 +250,25 @@ def test_a_word_after_a_pause_belongs_to_the_turn(load):
     assert asyncio.run(talk()).transcripts() == ["word1 word2"]
 
 
-class Abbreviated(AsHeard):
-    """`word2 word3` is written W23; as `mmrag.retrieval.display.Display` has it."""
-
-    def of_text(self, text):
-        return text.replace("word2 word3", "W23")
-
-    def settled(self, text):
-        words = text.split()[:-1]
-        return self.of_text(" ".join(words[: -(words[-1:] == ["word2"]) or None]))
+DISPLAY = Display([(("word2", "word3"), "W23")])
 
 
 @pytest.mark.parametrize("known", [True, False])
 def test_entries_are_told_as_they_are_written(load, eager, known):
     async def talk():
-        ears = Levels()
+        ears = Levels(display=lambda shown: DISPLAY if known or shown else Display())
         async with connected(load, ears) as client:
-            writing = Abbreviated()
-            around = client.session._around
-
-            def partly(result):
-                return writing if known or result.words else AsHeard()
-
-            client.session._around = replace(around, written=partly)
             client.send(MANUAL)
-            await client.with_time(ears, 1, 2, 3, 4, 5)
+            await client.with_time(ears, *range(1, 9))
             client.send(COMMIT)
             await client.settle()
             return client
 
     client = asyncio.run(talk())
     [completed] = client.of("completed")
-    expected = "word1 W23 word4 word5" if known else "word1 word2 word3 word4 word5"
-    assert completed["transcript"] == client.deltas(completed["item_id"]) == expected
+    told = "word1 W23" if known else "word1 word2 word3"
+    assert completed["transcript"] == f"{told} word4 word5 word6 word7 word8"
+    assert client.deltas(completed["item_id"]) == completed["transcript"]
 
 
 def update(**transcription):
