@@ -26,7 +26,7 @@ WINGS = {
         "score",
     ],
     "speech": [
-        "containers", "decoders", "audio", "resampling", "cutting", "vad", "silero", "turns",
+        "containers", "decoders", "audio", "resampling", "vad", "silero", "turns", "cutting",
         "hubert", "targets", "crops", "pretraining", "units", "tokenized",
     ],
     "corpora": [

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -289,8 +290,10 @@ class Turn:
         begun, where somebody goes on speaking."""
         words = heard.result.text.split() if heard.result else []
         words = words if heard.complete else words[:-1]
+        seconds = (heard.until - self._origin) / SAMPLE_RATE - heard.start
         if words[: len(self._carried)] == self._carried:
-            self._tell(self._agreement.update(words[len(self._carried) :]))
+            limit = math.inf if heard.complete else seconds
+            self._tell(self._agreement.update(words[len(self._carried) :], limit))
 
     def _tell(self, words: Sequence[str], last: bool = False) -> None:
         """Show these words too; `last`: the piece has no more, and what might have become an entry
