@@ -1,30 +1,40 @@
-"""The page in a browser: a name is heard wrongly, added, and heard; the word says why."""
+"""The page in a browser: a name is heard wrongly, added, and heard; the word says why. Words come
+while they are spoken."""
 
 import shutil
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
 
 SENTENCE = "please call priya raghavan tomorrow"
 NAME = "priya raghavan"
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
+SPEAKING = ["--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"]
+
 pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.fixture(scope="module")
-def browser():
-    """Debian's Chromium, driven by Playwright."""
+def chromium():
+    """What starts Debian's Chromium, driven by Playwright, with these options."""
     path = shutil.which("chromium")
     if path is None:
         pytest.skip("the page needs a browser: apt-get install chromium")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=OPTIONS)
-        yield browser
-        browser.close()
+        yield lambda *more: playwright.chromium.launch(executable_path=path, args=[*OPTIONS, *more])
+
+
+@pytest.fixture(scope="module")
+def browser(chromium):
+    """One without a microphone."""
+    browser = chromium()
+    yield browser
+    browser.close()
 
 
 def watched(browser, complaints, hosts):
@@ -174,3 +184,115 @@ def test_the_documentation_opens(browser, service):
     page.get_by_text("/v1/audio/transcriptions").first.wait_for()
     page.close()
     assert complaints == [] and hosts - {""} == {urlsplit(service.url).netloc}
+
+
+@pytest.fixture(scope="module")
+def talkative(chromium, tmp_path_factory):
+    """A browser whose microphone hears a file again and again; called with the samples."""
+    started = []
+
+    def start(samples, write):
+        path = tmp_path_factory.mktemp("microphone") / "spoken.wav"
+        path.write_bytes(write(samples, "WAV"))
+        started.append(chromium(*SPEAKING, f"--use-file-for-fake-audio-capture={path}"))
+        return started[-1]
+
+    yield start
+    for browser in started:
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def spoken(wave):
+    """The sentence, and silence around it (T,)."""
+    quiet = np.zeros(16_000, np.float32)
+    return np.concatenate((quiet, wave(SENTENCE), quiet))
+
+
+@pytest.fixture
+def live(talkative, spoken, write, service) -> Iterator:
+    """The page in a browser that hears the sentence; it must not complain."""
+    complaints, hosts = [], set()
+    browser = talkative(spoken, write)
+    page = watched(browser, complaints, hosts)
+    page.set_default_timeout(60_000)
+    page.goto(service.url)
+    yield page
+    page.close()
+    assert complaints == []
+    assert hosts - {""} == {urlsplit(service.url).netloc}
+
+
+def finish_recording(page):
+    page.click("#record")
+    page.locator("#heard:not([hidden])").wait_for()
+
+
+def test_words_appear_while_somebody_speaks_and_a_name_is_heard_once_it_is_added(
+    live, service, store, tmp_path
+):
+    live.click("#record")
+    live.locator("#transcript [data-turn]").first.wait_for()
+    assert "please" in live.inner_text("#transcript")
+    assert live.locator("#heard").is_hidden(), "it goes on"
+    live.fill("#names", NAME)
+    live.fill("#store-name", store)
+    live.click("#add")
+    live.locator("#transcript [data-turn]", has_text=NAME).first.wait_for()
+    live.locator("#status", has_text="1 name added").wait_for()
+    live.screenshot(path=tmp_path / "live.png")
+    finish_recording(live)
+    turns = live.locator("#transcript [data-turn]").all_inner_texts()
+    assert NAME not in turns[0] and any(NAME in turn for turn in turns[1:])
+    said = live.locator("#spoken p").all_inner_texts()
+    assert said == turns, "each turn is read aloud once, when it is whole"
+    assert live.inner_text("#transcribe") == "Transcribe again"
+
+
+def test_a_connection_that_breaks_is_made_again_and_no_word_is_lost(live):
+    sockets = []
+
+    def through(socket):
+        sockets.append((socket, socket.connect_to_server()))
+
+    live.route_web_socket("**/v1/realtime*", through)
+    live.click("#record")
+    live.locator("#transcript [data-turn]").first.wait_for()
+    for socket in sockets[0]:
+        socket.close(code=1012)
+    live.locator("#status", has_text="The connection was lost").wait_for()
+    live.locator("#status", has_text="Listening").wait_for()
+    live.wait_for_function("document.querySelectorAll('#transcript [data-turn]').length > 1")
+    finish_recording(live)
+    turns = live.locator("#transcript [data-turn]").all_inner_texts()
+    assert len(sockets) == 2
+    assert all(turn.startswith("please call") for turn in turns[:-1])
+
+
+def test_where_the_server_takes_no_live_speech_the_recording_is_uploaded(live):
+    live.route_web_socket("**/v1/realtime*", lambda socket: socket.close(code=1013))
+    live.click("#record")
+    live.locator("#status", has_text="the recording is kept").wait_for()
+    live.wait_for_timeout(4000)
+    live.click("#record")
+    assert transcribed(live).startswith("please call")
+
+
+@pytest.mark.parametrize(
+    ("microphone", "told"),
+    [
+        ("undefined", "https pages and to localhost alone"),
+        (
+            "{getUserMedia: async () => { throw new DOMException('', 'NotAllowedError') }}",
+            "refused",
+        ),
+        ("{getUserMedia: async () => { throw new DOMException('', 'NotFoundError') }}", "No micro"),
+    ],
+)
+def test_why_there_is_no_microphone_is_said(page, service, microphone, told):
+    value = f"Object.defineProperty(navigator, 'mediaDevices', {{value: {microphone}}})"
+    page.add_init_script(value)
+    page.goto(service.url)
+    page.click("#record")
+    page.locator("#alert", has_text=told).wait_for()
+    assert page.inner_text("#record") == "Record" and page.locator("#record").is_enabled()
