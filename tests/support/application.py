@@ -1,5 +1,6 @@
 """The HTTP application without Ray and without models: a test says what each deployment answers."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -73,7 +74,7 @@ def made(decoder=None, retriever=None, encoder=None, settings=None, cors=None, l
         retriever or Handle(stored=stored),
         decoder or Handle(transcribe=transcribe, stream=stream),
     )
-    return api.__serve_build_asgi_app__()
+    return asyncio.run(api.__serve_build_asgi_app__())
 
 
 @contextmanager
