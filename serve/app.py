@@ -17,7 +17,6 @@ from serve.api import Api
 from serve.decoder import Decoder
 from serve.encoder import Encoder
 from serve.fetched import fetch_datastores
-from serve.keys import Keys
 from serve.model import described
 from serve.retriever import Retriever
 from serve.settings import Replicas, read
@@ -34,7 +33,6 @@ def build(args: dict[str, Any]) -> Application:
     """
     settings = read(args)
     described(settings)
-    Keys(settings.limits.tenant, settings.datastores)  # wrong ones are named here
     fetch_datastores(settings)
     decoder = _deployed(Decoder, settings.decoder).bind(settings)
     encoder = _deployed(Encoder, settings.encoder).bind(settings)
