@@ -289,7 +289,7 @@ class Retriever:
         for one in told.values():
             kept[one] = found[one]
             kept.move_to_end(one)
-        _forget(self._phrases, REMEMBERED)
+        shelf.forget(self._phrases, REMEMBERED)
         fields = json.dumps([tenant, *(one.fields() for one in given)])
         segments = [Segment.empty(self._width, WINDOW), *(found[one] for one in told.values())]
         joined = await asyncio.to_thread(join, segments)
@@ -493,10 +493,3 @@ class Retriever:
 def _digest(*about: object) -> str:
     """Of what a datastore is, as the actors know it."""
     return hashlib.sha256(" ".join(map(str, about)).encode()).hexdigest()[:16]
-
-
-def _forget(kept: dict[str, OrderedDict[Any, Segment]], most: int) -> None:
-    """Drop what is more than may be kept, the oldest first, of whoever has the most: nobody's load
-    drops what another has met."""
-    for _ in range(sum(map(len, kept.values())) - most):
-        max(kept.values(), key=len).popitem(last=False)

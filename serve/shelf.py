@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from mmrag.config import SLUG
@@ -54,3 +56,10 @@ def publish(directory: Path, segments: Sequence[Segment], instead_of: Sequence[i
         name = f"added-{uuid4().hex}"
         stored.write_segment(directory, name, join(segments))
         stored.publish(directory, [name], instead_of)
+
+
+def forget(kept: dict[str, OrderedDict[Any, Segment]], most: int) -> None:
+    """Drop what is more than may be kept, the oldest first, of whoever has the most: nobody's load
+    drops what another has met."""
+    for _ in range(sum(map(len, kept.values())) - most):
+        max(kept.values(), key=len).popitem(last=False)
