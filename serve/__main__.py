@@ -86,12 +86,14 @@ def _serve(given: dict[str, str], http: dict[str, Any], dashboard_port: int, sto
     from mmrag.artifact import ArtifactError
     from mmrag.config import ConfigError
     from serve.app import build
+    from serve.keys import Keys
     from serve.listening import ListenError
     from serve.settings import read
     from serve.startup import StartupError
 
     try:
         settings, application = read(given), build(given)
+        Keys(settings.limits.tenant, settings.datastores)  # wrong ones are named here
         _run(settings, application, http, dashboard_port, stop)
         _write("stopped")
     except (ConfigError, ArtifactError, ListenError, StartupError, ValueError, OSError) as error:

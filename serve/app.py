@@ -18,7 +18,6 @@ from ray.serve import Application
 from serve.api import Api
 from serve.deployments import deployed, parts
 from serve.fetched import fetch_datastores
-from serve.keys import Keys
 from serve.model import described, pinned
 from serve.replacement import Models
 from serve.settings import read
@@ -34,7 +33,6 @@ def build(args: dict[str, Any]) -> Application:
     is no such model or its parts were not made for each other.
     """
     settings = read(args)
-    Keys(settings.limits.tenant, settings.datastores)  # wrong ones are named here
     now = pinned(settings)
     described(now)
     fetch_datastores(settings)

@@ -11,7 +11,6 @@ import asyncio
 import hashlib
 import json
 import logging
-import re
 import shutil
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
@@ -30,7 +29,6 @@ from cluster.pool import PooledRetriever, serve_pooled
 from cluster.shards import ShardedRetriever, serve_shards
 from mmrag import durable
 from mmrag.artifact import ArtifactError
-from mmrag.config import SLUG
 from mmrag.decoding.tune import tuned
 from mmrag.retrieval import datastore as stored
 from mmrag.retrieval import upkeep
@@ -43,7 +41,7 @@ from mmrag.retrieval.reindexing import behind
 from mmrag.retrieval.segment import DatastoreError, Segment, join
 from mmrag.retrieval.snapshots import SnapshotError
 from mmrag.retrieval.wording import Entry, entries
-from serve import logs
+from serve import logs, shelf
 from serve.additions import Additions
 from serve.handles import by_reference
 from serve.housekeeping import APART, Housekeeping
@@ -142,14 +140,14 @@ class Retriever:
         found = []
         for path in self._all(tenant):
             try:
-                found.append(await asyncio.to_thread(_stored, path))
+                found.append(await asyncio.to_thread(shelf.summary, path))
             except (UnknownDatastore, DatastoreError) as error:  # just deleted, or damaged
                 log.warning("%s", error)
         return found
 
     async def describe(self, name: str) -> DatastoreSummary:
         """A datastore, without starting its shards."""
-        return await asyncio.to_thread(_stored, self._path(name))
+        return await asyncio.to_thread(shelf.summary, self._path(name))
 
     async def create(
         self, name: str, given: Sequence[Entry], room: Room | None = None
@@ -205,7 +203,9 @@ class Retriever:
         if self._words is None:
             self._words = await asyncio.to_thread(common_words, self._vocabulary)
         datastore = await asyncio.to_thread(Datastore.open, self._path(name))
-        documents = [document for document, _ in await asyncio.to_thread(_documents, datastore)]
+        documents = [
+            document for document, _ in await asyncio.to_thread(shelf.documents, datastore)
+        ]
         pronounce, previews = self._pronouncing.of(tenant_of(name)), []
         for one in given:
             spoken = join(await self._additions.spoken([one]))
@@ -225,7 +225,7 @@ class Retriever:
 
         def read() -> list[tuple[str, int, Entry | None]]:
             datastore = Datastore.open(self._path(name))
-            listed = _documents(datastore)[after : after + limit]
+            listed = shelf.documents(datastore)[after : after + limit]
             worded = datastore.wordings(document for document, _ in listed)
             return [(document, count, worded.get(document)) for document, count in listed]
 
@@ -239,7 +239,7 @@ class Retriever:
             await asyncio.to_thread(stored.delete, one.datastore.directory, entries.tolist())
             await self._refreshed(one, name)
             self._housekeeping.tidy(one.datastore.directory)
-            return len(entries), _count(one.datastore)
+            return len(entries), shelf.count(one.datastore)
 
     async def tend(self, name: str, task: str, given: dict[str, Any]) -> dict[str, Any]:
         """What a task of `retrieval.upkeep` tells of a datastore. Raises InvalidRequest for what
@@ -292,7 +292,7 @@ class Retriever:
         for one in told.values():
             kept[one] = found[one]
             kept.move_to_end(one)
-        _forget(self._phrases, REMEMBERED)
+        shelf.forget(self._phrases, REMEMBERED)
         fields = json.dumps([tenant, [one.fields() for one in given]])
         segments = [Segment.empty(self._width, WINDOW), *(found[one] for one in told.values())]
         joined = await asyncio.to_thread(join, segments)
@@ -302,19 +302,19 @@ class Retriever:
     def _path(self, name: str) -> Path:
         """The directory of a datastore; UnknownDatastore if there is none."""
         path = place_of(self._root, name)
-        if not _is_one(path):
+        if not shelf.is_one(path):
             raise UnknownDatastore(f"no datastore {own_name(name)!r}")
         return path
 
     def _all(self, tenant: str) -> list[Path]:
         """The directories of a tenant's datastores."""
         directory = directory_of(self._root, tenant)
-        return sorted(filter(_is_one, directory.iterdir())) if directory.exists() else []
+        return sorted(filter(shelf.is_one, directory.iterdir())) if directory.exists() else []
 
     async def _opened(self, name: str) -> OpenDatastore:
         """The datastore as it is now, its shards started and up to date."""
         path = self._path(name)
-        version = _version(path)
+        version = shelf.version(path)
         one = self._open.get(name)
         if one is not None:
             self._open[name] = self._open.pop(name)  # the last to be dropped
@@ -391,7 +391,7 @@ class Retriever:
         """Let the shards and every later request see what has changed on disk."""
 
         def refresh() -> None:
-            version = _version(one.datastore.directory)
+            version = shelf.version(one.datastore.directory)
             one.datastore.refresh()
             if isinstance(one.retriever, PooledRetriever) and not self._small(one.datastore):
                 one.retriever.close()
@@ -415,7 +415,7 @@ class Retriever:
         with suppress(ArtifactError):  # another datastore of that name was tuned for
             chosen = tuned(self._tuned, datastore.directory) or defaults
         read = chosen.attention or defaults.attention
-        documents = _documents(datastore)
+        documents = shelf.documents(datastore)
         whole = None
         if len(documents) <= read.whole:
             names = [document for document, _ in documents]
@@ -444,7 +444,7 @@ class Retriever:
         Other additions that are under way just now are not seen."""
         if room is None or room.entries is None:
             return
-        there = sum(_stored(one).entries for one in self._all(tenant_of(name)))
+        there = sum(shelf.summary(one).entries for one in self._all(tenant_of(name)))
         if there + more > room.entries:
             message = f"{there} of {room.entries} entries are there already, and {more} more"
             raise QuotaExceeded("entries", f"{message} are too many" if more else message)
@@ -456,12 +456,14 @@ class Retriever:
             described, _ = await self._decoder.describe.remote()
 
             def make() -> DatastoreSummary:
-                self._require_room(name, room, _entries(segments))  # again: they take their time
+                self._require_room(
+                    name, room, shelf.entries_in(segments)
+                )  # again: they take their time
                 path = place_of(self._root, name)
                 durable.make_directory(path.parent)
                 aside = self._root / f".new-{uuid4().hex}"
                 stored.create(aside, described)
-                _publish(aside, segments)
+                shelf.publish(aside, segments)
                 save_index(aside)
                 try:
                     durable.rename(aside, path)
@@ -469,7 +471,7 @@ class Retriever:
                     shutil.rmtree(aside)
                     own = own_name(name)
                     raise DatastoreExists(f"there is a datastore {own!r} already") from None
-                return _stored(path)
+                return shelf.summary(path)
 
             return await asyncio.to_thread(make)
 
@@ -483,59 +485,14 @@ class Retriever:
     ) -> tuple[int, int]:
         before = one.datastore.entries
         if segments:
-            more = _entries(segments) - len(instead_of)
+            more = shelf.entries_in(segments) - len(instead_of)
             await asyncio.to_thread(self._require_entries, name, room, more)
-            await asyncio.to_thread(_publish, one.datastore.directory, segments, instead_of)
+            await asyncio.to_thread(shelf.publish, one.datastore.directory, segments, instead_of)
             await self._refreshed(one, name)
             self._housekeeping.tidy(one.datastore.directory)
-        return one.datastore.entries - before, _count(one.datastore)
-
-
-def _publish(directory: Path, segments: Sequence[Segment], instead_of: Sequence[int] = ()) -> None:
-    if segments:
-        name = f"added-{uuid4().hex}"
-        stored.write_segment(directory, name, join(segments))
-        stored.publish(directory, [name], instead_of)
+        return one.datastore.entries - before, shelf.count(one.datastore)
 
 
 def _digest(*about: object) -> str:
     """Of what a datastore is, as the actors know it."""
     return hashlib.sha256(" ".join(map(str, about)).encode()).hexdigest()[:16]
-
-
-def _version(path: Path) -> tuple[int, ...]:
-    """Which datastore this is (the first two), and in which state."""
-    made, changed = (path / "datastore.json").stat(), (path / "segments.json").stat()
-    return made.st_ino, made.st_mtime_ns, changed.st_ino, changed.st_mtime_ns
-
-
-def _documents(datastore: Datastore) -> list[tuple[str, int]]:
-    """Every document with entries that are not deleted, and how many; in order of appearance."""
-    documents, counts = datastore.document_counts()
-    return list(zip(datastore.document_names(documents), counts.tolist(), strict=True))
-
-
-def _count(datastore: Datastore) -> int:
-    return datastore.entries - len(datastore.deleted)
-
-
-def _forget(kept: dict[str, OrderedDict[Entry, Segment]], most: int) -> None:
-    """Drop what is more than may be kept, the oldest first, of whoever has the most: nobody's load
-    drops what another has met."""
-    for _ in range(sum(map(len, kept.values())) - most):
-        max(kept.values(), key=len).popitem(last=False)
-
-
-def _entries(segments: Sequence[Segment]) -> int:
-    return sum(len(one.tokens) for one in segments)
-
-
-def _is_one(path: Path) -> bool:
-    return (path / "datastore.json").exists() and re.fullmatch(SLUG, path.name) is not None
-
-
-def _stored(path: Path) -> DatastoreSummary:
-    """What a datastore is, as its tenant is told. Raises DatastoreError."""
-    datastore = Datastore.open(path)
-    documents, audio = len(_documents(datastore)), datastore.description.audio
-    return DatastoreSummary(path.name, _count(datastore), documents, audio)

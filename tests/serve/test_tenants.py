@@ -16,6 +16,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from serve import retriever as retrievers
+from serve import shelf
 from serve.messages import UnknownDatastore
 from serve.pronouncing import TENANTS, Pronouncing
 from serve.tenants import Tenant, directory_of, own_name, place_of, tenant_at, tenant_of
@@ -155,9 +156,9 @@ def test_nobodys_load_drops_what_another_has_met():
         "acme": OrderedDict.fromkeys(range(10), "segment"),
         "globex": OrderedDict.fromkeys("ab", "segment"),
     }
-    retrievers._forget(kept, 6)
+    shelf.forget(kept, 6)
     assert list(kept["acme"]) == [6, 7, 8, 9] and list(kept["globex"]) == ["a", "b"]
-    retrievers._forget(kept, 6)
+    shelf.forget(kept, 6)
     assert sum(map(len, kept.values())) == 6
 
 
