@@ -11,6 +11,7 @@ import time
 from asyncio import timeout
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
+from contextvars import Context
 
 from ray.serve.exceptions import BackPressureError
 
@@ -34,16 +35,18 @@ class Readiness:
         if self._asking is None:
             if time.monotonic() - self._answered < FRESH_SECONDS:
                 return self._answer
-            self._asking = asyncio.create_task(self._ask())
+            # In a context of its own: Serve ends the calls of a caller that leaves.
+            self._asking = asyncio.create_task(self._ask(), context=Context())
         return await asyncio.shield(self._asking)
 
     async def _ask(self) -> bool:
         try:
             async with timeout(ANSWER_SECONDS):
                 self._answer = all(await asyncio.gather(*map(_answers, self._parts())))
-        except Exception:  # whatever it is, the service is not ready
+        except (Exception, asyncio.CancelledError):  # whatever it is, the service is not ready
             self._answer = False
-        self._answered, self._asking = time.monotonic(), None
+        finally:
+            self._answered, self._asking = time.monotonic(), None
         return self._answer
 
 

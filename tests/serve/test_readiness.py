@@ -1,6 +1,7 @@
 """Probes ask as often as they like, and the parts are asked once."""
 
 import asyncio
+from contextvars import ContextVar
 
 import pytest
 from ray.serve.exceptions import BackPressureError
@@ -74,3 +75,31 @@ def test_a_probe_that_leaves_does_not_take_the_others_answer_with_it():
         return await second
 
     assert asyncio.run(ask()) and part.asked == 1
+
+
+def test_calls_that_are_cancelled_do_not_keep_the_service_from_being_ready_later(monkeypatch):
+    """As Serve cancels those that it takes for a caller's who has left."""
+    monkeypatch.setattr(readiness, "FRESH_SECONDS", 0.0)
+    part = Part(asyncio.CancelledError())
+
+    async def ask():
+        ready = of(part)
+        first = await ready.ready()
+        part.raises = None
+        return first, await ready.ready()
+
+    assert asyncio.run(ask()) == (False, True)
+
+
+def test_calls_are_made_for_nobody_in_particular():
+    caller = ContextVar("caller", default="nobody")
+    seen = []
+
+    async def alive():
+        seen.append(caller.get())
+
+    async def ask():
+        caller.set("somebody")
+        return await Readiness(lambda: [alive()]).ready()
+
+    assert asyncio.run(ask()) and seen == ["nobody"]

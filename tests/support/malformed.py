@@ -69,23 +69,29 @@ BODIES = (
     b"ffffffffffffffff\r\n",
     b"zz\r\n",
 )
-SECONDS = 20
+SECONDS = 3
+"""How long an answer is waited for: part of the requests are never whole."""
+REST_SECONDS = 0.2
 
 
 def requests(count: int, seed: int = 0) -> Iterator[bytes]:
-    """So many of them."""
+    """So many of them: most are HTTP, and wrong in what they say; the others are not even that."""
     draw = random.Random(seed)
     for _ in range(count):
-        yield _damaged(_request(draw), draw) if draw.random() < 0.4 else _request(draw)
+        yield _damaged(_request(draw), draw) if draw.random() < 0.2 else _request(draw)
 
 
 def _request(draw: random.Random) -> bytes:
     body, kind = draw.choice(BODIES), draw.choice((b"application/json", b"multipart/form-data"))
-    lines = [b" ".join((draw.choice(METHODS), draw.choice(PATHS), draw.choice(VERSIONS)))]
+    usual = draw.random() < 0.8
+    method = draw.choice(METHODS[:5] if usual else METHODS)
+    path = draw.choice(PATHS[:8] if usual else PATHS)
+    version = VERSIONS[0] if usual else draw.choice(VERSIONS)
+    lines = [b" ".join((method, path, version))]
     lines += [b"Host: here"] if draw.random() < 0.9 else []
     lines += [b"Content-Type: " + kind + b"; boundary=x"] if draw.random() < 0.6 else []
-    lines += [b"Content-Length: %d" % len(body)] if draw.random() < 0.7 else []
-    lines += draw.sample(HEADERS, draw.choice((0, 1, 1, 2)))
+    lines += [b"Content-Length: %d" % len(body)] if usual else []
+    lines += draw.sample(HEADERS, 1 if draw.random() < (0.2 if usual else 0.8) else 0)
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 
@@ -108,17 +114,15 @@ def _damaged(data: bytes, draw: random.Random) -> bytes:
 
 
 def exchange(host: str, port: int, data: bytes) -> bytes:
-    """What is answered before the connection is closed; it sends nothing more after `data`.
-
-    TimeoutError where nobody answers and nobody closes.
-    """
+    """What is answered, as far as it comes at once; nothing where more of the request is waited
+    for, and then the caller leaves. (A caller that closes its own half first is one that left.)"""
     with socket.create_connection((host, port), timeout=SECONDS) as connection:
         answer = b""
-        with suppress(ConnectionError):
+        with suppress(ConnectionError, TimeoutError):
             connection.sendall(data)
-            connection.shutdown(socket.SHUT_WR)
             while part := connection.recv(65_536):
                 answer += part
+                connection.settimeout(REST_SECONDS)
         return answer
 
 
