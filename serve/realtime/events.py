@@ -292,9 +292,15 @@ def delta(item: str, text: str, logprobs: Sequence[dict[str, Any]] | None) -> di
 
 
 def segment(
-    item: str, text: str, start: float, end: float, words: Sequence[dict[str, Any]]
+    item: str,
+    text: str,
+    start: float,
+    end: float,
+    words: Sequence[dict[str, Any]],
+    unclear: bool = False,
 ) -> dict[str, Any]:
-    """A part of a turn that will not change; times are seconds of all audio of the session."""
+    """A part of a turn that will not change; times are seconds of all audio of the session.
+    `unclear`: its words may be nothing that was said."""
     return {
         "type": f"{TRANSCRIPTION}.segment",
         "id": new_id("seg"),
@@ -305,6 +311,7 @@ def segment(
         "start": round(start, 3),
         "end": round(end, 3),
         "words": list(words),
+        "unclear": unclear,
     }
 
 

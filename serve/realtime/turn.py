@@ -343,7 +343,8 @@ class Turn:
         ]
         text = " ".join(word.text for word in timed)
         told = [events.timed(word) for word in timed]
-        self._around.tell(events.segment(self.item, text, timed[0].start, timed[-1].end, told))
+        where, unclear = (timed[0].start, timed[-1].end), heard.result.unclear
+        self._around.tell(events.segment(self.item, text, *where, told, unclear))
 
     def _failed(self, error: Exception) -> None:
         self._waves, self.held = [], 0

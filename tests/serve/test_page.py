@@ -262,7 +262,7 @@ def test_a_connection_that_breaks_is_made_again_and_no_word_is_lost(live):
         socket.close(code=1012)
     live.locator("#status", has_text="The connection was lost").wait_for()
     live.locator("#status", has_text="Listening").wait_for()
-    live.wait_for_function("document.querySelectorAll('#transcript [data-turn]').length > 1")
+    live.locator("#transcript [data-turn]").nth(1).wait_for()
     finish_recording(live)
     turns = live.locator("#transcript [data-turn]").all_inner_texts()
     assert len(sockets) == 2
