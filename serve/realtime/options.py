@@ -26,6 +26,8 @@ def options(
         form.check(settings)
         return TranscriptionOptions(
             datastore=asked.datastore and caller.tenant.datastore(asked.datastore),
+            tenant=caller.tenant.name,
+            languages=form.language_codes,
             phrases=form.phrases(settings, vocabulary),
             shortlist=asked.shortlist,
             retrieval=asked.retrieval,

@@ -23,6 +23,7 @@ from serve.errors import ApiError
 from serve.keys import Caller, Keys
 from serve.messages import DecodeResult
 from serve.pipeline import Pipeline
+from serve.places import Places
 from serve.quotas import Quotas
 from serve.realtime import events
 from serve.realtime.events import Refused, Session
@@ -62,6 +63,7 @@ class Realtime:
         self._keys, self._quotas = keys, quotas
         self._load = Load()
         self._open: set[_Connection] = set()
+        self._places = Places(settings.limits.sessions, lambda: keys.tenants)
         self._draining = False
 
     def secrets(self) -> APIRouter:
@@ -114,11 +116,13 @@ class Realtime:
             connection = _Connection(websocket, self._settings)
             connection.session = self._session(connection, caller, given)
             self._open.add(connection)
+            self._places.take(caller.tenant.name)
             self._load.open(len(self._open))
             try:
                 await connection.serve()
             finally:
                 self._open.discard(connection)
+                self._places.leave(caller.tenant.name)
                 self._load.open(len(self._open))
                 log.info("%s", connection.session.summary)
 
@@ -134,7 +138,7 @@ class Realtime:
             raise ApiError(400, "intent: only 'transcription' is served", None, "intent")
         if self._draining:
             raise ApiError(503, "the service is stopping", "unavailable")
-        if len(self._open) >= self._settings.limits.sessions:
+        if not self._places.has_room(caller.tenant.name):
             raise ApiError(429, "too many sessions at a time: try again", "busy")
         model = {"model": query["model"]} if "model" in query else {}
         asked = {"audio": {"input": {"transcription": model}}}
@@ -164,6 +168,7 @@ class Realtime:
             given=given,
             logprobs=self._logprobs,
             expires=int(time.time() + settings.limits.session_seconds),
+            count=lambda tokens: self._quotas.tokens(caller, tokens),
         )
 
     def _logprobs(self, result: DecodeResult, words: int) -> list[dict[str, Any]]:

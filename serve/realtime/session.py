@@ -71,9 +71,11 @@ class RealtimeSession:
         given: Session | None = None,
         logprobs: Callable[[DecodeResult, int], list[dict[str, Any]]] = lambda result, words: [],
         expires: int | None = None,
+        count: Callable[[int], None] = lambda tokens: None,
     ) -> None:
         """`options` says what the pipeline is asked for with a session's settings, and refuses
-        them; `charge` counts seconds of audio, and raises ApiError where there were too many.
+        them; `charge` counts seconds of audio, and raises ApiError where there were too many;
+        `count` is told the tokens of each transcript.
         `longest` seconds are decoded at once, which may take `patience` seconds; `buffered`
         seconds may wait."""
         self.id = events.new_id("sess")
@@ -81,7 +83,7 @@ class RealtimeSession:
         self.expires = expires
         self.last_audio = time.monotonic()
         self._ears, self._load, self._options, self._charge = ears, load, options, charge
-        self._send = tell
+        self._send, self._count = tell, count
         self._buffered = int(buffered * SAMPLE_RATE)
         self._around = Around(
             ears, load, longest, patience, self._looked_up, self._settled, self._tell, logprobs
@@ -344,6 +346,7 @@ class RealtimeSession:
         """A turn has its transcript, or was given up."""
         self._running.pop(turn, None)
         self._turns += 1
+        self._count(turn.tokens)
         self._words += turn.words
         self._revised += turn.revised
 

@@ -108,7 +108,7 @@ class Turn:
         """What has been told."""
         self.held = 0
         """Samples that have not been finished."""
-        self.revised = self.words = 0
+        self.revised = self.words = self.tokens = 0
         self._around = around
         self._logprobs: list[dict[str, Any]] | None = [] if logprobs else None
         self._waves: list[np.ndarray] = []
@@ -334,6 +334,7 @@ class Turn:
         """Tell a part that is finished, with the times of its words."""
         if not words:
             return
+        self.tokens += heard.result.ends[len(words) - 1]
         if self._logprobs is not None:
             self._logprobs += self._around.logprobs(heard.result, len(words))
         start = self._origin / SAMPLE_RATE + heard.start

@@ -69,6 +69,6 @@ def test_a_training_loses_no_more_than_the_steps_since_its_last_checkpoint(seen)
     steps, recorded = seen["train"]["steps"], seen["train"]["recorded"]
     assert recorded == list(range(STEPS))
     again = [last - first + 1 for last, first in pairwise(steps) if first <= last]
-    assert len(again) == 1  # it started again once
-    assert 0 < again[0] <= 2 * CHECKPOINT_STEPS  # one may have been on its way to the disk
+    # None where the workers were told in time; one may have been on its way to the disk.
+    assert sum(again) <= 2 * CHECKPOINT_STEPS
     assert steps[-1] == STEPS
