@@ -22,6 +22,7 @@ from mmrag.retrieval.index import index_directory, save_index
 from mmrag.retrieval.phrases import WINDOW
 from mmrag.retrieval.segment import Description, Segment, windows_of
 from serve.accounting import USAGE
+from serve.keys import SIGNING
 
 SENTENCE = "please call priya raghavan tomorrow"
 NAME = "priya raghavan"
@@ -136,7 +137,7 @@ def test_a_deleted_datastore_is_gone_and_so_is_what_it_knew(service, file, refus
     assert "raghavan" not in service.text(file, datastore="brief")
     service.request("DELETE", "/v1/datastores/brief")
     hidden = {path.name for path in service.directory.iterdir() if path.name[0] == "."}
-    assert hidden <= {USAGE}
+    assert hidden <= {USAGE, SIGNING}
 
 
 def test_a_name_is_taken_once(service, datastore, refused):

@@ -16,6 +16,7 @@ from service_process import serving
 
 from mmrag import shipped
 from serve.accounting import USAGE
+from serve.keys import SIGNING
 
 BODIES = 1000
 TRANSCRIBE, DATASTORES = "/v1/audio/transcriptions", "/v1/datastores"
@@ -33,7 +34,7 @@ def healthy_afterwards(service):
     for made in service.request("GET", DATASTORES).json()["data"]:
         service.request("DELETE", f"{DATASTORES}/{made['id']}")
     assert [process.pid for part in parts for process in service.processes(part)] == before
-    assert {path.name for path in service.directory.iterdir()} <= {USAGE}
+    assert {path.name for path in service.directory.iterdir()} <= {USAGE, SIGNING}
 
 
 ROUTES = [

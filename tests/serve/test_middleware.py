@@ -290,10 +290,10 @@ def test_the_service_is_ready_when_all_of_it_is():
     async def ill():
         raise RuntimeError(SECRET)
 
-    parts = {name: Handle(check_health=well) for name in ("encoder", "retriever", "decoder")}
+    parts = {name: Handle(alive=well) for name in ("encoder", "retriever", "decoder")}
     assert client(made(**parts)).get("/readyz").json() == {"status": "ok"}
     for name in parts:
-        answer = client(made(**parts | {name: Handle(check_health=ill)})).get("/readyz")
+        answer = client(made(**parts | {name: Handle(alive=ill)})).get("/readyz")
         assert answer.status_code == 503 and answer.json() == {"status": "starting"}
         assert "Retry-After" in answer.headers
 

@@ -532,6 +532,7 @@ def talking(tenants):
                 await websocket.close()
 
         app.add_api_websocket_route("/v1/realtime", realtime)
+        app.router.routes.insert(0, app.router.routes.pop())  # before the one that serves
         return app
 
     return make
