@@ -15,7 +15,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from cluster import address
-from serve.environment import prepare
+from serve.operations.environment import prepare
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -66,7 +66,7 @@ def main() -> None:
     except (ConnectionError, ValueError) as error:
         sys.exit(f"error: {error}")
 
-    from serve.listening import ListenError, require_port
+    from serve.operations.listening import ListenError, require_port
     from serve.settings import http_options
 
     given = dict(pair.partition("=")[::2] for pair in options.settings)
@@ -85,11 +85,11 @@ def _serve(given: dict[str, str], http: dict[str, Any], dashboard_port: int, sto
     """Serve with the settings that are given."""
     from mmrag.artifact import ArtifactError
     from mmrag.config import ConfigError
+    from serve.access.keys import Keys
     from serve.app import build
-    from serve.keys import Keys
-    from serve.listening import ListenError
+    from serve.operations.listening import ListenError
+    from serve.operations.startup import StartupError
     from serve.settings import read
-    from serve.startup import StartupError
 
     try:
         settings, application = read(given), build(given)
@@ -106,8 +106,8 @@ def _run(
     """Serve the application in a cluster until it is stopped; raises StartupError."""
     import ray
 
-    from serve.guardian import guarded
-    from serve.startup import StartupError
+    from serve.operations.guardian import guarded
+    from serve.operations.startup import StartupError
     from serve.traces import tracing
 
     traced = tracing(settings.traces)
@@ -141,8 +141,8 @@ def _serve_there(
     """Serve the application in the cluster that this process is connected to, and leave it."""
     import ray
 
-    from serve import startup
-    from serve.listening import require_port
+    from serve.operations import startup
+    from serve.operations.listening import require_port
 
     address = os.environ.get("RAY_ADDRESS")
     service, leave = None, False
@@ -179,7 +179,7 @@ def _deploy(
     from ray import serve
     from ray.serve.api import RunTarget
 
-    from serve.startup import APPLICATION, listen
+    from serve.operations.startup import APPLICATION, listen
 
     listen(http, traced)
     _write("starting: the models are being read")
@@ -200,7 +200,7 @@ async def _leave(service: DeploymentHandle | None, stop: Stop, alone: bool) -> N
     """
     from ray import serve
 
-    from serve.startup import APPLICATION
+    from serve.operations.startup import APPLICATION
 
     if service is not None:
         drained = asyncio.ensure_future(

@@ -26,21 +26,22 @@ from ray.serve.handle import DeploymentHandle
 from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp
 
-from serve import errors, forms, logs, middleware, schema
-from serve.accounting import Accounting, application, book
-from serve.audit import Audit
+from serve import errors, forms, logs, schema
+from serve.access import middleware
+from serve.access.accounting import Accounting, application, book
+from serve.access.audit import Audit
+from serve.access.keys import Keys
+from serve.access.quotas import Quotas
+from serve.access.usage_route import UsageRoute
 from serve.datastores import Datastores
-from serve.keys import Keys
 from serve.model import described, version
+from serve.operations.readiness import Readiness
+from serve.operations.replacement import Served, of_version
+from serve.operations.switching import Switch
 from serve.pipeline import Pipeline
-from serve.quotas import Quotas
-from serve.readiness import Readiness
 from serve.realtime.route import Realtime
-from serve.replacement import Served, of_version
 from serve.settings import Settings
-from serve.switching import Switch
 from serve.transcriptions import Transcriptions
-from serve.usage_route import UsageRoute
 
 PAGE = Path(__file__).parent / "page"
 LEAVING_SECONDS = 0.1

@@ -16,10 +16,10 @@ from ray import serve
 from ray.serve import Application
 
 from serve.api import Api
-from serve.deployments import deployed, parts
 from serve.fetched import fetch_datastores
 from serve.model import described, pinned
-from serve.replacement import Models
+from serve.operations.deployments import deployed, parts
+from serve.operations.replacement import Models
 from serve.settings import read
 
 MODELS_CPUS = 0.02

@@ -17,7 +17,8 @@ from mmrag.config import SLUG
 from mmrag.model.vocabulary import Vocabulary
 from mmrag.retrieval import upkeep
 from mmrag.retrieval.wording import Entry, entries
-from serve import forms, middleware, schema, wordings
+from serve import datastore_schema, forms, schema, wordings
+from serve.access import middleware
 from serve.errors import ApiError
 from serve.housekeeping import APART
 from serve.messages import DatastoreSummary, Encoded, Room
@@ -49,29 +50,36 @@ class Datastores:
         name = {"name": {"type": "string", "pattern": SLUG}}
         many = {"file": {"type": "string", "format": "binary"}, "text": {"type": "string"}}
         said = {name: {"type": "array", "items": one} for name, one in many.items()}
-        made = _takes(schema.NewDatastore, name | said, [*name, *said])
-        clip = {"file": many["file"], "k": schema.Query.model_json_schema()["properties"]["k"]}
+        made = _takes(datastore_schema.NewDatastore, name | said, [*name, *said])
+        clip = {
+            "file": many["file"],
+            "k": datastore_schema.Query.model_json_schema()["properties"]["k"],
+        }
         router.get(ALL)(self.datastores)
         router.post(ALL, status_code=201, openapi_extra=made)(self.create)
         router.get(ONE)(self.datastore)
         router.delete(ONE)(self.delete)
         router.get(ENTRIES, response_model_exclude_none=True)(self.documents)
-        router.post(ENTRIES, openapi_extra=_takes(schema.NewEntries, said, list(said)))(self.add)
+        router.post(ENTRIES, openapi_extra=_takes(datastore_schema.NewEntries, said, list(said)))(
+            self.add
+        )
         router.delete(ENTRIES)(self.remove)
-        router.post(SEARCH, openapi_extra=_takes(schema.Query, clip, ["file"]))(self.search)
+        router.post(SEARCH, openapi_extra=_takes(datastore_schema.Query, clip, ["file"]))(
+            self.search
+        )
         router.post(PREVIEW, response_model_exclude_none=True)(self.preview)
         router.post(UPKEEP)(self.tend)
         return router
 
-    async def datastores(self, request: Request) -> schema.Datastores:
+    async def datastores(self, request: Request) -> datastore_schema.Datastores:
         """Every datastore."""
         tenant = request.state.caller.tenant
         found = await self._pipeline.call(self._pipeline.retriever.stored, tenant.name)
-        return schema.Datastores(data=[_datastore(one) for one in found])
+        return datastore_schema.Datastores(data=[_datastore(one) for one in found])
 
-    async def create(self, request: Request) -> schema.Datastore:
+    async def create(self, request: Request) -> datastore_schema.Datastore:
         """Make a datastore, of texts or of recordings with what is said in them."""
-        asked, recordings = await self._additions(request, schema.NewDatastore)
+        asked, recordings = await self._additions(request, datastore_schema.NewDatastore)
         retriever, name = self._pipeline.retriever, _qualified(request, asked.name)
         room = _room(request)
         request.state.audit["datastore"] = asked.name
@@ -80,15 +88,15 @@ class Datastores:
         given = name, asked.texts, recordings, room
         return _datastore(await self._change(retriever.create_paired, *given))
 
-    async def datastore(self, name: str, request: Request) -> schema.Datastore:
+    async def datastore(self, name: str, request: Request) -> datastore_schema.Datastore:
         """A datastore."""
         describe, qualified = self._pipeline.retriever.describe, _qualified(request, name)
         return _datastore(await self._pipeline.call(describe, qualified))
 
-    async def delete(self, name: str, request: Request) -> schema.DeletedDatastore:
+    async def delete(self, name: str, request: Request) -> datastore_schema.DeletedDatastore:
         """Delete a datastore."""
         await self._pipeline.call(self._pipeline.retriever.delete, _qualified(request, name))
-        return schema.DeletedDatastore(id=name)
+        return datastore_schema.DeletedDatastore(id=name)
 
     async def documents(
         self,
@@ -96,21 +104,21 @@ class Datastores:
         request: Request,
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
         after: Annotated[int, Query(ge=0, le=2**31)] = 0,
-    ) -> schema.Documents:
+    ) -> datastore_schema.Documents:
         """What has been added to a datastore, `limit` documents from number `after` on."""
         retriever = self._pipeline.retriever
         listed = _qualified(request, name), after, limit + 1
         found = await self._pipeline.call(retriever.documents, *listed)
         shown = [
-            schema.Document(document=document, entries=count, entry=one and _entry(one))
+            datastore_schema.Document(document=document, entries=count, entry=one and _entry(one))
             for document, count, one in found[:limit]
         ]
-        return schema.Documents(data=shown, has_more=len(found) > limit)
+        return datastore_schema.Documents(data=shown, has_more=len(found) > limit)
 
-    async def add(self, name: str, request: Request) -> schema.AddedEntries:
+    async def add(self, name: str, request: Request) -> datastore_schema.AddedEntries:
         """Add texts, entries or recordings; the next request finds them. An entry that is there
         with another wording is replaced."""
-        asked, recordings = await self._additions(request, schema.NewEntries)
+        asked, recordings = await self._additions(request, datastore_schema.NewEntries)
         retriever, qualified = self._pipeline.retriever, _qualified(request, name)
         room = _room(request)
         if recordings is None:
@@ -119,28 +127,28 @@ class Datastores:
             given = qualified, asked.texts, recordings, room
             added, entries = await self._change(retriever.add_paired, *given)
         request.state.audit["added"] = added
-        return schema.AddedEntries(datastore=name, added=added, entries=entries)
+        return datastore_schema.AddedEntries(datastore=name, added=added, entries=entries)
 
     async def remove(
         self, name: str, document: Annotated[str, Query()], request: Request
-    ) -> schema.DeletedEntries:
+    ) -> datastore_schema.DeletedEntries:
         """Delete what was added as `document`."""
         remove, qualified = self._pipeline.retriever.remove, _qualified(request, name)
         deleted, entries = await self._pipeline.call(remove, qualified, document)
         request.state.audit["deleted"] = deleted
-        return schema.DeletedEntries(datastore=name, deleted=deleted, entries=entries)
+        return datastore_schema.DeletedEntries(datastore=name, deleted=deleted, entries=entries)
 
-    async def search(self, name: str, request: Request) -> schema.Found:
+    async def search(self, name: str, request: Request) -> datastore_schema.Found:
         """What a datastore finds before each token of a text, or of what is said in a recording, as
         a decoder would."""
         async with asyncio.timeout(self._settings.limits.timeout_seconds):
             query, k = await self._query(request)
             found = await self._pipeline.look_up(_qualified(request, name), query, k)
-        return schema.Found(data=[asdict(one) for one in found])
+        return datastore_schema.Found(data=[asdict(one) for one in found])
 
     async def preview(
-        self, name: str, given: schema.PreviewedEntries, request: Request
-    ) -> schema.Previews:
+        self, name: str, given: datastore_schema.PreviewedEntries, request: Request
+    ) -> datastore_schema.Previews:
         """What entries would be confused with, what is most alike first, and what the model hears
         of them without the datastore, which stays as it is."""
         how = self._settings.limits, self._vocabulary, self._settings.languages
@@ -149,14 +157,14 @@ class Datastores:
             raise ApiError(400, "entries: nothing to look at", None, "entries")
         preview, qualified = self._pipeline.retriever.preview, _qualified(request, name)
         found = await self._change(preview, qualified, asked)
-        return schema.Previews(data=[asdict(one) for one in found])
+        return datastore_schema.Previews(data=[asdict(one) for one in found])
 
     async def tend(
         self,
         name: str,
-        task: schema.Task,
+        task: datastore_schema.Task,
         request: Request,
-        given: schema.TaskOptions | None = None,
+        given: datastore_schema.TaskOptions | None = None,
     ) -> dict[str, Any]:
         """Look at a datastore or keep it in order: what the task tells.
 
@@ -164,7 +172,7 @@ class Datastores:
         erases what was deleted (`everything`: also where there is little) and indexes anew where
         much has changed, `index` always (in so many `shards`); snapshots have a `name`.
         """
-        options = (given or schema.TaskOptions()).model_dump(exclude_none=True)
+        options = (given or datastore_schema.TaskOptions()).model_dump(exclude_none=True)
         known = list(signature(upkeep.TASKS[task]).parameters.values())[1:]
         if unknown := options.keys() - {one.name for one in known}:
             [first, *_] = sorted(unknown)
@@ -191,7 +199,7 @@ class Datastores:
     async def _query(self, request: Request) -> tuple[str | Encoded, int]:
         """What is to be looked up, from JSON or a form, and how many neighbours."""
         if not _is_form(request):
-            asked = _checked(schema.Query, await request.body())
+            asked = _checked(datastore_schema.Query, await request.body())
             limits = self._settings.limits
             texts = schema.bounded_texts([asked.text], 1, "text", limits, self._vocabulary)
             if not texts:
@@ -202,7 +210,7 @@ class Datastores:
         if not isinstance(form.get("file"), UploadFile):
             raise ApiError(422, "file: send a file", "value_error", "file")
         given = {name: form[name] for name in ("k",) if name in form}
-        k = _checked(schema.Query, {"text": "", **given}).k
+        k = _checked(datastore_schema.Query, {"text": "", **given}).k
         most = self._settings.limits.audio_seconds
         [wave], seconds = await self._recording(form["file"], most)
         request.state.quotas.audio(request.state.caller, seconds)
@@ -226,8 +234,8 @@ class Datastores:
         return waves, seconds
 
     async def _additions(
-        self, request: Request, kind: type[schema.NewEntries]
-    ) -> tuple[schema.NewEntries, list[list[Any]] | None]:
+        self, request: Request, kind: type[datastore_schema.NewEntries]
+    ) -> tuple[datastore_schema.NewEntries, list[list[Any]] | None]:
         """What is to be added, from JSON or a form: entries, or texts with the waves of a recording
         each."""
         limits, data, param = self._settings.limits, [], "texts"
@@ -259,9 +267,9 @@ class Datastores:
         request.state.quotas.audio(request.state.caller, seconds)
         return asked, recordings
 
-    def _entries(self, asked: schema.NewEntries, param: str) -> list[Entry]:
+    def _entries(self, asked: datastore_schema.NewEntries, param: str) -> list[Entry]:
         """The texts and the entries of a request, checked."""
-        required = not isinstance(asked, schema.NewDatastore)
+        required = not isinstance(asked, datastore_schema.NewDatastore)
         if required and not asked.model_fields_set & {"texts", "entries"}:
             raise ApiError(422, "texts: Field required, or entries", "missing", "texts")
         limits = self._settings.limits
@@ -307,12 +315,12 @@ def _takes(kind: type[Body], form: dict[str, Any], required: Sequence[str]) -> d
     return {"requestBody": {"required": True, "content": kinds}}
 
 
-def _entry(one: Entry) -> schema.Entry | None:
+def _entry(one: Entry) -> datastore_schema.Entry | None:
     """An entry that says more than its text."""
-    return None if one.plain else schema.Entry(**one.fields())
+    return None if one.plain else datastore_schema.Entry(**one.fields())
 
 
-def _datastore(stored: DatastoreSummary) -> schema.Datastore:
-    return schema.Datastore(
+def _datastore(stored: DatastoreSummary) -> datastore_schema.Datastore:
+    return datastore_schema.Datastore(
         id=stored.name, entries=stored.entries, documents=stored.documents, audio=stored.audio
     )

@@ -7,8 +7,8 @@ import re
 from mmrag import artifact
 from mmrag.durable import make_directory
 from mmrag.storage import Location, Url, located
+from serve.access.tenants import MARK
 from serve.settings import Settings
-from serve.tenants import MARK
 
 
 def fetch_datastores(settings: Settings) -> list[str]:

@@ -28,6 +28,7 @@ from mmrag.records import Timed, Word
 from mmrag.retrieval.wording import Entry
 from mmrag.speech import audio, cutting
 from serve import probe, traces
+from serve.access.tenants import DEFAULT, own_name
 from serve.handles import SizedHandle, by_reference
 from serve.messages import (
     DecodeRequest,
@@ -42,7 +43,6 @@ from serve.messages import (
     weight,
 )
 from serve.settings import Settings
-from serve.tenants import DEFAULT, own_name
 
 ATTEMPTS = 5
 PAUSE_SECONDS = 0.2

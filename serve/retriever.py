@@ -42,6 +42,7 @@ from mmrag.retrieval.segment import DatastoreError, Segment, join
 from mmrag.retrieval.snapshots import SnapshotError
 from mmrag.retrieval.wording import Entry, entries
 from serve import logs, shelf
+from serve.access.tenants import DEFAULT, directory_of, own_name, place_of, tenant_at, tenant_of
 from serve.additions import Additions
 from serve.handles import by_reference
 from serve.housekeeping import APART, Housekeeping
@@ -58,7 +59,6 @@ from serve.messages import (
 from serve.model import described, retrieval_defaults, tuned_below
 from serve.pronouncing import Pronouncing
 from serve.settings import Settings
-from serve.tenants import DEFAULT, directory_of, own_name, place_of, tenant_at, tenant_of
 
 KEPT_OPEN = 500
 """Datastores in the pool that a replica has open itself: each maps a dozen files a segment."""

@@ -18,8 +18,8 @@ from ray.serve.metrics import Counter, Histogram
 
 from mmrag.model.vocabulary import Vocabulary
 from serve import errors, forms, schema
+from serve.access.bodies import TRANSCRIBE, TRANSLATE
 from serve.answers import Answer
-from serve.bodies import TRANSCRIBE, TRANSLATE
 from serve.errors import ApiError
 from serve.forms import TranscriptionForm
 from serve.pipeline import Pipeline, RequestBuilder, TranscriptionOptions

@@ -23,20 +23,21 @@ class Load:
     def __init__(self) -> None:
         self.partials = 0
         self.finals = 0
-        name = "mmrag_realtime_{}".format
         self._partial = Counter(
-            name("partials_total"), "Partial transcripts, run or skipped.", ("became",)
+            "mmrag_realtime_partials_total", "Partial transcripts, run or skipped.", ("became",)
         )
         self._words = Counter(
-            name("words_total"),
+            "mmrag_realtime_words_total",
             "Words told, and words of partial transcripts that the next one had otherwise.",
             ("became",),
         )
-        self._turns = Counter(name("turns_total"), "Turns, by what became of them.", ("became",))
-        self._sessions = Gauge(name("sessions"), "Sessions open.")
-        self._audio = Counter(name("audio_seconds_total"), "Audio of sessions, seconds.")
+        self._turns = Counter(
+            "mmrag_realtime_turns_total", "Turns, by what became of them.", ("became",)
+        )
+        self._sessions = Gauge("mmrag_realtime_sessions", "Sessions open.")
+        self._audio = Counter("mmrag_realtime_audio_seconds_total", "Audio of sessions, seconds.")
         self._final = Histogram(
-            name("final_seconds"),
+            "mmrag_realtime_final_seconds",
             "Time from the end of a turn to its transcript, seconds.",
             boundaries=[0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10],
         )

@@ -6,9 +6,9 @@ from __future__ import annotations
 import json
 
 from mmrag.model.vocabulary import Vocabulary
+from serve.access.keys import Caller
 from serve.errors import ApiError
 from serve.forms import TranscriptionForm
-from serve.keys import Caller
 from serve.pipeline import TranscriptionOptions
 from serve.realtime.events import Refused, Session, Texts, Transcription
 from serve.settings import Settings

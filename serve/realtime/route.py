@@ -19,12 +19,12 @@ from starlette.websockets import WebSocketDisconnect, WebSocketState
 
 from mmrag.model.vocabulary import Vocabulary
 from serve import errors, schema
+from serve.access.keys import Caller, Keys
+from serve.access.places import Places
+from serve.access.quotas import Quotas
 from serve.errors import ApiError
-from serve.keys import Caller, Keys
 from serve.messages import DecodeResult
 from serve.pipeline import Pipeline
-from serve.places import Places
-from serve.quotas import Quotas
 from serve.realtime import events
 from serve.realtime.events import Refused, Session
 from serve.realtime.load import Load

@@ -23,7 +23,8 @@ from ray.serve.schema import ServeDeploySchema
 
 from cluster.placement import problem_with
 from mmrag import config
-from serve import app, settings, startup
+from serve import app, settings
+from serve.operations import startup
 
 ROOT = Path(__file__).parents[2]
 KUBERAY = ROOT / "cluster" / "kuberay"

@@ -21,8 +21,8 @@ from mmrag.retrieval import datastore as stored
 from mmrag.retrieval.index import index_directory, save_index
 from mmrag.retrieval.phrases import WINDOW
 from mmrag.retrieval.segment import Description, Segment, windows_of
-from serve.accounting import USAGE
-from serve.keys import SIGNING
+from serve.access.accounting import USAGE
+from serve.access.keys import SIGNING
 
 SENTENCE = "please call priya raghavan tomorrow"
 NAME = "priya raghavan"

@@ -15,8 +15,8 @@ from schemathesis.checks import not_a_server_error
 from service_process import serving
 
 from mmrag import shipped
-from serve.accounting import USAGE
-from serve.keys import SIGNING
+from serve.access.accounting import USAGE
+from serve.access.keys import SIGNING
 
 BODIES = 1000
 TRANSCRIBE, DATASTORES = "/v1/audio/transcriptions", "/v1/datastores"

@@ -4,8 +4,8 @@ import pytest
 
 from cluster.placement import problem_with
 from mmrag.config import ConfigError
+from serve.operations.startup import demands
 from serve.settings import read
-from serve.startup import demands
 
 SMALL = {"CPU": 2.0, "memory": 1e9}
 

@@ -18,7 +18,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from cluster.ports import free_ports
-from serve.listening import require_port
+from serve.operations.listening import require_port
 
 SENTENCE = "please call priya raghavan tomorrow"
 NAME = "priya raghavan"

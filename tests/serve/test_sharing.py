@@ -18,8 +18,8 @@ from starlette.testclient import TestClient, WebSocketDenialResponse
 from websockets.sync.client import connect
 
 from serve import logs
+from serve.access.request_ids import RequestIds
 from serve.messages import DatastoreSummary, QuotaExceeded, UnknownDatastore
-from serve.request_ids import RequestIds
 
 KEYS = """
 tenants:
@@ -464,7 +464,7 @@ def test_who_changed_what_is_written_down_without_the_words(tenants, tmp_path):
 
 def test_what_is_written_down_is_there_before_the_answer(tenants, tmp_path, monkeypatch):
     order = []
-    monkeypatch.setattr("serve.audit.os.fsync", lambda _: order.append("on the disk"))
+    monkeypatch.setattr("serve.access.audit.os.fsync", lambda _: order.append("on the disk"))
     app = made(retriever=Shelf().handle(), logs={"audit": str(tmp_path)})
     with served(app) as url:
         given = {"name": "names", "texts": ["a"]}

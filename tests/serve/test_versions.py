@@ -7,8 +7,8 @@ import pytest
 from ray.serve.schema import ApplicationStatus
 
 from mmrag.config import ConfigError
-from serve import replacement
-from serve.replacement import Models
+from serve.operations import replacement
+from serve.operations.replacement import Models
 from serve.settings import read
 
 GIVEN = {"model": "models:/m@production", "model_check_s": 0.01, "ingress.drain_s": 0.3}

@@ -16,7 +16,7 @@ import psutil
 import requests
 
 from cluster.ports import free_ports
-from serve import environment
+from serve.operations import environment
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

@@ -12,8 +12,8 @@ from starlette.testclient import TestClient, WebSocketDenialResponse
 from starlette.websockets import WebSocketDisconnect
 
 from serve import errors
-from serve.keys import Caller, Keys
-from serve.quotas import Quotas
+from serve.access.keys import Caller, Keys
+from serve.access.quotas import Quotas
 from serve.realtime import route
 from serve.realtime import session as sessions
 from serve.realtime.route import PATH, POLICY, Realtime, _Connection

@@ -15,9 +15,9 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from cluster.shards import NAMESPACE
-from serve.ledger import Ledger, LedgerActor
-from serve.quotas import Quotas
-from serve.usage import Others, Report, Used
+from serve.access.ledger import Ledger, LedgerActor
+from serve.access.quotas import Quotas
+from serve.access.usage import Others, Report, Used
 
 SECONDS = 1.0
 """Between two reports."""

@@ -29,7 +29,7 @@ POLL_SECONDS = 0.5
 def guarded(session: Path) -> Iterator[None]:
     """Have the block's Ray cluster, whose session directory this is, watched over."""
     guardian = subprocess.Popen(
-        [sys.executable, "-m", "serve.guardian", str(session)],
+        [sys.executable, "-m", "serve.operations.guardian", str(session)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from serve import guardian
+from serve.operations import guardian
 
 WRITE = "import sys, time; file = open(sys.argv[1], 'w'); print(flush=True); time.sleep(60)"
 

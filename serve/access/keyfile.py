@@ -21,9 +21,9 @@ import yaml
 from pydantic import Field, ValidationError
 
 from mmrag.config import SLUG, ConfigError, Section
-from serve.roles import Role
+from serve.access.roles import Role
+from serve.access.tenants import Tenant
 from serve.settings import KEYS, KEYS_FILE, TenantQuotas
-from serve.tenants import Tenant
 
 EXPIRING = "ek_"
 """How keys begin that the service made itself and that expire."""

@@ -29,8 +29,8 @@ from ray.serve.api import RunTarget
 from ray.serve.metrics import Counter, Gauge
 from ray.serve.schema import ApplicationStatus
 
-from serve.deployments import parts
 from serve.model import described, pinned, version
+from serve.operations.deployments import parts
 from serve.settings import Settings
 
 START_SECONDS = 900.0

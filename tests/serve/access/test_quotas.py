@@ -10,15 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray.exceptions import ActorDiedError
 
-from serve.accounting import Accounting
+from serve.access.accounting import Accounting
+from serve.access.keys import Caller
+from serve.access.ledger import GONE_SECONDS, Ledger
+from serve.access.places import Places
+from serve.access.quotas import Quotas
+from serve.access.tenants import Tenant
+from serve.access.usage import Others, Report, Used
 from serve.errors import ApiError, headers
-from serve.keys import Caller
-from serve.ledger import GONE_SECONDS, Ledger
-from serve.places import Places
-from serve.quotas import Quotas
 from serve.settings import TenantQuotas
-from serve.tenants import Tenant
-from serve.usage import Others, Report, Used
 
 
 class Clock:
@@ -246,7 +246,7 @@ def test_a_report_that_is_made_again_counts_once_even_after_a_restart(tmp_path):
 
 def test_usage_keeps_so_many_days_and_replicas(tmp_path, monkeypatch):
     ledger = Ledger(tmp_path)
-    monkeypatch.setattr("serve.ledger.KEPT_DAYS", 40)
+    monkeypatch.setattr("serve.access.ledger.KEPT_DAYS", 40)
     for number in range(45):
         day = f"{2000 + number // 300}-{number % 300:03}"
         ledger.report(f"replica {number}", 1, Report(used={"acme": Used(1)}, day=day))

@@ -19,7 +19,7 @@ VARIABLES = {
     "RAY_SERVE_HAPROXY_BINARY_PATH": str(HAPROXY),
     "MMRAG_PYTHON": sys.executable,  # by which it runs
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.request_ids:outermost",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.access.request_ids:outermost",
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",  # for a header, and between two parts of a body
     # A connection outlives a change of the replicas: as long as limits.session_seconds.
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "14400",

@@ -13,8 +13,8 @@ from typing import Literal
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope
 
+from serve.access.places import Places
 from serve.errors import ApiError, RefusedBody
-from serve.places import Places
 from serve.settings import Limits
 
 TRANSCRIBE, TRANSLATE = "/v1/audio/transcriptions", "/v1/audio/translations"

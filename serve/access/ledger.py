@@ -16,7 +16,7 @@ from typing import Any
 
 from cluster.idling import Idling, asked
 from mmrag import durable
-from serve.usage import Bucket, Others, Report, Used
+from serve.access.usage import Bucket, Others, Report, Used
 
 KEPT_DAYS = 400
 """Days of which usage is kept, for each tenant."""

@@ -17,16 +17,16 @@ from ray.serve.metrics import Counter, Gauge, Histogram
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve import bodies, origins, roles
-from serve.accounting import Accounting
-from serve.audit import Audit
-from serve.bodies import FORM, JSON, TRANSCRIBE, Body
+from serve.access import bodies, origins, roles
+from serve.access.accounting import Accounting
+from serve.access.audit import Audit
+from serve.access.bodies import FORM, JSON, TRANSCRIBE, Body
+from serve.access.keys import Caller, Keys
+from serve.access.places import Places
+from serve.access.quotas import Quotas
+from serve.access.request_ids import HEADER, request_id
+from serve.access.security import secure
 from serve.errors import ApiError, respond
-from serve.keys import Caller, Keys
-from serve.places import Places
-from serve.quotas import Quotas
-from serve.request_ids import HEADER, request_id
-from serve.security import secure
 from serve.settings import Cors, Limits
 
 __all__ = ["FORM", "JSON", "TRANSCRIBE", "AccessRules", "AdmissionMiddleware", "RequestMetrics"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from serve import environment, haproxy
+from serve.operations import environment, haproxy
 
 RAYS = """global
     stats socket /tmp/somewhere/admin.sock mode 666 level admin expose-fd listeners

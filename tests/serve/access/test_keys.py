@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmrag.config import ConfigError
-from serve import keys as keys_module
+from serve.access import keys as keys_module
+from serve.access.keys import SIGNING, Keys
+from serve.access.roles import needed
 from serve.errors import ApiError
-from serve.keys import SIGNING, Keys
-from serve.roles import needed
 from serve.settings import TenantQuotas
 
 FILE = """

@@ -8,8 +8,8 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 
 from serve import schema
-from serve.accounting import Accounting
-from serve.ledger import KEPT_DAYS
+from serve.access.accounting import Accounting
+from serve.access.ledger import KEPT_DAYS
 from serve.pipeline import Pipeline
 
 

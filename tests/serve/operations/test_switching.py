@@ -2,7 +2,7 @@
 
 import asyncio
 
-from serve.switching import Switch
+from serve.operations.switching import Switch
 
 
 def answering(name, answers, go_on):

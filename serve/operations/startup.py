@@ -15,7 +15,7 @@ from ray.serve.schema import ApplicationStatus
 
 from cluster import placement
 from cluster.placement import Demand
-from serve.replacement import reason
+from serve.operations.replacement import reason
 from serve.settings import Settings
 
 APPLICATION = "mmrag"

@@ -6,8 +6,8 @@ from contextvars import ContextVar
 import pytest
 from ray.serve.exceptions import BackPressureError
 
-from serve import readiness
-from serve.readiness import Readiness
+from serve.operations import readiness
+from serve.operations.readiness import Readiness
 
 
 class Part:

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from mmrag.config import ConfigError
-from serve import keyfile
+from serve.access import keyfile
+from serve.access.keyfile import EXPIRING, Known, digest
+from serve.access.roles import Role, allows
+from serve.access.tenants import Tenant
 from serve.errors import ApiError
-from serve.keyfile import EXPIRING, Known, digest
-from serve.roles import Role, allows
 from serve.settings import KEYS_FILE, TenantQuotas
-from serve.tenants import Tenant
 
 OPEN = "open"
 """What stands for a key where none is asked for."""

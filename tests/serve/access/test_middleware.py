@@ -16,7 +16,7 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 from starlette.datastructures import Headers
 
-from serve import bodies
+from serve.access import bodies
 
 FORM = "multipart/form-data; boundary=x"
 JSON = {"Content-Type": "application/json"}

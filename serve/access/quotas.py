@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
+from serve.access.keys import Caller
+from serve.access.usage import MINUTE, Bucket, Others, Report, Taken, Used, today
 from serve.errors import ApiError
-from serve.keys import Caller
-from serve.usage import MINUTE, Bucket, Others, Report, Taken, Used, today
 
 Live = Literal["requests", "sessions"]
 

@@ -17,9 +17,9 @@ from websockets.sync.client import connect
 
 from serve import retriever as retrievers
 from serve import shelf
+from serve.access.tenants import Tenant, directory_of, own_name, place_of, tenant_at, tenant_of
 from serve.messages import UnknownDatastore
 from serve.pronouncing import TENANTS, Pronouncing
-from serve.tenants import Tenant, directory_of, own_name, place_of, tenant_at, tenant_of
 
 KEYS = """
 tenants:
