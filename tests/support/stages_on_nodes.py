@@ -134,8 +134,13 @@ def disturbed(
 
     def meanwhile(over: threading.Event) -> None:
         parts = job is not evaluate
-        until(lambda: nodes.at_work() and (len(written(path)) >= PARTS or not parts), over)
-        gone.append(nodes.at_work()[0])
+
+        def chosen() -> bool:
+            enough = not parts or len(written(path)) >= PARTS
+            gone[:] = nodes.at_work()[:1] if enough else []
+            return bool(gone)
+
+        until(chosen, over)
         before.update(written(path))
         disturb(gone[0])
 
@@ -194,7 +199,7 @@ def trained(nodes: Nodes, experiment: Experiment) -> dict[str, Any]:
 
     def meanwhile(over: threading.Event) -> None:
         every = experiment.train.checkpoint_steps
-        until(lambda: steps() and steps()[-1] > 2 * every, over)
+        until(lambda: steps() and steps()[-1] > 2 * every and nodes.at_work(), over)
         nodes.lose(nodes.at_work()[0])
 
     print_line = stage.console.print
