@@ -90,7 +90,8 @@ ADAPTER = [
 """Overrides besides, for an adapter that reads what the datastore split says of other sentences."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)  # before whoever reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     """Whichever test is the first to need the workspace waits until it is made.
 
     Of several processes one has the service, one the cluster and the workspace, and begins with
@@ -102,6 +103,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(900))
         item.add_marker(pytest.mark.xdist_group(_shared(item, fixtures)))
     items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] not in SHARED)
+    return (yield)
 
 
 SHARED = ("service", "cluster")
