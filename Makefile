@@ -6,7 +6,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: setup demo serve reproduce reproduce-small train-tiny train-adapter train-small train-adapter-small train-whisper test test-slow test-gpu lint format clean mlflow
+.PHONY: setup demo serve reproduce reproduce-small train-tiny train-adapter train-small train-adapter-small train-whisper test test-jobs test-service test-slow test-gpu lint format clean mlflow
 
 setup: $(INSTALLED)
 
@@ -69,8 +69,15 @@ train-whisper: setup
 		$(BIN)/python -m jobs.$$stage --config jobs/configs/whisper_tiny.yaml || exit 1; \
 	done
 
+# Two processes, each with a Ray cluster of its own; what one of them says is printed at its end.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(MAKE) --jobs=2 --output-sync=target --keep-going test-jobs test-service
+
+test-jobs:
+	$(BIN)/python -m pytest tests/cluster tests/jobs $(wildcard tests/test_*.py)
+
+test-service:
+	$(BIN)/python -m pytest tests/serve tests/mmrag
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +10,7 @@ import pytest
 
 from mmrag.config import Experiment, read
 
-TESTS = Path(__file__).parent
-RECIPE = TESTS.parent / "jobs" / "configs" / "train_tiny.yaml"
+RECIPE = Path(__file__).parents[1] / "jobs" / "configs" / "train_tiny.yaml"
 
 MINIATURE = [
     "synthesize.lm=24",
@@ -90,30 +89,11 @@ ADAPTER = [
 """Overrides besides, for an adapter that reads what the datastore split says of other sentences."""
 
 
-@pytest.hookimpl(wrapper=True)  # before whoever reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
-    """Whichever test is the first to need the workspace waits until it is made.
-
-    Of several processes one has the service, one the cluster and the workspace, and begins with
-    them; whoever is free takes the next file of what is left.
-    """
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whichever test is the first to need the workspace waits until it is made."""
     for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        if "workspace" in fixtures:
+        if "workspace" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.timeout(900))
-        item.add_marker(pytest.mark.xdist_group(_shared(item, fixtures)))
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] not in SHARED)
-    return (yield)
-
-
-SHARED = ("service", "cluster")
-"""What the tests that use it stay together for."""
-
-
-def _shared(item: pytest.Item, fixtures: Collection[str]) -> str:
-    if TESTS / "serve" in item.path.parents:
-        return "service"
-    return "cluster" if "ray_cluster" in fixtures else item.path.relative_to(TESTS).as_posix()
 
 
 @pytest.fixture(scope="session", autouse=True)
