@@ -79,7 +79,9 @@ class Levels:
         words = [replace(word, text=text) for word, text in zip(words, texts, strict=False)]
         shown = tuple(words) if request.output.timed else ()
         text, display = " ".join(texts), self.display(shown)
-        return DecodeResult(text, shown, (), (), 0.0, True, None, False, display=display)
+        tokens, ends = range(len(shown)), range(1, len(shown) + 1)  # one a word
+        made = text, shown, tuple(tokens), tuple(ends)
+        return DecodeResult(*made, 0.0, True, None, False, display=display)
 
 
 def heard(wave, spelt):

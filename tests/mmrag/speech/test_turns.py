@@ -39,6 +39,7 @@ def events(wave, **settings):
     return TurnDetector(**settings).push(wave)
 
 
+@torch.inference_mode()
 def test_the_network_is_the_published_one():
     wave = torch.cat((said(), silence(0.5), noise(0.5, -30), said("good morning", 1)))
     published, ours = vad._detector(), network()
