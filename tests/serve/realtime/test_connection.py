@@ -36,7 +36,8 @@ def serving(tmp_path):
     def start(**limits):
         settings = read({"limits": limits, "datastores": str(tmp_path), "decode.max_seconds": 2})
         keys, app = Keys(settings.limits.tenant, settings.datastores), FastAPI()
-        realtime = Realtime(settings, Levels(), VOCABULARY, keys, Quotas())
+        start.quotas = Quotas()
+        realtime = Realtime(settings, Levels(), VOCABULARY, keys, start.quotas)
         errors.install(app)
         app.include_router(realtime.sockets())
         app.include_router(realtime.secrets())
@@ -90,6 +91,7 @@ def test_a_service_that_stops_finishes_what_was_said_and_says_why(serving):
     [completed] = [event for event in found if event["type"].endswith("completed")]
     assert completed["transcript"] == "word1 word2"
     assert found[-1]["error"]["code"] == "server_shutting_down"
+    assert serving.quotas.report().used["default"].tokens == 2, "one a word"
     with pytest.raises(WebSocketDenialResponse) as refused, client.websocket_connect(PATH):
         pass
     assert refused.value.status_code == 503
