@@ -15,6 +15,8 @@ from cluster.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 240
+MODEL = ("model=mmrag:tiny", "decode.max_seconds=4")
+"""Which the tests' sentences are of, where a test names no other."""
 PARTS = ("ingress", "encoder", "retriever", "decoder")
 
 
@@ -22,9 +24,9 @@ def start(port: int, directory: Path, *settings: str, **variables: str) -> subpr
     """A process that serves there, and prints what it says into `directory`/log."""
     [dashboard] = free_ports(1)
     command = [sys.executable, "-m", "serve", "--port", str(port), "--dashboard-port"]
-    command += [str(dashboard), f"datastores={directory / 'datastores'}", *settings]
+    command += [str(dashboard), f"datastores={directory / 'datastores'}", *MODEL, *settings]
     command += [f"{part}.max=1" for part in PARTS]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment = {name: value for name, value in os.environ.items() if name[:4] != "RAY_"}
     environment |= {"MMRAG_RUNS": str(directory)} | variables
     with (directory / "log").open("wb") as log:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
