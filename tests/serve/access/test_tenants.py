@@ -5,6 +5,7 @@ lie apart. The ingress is in this process, with keys; the deployments behind it 
 import asyncio
 import json
 import re
+import time
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 
@@ -208,7 +209,11 @@ def test_a_page_elsewhere_opens_no_websocket_and_is_told_why(service):
 def test_the_service_tells_its_metrics_of_no_tenant(url, service, second):
     create(url, ACME, NAME, name="nowhere-else")
     ask(url, "POST", TRANSCRIBE, ACME, files=second, data={"datastore": "nowhere-else"})
-    metrics = service.request("GET", "/metrics").text
+    for _ in range(60):  # until they have been exported
+        metrics = service.request("GET", "/metrics").text
+        if "mmrag_requests_total" in metrics:
+            break
+        time.sleep(0.5)
     assert "mmrag_requests_total" in metrics
     assert not re.search("acme|globex|nowhere-else", metrics)
 
