@@ -26,7 +26,7 @@ WINGS = {
         "score",
     ],
     "speech": [
-        "containers", "decoders", "audio", "resampling", "vad", "silero", "turns", "cutting",
+        "containers", "decoders", "audio", "resampling", "silero", "vad", "turns", "cutting",
         "hubert", "targets", "crops", "pretraining", "units", "tokenized",
     ],
     "corpora": [
@@ -96,7 +96,6 @@ HOMES = {
     "soundfile": ["mmrag.speech.decoders", "cluster.recording"],
     "av": ["mmrag.speech.decoders"],
     "torchaudio": ["mmrag.speech", "mmrag.corpora.voices.speech"],
-    "silero_vad": ["mmrag.speech.vad"],
     "transformers": [
         "mmrag.speech.hubert",
         "mmrag.model.whisper",
@@ -147,7 +146,7 @@ HOMES = {
 """Library -> the modules, or whole rooms, that may import it."""
 
 LAZY = {
-    *("transformers", "huggingface_hub", "matplotlib", "espeakng_loader", "faker", "silero_vad"),
+    *("transformers", "huggingface_hub", "matplotlib", "espeakng_loader", "faker"),
     *("lhotse", "datasets", "num2words", "av", "kokoro_onnx", "onnx", "onnxruntime"),
     "sklearn",
 }

@@ -2,8 +2,7 @@
 
 The published module keeps the state of one stream inside, behind a lock if several share it. Here
 the weights are read once and everybody shares them; a stream is its state, 1.3 KB. It is written
-in NumPy because a frame is so little to compute that most of the time goes into calling: a fifth of
-what the published module takes.
+in NumPy because a frame is so little to compute that most of the time goes into calling.
 """
 
 from __future__ import annotations

@@ -7,19 +7,13 @@ plausible one. So audio without speech never reaches it.
 from __future__ import annotations
 
 import heapq
-import warnings
-from functools import cache
-from threading import Lock
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmrag.speech.audio import SAMPLE_RATE
+from mmrag.speech.silero import FRAME, network
 
-FRAME = 512
-"""Samples that the detector looks at a time, at 16 kHz."""
 SPOKEN_FRAMES = 5
 """Frames with speech that make a clip speech: 160 ms, a short syllable."""
 HOP = 160
@@ -33,7 +27,6 @@ NOISE_LEVEL = 10 ** (-85 / 20)
 """Below it there is nothing to hear but the last digits of 16-bit samples."""
 MARGIN = 10 * HOP
 """Samples kept on either side of what is loud: a consonant starts softly."""
-_LOCK = Lock()
 
 
 def spoken(wave: Tensor, threshold: float) -> bool:
@@ -49,15 +42,15 @@ def probability(wave: Tensor, enough: float = 1.0) -> float:
 
     How loud the speech is makes no difference, down to NOISE_LEVEL."""
     wave = levelled(wave.float().cpu())
-    frames = functional.pad(wave, (0, -len(wave) % FRAME)).split(FRAME)
+    frames = functional.pad(wave, (0, -len(wave) % FRAME)).view(-1, FRAME).numpy()
     likeliest = [0.0] * min(SPOKEN_FRAMES, len(frames))
-    with _LOCK:  # the detector remembers the frames before
-        detector = _detector()
-        detector.reset_states()
-        for frame in frames:
-            heapq.heappushpop(likeliest, float(detector(frame, SAMPLE_RATE)))
-            if likeliest[0] >= enough:
-                break
+    detector = network()
+    state = detector.start()
+    for frame in frames:
+        likely, state = detector(frame, state)
+        heapq.heappushpop(likeliest, likely)
+        if likeliest[0] >= enough:
+            break
     return likeliest[0]
 
 
@@ -88,16 +81,3 @@ def levelled(wave: Tensor) -> Tensor:
     frames = wave.float()[: len(wave) // HOP * HOP].view(-1, HOP)
     loud = float(frames.square().mean(1).sqrt().quantile(0.99))
     return wave * (USUAL_LEVEL / loud) if NOISE_LEVEL < loud < QUIET_LEVEL else wave
-
-
-@cache
-def _detector() -> Any:
-    from silero_vad import load_silero_vad
-
-    with warnings.catch_warnings():
-        for kind in (FutureWarning, DeprecationWarning):  # of how Silero's weights are read
-            warnings.simplefilter("ignore", kind)
-        threads = torch.get_num_threads()
-        detector = load_silero_vad()
-        torch.set_num_threads(threads)  # loading sets one thread for the whole process
-    return detector

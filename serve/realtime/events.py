@@ -335,11 +335,6 @@ def timed(word: Word) -> dict[str, Any]:
     return {"word": word.text, "start": word.start, "end": word.end}
 
 
-def logprob(token: str, value: float) -> dict[str, Any]:
-    """A token and how likely it was."""
-    return {"token": token, "bytes": list(token.encode()), "logprob": value}
-
-
 def _no_event(name: object) -> str:
     if isinstance(name, str) and name.startswith(ELSEWHERE):
         return f"{name[:SHOWN]}: a transcription session does not answer, it has no such event"

@@ -12,6 +12,7 @@ import logging
 import time
 from asyncio import QueueEmpty, QueueFull
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, WebSocket
@@ -22,6 +23,7 @@ from serve import errors, schema
 from serve.access.keys import Caller, Keys
 from serve.access.places import Places
 from serve.access.quotas import Quotas
+from serve.answers import token_logprobs
 from serve.errors import ApiError
 from serve.messages import DecodeResult
 from serve.pipeline import Pipeline
@@ -173,14 +175,9 @@ class Realtime:
 
     def _logprobs(self, result: DecodeResult, words: int) -> list[dict[str, Any]]:
         """Of the tokens of the first words of a transcript, as the wire has them."""
-        tokens, sent = result.tokens[: result.ends[words - 1]], ""
-        found = []
-        for place, logp in enumerate(result.logps[: len(tokens)]):
-            text = self._vocabulary.decode(tokens[: place + 1])
-            added = text.removeprefix(sent) if text.startswith(sent) else ""
-            sent += added
-            found.append(events.logprob(added, logp))
-        return found
+        count = result.ends[words - 1]
+        first = replace(result, tokens=result.tokens[:count], logps=result.logps[:count])
+        return [one.model_dump() for one in token_logprobs(first, self._vocabulary)]
 
 
 class _Connection:

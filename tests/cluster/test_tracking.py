@@ -2,26 +2,13 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from recorded_runs import only_run
 
 from cluster import mounts
 from cluster.store import tracking_uri
 from cluster.tracking import run
 from mmrag import artifact
-from mmrag.config import Experiment, Tracking
-
-
-@pytest.fixture
-def tracking(experiment: Experiment, tmp_path: Path) -> Tracking:
-    """The session's store, under a name of this test's own."""
-    return Tracking(uri=experiment.tracking.uri, experiment=tmp_path.name)
-
-
-def only_run(tracking: Tracking, name: str):
-    client = MlflowClient(tracking_uri=tracking_uri(tracking))
-    experiment = client.get_experiment_by_name(tracking.experiment)
-    runs = client.search_runs([experiment.experiment_id])
-    [found] = [one for one in runs if one.info.run_name == name]
-    return client, found
+from mmrag.config import Tracking
 
 
 def test_a_relative_sqlite_path_is_made_absolute(tmp_path, monkeypatch):
