@@ -47,6 +47,7 @@ def measured(shares, monkeypatch, shape=SHAPE, peak=1e6, waits=(1.0, 3.0), secon
         meter = Meter(shape, VOCABULARY, member.rank, member.count, member.summed, CPU, peak)
         member.summed(torch.zeros(1))  # in step: they share the clock
         meter.begin()
+        member.summed(torch.zeros(1))  # nobody begins by a clock that another has set
         for rank in range(member.count):
             if rank == member.rank:
                 clock.now = 100.0 + waits[rank]
