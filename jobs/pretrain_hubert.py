@@ -19,7 +19,7 @@ from cluster.rejections import REJECTED, read_rejections, write_rejections
 from cluster.stages import device
 from cluster.tracking import Run
 from jobs import stage, tokenize
-from mmrag import shipped
+from mmrag import artifact, shipped
 from mmrag.artifact import Artifact, Draft, nothing
 from mmrag.config import Experiment, recipe
 from mmrag.corpora import augment
@@ -29,9 +29,12 @@ from mmrag.records import Rejection, Utterance
 from mmrag.speech import audio
 from mmrag.speech.hubert import HubertEncoder
 from mmrag.speech.pretraining import STATE, HeldOut, pretrain
-from mmrag.speech.targets import Phones
+from mmrag.speech.targets import Phones, Spelling
 from mmrag.speech.units import kmeans
+from mmrag.storage import located
 
+ERRORS = ("phone_errors_", "letter_errors_")
+"""What the names of error rates on held-out clips begin with."""
 HELD_OUT_CLIPS = 60
 """Of each domain of the dev split, on which the phone error rate is measured."""
 
@@ -60,13 +63,16 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         return _publish(experiment, force)
     corpus, _, _ = tokenize.opened(experiment)
     config = recipe({"seed": experiment.seed, "hubert": settings, "pretrain": experiment.pretrain})
+    inputs = {"corpus": corpus}
+    if base := experiment.pretrain.base:
+        inputs["base"] = _base(base)
 
     def work(draft: Draft, tracked: Run) -> None:
         steps = sum(each.steps for each in experiment.pretrain.rounds)
 
         def log(record: dict[str, Any]) -> None:
             step = record["step"]
-            errors = any(name.startswith("phone_errors_") for name in record)
+            errors = any(name.startswith(ERRORS) for name in record)
             if step % settings.log_steps == 0 or step == steps or errors:
                 tracked.log({name: record[name] for name in record if name != "step"}, step)
             if step % (steps // 8 or 1) == 0:
@@ -85,7 +91,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         last = last_record(draft.path)
         draft.summary |= {"steps": steps, "masked_accuracy": round(last["accuracy"], 3)}
         draft.summary |= {
-            name: round(rate, 3) for name, rate in last.items() if name.startswith("phone_errors_")
+            name: round(rate, 3) for name, rate in last.items() if name.startswith(ERRORS)
         }
 
     return stage.make(
@@ -93,7 +99,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         "hubert",
         "hubert",
         config,
-        {"corpus": corpus},
+        inputs,
         work,
         logs=(METRICS,),
         holds=partial(held_training, state=STATE),
@@ -124,6 +130,10 @@ def _pretrain(experiment: Experiment, directory: Path, processes: Processes) -> 
         unaligned = {number: say(one) for number, one in enumerate(spoken) if not one.phones}
         phones = Phones([one.phones for one in spoken], unaligned)
         held_out = _held_out(_spoken(splits.get("dev", ())), say)
+    settings, spelling = experiment.pretrain, None
+    if settings.spelling_weight:
+        spelling = Spelling([one.text for one in spoken], settings.alphabet)
+    base = HubertEncoder.load(_base(settings.base).path) if settings.base else None
     metrics: MetricsWriter | None = None
 
     def log(step: int, record: dict[str, float]) -> None:
@@ -161,9 +171,18 @@ def _pretrain(experiment: Experiment, directory: Path, processes: Processes) -> 
         recorder=augment.rough,
         processes=processes,
         timed=True,
+        spelling=spelling,
+        base=base,
     )
     if processes.rank == 0:
         encoder.save(directory)
+
+
+def _base(name: str) -> Artifact:
+    """The encoder that is trained further; ArtifactError where there is none."""
+    if name.startswith(shipped.PREFIX):
+        return artifact.load(shipped.find(name) / "hubert", "hubert")
+    return artifact.load(located(name), "hubert")
 
 
 def _spoken(rows: tokenize.Rows) -> list[Utterance]:
@@ -178,7 +197,9 @@ def _held_out(dev: Sequence[Utterance], say: Pronunciation) -> dict[str, HeldOut
             domains[one.domain].append(one)
     return {
         re.sub(r"[^\w-]", "_", domain) or "dev": HeldOut(
-            Waves(clips), [list(filter(None, say(one))) for one in clips]
+            Waves(clips),
+            [list(filter(None, say(one))) for one in clips],
+            [one.text or "" for one in clips],
         )
         for domain, clips in domains.items()
     }

@@ -167,6 +167,14 @@ class Pretrain(Section):
     balance: float = Field(default=1, ge=0, le=1)
     """How much oftener a speaker of more clips is drawn: as the number of them to this power. 1
     draws every clip alike, 0 every speaker."""
+    spelling_weight: float = Field(default=0, ge=0)
+    """Weight of CTC (Graves et al. 2006) in the loss: a head on `hubert.layer` learns to spell what
+    is written of each whole clip, and goes into the artifact. 0 for no head."""
+    alphabet: str = " 'abcdefghijklmnopqrstuvwxyz"
+    """Letters that it spells with; a space is the gap between words."""
+    base: str | None = None
+    """An encoder of this shape that is trained further: a model of this package (`mmrag:small`) or
+    an artifact's directory; None to begin with random weights."""
     sample_seconds: PositiveFloat
     """Audio whose features k-means sees."""
     leave_out: Correction[tuple[str, ...]] = ()
@@ -186,6 +194,8 @@ class Pretrain(Section):
 
     @model_validator(mode="after")
     def _first_round(self) -> Pretrain:
+        if len(set(self.alphabet)) < len(self.alphabet):
+            raise ValueError(f"alphabet {self.alphabet!r} has a letter twice")
         if self.rounds[0].target == "hubert":
             raise ValueError("the first round has no previous features to be its target")
         return self

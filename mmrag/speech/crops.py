@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mmrag.config import Pretrain
 from mmrag.speech.audio import SAMPLE_RATE
 from mmrag.speech.hubert import HubertEncoder
-from mmrag.speech.targets import Phones, Targets
+from mmrag.speech.targets import Phones, Spelling, Targets
 
 PADDING = 0.15
 """How much shorter than the longest of a group a crop may be that is computed with it."""
@@ -80,6 +80,9 @@ class Batch(NamedTuple):
     """Log-mel bands that are hidden, (B, M) bool."""
     warps: Tensor | None = None
     """What the places of a crop's bands are multiplied by, (B,)."""
+    letters: Sequence[Tensor | None] = ()
+    """What is spelled in each crop, (N,); None in one that is not a whole clip. Nothing where
+    nobody spells."""
     dealt: Sequence[Sequence[int]] = ()
     """The clips of every process's crops, where several share the step; it holds those of one."""
 
@@ -100,6 +103,7 @@ class Batch(NamedTuple):
                 [self.sequences[row] for row in rows],
                 None if self.bands is None else self.bands[rows],
                 None if self.warps is None else self.warps[rows],
+                [self.letters[row] for row in rows] if self.letters else (),
             )
 
     def shares(self, frames: Callable[[int], int], count: int) -> list[list[Batch]]:
@@ -140,6 +144,8 @@ class _Crop(NamedTuple):
     first: int
     """Its first frame."""
     samples: int
+    whole: bool
+    """Whether it is all of its clip."""
     elsewhere: int | None
     """Seed by which it is recorded anew; None where it stays as it is."""
     wave: Tensor | None
@@ -158,13 +164,15 @@ def draw(
     chances: Tensor | None = None,
     record: Recorder | None = None,
     share: Share | None = None,
+    spelling: Spelling | None = None,
 ) -> Batch:
     """Random crops of random clips, `batch_seconds` in all, and masks over their frames and bands.
 
     A clip that is left out is passed over where it is drawn, and so is one that is not aligned,
-    unless `unaligned`: such a one is whole. `chances` (N,) has those of each clip, all alike
-    without. `record` makes the share `settings.rough` of the crops sound otherwise. A clip that
-    cannot be read, or holds no frame, is told to `reject` and passed over. ValueError where none
+    unless `unaligned`: such a one is whole. `spelling` has the letters of whole clips. `chances`
+    (N,) has those of each clip, all alike without. `record` makes the share `settings.rough` of the
+    crops sound otherwise. A clip that cannot be read, or holds no frame, is told to `reject` and
+    passed over. ValueError where none
     is left.
 
     With a `share`, all its processes draw the same crops, and each computes its own, as many frames
@@ -196,6 +204,9 @@ def draw(
         sequences=[crop.sequence for crop in own],
         bands=None if bands is None else bands[rows],
         warps=None if warps is None else warps[rows],
+        letters=[spelling[crop.clip] if crop.whole else None for crop in own]
+        if spelling is not None
+        else (),
         dealt=[[crops[row].clip for row in each] for each in dealt] if share else (),
     )
 
@@ -241,7 +252,7 @@ def _crops(
         elsewhere = None
         if recorded and sequence is None and _happens(settings.rough, generator):
             elsewhere = _below(2**62, generator)
-        yield _Crop(clip, sequence, first, samples, elsewhere, wave)
+        yield _Crop(clip, sequence, first, samples, not spare, elsewhere, wave)
         missing -= samples
 
 

@@ -36,6 +36,8 @@ MEL_FIELD, MEL_HOP = 400, 160
 """Samples of a window of log-mel bands that are stacked, and from one to the next."""
 
 POSITION_GROUPS = 16
+SPELLER = "speller."
+"""What the names of the CTC head's weights begin with, in a file."""
 
 
 def window(convolutions: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -61,6 +63,7 @@ class HubertEncoder(nn.Module):
         mel: bool = False,
         stack: int | None = None,
         convolved: bool = False,
+        alphabet: str | None = None,
     ) -> None:
         """Random weights; `create`, `from_published` and `load` are the usual ways in.
 
@@ -69,7 +72,7 @@ class HubertEncoder(nn.Module):
         `normalize` scales each clip to zero mean and unit variance first. `mel` puts as many
         log-mel bands as the convolutions have channels in their place, over the same windows; or,
         with `stack`, those of so many windows of MEL_FIELD samples, MEL_HOP apart, together:
-        side by side, or `convolved`.
+        side by side, or `convolved`. With an `alphabet` there is a CTC head that spells in it.
         """
         super().__init__()
         layers = architecture["encoder_num_layers"]
@@ -95,10 +98,15 @@ class HubertEncoder(nn.Module):
         elif mel:
             self.model.feature_extractor = LogMel(shapes[-1][0], self.field, self.hop)
         self.width: int = self.architecture["encoder_embed_dim"]
+        self.alphabet = alphabet
+        self.speller: nn.Module | None = None
+        if alphabet:
+            head = nn.Linear(self.width, 1 + len(alphabet))
+            self.speller = nn.Sequential(nn.LayerNorm(self.width), head)
 
     @classmethod
-    def create(cls, config: Hubert, seed: int) -> HubertEncoder:
-        """Random weights in the shape of `config`.
+    def create(cls, config: Hubert, seed: int, alphabet: str | None = None) -> HubertEncoder:
+        """Random weights in the shape of `config`, with a head that spells in `alphabet` or none.
 
         Group norm comes with HuBERT base's arrangement (normalise after each block), layer norm
         with large's (normalise before it, biases in the convolutions, normalised waveforms). The
@@ -129,7 +137,7 @@ class HubertEncoder(nn.Module):
             mel = config.front == "mel"
             normalize = large or mel
             front = {"mel": mel, "stack": config.stack, "convolved": config.convolved}
-            encoder = cls(architecture, config.layer, normalize, **front)
+            encoder = cls(architecture, config.layer, normalize, **front, alphabet=alphabet)
             for module in encoder.model.feature_extractor.modules():
                 if isinstance(module, nn.Conv1d):
                     nn.init.kaiming_normal_(module.weight)
@@ -159,7 +167,12 @@ class HubertEncoder(nn.Module):
         """Read what `save` wrote."""
         directory = local(directory)
         encoder = cls(**json.loads((directory / "hubert.json").read_text()))
-        encoder.model.load_state_dict(load_file(directory / "hubert.safetensors"))
+        state = load_file(directory / "hubert.safetensors")
+        spelling = {name: state.pop(name) for name in list(state) if name.startswith(SPELLER)}
+        encoder.model.load_state_dict(state)
+        if encoder.speller is not None:
+            named = {name.removeprefix(SPELLER): value for name, value in spelling.items()}
+            encoder.speller.load_state_dict(named)
         return encoder
 
     def save(self, directory: Path | str) -> None:
@@ -168,7 +181,11 @@ class HubertEncoder(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         stacked = {"stack": self.stack} if self.stack else {}
         stacked |= {"convolved": True} if self.convolved else {}
-        state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
+        stacked |= {"alphabet": self.alphabet} if self.alphabet else {}
+        state = dict(self.model.state_dict())
+        if self.speller is not None:
+            state |= {SPELLER + name: own for name, own in self.speller.state_dict().items()}
+        state = {name: value.contiguous() for name, value in state.items()}
         save_file(state, directory / "hubert.safetensors")
         write_json(
             directory / "hubert.json",
@@ -232,6 +249,13 @@ class HubertEncoder(nn.Module):
         output = self.contextualize(projected, frames, self.layer if layer is None else layer)
         return [row[:count] for row, count in zip(output, frames.tolist(), strict=True)]
 
+    def spell(self, features: Tensor) -> Tensor:
+        """Log-probabilities (..., 1 + A) of the blank and of each letter of the alphabet, from
+        `features` (..., D). Raises ValueError for an encoder without a CTC head."""
+        if self.speller is None:
+            raise ValueError("this encoder has no CTC head")
+        return self.speller(features).float().log_softmax(-1)
+
     @property
     def bands(self) -> int:
         """Log-mel bands of a window; 0 where convolutions hear the wave."""
@@ -268,16 +292,34 @@ class HubertEncoder(nn.Module):
 
         Without a layer: the whole transformer and its final norm, if it has one.
         """
+        inputs, mask = self._masked(inputs, frames)
+        transformer = self.model.encoder.transformer
+        if layer is None:
+            return transformer(inputs, attention_mask=mask)
+        return transformer.get_intermediate_outputs(inputs, mask, layer)[-1]
+
+    def contextualize_twice(self, inputs: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """As `contextualize`: the output of the encoder's own layer, and the whole transformer's,
+        (B, F, D) both."""
+        inputs, mask = self._masked(inputs, frames)
+        transformer = self.model.encoder.transformer
+        outputs = transformer.get_intermediate_outputs(inputs, mask)
+        last = outputs[-1]
+        if not transformer.layer_norm_first:  # torchaudio's name for a norm that is not at the end
+            last = transformer.layer_norm(last)
+        return outputs[self.layer - 1], last
+
+    @staticmethod
+    def _masked(inputs: Tensor, frames: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Inputs without what is beyond a clip's own frames, and the mask that keeps it out of
+        attention; None where there is nothing beyond."""
         mask = None
         inside = torch.arange(inputs.shape[1]) < frames[:, None]
         if not inside.all():
             inside = inside.to(inputs.device)
             inputs = inputs * inside[..., None]
             mask = inside[:, None, None, :].expand(-1, 1, inputs.shape[1], -1)
-        transformer = self.model.encoder.transformer
-        if layer is None:
-            return transformer(inputs, attention_mask=mask)
-        return transformer.get_intermediate_outputs(inputs, mask, layer)[-1]
+        return inputs, mask
 
     def _convolve(self, waves: Tensor) -> Tensor:
         """Waves (B, T) through torchaudio's convolution blocks, kept as (B, T', C) throughout.

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from itertools import repeat
 from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from mmrag.processes import Alone, Processes
 from mmrag.speech.audio import SAMPLE_RATE
 from mmrag.speech.crops import Batch, Recorder, Reject, Share, balanced, draw, rejected
 from mmrag.speech.hubert import HubertEncoder, generator_at, seeded_at
-from mmrag.speech.targets import Phones, Targets, align, evidence, loud, mfcc
+from mmrag.speech.targets import Phones, Spelling, Targets, align, evidence, loud, mfcc
 
 STATE = ".pretrain.pt"
 """What an unfinished pretraining goes on from."""
@@ -36,18 +37,37 @@ WARMUP_SHARE = 0.08
 """Share of a round's steps in which the learning rate rises."""
 UNALIGNED_AFTER = 0.4
 """Share of a round's steps before which its own guesses align no clip."""
+ALIGNED_BY_BASE = 0.1
+"""The same where an encoder is trained further, which only has to learn the phones' names."""
 CLIP = 1.0
 """Largest gradient norm."""
 Cluster = Callable[[np.ndarray, int, int], np.ndarray]
 """Features (N, D), number of clusters K, seed -> centroids (K, D)."""
 
 
+class Sums(NamedTuple):
+    """What is added up over the crops of a step."""
+
+    loss: Tensor
+    """Of the frames, weighted, and of the letters."""
+    count: Tensor
+    """Weights of the frames."""
+    correct: Tensor
+    """Masked frames whose class was guessed."""
+    masked: Tensor
+    letter_loss: Tensor
+    """CTC's, nats."""
+    letters: Tensor
+
+
 class MaskedPrediction(nn.Module):
     """The encoder with a head that guesses the class of frames it was not shown."""
 
-    def __init__(self, encoder: HubertEncoder, classes: int) -> None:
+    def __init__(self, encoder: HubertEncoder, classes: int, spelling_weight: float = 0) -> None:
+        """`spelling_weight` is that of the encoder's CTC head in the loss."""
         super().__init__()
         self.encoder = encoder
+        self.spelling_weight = spelling_weight
         self.mask_embedding = nn.Parameter(torch.rand(encoder.width))
         self.projection = nn.Linear(encoder.width, encoder.width)
         self.class_embeddings = nn.Parameter(torch.randn(classes, encoder.width))
@@ -62,25 +82,33 @@ class MaskedPrediction(nn.Module):
         sequences: Sequence[Tensor | None] | None = None,
         bands: Tensor | None = None,
         warps: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Summed loss, the count it is a sum over, how many masked frames were guessed right, and
-        of how many.
+        letters: Sequence[Tensor | None] | None = None,
+        aligns: bool = True,
+    ) -> Sums:
+        """What some crops add to a step.
 
         `waves` (B, T) prepared and padded, `lengths` (B,) samples; `targets` (B, F) int64 and
         `mask` (B, F) bool, false in the padding. A masked frame counts 1, any other `seen_weight`
         (section 2.3). Logits are cosines over a temperature of 0.1. The targets of a clip with a
         sequence of classes (N,) are what the model itself thinks likeliest for each frame, given
-        that it holds just that sequence; without any where it is too short for it. `bands` (B, M)
-        are hidden from the encoder, and `warps` (B,) stretch what it hears.
+        that it holds just that sequence; without any where it is too short for it, or nothing
+        `aligns`. `bands` (B, M) are hidden from the encoder, and `warps` (B,) stretch what it
+        hears. The CTC head is to spell the `letters` (N,) of the clips that have some.
         """
         frames = torch.tensor([self.encoder.frames(length) for length in lengths.tolist()])
         inputs = self.encoder.project(waves, lengths, bands, warps)
-        hidden = self.encoder.contextualize(
-            torch.where(mask[..., None], self.mask_embedding, inputs), frames
-        )
+        shown = torch.where(mask[..., None], self.mask_embedding, inputs)
+        if letters and self.spelling_weight:
+            features, hidden = self.encoder.contextualize_twice(shown, frames)
+            letter_loss, count = self._spelled(features, frames, letters)
+        else:
+            hidden = self.encoder.contextualize(shown, frames)
+            letter_loss, count = hidden.new_zeros(()), 0
         inside = torch.arange(mask.shape[1], device=mask.device) < frames.to(mask.device)[:, None]
         for row, sequence in enumerate(sequences or ()):
-            if sequence is not None:
+            if sequence is not None and not aligns:
+                inside[row] = False
+            elif sequence is not None:
                 with torch.no_grad():
                     guesses = self._logits(hidden[row, : frames[row]]).log_softmax(-1).cpu()
                 encoder = self.encoder
@@ -96,7 +124,30 @@ class MaskedPrediction(nn.Module):
         weights = torch.where(mask[scored], 1.0, seen_weight)
         losses = F.cross_entropy(logits, targets[scored], reduction="none")
         correct = (logits.argmax(-1) == targets[scored]) & mask[scored]
-        return (losses * weights).sum(), weights.sum(), correct.sum(), masked.sum()
+        loss = (losses * weights).sum() + self.spelling_weight * letter_loss
+        letters_said = torch.tensor(count, device=loss.device)
+        return Sums(
+            loss, weights.sum(), correct.sum(), masked.sum(), letter_loss.detach(), letters_said
+        )
+
+    def _spelled(
+        self, features: Tensor, frames: Tensor, letters: Sequence[Tensor | None]
+    ) -> tuple[Tensor, int]:
+        """CTC's loss, nats, and the number of letters that it is a sum over. A clip too short for
+        its letters counts as none."""
+        rows = [row for row, each in enumerate(letters) if each is not None and len(each)]
+        if not rows:
+            return features.new_zeros(()), 0
+        spelled = [letters[row] for row in rows]
+        loss = F.ctc_loss(
+            self.encoder.spell(features[rows]).transpose(0, 1),
+            torch.cat(spelled).to(features.device),
+            frames[rows],
+            torch.tensor([len(each) for each in spelled]),
+            reduction="sum",
+            zero_infinity=True,
+        )
+        return loss, sum(map(len, spelled))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         guesses = F.normalize(self.projection(hidden), dim=-1)
@@ -113,6 +164,13 @@ class MaskedPrediction(nn.Module):
         best = self._logits(hidden[0]).argmax(-1).unique_consecutive()
         return best[best > 0].tolist()
 
+    @torch.inference_mode()
+    def spell(self, wave: Tensor) -> str:
+        """What the CTC head spells of a clip (T,), letter by letter."""
+        best = self.encoder.spell(self.encoder.features([wave])[0]).argmax(-1)
+        numbers = best.unique_consecutive()
+        return "".join(self.encoder.alphabet[number - 1] for number in numbers.tolist() if number)
+
 
 class Round:
     """What one round of pretraining changes, and what it needs to be taken up again."""
@@ -127,6 +185,7 @@ class Round:
         classes: int,
         threads: int = 1,
         processes: Processes | None = None,
+        spelling_weight: float = 0,
     ) -> None:
         """The encoder as the round before left it is this round's teacher and starting point.
         `threads` share the crops of a step, or of this process's share of it."""
@@ -141,7 +200,7 @@ class Round:
         self.centroids: Tensor | None = None
         self.teacher = deepcopy(encoder) if plan.target == "hubert" else None
         with seeded_at(seed, number):
-            self.model = MaskedPrediction(encoder, classes).to(encoder.device)
+            self.model = MaskedPrediction(encoder, classes, spelling_weight).to(encoder.device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, fused=True
         )
@@ -206,9 +265,14 @@ class Round:
         return torch.from_numpy(centroids)
 
     def train_step(
-        self, batch: Batch, learning_rate: float, named: Callable[[int], str] = str
+        self,
+        batch: Batch,
+        learning_rate: float,
+        named: Callable[[int], str] = str,
+        aligns: bool = True,
     ) -> dict[str, float]:
-        """One step: its mean loss, and its accuracy on the masked frames.
+        """One step: its mean loss, its accuracy on the masked frames, and CTC's nats a letter where
+        something is spelled; `aligns` as in `MaskedPrediction`.
 
         Raises NonFiniteLoss, with the clips `named`, before it is taken on a loss or a gradient
         that is no number.
@@ -217,11 +281,11 @@ class Round:
             group["lr"] = learning_rate
         shares = batch.shares(self.model.encoder.frames, self.threads)
         if len(shares) <= 1:
-            worked = [self._gradients(share) for share in shares]
+            worked = [self._gradients(share, aligns) for share in shares]
         else:
-            worked = list(self._pool.map(self._gradients, shares))
+            worked = list(self._pool.map(self._gradients, shares, repeat(aligns)))
         sums, losses, gradients = self._added(worked)
-        loss, count, correct, masked = sums
+        loss, count, correct, masked, letter_loss, letters = Sums(*sums)
         count = count.clamp(min=1)
         loss = loss / count
         for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
@@ -235,15 +299,17 @@ class Round:
         self.optimizer.step()
         self.step += 1
         accuracy = correct.item() / max(1, int(masked))
-        return {"loss": loss.item(), "accuracy": accuracy, "gradient_norm": norm.item()}
+        told = {"loss": loss.item(), "accuracy": accuracy, "gradient_norm": norm.item()}
+        return told | ({"letter_loss": (letter_loss / letters).item()} if letters else {})
 
     def _added(
         self, worked: Sequence[tuple[Tensor, tuple[Tensor | None, ...]]]
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """Over all that was worked, in all processes: what `MaskedPrediction` gives (4,), the
+        """Over all that was worked, in all processes: `Sums`, in order, (6,), the
         summed loss of each process (P,), and the gradients; None for weights without any."""
         parameters, processes = list(self.model.parameters()), self._processes
-        sums = sum((each for each, _ in worked), torch.zeros(4, device=self.model.encoder.device))
+        none = torch.zeros(len(Sums._fields), device=self.model.encoder.device)
+        sums = sum((each for each, _ in worked), none)
         gradients: list[Tensor | None] = [None] * len(parameters)
         if worked:
             of_shares = zip(*(each for _, each in worked), strict=True)
@@ -262,9 +328,11 @@ class Round:
             gradients = [one if somewhere else None for one, somewhere in anywhere]
         return sums, losses, gradients
 
-    def _gradients(self, share: Sequence[Batch]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """What `MaskedPrediction` gives for some of a step's crops, (4,), and the gradients of
-        their summed loss."""
+    def _gradients(
+        self, share: Sequence[Batch], aligns: bool
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """`Sums` of some of a step's crops, in order, (6,), and the gradients of their summed
+        loss."""
         device = self.model.encoder.device
         sums = []
         for group in share:
@@ -273,7 +341,8 @@ class Round:
                 each if each is None else each.to(device) for each in (group.bands, group.warps)
             )
             told = (group.waves, group.lengths, targets, mask, self.seen_weight, group.sequences)
-            sums.append(torch.stack(self.model(*told, *disguise)))
+            added = self.model(*told, *disguise, group.letters, aligns)
+            sums.append(torch.stack([one.float() for one in added]))
         total = torch.stack(sums).sum(0)
         parameters = list(self.model.parameters())
         gradients = torch.autograd.grad(total[0], parameters, allow_unused=True)
@@ -333,6 +402,8 @@ def pretrain(
     recorder: Recorder | None = None,
     processes: Processes | None = None,
     timed: bool = False,
+    spelling: Spelling | None = None,
+    base: HubertEncoder | None = None,
 ) -> HubertEncoder:
     """An encoder of shape `config`, pretrained on `waves`: (T_i,) each, at 16 kHz.
 
@@ -354,7 +425,9 @@ def pretrain(
     `speakers` who says each, by whom they are balanced. In rounds whose targets are phones, the
     phone error rate on `held_out` clips, by name, stands in the record of each checkpoint's step
     as `phone_errors_<name>`. `recorder` makes crops sound otherwise (`settings.rough`). A clip that
-    cannot be read is told to `reject`, if there is one, and left out. Raises ValueError if there is
+    cannot be read is told to `reject`, if there is one, and left out. `base` is trained further in
+    place of random weights. With `spelling` the encoder has a CTC head, which spells whole clips
+    from the first step on; `letter_errors_<name>` is its error rate. Raises ValueError if there is
     no audio, or a crop holds no frame, NonFiniteLoss before a step is taken on a loss that is no
     number.
     """
@@ -378,7 +451,7 @@ def pretrain(
 
     processes = processes or Alone()
     share = Share(processes.rank, processes.count, {}) if processes.count > 1 else None
-    encoder = HubertEncoder.create(config, seed).to(device)
+    encoder = _started(config, seed, spelling, base).to(device)
     phones = phones and phones.framed(encoder.field, encoder.hop)
     if phones is None and any(plan.target == "phones" for plan in settings.rounds):
         raise ValueError("a round's target is phones, and the corpus has no alignment")
@@ -398,8 +471,11 @@ def pretrain(
         if number >= saved.get("number", 0):
             clustered = plan.target != "phones"
             classes = plan.classes if clustered else phones.classes
-            weight = settings.seen_weight
-            current = Round(encoder, plan, number, seed, weight, classes, threads, processes)
+            weights = {"seen_weight": settings.seen_weight}
+            weights |= {"spelling_weight": settings.spelling_weight}
+            shared = {"threads": threads, "processes": processes}
+            current = Round(encoder, plan, number, seed, classes=classes, **weights, **shared)
+            aligned_after = (ALIGNED_BY_BASE if base else UNALIGNED_AFTER) * plan.steps
             if number == saved.get("number"):
                 current.restore(saved)
             elif clustered:
@@ -409,15 +485,19 @@ def pretrain(
                 targets = Targets(waves, current.describe, current.centroids)
 
             def drawn(
-                step: int, number: int = number, plan: PretrainRound = plan, targets: Any = targets
+                step: int,
+                number: int = number,
+                targets: Any = targets,
+                aligned_after: float = aligned_after,
             ) -> Batch:
                 generator = generator_at(seed, number, step)
-                unaligned = step >= UNALIGNED_AFTER * plan.steps
+                unaligned = spelling is not None or step >= aligned_after
                 return draw(
                     *(encoder, waves, targets, settings, generator, left_out, leave, unaligned),
                     chances=chances,
                     record=recorder,
                     share=share,
+                    spelling=spelling,
                 )
 
             reading = ahead(drawn, range(current.step, plan.steps))
@@ -426,7 +506,8 @@ def pretrain(
                 batch = next(reading)
                 waited = monotonic() - began
                 rate = settings.learning_rate * schedule(current.step, plan.steps)
-                metrics = current.train_step(batch, rate, names.__getitem__)
+                aligns = current.step >= aligned_after
+                metrics = current.train_step(batch, rate, names.__getitem__, aligns)
                 if timed:
                     seconds = monotonic() - began
                     metrics |= {"seconds": seconds, "data_wait": waited / seconds}
@@ -436,6 +517,9 @@ def pretrain(
                         for name, clips in (held_out or {}).items():
                             rate_of = phone_error_rate(current.model, clips, phones, processes)
                             metrics[f"phone_errors_{name}"] = rate_of
+                            if spelling is not None:
+                                rate_of = letter_error_rate(current.model, clips, processes)
+                                metrics[f"letter_errors_{name}"] = rate_of
                 if processes.rank == 0:
                     log(
                         past + current.step,
@@ -452,6 +536,27 @@ class HeldOut(NamedTuple):
     """(T_i,) each, at 16 kHz."""
     phones: Sequence[Sequence[str]]
     """What is said in each."""
+    texts: Sequence[str] = ()
+    """The same, as it is written."""
+
+
+def _started(
+    config: Hubert, seed: int, spelling: Spelling | None, base: HubertEncoder | None
+) -> HubertEncoder:
+    """The encoder that is trained: random weights, or those of `base`, but for a head that it lacks
+    or that spells in another alphabet. Raises ValueError for a base of another shape."""
+    encoder = HubertEncoder.create(config, seed, spelling.alphabet if spelling else None)
+    if base is None:
+        return encoder
+    fixed = ("architecture", "layer", "normalize", "mel", "stack", "convolved")
+    for name in fixed:
+        own, theirs = getattr(encoder, name), getattr(base, name)
+        if own != theirs:
+            raise ValueError(f"pretrain.base: {name} {theirs}, and hubert is {own}")
+    encoder.model.load_state_dict(base.model.state_dict())
+    if spelling and base.alphabet == spelling.alphabet:
+        encoder.speller.load_state_dict(base.speller.state_dict())
+    return encoder
 
 
 def phone_error_rate(
@@ -474,6 +579,24 @@ def phone_error_rate(
     processes.add([counts])
     errors, said = counts.tolist()
     return errors / max(1, said)
+
+
+def letter_error_rate(
+    model: MaskedPrediction, clips: HeldOut, processes: Processes | None = None
+) -> float:
+    """Errors in the letters that the CTC head spells, a letter that is written.
+
+    Each of several processes reads some clips.
+    """
+    processes = processes or Alone()
+    counts = torch.zeros(2)
+    for clip in range(processes.rank, len(clips.waves), processes.count):
+        text = clips.texts[clip]
+        errors = torchaudio.functional.edit_distance(model.spell(clips.waves[clip]), text)
+        counts += torch.tensor([errors, len(text)])
+    processes.add([counts])
+    errors, written = counts.tolist()
+    return errors / max(1, written)
 
 
 def schedule(step: int, steps: int) -> float:

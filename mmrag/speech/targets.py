@@ -131,6 +131,24 @@ def loud(wave: Tensor, field: int, hop: int) -> Tensor:
     return decibels > (decibels.quantile(0.95) + decibels.quantile(0.05)) / 2
 
 
+class Spelling:
+    """What a CTC head is to spell of each clip that somebody wrote down."""
+
+    def __init__(self, texts: Sequence[str | None], alphabet: str) -> None:
+        """`texts` as they are transcribed; a letter that `alphabet` lacks is left out."""
+        self.alphabet = alphabet
+        self._texts = texts
+        self._number = {letter: number for number, letter in enumerate(alphabet, start=1)}
+
+    def __getitem__(self, clip: int) -> Tensor | None:
+        """The letters (N,) int64 of clip number `clip`, from 1; None where it has no text."""
+        text = self._texts[clip]
+        if text is None:
+            return None
+        known = (self._number.get(letter) for letter in text)
+        return torch.tensor([number for number in known if number], dtype=torch.long)
+
+
 def evidence(guesses: Tensor, loud: Tensor) -> Tensor:
     """What log-probabilities (F, C) of a clip say for each class, to align by.
 

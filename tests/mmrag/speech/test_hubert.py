@@ -379,13 +379,13 @@ def test_the_loss_is_cross_entropy_of_cosines_over_a_tenth(encoder):
     model = MaskedPrediction(encoder, classes=5)
     waves, lengths, targets, mask = masked_batch(encoder)
     with torch.no_grad():
-        loss, count, correct, guessed = model(waves, lengths, targets, mask)
+        loss, count, correct, guessed, *_ = model(waves, lengths, targets, mask)
         inputs = encoder.project(waves, lengths)
         inputs[mask] = model.mask_embedding
         frames = torch.tensor([encoder.frames(length) for length in LENGTHS])
         hidden = model.projection(encoder.contextualize(inputs, frames))
         logits = torch.cosine_similarity(hidden[..., None, :], model.class_embeddings, dim=-1) / 0.1
-        with_seen, seen_count, same, _ = model(waves, lengths, targets, mask, seen_weight=0.5)
+        with_seen, seen_count, same, *_ = model(waves, lengths, targets, mask, seen_weight=0.5)
     terms = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
     inside = torch.arange(mask.shape[1]) < frames[:, None]
     assert count == mask.sum()
@@ -858,7 +858,7 @@ def test_of_a_clip_that_nobody_aligned_the_likeliest_alignment_is_its_target():
             return model(batch.waves, batch.lengths, targets, batch.mask, 1.0, sequences)
 
     targets = batch.targets.clone()
-    loss, count, _, guessed = loss_of(targets, batch.sequences)
+    loss, count, _, guessed, *_ = loss_of(targets, batch.sequences)
     assert count == sum(frames) and guessed == batch.mask.sum()
     for row in rows:
         path = targets[row, : frames[row]].unique_consecutive()
