@@ -175,6 +175,9 @@ class Pretrain(Section):
     base: str | None = None
     """An encoder of this shape that is trained further: a model of this package (`mmrag:small`) or
     an artifact's directory; None to begin with random weights."""
+    anchor_weight: float = Field(default=0, ge=0)
+    """Weight of how far the features of aligned clips move away from the base's: a language model
+    that reads the base's units goes on understanding what is clear, while the others move to it."""
     sample_seconds: PositiveFloat
     """Audio whose features k-means sees."""
     leave_out: Correction[tuple[str, ...]] = ()
@@ -196,6 +199,8 @@ class Pretrain(Section):
     def _first_round(self) -> Pretrain:
         if len(set(self.alphabet)) < len(self.alphabet):
             raise ValueError(f"alphabet {self.alphabet!r} has a letter twice")
+        if self.anchor_weight and not self.base:
+            raise ValueError("anchor_weight: there is no base to stay near")
         if self.rounds[0].target == "hubert":
             raise ValueError("the first round has no previous features to be its target")
         return self

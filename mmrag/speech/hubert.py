@@ -99,10 +99,8 @@ class HubertEncoder(nn.Module):
             self.model.feature_extractor = LogMel(shapes[-1][0], self.field, self.hop)
         self.width: int = self.architecture["encoder_embed_dim"]
         self.alphabet = alphabet
-        self.speller: nn.Module | None = None
-        if alphabet:
-            head = nn.Linear(self.width, 1 + len(alphabet))
-            self.speller = nn.Sequential(nn.LayerNorm(self.width), head)
+        heads = self.architecture["encoder_num_heads"]
+        self.speller = Speller(self.width, heads, len(alphabet)) if alphabet else None
 
     @classmethod
     def create(cls, config: Hubert, seed: int, alphabet: str | None = None) -> HubertEncoder:
@@ -249,12 +247,19 @@ class HubertEncoder(nn.Module):
         output = self.contextualize(projected, frames, self.layer if layer is None else layer)
         return [row[:count] for row, count in zip(output, frames.tolist(), strict=True)]
 
-    def spell(self, features: Tensor) -> Tensor:
-        """Log-probabilities (..., 1 + A) of the blank and of each letter of the alphabet, from
-        `features` (..., D). Raises ValueError for an encoder without a CTC head."""
+    def spell(self, features: Tensor, frames: Tensor | None = None) -> Tensor:
+        """Log-probabilities (F, 1 + A) of the blank and of each letter of the alphabet, from the
+        `features` (F, D) of a clip; or (B, F, 1 + A) of several (B, F, D), `frames` (B,) of them
+        real. Raises ValueError for an encoder without a CTC head."""
         if self.speller is None:
             raise ValueError("this encoder has no CTC head")
-        return self.speller(features).float().log_softmax(-1)
+        if features.ndim == 2:
+            return self.spell(features[None])[0]
+        beyond = None
+        if frames is not None:
+            beyond = torch.arange(features.shape[1]) >= frames[:, None]
+            beyond = beyond.to(features.device)
+        return self.speller(features, beyond).float().log_softmax(-1)
 
     @property
     def bands(self) -> int:
@@ -347,6 +352,24 @@ class HubertEncoder(nn.Module):
                 output = norm(output.transpose(1, 2)).transpose(1, 2)
             output = F.gelu(output)
         return output
+
+
+class Speller(nn.Module):
+    """The CTC head: a transformer layer of half the encoder's feed-forward over the features of a
+    clip, since how a sound is spelled depends on those around it, and a letter a frame."""
+
+    def __init__(self, width: int, heads: int, letters: int) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(
+            width, heads, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True
+        )
+        self.norm = nn.LayerNorm(width)
+        self.letters = nn.Linear(width, 1 + letters)
+
+    def forward(self, features: Tensor, beyond: Tensor | None = None) -> Tensor:
+        """Features (B, F, D), without those `beyond` (B, F) a clip's end, to logits
+        (B, F, 1 + A)."""
+        return self.letters(self.norm(self.layer(features, src_key_padding_mask=beyond)))
 
 
 class LogMel(nn.Module):

@@ -5,6 +5,7 @@ audio; it has never seen a unit or a file of speech."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -63,11 +64,21 @@ class Sums(NamedTuple):
 class MaskedPrediction(nn.Module):
     """The encoder with a head that guesses the class of frames it was not shown."""
 
-    def __init__(self, encoder: HubertEncoder, classes: int, spelling_weight: float = 0) -> None:
-        """`spelling_weight` is that of the encoder's CTC head in the loss."""
+    def __init__(
+        self,
+        encoder: HubertEncoder,
+        classes: int,
+        spelling_weight: float = 0,
+        anchor_weight: float = 0,
+        base: HubertEncoder | None = None,
+    ) -> None:
+        """`spelling_weight` is that of the encoder's CTC head in the loss, `anchor_weight` that of
+        how far its features are from those of `base`."""
         super().__init__()
         self.encoder = encoder
         self.spelling_weight = spelling_weight
+        self.anchor_weight = anchor_weight
+        self._base = [base]  # no part of it: it is not trained
         self.mask_embedding = nn.Parameter(torch.rand(encoder.width))
         self.projection = nn.Linear(encoder.width, encoder.width)
         self.class_embeddings = nn.Parameter(torch.randn(classes, encoder.width))
@@ -98,13 +109,17 @@ class MaskedPrediction(nn.Module):
         frames = torch.tensor([self.encoder.frames(length) for length in lengths.tolist()])
         inputs = self.encoder.project(waves, lengths, bands, warps)
         shown = torch.where(mask[..., None], self.mask_embedding, inputs)
+        features, hidden = self.encoder.contextualize_twice(shown, frames)
+        letter_loss, count = hidden.new_zeros(()), 0
         if letters and self.spelling_weight:
-            features, hidden = self.encoder.contextualize_twice(shown, frames)
             letter_loss, count = self._spelled(features, frames, letters)
-        else:
-            hidden = self.encoder.contextualize(shown, frames)
-            letter_loss, count = hidden.new_zeros(()), 0
         inside = torch.arange(mask.shape[1], device=mask.device) < frames.to(mask.device)[:, None]
+        away = hidden.new_zeros(())
+        if self.anchor_weight:
+            anchored = inside & torch.tensor(
+                [sequence is None for sequence in sequences or [None] * len(frames)]
+            )[:, None].to(mask.device)
+            away = self._away(features, waves, lengths, anchored)
         for row, sequence in enumerate(sequences or ()):
             if sequence is not None and not aligns:
                 inside[row] = False
@@ -124,7 +139,8 @@ class MaskedPrediction(nn.Module):
         weights = torch.where(mask[scored], 1.0, seen_weight)
         losses = F.cross_entropy(logits, targets[scored], reduction="none")
         correct = (logits.argmax(-1) == targets[scored]) & mask[scored]
-        loss = (losses * weights).sum() + self.spelling_weight * letter_loss
+        loss = (losses * weights).sum()
+        loss = loss + self.spelling_weight * letter_loss + self.anchor_weight * away
         letters_said = torch.tensor(count, device=loss.device)
         return Sums(
             loss, weights.sum(), correct.sum(), masked.sum(), letter_loss.detach(), letters_said
@@ -140,7 +156,7 @@ class MaskedPrediction(nn.Module):
             return features.new_zeros(()), 0
         spelled = [letters[row] for row in rows]
         loss = F.ctc_loss(
-            self.encoder.spell(features[rows]).transpose(0, 1),
+            self.encoder.spell(features[rows], frames[rows]).transpose(0, 1),
             torch.cat(spelled).to(features.device),
             frames[rows],
             torch.tensor([len(each) for each in spelled]),
@@ -148,6 +164,18 @@ class MaskedPrediction(nn.Module):
             zero_infinity=True,
         )
         return loss, sum(map(len, spelled))
+
+    def _away(self, features: Tensor, waves: Tensor, lengths: Tensor, anchored: Tensor) -> Tensor:
+        """How far `features` (B, F, D) are from the base's of the same clips unmasked: squared
+        distances over the base's variance, summed over the frames that are `anchored` (B, F)."""
+        with torch.no_grad():
+            [base] = self._base
+            frames = torch.tensor([base.frames(length) for length in lengths.tolist()])
+            theirs = base.contextualize(base.project(waves, lengths), frames, base.layer)[anchored]
+        if not len(theirs):
+            return features.new_zeros(())
+        spread = theirs.var(0, correction=0).sum() + 1e-6
+        return (features[anchored] - theirs).square().sum() / spread
 
     def _logits(self, hidden: Tensor) -> Tensor:
         guesses = F.normalize(self.projection(hidden), dim=-1)
@@ -186,6 +214,8 @@ class Round:
         threads: int = 1,
         processes: Processes | None = None,
         spelling_weight: float = 0,
+        anchor_weight: float = 0,
+        base: HubertEncoder | None = None,
     ) -> None:
         """The encoder as the round before left it is this round's teacher and starting point.
         `threads` share the crops of a step, or of this process's share of it."""
@@ -200,7 +230,8 @@ class Round:
         self.centroids: Tensor | None = None
         self.teacher = deepcopy(encoder) if plan.target == "hubert" else None
         with seeded_at(seed, number):
-            self.model = MaskedPrediction(encoder, classes, spelling_weight).to(encoder.device)
+            weights = spelling_weight, anchor_weight
+            self.model = MaskedPrediction(encoder, classes, *weights, base).to(encoder.device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, fused=True
         )
@@ -451,7 +482,10 @@ def pretrain(
 
     processes = processes or Alone()
     share = Share(processes.rank, processes.count, {}) if processes.count > 1 else None
+    if settings.anchor_weight and base is None:
+        raise ValueError("pretrain.anchor_weight: there is no base to stay near")
     encoder = _started(config, seed, spelling, base).to(device)
+    base = base and base.to(device).eval().requires_grad_(False)
     phones = phones and phones.framed(encoder.field, encoder.hop)
     if phones is None and any(plan.target == "phones" for plan in settings.rounds):
         raise ValueError("a round's target is phones, and the corpus has no alignment")
@@ -473,6 +507,7 @@ def pretrain(
             classes = plan.classes if clustered else phones.classes
             weights = {"seen_weight": settings.seen_weight}
             weights |= {"spelling_weight": settings.spelling_weight}
+            weights |= {"anchor_weight": settings.anchor_weight, "base": base}
             shared = {"threads": threads, "processes": processes}
             current = Round(encoder, plan, number, seed, classes=classes, **weights, **shared)
             aligned_after = (ALIGNED_BY_BASE if base else UNALIGNED_AFTER) * plan.steps
@@ -551,7 +586,7 @@ def _started(
     fixed = ("architecture", "layer", "normalize", "mel", "stack", "convolved")
     for name in fixed:
         own, theirs = getattr(encoder, name), getattr(base, name)
-        if own != theirs:
+        if json.dumps(own) != json.dumps(theirs):  # a tuple is a list in a file
             raise ValueError(f"pretrain.base: {name} {theirs}, and hubert is {own}")
     encoder.model.load_state_dict(base.model.state_dict())
     if spelling and base.alphabet == spelling.alphabet:
