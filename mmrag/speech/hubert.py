@@ -2,7 +2,8 @@
 
 The weights sit in torchaudio's own wav2vec2 model, so published ones load as they are; the forward
 pass is written here, channels last, where it runs several times faster on a CPU, and it stops at
-the layer that is asked for. No clip sees another's padding. There is no dropout anywhere.
+the layer that is asked for. No clip sees another's padding. There is no dropout anywhere. An
+encoder may have a CTC head as well, which spells what it hears.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torchaudio.models.wav2vec2.utils import import_huggingface_model
 
 from mmrag.artifact import local, write_json
 from mmrag.config import Hubert
+from mmrag.records import Letters
 from mmrag.speech.audio import SAMPLE_RATE
 from mmrag.storage import Location
 
@@ -36,6 +38,9 @@ MEL_FIELD, MEL_HOP = 400, 160
 """Samples of a window of log-mel bands that are stacked, and from one to the next."""
 
 POSITION_GROUPS = 16
+
+SPELLER = "speller."
+"""What the names of a CTC head's weights begin with on disk."""
 
 
 def window(convolutions: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -61,6 +66,7 @@ class HubertEncoder(nn.Module):
         mel: bool = False,
         stack: int | None = None,
         convolved: bool = False,
+        alphabet: str | None = None,
     ) -> None:
         """Random weights; `create`, `from_published` and `load` are the usual ways in.
 
@@ -69,7 +75,7 @@ class HubertEncoder(nn.Module):
         `normalize` scales each clip to zero mean and unit variance first. `mel` puts as many
         log-mel bands as the convolutions have channels in their place, over the same windows; or,
         with `stack`, those of so many windows of MEL_FIELD samples, MEL_HOP apart, together:
-        side by side, or `convolved`.
+        side by side, or `convolved`. With an `alphabet` there is a CTC head that spells in it.
         """
         super().__init__()
         layers = architecture["encoder_num_layers"]
@@ -95,10 +101,14 @@ class HubertEncoder(nn.Module):
         elif mel:
             self.model.feature_extractor = LogMel(shapes[-1][0], self.field, self.hop)
         self.width: int = self.architecture["encoder_embed_dim"]
+        self.alphabet = alphabet
+        if alphabet is not None:
+            letters = nn.Linear(self.width, 1 + len(alphabet))
+            self.speller = nn.Sequential(nn.LayerNorm(self.width), letters)
 
     @classmethod
-    def create(cls, config: Hubert, seed: int) -> HubertEncoder:
-        """Random weights in the shape of `config`.
+    def create(cls, config: Hubert, seed: int, alphabet: str | None = None) -> HubertEncoder:
+        """Random weights in the shape of `config`; with a CTC head where it has an `alphabet`.
 
         Group norm comes with HuBERT base's arrangement (normalise after each block), layer norm
         with large's (normalise before it, biases in the convolutions, normalised waveforms). The
@@ -129,7 +139,7 @@ class HubertEncoder(nn.Module):
             mel = config.front == "mel"
             normalize = large or mel
             front = {"mel": mel, "stack": config.stack, "convolved": config.convolved}
-            encoder = cls(architecture, config.layer, normalize, **front)
+            encoder = cls(architecture, config.layer, normalize, **front, alphabet=alphabet)
             for module in encoder.model.feature_extractor.modules():
                 if isinstance(module, nn.Conv1d):
                     nn.init.kaiming_normal_(module.weight)
@@ -159,7 +169,12 @@ class HubertEncoder(nn.Module):
         """Read what `save` wrote."""
         directory = local(directory)
         encoder = cls(**json.loads((directory / "hubert.json").read_text()))
-        encoder.model.load_state_dict(load_file(directory / "hubert.safetensors"))
+        state = load_file(directory / "hubert.safetensors")
+        if encoder.alphabet is not None:
+            names = [name for name in state if name.startswith(SPELLER)]
+            head = {name.removeprefix(SPELLER): state.pop(name) for name in names}
+            encoder.speller.load_state_dict(head)
+        encoder.model.load_state_dict(state)
         return encoder
 
     def save(self, directory: Path | str) -> None:
@@ -168,7 +183,11 @@ class HubertEncoder(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         stacked = {"stack": self.stack} if self.stack else {}
         stacked |= {"convolved": True} if self.convolved else {}
-        state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
+        spelled = {} if self.alphabet is None else {"alphabet": self.alphabet}
+        state = self.model.state_dict()
+        if self.alphabet is not None:
+            state |= self.speller.state_dict(prefix=SPELLER)
+        state = {name: value.contiguous() for name, value in state.items()}
         save_file(state, directory / "hubert.safetensors")
         write_json(
             directory / "hubert.json",
@@ -178,6 +197,7 @@ class HubertEncoder(nn.Module):
                 "normalize": self.normalize,
                 "mel": self.mel,
                 **stacked,
+                **spelled,
             },
         )
 
@@ -231,6 +251,25 @@ class HubertEncoder(nn.Module):
         projected = self.project(pad_sequence(prepared, batch_first=True), lengths)
         output = self.contextualize(projected, frames, self.layer if layer is None else layer)
         return [row[:count] for row, count in zip(output, frames.tolist(), strict=True)]
+
+    @torch.inference_mode()
+    def spell(self, features: Tensor) -> Tensor:
+        """Log-probabilities (F, 1 + A) float32 of the blank and the alphabet's letters in each
+        frame of `features` (F, D), which are of the encoder's own layer.
+
+        Raises ValueError without a CTC head.
+        """
+        if self.alphabet is None:
+            raise ValueError("this encoder has no CTC head to spell with")
+        return self.speller(features.float()).log_softmax(-1)
+
+    def letters(self, features: Sequence[Tensor]) -> list[Letters | None]:
+        """What the CTC head hears in each clip's `features` (F_i, D); None without a head."""
+        if self.alphabet is None or not features:
+            return [None] * len(features)
+        logp = self.spell(torch.cat(list(features))).cpu().numpy()
+        ends = np.cumsum([len(one) for one in features])[:-1]
+        return [Letters.of(self.alphabet, own) for own in np.split(logp, ends)]
 
     @property
     def bands(self) -> int:
