@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -166,9 +166,13 @@ class SpeechTokenizer(_Timed):
         )
 
     def encode(self, waves: Sequence[Tensor]) -> list[Units]:
-        """Waves (T,) at 16 kHz to units."""
+        """Waves (T,) at 16 kHz to units, with their letters where the encoder has a CTC head."""
         features = self.encoder.features(waves)
-        return [self.codebook.encode(one.cpu().numpy()) for one in features]
+        heard = zip(features, self.encoder.letters(features), strict=True)
+        return [
+            replace(self.codebook.encode(one.cpu().numpy()), letters=letters)
+            for one, letters in heard
+        ]
 
     @property
     def window_seconds(self) -> float:

@@ -12,6 +12,10 @@ from mmrag.storage import Location
 
 NO_ENTRY = -1
 """Entry id of a neighbour that was not found. It never indexes anything."""
+NAT_PARTS = 10
+"""Parts of a nat in which letters' costs count."""
+LEAST_LIKELY = 255
+"""The highest cost of a letter."""
 
 
 @dataclass(frozen=True)
@@ -55,21 +59,63 @@ class Rejection:
 
 
 @dataclass(frozen=True)
+class Letters:
+    """What a CTC head hears of a clip: how likely each frame of it is which letter.
+
+    `alphabet` of A letters, in which a space is the gap between words. `costs` (F, 1 + A) uint8
+    are negative log-probabilities in tenths of a nat, 255 for that and less likely; column 0 is
+    the blank, column n letter n - 1.
+    """
+
+    alphabet: str
+    costs: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.costs.ndim != 2 or self.costs.shape[1] != 1 + len(self.alphabet):
+            raise ValueError(
+                f"an alphabet of {len(self.alphabet)} letters has costs "
+                f"(F, {1 + len(self.alphabet)}), not {self.costs.shape}"
+            )
+        if self.costs.dtype != np.uint8:
+            raise ValueError(f"costs are uint8, not {self.costs.dtype}")
+
+    @classmethod
+    def of(cls, alphabet: str, logp: np.ndarray) -> Letters:
+        """From log-probabilities (F, 1 + A), each rounded to the nearest tenth of a nat."""
+        tenths = np.rint(np.asarray(logp, np.float32) * -NAT_PARTS)
+        return cls(alphabet, tenths.clip(0, LEAST_LIKELY).astype(np.uint8))
+
+    def __len__(self) -> int:
+        return len(self.costs)
+
+    def logp(self) -> np.ndarray:
+        """Log-probabilities (F, 1 + A) float32, off by at most 0.05 nats down to -25.5."""
+        return self.costs.astype(np.float32) / -NAT_PARTS
+
+
+@dataclass(frozen=True)
 class Units:
     """Discrete speech: runs of equal codebook ids, collapsed.
 
     `ids` (T,) int32, no two neighbours equal; `durations` (T,) int32, the length of each run in
-    encoder frames. `durations.sum()` frames make up the clip.
+    encoder frames. `durations.sum()` frames F make up the clip; `letters` is what a CTC head
+    hears in them, None where the encoder has none.
     """
 
     ids: np.ndarray
     durations: np.ndarray
+    letters: Letters | None = None
 
     def __post_init__(self) -> None:
         if self.ids.shape != self.durations.shape or self.ids.ndim != 1:
             raise ValueError(
                 f"units need one duration an id: {self.ids.shape} ids, "
                 f"{self.durations.shape} durations"
+            )
+        if self.letters is not None and len(self.letters) != self.durations.sum():
+            raise ValueError(
+                f"units of {self.durations.sum()} frames have letters in as many, "
+                f"not in {len(self.letters)}: costs {self.letters.costs.shape}"
             )
 
     def __len__(self) -> int:

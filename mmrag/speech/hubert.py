@@ -2,7 +2,8 @@
 
 The weights sit in torchaudio's own wav2vec2 model, so published ones load as they are; the forward
 pass is written here, channels last, where it runs several times faster on a CPU, and it stops at
-the layer that is asked for. No clip sees another's padding. There is no dropout anywhere.
+the layer that is asked for. No clip sees another's padding. There is no dropout anywhere. An
+encoder may have a CTC head as well, which spells what it hears.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torchaudio.models.wav2vec2.utils import import_huggingface_model
 
 from mmrag.artifact import local, write_json
 from mmrag.config import Hubert
+from mmrag.records import Letters
 from mmrag.speech.audio import SAMPLE_RATE
 from mmrag.storage import Location
 
@@ -259,7 +261,17 @@ class HubertEncoder(nn.Module):
         if frames is not None:
             beyond = torch.arange(features.shape[1]) >= frames[:, None]
             beyond = beyond.to(features.device)
-        return self.speller(features, beyond).float().log_softmax(-1)
+        return self.speller(features.float(), beyond).log_softmax(-1)
+
+    @torch.inference_mode()
+    def letters(self, features: Sequence[Tensor]) -> list[Letters | None]:
+        """What the CTC head hears in each clip's `features` (F_i, D); None without a head."""
+        if self.speller is None or not features:
+            return [None] * len(features)
+        frames = torch.tensor([len(one) for one in features])
+        logp = self.spell(pad_sequence(list(features), batch_first=True), frames).cpu().numpy()
+        each = zip(logp, frames.tolist(), strict=True)
+        return [Letters.of(self.alphabet, own[:count]) for own, count in each]
 
     @property
     def bands(self) -> int:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmrag.records import NO_ENTRY, Neighbours, Units, merge
+from mmrag.records import NO_ENTRY, Letters, Neighbours, Units, merge
 
 
 def neighbours(distances: np.ndarray, entries: np.ndarray, missing_shards: int = 0) -> Neighbours:
@@ -82,3 +82,36 @@ def test_units_need_one_duration_an_id():
         Units(np.zeros(2, np.int32), np.zeros(3, np.int32))
     with pytest.raises(ValueError, match="one duration an id"):
         Units(np.zeros((2, 2), np.int32), np.zeros((2, 2), np.int32))
+
+
+@given(frames=st.integers(0, 9), letters=st.integers(0, 30), seed=st.integers(0, 2**32 - 1))
+def test_letters_are_kept_to_a_twentieth_of_a_nat_down_to_the_least_likely(frames, letters, seed):
+    random = np.random.default_rng(seed)
+    logp = -random.uniform(0, 40, (frames, 1 + letters)).astype(np.float32)
+    kept = Letters.of("x" * letters, logp)
+    assert kept.costs.dtype == np.uint8 and len(kept) == frames
+    assert kept.logp().dtype == np.float32 and kept.logp().shape == logp.shape
+    np.testing.assert_allclose(kept.logp(), logp.clip(-25.5), atol=0.05 + 1e-5, rtol=0)
+
+
+def test_certain_and_impossible_letters_are_kept_as_they_are_and_as_the_least_likely():
+    kept = Letters.of("a", np.array([[0.0, -np.inf], [-1e9, 1e-7]], np.float32))
+    np.testing.assert_array_equal(kept.costs, [[0, 255], [255, 0]])
+
+
+def test_letters_need_a_column_each_and_one_for_the_blank():
+    with pytest.raises(ValueError, match=r"2 letters has costs \(F, 3\), not \(5, 2\)"):
+        Letters.of("ab", np.zeros((5, 2)))
+    with pytest.raises(ValueError, match=r"2 letters has costs \(F, 3\), not \(3,\)"):
+        Letters("ab", np.zeros(3, np.uint8))
+    with pytest.raises(ValueError, match="costs are uint8, not float64"):
+        Letters("ab", np.zeros((5, 3)))
+
+
+def test_letters_are_of_the_frames_that_the_units_last():
+    ids, durations = np.array([1, 2], np.int32), np.array([3, 1], np.int32)
+    assert Units(ids, durations).letters is None
+    heard = Letters.of("ab", np.zeros((4, 3)))
+    assert Units(ids, durations, heard).letters is heard
+    with pytest.raises(ValueError, match=r"4 frames .* not in 3: costs \(3, 3\)"):
+        Units(ids, durations, Letters.of("ab", np.zeros((3, 3))))

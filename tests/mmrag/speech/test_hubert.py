@@ -9,6 +9,7 @@ import torch
 import torchaudio
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import HubertConfig, HubertModel
 
 from mmrag.config import Hubert, Pretrain
@@ -213,6 +214,46 @@ def test_a_saved_encoder_comes_back_the_same(tmp_path, encoder):
     loaded = HubertEncoder.load(tmp_path / "hubert")
     torch.testing.assert_close(loaded.features(noise()), encoder.features(noise()), atol=0, rtol=0)
     assert (loaded.layer, loaded.normalize) == (encoder.layer, encoder.normalize)
+
+
+def test_an_encoder_that_spells_comes_back_the_same_and_its_weights_are_stored_as_without(tmp_path):
+    spelling = HubertEncoder.create(shape(), seed=0, alphabet=" ab")
+    spelling.save(tmp_path / "spelling")
+    loaded = HubertEncoder.load(tmp_path / "spelling")
+    [features, *_] = spelling.features(noise())
+    logp = spelling.spell(features)
+    torch.testing.assert_close(loaded.spell(features), logp, atol=0, rtol=0)
+    torch.testing.assert_close(logp.exp().sum(-1), torch.ones(len(features)))
+    assert logp.shape == (len(features), 4) and loaded.alphabet == " ab"
+    plain = HubertEncoder.create(shape(), seed=0)
+    plain.save(tmp_path / "plain")
+    plain = load_file(tmp_path / "plain" / "hubert.safetensors").keys()
+    with_head = load_file(tmp_path / "spelling" / "hubert.safetensors")
+    assert all(torch.equal(with_head[name], spelling.model.state_dict()[name]) for name in plain)
+    assert all(name.startswith("speller.") for name in with_head.keys() - plain)
+    assert "alphabet" not in json.loads((tmp_path / "plain" / "hubert.json").read_text())
+
+
+def test_a_clips_letters_are_its_own_whatever_it_is_encoded_with():
+    spelling = HubertEncoder.create(shape(), seed=0, alphabet=" ab")
+    with torch.no_grad():
+        spelling.speller[1].weight.mul_(9)
+    features = spelling.features(noise())
+    together = spelling.letters(features)
+    for wave, own, letters in zip(noise(), features, together, strict=True):
+        [alone] = spelling.letters(spelling.features([wave]))
+        assert letters.alphabet == alone.alphabet == " ab"
+        apart = np.abs(letters.costs.astype(int) - alone.costs)
+        assert apart.max() <= 1, "tenths of a nat"
+        np.testing.assert_allclose(letters.logp(), spelling.spell(own), atol=0.0501, rtol=0)
+    assert spelling.letters([]) == []
+
+
+def test_an_encoder_without_a_head_says_that_it_cannot_spell(encoder):
+    assert encoder.alphabet is None
+    assert encoder.letters(encoder.features(noise())) == [None] * len(LENGTHS)
+    with pytest.raises(ValueError, match="has no CTC head"):
+        encoder.spell(encoder.features(noise())[0])
 
 
 def test_the_seed_decides_the_weights_and_leaves_torchs_own_state_alone():
