@@ -24,6 +24,7 @@ from mmrag.artifact import Artifact, Draft, nothing
 from mmrag.config import Experiment, recipe
 from mmrag.corpora import augment
 from mmrag.corpora.pronunciation import Pronunciation
+from mmrag.model.precision import has_bf16
 from mmrag.processes import Alone, Processes
 from mmrag.records import Rejection, Utterance
 from mmrag.speech import audio
@@ -173,6 +174,7 @@ def _pretrain(experiment: Experiment, directory: Path, processes: Processes) -> 
         timed=True,
         spelling=spelling,
         base=base,
+        bf16=settings.precision == "bf16" or (settings.precision == "auto" and has_bf16(where)),
     )
     if processes.rank == 0:
         encoder.save(directory)

@@ -205,19 +205,28 @@ def _codebook(
     splits: Splits,
     force: bool,
 ) -> Artifact:
-    """The codebook named in the settings, else one fitted on the first split."""
+    """The codebook named in the settings, else one fitted on the first split.
+
+    One that is named belongs to the encoder; or to the base that the encoder was trained further
+    from: then it follows that encoder's features, and its units go on meaning what they meant.
+    """
     settings = experiment.tokenize
-    if settings.codebook:
-        source = shipped.find(settings.codebook)
-        directory = source / "codebook" if settings.codebook.startswith(shipped.PREFIX) else source
-        named = artifact.adopt(directory, experiment.workspace / "codebook", "codebook")
-        named.require("hubert", hubert)
-        return named
     config = {
         "seed": experiment.seed,
         "units": settings.units,
         "sample_seconds": settings.sample_seconds,
     }
+    inputs = {"hubert": hubert, "source": source}
+    base: Artifact | None = None
+    if settings.codebook:
+        place = shipped.find(settings.codebook)
+        place = place / "codebook" if settings.codebook.startswith(shipped.PREFIX) else place
+        base = artifact.load(place, "codebook")
+        if base.inputs["hubert"] != hubert.inputs.get("base"):
+            named = artifact.adopt(place, experiment.workspace / "codebook", "codebook")
+            named.require("hubert", hubert)
+            return named
+        config["units"], inputs["base"] = len(Codebook.load(base.place)), base
 
     def work(draft: Draft, tracked: Run) -> None:
         rows = next(iter(splits.values()))
@@ -233,12 +242,14 @@ def _codebook(
             where = printable(source.place)
             raise AudioError(f"{where}: no audio that could be read, to fit a codebook on: {why}")
         features = np.concatenate(read)
-        frame_seconds = HubertEncoder.load(hubert.place).frame_seconds
-        book = Codebook.fit(features, settings.units, experiment.seed, frame_seconds)
+        if base:
+            book = Codebook.load(base.place).followed(features)
+        else:
+            frame_seconds = HubertEncoder.load(hubert.place).frame_seconds
+            book = Codebook.fit(features, settings.units, experiment.seed, frame_seconds)
         book.save(draft.path)
         draft.summary |= {"units": len(book), "frames_seen": len(features)}
 
-    inputs = {"hubert": hubert, "source": source}
     return stage.make(
         experiment,
         "codebook",

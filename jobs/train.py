@@ -242,7 +242,9 @@ def _check_base(experiment: Experiment, codebook: Artifact) -> None:
     base = experiment.train.base
     ready = base.startswith(shipped.PREFIX)
     if ready:
-        artifact.load(shipped.find(base) / "lm", "lm").require("codebook", codebook)
+        lm = artifact.load(shipped.find(base) / "lm", "lm")
+        if lm.inputs["codebook"] != codebook.inputs.get("base"):  # its units mean the same
+            lm.require("codebook", codebook)
     theirs = as_dict(pretrained.base_config(base))
     ours = as_dict(experiment.lm)
     differing = [f"lm.{key}={theirs[key]}" for key in ours if ours[key] != theirs[key]]

@@ -180,6 +180,8 @@ class Pretrain(Section):
     that reads the base's units goes on understanding what is clear, while the others move to it."""
     sample_seconds: PositiveFloat
     """Audio whose features k-means sees."""
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    """What matrix products are computed in; auto is bf16 where the hardware has it."""
     leave_out: Correction[tuple[str, ...]] = ()
     """Utterances, by id, that are passed over; may be added to while a run is unfinished."""
     checkpoint_steps: Operation[PositiveInt] = 500

@@ -216,14 +216,16 @@ class Round:
         spelling_weight: float = 0,
         anchor_weight: float = 0,
         base: HubertEncoder | None = None,
+        bf16: bool = False,
     ) -> None:
         """The encoder as the round before left it is this round's teacher and starting point.
-        `threads` share the crops of a step, or of this process's share of it."""
+        Matrix products are computed in `bf16`, or as the weights are kept. `threads` share the crops of a step, or of this process's share of it."""
         self.plan = plan
         self.number = number
         self.seed = seed
         self.seen_weight = seen_weight
         self.threads = threads
+        self._bf16 = bf16
         self._pool = ThreadPoolExecutor(threads)
         self._processes = processes or Alone()
         self.step = 0
@@ -372,7 +374,8 @@ class Round:
                 each if each is None else each.to(device) for each in (group.bands, group.warps)
             )
             told = (group.waves, group.lengths, targets, mask, self.seen_weight, group.sequences)
-            added = self.model(*told, *disguise, group.letters, aligns)
+            with torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
+                added = self.model(*told, *disguise, group.letters, aligns)
             sums.append(torch.stack([one.float() for one in added]))
         total = torch.stack(sums).sum(0)
         parameters = list(self.model.parameters())
@@ -435,6 +438,7 @@ def pretrain(
     timed: bool = False,
     spelling: Spelling | None = None,
     base: HubertEncoder | None = None,
+    bf16: bool = False,
 ) -> HubertEncoder:
     """An encoder of shape `config`, pretrained on `waves`: (T_i,) each, at 16 kHz.
 
@@ -456,7 +460,8 @@ def pretrain(
     `speakers` who says each, by whom they are balanced. In rounds whose targets are phones, the
     phone error rate on `held_out` clips, by name, stands in the record of each checkpoint's step
     as `phone_errors_<name>`. `recorder` makes crops sound otherwise (`settings.rough`). A clip that
-    cannot be read is told to `reject`, if there is one, and left out. `base` is trained further in
+    cannot be read is told to `reject`, if there is one, and left out. `bf16` is for matrix products
+    alone. `base` is trained further in
     place of random weights. With `spelling` the encoder has a CTC head, which spells whole clips
     from the first step on; `letter_errors_<name>` is its error rate. Raises ValueError if there is
     no audio, or a crop holds no frame, NonFiniteLoss before a step is taken on a loss that is no
@@ -508,7 +513,7 @@ def pretrain(
             weights = {"seen_weight": settings.seen_weight}
             weights |= {"spelling_weight": settings.spelling_weight}
             weights |= {"anchor_weight": settings.anchor_weight, "base": base}
-            shared = {"threads": threads, "processes": processes}
+            shared = {"threads": threads, "processes": processes, "bf16": bf16}
             current = Round(encoder, plan, number, seed, classes=classes, **weights, **shared)
             aligned_after = (ALIGNED_BY_BASE if base else UNALIGNED_AFTER) * plan.steps
             if number == saved.get("number"):

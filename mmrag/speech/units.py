@@ -104,6 +104,16 @@ class Codebook:
         """k-means over `features` (N, D). Raises ValueError if N < size."""
         return cls(kmeans(features, size, seed), frame_seconds)
 
+    def followed(self, features: np.ndarray) -> Codebook:
+        """A codebook whose ids go on meaning what they meant: each centroid is where the `features`
+        (N, D) that are nearest to it are now; one without any stays."""
+        ids = self.assign(features)
+        counts = np.bincount(ids, minlength=len(self))[:, None]
+        sums = np.zeros(self.centroids.shape, np.float64)
+        np.add.at(sums, ids, features)
+        moved = np.where(counts > 0, sums / np.maximum(counts, 1), self.centroids)
+        return Codebook(moved, self.frame_seconds)
+
     def assign(self, features: np.ndarray | Tensor) -> np.ndarray:
         """The nearest centroid (F,) int32, by L2, to each of `features` (F, D).
 
