@@ -174,8 +174,8 @@ class MaskedPrediction(nn.Module):
             theirs = base.contextualize(base.project(waves, lengths), frames, base.layer)[anchored]
         if not len(theirs):
             return features.new_zeros(())
-        spread = theirs.var(0, correction=0).sum() + 1e-6
-        return (features[anchored] - theirs).square().sum() / spread
+        spread = theirs.float().var(0, correction=0).sum() + 1e-6
+        return (features[anchored].float() - theirs.float()).square().sum() / spread
 
     def _logits(self, hidden: Tensor) -> Tensor:
         guesses = F.normalize(self.projection(hidden), dim=-1)
@@ -219,7 +219,8 @@ class Round:
         bf16: bool = False,
     ) -> None:
         """The encoder as the round before left it is this round's teacher and starting point.
-        Matrix products are computed in `bf16`, or as the weights are kept. `threads` share the crops of a step, or of this process's share of it."""
+        Matrix products are computed in `bf16`, or as the weights are kept. `threads` share the
+        crops of a step, or of this process's share of it."""
         self.plan = plan
         self.number = number
         self.seed = seed
