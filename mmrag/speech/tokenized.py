@@ -1,4 +1,7 @@
-"""The tokenized corpus on disk: Parquet parts of utterances with their units."""
+"""The tokenized corpus on disk: Parquet parts of utterances with their units.
+
+A part of an encoder with a CTC head has one column more, `letters`, and names their alphabet.
+"""
 
 from __future__ import annotations
 

@@ -211,7 +211,7 @@ def separately(models, said, settings, directory):
 
 
 @pytest.mark.parametrize(
-    ("kind", "precision"), [("models", "fp32"), ("models", "bf16"), ("spelling", "fp32")]
+    ("kind", "precision"), [("models", "fp32"), ("models", "bf16"), ("spelling", "bf16")]
 )
 def test_separate_operators_write_what_one_process_writes(request, said, tmp_path, kind, precision):
     models = request.getfixturevalue(kind)
