@@ -251,12 +251,14 @@ class UnitEncoder:
         return time.perf_counter() - started
 
     def assign(self, clips: Clips, features: Sequence[Tensor]) -> list[Tokenized]:
-        """All frames of a batch in one search."""
+        """All frames of a batch in one search, and with them what a CTC head hears."""
         ids = self._codebook.assign(torch.cat(list(features)).float())
         ends = np.cumsum([len(one) for one in features])[:-1]
+        heard = zip(np.split(ids, ends), self._encoder.letters(features), strict=True)
+        units = [replace(collapse(own), letters=letters) for own, letters in heard]
         return [
-            Tokenized(replace(said, duration=len(wave) / audio.SAMPLE_RATE), collapse(own))
-            for (said, wave), own in zip(clips, np.split(ids, ends), strict=True)
+            Tokenized(replace(said, duration=len(wave) / audio.SAMPLE_RATE), own)
+            for (said, wave), own in zip(clips, units, strict=True)
         ]
 
     def compare(self, clips: Clips, features: Sequence[Tensor]) -> Agreement:

@@ -90,7 +90,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
                 )
         everything = join_rejections(draft.path / REJECTED, chain.from_iterable(pieces.values()))
         write_lists(draft.path, lists)
-        draft.summary |= _summary(counted, everything)
+        draft.summary |= _summary(counted, everything, encoder.alphabet)
         tracked.file(draft.path / REJECTED)
         aside(experiment).unlink(missing_ok=True)
 
@@ -348,9 +348,12 @@ def _sample(rows: Rows, seconds: float, seed: int) -> list[Utterance]:
     return [drawn[place] for place in range(len(drawn))]
 
 
-def _summary(counted: Mapping[str, Counted], rejected: int) -> dict[str, float]:
+def _summary(
+    counted: Mapping[str, Counted], rejected: int, alphabet: str | None
+) -> dict[str, float]:
     """What the parts hold, and how much units tell of the phones in each split but the codebook's
-    own, as far as it is known when those are said."""
+    own, as far as it is known when those are said; with an `alphabet`, how many letters are heard
+    in them."""
     seconds = math.fsum(one.seconds for one in counted.values())
     units = sum(one.units for one in counted.values())
     summary = {
@@ -359,6 +362,8 @@ def _summary(counted: Mapping[str, Counted], rejected: int) -> dict[str, float]:
         "units_a_second": round(units / seconds, 1) if seconds else 0.0,
         "rejected": rejected,
     }
+    if alphabet is not None:
+        summary["letters"] = len(alphabet)
     compared = sum((one.agreement for one in counted.values()), NOT_COMPARED)
     if compared.frames:
         summary["bf16_units_alike"] = round(compared.alike / compared.frames, 4)

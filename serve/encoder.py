@@ -26,6 +26,8 @@ CERTAIN = 0.99
 """Probability of speech from which on the detector looks no further."""
 SLACK = 0.05
 """How far two encodings of one clip may lie apart, in batches of different size."""
+NATS = 0.5
+"""How far what a CTC head hears in them may."""
 
 
 class Encoder:
@@ -67,7 +69,8 @@ class Encoder:
         """Returns: this replica takes calls."""
 
     async def check_health(self) -> None:
-        """Encode the probe; RuntimeError if its units are not what they were at the start."""
+        """Encode the probe; RuntimeError if its units, or the letters heard in them, are not what
+        they were at the start."""
         [encoded] = await asyncio.get_running_loop().run_in_executor(
             self._thread, self._encode, [probe.wave()]
         )
@@ -106,4 +109,7 @@ def _same(one: Encoded, other: Encoded) -> bool:
     """Whether a clip was encoded alike twice, as far as arithmetic in another order allows."""
     if isinstance(one, EncodedAudio) and isinstance(other, EncodedAudio):
         return torch.allclose(one.states, other.states, rtol=SLACK, atol=SLACK)
+    spelled = one.letters, other.letters
+    if None not in spelled and not np.allclose(*(each.logp() for each in spelled), atol=NATS):
+        return False
     return np.array_equal(one.ids, other.ids)

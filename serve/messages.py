@@ -25,7 +25,8 @@ def weight(encoded: Encoded) -> int:
     """Bytes of encoded speech."""
     if isinstance(encoded, EncodedAudio):
         return encoded.states.nbytes
-    return encoded.ids.nbytes + encoded.durations.nbytes
+    spelled = 0 if encoded.letters is None else encoded.letters.costs.nbytes
+    return encoded.ids.nbytes + encoded.durations.nbytes + spelled
 
 
 class Unavailable(RuntimeError):

@@ -63,7 +63,7 @@ class Segment:
 
 def segment(part: Path, vocabulary: Vocabulary) -> Segment:
     """The utterances of one Parquet part; TokensError if it is none."""
-    told = list(read_part(part))
+    told = list(read_part(part, letters=False))
     corpus = list(speakable(told, vocabulary))
     data = examples(corpus, vocabulary)
     letters = [vocabulary.spelling(one.text) for one in data]

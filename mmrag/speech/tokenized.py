@@ -1,10 +1,13 @@
-"""The tokenized corpus on disk: Parquet parts of utterances with their units."""
+"""The tokenized corpus on disk: Parquet parts of utterances with their units.
+
+A part of an encoder with a CTC head has one column more, `letters`, and names their alphabet.
+"""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmrag.artifact import local
-from mmrag.records import Timed, Units, Utterance
+from mmrag.records import Letters, Timed, Units, Utterance
 from mmrag.storage import Location
 
 SCHEMA = pa.schema(
@@ -36,6 +39,12 @@ SCHEMA = pa.schema(
         ),
     ]
 )
+LETTERS = "letters"
+"""Column of a part that an encoder with a CTC head made: each clip's costs (F, 1 + A), a byte each,
+one frame after the other."""
+SPELLED = SCHEMA.append(pa.field(LETTERS, pa.binary()))
+ALPHABET = b"alphabet"
+"""Key of that part's metadata: the letters, UTF-8."""
 
 
 class TokensError(ValueError):
@@ -51,10 +60,17 @@ class Tokenized:
 
 
 def write_part(path: Path, tokenized: Iterable[Tokenized]) -> None:
-    """Write one Parquet part; `path` appears only once it is whole."""
-    rows = [_row(one) for one in tokenized]
+    """Write one Parquet part; `path` appears only once it is whole.
+
+    It has a column of letters if any of the units have some. ValueError for several alphabets.
+    """
+    heard = list(tokenized)
+    table = pa.Table.from_pylist([_row(one) for one in heard], schema=SCHEMA)
+    letters = [None if one.units is None else one.units.letters for one in heard]
+    if spelled := any(one is not None for one in letters):
+        table = _with_letters(table, letters)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), aside)
+    pq.write_table(table, aside, compression="zstd" if spelled else "snappy")
     aside.replace(path)
 
 
@@ -64,10 +80,20 @@ def read(directory: Location) -> Iterator[Tokenized]:
         yield from read_part(part)
 
 
-def read_part(path: Path) -> Iterator[Tokenized]:
-    """Every utterance of one part; TokensError if the file is missing, damaged or another's."""
-    for row in _table(path).to_pylist():
-        yield _tokenized(row)
+def read_part(path: Path, letters: bool = True) -> Iterator[Tokenized]:
+    """Every utterance of one part, its units without their `letters` if nobody wants them.
+
+    TokensError if the file is missing, damaged or another's.
+    """
+    table = _table(path, None if letters else SCHEMA.names)
+    alphabet = None
+    if LETTERS in table.column_names:
+        alphabet = (table.schema.metadata or {}).get(ALPHABET, b"").decode()
+    try:
+        for row in table.to_pylist():
+            yield _tokenized(row, alphabet)
+    except ValueError as error:
+        raise TokensError(f"{path} is not a tokenized part: {error}") from None
 
 
 def read_texts(directory: Location) -> Iterator[str]:
@@ -111,11 +137,21 @@ def count_part(path: Path) -> Count:
 def _table(path: Path, columns: list[str] | None = None) -> pa.Table:
     """A part's columns, or all of them; TokensError if it is none."""
     try:
-        if not (schema := pq.read_schema(path)).equals(SCHEMA):
+        if not (schema := pq.read_schema(path)).equals(SCHEMA) and not schema.equals(SPELLED):
             raise TokensError(f"{path} is not a tokenized part: its columns are {schema.names}")
         return pq.read_table(path, columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise TokensError(f"{path} is not a tokenized part: {error}") from None
+
+
+def _with_letters(table: pa.Table, letters: Sequence[Letters | None]) -> pa.Table:
+    """A part with one column more, and the alphabet of all its letters."""
+    alphabets = {one.alphabet for one in letters if one is not None}
+    if len(alphabets) > 1:
+        raise ValueError(f"letters of several alphabets in one part: {sorted(alphabets)}")
+    costs = [None if one is None else one.costs.tobytes() for one in letters]
+    spelled = table.append_column(SPELLED.field(LETTERS), pa.array(costs, pa.binary()))
+    return spelled.replace_schema_metadata({ALPHABET: alphabets.pop().encode()})
 
 
 def _row(one: Tokenized) -> dict[str, object]:
@@ -134,10 +170,11 @@ def _row(one: Tokenized) -> dict[str, object]:
     }
 
 
-def _tokenized(row: dict) -> Tokenized:
+def _tokenized(row: dict, alphabet: str | None) -> Tokenized:
     units = None
     if row["units"] is not None:
-        units = Units(np.array(row["units"], np.int32), np.array(row["durations"], np.int32))
+        ids, durations = (np.array(row[name], np.int32) for name in ("units", "durations"))
+        units = Units(ids, durations, _letters(row, alphabet))
     said = Utterance(
         id=row["utterance"],
         text=row["text"],
@@ -149,3 +186,10 @@ def _tokenized(row: dict) -> Tokenized:
         words=tuple(Timed(**word) for word in row["words"]),
     )
     return Tokenized(said, units)
+
+
+def _letters(row: dict, alphabet: str | None) -> Letters | None:
+    """ValueError for bytes that are no frames of that alphabet."""
+    if alphabet is None or row[LETTERS] is None:
+        return None
+    return Letters(alphabet, np.frombuffer(row[LETTERS], np.uint8).reshape(-1, 1 + len(alphabet)))

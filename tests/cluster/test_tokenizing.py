@@ -27,6 +27,7 @@ from cluster.tokenizing import (
     separate,
 )
 from mmrag.config import Hubert, Tokenize, Workers
+from mmrag.recogniser import SpeechTokenizer
 from mmrag.records import Timed, Utterance
 from mmrag.speech import audio, tokenized
 from mmrag.speech.hubert import HubertEncoder
@@ -47,6 +48,7 @@ SHAPE = Hubert(
 )
 
 
+ALPHABET = " 'abc"
 FRAME = HubertEncoder.create(SHAPE, seed=0)
 SHAPE_FIELD, SHAPE_HOP = FRAME.field, FRAME.hop
 
@@ -78,6 +80,18 @@ def models(encoder, tmp_path_factory):
     [features] = encoder.features([0.1 * noise])
     book = Codebook.fit(features.numpy(), UNITS, seed=0, frame_seconds=encoder.frame_seconds)
     book.save(directory / "codebook")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def spelling(models, tmp_path_factory):
+    """The same, of an encoder that spells."""
+    directory = tmp_path_factory.mktemp("spelling")
+    encoder = HubertEncoder.create(SHAPE, seed=0, alphabet=ALPHABET)
+    with torch.no_grad():
+        encoder.speller[1].weight.mul_(9)  # frames differ in what they spell
+    encoder.save(directory / "hubert")
+    (directory / "codebook").symlink_to(models / "codebook")
     return directory
 
 
@@ -155,6 +169,28 @@ def test_units_do_not_depend_on_how_clips_are_batched(encoder, models, said, tmp
         assert np.mean(ids[0] == ids[1]) > 0.99
 
 
+@pytest.mark.parametrize("seconds", [0.5, 3])
+def test_clips_have_the_letters_that_the_encoder_hears_in_each_by_itself(
+    spelling, said, tmp_path, seconds
+):
+    """Those of a long recording that was split, too; what nobody said has none."""
+    settings = limits(batch_seconds=seconds)
+    encoder = HubertEncoder.load(spelling / "hubert").eval()
+    book = Codebook.load(spelling / "codebook")
+    direct = SpeechTokenizer(book, encoder, {})
+    clips, _ = open_clips([one for one in said if one.audio], settings)
+    waves = {one.id: wave for one, wave in clips}
+    found, *_ = tokenize(spelling, said, settings, tmp_path)
+    assert len(waves) > len(said) - 3 and len(found) == len(waves) + 1
+    for one in found:
+        if one.units is None:
+            continue
+        [alone] = direct.encode([waves[one.utterance.id]])
+        assert one.units.letters.alphabet == alone.letters.alphabet == ALPHABET
+        apart = np.abs(one.units.letters.costs.astype(int) - alone.letters.costs)
+        assert apart.max() <= 1, "tenths of a nat"
+
+
 def test_bf16_keeps_nearly_every_unit(models, said, tmp_path):
     exact, _, _ = tokenize(models, said, limits(), tmp_path)
     rough, _, _ = tokenize(models, said, limits(precision="bf16"), tmp_path)
@@ -174,8 +210,11 @@ def separately(models, said, settings, directory):
     return WriteUnits(directory, frames)(pickle.loads(pickle.dumps(encoded)))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_separate_operators_write_what_one_process_writes(models, said, tmp_path, precision):
+@pytest.mark.parametrize(
+    ("kind", "precision"), [("models", "fp32"), ("models", "bf16"), ("spelling", "bf16")]
+)
+def test_separate_operators_write_what_one_process_writes(request, said, tmp_path, kind, precision):
+    models = request.getfixturevalue(kind)
     settings = limits(precision=precision)
     for name in ("fused", "separate"):
         (tmp_path / name).mkdir()

@@ -328,6 +328,12 @@ def test_units_of_a_clip_do_not_depend_on_its_batch(workspace):
         assert np.mean(expand(alone) == expand(one.units)) > 0.98
 
 
+def test_a_summary_counts_the_letters_that_the_encoder_hears_if_it_hears_any():
+    nothing = {"all": tokenize.Counted()}
+    assert tokenize._summary(nothing, 0, " ab")["letters"] == 3
+    assert "letters" not in tokenize._summary(nothing, 0, None)
+
+
 def test_a_manifest_that_is_no_file_is_named(tmp_path):
     with pytest.raises(ManifestError, match="cannot read manifest"):
         tokenize.Listing(tmp_path / "gone.jsonl")

@@ -1,13 +1,19 @@
 """Waves are encoded to units that know what a CTC head hears in their frames."""
 
+import io
+
 import numpy as np
 import pytest
+import soundfile
 import torch
 
-from mmrag.recogniser import SpeechTokenizer
+from mmrag.config import Decode, LanguageModel
+from mmrag.model.vocabulary import SentencePieces, Vocabulary
+from mmrag.recogniser import Recogniser, SpeechTokenizer
 from mmrag.speech.hubert import HubertEncoder
 from mmrag.speech.units import Codebook
-from tests.support.random_models import ENCODER
+from mmrag.transcribe import transcribe
+from tests.support.random_models import ENCODER, write_models
 
 ALPHABET = " 'abcdefghijklmnopqrstuvwxyz"
 
@@ -39,3 +45,24 @@ def test_an_encoder_without_a_head_leaves_units_without_letters():
     plain = tokenizer(None).encode(clips)
     assert [one.letters for one in plain] == [None, None]
     assert tokenizer(None).encode([]) == tokenizer(ALPHABET).encode([]) == []
+
+
+def test_the_letters_of_every_segment_reach_the_decoders_vocabulary(tmp_path, monkeypatch):
+    shape = LanguageModel(width=16, layers=1, heads=2, kv_heads=2, feed_forward=24, tied=True)
+    pieces = SentencePieces.train(["turn on the light", "call maria now"], 60)
+    write_models(tmp_path, shape, Vocabulary(pieces, units=12), alphabet=ALPHABET)
+    recogniser, met = Recogniser.load(tmp_path), []
+    speech_input = Vocabulary.speech_input
+
+    def watched(self, units):
+        met.append(units)
+        return speech_input(self, units)
+
+    monkeypatch.setattr(Vocabulary, "speech_input", watched)
+    settings = Decode(beams=1, length_penalty=0.6, tokens_per_second=1, max_seconds=4, speech=0)
+    [wave] = waves(160_000)
+    stream = io.BytesIO()
+    soundfile.write(stream, wave.numpy(), 16_000, format="WAV")
+    heard = list(transcribe(stream.getvalue(), recogniser, settings))
+    assert all(len(one.letters) == one.durations.sum() for one in met)
+    assert len({one.letters.costs.tobytes() for one in met}) == len(heard) > 1

@@ -38,15 +38,20 @@ def perturb(model: Model, scale: float = 1 / 3) -> Model:
 
 
 def write_models(
-    directory: Path, shape: LanguageModel, vocabulary: Vocabulary, talkative: bool = False
+    directory: Path,
+    shape: LanguageModel,
+    vocabulary: Vocabulary,
+    talkative: bool = False,
+    alphabet: str | None = None,
 ) -> None:
     """hubert, codebook and lm artifacts, each made from the one before.
 
-    A `talkative` language model does not say the end token at once.
+    A `talkative` language model does not say the end token at once; with an `alphabet` the encoder
+    has a CTC head.
     """
     torch.manual_seed(0)
     with artifact.create(directory / "hubert", "hubert", {}, {}) as draft:
-        HubertEncoder.create(ENCODER, seed=0).save(draft.path)
+        HubertEncoder.create(ENCODER, seed=0, alphabet=alphabet).save(draft.path)
     hubert = artifact.load(directory / "hubert", "hubert")
     with artifact.create(directory / "codebook", "codebook", {}, {"hubert": hubert}) as draft:
         centroids = np.random.default_rng(0).standard_normal((vocabulary.units, ENCODER.width))
