@@ -160,8 +160,8 @@ class Pretrain(Section):
     """With front mel, the largest share by which a crop's bands are stretched or squeezed, as
     another speaker's longer or shorter throat would (VTLP, Jaitly and Hinton 2013)."""
     rough: float = Field(default=0, ge=0, le=1)
-    """Share of the crops of aligned clips that are recorded anew each time they are drawn, in
-    another place: with echo, noise, by telephone."""
+    """Share of the crops that are recorded anew each time they are drawn, in another place: with
+    echo, noise, by telephone. Of aligned clips alone where nothing is spelled."""
     seen_weight: float = Field(default=0, ge=0)
     """Weight in the loss of a frame that is not masked; a masked one weighs 1."""
     balance: float = Field(default=1, ge=0, le=1)

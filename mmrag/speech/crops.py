@@ -181,6 +181,7 @@ def draw(
     drawn = _crops(
         *(encoder, waves, targets, settings, generator, left_out, reject, unaligned, chances),
         recorded=record is not None,
+        spelled=spelling is not None,
         share=share,
     )
     crops = list(drawn)
@@ -222,6 +223,7 @@ def _crops(
     unaligned: bool,
     chances: Tensor | None,
     recorded: bool,
+    spelled: bool,
     share: Share | None,
 ) -> Iterator[_Crop]:
     """The crops of a step, in the order in which they are drawn."""
@@ -250,7 +252,8 @@ def _crops(
         first = _below(spare + 1, generator)
         samples = min(most, whole - first * encoder.hop)
         elsewhere = None
-        if recorded and sequence is None and _happens(settings.rough, generator):
+        plain = sequence is not None and not spelled  # guesses align what is clear
+        if recorded and not plain and _happens(settings.rough, generator):
             elsewhere = _below(2**62, generator)
         yield _Crop(clip, sequence, first, samples, not spare, elsewhere, wave)
         missing -= samples
