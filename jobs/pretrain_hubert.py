@@ -177,7 +177,7 @@ def _pretrain(experiment: Experiment, directory: Path, processes: Processes) -> 
         bf16=settings.precision == "bf16" or (settings.precision == "auto" and has_bf16(where)),
     )
     if processes.rank == 0:
-        encoder.save(directory)
+        encoder.save(directory, getattr(torch, experiment.hubert.stored))
 
 
 def _base(name: str) -> Artifact:

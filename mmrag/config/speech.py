@@ -107,6 +107,9 @@ class Hubert(Section):
     feed_forward: PositiveInt
     layer: PositiveInt
     """Transformer layer (1 = first) whose output is quantized."""
+    stored: Literal["float32", "float16"] = "float32"
+    """What the weights are kept in on disk, where they are trained here; they are computed in
+    float32, unless something else is asked for."""
 
     @model_validator(mode="after")
     def _shape(self) -> Hubert:

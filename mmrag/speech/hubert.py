@@ -175,8 +175,9 @@ class HubertEncoder(nn.Module):
             encoder.speller.load_state_dict(named)
         return encoder
 
-    def save(self, directory: Path | str) -> None:
-        """Write `hubert.safetensors` and `hubert.json` into `directory`, making it if need be."""
+    def save(self, directory: Path | str, stored: torch.dtype = torch.float32) -> None:
+        """Write `hubert.safetensors`, its weights as `stored`, and `hubert.json` into `directory`,
+        making it if need be."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         stacked = {"stack": self.stack} if self.stack else {}
@@ -185,7 +186,10 @@ class HubertEncoder(nn.Module):
         state = dict(self.model.state_dict())
         if self.speller is not None:
             state |= {SPELLER + name: own for name, own in self.speller.state_dict().items()}
-        state = {name: value.contiguous() for name, value in state.items()}
+        state = {
+            name: value.to(stored if value.is_floating_point() else value.dtype).contiguous()
+            for name, value in state.items()
+        }
         save_file(state, directory / "hubert.safetensors")
         write_json(
             directory / "hubert.json",
