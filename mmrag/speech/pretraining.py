@@ -40,6 +40,8 @@ UNALIGNED_AFTER = 0.4
 """Share of a round's steps before which its own guesses align no clip."""
 ALIGNED_BY_BASE = 0.1
 """The same where an encoder is trained further, which only has to learn the phones' names."""
+LEAST_SPREAD = 0.05
+"""Of a base's features, as a share of their mean squared length."""
 CLIP = 1.0
 """Largest gradient norm."""
 Cluster = Callable[[np.ndarray, int, int], np.ndarray]
@@ -174,8 +176,11 @@ class MaskedPrediction(nn.Module):
             theirs = base.contextualize(base.project(waves, lengths), frames, base.layer)[anchored]
         if not len(theirs):
             return features.new_zeros(())
-        spread = theirs.float().var(0, correction=0).sum() + 1e-6
-        return (features[anchored].float() - theirs.float()).square().sum() / spread
+        theirs = theirs.float()
+        spread = theirs.var(0, correction=0).sum()
+        # A few frames of silence are all alike: what they lie apart by is no measure.
+        spread = spread.clamp(min=LEAST_SPREAD * theirs.square().sum(1).mean())
+        return (features[anchored].float() - theirs).square().sum() / spread
 
     def _logits(self, hidden: Tensor) -> Tensor:
         guesses = F.normalize(self.projection(hidden), dim=-1)
