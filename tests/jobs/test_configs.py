@@ -55,7 +55,7 @@ def parameters(experiment: Experiment) -> int:
 
 def test_there_is_an_experiment_of_each_size():
     names = ["330m", "6.8b", "adapter", "adapter_small", "reproduce", "reproduce_small", "tiny"]
-    names += ["train_small", "train_tiny", "whisper_tiny"]
+    names += ["train_small", "train_small_further", "train_tiny", "whisper_tiny"]
     assert [file.stem for file in CONFIGS] == names
     assert [file.stem for file in PAPER] == [
         "librispeech_biasing",
