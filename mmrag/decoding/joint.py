@@ -1,0 +1,303 @@
+"""The rows of a batch with what a CTC head heard of their clips, which has a say in each token.
+
+Joint decoding (Watanabe et al., "Hybrid CTC/attention architecture for end-to-end speech
+recognition", IEEE JSTSP 2017): a token's score is the language model's and that of its letters, by
+weight. Only tokens that may be chosen are scored: those that are likeliest where each is taken to
+be as likely as its first letter, which it can but fall short of. Nothing here waits for a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmrag.decoding.ctc import NO_LETTER, Frames, Prefixes, longer
+from mmrag.decoding.spelling import Spelling, spelling
+from mmrag.model.contract import TextVocabulary
+from mmrag.records import Letters
+
+LEAST_CANDIDATES = 8
+"""Tokens of a row whose letters are scored, at least; else twice as many as it has to offer."""
+LIKELIEST = 512
+"""Tokens, by the language model, among which candidates are looked for."""
+
+
+class LetterRows:
+    """What was heard of the rows of a batch, from step to step."""
+
+    def __init__(
+        self,
+        heard: Sequence[Letters | None],
+        weights: Sequence[float],
+        vocabulary: TextVocabulary,
+        device: torch.device,
+    ) -> None:
+        """One a row; a row without letters, or of weight 0, is left to the language model.
+
+        Raises ValueError where the clips were heard in several alphabets.
+        """
+        self._end, self._device = vocabulary.eos, device
+        has = [one is not None and w > 0 for one, w in zip(heard, weights, strict=True)]
+        self.of_rows = np.array(has, bool)
+        """Which rows (B,) have letters: R of them."""
+        self._weight = np.array(weights, np.float64)[self.of_rows]
+        self._clip = np.arange(len(self._weight))
+        """The clip of each, in `_frames`."""
+        self._last = np.full(len(self._clip), NO_LETTER)
+        """The last letter of each (R,)."""
+        self._gap = np.zeros(len(self._clip), bool)
+        """Whether a gap is to be heard before the next letter of each (R,)."""
+        self._spelling: Spelling | None = None
+        own = [one for one, there in zip(heard, has, strict=True) if there]
+        if own:
+            self._spelling = spelling(vocabulary, _the_one({one.alphabet for one in own}))
+            self._lengths = np.array([len(one) for one in own])
+            """Frames of each clip (C,)."""
+            self._frames = Frames.of(own, device)
+            empty = Prefixes.empty(self._frames, self._sent(self._clip))
+            self._states = empty.states
+            """Of a row's prefix (R, 2, F + 1), as in `Prefixes`."""
+            self._logp = torch.zeros(len(own), dtype=torch.float64, device=device)
+            """Log-probability (R,) that what is said begins with it."""
+        self._place()
+
+    def __len__(self) -> int:
+        return len(self._clip)
+
+    def weigh(self, logp: Tensor, bonus: Tensor | None, count: int) -> Tensor:
+        """The joint scores (B, V) of the next tokens: of `logp` (B, V), in which the `bonus` (B, V)
+        of phrases is, and of the letters.
+
+        A row with letters has a score for its candidates and the end alone, -inf for all else;
+        there are enough of them to choose `count` from. Rows without letters stay as they are.
+        """
+        if not len(self):
+            return logp
+        every = len(self) == len(logp)
+        own = logp if every else logp[self._rows]
+        gain = bonus if bonus is None or every else bonus[self._rows]
+        starts = self._starts()
+        tokens = self._candidates(own, gain, starts, max(LEAST_CANDIDATES, 2 * count))
+        heard = self._heard(starts, tokens)
+        gained = None if gain is None else gain.gather(1, tokens)
+        score = self._joint(own.gather(1, tokens), gained, heard)
+        whole = self._conditional(self._prefixes().logp_whole(), self._logp)
+        gained = None if gain is None else gain[:, self._end]
+        joint = torch.full_like(own, -torch.inf).scatter(1, tokens, score)
+        joint[:, self._end] = self._joint(
+            own[:, self._end, None], None if gained is None else gained[:, None], whole[:, None]
+        )[:, 0]
+        return joint if every else logp.index_copy(0, self._rows, joint)
+
+    def begin(
+        self, rows: np.ndarray, offsets: np.ndarray, tokens: np.ndarray, logp: Tensor
+    ) -> Tensor:
+        """Go on with tokens that are given: `tokens` (G,), each of a row, of `rows` (G,), and of a
+        place in what it begins with, of `offsets` (G,). `logp` (G, V), with the joint score of the
+        given token at each place."""
+        if not self.of_rows[rows].any():
+            return logp
+        place = np.cumsum(self.of_rows) - 1
+        column = self._sent(tokens)[:, None]
+        own = logp.gather(1, column)
+        for offset in range(offsets[self.of_rows[rows]].max() + 1):
+            at = np.flatnonzero((offsets == offset) & self.of_rows[rows])
+            here, places = self._sent(at), place[rows[at]]
+            heard = self._go_on(places, tokens[at])[:, None]
+            score = self._joint(own[here], None, heard, self._weighing[self._sent(places)])
+            own = own.index_copy(0, here, score)
+        return logp.scatter(1, column, own)
+
+    def advance(self, tokens: np.ndarray) -> None:
+        """Every row goes on with its token, of `tokens` (B,)."""
+        if len(self):
+            self._go_on(np.arange(len(self)), tokens[self.of_rows])
+
+    def select(self, rows: np.ndarray) -> None:
+        """Keep these rows (K,), which may repeat."""
+        if not len(self):
+            self.of_rows = self.of_rows[rows]
+            return
+        kept = (np.cumsum(self.of_rows) - 1)[rows[self.of_rows[rows]]]
+        self.of_rows = self.of_rows[rows]
+        clips, self._clip = np.unique(self._clip[kept], return_inverse=True)
+        for name in ("_weight", "_last", "_gap"):
+            setattr(self, name, getattr(self, name)[kept])
+        index = self._sent(kept)
+        self._states, self._logp = self._states[index], self._logp[index]
+        if len(clips) < len(self._lengths):
+            self._lengths = self._lengths[clips]
+            size = max(1, int(self._lengths.max(initial=0)))
+            self._frames = self._frames.select(self._sent(clips), size)
+            self._states = self._states[..., : size + 1]
+        self._place()
+
+    def require(self, other: LetterRows) -> None:
+        """ValueError where the rows of `other` were heard in another alphabet."""
+        if len(self) and len(other):
+            _the_one({self._spelling.alphabet, other._spelling.alphabet})
+
+    def join(self, other: LetterRows) -> None:
+        """Go on with the rows of `other`, too, heard in the same alphabet."""
+        if len(other) and len(self):
+            other._clip = other._clip + len(self._lengths)
+            self._lengths = np.concatenate((self._lengths, other._lengths))
+            self._frames = self._frames.join(other._frames)
+            states = (longer(one._states, self._frames.size) for one in (self, other))
+            self._states = torch.cat(tuple(states))
+            self._logp = torch.cat((self._logp, other._logp))
+        elif len(other):
+            for name in ("_spelling", "_lengths", "_frames", "_states", "_logp"):
+                setattr(self, name, getattr(other, name))
+        for name in ("of_rows", "_weight", "_clip", "_last", "_gap"):
+            setattr(self, name, np.concatenate((getattr(self, name), getattr(other, name))))
+        self._place()
+
+    def _prefixes(self) -> Prefixes:
+        """What the rows have written so far."""
+        return Prefixes(self._frames, self._clips, self._sent(self._last), self._states)
+
+    def _starts(self) -> Prefixes:
+        """What tokens go on from (2 R,): those that go on with a word, and those that begin one."""
+        written = self._prefixes()
+        gap, begun = self._spelling.gap, self._last != NO_LETTER
+        behind = written
+        if gap and begun.any():
+            places = np.flatnonzero(begun)
+            here = self._sent(places)
+            behind = written.put(here, written.then(here, torch.full_like(here, gap)))
+        inside = written
+        if (waiting := np.flatnonzero(self._gap & begun)).size:
+            here = self._sent(waiting)
+            inside = written.put(here, behind.take(here))
+        return Prefixes(
+            self._frames,
+            self._clips.repeat(2),
+            torch.cat((inside.last, behind.last)),
+            torch.cat((inside.states, behind.states)),
+        )
+
+    def _candidates(
+        self, logp: Tensor, gain: Tensor | None, starts: Prefixes, count: int
+    ) -> Tensor:
+        """The `count` tokens (R, K) other than the end of the highest scores that there may be: no
+        token's letters are likelier than the first of them."""
+        letters, _, opens = self._spelling.on(self._device)
+        bound = self._conditional(starts.logp_of_each(), self._logp.repeat(2)[:, None])
+        bound[:, NO_LETTER] = 0.0
+        bound = torch.cat(bound.to(logp.dtype).split(len(self)), 1)
+        first = opens * self._frames.letters + letters[:, 0]
+        if logp.shape[1] <= LIKELIEST:
+            tokens, bound = None, bound[:, first]
+        else:
+            logp, tokens = logp.topk(LIKELIEST)
+            gain = None if gain is None else gain.gather(1, tokens)
+            bound = bound.gather(1, first[tokens])
+        score = self._joint(logp, gain, bound)
+        if tokens is None:
+            score[:, self._end] = -torch.inf
+        else:
+            score = score.masked_fill(tokens == self._end, -torch.inf)
+        chosen = score.topk(min(count, score.shape[1])).indices
+        return chosen if tokens is None else tokens.gather(1, chosen)
+
+    def _heard(self, starts: Prefixes, tokens: Tensor) -> Tensor:
+        """Log-probability (R, K) of the letters of `tokens` (R, K), behind what is written.
+
+        A letter at a time for all; tokens of a row that begin alike are one until they part.
+        """
+        letters, counts, opens = self._spelling.on(self._device)
+        rows = torch.arange(len(self), device=self._device)
+        at = (rows[:, None] + len(self) * opens[tokens]).flatten()
+        letters, counts = letters[tokens.flatten()].long(), counts[tokens.flatten()]
+        before = self._logp[rows.repeat_interleave(tokens.shape[1])]
+        found, prefixes = before, starts
+        for place in range(self._spelling.longest):
+            ends = counts == place + 1
+            if len(here := _where(ends)):
+                own = prefixes.logp_then(at[here], letters[here, place])
+                found = found.index_copy(0, here, torch.where(ends[here], own, found[here]))
+            here = _where(counts > place + 1)
+            if not len(here):
+                break
+            parents, added, same = _distinct(at[here], letters[here, place], self._frames.letters)
+            prefixes = prefixes.then(parents, added)
+            at = at.index_copy(0, here, same)
+        return self._conditional(found, before).view(tokens.shape)
+
+    def _go_on(self, places: np.ndarray, tokens: np.ndarray) -> Tensor:
+        """The rows at `places` (S,) go on with `tokens` (S,); log-probability (S,) of their letters
+        behind what was written."""
+        spelt, counts = self._spelling.letters[tokens], self._spelling.counts[tokens]
+        gap = (self._gap[places] | self._spelling.opens[tokens]) & (self._last[places] > 0)
+        gap &= (counts > 0) & (self._spelling.gap > 0)
+        spelt = np.pad(spelt, ((0, 0), (1, 0)), constant_values=self._spelling.gap).astype(np.int64)
+        spelt[~gap] = np.roll(spelt[~gap], -1, 1)
+        counts = counts + gap
+        here = self._sent(places)
+        prefixes = self._prefixes().take(here)
+        before = found = self._logp[here]
+        for place in range(counts.max(initial=0)):
+            on = np.flatnonzero(counts > place)
+            index, letters = self._sent(on), self._sent(spelt[on, place])
+            found = found.index_copy(0, index, prefixes.logp_then(index, letters))
+            prefixes = prefixes.put(index, prefixes.then(index, letters))
+        self._states = self._states.index_copy(0, here, prefixes.states)
+        self._logp = self._logp.index_copy(0, here, found)
+        said = counts > 0
+        self._last[places[said]] = spelt[said, counts[said] - 1]
+        closes = self._spelling.closes[tokens]
+        self._gap[places] = np.where(said, closes, self._gap[places] | closes)
+        return self._conditional(found, before)
+
+    def _joint(
+        self, logp: Tensor, gain: Tensor | None, heard: Tensor, weight: Tensor | None = None
+    ) -> Tensor:
+        """Scores (R, K) of tokens of `logp` (R, K), in which there may be a `gain` (R, K) that
+        stays whole, and of what is `heard` of them (R, K)."""
+        weight = self._weighing if weight is None else weight
+        other = heard if gain is None else heard + gain
+        joint = ((1 - weight) * logp + weight * other).to(logp.dtype)
+        return joint.masked_fill(logp == -torch.inf, -torch.inf)
+
+    @staticmethod
+    def _conditional(logp: Tensor, before: Tensor) -> Tensor:
+        """`logp` behind what was certain by `before`; what has become impossible says nothing."""
+        return torch.where(before == -torch.inf, 0.0, logp - before).clamp(max=0.0)
+
+    def _place(self) -> None:
+        """Number the rows and their clips on the device."""
+        self._rows = self._sent(np.flatnonzero(self.of_rows))
+        self._clips = self._sent(self._clip)
+        self._weighing = self._sent(self._weight)[:, None]
+
+    def _sent(self, values: np.ndarray) -> Tensor:
+        """On its way to the device: nobody waits for it here."""
+        return torch.from_numpy(values).to(self._device, non_blocking=True)
+
+
+def _the_one(alphabets: set[str]) -> str:
+    if len(alphabets) > 1:
+        named = " and ".join(map(repr, sorted(alphabets)))
+        raise ValueError(f"clips that are decoded together were heard in two alphabets: {named}")
+    return alphabets.pop()
+
+
+def _where(chosen: Tensor) -> Tensor:
+    """The places that are `chosen` (N,) bool; on a device that would have to be waited for, all."""
+    if chosen.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(chosen.numpy()))
+    return torch.arange(len(chosen), device=chosen.device)
+
+
+def _distinct(places: Tensor, letters: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs of `places` (N,) and `letters` (N,) below `size`, each once (M,), and which of them
+    each was (N,); on a device that would have to be waited for, all as they are."""
+    if places.device.type == "cpu":
+        pairs, same = np.unique((places * size + letters).numpy(), return_inverse=True)
+        pairs = torch.from_numpy(pairs)
+        return pairs // size, pairs % size, torch.from_numpy(same.reshape(-1))
+    return places, letters, torch.arange(len(places), device=places.device)
