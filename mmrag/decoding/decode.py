@@ -198,7 +198,7 @@ class Batch:
         logp = logp if bonus is None else logp + bonus
         if begun is not None:
             logp = begun.without_a_word_gone_on_with(logp, self._word_starts, self._vocabulary.eos)
-        logp = batch.letters.weigh(logp, bonus, beams.candidates)
+        logp = batch.letters.weigh(logp, bonus, beams.candidates, beams.temperatures)
 
         found = likeliest(logp, lm_logp, beams.candidates, beams.temperatures)
         ranked = beams.rank(found.tokens, found.logp, self._vocabulary.eos)

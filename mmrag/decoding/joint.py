@@ -9,6 +9,7 @@ be as likely as its first letter, which it can but fall short of. Nothing here w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,10 +20,28 @@ from mmrag.decoding.spelling import Spelling, spelling
 from mmrag.model.contract import TextVocabulary
 from mmrag.records import Letters
 
-LEAST_CANDIDATES = 8
-"""Tokens of a row whose letters are scored, at least; else twice as many as it has to offer."""
+LEAST_CANDIDATES = 16
+"""Tokens of a row that may be scored, at least; else twice as many as it has to offer."""
 LIKELIEST = 512
-"""Tokens, by the language model, among which candidates are looked for."""
+"""Of a large vocabulary, tokens that are likeliest by the language model, among which candidates
+are looked for."""
+FEW = 8
+"""So many times as many tokens are all looked at."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Starts:
+    """What the tokens of R rows may go on from.
+
+    `prefixes` (2 R,): those that go on with a word, then those that begin one. `behind` (R,):
+    log-probability that what is said begins with the latter. A gap alone is `free` (R,) bool where
+    nothing is written, and is what is `waiting` (R,) bool to be heard behind a comma, say.
+    """
+
+    prefixes: Prefixes
+    behind: Tensor
+    free: Tensor
+    waiting: Tensor
 
 
 class LetterRows:
@@ -67,29 +86,33 @@ class LetterRows:
     def __len__(self) -> int:
         return len(self._clip)
 
-    def weigh(self, logp: Tensor, bonus: Tensor | None, count: int) -> Tensor:
+    def weigh(
+        self,
+        logp: Tensor,
+        bonus: Tensor | None,
+        count: int,
+        temperatures: np.ndarray | None = None,
+    ) -> Tensor:
         """The joint scores (B, V) of the next tokens: of `logp` (B, V), in which the `bonus` (B, V)
         of phrases is, and of the letters.
 
-        A row with letters has a score for its candidates and the end alone, -inf for all else;
-        there are enough of them to choose `count` from. Rows without letters stay as they are.
+        In a row with letters the end has its score, and of the other tokens the best `count`, and
+        any other that is a candidate where `temperatures` (B,) are not 0; all else is -inf. Rows
+        without letters stay as they are.
         """
         if not len(self):
             return logp
         every = len(self) == len(logp)
         own = logp if every else logp[self._rows]
         gain = bonus if bonus is None or every else bonus[self._rows]
+        drawn = None if temperatures is None else temperatures[self.of_rows] > 0
         starts = self._starts()
-        tokens = self._candidates(own, gain, starts, max(LEAST_CANDIDATES, 2 * count))
-        heard = self._heard(starts, tokens)
-        gained = None if gain is None else gain.gather(1, tokens)
-        score = self._joint(own.gather(1, tokens), gained, heard)
-        whole = self._conditional(self._prefixes().logp_whole(), self._logp)
-        gained = None if gain is None else gain[:, self._end]
+        tokens, most = self._candidates(own, gain, starts, max(LEAST_CANDIDATES, 2 * count))
+        score = self._scores(own, gain, starts, tokens, most, count, drawn)
         joint = torch.full_like(own, -torch.inf).scatter(1, tokens, score)
-        joint[:, self._end] = self._joint(
-            own[:, self._end, None], None if gained is None else gained[:, None], whole[:, None]
-        )[:, 0]
+        end = slice(self._end, self._end + 1)
+        whole = self._conditional(self._prefixes().logp_whole(), self._logp)[:, None]
+        joint[:, end] = self._joint(own[:, end], None if gain is None else gain[:, end], whole)
         return joint if every else logp.index_copy(0, self._rows, joint)
 
     def begin(
@@ -160,97 +183,164 @@ class LetterRows:
         """What the rows have written so far."""
         return Prefixes(self._frames, self._clips, self._sent(self._last), self._states)
 
-    def _starts(self) -> Prefixes:
-        """What tokens go on from (2 R,): those that go on with a word, and those that begin one."""
-        written = self._prefixes()
-        gap, begun = self._spelling.gap, self._last != NO_LETTER
-        behind = written
-        if gap and begun.any():
-            places = np.flatnonzero(begun)
+    def _starts(self) -> _Starts:
+        """What tokens may go on from."""
+        written, gap = self._prefixes(), self._spelling.gap
+        behind, heard = written, self._logp
+        if (places := np.flatnonzero(self._parts)).size:
             here = self._sent(places)
-            behind = written.put(here, written.then(here, torch.full_like(here, gap)))
+            letters = torch.full_like(here, gap)
+            behind = written.put(here, written.then(here, letters))
+            heard = heard.index_copy(0, here, written.logp_then(here, letters))
         inside = written
-        if (waiting := np.flatnonzero(self._gap & begun)).size:
-            here = self._sent(waiting)
+        if (places := np.flatnonzero(self._waits)).size:
+            here = self._sent(places)
             inside = written.put(here, behind.take(here))
-        return Prefixes(
+        prefixes = Prefixes(
             self._frames,
             self._clips.repeat(2),
             torch.cat((inside.last, behind.last)),
             torch.cat((inside.states, behind.states)),
         )
+        free = (self._last == NO_LETTER) & ~self._gap
+        waiting = (self._last != NO_LETTER) & self._gap
+        return _Starts(prefixes, heard, self._sent(free), self._sent(waiting))
+
+    @property
+    def _parts(self) -> np.ndarray:
+        """Where a gap has to be heard before a token that opens with one (R,) bool."""
+        return (self._last != NO_LETTER) & (self._spelling.gap > 0)
+
+    @property
+    def _waits(self) -> np.ndarray:
+        """Where a gap is to be heard before any letter (R,) bool."""
+        return self._gap & self._parts & (self._last != self._spelling.gap)
 
     def _candidates(
-        self, logp: Tensor, gain: Tensor | None, starts: Prefixes, count: int
-    ) -> Tensor:
-        """The `count` tokens (R, K) other than the end of the highest scores that there may be: no
-        token's letters are likelier than the first of them."""
-        letters, _, opens = self._spelling.on(self._device)
-        bound = self._conditional(starts.logp_of_each(), self._logp.repeat(2)[:, None])
+        self, logp: Tensor, gain: Tensor | None, starts: _Starts, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """The `count` tokens (R, K) other than the end that may have the highest scores, and what
+        these are at most (R, K), highest first: as if of their letters only the first were heard.
+        """
+        letters, _, opens, _ = self._spelling.on(self._device)
+        first = opens * self._frames.letters + letters[:, 0]
+        bound = starts.prefixes.logp_of_each()
+        gap = bound[: len(self), self._spelling.gap]
+        gap.copy_(
+            torch.where(starts.free, self._logp, torch.where(starts.waiting, starts.behind, gap))
+        )
+        bound = self._conditional(bound, self._logp.repeat(2)[:, None])
         bound[:, NO_LETTER] = 0.0
         bound = torch.cat(bound.to(logp.dtype).split(len(self)), 1)
-        first = opens * self._frames.letters + letters[:, 0]
-        if logp.shape[1] <= LIKELIEST:
-            tokens, bound = None, bound[:, first]
-        else:
-            logp, tokens = logp.topk(LIKELIEST)
-            gain = None if gain is None else gain.gather(1, tokens)
-            bound = bound.gather(1, first[tokens])
-        score = self._joint(logp, gain, bound)
-        if tokens is None:
-            score[:, self._end] = -torch.inf
-        else:
-            score = score.masked_fill(tokens == self._end, -torch.inf)
-        chosen = score.topk(min(count, score.shape[1])).indices
-        return chosen if tokens is None else tokens.gather(1, chosen)
+        if logp.shape[1] <= FEW * LIKELIEST:
+            most = self._joint(logp, gain, bound[:, first])
+            most[:, self._end] = -torch.inf
+            most, tokens = most.topk(min(count, most.shape[1]))
+            return tokens, most
+        logp, likeliest = logp.topk(LIKELIEST)
+        gain = None if gain is None else gain.gather(1, likeliest)
+        most = self._joint(logp, gain, bound.gather(1, first[likeliest]))
+        most, chosen = most.masked_fill(likeliest == self._end, -torch.inf).topk(count)
+        return likeliest.gather(1, chosen), most
 
-    def _heard(self, starts: Prefixes, tokens: Tensor) -> Tensor:
-        """Log-probability (R, K) of the letters of `tokens` (R, K), behind what is written.
+    def _scores(
+        self,
+        logp: Tensor,
+        gain: Tensor | None,
+        starts: _Starts,
+        tokens: Tensor,
+        most: Tensor,
+        count: int,
+        drawn: np.ndarray | None,
+    ) -> Tensor:
+        """The joint scores (R, K) of `tokens` (R, K), each `most` (R, K) at most, the most likely
+        first; -inf where the first `count` are all better, but for rows that are `drawn` (R,)."""
+        logp = logp.gather(1, tokens)
+        gain = None if gain is None else gain.gather(1, tokens)
+        heard = torch.full(tokens.shape, -torch.inf, dtype=torch.float64, device=self._device)
+        rows = torch.arange(len(self), device=self._device)[:, None]
+        heard[:, :count] = self._heard(starts, rows, tokens[:, :count])
+        worst = self._joint(logp, gain, heard)[:, :count].amin(1, keepdim=True)
+        better = most[:, count:] > worst
+        if drawn is not None:
+            better |= self._sent(drawn)[:, None]
+        places = _where(better.flatten())
+        if len(places):
+            row, column = places // better.shape[1], count + places % better.shape[1]
+            least = self._needed(worst, logp, gain)
+            if drawn is not None:
+                least = least.masked_fill(self._sent(drawn)[:, None], -torch.inf)
+            own = self._heard(starts, row, tokens[row, column], least[row, column])
+            heard[row, column] = own
+        return self._joint(logp, gain, heard)
+
+    def _needed(self, score: Tensor, logp: Tensor, gain: Tensor | None) -> Tensor:
+        """What must be heard (R, K) of tokens of `logp` (R, K) for a joint score above `score`."""
+        needed = (score - (1 - self._weighing) * logp) / self._weighing
+        return needed if gain is None else needed - gain
+
+    def _heard(
+        self, starts: _Starts, rows: Tensor, tokens: Tensor, least: Tensor | None = None
+    ) -> Tensor:
+        """Log-probability of the letters of `tokens` (...) behind what `rows` (...) have written;
+        -inf where that is not above the `least` (...).
 
         A letter at a time for all; tokens of a row that begin alike are one until they part.
         """
-        letters, counts, opens = self._spelling.on(self._device)
-        rows = torch.arange(len(self), device=self._device)
-        at = (rows[:, None] + len(self) * opens[tokens]).flatten()
-        letters, counts = letters[tokens.flatten()].long(), counts[tokens.flatten()]
-        before = self._logp[rows.repeat_interleave(tokens.shape[1])]
-        found, prefixes = before, starts
+        letters, counts, opens, blank = (
+            one[tokens.flatten()] for one in self._spelling.on(self._device)
+        )
+        row = rows.expand(tokens.shape).flatten()
+        # A gap alone is heard as a letter, but for one before all letters or that was to be heard.
+        free, waiting = starts.free[row], starts.waiting[row]
+        counts = counts - blank * (free | waiting)
+        at = row + len(self) * (opens + blank * waiting)
+        letters, before = letters.long(), self._logp[row]
+        found = torch.cat((self._logp, starts.behind))[row + len(self) * blank * waiting]
+        floor = -torch.inf if least is None else before + least.flatten()
+        here, prefixes = _where(counts > 0), starts.prefixes
         for place in range(self._spelling.longest):
-            ends = counts == place + 1
-            if len(here := _where(ends)):
-                own = prefixes.logp_then(at[here], letters[here, place])
-                found = found.index_copy(0, here, torch.where(ends[here], own, found[here]))
-            here = _where(counts > place + 1)
             if not len(here):
                 break
-            parents, added, same = _distinct(at[here], letters[here, place], self._frames.letters)
-            prefixes = prefixes.then(parents, added)
-            at = at.index_copy(0, here, same)
+            own = prefixes.logp_then(at[here], letters[here, place])
+            on = counts[here] > place
+            found = found.index_copy(0, here, torch.where(on, own, found[here]))
+            if len(here := _where((counts > place + 1) & (found > floor))):
+                pairs = at[here], letters[here, place], self._frames.letters
+                parents, added, same = _distinct(*pairs)
+                prefixes = prefixes.then(parents, added)
+                at = at.index_copy(0, here, same)
+        if least is not None:
+            found = found.masked_fill(~(found > floor), -torch.inf)
         return self._conditional(found, before).view(tokens.shape)
 
     def _go_on(self, places: np.ndarray, tokens: np.ndarray) -> Tensor:
         """The rows at `places` (S,) go on with `tokens` (S,); log-probability (S,) of their letters
         behind what was written."""
-        spelt, counts = self._spelling.letters[tokens], self._spelling.counts[tokens]
-        gap = (self._gap[places] | self._spelling.opens[tokens]) & (self._last[places] > 0)
-        gap &= (counts > 0) & (self._spelling.gap > 0)
-        spelt = np.pad(spelt, ((0, 0), (1, 0)), constant_values=self._spelling.gap).astype(np.int64)
-        spelt[~gap] = np.roll(spelt[~gap], -1, 1)
-        counts = counts + gap
+        table, gap = self._spelling, self._gap[places]
+        spelt, blank = table.letters[tokens], table.blank[tokens]
+        counts = np.where(blank & ~gap & (self._last[places] == NO_LETTER), 0, table.counts[tokens])
+        parted = self._waits[places] | (table.opens[tokens] & self._parts[places])
+        parted &= (counts > 0) & ~blank
+        spelt = np.pad(spelt, ((0, 0), (1, 0)), constant_values=table.gap).astype(np.int64)
+        spelt[~parted] = np.roll(spelt[~parted], -1, 1)
+        counts = counts + parted
         here = self._sent(places)
         prefixes = self._prefixes().take(here)
         before = found = self._logp[here]
         for place in range(counts.max(initial=0)):
-            on = np.flatnonzero(counts > place)
-            index, letters = self._sent(on), self._sent(spelt[on, place])
-            found = found.index_copy(0, index, prefixes.logp_then(index, letters))
-            prefixes = prefixes.put(index, prefixes.then(index, letters))
+            on, last = np.flatnonzero(counts > place), np.flatnonzero(counts == place + 1)
+            index, ends = self._sent(on), self._sent(last)
+            ending = prefixes.take(ends)
+            every = torch.arange(len(last), device=self._device)
+            own = ending.logp_then(every, self._sent(spelt[last, place]))
+            found = found.index_copy(0, ends, own)
+            prefixes = prefixes.put(index, prefixes.then(index, self._sent(spelt[on, place])))
         self._states = self._states.index_copy(0, here, prefixes.states)
         self._logp = self._logp.index_copy(0, here, found)
         said = counts > 0
         self._last[places[said]] = spelt[said, counts[said] - 1]
-        closes = self._spelling.closes[tokens]
-        self._gap[places] = np.where(said, closes, self._gap[places] | closes)
+        self._gap[places] = np.where(blank, ~said, table.closes[tokens] | (gap & ~said))
         return self._conditional(found, before)
 
     def _joint(

@@ -31,13 +31,15 @@ class Spelling:
 
     `letters` (V, L) int16 with the gaps inside a token, padded with 0; `counts` (V,) how many.
     `opens` (V,) bool: a gap stands before the first letter. `closes` (V,) bool: one stands behind
-    the last, or in a token that has no letter. A gap is only heard where a letter follows it.
+    the last, or in a token that has no letter, as after a comma: it is heard once a letter follows.
+    `blank` (V,) bool: the token is a gap and nothing else, the one letter that it has.
     """
 
     letters: np.ndarray
     counts: np.ndarray
     opens: np.ndarray
     closes: np.ndarray
+    blank: np.ndarray
     alphabet: str
 
     @classmethod
@@ -48,8 +50,8 @@ class Spelling:
         letters = np.zeros((len(spelt), max(1, counts.max(initial=0))), np.int16)
         for row, (own, *_) in zip(letters, spelt, strict=True):
             row[: len(own)] = own
-        opens, closes = (np.array([each[n] for each in spelt], bool) for n in (1, 2))
-        return cls(letters, counts, opens, closes, alphabet)
+        opens, closes, blank = (np.array([each[n] for each in spelt], bool) for n in (1, 2, 3))
+        return cls(letters, counts, opens, closes, blank, alphabet)
 
     @property
     def longest(self) -> int:
@@ -61,15 +63,16 @@ class Spelling:
         """The gap's number; 0 in an alphabet without one."""
         return self.alphabet.find(GAP) + 1
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Letters (V, L), counts (V,) and `opens` (V,) as numbers, on a device."""
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Letters (V, L) and, as numbers (V,), `counts`, `opens` and `blank`, on a device."""
         if device not in self._there:
-            columns = self.letters, self.counts, self.opens.astype(np.int64)
-            self._there[device] = tuple(torch.from_numpy(one).to(device) for one in columns)
+            numbers = (one.astype(np.int64) for one in (self.counts, self.opens, self.blank))
+            columns = (torch.from_numpy(one).to(device) for one in (self.letters, *numbers))
+            self._there[device] = tuple(columns)
         return self._there[device]
 
     @cached_property
-    def _there(self) -> dict[torch.device, tuple[Tensor, Tensor, Tensor]]:
+    def _there(self) -> dict[torch.device, tuple[Tensor, Tensor, Tensor, Tensor]]:
         return {}
 
 
@@ -84,12 +87,15 @@ def spelling(vocabulary: TextVocabulary, alphabet: str) -> Spelling:
     return known[alphabet]
 
 
-def _spelt(text: str, alphabet: str) -> tuple[list[int], bool, bool]:
-    """The letters of a token's text, and whether a gap stands before and behind them.
+def _spelt(text: str, alphabet: str) -> tuple[list[int], bool, bool, bool]:
+    """The letters of a token's text, whether a gap stands before and behind them, and whether it is
+    nothing but a gap.
 
     As texts are compared (`mmrag.text.normalise`): case and accents do not matter, letters that
     are not in the alphabet say nothing, and what is no letter parts words.
     """
+    if text.isspace() and GAP in alphabet:
+        return [alphabet.find(GAP) + 1], False, False, True
     letters: list[int] = []
     opens = gap = False
     for one in fold(composed(text).lower(), alphabet.__contains__):
@@ -101,4 +107,4 @@ def _spelt(text: str, alphabet: str) -> tuple[list[int], bool, bool]:
             letters.append(number)
         elif one != NO_TEXT and not is_letter(one) and unicodedata.category(one) != "Cf":
             gap = True
-    return letters, opens, gap
+    return letters, opens, gap, False

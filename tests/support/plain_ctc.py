@@ -6,6 +6,7 @@ What `mmrag.decoding.ctc` and `mmrag.decoding.joint` are compared with.
 from __future__ import annotations
 
 import itertools
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -70,9 +71,24 @@ def prefix(heard: Letters, text: str) -> tuple[float, float]:
 
 
 def spelt(written: Sequence[str], tokens: Sequence[int], alphabet: str) -> str:
-    """What tokens write, in letters of the alphabet and gaps between words."""
-    text = "".join(written[token] for token in tokens).lower()
-    return " ".join("".join(one if one in alphabet else " " for one in text).split())
+    """What tokens write, in letters of the alphabet and gaps between words; other letters, and
+    what is a part of one, are left out. A token that is a gap alone is one, but for a first."""
+    said, waits = "", False
+    for token in tokens:
+        text = unicodedata.normalize("NFD", written[token]).lower()
+        if text.isspace():
+            said, waits = (said, True) if not said and not waits else (said + " ", False)
+            continue
+        gap = False
+        for one in text:
+            if one in alphabet and one != " ":
+                waits = waits and said[-1:] != " "
+                said += " " * bool(said and (gap or waits)) + one
+                gap = waits = False
+            elif not one.isalpha() and one not in "\u0301\ufffd":
+                gap = True
+        waits = waits or gap
+    return said
 
 
 def next_logp(
