@@ -2,8 +2,9 @@
 
 Joint decoding (Watanabe et al., "Hybrid CTC/attention architecture for end-to-end speech
 recognition", IEEE JSTSP 2017): a token's score is the language model's and that of its letters, by
-weight. Only tokens that may be chosen are scored: those that are likeliest where each is taken to
-be as likely as its first letter, which it can but fall short of. Nothing here waits for a device.
+weight. Only tokens that may be chosen are scored: those that are likeliest if each is taken to be
+as likely as its first letter, which it can but fall short of, and of these only as many letters as
+show that others are better. Nothing here waits for a device.
 """
 
 from __future__ import annotations
@@ -21,12 +22,16 @@ from mmrag.model.contract import TextVocabulary
 from mmrag.records import Letters
 
 LEAST_CANDIDATES = 16
-"""Tokens of a row that may be scored, at least; else twice as many as it has to offer."""
+"""Tokens of a row that may be scored, at least; else twice as many as it has to offer. Those beyond
+them would be worse by their first letter alone."""
 LIKELIEST = 512
 """Of a large vocabulary, tokens that are likeliest by the language model, among which candidates
 are looked for."""
 FEW = 8
 """So many times as many tokens are all looked at."""
+LEAST_HEARD = -1000.0
+"""Of letters that there is no time for, nats: a transcript goes on with them where nothing else is
+possible."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -310,9 +315,8 @@ class LetterRows:
                 parents, added, same = _distinct(*pairs)
                 prefixes = prefixes.then(parents, added)
                 at = at.index_copy(0, here, same)
-        if least is not None:
-            found = found.masked_fill(~(found > floor), -torch.inf)
-        return self._conditional(found, before).view(tokens.shape)
+        heard = self._conditional(found, before).view(tokens.shape)
+        return heard if least is None else heard.masked_fill(~(heard > least), -torch.inf)
 
     def _go_on(self, places: np.ndarray, tokens: np.ndarray) -> Tensor:
         """The rows at `places` (S,) go on with `tokens` (S,); log-probability (S,) of their letters
@@ -355,8 +359,9 @@ class LetterRows:
 
     @staticmethod
     def _conditional(logp: Tensor, before: Tensor) -> Tensor:
-        """`logp` behind what was certain by `before`; what has become impossible says nothing."""
-        return torch.where(before == -torch.inf, 0.0, logp - before).clamp(max=0.0)
+        """`logp` given what is as likely as `before`, LEAST_HEARD at least; where that cannot have
+        been heard, whatever follows is as likely as anything."""
+        return torch.where(before == -torch.inf, 0.0, logp - before).clamp(LEAST_HEARD, 0.0)
 
     def _place(self) -> None:
         """Number the rows and their clips on the device."""

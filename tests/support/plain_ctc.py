@@ -102,4 +102,4 @@ def next_logp(
     known = {text: prefix(heard, text)[0] - before for text in set(texts)}
     found = np.array([known[text] for text in texts])
     found[end] = whole - before
-    return found
+    return found.clip(min=-1000.0)
