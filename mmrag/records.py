@@ -249,8 +249,9 @@ class Line:
 class Word:
     """One word of a transcript with the evidence for it.
 
-    `probability` is the product over its tokens of the mixed distribution, `lm_probability` of
-    the language model alone. `changed` says that the language model alone would have chosen
+    `probability` is the product over its tokens of what they were chosen by: the mixed
+    distribution, weighed with the letters that were heard. `lm_probability` is that of the language
+    model alone. `changed` says that the language model alone would have chosen
     another token somewhere in the word, after the same prefix.
     """
 

@@ -239,6 +239,7 @@ class Decoder:
             beams=1 if request.output.temperature > 0 else decode.beams,
             length_penalty=decode.length_penalty,
             temperature=request.output.temperature,
+            ctc_weight=decode.ctc_weight,
             fallback=() if request.output.temperature > 0 else self._settings.decoder.fallback,
             retrieval=sources.votes.get(request.mode) if sources else None,
             attention=sources.attention if reads else None,

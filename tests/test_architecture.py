@@ -51,7 +51,8 @@ WINGS = {
         "display", "upkeep", "shortlist", "confusion", "contexts",
     ],
     "decoding": [
-        "confidence", "boost", "hypotheses", "candidates", "beginnings", "beams", "rows", "decode",
+        "confidence", "boost", "hypotheses", "candidates", "beginnings", "beams", "spelling",
+        "ctc", "joint", "rows", "decode",
         "guard", "align", "stitch", "partial", "engine", "tune",
     ],
     "front door": ["recogniser", "transcribe", "contents", "client", "administration", "cli"],

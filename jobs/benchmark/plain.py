@@ -90,10 +90,11 @@ class Baseline:
                 continue
             units = listen(vad.trim(segment.wave)[0])
             clip = Clip(
-                speech=recogniser.vocabulary.encode_units(units),
+                speech=recogniser.vocabulary.speech_input(units),
                 limit=recogniser.longest(recogniser.seconds(units), self._decode),
                 beams=self._decode.beams,
                 length_penalty=self._decode.length_penalty,
+                ctc_weight=self._decode.ctc_weight,
             )
             heard = self._engine.submit(clip, self._decode.agreement).future.result().hypothesis
             texts.append(recogniser.vocabulary.decode(heard.tokens))

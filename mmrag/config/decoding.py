@@ -32,6 +32,9 @@ class Decode(Section):
     speech: float = Field(default=0.75, ge=0, le=1)
     """Probability from which on a moment counts as speech; audio without any has no transcript. 0
     to transcribe everything."""
+    ctc_weight: Annotated[float, Fraction] = 0.3
+    """Share of a token's score that is what the encoder's CTC head hears, where it has one; the
+    rest is the language model's, with what was retrieved. 0 to decode without it."""
     agreement: float | None = Field(default=None, lt=0)
     """What the language model alone must think of a transcript made with retrieval, mean
     log-probability a token: below it, and where the transcript loops, it is made again without.

@@ -31,6 +31,9 @@ class Clip:
     temperature: float = 0.0
     """With one beam: draw each token from the distribution to the power of 1 / temperature; 0 takes
     the likeliest."""
+    ctc_weight: float = 0.0
+    """Share of a token's score that is of its letters, as they were heard, where the speech comes
+    with any; the rest is the language model's, with what was retrieved."""
     retrieval: Retrieval | None = None
     attention: AttentionSource | None = None
     """The windows that the model attends to."""

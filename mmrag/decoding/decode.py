@@ -66,7 +66,8 @@ def decode(
     for name, values in given.items():
         if len(values) != clips:
             raise ValueError(f"{name}: {len(values)} for {clips} clips")
-    shared = {"beams": settings.beams, "length_penalty": settings.length_penalty}
+    names = "beams", "length_penalty", "ctc_weight"
+    shared = {name: getattr(settings, name) for name in names}
     batch = Batch(lm, vocabulary)
     searches = batch.join(
         [
@@ -197,6 +198,7 @@ class Batch:
         logp = logp if bonus is None else logp + bonus
         if begun is not None:
             logp = begun.without_a_word_gone_on_with(logp, self._word_starts, self._vocabulary.eos)
+        logp = batch.letters.weigh(logp, bonus, beams.candidates, beams.temperatures)
 
         found = likeliest(logp, lm_logp, beams.candidates, beams.temperatures)
         ranked = beams.rank(found.tokens, found.logp, self._vocabulary.eos)
@@ -234,11 +236,12 @@ class Batch:
             chosen, found = batch.heard_of_given(chosen, queries[given])
             queries = queries[last]
         tokens, rows = begun.tokens[begun.given], begun.rows[begun.given]
+        offsets = begun.offsets[begun.given]
+        chosen = batch.letters.begin(rows, offsets, tokens, chosen)
         own, alone, preferred = evidence(tokens, chosen, lm_logp[given])
         for row, count in enumerate(begun.counts - 1):
             own[rows == row] += batch.boosted.begin(row, tokens[rows == row]) if count else 0
         entries, distances = _voters(found, np.arange(len(tokens)), tokens)
-        offsets = begun.offsets[begun.given]
         for offset in range(offsets.max() + 1):
             at = np.flatnonzero(offsets == offset)
             newest = self._history.append(

@@ -27,7 +27,7 @@ class Choice:
     lm_logp: float
     lm_token: int
     """What the language model alone would have chosen after the same prefix: the token itself where
-    that is as likely as any, or was drawn without retrieval."""
+    that is as likely as any, or was drawn with neither retrieval nor letters."""
     entry: int = NO_ENTRY
     """The nearest entry that voted for this token."""
     distance: float = float("inf")

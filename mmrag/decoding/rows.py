@@ -16,6 +16,7 @@ from torch import Tensor
 from mmrag.decoding.beams import Beams, Clip
 from mmrag.decoding.beginnings import Beginnings
 from mmrag.decoding.boost import BoostedRows
+from mmrag.decoding.joint import LetterRows
 from mmrag.model.contract import SpeechDecoder, TextVocabulary
 from mmrag.model.lm import LMOutput
 from mmrag.model.pages import PagePool
@@ -61,7 +62,12 @@ class Rows:
         asking = [clip.beginning for clip in clips if clip.queries_with_text]
         if asking:
             self._text_states = _TextOnlyStates(lm, vocabulary, asking, longest, pool)
-        greedy = [c.beams == 1 and not c.temperature and c.boost is None for c in clips]
+        heard = [vocabulary.letters(clip.speech) if clip.ctc_weight else None for clip in clips]
+        self.letters = LetterRows(heard, [c.ctc_weight for c in clips], vocabulary, lm.device)
+        greedy = [
+            clip.beams == 1 and not clip.temperature and clip.boost is None and not spelt
+            for clip, spelt in zip(clips, self.letters.of_rows, strict=True)
+        ]
         self._searches = RowSearches([clip.retrieval for clip in clips], greedy)
         self._searching = np.array([clip.retrieval is not None for clip in clips])
         self._excluded = np.array([clip.exclude_document for clip in clips])
@@ -172,6 +178,7 @@ class Rows:
         """
         unchanged = self.keep(rows)
         self.boosted.advance(self.beams.tokens)
+        self.letters.advance(self.beams.tokens)
         if unchanged and self.beams.likeliest:
             self.ids = first[:, None]
         else:
@@ -201,6 +208,7 @@ class Rows:
             )
         self._searches.select(rows.tolist())
         self.boosted.select(rows)
+        self.letters.select(rows)
         for name in _OF_ROWS:
             setattr(self, name, getattr(self, name)[rows])
         self._place()
@@ -208,12 +216,14 @@ class Rows:
 
     def join(self, other: Rows) -> None:
         """Go on with the rows of `other`, too; every row has one token to read."""
+        self.letters.require(other.letters)
         for name in ("memory", "_text_states"):  # first: a memory may refuse the other
             mine, new = getattr(self, name), getattr(other, name)
             if mine and new:
                 mine.join(new)
             else:
                 setattr(self, name, mine or new)
+        self.letters.join(other.letters)
         self.beams.join(other.beams)
         self._cache = self._cache.join(other._cache)
         self._searches.join(other._searches)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmrag.model.lm import LMOutput
 from mmrag.model.pages import PagePool
+from mmrag.records import Letters
 
 Speech = Any
 """A clip as `TextVocabulary.speech_input` gives it: only the model looks inside."""
@@ -88,6 +89,9 @@ class TextVocabulary(Protocol):
     size: int
     eos: int
     """The id that ends a transcript."""
+    written: Sequence[str]
+    """What each id writes behind a letter of the same text (V,), "" where that is nothing; only
+    asked of a vocabulary whose clips have `letters`."""
 
     def spoken(self, text: str) -> str:
         """A text as a synthesizer is to say it and the model is to write it."""
@@ -118,6 +122,10 @@ class TextVocabulary(Protocol):
 
     def speech_input(self, encoded: Any) -> Speech:
         """An encoded clip as the model takes it."""
+        ...
+
+    def letters(self, speech: Speech) -> Letters | None:
+        """What a CTC head hears in a clip; None where there was none."""
         ...
 
     def prompt(self, speech: Speech | None, context: Sequence[int] = ()) -> list[int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress
 from pathlib import Path
@@ -22,7 +23,7 @@ from tokenizers.models import Unigram
 
 from mmrag.artifact import local
 from mmrag.config import Format
-from mmrag.records import Units
+from mmrag.records import Letters, Units
 from mmrag.storage import Location
 from mmrag.text import composed, fold, is_letter, normalise, spell, spoken
 
@@ -172,6 +173,21 @@ def _unknown(tokenizer: Tokenizer) -> int | None:
     return None if model.unk_token is None else tokenizer.token_to_id(model.unk_token)
 
 
+@dataclass(frozen=True, eq=False)
+class Heard(Sequence[int]):
+    """A clip as the language model takes it, its units' `ids`, and the `letters` that a CTC head
+    hears in it: None where the encoder has none."""
+
+    ids: Sequence[int]
+    letters: Letters | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, place):  # noqa: ANN001
+        return self.ids[place]
+
+
 class Vocabulary:
     """The id space `[specials | pieces | units]` and the sequences built in it."""
 
@@ -269,12 +285,18 @@ class Vocabulary:
 
     def word_starts(self) -> np.ndarray:
         """Ids after which an earlier word has ended: (V,) bool, the end token among them."""
-        starts = np.zeros(self.size, bool)
+        starts = np.array([" " in text for text in self.written], bool)
         starts[EOS] = True
-        [anchor] = self.pieces.encode("a")[-1:]
-        for piece in range(self.pieces.size):
-            starts[self.first_piece + piece] = " " in self.pieces.decode([anchor, piece])
         return starts
+
+    @cached_property
+    def written(self) -> list[str]:
+        """What each id writes behind a letter of the same text (V,): "" where that is nothing."""
+        [anchor] = self.pieces.encode("a")[-1:]
+        before, written = len(self.pieces.decode([anchor])), [""] * self.size
+        for piece in range(self.pieces.size):
+            written[self.first_piece + piece] = self.pieces.decode([anchor, piece])[before:]
+        return written
 
     def word_ends(self, ids: Sequence[int]) -> list[tuple[str, int]]:
         """Each word of the decoded text with the index just past its last token.
@@ -296,9 +318,13 @@ class Vocabulary:
             raise ValueError(f"unit ids must be in 0..{self.units - 1}, got {found}")
         return (units.ids + self.first_unit).tolist()
 
-    def speech_input(self, units: Units) -> list[int]:
-        """A clip as the language model takes it: its units' ids."""
-        return self.encode_units(units)
+    def speech_input(self, units: Units) -> Heard:
+        """A clip as the language model takes it, and its letters."""
+        return Heard(self.encode_units(units), units.letters)
+
+    def letters(self, speech: Sequence[int]) -> Letters | None:
+        """What a CTC head hears in a clip; None where there was none."""
+        return speech.letters if isinstance(speech, Heard) else None
 
     def prompt(self, units: Sequence[int] | None, context: Sequence[int] = ()) -> list[int]:
         """What stands before a transcript: the speech (its ids), or nothing but the marker.

@@ -230,6 +230,9 @@ class WhisperVocabulary:
         """A clip as the decoder takes it: as it is."""
         return encoded
 
+    def letters(self, speech: EncodedAudio) -> None:
+        """None: its encoder spells nothing."""
+
     def prompt(self, speech: EncodedAudio | None, context: Sequence[int] = ()) -> list[int]:
         """Start of transcript, language, task, no timestamps; `context` as the text before, of
         which the last counts where it is too long."""

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import plain_ctc
 import torch
 from plain_retrieval import retrieve
 from torch import Tensor
@@ -131,6 +132,14 @@ def _next(lm, vocabulary, clip, phrases, hypothesis, candidates=None) -> list[Ch
         logp = logp + phrases.bonus(tokens).to(logp)
     if tokens and len(tokens) == len(clip.beginning):
         logp = logp.masked_fill(~torch.from_numpy(vocabulary.word_starts()), -torch.inf)
+    heard = vocabulary.letters(clip.speech) if clip.ctc_weight else None
+    if heard is not None:
+        said = torch.from_numpy(
+            plain_ctc.next_logp(heard, vocabulary.written, tokens, vocabulary.eos)
+        )
+        said = said if phrases is None else said + phrases.bonus(tokens)
+        joint = (1 - clip.ctc_weight) * logp + clip.ctc_weight * said
+        logp = joint.to(logp).masked_fill(logp == -torch.inf, -torch.inf)
     return choose(logp, lm_logp, found, candidates or 2 * clip.beams)[0]
 
 

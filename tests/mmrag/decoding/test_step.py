@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_ctc import random_letters
 from plain_decoder import PhraseTree, decode_plainly
 from random_entries import RandomEntries
 from random_models import perturb
@@ -19,19 +20,25 @@ from mmrag.decoding.boost import Boost
 from mmrag.decoding.decode import Batch, Clip
 from mmrag.decoding.hypotheses import NOTHING, Choice, History
 from mmrag.model.lm import LM
-from mmrag.model.vocabulary import EOS, Vocabulary
+from mmrag.model.vocabulary import EOS, Heard, Vocabulary
 from mmrag.retrieval.interpolation import Retrieval
+
+WRITTEN = (" a", " ab", " b a", "a", "B", "ba", ",", "bb-", "aab")
 
 
 class Pieces:
-    """Pieces whose text plays no part."""
+    """Pieces whose text only matters to letters."""
 
     unknown = None
-    size = 9
+    size = len(WRITTEN)
 
 
 class Words(Vocabulary):
     """The first three of its pieces begin a word."""
+
+    @property
+    def written(self):
+        return [""] * self.first_piece + list(WRITTEN) + [""] * self.units
 
     def word_starts(self):
         starts = np.zeros(self.size, bool)
@@ -74,18 +81,21 @@ kinds = st.tuples(
     st.integers(0, len(PHRASES) - 1),
     st.integers(-1, 1),  # document excluded
     st.lists(st.sampled_from([FIRST, FIRST + 4, LAST]), max_size=4).map(tuple),  # beginning
+    st.sampled_from([0.0, 0.3, 0.9]),  # weight of its letters
 )
 
 
 def clip_of(kind):
-    speech, beams, penalty, limit, retrieval, phrases, document, beginning = kind
+    speech, beams, penalty, limit, retrieval, phrases, document, beginning, spelt = kind
     units = [VOCABULARY.first_unit + n % 5 for n in range(speech, 4 * speech + 2)]
     boost = PHRASES[phrases] and Boost(PHRASES[phrases], 0.8, STARTS)
+    heard = Heard(units, random_letters(24 + 9 * speech, seed=speech, sharp=3.0))
     return Clip(
-        units,
+        heard if speech else units,
         limit,
         beams,
         penalty,
+        ctc_weight=spelt,
         retrieval=RETRIEVALS[retrieval],
         exclude_document=document,
         boost=boost,
@@ -148,7 +158,7 @@ def test_random_clips_that_come_and_go_get_what_plain_decoding_gives_them(plan):
 @given(kinds, st.integers(1, 7))
 def test_the_beginning_of_a_transcript_leads_to_that_transcript(kind, count):
     """Greedy; for the same reasons, whatever is looked up, where a word is over."""
-    kind = (kind[0], 1, *kind[2:-1], ())
+    kind = (kind[0], 1, *kind[2:-2], (), kind[-1])
     batch, free = Batch(random_lm(), VOCABULARY), plainly(kind)[0]
     count = max((n for n in range(count) if starts(free, n)), default=0)
     clip = replace(clip_of(kind), beginning=free.tokens[:count])
@@ -183,7 +193,7 @@ def test_a_beginning_as_long_as_the_limit_leaves_room_for_one_token():
 
 
 def test_the_n_best_are_those_that_stopped_by_their_score():
-    kind = (2, 4, 0.6, 7, 0, 0, -1, ())
+    kind = (2, 4, 0.6, 7, 0, 0, -1, (), 0.3)
     [search] = (batch := Batch(random_lm(), VOCABULARY)).join([clip_of(kind)])
     while batch.searches:
         batch.step()
@@ -212,8 +222,9 @@ class HostReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("beams", [1, 4])
 @pytest.mark.parametrize("boosted", [False, True])
+@pytest.mark.parametrize("spelt", [0.0, 0.3])
 def test_a_step_waits_once_for_what_was_chosen_however_many_rows_and_layers_there_are(
-    beams, boosted, monkeypatch
+    spelt, beams, boosted, monkeypatch
 ):
     """What the model itself waits for is not counted."""
     downloads, download = [], candidates.download
@@ -225,7 +236,7 @@ def test_a_step_waits_once_for_what_was_chosen_however_many_rows_and_layers_ther
         lm = random_lm(layers)
         batch = Batch(lm, VOCABULARY)
         batch.join(
-            [clip_of((n % 3, beams, 0.6, 30, 0, int(boosted), -1, ())) for n in range(count)]
+            [clip_of((n % 3, beams, 0.6, 30, 0, int(boosted), -1, (), spelt)) for n in range(count)]
         )
         batch.step()
         with torch.inference_mode():
