@@ -30,7 +30,7 @@ from mmrag.records import Rejection, Utterance
 from mmrag.speech import audio
 from mmrag.speech.hubert import HubertEncoder
 from mmrag.speech.pretraining import STATE, HeldOut, pretrain
-from mmrag.speech.targets import Phones, Spelling
+from mmrag.speech.targets import LetterSequences, Phones
 from mmrag.speech.units import kmeans
 from mmrag.storage import located
 
@@ -133,7 +133,7 @@ def _pretrain(experiment: Experiment, directory: Path, processes: Processes) -> 
         held_out = _held_out(_spoken(splits.get("dev", ())), say)
     settings, spelling = experiment.pretrain, None
     if settings.spelling_weight:
-        spelling = Spelling([one.text for one in spoken], settings.alphabet)
+        spelling = LetterSequences([one.text for one in spoken], settings.alphabet)
     base = HubertEncoder.load(_base(settings.base).path) if settings.base else None
     metrics: MetricsWriter | None = None
 

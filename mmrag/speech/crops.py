@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mmrag.config import Pretrain
 from mmrag.speech.audio import SAMPLE_RATE
 from mmrag.speech.hubert import HubertEncoder
-from mmrag.speech.targets import Phones, Spelling, Targets
+from mmrag.speech.targets import LetterSequences, Phones, Targets
 
 PADDING = 0.15
 """How much shorter than the longest of a group a crop may be that is computed with it."""
@@ -164,7 +164,7 @@ def draw(
     chances: Tensor | None = None,
     record: Recorder | None = None,
     share: Share | None = None,
-    spelling: Spelling | None = None,
+    spelling: LetterSequences | None = None,
 ) -> Batch:
     """Random crops of random clips, `batch_seconds` in all, and masks over their frames and bands.
 

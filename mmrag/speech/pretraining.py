@@ -29,7 +29,7 @@ from mmrag.processes import Alone, Processes
 from mmrag.speech.audio import SAMPLE_RATE
 from mmrag.speech.crops import Batch, Recorder, Reject, Share, balanced, draw, rejected
 from mmrag.speech.hubert import HubertEncoder, generator_at, seeded_at
-from mmrag.speech.targets import Phones, Spelling, Targets, align, evidence, loud, mfcc
+from mmrag.speech.targets import LetterSequences, Phones, Targets, align, evidence, loud, mfcc
 
 STATE = ".pretrain.pt"
 """What an unfinished pretraining goes on from."""
@@ -442,7 +442,7 @@ def pretrain(
     recorder: Recorder | None = None,
     processes: Processes | None = None,
     timed: bool = False,
-    spelling: Spelling | None = None,
+    spelling: LetterSequences | None = None,
     base: HubertEncoder | None = None,
     bf16: bool = False,
 ) -> HubertEncoder:
@@ -587,7 +587,7 @@ class HeldOut(NamedTuple):
 
 
 def _started(
-    config: Hubert, seed: int, spelling: Spelling | None, base: HubertEncoder | None
+    config: Hubert, seed: int, spelling: LetterSequences | None, base: HubertEncoder | None
 ) -> HubertEncoder:
     """The encoder that is trained: random weights, or those of `base`, but for a head that it lacks
     or that spells in another alphabet. Raises ValueError for a base of another shape."""

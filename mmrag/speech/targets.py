@@ -131,7 +131,7 @@ def loud(wave: Tensor, field: int, hop: int) -> Tensor:
     return decibels > (decibels.quantile(0.95) + decibels.quantile(0.05)) / 2
 
 
-class Spelling:
+class LetterSequences:
     """What a CTC head is to spell of each clip that somebody wrote down."""
 
     def __init__(self, texts: Sequence[str | None], alphabet: str) -> None:

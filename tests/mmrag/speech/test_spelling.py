@@ -13,7 +13,7 @@ from mmrag.speech.pretraining import (
     letter_error_rate,
     pretrain,
 )
-from mmrag.speech.targets import Phones, Spelling
+from mmrag.speech.targets import LetterSequences, Phones
 from mmrag.speech.units import Codebook, kmeans
 
 RATE = 16_000
@@ -63,7 +63,7 @@ def spoken():
     aligned = [
         [Timed(letter, n * 0.2, (n + 1) * 0.2) for n, letter in enumerate(text)] for text in TEXTS
     ]
-    return waves, aligned, Spelling(TEXTS, LETTERS)
+    return waves, aligned, LetterSequences(TEXTS, LETTERS)
 
 
 def train(directory, settings, base=None, aligned=None, held_out=None):
@@ -86,7 +86,7 @@ def train(directory, settings, base=None, aligned=None, held_out=None):
 
 
 def test_letters_that_the_alphabet_lacks_are_left_out_and_a_clip_without_text_has_none():
-    spelling = Spelling(["cab!", None, "xyz"], LETTERS)
+    spelling = LetterSequences(["cab!", None, "xyz"], LETTERS)
     assert spelling[0].tolist() == [3, 1, 2]
     assert spelling[1] is None
     assert spelling[2].tolist() == []
