@@ -37,7 +37,7 @@ from mmrag.storage import Location, located
 from mmrag.text import spoken
 from mmrag.transcribe import recognise, words
 
-DECODE = Decode(beams=1, length_penalty=0.6, tokens_per_second=16, max_seconds=20)
+DECODE = Decode(length_penalty=0.6, tokens_per_second=16, max_seconds=20)
 BATCH = 16
 CLIPS = 300
 

@@ -310,7 +310,7 @@ def _plainly() -> Decode:
     """How what is looked up is transcribed."""
     from mmrag.config import Decode
 
-    return Decode(beams=1, length_penalty=0.6, tokens_per_second=16, max_seconds=30)
+    return Decode(length_penalty=0.6, tokens_per_second=16, max_seconds=30)
 
 
 def _search(options: argparse.Namespace) -> bool:

@@ -42,7 +42,7 @@ RETRIEVALS = ("none", "knn", "cross_attention", "both")
 IN_PROCESS = {
     "models": shipped.DEFAULT,
     "weight": None,
-    "beams": 1,
+    "beams": None,
     "language": None,
     "max_seconds": None,
     "speech_threshold": 0.75,
@@ -227,7 +227,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--weight", type=float, help="kNN weight (default: as tuned, else the model's own)"
     )
-    command.add_argument("--beams", type=int, help=f"1 is greedy (default: {IN_PROCESS['beams']})")
+    command.add_argument(
+        "--beams", type=int, help="1 is greedy (default: 4 with mmrag:small, 1 with others)"
+    )
     command.add_argument(
         "--max-seconds",
         type=_max_seconds,

@@ -21,6 +21,7 @@ from mmrag.artifact import ArtifactError
 from mmrag.config import RetrievalMode
 from mmrag.contents import Lookup, near
 from mmrag.decoding.align import align
+from mmrag.decoding.beams import beams_for
 from mmrag.decoding.decode import Clip, Hypothesis
 from mmrag.decoding.engine import Decoded, Engine, Job, Statistics
 from mmrag.decoding.tune import Tuned
@@ -233,10 +234,12 @@ class Decoder:
             beginning = self._models.vocabulary.encode(request.begins)
         except ValueError as error:
             raise InvalidRequest(str(error)) from None
+        speech = self._models.vocabulary.speech_input(request.units)
+        beams = beams_for(decode, self._models.vocabulary.letters(speech))
         return Clip(
-            speech=self._models.vocabulary.speech_input(request.units),
+            speech=speech,
             limit=self._models.longest(self._models.seconds(request.units), decode),
-            beams=1 if request.output.temperature > 0 else decode.beams,
+            beams=1 if request.output.temperature > 0 else beams,
             length_penalty=decode.length_penalty,
             temperature=request.output.temperature,
             ctc_weight=decode.ctc_weight,

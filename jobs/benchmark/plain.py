@@ -24,6 +24,7 @@ from torch import Tensor
 
 from jobs.benchmark.load import Answer
 from mmrag.config import Decode
+from mmrag.decoding.beams import beams_for
 from mmrag.decoding.decode import Clip
 from mmrag.decoding.engine import Engine
 from mmrag.recogniser import Recogniser
@@ -89,10 +90,11 @@ class Baseline:
             if not vad.spoken(segment.wave, self._decode.speech):
                 continue
             units = listen(vad.trim(segment.wave)[0])
+            speech = recogniser.vocabulary.speech_input(units)
             clip = Clip(
-                speech=recogniser.vocabulary.speech_input(units),
+                speech=speech,
                 limit=recogniser.longest(recogniser.seconds(units), self._decode),
-                beams=self._decode.beams,
+                beams=beams_for(self._decode, recogniser.vocabulary.letters(speech)),
                 length_penalty=self._decode.length_penalty,
                 ctc_weight=self._decode.ctc_weight,
             )

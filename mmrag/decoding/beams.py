@@ -8,15 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
 
+from mmrag.config import Decode
 from mmrag.decoding.boost import Boost
 from mmrag.decoding.hypotheses import NOTHING, History, Hypothesis
 from mmrag.model.contract import Speech
+from mmrag.records import Letters
 from mmrag.retrieval.interpolation import Retrieval
 from mmrag.retrieval.memory import AttentionSource
+
+JOINT_BEAMS = 4
+"""Of joint decoding, where nobody says how many: what letters favour shows some tokens later."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,13 @@ class Clip:
         return self.retrieval is not None and self.retrieval.settings.query == "text"
 
 
+def beams_for(settings: Decode, letters: Letters | None) -> int:
+    """The beams of a clip of which a CTC head heard these `letters`, or that none heard."""
+    if settings.beams is not None:
+        return settings.beams
+    return JOINT_BEAMS if letters is not None and settings.ctc_weight else 1
+
+
 @dataclass(eq=False)
 class BeamSearch:
     """One clip's beam."""
@@ -83,9 +96,10 @@ class BeamSearch:
 
     @property
     def tokens(self) -> list[int]:
-        """Of a greedy search: its tokens so far, without the end."""
+        """Its tokens that are certain by now, without the end: those that all hypotheses begin
+        with, which are all so far where there is one beam."""
         if self._beams:
-            self._tokens = self._beams.first_tokens(self, self._tokens)
+            self._tokens = self._beams.certain_tokens(self, self._tokens)
             return list(self._tokens)
         return self.best().tokens
 
@@ -243,9 +257,13 @@ class Beams:
             for row in self._rows(search)
         ]
 
-    def first_tokens(self, search: BeamSearch, known: Sequence[int]) -> list[int]:
-        """The tokens of a search's best hypothesis, of which the first are `known`."""
-        return self._history.tokens(self.newest[self._rows(search)[0]], known)
+    def certain_tokens(self, search: BeamSearch, known: Sequence[int]) -> list[int]:
+        """The tokens that all hypotheses of a search begin with, of which the first are `known`."""
+        rows = self._rows(search)
+        each = [self._history.tokens(self.newest[row], known) for row in rows]
+        each += [one.tokens for one in search.finished]
+        columns = zip(*each, strict=False)
+        return [column[0] for column in takewhile(_alike, columns)]
 
     def _rows(self, search: BeamSearch) -> np.ndarray:
         return (self.owner == self.searches.index(search)).nonzero()[0]
@@ -259,3 +277,7 @@ class Beams:
             setattr(self, name, getattr(self, name)[~gone])
         kept = (~gone).nonzero()[0].tolist()
         self.searches = [self.searches[index] for index in kept]
+
+
+def _alike(column: Sequence[int]) -> bool:
+    return len(set(column)) == 1

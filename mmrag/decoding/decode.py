@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mmrag.config import Decode
-from mmrag.decoding.beams import Beams, BeamSearch, Clip
+from mmrag.decoding.beams import Beams, BeamSearch, Clip, beams_for
 from mmrag.decoding.beginnings import evidence
 from mmrag.decoding.boost import Boost
 from mmrag.decoding.candidates import likeliest, voters
@@ -66,12 +66,16 @@ def decode(
     for name, values in given.items():
         if len(values) != clips:
             raise ValueError(f"{name}: {len(values)} for {clips} clips")
-    names = "beams", "length_penalty", "ctc_weight"
-    shared = {name: getattr(settings, name) for name in names}
+    shared = {name: getattr(settings, name) for name in ("length_penalty", "ctc_weight")}
     batch = Batch(lm, vocabulary)
     searches = batch.join(
         [
-            Clip(one, **shared, **{name: values[n] for name, values in given.items()})
+            Clip(
+                one,
+                beams=beams_for(settings, vocabulary.letters(one)),
+                **shared,
+                **{name: values[n] for name, values in given.items()},
+            )
             for n, one in enumerate(speech)
         ]
     )

@@ -103,7 +103,7 @@ class Job:
     def listens(self) -> bool:
         """Whether `hear` is told of what is made now."""
         again = self.alone or self.doubted
-        return self.hear is not None and self.clip.beams == 1 and not again
+        return self.hear is not None and not again
 
     @property
     def cancelled(self) -> bool:
@@ -162,9 +162,10 @@ class Engine:
         With `agreement`, as in `Decode`, an incredible transcript is made again without retrieval,
         and then at the temperatures of `Clip.fallback`; if none is credible, the least incredible
         without retrieval is it.
-        `hear` is called by the engine's thread with all tokens so far whenever there is a new one
-        that will stay (one beam); not while a transcript is made again. It must not block; where it
-        raises, the clip fails. Raises EngineClosed after `close`.
+        `hear` is called by the engine's thread with all tokens that will stay whenever there is a
+        new one: with several beams, when all of them begin with it; not while a transcript is made
+        again. It must not block; where it raises, the clip fails. Raises EngineClosed after
+        `close`.
         """
         job = Job(clip, agreement, hear)
         self._put(self._waiting, job)

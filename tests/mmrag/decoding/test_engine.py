@@ -343,11 +343,18 @@ def test_whoever_listens_hears_every_prefix_and_at_last_the_transcript():
         ear.check(one)
 
 
-def test_the_beams_of_a_clip_are_not_heard():
-    ear = Ear()
+def test_of_several_beams_is_heard_what_all_begin_with_and_at_last_the_transcript():
+    asked = clips(6, beams=3)
+    ears = [Ear() for _ in asked]
     with running() as engine:
-        result(engine.submit(clips(1, beams=2)[0], hear=ear))
-    assert not ear.told
+        jobs = [engine.submit(clip, hear=ear) for clip, ear in zip(asked, ears, strict=True)]
+        heard = [result(job).hypothesis.tokens for job in jobs]
+    for ear, tokens in zip(ears, heard, strict=True):
+        assert ear.told[-1] == tokens
+        lengths = [len(told) for told in ear.told]
+        assert lengths == sorted(set(lengths)), "never again, and never less"
+        assert all(told == tokens[: len(told)] for told in ear.told), "nothing is taken back"
+    assert any(len(ear.told) > 1 for ear in ears), "some is certain before the end"
 
 
 class Reads:
