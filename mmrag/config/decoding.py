@@ -15,7 +15,7 @@ from pydantic import (
 from mmrag.config.retrieval import RetrievalMode, RetrievedAttention
 from mmrag.config.section import SLUG, Fraction, Operation, Section, Workers
 
-CONDITION = r"^(noise-[0-9]+|telephone|flite-[a-z]+|spanish)$"
+CONDITION = r"^(noise-[0-9]+|telephone|mulaw|gsm|mp3|opus|flite-[a-z]+|spanish)$"
 
 
 class Decode(Section):
@@ -137,7 +137,7 @@ class Reproduce(Section):
     """Documents that two-level retrieval keeps before it searches entries."""
     conditions: tuple[Annotated[str, Field(pattern=CONDITION)], ...]
     """Recordings made worse, by another synthesizer, or in another language: `noise-DB`,
-    `telephone`, `flite-VOICE`, `spanish`."""
+    `telephone`, a codec (`mulaw`, `gsm`, `mp3`, `opus`), `flite-VOICE`, `spanish`."""
     passages: Operation[str | None] = None
     """Spoken-SQuAD's test file, whose passages voices of ours read; None for no such task."""
     topics: PositiveInt = 3
