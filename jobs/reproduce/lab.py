@@ -38,10 +38,12 @@ class Point:
     """What a sweep varies, in words."""
     domain: str | None = None
     """Whose utterances these are, where they are not the task's."""
+    split: str = "test"
+    """Whose split's utterances these are."""
     only: frozenset[str] | None = None
     """Utterances of the domain, by id, where it is not all of them."""
     tokens: Path | None = None
-    """The recordings' tokens, or clips, where they are not the test split's own."""
+    """The recordings' tokens, or clips, where they are not the split's own."""
     lists: PhraseLists | None = None
     """The phrases that come with each utterance: what may be heard in vain."""
 

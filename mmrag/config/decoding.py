@@ -127,6 +127,10 @@ class Reproduce(Section):
     """Carriers, from the first, whose phrases are read whole."""
     boost: tuple[PositiveFloat, ...] = Field(min_length=1)
     """Weights of phrase boosting tried on the dev split, in nats a piece."""
+    harm: float | None = Field(default=None, ge=0)
+    """How much worse (relative) lists none of whose phrases is said may make the dev split's WER;
+    settings of phrases that let them do more are passed over. None to choose by what is said alone.
+    """
     shares: tuple[Annotated[float, Fraction], ...]
     """Shares of a datastore's entries with real paired audio."""
     sizes: tuple[PositiveInt, ...]
