@@ -98,6 +98,9 @@ class Lab:
         if adapter is not None:
             self.inputs["adapter"] = adapter
             self.attention = experiment.attention
+        elif self.family == OWN:  # nothing reads, and no way to read is tried
+            tune_without = self.experiment.tune.model_copy(update={"attention": ()})
+            self.experiment = self.experiment.model_copy(update={"tune": tune_without})
         about = {"splits": ("lm",), "domain": EVERYDAY, "utterances": DECOY_UTTERANCES}
         self.decoy = self.datastore(decoy, "paired", **about)
         """Everyday sentences, which say nothing about anybody's name; tuning opens them too."""
