@@ -231,8 +231,9 @@ def make_names(seed: int) -> Names:
 
 
 def other_names(count: int, seed: int, taken: Iterable[str]) -> list[str]:
-    """So many more entities, none of `taken`, of words that the language model's training text does
-    not hold: what else may stand in a list. Needs the `speech` extra; ValueError for too many."""
+    """So many more entities, none of `taken`, each with a word that training text never shows: what
+    else may stand in a list. Raises ValueError for too many, ImportError without the `speech`
+    extra."""
     names, seen, draw = make_names(seed), set(taken), Random(f"{seed} other names")
 
     def make() -> str:

@@ -170,3 +170,64 @@ def test_tasks_are_chosen_by_name_and_an_unknown_one_is_named():
     assert list(run._chosen(about())) == [*TASKS, *ALONE]
     with pytest.raises(ConfigError, match=r"reproduce\.tasks: no task domian; there are everyday"):
         run._chosen(about(tasks=("domian",)))
+
+
+def test_files_that_are_not_there_are_named_with_how_to_do_without(tmp_path):
+    small = config.read(CONFIGS / "reproduce_small.yaml")
+    corpora = tmp_path / "corpora"
+    corpus = small.synthesize.model_copy(
+        update={
+            "sentences": small.synthesize.sentences.model_copy(
+                update={"files": (str(corpora / "text.txt"),)}
+            ),
+            "recordings": config.Recordings(test=str(corpora / "test.jsonl")),
+        }
+    )
+    about = small.reproduce.model_copy(update={"passages": str(corpora / "passages.json")})
+    small = small.model_copy(update={"synthesize": corpus, "reproduce": about})
+    with pytest.raises(ConfigError) as raised:
+        run.require_files(small, ["people", "spoken_squad"])
+    message = str(raised.value)
+    assert all(name in message for name in ("text.txt", "test.jsonl", "passages.json"))
+    assert "MMRAG_CORPUS" in message
+    assert message.endswith(
+        "synthesize.sentences=null synthesize.recordings=null reproduce.passages=null"
+    )
+    corpora.mkdir()
+    for name in ("text.txt", "test.jsonl"):
+        (corpora / name).touch()
+    run.require_files(small, ["people"])
+    with pytest.raises(
+        ConfigError, match=r"no such files: reproduce\.passages: .*passages\.json\."
+    ):
+        run.require_files(small, ["spoken_squad"])
+    none = ["synthesize.sentences=null", "synthesize.recordings=null", "reproduce.passages=null"]
+    run.require_files(config.read(CONFIGS / "reproduce_small.yaml", none), TASKS)
+
+
+def test_what_is_measured_on_dev_is_read_from_dev(lab, tmp_path, monkeypatch):
+    """A task with points of two splits: each asks for the utterances of its own."""
+    draft = SimpleNamespace(path=tmp_path, summary={})
+    tracked = SimpleNamespace(log=lambda values: None, file=lambda path: None)
+    monkeypatch.setattr(run.stage, "make", lambda *about, **more: about[5](draft, tracked))
+    monkeypatch.setattr(run, "recipe", lambda *sections: {})
+    for name in ("decode", "tune", "attention"):
+        setattr(lab.experiment, name, None)
+    lab.experiment.datastore = SimpleNamespace(source=None)
+    lab.settings = lab.inputs = lab.tokens = lab.force = None
+    asked = []
+
+    def spoken(split, domain, limit, made):
+        asked.append((split, domain))
+        return [SimpleNamespace(utterance=SimpleNamespace(entities=()))]
+
+    lab.spoken = spoken
+    lab.transcribe = lambda how, spoken: {name: heard("call bob now") for name in how}
+    points = [
+        Point("none", NoRetrieval(), setting=split, domain="people", split=split)
+        for split in ("dev", "test")
+    ]
+    run._measure(lab, "people", lambda lab: ("everyday", 9, points))
+    assert asked == [("dev", "people"), ("test", "people")]
+    rows = json.loads((tmp_path / ROWS).read_text())
+    assert [row["setting"] for row in rows] == ["dev", "test"]
