@@ -128,9 +128,9 @@ def names(lab: Lab) -> list[str]:
     """Every entity of the corpus that training did not know, and so many more that the longest list
     is full; sorted."""
     known = _said(lab, ("dev", "test", "adapter"))
-    wanted = max(lab.settings.phrases) + MOST_SAID
-    more = max(0, wanted - len(known))
-    return sorted([*known, *synthetic.other_names(more, lab.experiment.seed, known)])
+    more = max(lab.settings.phrases) + MOST_SAID - len(known)
+    others = synthetic.other_names(more, lab.experiment.seed, known) if more > 0 else ()
+    return sorted([*known, *others])
 
 
 def _said(lab: Lab, splits: Sequence[str]) -> list[str]:
