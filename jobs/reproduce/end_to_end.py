@@ -222,7 +222,6 @@ def _judged(
         "wer_high": words.high,
         "seconds_of_audio": sum(one.said.duration for one in heard),
         "decode_seconds": sum(one.seconds for one in heard),
-        "empty": sum(not text for text in texts) / len(texts),
     }
     return found if calibration is None else found | confidence(calibration, heard)
 

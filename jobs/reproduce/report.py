@@ -64,7 +64,7 @@ TOLD = ("domain", "dynamic_context", "unsaid_phrases", "wrong_datastore")
 """Tasks in which the decoder is told something, right or wrong."""
 DETECTION = ("entity precision", "entity F1", "WER, entity words", "WER, other words")
 """Columns that the rows of older versions do not fill."""
-ONLY_WRITTEN = ("utterances", "keys, MB", *DETECTION)
+ONLY_WRITTEN = ("utterances", "keys, MB", "calibration error", *DETECTION)
 SUMMARY_COLUMNS = ("utterances", "WER", "95 % interval", "entity recall", *DETECTION, "recall@k")
 SUMMARY = {
     "everyday sentences, no retrieval": ("everyday", "none", None, None),

@@ -8,6 +8,8 @@ import pytest
 
 from jobs import stage
 from jobs.reproduce import report, targets
+from jobs.reproduce.end_to_end import ALONE
+from jobs.reproduce.experiments import TASKS
 from jobs.reproduce.rows import DETECTED as SPEECH_DETECTED
 from mmrag.config import Experiment, Reproduce
 
@@ -402,7 +404,23 @@ def test_the_terminal_shows_every_tasks_table():
     assert "1,000" in printed and "telephone" in printed
 
 
-def test_every_task_that_is_plotted_has_a_title():
+def test_the_terminal_shows_what_is_marked_and_of_whom():
+    marked = {"bad": 30, "bad_unclear": 0.9, "good": 7, "good_unclear": 0.0}
+    settings = ("held-out voices, sentences of the grammar", "people, aged 16 and over")
+    rows = [
+        row("end_to_end", "none", setting=name, calibration_error=0.05, **marked)
+        for name in settings
+    ]
+    with stage.console.capture() as captured:
+        report.show(rows)
+    printed = " ".join(captured.get().split())
+    assert "90.0% of 30" in printed and "0.0% of 7" in printed and "people" in printed
+    header, *cells = report._table(rows)
+    assert dict(zip(header, cells[0], strict=True))["calibration error"] == "0.050"
+
+
+def test_every_task_has_a_title_and_those_that_are_plotted_are_tasks():
+    assert set(report.TITLES) == {*TASKS, *ALONE}
     assert set(report.PLOTS) < set(report.TITLES)
 
 
