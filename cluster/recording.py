@@ -105,4 +105,6 @@ class DegradeRecordings:
         if self._kind == "telephone":
             return augment.telephone(wave)
         draw = np.random.default_rng([self._seed, zlib.crc32(one.id.encode())])
+        if self._kind in augment.CODECS:
+            return augment.coded(wave, self._kind, draw)
         return augment.noisy(wave, float(self._argument), draw)

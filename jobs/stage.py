@@ -39,10 +39,12 @@ def main(
     description: str,
     config: str = "tiny.yaml",
     other_models: bool = False,
+    quick: Callable[[Experiment], Experiment] | None = None,
 ) -> None:
     """Run one stage from the command line: `[--config FILE] [--force] [key.sub=value…]`.
 
-    `config` is what FILE is by default, in `jobs/configs/`; `other_models` adds `--models NAME`.
+    `config` is what FILE is by default, in `jobs/configs/`; `other_models` adds `--models NAME`,
+    `quick` a flag `--quick` that makes another experiment of the one in FILE.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
@@ -51,24 +53,34 @@ def main(
         default=CONFIGS / config,
         help="experiment YAML (default: %(default)s)",
     )
-    parser.set_defaults(models=None)
+    parser.set_defaults(models=None, quick=False)
     if other_models:
         parser.add_argument(
             "--models",
             metavar="NAME",
             help="what transcribes in place of the workspace's own models: whisper:DIRECTORY",
         )
+    if quick is not None:
+        parser.add_argument(
+            "--quick", action="store_true", help="a few of everything, in a workspace of its own"
+        )
     parser.add_argument("--force", action="store_true", help="make it again though it is finished")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     with terminal.command("error"):
-        _run(stage, parser.parse_args())
+        _run(stage, parser.parse_args(), quick)
 
 
-def _run(stage: Callable[[Experiment, bool], Any], arguments: argparse.Namespace) -> None:
+def _run(
+    stage: Callable[[Experiment, bool], Any],
+    arguments: argparse.Namespace,
+    quick: Callable[[Experiment], Experiment] | None,
+) -> None:
     named = [] if arguments.models is None else [f"models={arguments.models}"]
 
     def work() -> None:
         experiment = read(arguments.config, [*named, *arguments.overrides])
+        if quick is not None and arguments.quick:
+            experiment = quick(experiment)
         with connection():
             stage(experiment, arguments.force)
 

@@ -149,8 +149,8 @@ def _planned(
     if settings.sentences:
         rejected += sentences.left_out(settings.sentences.files)
     if settings.recordings:
-        manifests = {split: located(path) for split, path in _manifests(settings).items()}
-        for split, one in recordings.plan(manifests, settings.recordings.copies, seed):
+        files = {split: located(path) for split, path in manifests(settings).items()}
+        for split, one in recordings.plan(files, settings.recordings.copies, seed):
             if isinstance(one, Rejection):
                 rejected.append(one)
             else:
@@ -158,8 +158,10 @@ def _planned(
     return planned, rejected
 
 
-def _manifests(settings: Synthesize) -> dict[str, str]:
+def manifests(settings: Synthesize) -> dict[str, str]:
     """Split -> manifest of recordings, where there is one."""
+    if settings.recordings is None:
+        return {}
     named = {split: getattr(settings.recordings, split, None) for split in SPLITS_RECORDED}
     return {split: path for split, path in named.items() if path is not None}
 
@@ -168,7 +170,7 @@ def _inputs(settings: Synthesize) -> dict[str, Artifact]:
     """The files that the corpus is made from."""
     texts = settings.sentences.files if settings.sentences else ()
     named = {f"sentences/{located(path).stem}": path for path in texts}
-    named |= {f"recordings/{split}": path for split, path in _manifests(settings).items()}
+    named |= {f"recordings/{split}": path for split, path in manifests(settings).items()}
     return {role: artifact.outside(path) for role, path in named.items()}
 
 

@@ -93,8 +93,8 @@ HOMES = {
         "serve.realtime.events",
     ],
     "yaml": ["mmrag.config", "serve.settings", "serve.access.keyfile", "jobs.benchmark.endpoint"],
-    # Read by the one, written by the other.
-    "soundfile": ["mmrag.speech.decoders", "cluster.recording"],
+    # Read by the one, written by the other; and sent through its codecs to be made worse.
+    "soundfile": ["mmrag.speech.decoders", "mmrag.corpora.augment", "cluster.recording"],
     "av": ["mmrag.speech.decoders"],
     "torchaudio": ["mmrag.speech", "mmrag.corpora.voices.speech"],
     "transformers": [

@@ -6,32 +6,23 @@ temperatures, gates) is chosen on the dev split.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from random import Random
 
 import numpy as np
 
-from cluster import modes
 from cluster.modes import DocumentKNN, NoRetrieval, SubsetKNN
 from cluster.parts import parts, work_off
 from cluster.stages import Embed
 from jobs import stage
-from jobs.reproduce import other_speech
-from jobs.reproduce.lab import ASSISTANT, EVERYDAY, OWN, Lab, Point, choose_boost, knn_point, ways
-from mmrag import artifact
-from mmrag.artifact import Artifact
-from mmrag.config import KNN, RetrievedAttention
+from jobs.reproduce import listed, other_speech
+from jobs.reproduce.lab import ASSISTANT, EVERYDAY, OWN, Lab, Point, knn_point, ways
 from mmrag.corpora import manifest
 from mmrag.records import Utterance
-from mmrag.retrieval import phrases
 from mmrag.speech.tokenized import Tokenized
 
 LEAST_TOKENS = 12
 """Of an utterance, on average: what a large datastore reads follows from the entries asked for."""
-PHRASES_K = 16
-"""Neighbours asked for among an utterance's phrases while their weight is chosen."""
 
 Task = Callable[[Lab], tuple[str, int, list[Point]]]
 """A lab -> the domain of the test split, how many of its utterances, and the points to measure."""
@@ -65,43 +56,6 @@ def paired_share(lab: Lab) -> tuple[str, int, list[Point]]:
     return ASSISTANT, lab.settings.sweep_utterances, points
 
 
-def dynamic_context(lab: Lab) -> tuple[str, int, list[Point]]:
-    """A list of phrases with each utterance, its entities among them.
-
-    For retrieval the phrases are spoken by synthetic voices in a few carrier sentences and keyed
-    by what the model hears; their own tokens alone are entries. kNN-LM searches among the list,
-    cross-attention reads all of it. Boosting favours the phrases while decoding; prompting writes
-    them before the speech, to a model that was never trained with a list.
-    """
-    limit = lab.settings.utterances
-    test = lab.spoken("test", ASSISTANT, limit)
-    dev = lab.spoken("dev", ASSISTANT, limit)[: lab.experiment.tune.utterances]
-    everyone = _entities(lab)
-    store = _phrase_datastore(lab, everyone)
-    middle = sorted(lab.settings.phrases)[len(lab.settings.phrases) // 2]
-    lists = _lists(dev, everyone, middle, lab.experiment.seed)
-    knn = _choose_knn(lab, store, dev, lists, None)
-    read = lab.attention
-    both = None if read is None else _choose_knn(lab, store, dev, lists, read)
-    weight = choose_boost(lab, dev, lists)
-    points = [Point("none", NoRetrieval())]
-    for count in lab.settings.phrases:
-        lists = _lists(test, everyone, count, lab.experiment.seed)
-        ways = {"knn": (knn, None)}
-        if read is not None:
-            ways |= {"cross_attention": (None, read), "both": (both, read)}
-        points += [
-            Point(name, lab.phrases(store, *how, lists), "spoken", count, lists=lists)
-            for name, how in ways.items()
-        ]
-        boosted = modes.PhraseBoosting(weight, lists)
-        points.append(Point("boost", boosted, None, count, lists=lists))
-        if lab.family == OWN:
-            prompted = modes.PhrasePrompting(lists)
-            points.append(Point("prompt", prompted, None, count, lists=lists))
-    return ASSISTANT, limit, points
-
-
 def wrong_datastore(lab: Lab) -> tuple[str, int, list[Point]]:
     """Another domain's datastore, trusted as much as the right one; and a list of phrases none of
     which is said.
@@ -111,11 +65,11 @@ def wrong_datastore(lab: Lab) -> tuple[str, int, list[Point]]:
     """
     limit, right = lab.settings.utterances, lab.multimodal
     points = [Point("none", NoRetrieval()), *ways(replace(right, artifact=lab.decoy), "wrong")]
-    test, everyone = lab.spoken("test", ASSISTANT, limit), _entities(lab)
+    test, everyone = lab.spoken("test", ASSISTANT, limit), listed.names(lab)
     middle = sorted(lab.settings.phrases)[len(lab.settings.phrases) // 2]
-    lists = _lists(test, everyone, middle, lab.experiment.seed, own=False)
+    lists = listed.lists(test, everyone, middle, lab.experiment.seed, own=False)
     if lab.attention is not None:
-        read = lab.phrases(_phrase_datastore(lab, everyone), None, lab.attention, lists)
+        read = lab.phrases(listed.datastore(lab, everyone), None, lab.attention, lists)
         about = {"setting": "none of them said", "lists": lists}
         points.append(Point("cross_attention", read, "spoken", middle, **about))
     return ASSISTANT, limit, points
@@ -177,80 +131,16 @@ TASKS: dict[str, Task] = {
         everyday,
         domain,
         paired_share,
-        dynamic_context,
+        listed.dynamic_context,
+        listed.unsaid_phrases,
         wrong_datastore,
         size,
         window,
         key_encoder,
         *other_speech.TASKS,
+        listed.synthesizers,
     )
 }
-
-
-def _entities(lab: Lab) -> list[str]:
-    """Every entity of the corpus that training did not know, sorted."""
-    utterances = [
-        one
-        for split in ("dev", "test", "adapter")
-        for one in manifest.read(lab.corpus.path / f"{split}.jsonl")
-        if isinstance(one, Utterance)
-    ]
-    return sorted({entity for one in utterances for entity in one.entities})
-
-
-def _phrase_datastore(lab: Lab, names: Sequence[str]) -> Artifact:
-    """Phrases spoken in carrier sentences; each is a document of its own tokens."""
-    source = artifact.made_at(lab.experiment.workspace / "phrases.jsonl")
-    manifest.write(source, phrases.utterances(names, lab.settings.carriers))
-    return lab.datastore("phrases", "spoken", source=str(source), entries="entities")
-
-
-def _lists(
-    spoken: Iterable[Tokenized],
-    everyone: Sequence[str],
-    count: int,
-    seed: int,
-    own: bool = True,
-) -> dict[str, list[str]]:
-    """For each utterance its entities (unless not `own`) and, up to `count`, other ones, in random
-    order."""
-    lists = {}
-    for one in spoken:
-        draw = Random(f"{seed} {one.utterance.id}")
-        said = list(dict.fromkeys(one.utterance.entities))
-        others = draw.sample(everyone, min(len(everyone), count + len(said)))
-        others = [name for name in others if name not in said]
-        listed = [*(said if own else ()), *others][:count]
-        draw.shuffle(listed)
-        lists[one.utterance.id] = listed
-    return lists
-
-
-def _choose_knn(
-    lab: Lab,
-    store: Artifact,
-    dev: Sequence[Tokenized],
-    lists: modes.PhraseLists,
-    read: RetrievedAttention | None,
-) -> KNN:
-    """The grid's setting of least dev WER among the phrases; beside reading them, with `read`."""
-    one, grid = lab.spoken_text.distance_scale, lab.experiment.tune
-    weights = grid.weight if read is None else grid.both_weight or grid.weight
-    settings = [
-        KNN(
-            k=PHRASES_K,
-            weight=weight,
-            temperature=one * temperature,
-            gate=None if gate is None else one * gate,
-            certain=certain,
-        )
-        for weight, temperature, gate, certain in itertools.product(
-            weights, grid.temperature, grid.gate, grid.certain
-        )
-    ]
-    how = {str(number): lab.phrases(store, knn, read, lists) for number, knn in enumerate(settings)}
-    heard = lab.transcribe(how, dev)
-    return settings[min(range(len(settings)), key=lambda n: lab.error_rate(heard[str(n)]))]
 
 
 def _ranked_documents(lab: Lab, test: Sequence[Tokenized], encoder: str) -> dict[str, list[str]]:

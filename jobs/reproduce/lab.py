@@ -38,10 +38,12 @@ class Point:
     """What a sweep varies, in words."""
     domain: str | None = None
     """Whose utterances these are, where they are not the task's."""
+    split: str = "test"
+    """Whose split's utterances these are."""
     only: frozenset[str] | None = None
     """Utterances of the domain, by id, where it is not all of them."""
     tokens: Path | None = None
-    """The recordings' tokens, or clips, where they are not the test split's own."""
+    """The recordings' tokens, or clips, where they are not the split's own."""
     lists: PhraseLists | None = None
     """The phrases that come with each utterance: what may be heard in vain."""
 
@@ -96,6 +98,9 @@ class Lab:
         if adapter is not None:
             self.inputs["adapter"] = adapter
             self.attention = experiment.attention
+        elif self.family == OWN:  # nothing reads, and no way to read is tried
+            tune_without = self.experiment.tune.model_copy(update={"attention": ()})
+            self.experiment = self.experiment.model_copy(update={"tune": tune_without})
         about = {"splits": ("lm",), "domain": EVERYDAY, "utterances": DECOY_UTTERANCES}
         self.decoy = self.datastore(decoy, "paired", **about)
         """Everyday sentences, which say nothing about anybody's name; tuning opens them too."""

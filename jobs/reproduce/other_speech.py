@@ -110,26 +110,35 @@ def sentences(lab: Lab) -> tuple[str, int, list[Point]]:
 
 def people(lab: Lab) -> tuple[str, int, list[Point]]:
     """Recordings of people whom nobody trained on: grown-ups and children apart, where the corpus
-    knows their age."""
-    recorded = [
-        one
-        for one in manifest.read(lab.corpus.path / "test.jsonl")
-        if isinstance(one, Utterance) and not one.id.startswith("test-")  # a planned sentence
-    ]
-    points = []
-    for of in dict.fromkeys(one.domain for one in recorded):
-        groups: dict[str, set[str]] = {}
-        for one in recorded:
-            if one.domain == of:
-                groups.setdefault(_age_group(one.age), set()).add(one.id)
+    knows their age. What was chosen by looking was chosen on those of dev."""
+    points, most = [], 0
+    for split in ("dev", "test"):
+        groups: dict[tuple[str, str], set[str]] = {}
+        for one in manifest.read(lab.corpus.path / f"{split}.jsonl"):
+            if isinstance(one, Utterance) and recorded(one, split):
+                groups.setdefault((one.domain, age_group(one.age)), set()).add(one.id)
+        most += sum(map(len, groups.values()))
         points += [
-            Point("none", NoRetrieval(), setting=f"{of}, {group}", domain=of, only=frozenset(ids))
-            for group, ids in sorted(groups.items())
+            Point(
+                "none",
+                NoRetrieval(),
+                setting=f"{of}/{split}, {group}",
+                domain=of,
+                split=split,
+                only=frozenset(sorted(ids)[: lab.settings.utterances]),
+            )
+            for (of, group), ids in sorted(groups.items())
         ]
-    return EVERYDAY, len(recorded), points
+    return EVERYDAY, most, points
 
 
-def _age_group(age: float | None) -> str:
+def recorded(one: Utterance, split: str) -> bool:
+    """Whether an utterance of a corpus is a recording of somebody, and no planned sentence."""
+    return not one.id.startswith(f"{split}-")
+
+
+def age_group(age: float | None) -> str:
+    """Grown-ups and children, in words."""
     if age is None:
         return "of unknown age"
     return f"aged {GROWN_UP} and over" if age >= GROWN_UP else f"under {GROWN_UP}"

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.table import Table
 
 from jobs import stage
-from jobs.reproduce.lab import OWN
+from jobs.reproduce import targets
+from jobs.reproduce.lab import OWN, WHISPER
+from jobs.reproduce.rows import Row, Transcripts
 from mmrag.artifact import write_json
 from mmrag.config import Experiment
-from mmrag.score import paired_difference
 
-Row = Mapping[str, Any]
-Transcripts = Mapping[tuple[str, str, str], tuple[str, str]]
-"""(task, point, utterance) -> (reference, transcript)."""
-
-DETECTED = "speech detector on"
 TITLES = {
     "everyday": "Everyday sentences",
     "domain": "Domain adaptation",
     "paired_share": "Little paired audio",
     "dynamic_context": "Dynamic context",
+    "unsaid_phrases": "Lists of what nobody says",
     "wrong_datastore": "The wrong datastore",
     "size": "Size of the datastore",
     "window": "Overlap of the windows",
@@ -33,6 +29,8 @@ TITLES = {
     "spoken_squad": "Spoken-SQuAD in voices of ours",
     "sentences": "Real sentences",
     "people": "People",
+    "synthesizers": "Who speaks the keys",
+    "end_to_end": "From the file to the words",
     "no_speech": "Nobody speaks",
 }
 MODEL = "model"
@@ -56,16 +54,17 @@ HEADER = (
     "× real time",
     "keys, MB",
     "no words",
+    "calibration error",
+    "bad ones unclear",
+    "good ones unclear",
 )
 
 
-TARGETED = {"everyday", "domain", "dynamic_context", "wrong_datastore"}
-"""Tasks that there are targets for."""
-TOLD = ("domain", "dynamic_context", "wrong_datastore")
+TOLD = ("domain", "dynamic_context", "unsaid_phrases", "wrong_datastore")
 """Tasks in which the decoder is told something, right or wrong."""
 DETECTION = ("entity precision", "entity F1", "WER, entity words", "WER, other words")
 """Columns that the rows of older versions do not fill."""
-ONLY_WRITTEN = ("utterances", "keys, MB", *DETECTION)
+ONLY_WRITTEN = ("utterances", "keys, MB", "calibration error", *DETECTION)
 SUMMARY_COLUMNS = ("utterances", "WER", "95 % interval", "entity recall", *DETECTION, "recall@k")
 SUMMARY = {
     "everyday sentences, no retrieval": ("everyday", "none", None, None),
@@ -88,6 +87,8 @@ SUMMARY = {
 """The rows that tell the story: title -> (task, mode, datastore, phrases)."""
 
 
+QUICK = "-quick"
+"""After the workspace's name where a quick look is taken."""
 ENTITY_NOTE = (
     "An entity is hypothesised where its words stand in a transcript one after the other; it may",
     "be one of the utterance or of its list of phrases, or without a list of the test split. An",
@@ -131,7 +132,7 @@ def write(
     lines = [
         "# Results",
         "",
-        "Made by `python -m jobs.reproduce`; the same figures are in",
+        f"Made by `{_command(experiment)}`; the same figures are in",
         "[results.json](results.json). Voices and entities of the test split are in no training",
         "data, and whatever is tuned is tuned on the dev split. Intervals are 95 % bootstraps",
         "over utterances. Earlier versions of the method were scored on the same test split, and",
@@ -144,10 +145,9 @@ def write(
         *summary(rows),
         "",
     ]
-    ours = own_rows(rows)
-    if {row["task"] for row in ours} >= TARGETED and ours[0].get("model", OWN) == OWN:
-        targets = [("target", "wanted", "measured", "reached"), *_targets(ours, heard)]
-        lines += ["## Targets", "", *markdown(targets), ""]
+    if reached := targets.targets(own_rows(rows), heard):
+        header = ("target", "wanted", "measured", "reached")
+        lines += ["## Targets", "", *markdown([header, *reached]), ""]
     for task, note in notes.items():
         own = [row for row in rows if row["task"] == task]
         if not own:
@@ -161,11 +161,21 @@ def write(
     (docs / "results.md").write_text("\n".join(lines), encoding="utf-8")
 
 
+def _command(experiment: Experiment) -> str:
+    """What made a page: an experiment's workspace is named for its file."""
+    name = experiment.workspace.name
+    quickly = " --quick" if name.endswith(QUICK) else ""
+    file = name.removesuffix(QUICK).replace("-", "_")
+    config = "" if file == "reproduce" else f" --config jobs/configs/{file}.yaml"
+    return f"python -m jobs.reproduce{config}{quickly}"
+
+
 def _beside(docs: Path) -> list[str]:
     """Where results of other models lie: pages like this one, in folders beside it."""
     found = sorted(page.parent.name for page in docs.glob("*/results.md"))
+    models = {name: "a Whisper" if name == WHISPER else f"mmrag:{name}" for name in found}
     return [
-        f"The same for a {name.title()}: [{name}/results.md]({name}/results.md)." for name in found
+        f"The same for {models[name]}: [{name}/results.md]({name}/results.md)." for name in found
     ]
 
 
@@ -211,6 +221,11 @@ def _cells(row: Row) -> tuple[str, ...]:
         low, high = row[f"{kind}_wer_low"], row[f"{kind}_wer_high"]
         return f"{row[f'{kind}_wer']:.1%} ({100 * low:.1f}–{high:.1%})"
 
+    def marked(which: str) -> str:
+        if row.get(f"{which}_unclear") is None:
+            return "–"
+        return f"{row[f'{which}_unclear']:.1%} of {row[which]}"
+
     return (
         told(row.get("model")),
         row["mode"],
@@ -228,6 +243,8 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row['decode_seconds'] / row['seconds_of_audio']:.3f}",
         "–" if row["keys_mb"] is None else f"{row['keys_mb']:.1f}",
         share(row.get("empty")),
+        "–" if row.get("calibration_error") is None else f"{row['calibration_error']:.3f}",
+        *(marked(which) for which in ("bad", "good")),
     )
 
 
@@ -247,153 +264,6 @@ def hallucinations(rows: Sequence[Row]) -> list[tuple[str, ...]]:
             for row in kept
         ),
     ]
-
-
-def _targets(rows: Sequence[Row], heard: Transcripts) -> list[tuple[str, str, str, str]]:
-    """Each target with what was measured, and whether it is reached."""
-
-    def wer(task: str, mode: str, datastore: str | None = None, phrases: int | None = None):  # noqa: ANN202
-        wanted = (task, mode, datastore, phrases)
-        for row in rows:
-            if (row["task"], row["mode"], row["datastore"], row["phrases"]) == wanted:
-                return row["wer"]
-        raise ValueError(f"the results lack {wanted}")
-
-    plain, multimodal = wer("domain", "none"), wer("domain", "knn", "multimodal")
-    text, spoken = wer("domain", "knn", "text"), wer("domain", "knn", "spoken")
-    lower = 1 - multimodal / plain if plain else 0.0
-    difference = _difference(rows, heard, "multimodal", "text")
-    closed = (text - spoken) / (text - multimodal) if text > multimodal else float("nan")
-    hundred = [wer("dynamic_context", "knn", "spoken", 100)] + [
-        wer("dynamic_context", mode, None, 100) for mode in ("boost", "prompt")
-    ]
-    right, wrong = wer("wrong_datastore", "none"), wer("wrong_datastore", "knn", "wrong")
-    everyday = wer("everyday", "none")
-    return [
-        ("WER of everyday sentences", "≤ 10 %", f"{everyday:.1%}", _reached(everyday <= 0.1)),
-        (
-            "WER with a multi-modal datastore against none",
-            "≥ 50 % lower",
-            f"{lower:.0%} lower ({plain:.1%} → {multimodal:.1%})",
-            _reached(multimodal <= 0.5 * plain),
-        ),
-        (
-            "multi-modal against text-only datastore",
-            "lower, interval clear of zero",
-            f"{100 * difference.delta:+.1f} points "
-            f"({100 * difference.low:+.1f} to {100 * difference.high:+.1f})",
-            _reached(difference.high < 0),
-        ),
-        (
-            "datastore spoken from text alone: share of the gap between text-only and multi-modal",
-            "≥ 80 %",
-            f"{closed:.0%}",
-            _reached(text - spoken >= 0.8 * (text - multimodal) > 0),
-        ),
-        (
-            "kNN-LM, boosting, prompting with 100 phrases",
-            "kNN-LM ahead",
-            ", ".join(f"{rate:.1%}" for rate in hundred),
-            _reached(hundred[0] < min(hundred[1:])),
-        ),
-        (
-            "WER with the wrong datastore against none",
-            "≤ 2 % worse",
-            f"{wrong / right - 1:+.1%}" if right else f"{right:.1%} → {wrong:.1%}",
-            _reached(wrong <= 1.02 * right),
-        ),
-        *(_attention_targets(rows) if any(r["mode"] == "cross_attention" for r in rows) else ()),
-    ]
-
-
-def _attention_targets(rows: Sequence[Row]) -> list[tuple[str, str, str, str]]:
-    """The targets of cross-attention."""
-    by = {(r["task"], r["mode"], r["datastore"], r["phrases"]): r for r in rows}
-    lists = {r["phrases"]: r for r in rows if r["mode"] == "cross_attention" and r["phrases"]}
-    lists = {n: by["dynamic_context", "cross_attention", "spoken", n] for n in sorted(lists)}
-    plain, hundred = by["dynamic_context", "none", None, None], lists[100]
-    least, most = lists[min(lists)], lists[max(lists)]
-    tasks = (("domain", "multimodal", None), ("dynamic_context", "spoken", 100))
-
-    def rates(mode: str) -> list[float]:
-        return [by[task, mode, store, count]["wer"] for task, store, count in tasks]
-
-    knn, read, both = (rates(mode) for mode in ("knn", "cross_attention", "both"))
-    right = by["wrong_datastore", "none", None, None]["wer"]
-    told = {m: by["wrong_datastore", m, "wrong", None]["wer"] for m in ("cross_attention", "both")}
-    time = [r["decode_seconds"] / r["seconds_of_audio"] for r in (hundred, plain)]
-    silent = [r for r in rows if r["task"] == "no_speech" and r["setting"] == DETECTED]
-    targets = [
-        (
-            "100 phrases: cross-attention against none",
-            "≥ 50 % lower",
-            f"{1 - hundred['wer'] / plain['wer']:.0%} lower",
-            _reached(hundred["wer"] <= 0.5 * plain["wer"]),
-        ),
-        (
-            "100 phrases: entity recall of cross-attention",
-            "≥ 90 %",
-            f"{hundred['entity_recall']:.1%}",
-            _reached(hundred["entity_recall"] >= 0.9),
-        ),
-        (
-            "cross-attention against kNN-LM, domain and 100 phrases",
-            "ahead on both",
-            ", ".join(f"{a:.1%} against {b:.1%}" for a, b in zip(read, knn, strict=True)),
-            _reached(all(a < b for a, b in zip(read, knn, strict=True))),
-        ),
-        (
-            "both against the better of the two, domain and 100 phrases",
-            "at least as good",
-            ", ".join(f"{a:.1%}" for a in both),
-            _reached(all(c <= min(a, b) for a, b, c in zip(knn, read, both, strict=True))),
-        ),
-        (
-            f"cross-attention with {max(lists)} phrases against {min(lists)}",
-            "≤ 10 % worse",
-            f"{most['wer'] / least['wer'] - 1:+.0%}",
-            _reached(most["wer"] <= 1.1 * least["wer"]),
-        ),
-        (
-            "the wrong datastore, cross-attention and both, against none",
-            "≤ 1 % worse",
-            ", ".join(f"{rate / right - 1:+.1%}" for rate in told.values()),
-            _reached(all(rate <= 1.01 * right for rate in told.values())),
-        ),
-        (
-            "decoding time with 100 phrases, cross-attention against none",
-            "≤ 1.3 ×",
-            f"{time[0] / time[1]:.1f} ×",
-            _reached(time[0] <= 1.3 * time[1]),
-        ),
-    ]
-    if silent:
-        targets.append(
-            (
-                "clips in which nobody speaks, without a word",
-                "≥ 98 %",
-                ", ".join(f"{r['empty']:.0%}" for r in silent),
-                _reached(all(r["empty"] >= 0.98 for r in silent)),
-            )
-        )
-    return targets
-
-
-def _difference(rows: Sequence[Row], heard: Transcripts, a: str, b: str):  # noqa: ANN202
-    """WER with datastore `a` minus that with `b`, paired over the domain's utterances."""
-    texts: dict[str, dict[str, tuple[str, str]]] = {a: {}, b: {}}
-    for (task, point, utterance), said in heard.items():
-        for name in (a, b):
-            if task == "domain" and point.split()[:2] == ["knn", name]:
-                texts[name][utterance] = said
-    order = sorted(texts[a])
-    references = [texts[a][one][0] for one in order]
-    heard_a, heard_b = ([texts[name][one][1] for one in order] for name in (a, b))
-    return paired_difference(references, heard_a, heard_b, resamples=2000)
-
-
-def _reached(yes: bool) -> str:
-    return "yes" if yes else "no"
 
 
 def _curves(path: Path, series: Mapping[str, Sequence[Row]], x: str, label: str, log: bool) -> None:

@@ -15,7 +15,7 @@ from pydantic import (
 from mmrag.config.retrieval import RetrievalMode, RetrievedAttention
 from mmrag.config.section import SLUG, Fraction, Operation, Section, Workers
 
-CONDITION = r"^(noise-[0-9]+|telephone|flite-[a-z]+|spanish)$"
+CONDITION = r"^(noise-[0-9]+|telephone|mulaw|gsm|mp3|opus|flite-[a-z]+|spanish)$"
 
 
 class Decode(Section):
@@ -130,6 +130,10 @@ class Reproduce(Section):
     """Carriers, from the first, whose phrases are read whole."""
     boost: tuple[PositiveFloat, ...] = Field(min_length=1)
     """Weights of phrase boosting tried on the dev split, in nats a piece."""
+    harm: float | None = Field(default=None, ge=0)
+    """How much worse (relative) lists none of whose phrases is said may make the dev split's WER;
+    settings of phrases that let them do more are passed over. None to choose by what is said alone.
+    """
     shares: tuple[Annotated[float, Fraction], ...]
     """Shares of a datastore's entries with real paired audio."""
     sizes: tuple[PositiveInt, ...]
@@ -140,7 +144,7 @@ class Reproduce(Section):
     """Documents that two-level retrieval keeps before it searches entries."""
     conditions: tuple[Annotated[str, Field(pattern=CONDITION)], ...]
     """Recordings made worse, by another synthesizer, or in another language: `noise-DB`,
-    `telephone`, `flite-VOICE`, `spanish`."""
+    `telephone`, a codec (`mulaw`, `gsm`, `mp3`, `opus`), `flite-VOICE`, `spanish`."""
     passages: Operation[str | None] = None
     """Spoken-SQuAD's test file, whose passages voices of ours read; None for no such task."""
     topics: PositiveInt = 3

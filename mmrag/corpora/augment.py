@@ -1,4 +1,4 @@
-"""Clean recordings made worse: softer, noisy, echoing, through a telephone; and no speech at all.
+"""Clean recordings made worse: softer, noisy, echoing, by telephone or codec; and no speech at all.
 
 Waveforms are (T,) float32 at SAMPLE_RATE and keep their length; what is random is drawn from the
 generator that is handed in. SciPy is imported where it is used: that takes a second and a half, and
@@ -10,12 +10,36 @@ from __future__ import annotations
 import io
 import wave
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import soundfile
 
 from mmrag.speech.audio import SAMPLE_RATE
 
 TELEPHONE_HZ = (300.0, 3400.0)
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A lossy format of libsndfile's."""
+
+    format: str
+    subtype: str
+    rate: int = SAMPLE_RATE
+    """Samples a second that it is given."""
+    compression: tuple[float, float] | None = None
+    """libsndfile's compression levels between which one is drawn; None where there is no choice."""
+
+
+CODECS = {
+    "mulaw": Codec("WAV", "ULAW", 8_000),
+    "gsm": Codec("WAV", "GSM610", 8_000),  # 13 kbit/s
+    "mp3": Codec("MP3", "MPEG_LAYER_III", compression=(0.3, 0.99)),  # 36 to 18 kbit/s
+    "opus": Codec("OGG", "OPUS", compression=(0.9, 0.98)),  # 30 to 11 kbit/s
+}
+"""What calls and voice messages are sent through."""
 
 
 def softer(wave: np.ndarray, decibels: float) -> np.ndarray:
@@ -65,16 +89,42 @@ def telephone(wave: np.ndarray) -> np.ndarray:
     return sosfilt(band, wave).astype(np.float32)
 
 
+def coded(wave: np.ndarray, codec: str, draw: np.random.Generator) -> np.ndarray:
+    """`wave` sent through one of CODECS, in memory, and decoded again; no sample is shifted."""
+    from scipy.signal import resample_poly
+
+    about = CODECS[codec]
+    how: dict[str, Any] = {}
+    if about.compression is not None:
+        how["compression_level"] = draw.uniform(*about.compression)
+    if about.format == "MP3":
+        how["bitrate_mode"] = "VARIABLE"  # at a constant one the encoder's delay is not taken off
+    sent = wave if about.rate == SAMPLE_RATE else resample_poly(wave, about.rate, SAMPLE_RATE)
+    stream = io.BytesIO()
+    soundfile.write(stream, sent, about.rate, format=about.format, subtype=about.subtype, **how)
+    stream.seek(0)
+    heard, _ = soundfile.read(stream, dtype="float32")
+    if about.rate != SAMPLE_RATE:
+        heard = resample_poly(heard, SAMPLE_RATE, about.rate)
+    made = np.zeros(len(wave), np.float32)
+    made[: len(heard)] = heard[: len(wave)]  # frames of a fixed length are filled up with silence
+    return made
+
+
 def rough(wave: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     """One of many recording conditions: for the training of models that should stand them all.
 
-    A third of the clips echo, a sixth come by telephone, the noise is 5 to 40 dB down.
+    A third of the clips echo, a sixth come by telephone, a sixth through a codec, the noise is 5 to
+    40 dB down.
     """
     if draw.random() < 1 / 3:
         wave = reverberant(wave, draw.uniform(0.1, 0.6), draw.uniform(0.05, 0.5), draw)
     wave = noisy(wave, draw.uniform(5, 40), draw, tilt=draw.uniform(0, 2))
-    if draw.random() < 1 / 6:
+    sent = draw.random()
+    if sent < 1 / 6:
         wave = telephone(wave)
+    elif sent < 1 / 3:
+        wave = coded(wave, str(draw.choice(list(CODECS))), draw)
     return softer(wave, draw.uniform(0, 12))
 
 

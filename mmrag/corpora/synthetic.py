@@ -230,6 +230,19 @@ def make_names(seed: int) -> Names:
     )
 
 
+def other_names(count: int, seed: int, taken: Iterable[str]) -> list[str]:
+    """So many more entities, none of `taken`, each with a word that training text never shows: what
+    else may stand in a list. Raises ValueError for too many, ImportError without the `speech`
+    extra."""
+    names, seen, draw = make_names(seed), set(taken), Random(f"{seed} other names")
+
+    def make() -> str:
+        [kind] = draw.choices(list(KINDS), list(KINDS.values()))
+        return _entity(kind, draw.choice(("adapter", "dev", "test")), names, draw)
+
+    return [new("other names", "entities", seen, make, str) for _ in range(count)]
+
+
 def _usable(names: Iterable[str]) -> set[str]:
     """Lower-case ASCII single words that are spoken as they are written."""
     plain = {

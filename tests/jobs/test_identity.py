@@ -126,6 +126,7 @@ WHERE_THERE_IS_NONE = {
     **{"tokenizer": "/tokenizer.json", "deepspeed": "/other.json", "decoy": "wrong"},
     **{"kokoro": "/kokoro", "decoders": config.Workers(count=3, num_cpus=1)},
     **{"weights": "torchaudio:HUBERT_BASE", "gate": 3.0, "certain": 0.5, "agreement": -3.0},
+    "harm": 0.05,
 }
 
 

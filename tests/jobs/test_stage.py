@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,25 @@ def command_line(monkeypatch, job, *arguments: str) -> str:
 
 def never(experiment: Experiment, force: bool) -> None:
     raise AssertionError("a stage was run with a wrong configuration")
+
+
+def test_a_quick_look_is_another_experiment_where_a_stage_knows_one(monkeypatch):
+    ran = []
+
+    def quick(experiment: Experiment) -> Experiment:
+        return experiment.model_copy(update={"seed": experiment.seed + 1})
+
+    def job(experiment: Experiment, force: bool) -> None:
+        ran.append(experiment.seed)
+
+    monkeypatch.setattr(stage, "connection", nullcontext)
+    for arguments in (["seed=4"], ["seed=4", "--quick"]):
+        monkeypatch.setattr(sys, "argv", ["job", *arguments])
+        stage.main(job, "A stage.", quick=quick)
+    assert ran == [4, 5]
+    monkeypatch.setattr(sys, "argv", ["job", "--quick"])
+    with pytest.raises(SystemExit):
+        stage.main(job, "A stage that has none.")
 
 
 @pytest.mark.parametrize(

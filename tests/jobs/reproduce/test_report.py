@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from jobs import stage
-from jobs.reproduce import report
+from jobs.reproduce import report, targets
+from jobs.reproduce.end_to_end import ALONE
+from jobs.reproduce.experiments import TASKS
+from jobs.reproduce.rows import DETECTED as SPEECH_DETECTED
 from mmrag.config import Experiment, Reproduce
 
 MULTIMODAL, TEXT, SPOKEN = ("knn", "multimodal"), ("knn", "text"), ("knn", "spoken")
@@ -81,7 +84,7 @@ def reading_results(**rates: float) -> list[dict]:
         row("dynamic_context", "both", spoken, phrases=100, wer=wer["both"]),
         row("wrong_datastore", cross, "wrong", wer=wer["told"]),
         row("wrong_datastore", "both", "wrong", wer=wer["told"]),
-        row("no_speech", "none", setting=report.DETECTED, wer=0.1, empty=rates.get("empty", 0.98)),
+        row("no_speech", "none", setting=SPEECH_DETECTED, wer=0.1, empty=rates.get("empty", 0.98)),
     ]
 
 
@@ -133,7 +136,7 @@ def transcripts(**wrong: int) -> dict:
 
 
 def reached(rows: list[dict], heard: dict | None = None) -> list[str]:
-    return [target[-1] for target in report._targets(rows, heard or transcripts())]
+    return [target[-1] for target in targets.retrieval(rows, heard or transcripts())]
 
 
 @pytest.fixture
@@ -292,16 +295,16 @@ def test_the_difference_pairs_the_domains_utterances_and_no_others():
         ("domain", "none", "u0"): ("call mary", "something else entirely"),
         ("domain", "knn spoken 9", "u99"): ("call mary", ""),
     }
-    found = report._difference([], {**stray, **heard}, "multimodal", "text")
+    found = targets._difference({**stray, **heard}, "multimodal", "text")
     assert found.delta == pytest.approx((3 - 6) / (4 * len(REFERENCES)))
     backwards = dict(reversed({**stray, **heard}.items()))
-    assert report._difference([], backwards, "multimodal", "text") == found
+    assert targets._difference(backwards, "multimodal", "text") == found
 
 
 def test_a_target_says_what_was_measured():
-    targets = report._targets(results(), transcripts(multimodal=3, text=6))
-    assert [len(target) for target in targets] == [4] * 6
-    measured = [target[2] for target in targets]
+    found = targets.retrieval(results(), transcripts(multimodal=3, text=6))
+    assert [len(target) for target in found] == [4] * 6
+    measured = [target[2] for target in found]
     assert measured[0] == "5.0%"
     assert measured[1] == "75% lower (40.0% → 10.0%)"
     assert measured[2].startswith("-6.2 points (-")
@@ -313,7 +316,7 @@ def test_a_target_says_what_was_measured():
 def test_a_row_that_is_missing_is_named():
     rows = [one for one in results() if one["mode"] != "prompt"]
     with pytest.raises(ValueError, match=r"the results lack .*'dynamic_context', 'prompt'.* 100"):
-        report._targets(rows, transcripts())
+        targets.retrieval(rows, transcripts())
 
 
 NOTES = {
@@ -401,7 +404,23 @@ def test_the_terminal_shows_every_tasks_table():
     assert "1,000" in printed and "telephone" in printed
 
 
-def test_every_task_that_is_plotted_has_a_title():
+def test_the_terminal_shows_what_is_marked_and_of_whom():
+    marked = {"bad": 30, "bad_unclear": 0.9, "good": 7, "good_unclear": 0.0}
+    settings = ("held-out voices, sentences of the grammar", "people, aged 16 and over")
+    rows = [
+        row("end_to_end", "none", setting=name, calibration_error=0.05, **marked)
+        for name in settings
+    ]
+    with stage.console.capture() as captured:
+        report.show(rows)
+    printed = " ".join(captured.get().split())
+    assert "90.0% of 30" in printed and "0.0% of 7" in printed and "people" in printed
+    header, *cells = report._table(rows)
+    assert dict(zip(header, cells[0], strict=True))["calibration error"] == "0.050"
+
+
+def test_every_task_has_a_title_and_those_that_are_plotted_are_tasks():
+    assert set(report.TITLES) == {*TASKS, *ALONE}
     assert set(report.PLOTS) < set(report.TITLES)
 
 

@@ -1,11 +1,23 @@
 """Recordings made worse in the way and by the amount that was asked for."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmrag.corpora.augment import mild, noisy, reverberant, rough, softer, telephone
+from mmrag.config.decoding import CONDITION
+from mmrag.corpora.augment import (
+    CODECS,
+    coded,
+    mild,
+    noisy,
+    reverberant,
+    rough,
+    softer,
+    telephone,
+)
 from mmrag.speech.audio import SAMPLE_RATE
 
 WAYS = {
@@ -16,7 +28,10 @@ WAYS = {
     "telephone": lambda wave, draw: telephone(wave),
     "rough": rough,
     "mild": mild,
+    **{name: lambda wave, draw, name=name: coded(wave, name, draw) for name in CODECS},
 }
+SETTLED = ("softer", "telephone", "mulaw", "gsm")
+"""Ways of which nothing is drawn."""
 
 
 def generator(seed=0):
@@ -60,7 +75,7 @@ def test_the_generator_decides_what_is_random(way):
     first = WAYS[way](wave, generator(1))
     np.testing.assert_array_equal(WAYS[way](wave, generator(1)), first)
     other = WAYS[way](wave, generator(2))
-    assert np.array_equal(other, first) == (way in ("softer", "telephone"))
+    assert np.array_equal(other, first) == (way in SETTLED)
 
 
 @pytest.mark.parametrize("amount", [0, 6, 20])
@@ -121,12 +136,51 @@ def test_a_quiet_room_is_25_to_40_decibels_above_its_noise():
         assert 24.5 < decibels(gain * wave, heard - gain * wave) < 40.5
 
 
+def vowel():
+    """A second of a steady voice: 150 Hz and what resonates at 600, 1,100 and 2,400 Hz."""
+    at = np.arange(SAMPLE_RATE) / SAMPLE_RATE
+    wave = sum(
+        np.exp(-(((150 * n - formant) / 150) ** 2)) * np.sin(2 * np.pi * 150 * n * at)
+        for formant in (600, 1100, 2400)
+        for n in range(1, 20)
+    )
+    return (0.1 * wave).astype(np.float32)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_codec_loses_something_of_a_voice_and_shifts_nothing(codec):
+    wave = vowel()
+    wave[: SAMPLE_RATE // 4] = wave[-SAMPLE_RATE // 4 :] = 0  # so that a delay would show
+    heard = coded(wave, codec, generator())
+    assert not np.array_equal(heard, wave)
+    inner = slice(1000, -1000)
+    likeness = {
+        shift: np.roll(heard, -shift)[inner] @ wave[inner]
+        for shift in (-160, -20, -8, 0, 8, 20, 160)
+    }
+    assert max(likeness, key=likeness.get) == 0
+    scale = np.linalg.norm(heard[inner]) * np.linalg.norm(wave[inner])
+    assert 0.8 < likeness[0] / scale < 0.999999
+
+
+@pytest.mark.parametrize("codec", ["mulaw", "gsm"])
+def test_what_is_sent_at_8_khz_has_no_sound_above_4(codec):
+    wave = generator().standard_normal(2 * SAMPLE_RATE).astype(np.float32) / 10
+    heard = coded(wave, codec, generator())
+    assert power_between(heard, 4500, 8001) < 0.02 * power_between(heard, 500, 3000)
+
+
+def test_every_codec_is_a_condition_that_an_experiment_may_name():
+    assert all(re.fullmatch(CONDITION, codec) for codec in CODECS)
+    assert not re.fullmatch(CONDITION, "vinyl")
+
+
 def test_rough_recordings_are_some_of_them_telephoned_some_echoing_and_all_noisy():
     wave = speechlike()
     heard = [rough(wave, generator(seed)) for seed in range(150)]
     narrow = [power_between(one, 5000, 8001) / power_between(one, 500, 3000) for one in heard]
     telephoned = np.array(narrow) < 1e-2
-    assert 0.08 < telephoned.mean() < 0.27
+    assert 0.15 < telephoned.mean() < 0.4, "a sixth, and half of what goes through codecs"
 
     def likeness(one):
         return one @ wave / np.linalg.norm(one) / np.linalg.norm(wave)

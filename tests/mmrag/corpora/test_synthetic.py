@@ -18,6 +18,7 @@ from mmrag.corpora.synthetic import (
     Planned,
     assign_voices,
     make_names,
+    other_names,
     plan,
     render,
 )
@@ -200,6 +201,15 @@ def test_family_names_and_towns_belong_to_one_group_and_are_no_common_words():
         assert not set(words) & set(names.first)
         assert not set(words) & set(GRAMMAR["object"])
     assert {"st", "dr"}.isdisjoint(names.family["lm"])
+
+
+def test_other_names_are_new_and_each_has_a_word_that_training_text_never_shows(planned):
+    taken = {entity for split in planned.values() for one in split for entity in one.entities}
+    found = other_names(300, 7, taken)
+    assert len(set(found)) == 300 and not set(found) & taken
+    assert found[:20] == other_names(20, 7, taken), "more are the same and others"
+    known = {word for one in (*planned["lm"], *planned["text"]) for word in one.text.split()}
+    assert [name for name in found if set(name.split()) <= known] == []
 
 
 def test_a_grammar_too_small_for_a_split_is_an_error_that_names_the_split(monkeypatch):
