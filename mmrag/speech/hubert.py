@@ -259,6 +259,9 @@ class HubertEncoder(nn.Module):
         real. Raises ValueError for an encoder without a CTC head."""
         if self.speller is None:
             raise ValueError("this encoder has no CTC head")
+        if features.is_inference() and not torch.is_inference_mode_enabled():
+            with torch.inference_mode():  # nothing is to be learned from what `features` gave
+                return self.spell(features, frames)
         if features.ndim == 2:
             return self.spell(features[None])[0]
         beyond = None

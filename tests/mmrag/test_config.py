@@ -199,8 +199,9 @@ ROLES = {
     "recordings.lm:o recordings.dev:o recordings.test:o recordings.copies "
     "workers.count:o workers.num_cpus:o workers.num_gpus:o",
     "hubert": "weights front conv_channels stack convolved norm width layers heads feed_forward "
-    "layer",
-    "pretrain": "rounds batch_seconds crop_seconds learning_rate mask_probability mask_length "
+    "layer stored",
+    "pretrain": "spelling_weight alphabet base anchor_weight precision "
+    "rounds batch_seconds crop_seconds learning_rate mask_probability mask_length "
     "rough band_masks band_width band_warp seen_weight balance sample_seconds leave_out:c "
     "checkpoint_steps:o log_steps:o workers:o max_failures:o num_cpus:o num_gpus:o",
     "tokenize": "name:o source:o codebook:o units sample_seconds min_seconds max_seconds "

@@ -40,7 +40,7 @@ def test_the_probe_is_encoded_with_its_letters_and_is_unwell_once_those_change(m
     assert told.letters.alphabet == ALPHABET and len(told.letters) == told.durations.sum()
     asyncio.run(serving.check_health())
     with torch.no_grad():
-        serving._models.encoder.speller[1].bias[1] += 5
+        serving._models.encoder.speller.letters.bias[1] += 5
     with pytest.raises(RuntimeError, match="no longer encodes the probe"):
         asyncio.run(serving.check_health())
 

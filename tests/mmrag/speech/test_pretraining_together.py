@@ -40,9 +40,9 @@ def one_at_a_time(monkeypatch):
         with lock, seeded_at(*place):
             yield
 
-    def in_step(self, *about) -> None:
-        begin(self, *about)
-        about[-1].add([torch.zeros(1)])
+    def in_step(self, *about, processes, **more) -> None:
+        begin(self, *about, processes=processes, **more)
+        processes.add([torch.zeros(1)])
 
     monkeypatch.setattr(pretraining.Round, "__init__", in_step)
     for module in (hubert, pretraining):

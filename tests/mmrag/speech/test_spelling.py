@@ -134,7 +134,9 @@ def test_the_loss_of_letters_does_not_depend_on_what_else_is_in_the_batch():
 def test_an_encoder_learns_to_spell_and_keeps_its_head(tmp_path):
     waves, _, _ = spoken()
     held_out = {"dev": HeldOut(waves, [list(text) for text in TEXTS], TEXTS)}
-    encoder, log = train(tmp_path, plan(200, batch_seconds=8, learning_rate=1e-2), held_out=held_out)
+    encoder, log = train(
+        tmp_path, plan(200, batch_seconds=8, learning_rate=1e-2), held_out=held_out
+    )
     assert log[0]["letter_loss"] > 5 * log[-1]["letter_loss"]
     assert log[-1]["letter_errors_dev"] <= 0.5
     assert log[-1]["phone_errors_dev"] <= 0.5
