@@ -163,7 +163,7 @@ def test_a_datastore_is_made_of_texts_added_to_and_looked_up_in(
     assert status == 0 and all(len(one["neighbours"]) == 2 for one in found)
     assert found[-1]["token"] == "(end)"
     nearest = [one["neighbours"][0] for one in found]
-    exact = [one for one in nearest if one["distance"] < 1e-2]
+    exact = [one for one in nearest if one["distance"] < 0.05]
     named = [one for one in exact if one["document"] == "zanab kuri"]
     assert len(named) > len(exact) / 2 and all("zanab" in one["window"] for one in named)
     status, lines, _ = call("search", place, "zanab", "-k", 1)
