@@ -27,7 +27,7 @@ WINGS = {
     ],
     "speech": [
         "containers", "decoders", "audio", "resampling", "silero", "vad", "turns", "cutting",
-        "hubert", "targets", "crops", "pretraining", "units", "tokenized",
+        "ends", "hubert", "targets", "crops", "masked", "pretraining", "units", "tokenized",
     ],
     "corpora": [
         "voices.speech", "voices.phones", "voices.ipa", "voices.espeak", "voices.kokoro",

@@ -16,11 +16,12 @@ from mmrag.config import Hubert, Pretrain
 from mmrag.finite import NonFiniteLoss
 from mmrag.records import Timed
 from mmrag.speech.crops import PADDING, balanced, draw, mask_bands, mask_spans
-from mmrag.speech.hubert import HubertEncoder, LogMel
+from mmrag.speech.ends import LogMel
+from mmrag.speech.hubert import HubertEncoder
+from mmrag.speech.masked import MaskedPrediction
 from mmrag.speech.pretraining import (
     STATE,
     HeldOut,
-    MaskedPrediction,
     phone_error_rate,
     pretrain,
     schedule,

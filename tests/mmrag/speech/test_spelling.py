@@ -7,9 +7,9 @@ from mmrag.config import Hubert, Pretrain
 from mmrag.records import Timed
 from mmrag.speech.crops import draw
 from mmrag.speech.hubert import HubertEncoder
+from mmrag.speech.masked import MaskedPrediction
 from mmrag.speech.pretraining import (
     HeldOut,
-    MaskedPrediction,
     letter_error_rate,
     pretrain,
 )
