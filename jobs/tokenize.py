@@ -222,7 +222,7 @@ def _codebook(
         place = shipped.find(settings.codebook)
         place = place / "codebook" if settings.codebook.startswith(shipped.PREFIX) else place
         base = artifact.load(place, "codebook")
-        if base.inputs.get("hubert") != hubert.inputs.get("base") or "base" not in hubert.inputs:
+        if hubert.inputs.get("base", "none") != base.inputs.get("hubert"):
             named = artifact.adopt(place, experiment.workspace / "codebook", "codebook")
             named.require("hubert", hubert)
             return named

@@ -307,11 +307,10 @@ def pretrain(
     phone error rate on `held_out` clips, by name, stands in the record of each checkpoint's step
     as `phone_errors_<name>`. `recorder` makes crops sound otherwise (`settings.rough`). A clip that
     cannot be read is told to `reject`, if there is one, and left out. `bf16` is for matrix products
-    alone. `base` is trained further in
-    place of random weights. With `spelling` the encoder has a CTC head, which spells whole clips
-    from the first step on; `letter_errors_<name>` is its error rate. Raises ValueError if there is
-    no audio, or a crop holds no frame, NonFiniteLoss before a step is taken on a loss that is no
-    number.
+    alone. `base` is trained further in place of random weights. With `spelling` the encoder has a
+    CTC head, which spells whole clips from the first step on; `letter_errors_<name>` is its error
+    rate. Raises ValueError if there is no audio, or a crop holds no frame, NonFiniteLoss before a
+    step is taken on a loss that is no number.
     """
     if not len(waves):
         raise ValueError("there is no audio to pretrain on")
@@ -356,11 +355,17 @@ def pretrain(
         if number >= saved.get("number", 0):
             clustered = plan.target != "phones"
             classes = plan.classes if clustered else phones.classes
-            weights = {"seen_weight": settings.seen_weight}
-            weights |= {"spelling_weight": settings.spelling_weight}
-            weights |= {"anchor_weight": settings.anchor_weight, "base": base}
-            shared = {"threads": threads, "processes": processes, "bf16": bf16}
-            current = Round(encoder, plan, number, seed, classes=classes, **weights, **shared)
+            current = Round(
+                *(encoder, plan, number, seed),
+                seen_weight=settings.seen_weight,
+                classes=classes,
+                threads=threads,
+                processes=processes,
+                spelling_weight=settings.spelling_weight,
+                anchor_weight=settings.anchor_weight,
+                base=base,
+                bf16=bf16,
+            )
             aligned_after = (ALIGNED_BY_BASE if base else UNALIGNED_AFTER) * plan.steps
             if number == saved.get("number"):
                 current.restore(saved)
