@@ -32,6 +32,18 @@ def heard(*texts: str, entities: tuple[str, ...] = ("anna smith",)) -> list[Tran
 TEXTS = ("call bob now", "call anna smith now", "call joe and anna smith now")
 
 
+def make_at_once(lab, tmp_path, monkeypatch):
+    """A task's work is done where it is asked for, without an artifact or a run."""
+    draft = SimpleNamespace(path=tmp_path, summary={})
+    tracked = SimpleNamespace(log=lambda values: None, file=lambda path: None)
+    monkeypatch.setattr(run.stage, "make", lambda *about, **more: about[5](draft, tracked))
+    monkeypatch.setattr(run, "recipe", lambda *sections: {})
+    for name in ("decode", "tune", "attention"):
+        setattr(lab.experiment, name, None)
+    lab.experiment.datastore = SimpleNamespace(source=None)
+    lab.settings = lab.inputs = lab.tokens = lab.force = None
+
+
 def test_without_a_list_the_entities_of_the_split_may_be_heard_in_vain(lab):
     made = row(lab, "domain", Point("none", NoRetrieval()), heard(*TEXTS), {"bob", "anna smith"})
     assert (made["entities"], made["entity_false_alarms"]) == (3, 1)
@@ -68,14 +80,7 @@ def test_entities_of_utterances_that_are_not_transcribed_may_be_heard_too(
         SimpleNamespace(utterance=SimpleNamespace(entities=entities))
         for entities in (("anna smith",), ("anna smith",), ("bob",))
     ]
-    draft = SimpleNamespace(path=tmp_path, summary={})
-    tracked = SimpleNamespace(log=lambda values: None, file=lambda path: None)
-    monkeypatch.setattr(run.stage, "make", lambda *about, **more: about[5](draft, tracked))
-    monkeypatch.setattr(run, "recipe", lambda *sections: {})
-    for name in ("decode", "tune", "attention"):
-        setattr(lab.experiment, name, None)
-    lab.experiment.datastore = SimpleNamespace(source=None)
-    lab.settings = lab.inputs = lab.tokens = lab.force = None
+    make_at_once(lab, tmp_path, monkeypatch)
     lab.spoken = lambda name, domain, limit, made: split[:limit]
     asked = []
 
@@ -207,14 +212,7 @@ def test_files_that_are_not_there_are_named_with_how_to_do_without(tmp_path):
 
 def test_what_is_measured_on_dev_is_read_from_dev(lab, tmp_path, monkeypatch):
     """A task with points of two splits: each asks for the utterances of its own."""
-    draft = SimpleNamespace(path=tmp_path, summary={})
-    tracked = SimpleNamespace(log=lambda values: None, file=lambda path: None)
-    monkeypatch.setattr(run.stage, "make", lambda *about, **more: about[5](draft, tracked))
-    monkeypatch.setattr(run, "recipe", lambda *sections: {})
-    for name in ("decode", "tune", "attention"):
-        setattr(lab.experiment, name, None)
-    lab.experiment.datastore = SimpleNamespace(source=None)
-    lab.settings = lab.inputs = lab.tokens = lab.force = None
+    make_at_once(lab, tmp_path, monkeypatch)
     asked = []
 
     def spoken(split, domain, limit, made):
