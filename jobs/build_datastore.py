@@ -34,7 +34,7 @@ from mmrag.artifact import Artifact, Draft
 from mmrag.config import ConfigError, Experiment, Index, recipe
 from mmrag.config import Datastore as DatastoreConfig
 from mmrag.corpora import manifest
-from mmrag.corpora.voices import kokoro
+from mmrag.corpora.voices import engines
 from mmrag.model.contract import TextVocabulary
 from mmrag.records import Rejection, Utterance
 from mmrag.retrieval import datastore
@@ -122,8 +122,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
 def _speaking(experiment: Experiment, heard_by: Models, directory: Path) -> tuple[type, dict]:
     """The stage that has texts said by synthetic voices, as `heard_by` takes them."""
     settings = experiment.datastore
-    if "kokoro" in settings.voices:
-        kokoro.ready(settings.kokoro)
+    engines.require(settings.voices, settings.kokoro, "datastore.kokoro")
     speak = {"seed": experiment.seed, "directory": directory, "settings": settings}
     if not heard_by.own:
         return Speak, {**speak, "window_seconds": heard_by.window_seconds}

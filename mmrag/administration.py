@@ -16,6 +16,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmrag import shipped, terminal
+from mmrag.entry_options import (
+    add_speaking,
+    add_wording,
+    refuse_speaking,
+    speaking,
+    worded,
+    wording,
+    wording_flags,
+)
 from mmrag.folders import printable
 
 if TYPE_CHECKING:
@@ -30,13 +39,6 @@ TEXTS = (
     "a text a line: a phrase of up to five words, or a sentence; or a JSON object of text, "
     "display_as, pronunciations, weight and language"
 )
-WORDING = {
-    "display_as": "--display-as",
-    "pronunciations": "--pronunciation",
-    "weight": "--weight",
-    "language": "--language",
-}
-"""What may be said of an entry, and the options that say it."""
 SNAPSHOT_TASKS = {
     "create": ("create_snapshot", "made"),
     "list": ("list_snapshots", ""),
@@ -80,8 +82,9 @@ def add_commands(commands: Any) -> None:
         "is said, without the datastore",
     )
     for one in (adding, searching):
-        _add_wording(one)
+        add_wording(one)
     for one in (creating, adding, searching):
+        add_speaking(one)
         one.add_argument(
             "--models",
             help=f"that key it (default: {shipped.DEFAULT}); not with --url, which has its own",
@@ -128,20 +131,6 @@ def add_commands(commands: Any) -> None:
         )
 
 
-def _add_wording(command: Any) -> None:
-    """Options of one entry."""
-    command.add_argument("--display-as", metavar="TEXT", help="how transcripts write it")
-    command.add_argument(
-        "--pronunciation",
-        action="append",
-        dest="pronunciations",
-        metavar="SOUND",
-        help="how it is said: a respelling (zole pie dem), or IPA (/zɒlˈpɪdɛm/); may be repeated",
-    )
-    command.add_argument("--weight", type=float, help="0 (never retrieved) to 2 (default: 1)")
-    command.add_argument("--language", help="in which it is said, of those that the models know")
-
-
 def run(options: argparse.Namespace) -> bool:
     """Do what was asked for; whether something is wrong. Errors end the program, by name."""
     from mmrag.artifact import ArtifactError
@@ -160,6 +149,7 @@ def _service(options: argparse.Namespace) -> Service:
 
     if getattr(options, "models", None):
         raise ValueError("--models goes without --url: an endpoint has its own")
+    refuse_speaking(options, "an endpoint has texts said by its own voices")
     return Service(options.url, os.environ.get(KEY))
 
 
@@ -221,13 +211,15 @@ def _create(options: argparse.Namespace) -> bool:
             raise ValueError("--text-only: an endpoint has texts said by its synthesizer")
         made = _service(options).create(str(options.directory), texts)
         return _told(options, made, f"{options.directory}: {made['entries']:,} entries")
+    if options.text_only:
+        refuse_speaking(options, "with --text-only nobody speaks")
     from mmrag import contents, recogniser
 
+    voices = speaking(options)
     models = recogniser.load(options.models or shipped.DEFAULT)
     with terminal.progress("putting texts in") as progress:
-        added = contents.create(
-            options.directory, texts, models, not options.text_only, progress=progress
-        )
+        given = options.directory, texts, models, not options.text_only
+        added = contents.create(*given, progress=progress, speaking=voices)
     told = {"created": str(options.directory), "added": added}
     return _told(options, told, f"{printable(options.directory)}: {added:,} entries")
 
@@ -235,9 +227,9 @@ def _create(options: argparse.Namespace) -> bool:
 def _add(options: argparse.Namespace) -> bool:
     texts = _lines(options.file) if options.file else []
     if options.text is not None:
-        texts = [*texts, _worded(options, options.text)]
-    elif _wording(options):
-        raise ValueError(f"{_flags(options)} goes with --text")
+        texts = [*texts, worded(options, options.text)]
+    elif wording(options):
+        raise ValueError(f"{wording_flags(options)} goes with --text")
     elif options.file is None:
         raise ValueError("add: a file, or --text")
     if options.url is not None:
@@ -245,31 +237,16 @@ def _add(options: argparse.Namespace) -> bool:
     else:
         from mmrag import contents, recogniser
 
+        voices = speaking(options)
         models = recogniser.load(options.models or shipped.DEFAULT)
         with terminal.progress("putting texts in") as progress:
-            told = {"added": contents.add(options.directory, texts, models, progress)}
+            told = {"added": contents.add(options.directory, texts, models, progress, voices)}
     return _told(options, told, f"{printable(options.directory)}: {told['added']:,} entries more")
-
-
-def _wording(options: argparse.Namespace) -> dict[str, Any]:
-    """What was said of one entry."""
-    told = {name: getattr(options, name) for name in WORDING}
-    return {name: value for name, value in told.items() if value is not None}
-
-
-def _flags(options: argparse.Namespace) -> str:
-    return ", ".join(WORDING[name] for name in _wording(options))
-
-
-def _worded(options: argparse.Namespace, text: str) -> Entry:
-    from mmrag.retrieval.wording import entry
-
-    return entry({"text": text, **_wording(options)})
 
 
 def _previewed(options: argparse.Namespace) -> bool:
     """What an entry would be confused with."""
-    [told] = _preview(options, _worded(options, options.query))
+    [told] = _preview(options, worded(options, options.query))
     if options.json:
         print(json.dumps(told, ensure_ascii=False))
         return False
@@ -297,12 +274,13 @@ def _preview(options: argparse.Namespace, one: Entry) -> list[dict[str, Any]]:
     from mmrag.decoding.tune import default, tuned
     from mmrag.retrieval.datastore import Datastore
 
-    name = options.models or shipped.DEFAULT
+    voices, name = speaking(options), options.models or shipped.DEFAULT
     models, store = recogniser.load(name), Datastore.open(options.directory)
     foreign = recogniser.is_whisper(name)  # whose checkpoint holds nothing of ours
     below = store.directory.parent.parent if foreign else shipped.find(name)
     chosen = tuned(below, store.directory) or default(below, store)
-    found = contents.preview(options.directory, models, [one], _plainly(), chosen.knn.temperature)
+    how = _plainly(), chosen.knn.temperature, voices
+    found = contents.preview(options.directory, models, [one], *how)
     return [asdict(told) for told in found]
 
 
@@ -316,8 +294,9 @@ def _plainly() -> Decode:
 def _search(options: argparse.Namespace) -> bool:
     if options.hear:
         return _previewed(options)
-    if _wording(options):
-        raise ValueError(f"{_flags(options)} goes with --hear")
+    if wording(options):
+        raise ValueError(f"{wording_flags(options)} goes with --hear")
+    refuse_speaking(options, "nobody speaks without --hear")
     if options.k < 1:
         raise ValueError(f"-k {options.k}: at least one neighbour")
     found = _looked_up(options)

@@ -28,13 +28,14 @@ _in_use: dict[Path, TextIO] = {}
 """The copies that this process uses, by the open files that hold their locks."""
 
 
-def directory() -> Path:
-    """The cache; ValueError where nobody said where and there is no home."""
+def directory(what: str = "copies") -> Path:
+    """The cache; ValueError, which says `what` is to be kept there, where nobody said where and
+    there is no home."""
     try:
         return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "mmrag").absolute()
     except RuntimeError:
         raise ValueError(
-            f"there is no home directory to keep copies in: set {CACHE} to a directory"
+            f"there is no home directory to keep {what} in: set {CACHE} to a directory"
         ) from None
 
 

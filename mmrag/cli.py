@@ -22,10 +22,11 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
-from mmrag import administration, shipped, terminal
+from mmrag import administration, cached, shipped, terminal
 from mmrag.administration import KEY
 from mmrag.artifact import ArtifactError
 from mmrag.client import Answer, Service, ServiceError
+from mmrag.entry_options import SPEAKING, add_speaking, refuse_speaking, speaking
 from mmrag.folders import printable
 from mmrag.records import Transcript, Word
 from mmrag.retrieval.wording import read_entries
@@ -49,12 +50,11 @@ IN_PROCESS = {
     "trust": False,
     "unclear": "keep",
     "device": None,
+    **dict.fromkeys(SPEAKING),
 }
 """Options that an endpoint decides for itself, and what they are if nobody gives them."""
 AGREEMENT = -2.5
 """As in `Decode`."""
-CACHE = "MMRAG_CACHE"
-"""Environment variable: where spoken phrases are kept, by default in ~/.cache/mmrag."""
 AUDIO = "wav, flac, mp3, ogg, webm, m4a, mp4, 3gp, amr and others, whatever the name"
 WHISPER_SECONDS = 30.0
 """Longest segment that a Whisper is given where nobody says so."""
@@ -210,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
         "text, display_as, pronunciations, weight and language; spoken by a synthesizer once and "
         "remembered",
     )
+    add_speaking(command)
     command.add_argument(
         "--shortlist",
         type=int,
@@ -325,6 +326,7 @@ def _found(options: argparse.Namespace, recogniser: AnyRecogniser) -> dict[str, 
         raise ValueError("--datastore or --phrases: one of them")
     if options.phrases is not None:
         return _phrases(options, recogniser)
+    refuse_speaking(options, "goes with --phrases")
     if options.datastore is None:
         if options.retrieval not in (None, "none"):
             raise ValueError(f"--retrieval {options.retrieval} needs a --datastore or --phrases")
@@ -414,9 +416,12 @@ def _phrases(options: argparse.Namespace, recogniser: AnyRecogniser) -> dict[str
     listed = [one for one in every if one.weight > 0]
     if not listed and every:
         return {"display": display}
-    models = recogniser.lm, recogniser.vocabulary, recogniser.keyed_by, recogniser.synthesizer()
+    voices = speaking(options)
+    models = recogniser.lm, recogniser.vocabulary, recogniser.keyed_by
+    say = recogniser.synthesizer(speaking=voices)
     with terminal.progress("speaking the phrases") as progress:
-        datastore = remember(_cache(), listed, *models, progress)
+        kept = cached.directory("spoken phrases") / "phrases"
+        datastore = remember(kept, listed, *models, say, progress, voices)
     retriever = SubsetRetriever(datastore, np.arange(datastore.entries))
     found: dict[str, Any] = {"source": retriever, "display": display}
     weights = Weights.of(datastore)
@@ -434,16 +439,6 @@ def _phrases(options: argparse.Namespace, recogniser: AnyRecogniser) -> dict[str
     if most:
         found["shortlist"] = _shortlist(phrases, most)
     return found
-
-
-def _cache() -> Path:
-    """The directory of spoken phrases; ValueError where there is no place for one."""
-    try:
-        return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "mmrag") / "phrases"
-    except RuntimeError:
-        raise ValueError(
-            f"there is no home directory to keep spoken phrases in: set {CACHE} to a directory"
-        ) from None
 
 
 def _print(file: Location, transcript: Transcript, as_json: bool) -> None:

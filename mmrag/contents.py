@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from mmrag.config import Decode
+from mmrag.config import ESPEAK, Decode, Speaking
 from mmrag.corpora.voices import ipa
 from mmrag.corpora.voices.espeak import Synthesizer
 from mmrag.model.contract import Speech, TextVocabulary
@@ -57,9 +57,11 @@ def create(
     recogniser: AnyRecogniser,
     spoken: bool = True,
     progress: Progress | None = None,
+    speaking: Speaking = ESPEAK,
 ) -> int:
     """Make a datastore of texts, or of none, that a synthesizer says, or, not `spoken`, are read;
-    the entries they became. `progress` is told how many sentences of how many are read.
+    the entries they became. `progress` is told how many sentences of how many are read, `speaking`
+    says who speaks.
 
     DatastoreError for a directory that holds a datastore already, ValueError, before anything is
     made, for a text that the models cannot listen for.
@@ -67,10 +69,10 @@ def create(
     if (directory / "datastore.json").exists():
         raise DatastoreError(f"{directory} holds a datastore already: `add` puts more into it")
     check(texts, recogniser)
-    say = recogniser.synthesizer() if spoken else None
+    say = recogniser.synthesizer(speaking=speaking) if spoken else None
     datastore.create(directory, description(recogniser.lm, recogniser.keyed_by, say))
     save_index(directory)
-    return add(directory, texts, recogniser, progress)
+    return add(directory, texts, recogniser, progress, speaking)
 
 
 def add(
@@ -78,10 +80,11 @@ def add(
     texts: Sequence[str | Entry],
     recogniser: AnyRecogniser,
     progress: Progress | None = None,
+    speaking: Speaking = ESPEAK,
 ) -> int:
     """Put texts into a datastore, each a document of its own, those that are there already left
-    out; the entries they became. `progress` is as in `create`. An entry that is there with another
-    wording is replaced.
+    out; the entries they became. `progress` and `speaking` are as in `create`. An entry that is
+    there with another wording is replaced.
 
     A phrase (`phrases_and_sentences`) is put into carrier sentences and its own tokens alone are
     entries; of a longer text every token is. Raises DatastoreError for a datastore of other models
@@ -93,11 +96,15 @@ def add(
     if store.description.audio == "paired":
         raise DatastoreError(f"{directory} is keyed over recordings: texts alone do not go into it")
     check(texts, recogniser)
-    say = recogniser.synthesizer() if store.description.audio == "spoken" else None
+    aloud = store.description.audio == "spoken"
+    if not aloud and speaking != ESPEAK:
+        raise DatastoreError(f"{directory} is keyed over text alone: nobody speaks for it")
+    say = recogniser.synthesizer(speaking=speaking) if aloud else None
+    takes = speaking.takes if aloud else 1
     phrases, longer = (fresh(store, some) for some in phrases_and_sentences(texts))
     replaced = store.entries_of(one.text for one in (*phrases, *longer))
     names, added = [], 0
-    for segment in _segments(phrases, longer, recogniser, say, progress):
+    for segment in _segments(phrases, longer, recogniser, say, takes, progress):
         names.append(f"added-{uuid4().hex}")
         datastore.write_segment(directory, names[-1], segment)
         added += len(segment.tokens)
@@ -138,6 +145,7 @@ def _segments(
     longer: Sequence[Entry],
     recogniser: AnyRecogniser,
     say: Say | None,
+    takes: int,
     progress: Progress | None,
 ) -> Iterator[Segment]:
     lm, vocabulary = recogniser.lm, recogniser.vocabulary
@@ -150,12 +158,12 @@ def _segments(
             progress(done, of_phrases + len(longer))
 
     if phrases:
-        yield from speak(phrases, lm, vocabulary, say, told)
+        yield from speak(phrases, lm, vocabulary, say, told, takes)
     every = read + len(longer)
     window = description(lm, {}, say).window
     for start in range(0, len(longer), BATCH):
         batch = longer[start : start + BATCH]
-        said = list(sentences(batch, vocabulary.spoken))
+        said = list(sentences(batch, vocabulary.spoken, takes))
         heard = [None] * len(said) if say is None else list(say([line for _, line in said]))
         spoken = [Tokenized(one, units) for (one, _), units in zip(said, heard, strict=True)]
         made = read_entries(lm, vocabulary, spoken, window, "all")
@@ -210,9 +218,11 @@ def preview(
     given: Sequence[Entry],
     settings: Decode,
     temperature: float,
+    speaking: Speaking = ESPEAK,
 ) -> list[Preview]:
     """What entries would be confused with in a datastore, which stays as it is, where votes have
-    this temperature; and what the models hear of them without it, by `settings`.
+    this temperature; and what the models hear of them without it, by `settings`, as `speaking`
+    says them.
 
     Raises DatastoreError for a datastore of other models, ValueError for an entry that they cannot
     listen for.
@@ -220,14 +230,16 @@ def preview(
     store = Datastore.open(directory)
     store.require(recogniser.keyed_by)
     check(given, recogniser)
-    vocabulary, say = recogniser.vocabulary, recogniser.synthesizer()
+    vocabulary, say = recogniser.vocabulary, recogniser.synthesizer(speaking=speaking)
     pronounce, words = Remembered(Synthesizer().pronounce), common_words(vocabulary)
     names = store.document_names(store.document_counts()[0])
-    keyed = say if store.description.audio != "none" else None
+    keyed, takes = say, speaking.takes
+    if store.description.audio == "none":
+        keyed, takes = None, 1
     found = []
     for one in given:
         phrases, longer = phrases_and_sentences([one])
-        spoken = join(list(_segments(phrases, longer, recogniser, keyed, None)))
+        spoken = join(list(_segments(phrases, longer, recogniser, keyed, takes, None)))
         among = store, names, words, vocabulary, pronounce
         confused = confusable(one, spoken, *among, temperature)
         lines = hearing(one, vocabulary)

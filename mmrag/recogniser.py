@@ -7,7 +7,7 @@ Both encode waves, and both have a decoder and a vocabulary behind the contract 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from mmrag import artifact, shipped
 from mmrag.artifact import Artifact
-from mmrag.config import Decode
+from mmrag.config import ESPEAK, Decode, Speaking
 from mmrag.corpora import synthetic
+from mmrag.corpora.voices import engines
 from mmrag.corpora.voices.engines import Synthesizers
 from mmrag.corpora.voices.speech import UnspeakableError
 from mmrag.decoding.confidence import Calibration
@@ -98,6 +99,8 @@ CALIBRATION = "calibration"
 SPOKEN = 32
 """Sentences that a synthesizer says before they are encoded, as one batch: HuBERT encodes short
 ones many times faster together, and a phrase's units do not depend on the others."""
+LETTERS_PER_SECOND = 11
+"""Of short sentences that Kokoro says, spaces and its pauses counted."""
 
 
 def too_long(seconds: float, window_seconds: float) -> str | None:
@@ -107,23 +110,60 @@ def too_long(seconds: float, window_seconds: float) -> str | None:
     return f"takes {seconds:.1f} s to say, and {window_seconds:g} s are heard at once"
 
 
-def text_to_speech(encoder: Encoder, seed: int = 0) -> Say:
-    """Says sentences with synthetic voices and encodes them; needs the `speech` extra.
+class Speakers:
+    """Synthetic voices; those of espeak-ng need the `speech` extra, those of Kokoro its own.
 
-    The voice depends on `seed` and the sentence alone. SPOKEN sentences are encoded at once, and
-    given when they are. Raises UnspeakableError for one that takes longer than the encoder hears.
+    The voice of a sentence depends on `seed`, the sentence and `speaking` alone. None may last
+    longer than `window_seconds`.
     """
-    synthesizers = Synthesizers()
+
+    def __init__(self, speaking: Speaking, window_seconds: float, seed: int = 0) -> None:
+        self.speaking = speaking
+        self._window_seconds = window_seconds
+        self._seed = seed
+        self._synthesizers = Synthesizers(speaking.kokoro)
+
+    def open(self) -> None:
+        """Make the engines that take long to load ready to speak; ImportError or OSError for one
+        that is not installed. The others are loaded at their first word."""
+        for name in self.speaking.voices:
+            if engines.ENGINES[name].slow:
+                self._synthesizers.open(name)
+
+    def waves(self, texts: Sequence[str | Line]) -> list[Tensor]:
+        """What is heard of each sentence, (T,) float32 at 16 kHz. Raises UnspeakableError for one
+        that lasts too long, or of which there is nothing to say."""
+        planned = synthetic.assign_voices(texts, self._seed, self.speaking.voices)
+        waves = [synthetic.render(one, self._synthesizers).wave for one in planned]
+        for one, wave in zip(planned, waves, strict=True):
+            if reason := too_long(len(wave) / SAMPLE_RATE, self._window_seconds):
+                raise UnspeakableError(f"{one.text!r} {reason}")
+        return [torch.from_numpy(wave) for wave in waves]
+
+    def waited_for(self, texts: Iterable[str | Line], most: float) -> bool:
+        """Whether what slow engines say of these sentences lasts longer than `most` seconds, by
+        their letters; no more of them are looked at than that takes."""
+        letters = most * LETTERS_PER_SECOND
+        if any(engines.ENGINES[name].slow for name in self.speaking.voices):
+            for text in texts:
+                [planned] = synthetic.assign_voices([text], self._seed, self.speaking.voices)
+                letters -= engines.ENGINES[planned.voice.engine].slow * len(planned.text)
+                if letters < 0:
+                    return True
+        return False
+
+
+def text_to_speech(encoder: Encoder, seed: int = 0, speaking: Speaking = ESPEAK) -> Say:
+    """Says sentences as `Speakers` does, and encodes them.
+
+    SPOKEN sentences are encoded at once, and given when they are. Raises UnspeakableError for one
+    that takes longer than the encoder hears.
+    """
+    speakers = Speakers(speaking, encoder.window_seconds, seed)
 
     def say(texts: Sequence[str | Line]) -> Iterator[Any]:
-        planned = synthetic.assign_voices(texts, seed)
-        for start in range(0, len(planned), SPOKEN):
-            batch = planned[start : start + SPOKEN]
-            waves = [synthetic.render(one, synthesizers).wave for one in batch]
-            for one, wave in zip(batch, waves, strict=True):
-                if reason := too_long(len(wave) / SAMPLE_RATE, encoder.window_seconds):
-                    raise UnspeakableError(f"{one.text!r} {reason}")
-            yield from encoder.encode([torch.from_numpy(wave) for wave in waves])
+        for start in range(0, len(texts), SPOKEN):
+            yield from encoder.encode(speakers.waves(texts[start : start + SPOKEN]))
 
     return say
 
@@ -179,9 +219,9 @@ class SpeechTokenizer(_Timed):
         """Longest clip that is encoded at once: any."""
         return math.inf
 
-    def synthesizer(self, seed: int = 0) -> Say:
+    def synthesizer(self, seed: int = 0, speaking: Speaking = ESPEAK) -> Say:
         """Says a sentence with a synthetic voice and encodes it, as `text_to_speech` does."""
-        return text_to_speech(self, seed)
+        return text_to_speech(self, seed, speaking)
 
 
 @dataclass(frozen=True)
@@ -304,9 +344,9 @@ class WhisperRecogniser:
         edges = np.arange(encoded.frames + 1) * encoded.frame_seconds
         return np.stack([edges[:-1], edges[1:]], axis=1)
 
-    def synthesizer(self, seed: int = 0) -> Say:
+    def synthesizer(self, seed: int = 0, speaking: Speaking = ESPEAK) -> Say:
         """Says a sentence with a synthetic voice and encodes it, as `text_to_speech` does."""
-        return text_to_speech(self, seed)
+        return text_to_speech(self, seed, speaking)
 
     @property
     def keyed_by(self) -> dict[str, str]:

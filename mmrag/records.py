@@ -243,6 +243,8 @@ class Line:
     """Whether what stands between slashes in `text` is IPA."""
     language: str | None = None
     """Whose voice is to say it (BCP 47); None: as ever."""
+    take: int = 0
+    """How many others have said it before: each time another voice does."""
 
 
 @dataclass(frozen=True)

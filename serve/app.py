@@ -17,7 +17,7 @@ from ray.serve import Application
 
 from serve.api import Api
 from serve.fetched import fetch_datastores
-from serve.model import described, pinned
+from serve.model import described, pinned, require_voices
 from serve.operations.deployments import deployed, parts
 from serve.operations.replacement import Models
 from serve.settings import read
@@ -30,11 +30,13 @@ def build(args: dict[str, Any]) -> Application:
     """The application, with `args` merged over those of `config.yaml`.
 
     Raises ConfigError, which names the setting that is wrong, ValueError or ArtifactError if there
-    is no such model or its parts were not made for each other.
+    is no such model or its parts were not made for each other, ConfigError for voices that are not
+    there.
     """
     settings = read(args)
     now = pinned(settings)
     described(now)
+    require_voices(settings)
     fetch_datastores(settings)
     ingress = deployed(Api, settings.ingress)
     if not settings.model_check_s:

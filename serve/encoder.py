@@ -11,15 +11,16 @@ import torch
 from ray import serve
 from ray.serve.metrics import Counter, Histogram
 
+from mmrag.config import ESPEAK
 from mmrag.decoding.align import audible
 from mmrag.model.whisper import EncodedAudio
-from mmrag.recogniser import load_encoder
+from mmrag.recogniser import SPOKEN, Speakers, load_encoder
 from mmrag.records import Line
 from mmrag.speech import vad
 from mmrag.speech.audio import SAMPLE_RATE
 from serve import logs, probe
 from serve.messages import Encoded, EncodedSegment, InvalidRequest
-from serve.model import device, language, locate
+from serve.model import device, language, locate, require_voices
 from serve.settings import Settings
 
 CERTAIN = 0.99
@@ -32,16 +33,23 @@ NATS = 0.5
 
 class Encoder:
     """Holds HuBERT and the codebook, or a Whisper. One thread encodes; what comes meanwhile is its
-    next batch."""
+    next batch. Another speaks."""
 
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(settings.encoder.threads)
         logs.install(settings.logs)
         self._settings = settings
         self._models = load_encoder(locate(settings), device(settings), language(settings))
-        self._synthesize = None
-        self._thread = ThreadPoolExecutor(
-            1, initializer=torch.set_num_threads, initargs=(settings.encoder.threads,)
+        require_voices(settings)
+        longest = self._models.window_seconds
+        self._speakers = Speakers(settings.speaking, longest)
+        self._speakers.open()
+        self._hurried = Speakers(ESPEAK, longest)
+        self._thread, self._speaking = (
+            ThreadPoolExecutor(
+                1, initializer=torch.set_num_threads, initargs=(settings.encoder.threads,)
+            )
+            for _ in range(2)
         )
         self._batch_seconds = Histogram(
             "mmrag_encoder_batch_seconds",
@@ -61,9 +69,19 @@ class Encoder:
         """
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, waves)
 
-    async def synthesize(self, texts: list[str | Line]) -> list[Encoded]:
-        """Sentences, said by a synthesizer and encoded; ImportError without the extra."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._speak, texts)
+    async def synthesize(self, texts: list[str | Line], hurried: bool = False) -> list[Encoded]:
+        """Sentences, said by the voices that are set, or `hurried` by espeak-ng's, and encoded;
+        ImportError without the extra.
+
+        A synthesizer may take as long as it speaks, and keeps nobody's clip waiting.
+        """
+        loop, encoded = asyncio.get_running_loop(), []
+        speakers = self._hurried if hurried else self._speakers
+        for start in range(0, len(texts), SPOKEN):
+            batch = texts[start : start + SPOKEN]
+            waves = await loop.run_in_executor(self._speaking, _said, speakers, batch)
+            encoded += await loop.run_in_executor(self._thread, self._models.encode, waves)
+        return encoded
 
     async def alive(self) -> None:
         """Returns: this replica takes calls."""
@@ -96,13 +114,12 @@ class Encoder:
         self._busy.inc(time.perf_counter() - started)
         return found
 
-    def _speak(self, texts: list[str | Line]) -> list[Encoded]:
-        if self._synthesize is None:
-            self._synthesize = self._models.synthesizer()
-        try:
-            return list(self._synthesize(texts))
-        except ValueError as error:  # nothing that can be spoken, or a language without a voice
-            raise InvalidRequest(str(error)) from None
+
+def _said(speakers: Speakers, texts: list[str | Line]) -> list[torch.Tensor]:
+    try:
+        return speakers.waves(texts)
+    except ValueError as error:  # nothing that can be spoken, or a language without a voice
+        raise InvalidRequest(str(error)) from None
 
 
 def _same(one: Encoded, other: Encoded) -> bool:

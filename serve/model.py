@@ -8,6 +8,7 @@ import torch
 
 from mmrag import shipped
 from mmrag.config import ConfigError, Tracking
+from mmrag.corpora.voices import engines
 from mmrag.decoding.tune import Tuned, default
 from mmrag.model import whisper
 from mmrag.recogniser import Outline, is_whisper, outline
@@ -68,6 +69,15 @@ def described(settings: Settings) -> Outline:
             f"{known.window_seconds:g} s at once"
         )
     return known
+
+
+def require_voices(settings: Settings) -> None:
+    """Raises ConfigError where a synthesizer of `speaking.voices` or its files are not there."""
+    speaking = settings.speaking
+    try:
+        engines.require(speaking.voices, speaking.kokoro, "speaking.kokoro")
+    except (ImportError, OSError, ValueError) as error:
+        raise ConfigError(f"speaking.voices: {error}") from None
 
 
 def _registry(settings: Settings) -> Tracking:

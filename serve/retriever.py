@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import logging
 import shutil
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -36,11 +35,11 @@ from mmrag.retrieval.confusion import Preview, common_words, confusable, written
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.display import Display
 from mmrag.retrieval.index import index_directory, save_index, saved_shards
-from mmrag.retrieval.phrases import WINDOW, Phrases, are_phrases, fresh
+from mmrag.retrieval.phrases import Phrases, are_phrases, fresh
 from mmrag.retrieval.reindexing import behind
 from mmrag.retrieval.segment import DatastoreError, Segment, join
 from mmrag.retrieval.snapshots import SnapshotError
-from mmrag.retrieval.wording import Entry, entries
+from mmrag.retrieval.wording import Entry
 from serve import logs, shelf
 from serve.access.tenants import DEFAULT, directory_of, own_name, place_of, tenant_at, tenant_of
 from serve.additions import Additions
@@ -57,13 +56,12 @@ from serve.messages import (
     UnknownDatastore,
 )
 from serve.model import described, retrieval_defaults, tuned_below
+from serve.phrases import SpokenPhrases
 from serve.pronouncing import Pronouncing
 from serve.settings import Settings
 
 KEPT_OPEN = 500
 """Datastores in the pool that a replica has open itself: each maps a dozen files a segment."""
-REMEMBERED = 20_000
-"""Phrases of requests that a replica keeps, spoken and read, of all tenants together."""
 SHARD_CPUS = "retriever.shard_cpus"
 """The setting of what each actor of a datastore reserves."""
 log = logging.getLogger("ray.serve")
@@ -93,18 +91,17 @@ class Retriever:
         logs.install(settings.logs)
         known = described(settings)
         self._keyed_by, self._vocabulary = known.keyed_by, known.vocabulary
-        self._width = known.width
         self._words: list[str] | None = None
         self._pronouncing = Pronouncing()
-        self._additions = Additions(by_reference(encoder), self._decoder, known.vocabulary)
+        models = by_reference(encoder), self._decoder, known.vocabulary
+        self._additions = Additions(*models, settings.speaking)
         self._tuned = tuned_below(settings)
         self._app = serve.get_replica_context().app_name
         self._root = settings.datastores
         self._root.mkdir(parents=True, exist_ok=True)
         self._open: dict[str, OpenDatastore] = {}
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._phrases: defaultdict[str, OrderedDict[Entry, Segment]] = defaultdict(OrderedDict)
-        """Tenant -> its own, so that the time of an answer tells of nobody else's."""
+        self._phrases = SpokenPhrases(self._additions, known.width)
         self._preload = list(settings.preload)
         self._housekeeping = Housekeeping(settings.retriever.shard_cpus, SHARD_CPUS)
         self._taking_up: dict[str, asyncio.Task] = {}
@@ -155,7 +152,8 @@ class Retriever:
         """Make a datastore of these entries; DatastoreExists if the name is taken, QuotaExceeded
         where the tenant has no `room` for it."""
         self._require_room(name, room)
-        return await self._create(name, await self._additions.spoken(given), room)
+        hurried = self._additions.hurried(given)
+        return await self._create(name, await self._additions.spoken(given, hurried), room)
 
     async def create_paired(
         self,
@@ -177,10 +175,12 @@ class Retriever:
         When it returns, every shard knows them.
         """
         async with self._locks[name]:
+            new = fresh((await self._opened(name)).datastore, given)
+        # Meanwhile it is searched: a synthesizer may take long.
+        segments = await self._additions.spoken(new, self._additions.hurried(new))
+        async with self._locks[name]:
             one = await self._opened(name)
-            new = fresh(one.datastore, given)
             replaced = one.datastore.entries_of(each.text for each in new)
-            segments = await self._additions.spoken(new)
             return await self._append(one, name, segments, room, replaced.tolist())
 
     async def add_paired(
@@ -206,12 +206,13 @@ class Retriever:
         documents = [
             document for document, _ in await asyncio.to_thread(shelf.documents, datastore)
         ]
+        hurried = self._additions.hurried(given)
         pronounce, previews = self._pronouncing.of(tenant_of(name)), []
         for one in given:
-            spoken = join(await self._additions.spoken([one]))
+            spoken = join(await self._additions.spoken([one], hurried))
             among = datastore, documents, self._words, self._vocabulary, pronounce
             found = await asyncio.to_thread(confusable, one, spoken, *among, temperature)
-            heard = await self._additions.heard(one)
+            heard = await self._additions.heard(one, hurried)
             writes = written(one, self._vocabulary)
             shows = Display.of([one], self._vocabulary.spoken).of_text(writes)
             previews.append(Preview(one.text, writes, shows, heard, tuple(found)))
@@ -270,34 +271,9 @@ class Retriever:
             await asyncio.to_thread(shutil.rmtree, aside, True)
 
     async def phrases(self, given: Sequence[Entry], tenant: str = DEFAULT) -> tuple[str, Segment]:
-        """Phrases for one request as entries, and a digest of them and of whose they are.
-
-        Each is spoken and read the first time that the tenant sends it, and kept: a request that
-        was given up goes on there when it is made again. What weighs nothing is not spoken. Raises
-        InvalidRequest for one that cannot be.
-        """
-        given, kept = entries(given), self._phrases[tenant]
-        told = {one.text: one.spoken for one in given if one.weight > 0}
-        found = {one: kept[one] for one in told.values() if one in kept}
-        new = [one for one in told.values() if one not in found]
-
-        def keep(made: dict[str, Segment]) -> None:
-            spoken = {told[text]: segment for text, segment in made.items()}
-            kept.update(spoken)
-            found.update(spoken)
-
-        await self._additions.phrases(new, keep)
-        if missing := [text for text, one in told.items() if one not in found]:
-            raise InvalidRequest(f"nothing to listen for in {missing[0]!r}")
-        for one in told.values():
-            kept[one] = found[one]
-            kept.move_to_end(one)
-        shelf.forget(self._phrases, REMEMBERED)
-        fields = json.dumps([tenant, [one.fields() for one in given]])
-        segments = [Segment.empty(self._width, WINDOW), *(found[one] for one in told.values())]
-        joined = await asyncio.to_thread(join, segments)
-        worded = replace(joined, wordings={one.text: one for one in given})
-        return hashlib.sha256(fields.encode()).hexdigest(), worded
+        """Phrases for one request as entries, and a digest of them and of whose they are;
+        InvalidRequest for one that cannot be spoken."""
+        return await self._phrases.of(given, tenant)
 
     def _path(self, name: str) -> Path:
         """The directory of a datastore; UnknownDatastore if there is none."""

@@ -24,6 +24,7 @@ from pydantic import (
 from yaml import YAMLError
 
 from mmrag.config import KNN, SLUG, ConfigError, Decode, RetrievedAttention, Section, explain
+from mmrag.config import Speaking as ConfiguredSpeaking
 from mmrag.model.prepared import Compute
 from mmrag.storage import is_url
 
@@ -237,6 +238,19 @@ class RetrievalDefaults(Section):
     """Cross-attention; a datastore of at most `whole` documents is read whole."""
 
 
+class Speaking(ConfiguredSpeaking):
+    """Who says the phrases of requests, and what is put into datastores as text."""
+
+    seconds: float = Field(default=60, ge=0)
+    """How much speech of slow synthesizers (Kokoro) a request may have made, by its letters: what
+    is more than that is all said once, by espeak-ng."""
+
+    @field_validator("kokoro")
+    @classmethod
+    def _absolute(cls, directory: str | None) -> str | None:
+        return directory and str(_absolute(Path(directory)))
+
+
 class Settings(Section):
     """The whole service."""
 
@@ -273,6 +287,7 @@ class Settings(Section):
     a share; None to read them where they are."""
     preload: tuple[str, ...] = ()
     """Datastores whose shards start with the service, not with the first request."""
+    speaking: Speaking = Speaking()
     decode: Decode
     retrieval_defaults: RetrievalDefaults | None = None
     """None for the model's own."""

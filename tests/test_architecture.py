@@ -55,7 +55,9 @@ WINGS = {
         "ctc", "joint", "rows", "decode",
         "guard", "align", "stitch", "partial", "engine", "tune",
     ],
-    "front door": ["recogniser", "transcribe", "contents", "client", "administration", "cli"],
+    "front door": ["recogniser", "transcribe", "contents", "client", "entry_options",
+        "administration", "cli",
+    ],
 }  # fmt: skip
 """The wings of mmrag from the ground up, and the modules of each in reading order."""
 BELOW = {

@@ -15,7 +15,16 @@ from mmrag.config.model import (
     WhisperShape,
     WhisperTraining,
 )
-from mmrag.config.retrieval import KNN, Datastore, Index, RetrievalMode, RetrievedAttention
+from mmrag.config.retrieval import (
+    ESPEAK,
+    KNN,
+    MOST_TAKES,
+    Datastore,
+    Index,
+    RetrievalMode,
+    RetrievedAttention,
+    Speaking,
+)
 from mmrag.config.section import (
     SLUG,
     ConfigError,
@@ -41,7 +50,9 @@ from mmrag.config.speech import (
 )
 
 __all__ = [
+    "ESPEAK",
     "KNN",
+    "MOST_TAKES",
     "SLUG",
     "AdapterTraining",
     "BatchDecode",
@@ -68,6 +79,7 @@ __all__ = [
     "Role",
     "Section",
     "Sentences",
+    "Speaking",
     "Synthesize",
     "Tokenize",
     "Tracking",

@@ -13,6 +13,8 @@ from pydantic import (
 from mmrag.config.section import SLUG, Fraction, Layout, Operation, Section, Voices, Workers
 
 RetrievalMode = Literal["none", "knn", "cross_attention", "both"]
+MOST_TAKES = 8
+"""Voices that may say the same."""
 
 
 class Index(Section):
@@ -88,6 +90,22 @@ class Datastore(Section):
     where the datastore's is a share; None to read them where they are."""
     index: Index
     workers: Workers
+
+
+class Speaking(Section):
+    """Who says texts that are to be heard again: a key is what a model hears of that."""
+
+    voices: Voices = Field(default={"espeak": 1.0})
+    """Synthesizer -> its share of what is said. IPA, and what is in a language that is named, are
+    espeak-ng's whatever the shares."""
+    kokoro: Operation[str | None] = None
+    """As in `synthesize`."""
+    takes: int = Field(default=1, ge=1, le=MOST_TAKES)
+    """Voices that say each sentence, one after the other: it then has as many keys."""
+
+
+ESPEAK = Speaking()
+"""Who speaks where nobody says who: espeak-ng, each sentence once."""
 
 
 class KNN(Section):

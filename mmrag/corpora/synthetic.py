@@ -46,6 +46,8 @@ _TEMPLATES = tuple(
 """Assistant templates, each with the kinds of its entities."""
 ATTEMPTS = 1000
 """Draws in a row that give nothing new before the grammar counts as exhausted."""
+FRESH_DRAWS = 50
+"""Draws in a row that give nobody new, after which somebody says a line once more."""
 
 _UNSPOKEN = frozenset(("st", "mt", "dr", "mr", "mrs", "jr", "sr", "ft", "ltd", "inc", "etc"))
 """Abbreviations: what is spoken is not what is written."""
@@ -168,19 +170,34 @@ def assign_voices(
 ) -> list[Planned]:
     """Lines of any text, each with a training voice that depends on `seed` and the line alone, of
     synthesizers with these `shares`; one with IPA or in a language that is named has espeak-ng's.
+
+    Takes of a line have voices of different names, as long as there are any.
     """
     planned = []
     for number, text in enumerate(texts):
         line = text if isinstance(text, Line) else Line(text)
-        draw = Random(f"{seed} spoken {line.text}")
+        voice, draw = _spoken_by(line, seed, shares)
         id = f"spoken-{number:06d}"
-        if line.phonetic or line.language:  # phonemes are those of an English voice
-            voice = espeak.speaking(None if line.phonetic else line.language, "spoken", draw)
-        else:
-            voice = engines.cast(shares, "spoken", draw)
         seeds = draw.getrandbits(32)
         planned.append(Planned(id, line.text, "", (), voice, id, seeds, phonetic=line.phonetic))
     return planned
+
+
+def _spoken_by(line: Line, seed: int, shares: Mapping[str, float]) -> tuple[Voice, Random]:
+    """Who says a take of a line, and the dice that it was drawn with."""
+    heard: set[str] = set()
+    for take in range(line.take + 1):
+        draw = Random(f"{seed} spoken {line.text}" + (f" take {take}" if take else ""))
+        for _ in range(FRESH_DRAWS):
+            if line.phonetic or line.language:  # phonemes are those of an English voice
+                language = None if line.phonetic else line.language
+                voice = espeak.speaking(language, "spoken", draw)
+            else:
+                voice = engines.cast(shares, "spoken", draw)
+            if voice.id not in heard:
+                break
+        heard.add(voice.id)
+    return voice, draw
 
 
 def render(planned: Planned, synthesizer: Engine) -> Speech:

@@ -12,14 +12,16 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
 
 from mmrag import durable
-from mmrag.config import KNN
+from mmrag.config import ESPEAK, KNN, Speaking
+from mmrag.config import identity as said_by
 from mmrag.model.lm import LM
 from mmrag.model.vocabulary import Vocabulary
 from mmrag.records import Line, Units, Utterance
@@ -78,17 +80,27 @@ def sayings(
     phrases: Sequence[str | Entry],
     carriers: Sequence[str] = CARRIERS,
     spoken: Callable[[str], str] = str,
+    takes: int = 1,
 ) -> Iterator[tuple[Utterance, str | Line]]:
     """As `utterances`, with what is said of each: a carrier sentence in every pronunciation that an
-    entry has, written as ever; in a language that is not the carriers' the phrase alone."""
+    entry has, written as ever; in a language that is not the carriers' the phrase alone. All of it
+    once more for each take."""
     for number, one in enumerate(entries(phrases)):
         own = [BARE] if foreign(one) else carriers
         written = spoken(one.text)
-        said = [(carrier, line) for carrier in own for line in one.lines(carrier, written)]
+        once = [(carrier, line) for carrier in own for line in one.lines(carrier, written)]
+        said = [(carrier, again(line, take)) for take in range(takes) for carrier, line in once]
         for way, (carrier, line) in enumerate(said):
             text = carrier.format(phrase=written)
             about = f"phrase-{number:06d}-{way}"
             yield Utterance(id=about, text=text, document=one.text, entities=(one.text,)), line
+
+
+def again(line: str | Line, take: int) -> str | Line:
+    """What is said once more, after so many others have said it."""
+    if not take:
+        return line
+    return replace(line if isinstance(line, Line) else Line(line), take=take)
 
 
 def foreign(one: Entry) -> bool:
@@ -107,13 +119,15 @@ def phrases_and_sentences(
 
 
 def sentences(
-    longer: Iterable[Entry], spoken: Callable[[str], str]
+    longer: Iterable[Entry], spoken: Callable[[str], str], takes: int = 1
 ) -> Iterator[tuple[Utterance, str | Line]]:
-    """Texts that are said as they stand, in each of their pronunciations, and what is said."""
+    """Texts that are said as they stand, in each of their pronunciations and takes, and what is
+    said."""
     for one in longer:
         written = spoken(one.text)
-        for line in one.lines(BARE, written):
-            yield Utterance(id=uuid4().hex, text=written, document=one.text), line
+        for take, line in product(range(takes), one.lines(BARE, written)):
+            about = Utterance(id=uuid4().hex, text=written, document=one.text)
+            yield about, again(line, take)
 
 
 def fresh(datastore: Datastore, given: Sequence[Entry]) -> list[Entry]:
@@ -159,8 +173,10 @@ def speak(
     vocabulary: Vocabulary,
     say: Say | None,
     progress: Progress | None = None,
+    takes: int = 1,
 ) -> Iterator[Segment]:
-    """The phrases' entries, BATCH sentences a segment, each spoken when its segment is asked for.
+    """The phrases' entries, BATCH sentences a segment, each spoken when its segment is asked for,
+    so many `takes` of each.
 
     Without `say` the phrases are read as text alone. Raises ValueError, at the call, for a phrase
     that the vocabulary refuses, or none at all.
@@ -169,7 +185,8 @@ def speak(
     refused = next(filter(None, map(vocabulary.refusal, given)), None)
     if refused or not given:
         raise ValueError(refused or "nothing to listen for: no phrases")
-    told = list(sayings(list(given.values()), spoken=vocabulary.spoken))
+    takes = 1 if say is None else takes
+    told = list(sayings(list(given.values()), spoken=vocabulary.spoken, takes=takes))
 
     def read(start: int) -> Segment:
         batch = told[start : start + BATCH]
@@ -193,23 +210,24 @@ def remember(
     identity: Mapping[str, str],
     say: Say | None,
     progress: Progress | None = None,
+    speaking: Speaking = ESPEAK,
 ) -> Datastore:
-    """The phrases' datastore below `cache`, made at the first call with just these.
+    """The phrases' datastore below `cache`, made at the first call with just these, said so.
 
-    Takes what `description` and `speak` take, and raises what `speak` raises. `progress` is told
-    while it is made; one that is remembered is there at once.
+    Takes what `description` and `speak` take, and raises what `speak` raises; `speaking` is how
+    `say` does it. `progress` is told while it is made; one that is remembered is there at once.
     """
     described = description(lm, identity, say)
-    segments = speak(phrases, lm, vocabulary, say, progress)
-    content = json.dumps(
-        [
-            {one.text: [vocabulary.spoken(one.text), one.fields()] for one in entries(phrases)},
-            CARRIERS,
-            described.audio,
-            dict(sorted(identity.items())),
-        ]
-    )
-    directory = cache / hashlib.sha256(content.encode()).hexdigest()[:16]
+    segments = speak(phrases, lm, vocabulary, say, progress, speaking.takes)
+    content: list[Any] = [
+        {one.text: [vocabulary.spoken(one.text), one.fields()] for one in entries(phrases)},
+        CARRIERS,
+        described.audio,
+        dict(sorted(identity.items())),
+    ]
+    if said_by(speaking) != said_by(ESPEAK):
+        content.append(said_by(speaking))
+    directory = cache / hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     if not directory.exists():
         aside = cache / f".{directory.name}.{uuid4().hex}"
         datastore.create(aside, described)

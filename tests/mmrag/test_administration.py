@@ -124,6 +124,20 @@ def test_an_entry_is_looked_at_before_it_is_put_in(tmp_path, call):
     assert Datastore.open(place).segments == before
 
 
+def test_what_several_voices_say_has_as_many_keys_and_text_alone_has_none(tmp_path, call):
+    once, thrice, text = (tmp_path / name for name in ("once", "thrice", "text"))
+    file = tmp_path / "names.txt"
+    file.write_text("zaleplon\n")
+    assert call("create", once, file, *TINY)[0] == 0
+    assert call("create", thrice, file, "--takes", 3, *TINY)[0] == 0
+    one, three = Datastore.open(once), Datastore.open(thrice)
+    assert three.entries == 3 * one.entries
+    np.testing.assert_array_equal(three.keys(0, one.entries), one.keys(0, one.entries))
+    assert call("create", text, file, "--text-only", *TINY)[0] == 0
+    status, _, errors = call("add", text, file, "--takes", 3, *TINY)
+    assert status == 1 and "keyed over text alone: nobody speaks for it" in errors
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -131,6 +145,10 @@ def test_an_entry_is_looked_at_before_it_is_put_in(tmp_path, call):
         (("add", "DIR", "FILE", "--weight", "2"), "--weight goes with --text"),
         (("add", "DIR", "--text", "a", "--weight", "3"), "weight: a number from 0 to 2"),
         (("search", "DIR", "a", "--display-as", "A"), "--display-as goes with --hear"),
+        (("search", "DIR", "a", "--takes", "2"), "--takes: nobody speaks without --hear"),
+        (("create", "DIR", "FILE", "--text-only", "--voices", "espeak"), "nobody speaks"),
+        (("add", "DIR", "FILE", "--url", "http://x", "--takes", "2"), "--takes: an endpoint"),
+        (("add", "DIR", "FILE", "--kokoro", "DIR"), "--kokoro: it does not speak"),
     ],
 )
 def test_what_is_said_of_an_entry_goes_with_one(directory, call, tmp_path, arguments, said):

@@ -17,7 +17,7 @@ from random_models import write_calibration, write_models
 from rich.console import Console
 from whisper_checkpoint import random_whisper
 
-from mmrag import artifact, cli, recogniser, shipped, terminal
+from mmrag import artifact, cached, cli, recogniser, shipped, terminal
 from mmrag.config import KNN, Index, LanguageModel, RetrievedAttention, as_dict
 from mmrag.corpora.synthetic import assign_voices, render
 from mmrag.corpora.voices.espeak import Synthesizer
@@ -650,7 +650,7 @@ def test_to_ask_an_endpoint_no_models_are_loaded(endpoint, clip):
 def test_phrases_that_are_spoken_show_how_far_they_are(models, clip, tmp_path, monkeypatch, capsys):
     phrases = tmp_path / "names.txt"
     phrases.write_text("maria\nmaria now\n")
-    monkeypatch.setenv(cli.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(cached.CACHE, str(tmp_path / "cache"))
     monkeypatch.setattr(terminal, "LINE_SECONDS", 0.0)
     arguments = ["transcribe", str(clip), "--models", str(models), "--phrases", str(phrases)]
     for told in (True, False):
@@ -661,11 +661,21 @@ def test_phrases_that_are_spoken_show_how_far_they_are(models, clip, tmp_path, m
         assert ("speaking the phrases: 6/6 sentences" in said.err) == told
 
 
+def test_who_speaks_the_phrases_may_be_said_where_there_are_some(mmrag, clip, tmp_path):
+    status, _, errors = mmrag(clip, "--takes", 2)
+    assert status == 1 and "--takes: goes with --phrases" in errors
+    names = tmp_path / "names.txt"
+    names.write_text("maria\n")
+    asked = ("--phrases", names, "--voices", "kokoro", "--kokoro", tmp_path)
+    status, _, errors = mmrag(clip, *asked)
+    assert status == 1 and ("jobs.fetch_voices" in errors or "pip install" in errors)
+
+
 def test_phrases_are_written_as_their_file_says(tmp_path, monkeypatch, capsys):
     file, names = tmp_path / "clip.wav", tmp_path / "names.jsonl"
     [planned] = assign_voices(["please call priya raghavan tomorrow"], seed=0)
     soundfile.write(file, render(planned, Synthesizer()).wave, SAMPLE_RATE)
-    monkeypatch.setenv(cli.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(cached.CACHE, str(tmp_path / "cache"))
     told = {}
     for weight in (1, 0):
         one = {"text": "priya raghavan", "display_as": "Priya R.", "weight": weight}
@@ -687,7 +697,7 @@ def test_phrases_are_written_as_their_file_says(tmp_path, monkeypatch, capsys):
 def test_a_long_list_is_shortened_for_each_segment(mmrag, clip, tmp_path, monkeypatch, asked, most):
     names, shortened = tmp_path / "names.txt", []
     names.write_text("".join(f"maria {word}\n" for word in ("now", "call", "rome")))
-    monkeypatch.setenv(cli.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(cached.CACHE, str(tmp_path / "cache"))
     monkeypatch.setattr(cli, "SHORTLIST", 2)
     few = RetrievedAttention(k=1, stride=1, whole=2)
     plain = Tuned(KNN(k=1, weight=0.5, temperature=1), KNN(k=1, weight=0.5, temperature=1), few)
@@ -705,7 +715,7 @@ def test_a_long_list_is_shortened_for_each_segment(mmrag, clip, tmp_path, monkey
 
 
 def test_a_shortlist_is_a_number_of_phrases(mmrag, clip, tmp_path, monkeypatch):
-    monkeypatch.setenv(cli.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(cached.CACHE, str(tmp_path / "cache"))
     names = tmp_path / "names.txt"
     names.write_text("maria\n")
     status, _, err = mmrag("--phrases", names, "--retrieval", "knn", "--shortlist", "-1", clip)
@@ -720,7 +730,7 @@ def whisper(tmp_path_factory):
 
 
 def test_a_whisper_transcribes_and_listens_for_phrases(mmrag, clip, whisper, tmp_path, monkeypatch):
-    monkeypatch.setenv(cli.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(cached.CACHE, str(tmp_path / "cache"))
     names = tmp_path / "names.txt"
     names.write_text("Maria\n")
     status, out, _ = mmrag("--json", clip, models=whisper)

@@ -11,7 +11,7 @@ import time
 import pytest
 from rich.console import Console
 
-from mmrag import cli, shipped, terminal
+from mmrag import cached, shipped, terminal
 from mmrag.artifact import load
 
 MAIN = "from mmrag.cli import main; main()"
@@ -55,12 +55,12 @@ def test_phrases_without_a_home_ask_for_a_directory(monkeypatch):
     def nobody():
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(cli.Path, "home", nobody)
-    monkeypatch.setenv(cli.CACHE, "kept")
-    assert cli._cache().parent.name == "kept"
-    monkeypatch.delenv(cli.CACHE)
-    with pytest.raises(ValueError, match="MMRAG_CACHE"):
-        cli._cache()
+    monkeypatch.setattr(cached.Path, "home", nobody)
+    monkeypatch.setenv(cached.CACHE, "kept")
+    assert cached.directory("spoken phrases").name == "kept"
+    monkeypatch.delenv(cached.CACHE)
+    with pytest.raises(ValueError, match="to keep spoken phrases in: set MMRAG_CACHE"):
+        cached.directory("spoken phrases")
 
 
 @pytest.mark.parametrize("environment", [ASCII, NARROW], ids=["ascii", "C locale"])

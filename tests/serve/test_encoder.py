@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from mmrag.config import LanguageModel
+from mmrag.config import ESPEAK, ConfigError, LanguageModel, Speaking
+from mmrag.corpora.voices import kokoro
 from mmrag.model.vocabulary import SentencePieces, Vocabulary
 from mmrag.recogniser import SpeechTokenizer
-from mmrag.records import Letters, Units
+from mmrag.records import Letters, Line, Units
 from mmrag.speech import vad
 from serve import probe
 from serve.encoder import Encoder
@@ -53,6 +54,35 @@ def test_segments_carry_the_letters_of_their_own_clip_whatever_came_with_it(mode
         [alone] = direct.encode([vad.trim(torch.from_numpy(wave))[0]])
         apart = segment.units.letters.costs.astype(int) - alone.letters.costs
         assert np.abs(apart).max() <= 1, "tenths of a nat"
+
+
+@pytest.fixture(scope="module")
+def voices(tmp_path_factory):
+    for library in ("onnx", "kokoro_onnx", "espeakng_loader"):
+        pytest.importorskip(library)
+    from tests.support.kokoro_stand_in import write_kokoro
+
+    packs = dict.fromkeys((*kokoro.PACKS["train"], *kokoro.ACCENTED), 0.1)
+    return write_kokoro(tmp_path_factory.mktemp("kokoro"), packs)
+
+
+def test_texts_are_said_by_the_voices_that_are_set_and_in_a_hurry_by_espeak(models, voices):
+    """As the models' own synthesizer says them, apart from the clips that are encoded."""
+    speaking = {"voices": {"kokoro": 1}, "kokoro": str(voices)}
+    given = {"model": str(models), "decode": {"speech": 0}, "speaking": speaking}
+    serving, direct = Encoder(read(given)), SpeechTokenizer.load(models)
+    texts = ["call me", Line("call me", take=1), Line("/kɔl/", phonetic=True)]
+    own = Speaking(voices={"kokoro": 1.0}, kokoro=str(voices))
+    for hurried, wanted in ((False, own), (True, ESPEAK)):
+        made = asyncio.run(serving.synthesize(texts, hurried))
+        told = list(direct.synthesizer(speaking=wanted)(texts))
+        assert [one.ids.tolist() for one in made] == [one.ids.tolist() for one in told]
+
+
+def test_an_encoder_whose_voices_are_not_there_does_not_start(models, tmp_path):
+    speaking = {"voices": {"kokoro": 1}, "kokoro": str(tmp_path)}
+    with pytest.raises(ConfigError, match=r"speaking\.voices: .*(jobs\.fetch_voices|pip install)"):
+        Encoder(read({"model": str(models), "speaking": speaking}))
 
 
 def test_messages_hold_letters_and_count_their_bytes():

@@ -67,6 +67,9 @@ def test_a_list_is_given_as_yaml_writes_it():
         ({"name.first": "a"}, "name"),
         ({"decoder": "fast"}, "decoder"),
         ({"": 1}, "config.yaml"),
+        ({"speaking.takes": 9}, "speaking.takes"),
+        ({"speaking.voices": "{flite: 1}"}, "speaking.voices"),
+        ({"speaking.voices": "{kokoro: 1}"}, "speaking.voices: "),
     ],
 )
 def test_what_is_wrong_is_named_before_anything_starts(given, named):
@@ -75,8 +78,14 @@ def test_what_is_wrong_is_named_before_anything_starts(given, named):
     assert named in str(wrong.value)
 
 
+def test_espeak_alone_speaks_unless_others_are_named():
+    assert read({}).speaking.voices == {"espeak": 1}
+    assert read({"speaking.voices": "{kokoro: 1}"}).speaking.voices == {"kokoro": 1}
+
+
 def test_a_path_below_home_is_found(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
+    assert read({"speaking.kokoro": "~/kokoro"}).speaking.kokoro == str(tmp_path / "kokoro")
     assert read({"datastores": "~/kept"}).datastores == tmp_path / "kept"
     assert read({"datastores": "kept"}).datastores == Path.cwd() / "kept"
 

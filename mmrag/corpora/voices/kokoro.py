@@ -247,8 +247,19 @@ def _matched(groups: Sequence[int], words: Sequence[int]) -> Iterator[tuple[int,
     yield from reversed(runs)
 
 
-def ready(directory: Path | str | None) -> tuple[Path, Path]:
-    """The model, DURATION among its outputs, and the voice packs in a directory.
+def require(directory: Path | str | None, setting: str) -> None:
+    """Raises what `ready` raises, and ValueError where a pack of those that training knows is
+    missing: whoever is cast later has to be there."""
+    _, packs = ready(directory, setting)
+    with np.load(packs) as held:
+        missing = [name for name in (*PACKS["train"], *ACCENTED) if name not in held.files]
+    if missing:
+        raise ValueError(f"{packs} has no voice pack {missing[0]!r}")
+
+
+def ready(directory: Path | str | None, setting: str = "synthesize.kokoro") -> tuple[Path, Path]:
+    """The model, DURATION among its outputs, and the voice packs in a directory, which is named by
+    `setting`.
 
     Raises ImportError where the `kokoro` extra is missing, OSError that says how to get the files,
     ValueError for a graph that does not compute DURATION.
@@ -257,7 +268,7 @@ def ready(directory: Path | str | None) -> tuple[Path, Path]:
         raise ImportError("neural voices need kokoro_onnx: pip install mmrag[kokoro]")
     how = "`python -m jobs.fetch_voices` fetches Kokoro's model and voices"
     if directory is None:
-        raise FileNotFoundError(f"synthesize.kokoro names no directory; {how}")
+        raise FileNotFoundError(f"{setting} names no directory; {how}")
     directory = Path(directory)
     found = []
     for patterns in MODEL, VOICES:

@@ -25,6 +25,7 @@ from mmrag.corpora.synthetic import (
 from mmrag.corpora.voices import kokoro
 from mmrag.corpora.voices.espeak import VOICES, Synthesizer, Voice, varied
 from mmrag.corpora.voices.speech import SPEEDS
+from mmrag.records import Line
 
 pytest.importorskip("faker")
 pytest.importorskip("espeakng_loader")
@@ -247,6 +248,25 @@ def test_lines_may_be_said_by_several_synthesizers_and_each_keeps_its_voice():
     assert assign_voices(lines[7:8], 1, shares)[0].voice == voiced[7].voice
     packs = {pack for one in voiced for pack, _ in getattr(one.voice, "blend", ())}
     assert not packs & {*kokoro.PACKS["dev"], *kokoro.PACKS["test"]}
+
+
+@pytest.mark.parametrize("shares", [{"espeak": 1.0}, {"espeak": 1.0, "kokoro": 1.0}])
+def test_takes_of_a_line_have_other_voices_and_the_first_is_as_ever(shares):
+    takes = [Line("call mary", take=take) for take in range(8)]
+    voiced = assign_voices(takes, 1, shares)
+    [alone] = assign_voices(["call mary"], 1, shares)
+    assert (voiced[0].voice, voiced[0].seed) == (alone.voice, alone.seed)
+    assert len({one.voice.id for one in voiced}) == len(takes)
+    assert {one.text for one in voiced} == {"call mary"}
+    [fifth] = assign_voices([takes[5]], 1, shares)
+    assert fifth.voice == voiced[5].voice, "whatever stands around it"
+
+
+def test_ipa_and_other_languages_stay_with_espeak_whoever_speaks_otherwise():
+    lines = [Line("/mɛəri/", phonetic=True, take=2), Line("maría", language="es", take=1)]
+    assert {one.voice.engine for one in assign_voices(lines, 1, {"kokoro": 1.0})} == {"espeak"}
+    many = assign_voices([Line("maría", language="es", take=n) for n in range(8)], 1)
+    assert len({one.voice for one in many}) > 4, "where there are few names they come again"
 
 
 def test_a_rendered_utterance_is_the_same_every_time_and_follows_its_seed():

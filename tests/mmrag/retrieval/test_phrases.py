@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmrag.config import LanguageModel
+from mmrag.config import ESPEAK, LanguageModel, Speaking
 from mmrag.model.lm import LM
 from mmrag.model.vocabulary import SentencePieces, Vocabulary
 from mmrag.records import Units
@@ -159,7 +159,8 @@ class Speaker:
     def __call__(self, texts):
         for text in texts:
             self.said.append(text)
-            drawn = np.random.default_rng(len(text)).integers(0, 6, 5)
+            length = len(text if isinstance(text, str) else text.text)
+            drawn = np.random.default_rng(length).integers(0, 6, 5)
             yield Units(drawn.astype(np.int32), np.ones(5, np.int32))
 
 
@@ -244,6 +245,29 @@ def test_spoken_phrases_in_memory_are_the_remembered_ones(lm, tmp_path, speaks):
     np.testing.assert_array_equal(held.keys_of(everything), remembered.keys_of(everything))
     np.testing.assert_array_equal(held.windows(everything), remembered.windows(everything))
     assert held.origins(everything) == remembered.origins(everything)
+
+
+def test_each_take_of_a_phrase_has_keys_of_its_own_behind_those_that_are_read(lm, tmp_path):
+    say, thrice = Speaker(), Speaking(takes=3)
+    once = remember(tmp_path, NAMES, lm, VOCABULARY, IDENTITY, Speaker())
+    store = remember(tmp_path, NAMES, lm, VOCABULARY, IDENTITY, say, speaking=thrice)
+    assert store.entries == 3 * once.entries and len(say.said) == 3 * len(NAMES) * len(CARRIERS)
+    assert [line.take for line in say.said[len(CARRIERS) : 2 * len(CARRIERS)]] == [1, 1, 1]
+    known = Phrases(store)
+    assert [len(known.mentions(name)) for name in NAMES] == [3 * len(CARRIERS)] * len(NAMES)
+    read = store.origins(known.first_mentions())
+    assert read == once.origins(Phrases(once).first_mentions()), "the first take's"
+
+
+def test_who_speaks_is_remembered_and_as_ever_where_nobody_said_who(lm, tmp_path):
+    both = Speaking(voices={"espeak": 1.0, "kokoro": 1.0})
+    elsewhere = both.model_copy(update={"kokoro": "/elsewhere"})
+    made = [
+        remember(tmp_path, NAMES, lm, VOCABULARY, IDENTITY, Speaker(), speaking=speaking).directory
+        for speaking in (ESPEAK, Speaking(voices={"espeak": 1}), both, elsewhere)
+    ]
+    assert made[0] == made[1] != made[2] == made[3]
+    assert made[0] == remember(tmp_path, NAMES, lm, VOCABULARY, IDENTITY, Speaker()).directory
 
 
 def test_a_phrase_is_spoken_as_it_is_read_and_keeps_the_name_it_was_given(lm, tmp_path):

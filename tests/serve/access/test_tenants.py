@@ -2,11 +2,10 @@
 lie apart. The ingress is in this process, with keys; the deployments behind it are the session's.
 """
 
-import asyncio
 import json
 import re
 import time
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from ray import serve
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from serve import retriever as retrievers
 from serve import shelf
 from serve.access.tenants import Tenant, directory_of, own_name, place_of, tenant_at, tenant_of
 from serve.messages import UnknownDatastore
@@ -123,24 +121,6 @@ def test_a_tenant_has_so_many_datastores_and_entries_and_no_more(url, refused):
     create(url, GLOBEX, "olaf", name="three")
     used = ask(url, "GET", "/v1/usage", ACME).json()
     assert used["datastores"] == 2 and first < used["entries"] <= 60
-
-
-def test_a_phrase_that_one_tenant_sent_is_new_to_the_other(monkeypatch):
-    """Spoken again, and its entries under another digest: no time tells of anybody else's."""
-    spoken = []
-
-    class Additions:
-        async def phrases(self, new, keep):
-            spoken.append([one.text for one in new])
-            keep({one.text: "a segment" for one in new})
-
-    monkeypatch.setattr(retrievers, "join", lambda segments: segments[0])
-    owner = retrievers.Retriever.__new__(retrievers.Retriever)
-    owner._phrases, owner._additions = defaultdict(OrderedDict), Additions()
-    owner._width = 4
-    keys = [asyncio.run(owner.phrases(["olaf"], whose))[0] for whose in ("acme", "acme", "globex")]
-    assert spoken == [["olaf"], [], ["olaf"]]
-    assert keys[0] == keys[1] != keys[2]
 
 
 def test_each_tenants_phrases_are_pronounced_for_it_alone():

@@ -15,60 +15,18 @@ from mmrag.corpora.voices.speech import UnspeakableError
 from mmrag.records import Timed
 from mmrag.speech.audio import SAMPLE_RATE
 
-onnx = pytest.importorskip("onnx")
-pytest.importorskip("kokoro_onnx")
-pytest.importorskip("espeakng_loader")
+for library in ("onnx", "kokoro_onnx", "espeakng_loader"):
+    pytest.importorskip(library)
+
+from tests.support.kokoro_stand_in import FRAMES, SAMPLES, stand_in, write_kokoro  # noqa: E402
 
 REAL = Path(__file__).parents[4] / "runs" / "kokoro"
-FRAMES, SAMPLES = 3, 600
 NOVA = Voice((("af_nova", 1.0),))
-
-
-def stand_in(path: Path, tensor: str = "/encoder/Clip_output_0") -> None:
-    """A graph that gives as much audio as its tokens last: a constant tone of the style's mean."""
-    node, value = onnx.helper.make_node, onnx.helper.make_tensor_value_info
-    number, whole = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
-    constants = [
-        onnx.numpy_helper.from_array(np.array(FRAMES, np.float32), "frames"),
-        onnx.numpy_helper.from_array(np.array([FRAMES * SAMPLES], np.int64), "samples"),
-        onnx.numpy_helper.from_array(np.array([1], np.int64), "one"),
-    ]
-    nodes = [
-        node("Cast", ["tokens"], ["numbers"], to=number),
-        node("Mul", ["numbers", "zero"], ["nothing"]),
-        node("Add", ["nothing", "frames"], ["each"]),
-        node("Squeeze", ["each", "first"], [tensor]),
-        node("Shape", [tensor], ["count"]),
-        node("Mul", ["count", "samples"], ["length"]),
-        node("ReduceMean", ["style"], ["mean"], keepdims=0),
-        node("Expand", ["mean", "length"], ["audio"]),
-    ]
-    constants += [
-        onnx.numpy_helper.from_array(np.array(0, np.float32), "zero"),
-        onnx.numpy_helper.from_array(np.array([0], np.int64), "first"),
-    ]
-    graph = onnx.helper.make_graph(
-        nodes,
-        "stand-in",
-        [
-            value("tokens", whole, [1, "tokens"]),
-            value("style", number, [1, 256]),
-            value("speed", number, [1]),
-        ],
-        [value("audio", number, ["samples"])],
-        constants,
-    )
-    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)]), path)
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("kokoro")
-    stand_in(directory / "kokoro-test.onnx")
-    packs = {"af_nova": 0.1, "bm_lewis": 0.3}
-    styles = {name: np.full((510, 1, 256), level, np.float32) for name, level in packs.items()}
-    np.savez(directory / "voices-test.npz", **styles)
-    return directory
+    return write_kokoro(tmp_path_factory.mktemp("kokoro"), {"af_nova": 0.1, "bm_lewis": 0.3})
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +87,16 @@ def test_absent_files_are_an_error_that_says_how_to_get_them(tmp_path, directory
         Synthesizer(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"synthesize\.kokoro names no directory"):
         Synthesizer(None)
+
+
+def test_whoever_may_be_cast_has_to_be_there_and_the_setting_is_named(tmp_path, directory):
+    with pytest.raises(ValueError, match=r"voices-test\.npz has no voice pack 'af_alloy'"):
+        kokoro.require(directory, "speaking.kokoro")
+    with pytest.raises(FileNotFoundError, match=r"speaking\.kokoro names no directory"):
+        kokoro.require(None, "speaking.kokoro")
+    kokoro.require(
+        write_kokoro(tmp_path, dict.fromkeys((*PACKS["train"], *ACCENTED), 0.1)), "--kokoro"
+    )
 
 
 def test_a_graph_without_lengths_is_refused_by_name(tmp_path):
