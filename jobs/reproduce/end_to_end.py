@@ -177,17 +177,19 @@ def _heard(
 ) -> Iterator[_HeardClip]:
     """Each clip transcribed by itself, on one thread; those that cannot be read are named."""
     keeping = settings.model_copy(update={"unclear": "keep"})
+    loaded = False
     with _one_thread():
-        for number, one in enumerate([*clips[:1], *clips]):
-            started = time.process_time()
+        for one in clips:
             try:
+                if not loaded:  # what is loaded at the first clip is loaded once
+                    list(transcribe(one.audio, recogniser, keeping))
+                    loaded = True
+                started = time.process_time()
                 said = list(transcribe(one.audio, recogniser, keeping))
             except AudioError as error:
                 stage.console.print(f"  left out: {error}", markup=False)
                 continue
             seconds = time.process_time() - started
-            if number == 0:  # what is loaded at the first clip is loaded once
-                continue
             words = [word for part in said for word in part.words]
             yield _HeardClip(
                 one,

@@ -156,6 +156,17 @@ def test_each_group_is_a_row_with_rates_confidence_and_time(corpus, tmp_path, mo
     assert heard.count("test-000002.flac") == 2, "once to load what is loaded once"
 
 
+def test_a_first_clip_that_cannot_be_read_is_named_once_and_the_next_loads(heard, capsys):
+    clips = [
+        Utterance(id=name, text="call", audio=Path(f"{name}.flac"), duration=1.0)
+        for name in ("people-test-000002-0", "one", "two")
+    ]
+    told = list(end_to_end._heard(None, clips, DECODE))
+    assert [one.said.id for one in told] == ["one", "two"]
+    assert heard == [f"{name}.flac" for name in ("people-test-000002-0", "one", "one", "two")]
+    assert capsys.readouterr().out.count("left out") == 1
+
+
 def test_without_a_calibration_there_are_no_marks(corpus, tmp_path, monkeypatch, heard, capsys):
     rows = measured(corpus, tmp_path, monkeypatch)
     assert all(row[key] is None for row in rows for key in CONFIDENCE)
