@@ -20,7 +20,7 @@ from cluster.tracking import Run
 from jobs import stage
 from jobs.calibrate import right
 from jobs.reproduce.lab import ASSISTANT, EVERYDAY, Lab
-from jobs.reproduce.other_speech import age_group, recorded
+from jobs.reproduce.other_speech import age_group, recorded, spread
 from jobs.reproduce.rows import DETECTED, ROW, ROWS
 from mmrag import artifact, shipped
 from mmrag.artifact import Artifact, ArtifactError, Draft, write_json
@@ -165,11 +165,7 @@ def _groups(lab: Lab) -> dict[str, list[Utterance]]:
             continue
         groups.setdefault(name, []).append(one)
     most = lab.settings.utterances
-    return {name: _spread(clips, most) for name, clips in sorted(groups.items())}
-
-
-def _spread(clips: Sequence[Utterance], most: int) -> list[Utterance]:
-    return [clips[n] for n in np.linspace(0, len(clips) - 1, min(most, len(clips))).astype(int)]
+    return {name: spread(clips, most) for name, clips in sorted(groups.items())}
 
 
 def _heard(

@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from cluster import modes
 from cluster.modes import NoRetrieval
@@ -38,6 +40,7 @@ SPANISH = "spanish"
 PART_UTTERANCES = 32
 GROWN_UP = 16
 """Years."""
+Each = TypeVar("Each")
 
 
 def robustness(lab: Lab) -> tuple[str, int, list[Point]]:
@@ -125,7 +128,7 @@ def people(lab: Lab) -> tuple[str, int, list[Point]]:
                 setting=f"{of}/{split}, {group}",
                 domain=of,
                 split=split,
-                only=frozenset(sorted(ids)[: lab.settings.utterances]),
+                only=frozenset(spread(sorted(ids), lab.settings.utterances)),
             )
             for (of, group), ids in sorted(groups.items())
         ]
@@ -142,6 +145,11 @@ def age_group(age: float | None) -> str:
     if age is None:
         return "of unknown age"
     return f"aged {GROWN_UP} and over" if age >= GROWN_UP else f"under {GROWN_UP}"
+
+
+def spread(some: Sequence[Each], most: int) -> list[Each]:
+    """At most so many, from all over: whoever made the first recordings made the next ones too."""
+    return [some[n] for n in np.linspace(0, len(some) - 1, min(most, len(some))).astype(int)]
 
 
 def _rerecorded(lab: Lab, condition: str) -> Artifact:

@@ -6,7 +6,7 @@ A finished task is not done again.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from mmrag import artifact
 from mmrag.artifact import Artifact, Draft, write_json
 from mmrag.config import ConfigError, Experiment, recipe
 from mmrag.model.whisper import PREFIX
+from mmrag.speech.tokenized import Tokenized
 from mmrag.storage import located
 
 EVERY = 10**9
@@ -151,9 +152,9 @@ def _measure(lab: Lab, name: str, task: Task) -> Artifact:
             tokens, of, split = clips
             made = lab.tokens if tokens is None else artifact.load(tokens, lab.tokens.kind)
             everyone = lab.spoken(split, of or domain, EVERY, made)
-            spoken = everyone[:limit]
             known = {entity for one in everyone for entity in one.utterance.entities}
             chosen = {point.name: point for point in points if _clips(point) == clips}
+            spoken = _wanted(everyone[:limit], chosen.values())
             first = {key: _first(point.how, chosen) for key, point in chosen.items()}
             distinct = {key: chosen[key].how for key in dict.fromkeys(first.values())}
             heard = lab.transcribe(distinct, spoken)
@@ -187,6 +188,15 @@ def _measure(lab: Lab, name: str, task: Task) -> Artifact:
 def _clips(point: Point) -> tuple[Path | None, str | None, str]:
     """What a point transcribes: where its tokens are, of which domain, of which split."""
     return point.tokens, point.domain, point.split
+
+
+def _wanted(spoken: Sequence[Tokenized], points: Iterable[Point]) -> list[Tokenized]:
+    """Those that any of the points tells of."""
+    wanted = [point.only for point in points]
+    if None in wanted:
+        return list(spoken)
+    named = frozenset().union(*wanted)
+    return [one for one in spoken if one.utterance.id in named]
 
 
 def _first(how: Mode, points: Mapping[str, Point]) -> str:

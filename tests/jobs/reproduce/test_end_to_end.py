@@ -9,8 +9,9 @@ import torch
 
 from jobs import stage
 from jobs.reproduce import end_to_end
-from jobs.reproduce.end_to_end import _groups, _HeardClip, _spread, calibration_of, confidence
+from jobs.reproduce.end_to_end import _groups, _HeardClip, calibration_of, confidence
 from jobs.reproduce.lab import OWN
+from jobs.reproduce.other_speech import spread
 from jobs.reproduce.rows import CONFIDENCE, ROW, ROWS
 from mmrag import artifact, config
 from mmrag.artifact import Artifact, ArtifactError
@@ -77,8 +78,8 @@ def test_clips_are_told_apart_by_who_speaks_and_what(corpus):
 
 def test_of_many_clips_some_are_heard_from_all_over():
     clips = [Utterance(id=str(number), text="x") for number in range(100)]
-    assert [one.id for one in _spread(clips, 3)] == ["0", "49", "99"]
-    assert _spread(clips, 200) == clips
+    assert [one.id for one in spread(clips, 3)] == ["0", "49", "99"]
+    assert spread(clips, 200) == clips
 
 
 def clip(reference: str, text: str, probability: float) -> _HeardClip:

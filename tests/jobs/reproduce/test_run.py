@@ -77,8 +77,8 @@ def test_entities_of_utterances_that_are_not_transcribed_may_be_heard_too(
 ):
     """A task of two utterances, of a split with three: the third one's entity is a candidate."""
     split = [
-        SimpleNamespace(utterance=SimpleNamespace(entities=entities))
-        for entities in (("anna smith",), ("anna smith",), ("bob",))
+        SimpleNamespace(utterance=SimpleNamespace(id=f"u{number}", entities=entities))
+        for number, entities in enumerate((("anna smith",), ("anna smith",), ("bob",)))
     ]
     make_at_once(lab, tmp_path, monkeypatch)
     lab.spoken = lambda name, domain, limit, made: split[:limit]
@@ -105,6 +105,9 @@ def test_entities_of_utterances_that_are_not_transcribed_may_be_heard_too(
     lines = [json.loads(line) for line in (tmp_path / TRANSCRIPTS).open()]
     assert [line["utterance"] for line in lines] == ["u0", "u0", "u1"]
     assert asked == split[:2], "each is transcribed once"
+    asked.clear()
+    run._measure(lab, "people", lambda lab: ("assistant", 3, some[:2]))
+    assert asked == split[:1], "and nobody of whom no point tells"
 
 
 def test_recordings_of_people_make_a_point_a_split_and_age_group_and_only_they(tmp_path):
