@@ -1,11 +1,14 @@
 """Phrases of requests: each spoken once for a tenant, by the voices that are set or in a hurry."""
 
 import asyncio
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from mmrag.config import LanguageModel
 from mmrag.model.vocabulary import SentencePieces, Vocabulary
+from mmrag.retrieval.segment import Segment
 from mmrag.retrieval.wording import Entry
 from serve import phrases
 from serve.additions import Additions
@@ -102,6 +105,38 @@ def test_it_is_hurried_where_slow_voices_would_speak_for_too_long(speaking, hurr
     """Three phrases in three carriers: 180 letters, or 16.4 s."""
     given = [Entry("olaf lund"), Entry("mira lund"), Entry("zoe maas")]
     assert Additions(None, None, VOCABULARY, speaking).hurried(given) is hurried
+
+
+class Parts:
+    """An encoder and a decoder that remember what they were asked to say, and give nothing back."""
+
+    def __init__(self):
+        self.said = []
+        self.synthesize = self.entries = self.transcribe = self
+
+    async def remote(self, given, how=None):
+        if isinstance(how, bool):
+            self.said.append((list(given), how))
+            return given
+        if how is None:
+            return SimpleNamespace(text="heard")
+        names = [(one.utterance.id, one.utterance.document) for one in given]
+        return replace(Segment.empty(4, 3), names=names)
+
+
+@pytest.mark.parametrize("hurried", [False, True])
+def test_texts_are_said_in_all_their_takes_unless_they_are_in_a_hurry(hurried):
+    parts = Parts()
+    additions = Additions(parts, parts, VOCABULARY, Speaking(takes=2))
+    sentence = "the meeting with the new people was moved to friday"
+    made = asyncio.run(additions.spoken([Entry("olaf"), Entry(sentence)], hurried))
+    assert {how for _, how in parts.said} == {hurried}
+    lines = [one for lines, _ in parts.said for one in lines]
+    takes = [0 if isinstance(one, str) else one.take for one in lines]
+    assert takes == ([0] * 4 if hurried else [0, 0, 0, 1, 1, 1, 0, 1])
+    assert {document for one in made for _, document in one.names} == {"olaf", sentence}
+    [told] = asyncio.run(additions.heard(Entry("olaf"), hurried))
+    assert told.heard == "heard" and parts.said[-1] == (["please call olaf today"], hurried)
 
 
 def test_sentences_count_as_phrases_do_and_ipa_does_not():
