@@ -33,7 +33,7 @@ def seen(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> di
     values["synthesize"] |= {"lm": 60, "test": 12}
     values["pretrain"]["num_cpus"] = 0.8
     values["tokenize"]["part_seconds"] = 15
-    values["datastore"]["part_utterances"] = 1
+    values["datastore"] |= {"splits": ["datastore", "lm"], "part_utterances": 3}
     values["decode"]["batch_seconds"] = 5
     values["evaluate"] |= {"retriever": "local", "modes": ["none", "knn"]}
     for stage in ("tokenize", "datastore", "evaluate"):

@@ -22,6 +22,7 @@ from unittest import mock
 import cluster.connection  # noqa: F401 - Ray's environment
 
 # isort: split
+import lost_nodes
 import ray
 from ray._private.state import available_resources_per_node
 from ray.cluster_utils import Cluster
@@ -70,7 +71,7 @@ class Nodes:
 
     def lose(self, name: str) -> None:
         """A node ends without a word."""
-        self._cluster.remove_node(self._nodes.pop(name), allow_graceful=False)
+        lost_nodes.lose(self._cluster, self._nodes.pop(name))
 
     def drain(self, name: str) -> None:
         """A node is told that it will be taken away, and leaves once it idles."""
