@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.ports import free_ports
+from serve.operations.environment import PORTS, VARIABLES
+
 ROOT = Path(__file__).parents[2]
 SENTENCE = "please call priya raghavan tomorrow"
 NAME = "priya raghavan"
@@ -19,13 +22,14 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 @pytest.fixture(scope="module")
 def seen(clip, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """What `service_on_nodes` saw of a service with two of everything on three nodes."""
+    """What `service_on_nodes` saw of a service with two of everything, behind HAProxy."""
     directory = tmp_path_factory.mktemp("nodes")
     file = directory / "clip.flac"
     file.write_bytes(clip(SENTENCE))
+    ports = dict(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True))
     program = subprocess.run(
         [sys.executable, ROOT / "tests/support/service_on_nodes.py", directory, file, NAME],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | VARIABLES | ports | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=1400,

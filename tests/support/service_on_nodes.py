@@ -1,5 +1,5 @@
-"""The service behind HAProxy on a Ray cluster of three nodes, of which one is lost while callers are
-being served; what they see, as JSON.
+"""The service on a Ray cluster of three nodes, of which one is lost while callers are being served;
+what they see, as JSON.
 
 A program of its own: the process that runs tests is connected to another cluster.
 """
@@ -13,9 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from serve.operations.environment import prepare
-
-prepare()  # before Ray is imported
+import cluster.connection  # noqa: F401 - Ray's environment
 
 # isort: split
 import ray
