@@ -51,7 +51,7 @@ GIVEN = {
 def main(directory: Path, clip: Path, name: str) -> dict[str, Any]:
     """Where the parts are, and what callers who send `clip`, some with a datastore of `name`, are
     answered before, while and after a node is lost."""
-    own = {"num_cpus": 0, "object_store_memory": 80_000_000}
+    own = {"num_cpus": 0, "object_store_memory": 80_000_000, "include_dashboard": False}
     nodes = Cluster(initialize_head=True, connect=True, head_node_args=own)
     try:
         workers = {

@@ -49,7 +49,7 @@ class Nodes:
     """A head without CPUs, and nodes of one CPU each that come and go."""
 
     def __init__(self) -> None:
-        own = {"num_cpus": 0, "object_store_memory": STORE_BYTES}
+        own = {"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False}
         self._cluster = Cluster(initialize_head=True, connect=True, head_node_args=own)
         self._nodes = {}
         self._drained = []
