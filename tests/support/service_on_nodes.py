@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,16 +92,24 @@ def started(directory: Path) -> str:
     """The service, ready to take calls: its address."""
     [port] = free_ports(1)
     quiet = {"log_level": "ERROR", "enable_access_log": False}
-    serve.start(  # nodes on one machine have one port between them
-        proxy_location="HeadOnly",
-        http_options={"host": "127.0.0.1", "port": port},
-        logging_config=quiet,
-    )
+    with suppress(TimeoutError):  # Serve waits a minute for HAProxy, which comes all the same
+        serve.start(
+            proxy_location="HeadOnly",  # nodes on one machine have one port between them
+            http_options={"host": "127.0.0.1", "port": port},
+            logging_config=quiet,
+        )
     given = GIVEN | {"datastores": str(directory / "datastores"), "cache": str(directory / "cache")}
     serve.run(build(given), name=APPLICATION, logging_config=quiet)
     url = f"http://127.0.0.1:{port}"
-    until(lambda: requests.get(f"{url}/readyz", timeout=SECONDS).status_code == 200)
+    until(lambda: ready(url))
     return url
+
+
+def ready(url: str) -> bool:
+    """Whether every part takes calls."""
+    with suppress(requests.RequestException):
+        return requests.get(f"{url}/readyz", timeout=SECONDS).status_code == 200
+    return False
 
 
 def placed() -> dict[str, list[str]]:
