@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -47,6 +47,8 @@ from serve.settings import Settings
 ATTEMPTS = 5
 PAUSE_SECONDS = 0.2
 """Before the second attempt; twice as long before each further one."""
+GONE = (RayActorError, ObjectLostError, DeploymentUnavailableError)
+"""What a call raises whose replica died, or whose result went with the node that it lay on."""
 AHEAD, ALL_AHEAD = 4, 8
 """Segments of an upload that are decoded at a time; of all uploads, besides the first of each."""
 HIGHEST_DENSITY = 768_000
@@ -238,7 +240,7 @@ class Pipeline:
         return await self.call(self._decoder.of(size).look_up, found, asked, k)
 
     async def call(self, method: Callable[..., Any], *arguments: object) -> Any:
-        """Call a deployment, again if its replica dies meanwhile.
+        """Call a deployment, again if its replica dies meanwhile, or its result is lost.
 
         Raises what it raises; Unavailable if nobody answers after all.
         """
@@ -247,7 +249,7 @@ class Pipeline:
                 return await method.remote(*arguments)
             except RayTaskError as error:
                 raise error.cause from None
-            except (RayActorError, DeploymentUnavailableError):
+            except GONE:
                 await asyncio.sleep(PAUSE_SECONDS * 2**attempt)
         raise Unavailable("a part of the service does not answer: try again")
 
@@ -362,7 +364,7 @@ class Pipeline:
                         sent = again
             except RayTaskError as error:
                 raise error.cause from None
-            except (RayActorError, DeploymentUnavailableError):
+            except GONE:
                 await asyncio.sleep(PAUSE_SECONDS * 2**attempt)
         raise Unavailable("a part of the service does not answer: try again")
 

@@ -1,17 +1,19 @@
 """HAProxy as Ray Serve starts it, closed to the network where it need not be open, and never alone.
 
 Ray writes HAProxy's configuration and has no setting for where its status and metrics pages listen,
-nor does anybody end HAProxy when Ray's processes are killed. So this takes HAProxy's place
-(`haproxy.sh`, which RAY_SERVE_HAPROXY_BINARY_PATH names), binds those pages to the loopback
-interface, lets nobody else of the machine administer it, asks to be killed when whoever started it
-is gone, and then becomes HAProxy: the process, and its number, stay the same. It is run by itself
-and imports nothing of ours.
+nor for what a caller is told whose replica is lost, nor does anybody end HAProxy when Ray's
+processes are killed. So this takes HAProxy's place (`haproxy.sh`, which
+RAY_SERVE_HAPROXY_BINARY_PATH names), binds those pages to the loopback interface, lets nobody else
+of the machine administer it, has it answer in the API's own shape (`LOST`), asks to be killed when
+whoever started it is gone, and then becomes HAProxy: the process, and its number, stay the same. It
+is run by itself and imports nothing of ours.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -23,6 +25,18 @@ BINARY = "MMRAG_HAPROXY"
 """Environment variable with another HAProxy than Ray's."""
 INSIDE = ("frontend prometheus", "listen stats")
 """Sections of the configuration whose pages are nobody else's business."""
+LOST = {
+    "error": {
+        "message": "a part of the service does not answer: try again",
+        "type": "server_error",
+        "param": None,
+        "code": "unavailable",
+    }
+}
+"""What a caller is told whose replica of the ingress dies, or hangs, or who finds none: what
+`serve.errors` says where another part does."""
+LOST_FILE = "unavailable.http"
+"""Beside the configuration: that answer."""
 SET_PARENT_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
 
@@ -40,6 +54,25 @@ def closed(configuration: str) -> str:
             line = re.sub(r"^(\s*stats socket .*\bmode )666\b", r"\g<1>600", line)
         lines.append(line)
     return "".join(lines)
+
+
+def answering(configuration: str, file: Path) -> str:
+    """Ray's configuration with `file` for each of HAProxy's own errors, in the place of a 500 that
+    says no more."""
+    return re.sub(r"^(\s*errorfile 50\d ).*$", rf"\g<1>{file}", configuration, flags=re.MULTILINE)
+
+
+def lost() -> str:
+    """The answer that says LOST, as HAProxy sends it: status line, headers and body."""
+    body = json.dumps(LOST)
+    head = (
+        "HTTP/1.1 503 Service Unavailable",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+        "Retry-After: 1",
+        "Cache-Control: no-store",
+    )
+    return "\r\n".join((*head, "", body))
 
 
 def find() -> str:
@@ -64,11 +97,18 @@ def main(arguments: list[str]) -> None:
             sys.exit(1)
     if "-f" in arguments:
         file = Path(arguments[arguments.index("-f") + 1])
-        aside = file.with_name(f"{file.name}.{os.getpid()}")
-        aside.write_text(closed(file.read_text()))
-        aside.replace(file)
+        told = file.with_name(LOST_FILE).absolute()
+        _write(told, lost())
+        _write(file, answering(closed(file.read_text()), told))
     program = find()
     os.execv(program, [program, *arguments])
+
+
+def _write(file: Path, content: str) -> None:
+    """Whole or not at all."""
+    aside = file.with_name(f"{file.name}.{os.getpid()}")
+    aside.write_bytes(content.encode())
+    aside.replace(file)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,16 @@ def store_arrays(directory: Path, name: str, arrays: dict[str, np.ndarray]) -> N
     write_list(directory, listed)
 
 
+def sealed(file: Path) -> bytes:
+    """What is in a segment's file for good: all but the numbers of its documents."""
+    content = bytearray(file.read_bytes())
+    with file.open("rb") as stream:
+        header = read_header(stream)
+    start = header.starts[IDS]
+    content[start : start + header.bytes_of(IDS)] = b""
+    return bytes(content)
+
+
 def place_of(file: Path, field: str) -> int:
     """The byte of a segment's file at which an array's last byte is."""
     with file.open("rb") as stream:

@@ -5,22 +5,30 @@ A program of its own: the process that runs tests is connected to another cluste
 
 import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import cluster.connection  # noqa: F401 - Ray's environment
 
 # isort: split
+import lost_nodes
 import ray
 from ray._private.state import available_resources_per_node
 from ray.cluster_utils import Cluster
+from small_datastores import sealed
 
+from cluster.parts import Part
 from jobs import build_datastore, evaluate, pretrain_hubert, stage, synthesize, tokenize, train
 from mmrag.artifact import Artifact
 from mmrag.config import Experiment, read
@@ -29,13 +37,19 @@ STORE_BYTES = 80_000_000
 NODES = 3
 PARTS = 3
 """Of an output, that are there when a node goes."""
+NOTICE = 5
+"""Seconds from when a node is told that it will be taken away until it is."""
+PATIENCE = 120
+"""Seconds that a worker holds its part at most."""
+DONE = {tokenize: "FindWritten", build_datastore: "FindSegment"}
+"""What a stage that writes parts calls the look for one that is there already."""
 
 
 class Nodes:
     """A head without CPUs, and nodes of one CPU each that come and go."""
 
     def __init__(self) -> None:
-        own = {"num_cpus": 0, "object_store_memory": STORE_BYTES}
+        own = {"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False}
         self._cluster = Cluster(initialize_head=True, connect=True, head_node_args=own)
         self._nodes = {}
         self._drained = []
@@ -57,16 +71,25 @@ class Nodes:
 
     def lose(self, name: str) -> None:
         """A node ends without a word."""
-        self._cluster.remove_node(self._nodes.pop(name), allow_graceful=False)
+        lost_nodes.lose(self._cluster, self._nodes.pop(name))
 
     def drain(self, name: str) -> None:
-        """A node is told that it will be taken away, as a cloud tells its spot machines."""
+        """A node is told that it will be taken away, and leaves once it idles."""
+        self._tell(name)
+        self._drained.append(self._nodes.pop(name))
+
+    def take_away(self, name: str) -> None:
+        """A node is told that it will be taken away, and is, as a cloud's spot machines are."""
+        self._tell(name)
+        time.sleep(NOTICE)
+        self.lose(name)
+
+    def _tell(self, name: str) -> None:
         command = ["ray", "drain-node", "--address", self._cluster.address, "--node-id", name]
         command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test"]
-        command += ["--deadline-remaining-seconds", "5"]
+        command += ["--deadline-remaining-seconds", str(NOTICE)]
         command[0] = str(Path(sys.executable).parent / "ray")
         subprocess.run(command, check=True, stdout=sys.stderr)
-        self._drained.append(self._nodes.pop(name))
 
     def stays(self, name: str) -> bool:
         """Whether a node is still there a while later: one that was drained goes once it idles."""
@@ -90,9 +113,11 @@ def main(config: Path) -> dict[str, Any]:
         with quietly():
             timed(seen, "prepared", synthesize.run, experiment)
             timed(seen, "prepared", pretrain_hubert.run, experiment)
+            datastore = "datastores/multimodal"
             for name, job, directory, disturb in (
                 ("tokenize", tokenize, "tokens", nodes.lose),
-                ("build_datastore", build_datastore, "datastores/multimodal", nodes.drain),
+                ("build_datastore", build_datastore, datastore, nodes.drain),
+                ("build_datastore, at notice", build_datastore, datastore, nodes.take_away),
                 ("evaluate", evaluate, "evaluation", nodes.lose),
             ):
                 if name == "build_datastore":
@@ -122,41 +147,93 @@ def disturbed(
     directory: str,
     disturb: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Run a stage and disturb a node at work, as soon as some parts of the output are there (where
-    a stage writes none, as soon as it works); then the same stage again, with nobody disturbed.
+    """Run a stage and disturb a node, as soon as some parts of the output are there and each node
+    is amid another (where a stage writes none, as soon as it works); then the same stage again,
+    with nobody disturbed.
 
-    `kept` are files that were written before and are the same afterwards, `changed` those that are
-    not; `made` and `again` are what both outputs hold.
+    `kept` are parts that were written before and are the very same files afterwards, `changed`
+    those that are not, `later` those that were written when the node was gone. `in_flight` are the
+    parts that the node was amid, `redone` those that were begun more than once. `made` and `again`
+    are what both outputs hold.
     """
     path = experiment.workspace / directory
-    before: dict[str, int] = {}
+    notes = Path(tempfile.mkdtemp(dir=experiment.workspace.parent))
+    before: dict[str, tuple[int, bytes]] = {}
     gone: list[str] = []
 
     def meanwhile(over: threading.Event) -> None:
-        parts = job is not evaluate
-
         def chosen() -> bool:
-            enough = not parts or len(written(path)) >= PARTS
-            gone[:] = nodes.at_work()[:1] if enough else []
+            there = len(drafted(path))
+            amid = there >= PARTS and len(begun(notes)) == there + NODES
+            gone[:] = nodes.at_work()[:1] if amid or job not in DONE else []
             return bool(gone)
 
         until(chosen, over)
-        before.update(written(path))
+        for number, (name, file) in enumerate(drafted(path).items()):
+            os.link(file, notes / str(number))  # nothing else takes the place of this very file
+            before[name] = stored(file)
         disturb(gone[0])
+        (notes / "gone").touch()
 
-    with beside(meanwhile):
-        made = job.run(experiment)
-    after = files_of(made.path)
-    holds = contents(made)
+    with noting(job, notes), beside(meanwhile):
+        made = job.run(experiment, force=path.exists())
+    after = {name: stored(file) for name, file in parts_of(made.path).items()}
+    parts, holds = begun(notes), contents(made)
     stays = nodes.stays(gone[0])
     nodes.fill()
     return {
-        "kept": [name for name, at in before.items() if after.get(name) == at],
-        "changed": [name for name, at in before.items() if after.get(name) not in (None, at)],
+        "kept": [name for name, one in before.items() if after.get(name) == one],
+        "changed": [name for name, one in before.items() if after.get(name) != one],
+        "later": sorted(after.keys() - before),
+        "in_flight": [
+            part
+            for part, node in parts[: len(before) + NODES]
+            if node == gone[0] and not any(part in name for name in before)
+        ],
+        "redone": [part for part, times in Counter(part for part, _ in parts).items() if times > 1],
         "made": holds,
         "again": contents(job.run(experiment, force=True)),
         "stays": stays,
     }
+
+
+@dataclass(frozen=True)
+class Held:
+    """As `done`; but a part that is not done is noted before a worker begins it, and from the
+    PARTS-th on held until a node is gone."""
+
+    done: Callable[[Part], Any]
+    notes: Path
+
+    def __call__(self, part: Part) -> Any:
+        if (answer := self.done(part)) is not None:
+            return answer
+        free = len(begun(self.notes)) < PARTS
+        with (self.notes / "begun").open("a") as stream:
+            stream.write(f"{part.name} {ray.get_runtime_context().get_node_id()}\n")
+        deadline = time.monotonic() + PATIENCE
+        while not (free or (self.notes / "gone").exists()):
+            if time.monotonic() > deadline:
+                raise TimeoutError("no node went")
+            time.sleep(0.05)
+        return None
+
+
+@contextlib.contextmanager
+def noting(job: Any, notes: Path) -> Iterator[None]:
+    """Have the parts that a stage begins noted, and held (`Held`), in the block."""
+    if job not in DONE:
+        yield
+        return
+    done = getattr(job, DONE[job])
+    with mock.patch.object(job, DONE[job], lambda *given: Held(done(*given), notes)):
+        yield
+
+
+def begun(notes: Path) -> list[list[str]]:
+    """The parts that were begun, in order: each one's name and node."""
+    file = notes / "begun"
+    return [line.split() for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def contents(made: Artifact) -> Any:
@@ -169,21 +246,23 @@ def contents(made: Artifact) -> Any:
     return sorted([one["utterance"], one["mode"], one["text"]] for one in lines)
 
 
-def written(path: Path) -> dict[str, int]:
-    """The numbered parts of an output that is being made: name -> when it was written."""
-    found: dict[str, int] = {}
+def drafted(path: Path) -> dict[str, Path]:
+    """The parts of an output that is being made, by name."""
+    found: dict[str, Path] = {}
     for draft in path.parent.glob(f".{path.name}*"):
-        found |= files_of(draft)
-    return {name: at for name, at in found.items() if re.search(r"\d{3}", name)}
-
-
-def files_of(directory: Path) -> dict[str, int]:
-    found = {}
-    for file in directory.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
-            if file.is_file():
-                found[str(file.relative_to(directory))] = file.stat().st_mtime_ns
+        found |= parts_of(draft)
     return found
+
+
+def parts_of(directory: Path) -> dict[str, Path]:
+    return {str(file.relative_to(directory)): file for file in directory.rglob("part-*")}
+
+
+def stored(part: Path) -> tuple[int, bytes]:
+    """Which file it is, and what it holds, but for the numbers that a segment's documents have only
+    once it is published."""
+    held = sealed(part) if part.suffix == ".safetensors" else part.read_bytes()
+    return part.stat().st_ino, held
 
 
 def trained(nodes: Nodes, experiment: Experiment) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_datastores import store_arrays, stored_arrays
+from small_datastores import sealed, store_arrays, stored_arrays
 
 from mmrag.retrieval import stored
 from mmrag.retrieval.datastore import Datastore, create, delete, publish, write_segment
@@ -133,6 +133,17 @@ def test_a_written_segment_does_not_count_until_it_is_published(directory):
     datastore.refresh()
     np.testing.assert_array_equal(datastore.tokens[8:], [40, 41])
     assert datastore.document_id("letter") == 3
+
+
+def test_publishing_numbers_documents_in_the_segments_file_and_leaves_the_rest_as_written(tmp_path):
+    create(tmp_path, DESCRIPTION)
+    write_segment(tmp_path, "first", FIRST)
+    file = segment_file(tmp_path, "first")
+    before = file.stat().st_ino, sealed(file)
+    assert stored_arrays(tmp_path, "first")[stored.IDS].tolist() == [-1, -1]
+    publish(tmp_path, ["first"])
+    assert stored_arrays(tmp_path, "first")[stored.IDS].tolist() == [0, 1]
+    assert (file.stat().st_ino, sealed(file)) == before
 
 
 def test_joined_segments_are_read_as_if_published_one_after_the_other(directory, tmp_path_factory):

@@ -1,6 +1,7 @@
 """What Ray tells HAProxy, made safe before HAProxy reads it."""
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ray.exceptions import ActorDiedError
 
+from serve.errors import respond
 from serve.operations import environment, haproxy
 
 RAYS = """global
@@ -18,6 +21,8 @@ RAYS = """global
     stats timeout 30s
 defaults
     mode http
+    errorfile 502 /tmp/somewhere/500.http
+    errorfile 503 /tmp/somewhere/500.http
 frontend prometheus
     bind :9101
     mode http
@@ -47,6 +52,21 @@ def test_rays_own_template_has_what_is_closed():
     told = haproxy.closed(rays)
     assert "bind 127.0.0.1:1\n" in told and "bind 127.0.0.1:2\n" in told
     assert "mode 600 level admin" in told
+    file = Path("/tmp/unavailable.http")
+    assert haproxy.answering(rays, file).count(f" {file}\n") == rays.count("errorfile 50") == 3
+
+
+def test_what_callers_are_told_whose_replica_is_lost_is_what_the_service_says_itself():
+    """Status, headers and body, as HAProxy sends them."""
+    head, _, body = haproxy.lost().partition("\r\n\r\n")
+    status, *lines = head.split("\r\n")
+    headers = dict(line.lower().split(": ") for line in lines)
+    own = respond(ActorDiedError())
+    assert status == f"HTTP/1.1 {own.status_code} Service Unavailable"
+    assert json.loads(body) == json.loads(own.body)
+    assert int(headers["content-length"]) == len(body)
+    for name in ("content-type", "retry-after"):
+        assert headers[name] == own.headers[name]
 
 
 @pytest.fixture
@@ -83,7 +103,11 @@ def test_it_becomes_haproxy_and_ends_with_whoever_started_it(stand_in, tmp_path)
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert child.cmdline()[-3:] == command[1:], "Ray knows HAProxy by its command line"
-        assert (tmp_path / "haproxy.cfg").read_text() == haproxy.closed(RAYS)
+        told = tmp_path / haproxy.LOST_FILE
+        written = haproxy.answering(haproxy.closed(RAYS), told)
+        assert (tmp_path / "haproxy.cfg").read_text() == written
+        assert written.count(f"{told}\n") == 2
+        assert told.read_bytes().decode() == haproxy.lost()
         parent.send_signal(signal.SIGKILL)
         parent.wait(10)
         assert ends(child)
