@@ -84,7 +84,7 @@ class LetterRows:
             empty = Prefixes.empty(self._frames, self._sent(self._clip))
             self._states = empty.states
             """Of a row's prefix (R, 2, F + 1), as in `Prefixes`."""
-            self._logp = torch.zeros(len(own), dtype=torch.float64, device=device)
+            self._logp = empty.logp
             """Log-probability (R,) that what is said begins with it."""
         self._place()
 
@@ -158,9 +158,9 @@ class LetterRows:
         self._states, self._logp = self._states[index], self._logp[index]
         if len(clips) < len(self._lengths):
             self._lengths = self._lengths[clips]
-            size = max(1, int(self._lengths.max(initial=0)))
-            self._frames = self._frames.select(self._sent(clips), size)
-            self._states = self._states[..., : size + 1]
+            most = int(self._lengths.max(initial=0))
+            self._frames = self._frames.select(self._sent(clips), most)
+            self._states = self._states[..., : self._frames.size + 1]
         self._place()
 
     def require(self, other: LetterRows) -> None:
@@ -186,17 +186,16 @@ class LetterRows:
 
     def _prefixes(self) -> Prefixes:
         """What the rows have written so far."""
-        return Prefixes(self._frames, self._clips, self._sent(self._last), self._states)
+        return Prefixes(self._frames, self._clips, self._sent(self._last), self._logp, self._states)
 
     def _starts(self) -> _Starts:
         """What tokens may go on from."""
         written, gap = self._prefixes(), self._spelling.gap
-        behind, heard = written, self._logp
+        behind = written
         if (places := np.flatnonzero(self._parts)).size:
             here = self._sent(places)
             letters = torch.full_like(here, gap)
             behind = written.put(here, written.then(here, letters))
-            heard = heard.index_copy(0, here, written.logp_then(here, letters))
         inside = written
         if (places := np.flatnonzero(self._waits)).size:
             here = self._sent(places)
@@ -205,11 +204,12 @@ class LetterRows:
             self._frames,
             self._clips.repeat(2),
             torch.cat((inside.last, behind.last)),
+            torch.cat((inside.logp, behind.logp)),
             torch.cat((inside.states, behind.states)),
         )
         free = (self._last == NO_LETTER) & ~self._gap
         waiting = (self._last != NO_LETTER) & self._gap
-        return _Starts(prefixes, heard, self._sent(free), self._sent(waiting))
+        return _Starts(prefixes, behind.logp, self._sent(free), self._sent(waiting))
 
     @property
     def _parts(self) -> np.ndarray:
@@ -331,21 +331,17 @@ class LetterRows:
         counts = counts + parted
         here = self._sent(places)
         prefixes = self._prefixes().take(here)
-        before = found = self._logp[here]
+        before = self._logp[here]
         for place in range(counts.max(initial=0)):
-            on, last = np.flatnonzero(counts > place), np.flatnonzero(counts == place + 1)
-            index, ends = self._sent(on), self._sent(last)
-            ending = prefixes.take(ends)
-            every = torch.arange(len(last), device=self._device)
-            own = ending.logp_then(every, self._sent(spelt[last, place]))
-            found = found.index_copy(0, ends, own)
+            on = np.flatnonzero(counts > place)
+            index = self._sent(on)
             prefixes = prefixes.put(index, prefixes.then(index, self._sent(spelt[on, place])))
         self._states = self._states.index_copy(0, here, prefixes.states)
-        self._logp = self._logp.index_copy(0, here, found)
+        self._logp = self._logp.index_copy(0, here, prefixes.logp)
         said = counts > 0
         self._last[places[said]] = spelt[said, counts[said] - 1]
         self._gap[places] = np.where(blank, ~said, table.closes[tokens] | (gap & ~said))
-        return self._conditional(found, before)
+        return self._conditional(prefixes.logp, before)
 
     def _joint(
         self, logp: Tensor, gain: Tensor | None, heard: Tensor, weight: Tensor | None = None
