@@ -98,18 +98,22 @@ class Frames:
         started = longer(self.started, size // BLOCK)
         return functional.pad(self.likelihood, more), torch.cat(runs, 2), started
 
-    def heard_last(self, before: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """How likely labels are the last that is heard until each frame (N, F), and at any frame
-        begin to be heard (N,).
+    def heard_next(self, before: Tensor, labels: Tensor) -> Tensor:
+        """How likely each of `labels` (N,), one of a clip, begins to be heard in some frame (N,),
+        behind what is as likely as `before` (N, F) until the frame before.
 
-        Of `labels` (N,), as `label` numbers them, each behind what is as likely as `before` (N, F)
-        to have been heard until the frame before: r[t] = x[t] (r[t - 1] + before[t]).
+        The labels of all clips are numbered through, 1 + A of each.
         """
-        began, run = self.runs.flatten(0, 1)[labels].unbind(1)
-        began = before * began
-        sums = began.unflatten(1, (-1, BLOCK)).cumsum(2)
-        sums += self._carried.flatten(0, 1)[labels] @ sums[:, :, -1:]
-        return sums.flatten(1) * run, (began * run).sum(1)
+        return (before * self.likelihood.flatten(0, 1).index_select(0, labels)).sum(1)
+
+    def heard_last(self, before: Tensor, labels: Tensor) -> Tensor:
+        """The same, for how likely it is the last that is heard until each frame (N, F):
+        r[t] = x[t] (r[t - 1] + before[t])."""
+        runs, carried = self._of_labels
+        begun, run = runs.index_select(0, labels).unbind(1)
+        sums = (before * begun).view(before.shape[0], -1, BLOCK).cumsum(2)
+        sums += torch.bmm(carried.index_select(0, labels), sums[:, :, -1:])
+        return sums.view(before.shape).mul_(run)
 
     def logp_alone(self, letter: int) -> Tensor:
         """Log-probability (C, F) that a label is all that is heard until each frame."""
@@ -117,10 +121,12 @@ class Frames:
         return begun + self.runs[:, letter, 1].log()
 
     @cached_property
-    def _carried(self) -> Tensor:
-        """How much of the sum of a block counts in each later one (C, 1 + A, blocks, blocks)."""
-        started = self.started[..., :-1]
-        return (started[..., :, None] - started[..., None, :]).exp().tril(-1)
+    def _of_labels(self) -> tuple[Tensor, Tensor]:
+        """The `runs` of each label, and how much of the sum of a block counts in each later one
+        (C (1 + A), blocks, blocks)."""
+        started = self.started[..., :-1].flatten(0, 1)
+        carried = (started[..., :, None] - started[..., None, :]).exp().tril(-1)
+        return self.runs.flatten(0, 1), carried
 
 
 def longer(values: Tensor, size: int) -> Tensor:
@@ -162,8 +168,8 @@ class Prefixes:
 
     def take(self, places: Tensor) -> Prefixes:
         """Those at these places (M,), which may repeat."""
-        own = (one[places] for one in (self.clip, self.last, self.logp, self.states))
-        return Prefixes(self.frames, *own)
+        parts = self.clip, self.last, self.logp, self.states
+        return Prefixes(self.frames, *(one.index_select(0, places) for one in parts))
 
     def put(self, places: Tensor, others: Prefixes) -> Prefixes:
         """With `others` (M,) at these places (M,)."""
@@ -173,34 +179,43 @@ class Prefixes:
         )
         return Prefixes(self.frames, self.clip, last, logp, states)
 
+    def join(self, others: Prefixes) -> Prefixes:
+        """These, then `others` of the same frames."""
+        names = "clip", "last", "logp", "states"
+        both = (torch.cat((getattr(self, name), getattr(others, name))) for name in names)
+        return Prefixes(self.frames, *both)
+
     def then(self, places: Tensor, letters: Tensor) -> Prefixes:
         """The prefixes at `places` (M,), each with one of `letters` (M,) more."""
-        clip, frames = self.clip[places], self.frames
-        label = clip * frames.letters
-        spelt, share = frames.heard_last(self._before(places, letters), label + letters)
-        spelt /= share.clamp(min=LEAST)[:, None]
-        states = spelt.new_zeros(len(places), 2, frames.size + 1)
+        clip, frames = self.clip.index_select(0, places), self.frames
+        before, blank = self._before(places, letters), clip * frames.letters + BLANK
+        share = frames.heard_next(before, blank + letters)
+        spelt = frames.heard_last(before, blank + letters).div_(share.clamp(min=LEAST)[:, None])
+        states = spelt.new_zeros(len(spelt), 2, frames.size + 1)
         either, rested = states.unbind(1)
         either[:, 1:] = spelt
-        rested[:, 1:] = frames.heard_last(either[:, :-1], label + BLANK)[0]
+        rested[:, 1:] = frames.heard_last(either[:, :-1], blank)
         either += rested
-        return Prefixes(frames, clip, letters, self.logp[places] + share.log(), states)
+        logp = self.logp.index_select(0, places) + share.log_()
+        return Prefixes(frames, clip, letters, logp, states)
 
     def logp_then(self, places: Tensor, letters: Tensor) -> Tensor:
         """Log-probability (M,) that what is said begins with the prefixes at `places` (M,) and one
         of `letters` (M,) more."""
-        label = self.clip[places] * self.frames.letters + letters
-        heard = self._before(places, letters) * self.frames.likelihood.flatten(0, 1)[label]
-        return self.logp[places] + heard.sum(1).log()
+        labels = self.clip.index_select(0, places) * self.frames.letters + letters
+        share = self.frames.heard_next(self._before(places, letters), labels)
+        return self.logp.index_select(0, places) + share.log_()
 
-    def logp_of_each(self) -> Tensor:
-        """Log-probability (N, 1 + A) that what is said begins with each prefix and any letter more;
-        that of the blank means nothing."""
-        heard = self.frames.likelihood[self.clip] @ self.states[:, :, :-1].transpose(1, 2)
-        each, again = heard.unbind(2)
-        repeated = self.last[:, None]
-        each = each.scatter(1, repeated, again.gather(1, repeated))
-        return self.logp[:, None] + each.log()
+    def logp_of_each(self, places: Tensor) -> Tensor:
+        """Log-probability (C, M, 1 + A) that what is said begins with the prefixes of each clip at
+        `places` (C, M), and any letter more; that of the blank means nothing."""
+        before = self.states[places.flatten(), 0, :-1].view(*places.shape, -1)
+        heard = before @ self.frames.likelihood.transpose(1, 2)
+        each = self.logp[places][..., None] + heard.log()
+        # The last letter once more is another matter.
+        last = self.last[places]
+        again = self.logp_then(places.flatten(), last.flatten()).view(*places.shape, 1)
+        return each.scatter(2, last[..., None], again)
 
     def logp_whole(self) -> Tensor:
         """Log-probability (N,) that each prefix is all that is said."""
@@ -209,5 +224,5 @@ class Prefixes:
     def _before(self, places: Tensor, letters: Tensor) -> Tensor:
         """How likely the prefixes at `places` (M,) are until the frame before each (M, F), if one
         of `letters` (M,) is heard in it: once more only behind a blank."""
-        again = letters == self.last[places]
-        return self.states.flatten(0, 1)[2 * places + again][:, :-1]
+        again = letters == self.last.index_select(0, places)
+        return self.states.flatten(0, 1).index_select(0, 2 * places + again)[:, :-1]

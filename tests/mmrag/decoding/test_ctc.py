@@ -58,7 +58,7 @@ def test_prefixes_of_several_clips_together_are_what_each_is_alone(clips, asked)
 def test_what_is_said_goes_on_with_some_letter_or_ends(count, seed, text):
     heard = random_letters(count, seed=seed)
     prefixes, before = written(Frames.of([heard], CPU), [0], [text])
-    each = prefixes.logp_of_each()[0, 1:]
+    each = prefixes.logp_of_each(torch.tensor([[0]]))[0, 0, 1:]
     assert each.tolist() == pytest.approx(
         [prefixes.logp_then(torch.tensor([0]), torch.tensor([n])).item() for n in (1, 2, 3)]
     )
