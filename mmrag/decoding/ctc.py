@@ -3,8 +3,13 @@
 Prefix scores (Hori, Watanabe and Hershey, "Joint CTC/attention decoding for end-to-end speech
 recognition", ACL 2017, section 3.2; Watanabe et al., IEEE JSTSP 2017), a letter at a time for any
 number of prefixes of any clips at once. Frame by frame, a prefix ends in its last letter or in a
-blank behind it; over frames, either probability is a sum of products, and its logarithm one
-`logcumsumexp`. Knows letters' numbers; neither tokens nor text.
+blank behind it; over frames, either probability is a sum of products. Knows letters' numbers;
+neither tokens nor text.
+
+Such sums are one `cumsum` of what begins at each frame, over the product of likelihoods until
+then: of a BLOCK of frames at a time, in which no product is too small for a number. No logarithms
+are taken but of a prefix as a whole, and frames are likelier or less likely ends of it by shares:
+what is e^-700 times as likely as the others is impossible.
 """
 
 from __future__ import annotations
@@ -23,22 +28,26 @@ from mmrag.records import Letters
 BLANK = 0
 NO_LETTER = 0
 """The last letter of a prefix that has none."""
-LEAST = -1e300
+BLOCK = 24
+"""Frames, each of whose likelihoods is e^-25.6 at least (`Letters`): e^-614 at least together, and
+what is smaller than e^-708 is no normal float64."""
+LEAST = 1e-300
 """As good as impossible, and yet a number."""
 
 
 @dataclass(frozen=True, eq=False)
 class Frames:
-    """What was heard of C clips of at most F frames, in A letters; float64.
+    """What was heard of C clips of at most F frames, whole blocks, in A letters; float64.
 
-    `cumulative` (C, 1 + A, F + 1): the log-probability that a letter is all that is heard of the
-    first frames, constant behind a clip's end. `likelihood` (C, 1 + A, F), 0 behind it. `ended`
-    (C, F + 1): -inf where that many frames leave none to hear, else 0.
+    `likelihood` (C, 1 + A, F), 0 behind a clip's end. `runs` (C, 1 + A, 2, F): second, the product
+    of likelihoods since the block's beginning, which stays behind a clip's end; first, by how much
+    more a label counts that begins here, before it is multiplied with that. `started`
+    (C, 1 + A, F / BLOCK + 1): the logarithm of the product until each block, and until the end.
     """
 
-    cumulative: Tensor
     likelihood: Tensor
-    ended: Tensor
+    runs: Tensor
+    started: Tensor
 
     @classmethod
     def of(cls, clips: Sequence[Letters], device: torch.device) -> Frames:
@@ -46,18 +55,19 @@ class Frames:
 
         Each is made whole again: what was lost or gained where costs were rounded would add up.
         """
-        most = max(1, *(len(one) for one in clips))
+        most = _whole_blocks(max(map(len, clips)))
         shape = len(clips), 1 + len(clips[0].alphabet), most
-        logp, there = np.zeros(shape), np.zeros((len(clips), 1, most + 1), bool)
+        logp, there = np.zeros(shape), np.zeros((len(clips), 1, most), bool)
         for number, one in enumerate(clips):
             own = one.logp().astype(np.float64)
             logp[number, :, : len(one)] = (own - np.logaddexp.reduce(own, 1, keepdims=True)).T
             there[number, :, : len(one)] = True
         logp, there = (torch.from_numpy(values).to(device) for values in (logp, there))
-        ended = torch.zeros(there.shape, dtype=logp.dtype, device=device)
-        ended = ended.masked_fill(~there, -torch.inf)[:, 0]
-        cumulative = functional.pad(logp.cumsum(2), (1, 0))
-        return cls(cumulative, logp.exp() * there[..., :-1], ended)
+        likelihood = logp.exp() * there
+        products = logp.unflatten(2, (-1, BLOCK)).cumsum(3)
+        started = functional.pad(products[..., -1].cumsum(2), (1, 0))
+        run = products.exp().flatten(2)
+        return cls(likelihood, torch.stack((likelihood / run, run), 2), started)
 
     @property
     def size(self) -> int:
@@ -69,10 +79,11 @@ class Frames:
         """1 + A."""
         return self.likelihood.shape[1]
 
-    def select(self, clips: Tensor, size: int) -> Frames:
-        """These clips (C,), none of which is longer than `size`."""
-        cumulative, ended = self.cumulative[clips, :, : size + 1], self.ended[clips, : size + 1]
-        return Frames(cumulative, self.likelihood[clips, :, :size], ended)
+    def select(self, clips: Tensor, most: int) -> Frames:
+        """These clips (C,), none of which has more than `most` frames."""
+        size = _whole_blocks(most)
+        likelihood, runs = self.likelihood[clips, :, :size], self.runs[clips, :, :, :size]
+        return Frames(likelihood, runs, self.started[clips, :, : size // BLOCK + 1])
 
     def join(self, other: Frames) -> Frames:
         """The clips of both."""
@@ -82,8 +93,40 @@ class Frames:
 
     def _longer(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
         more = 0, size - self.size
-        ended = functional.pad(self.ended, more, value=-torch.inf)
-        return longer(self.cumulative, size), functional.pad(self.likelihood, more), ended
+        began, run = self.runs.split(1, 2)
+        runs = functional.pad(began, more), functional.pad(run, more, value=1.0)
+        started = longer(self.started, size // BLOCK)
+        return functional.pad(self.likelihood, more), torch.cat(runs, 2), started
+
+    def heard_next(self, before: Tensor, labels: Tensor) -> Tensor:
+        """How likely each of `labels` (N,), one of a clip, begins to be heard in some frame (N,),
+        behind what is as likely as `before` (N, F) until the frame before.
+
+        The labels of all clips are numbered through, 1 + A of each.
+        """
+        return (before * self.likelihood.flatten(0, 1).index_select(0, labels)).sum(1)
+
+    def heard_last(self, before: Tensor, labels: Tensor) -> Tensor:
+        """The same, for how likely it is the last that is heard until each frame (N, F):
+        r[t] = x[t] (r[t - 1] + before[t])."""
+        runs, carried = self._of_labels
+        begun, run = runs.index_select(0, labels).unbind(1)
+        sums = (before * begun).view(before.shape[0], -1, BLOCK).cumsum(2)
+        sums += torch.bmm(carried.index_select(0, labels), sums[:, :, -1:])
+        return sums.view(before.shape).mul_(run)
+
+    def logp_alone(self, letter: int) -> Tensor:
+        """Log-probability (C, F) that a label is all that is heard until each frame."""
+        begun = self.started[:, letter, :-1].repeat_interleave(BLOCK, 1)
+        return begun + self.runs[:, letter, 1].log()
+
+    @cached_property
+    def _of_labels(self) -> tuple[Tensor, Tensor]:
+        """The `runs` of each label, and how much of the sum of a block counts in each later one
+        (C (1 + A), blocks, blocks)."""
+        started = self.started[..., :-1].flatten(0, 1)
+        carried = (started[..., :, None] - started[..., None, :]).exp().tril(-1)
+        return self.runs.flatten(0, 1), carried
 
 
 def longer(values: Tensor, size: int) -> Tensor:
@@ -92,86 +135,94 @@ def longer(values: Tensor, size: int) -> Tensor:
     return torch.cat((values, more), -1)
 
 
+def _whole_blocks(frames: int) -> int:
+    return BLOCK * max(1, -(-frames // BLOCK))
+
+
 @dataclass(frozen=True, eq=False)
 class Prefixes:
     """N beginnings of transcripts: each of a `clip` (N,), with its `last` letter (N,).
 
-    `states` (N, 2, F + 1) float64: the log-probability that a prefix is what is heard of so many
-    frames, and its last letter, or a blank, the last of them. Behind its clip's end they stay.
+    `logp` (N,) float64: the log-probability that what is said begins with it. `states`
+    (N, 2, F + 1) float64, of that: how likely a prefix is what is heard of so many frames, and,
+    second, a blank the last of them. Behind its clip's end they stay.
     """
 
     frames: Frames
     clip: Tensor
     last: Tensor
+    logp: Tensor
     states: Tensor
 
     @classmethod
     def empty(cls, frames: Frames, clip: Tensor) -> Prefixes:
         """Nothing yet: blanks alone."""
-        blank = frames.cumulative[clip, BLANK]
-        states = torch.stack((torch.full_like(blank, -torch.inf), blank), 1)
-        return cls(frames, clip, torch.full_like(clip, NO_LETTER), states)
+        alone = torch.cat((frames.started[:, BLANK, :1], frames.logp_alone(BLANK)), 1).exp()
+        return cls(
+            frames,
+            clip,
+            torch.full_like(clip, NO_LETTER),
+            torch.zeros_like(clip, dtype=alone.dtype),
+            alone[clip, None].expand(-1, 2, -1),
+        )
 
     def take(self, places: Tensor) -> Prefixes:
         """Those at these places (M,), which may repeat."""
-        return Prefixes(self.frames, self.clip[places], self.last[places], self.states[places])
+        parts = self.clip, self.last, self.logp, self.states
+        return Prefixes(self.frames, *(one.index_select(0, places) for one in parts))
 
     def put(self, places: Tensor, others: Prefixes) -> Prefixes:
         """With `others` (M,) at these places (M,)."""
-        last = self.last.index_copy(0, places, others.last)
-        return Prefixes(
-            self.frames, self.clip, last, self.states.index_copy(0, places, others.states)
+        last, logp, states = (
+            getattr(self, name).index_copy(0, places, getattr(others, name))
+            for name in ("last", "logp", "states")
         )
+        return Prefixes(self.frames, self.clip, last, logp, states)
+
+    def join(self, others: Prefixes) -> Prefixes:
+        """These, then `others` of the same frames."""
+        names = "clip", "last", "logp", "states"
+        both = (torch.cat((getattr(self, name), getattr(others, name))) for name in names)
+        return Prefixes(self.frames, *both)
 
     def then(self, places: Tensor, letters: Tensor) -> Prefixes:
         """The prefixes at `places` (M,), each with one of `letters` (M,) more."""
-        clip, repeated = self.clip[places], letters == self.last[places]
-        spelt, rested = self.states[places].unbind(1)
-        # A letter is heard twice only where a blank was heard between.
-        before = torch.where(repeated[:, None], rested, torch.logaddexp(spelt, rested))
-        ended = self.frames.ended[clip]
-        spelt = _goes_on(before + ended, self.frames.cumulative[clip, letters])
-        rested = _goes_on(spelt + ended, self.frames.cumulative[clip, BLANK])
-        return Prefixes(self.frames, clip, letters, torch.stack((spelt, rested), 1))
+        clip, frames = self.clip.index_select(0, places), self.frames
+        before, blank = self._before(places, letters), clip * frames.letters + BLANK
+        share = frames.heard_next(before, blank + letters)
+        spelt = frames.heard_last(before, blank + letters).div_(share.clamp(min=LEAST)[:, None])
+        states = spelt.new_zeros(len(spelt), 2, frames.size + 1)
+        either, rested = states.unbind(1)
+        either[:, 1:] = spelt
+        rested[:, 1:] = frames.heard_last(either[:, :-1], blank)
+        either += rested
+        logp = self.logp.index_select(0, places) + share.log_()
+        return Prefixes(frames, clip, letters, logp, states)
 
     def logp_then(self, places: Tensor, letters: Tensor) -> Tensor:
         """Log-probability (M,) that what is said begins with the prefixes at `places` (M,) and one
         of `letters` (M,) more."""
-        most, shares = self._shares
-        repeated = (letters == self.last[places]).long()
-        own = shares.flatten(0, 1)[2 * places + repeated]
-        heard = self.frames.likelihood[self.clip[places], letters]
-        return most[places] + (own * heard).sum(1).log()
+        labels = self.clip.index_select(0, places) * self.frames.letters + letters
+        share = self.frames.heard_next(self._before(places, letters), labels)
+        return self.logp.index_select(0, places) + share.log_()
 
-    def logp_of_each(self) -> Tensor:
-        """Log-probability (N, 1 + A) that what is said begins with each prefix and any letter more;
-        that of the blank means nothing."""
-        most, shares = self._shares
-        heard = self.frames.likelihood[self.clip] @ shares.transpose(1, 2)
-        each, again = heard.unbind(2)
-        repeated = self.last[:, None]
-        each = each.scatter(1, repeated, again.gather(1, repeated))
-        return most[:, None] + each.log()
+    def logp_of_each(self, places: Tensor) -> Tensor:
+        """Log-probability (C, M, 1 + A) that what is said begins with the prefixes of each clip at
+        `places` (C, M), and any letter more; that of the blank means nothing."""
+        before = self.states[places.flatten(), 0, :-1].view(*places.shape, -1)
+        heard = before @ self.frames.likelihood.transpose(1, 2)
+        each = self.logp[places][..., None] + heard.log()
+        # The last letter once more is another matter.
+        last = self.last[places]
+        again = self.logp_then(places.flatten(), last.flatten()).view(*places.shape, 1)
+        return each.scatter(2, last[..., None], again)
 
     def logp_whole(self) -> Tensor:
         """Log-probability (N,) that each prefix is all that is said."""
-        return torch.logaddexp(*self.states[:, :, -1].unbind(1))
+        return self.logp + self.states[:, 0, -1].log()
 
-    @cached_property
-    def _shares(self) -> tuple[Tensor, Tensor]:
-        """The most that a prefix is in any frame (N,), and the shares of it (N, 2, F) before which
-        another letter, and the same once more, may be heard."""
-        spelt, rested = self.states[:, :, :-1].unbind(1)
-        either = torch.logaddexp(spelt, rested)
-        most = either.amax(1).clamp(min=LEAST)
-        return most, (torch.stack((either, rested), 1) - most[:, None, None]).exp()
-
-
-def _goes_on(before: Tensor, cumulative: Tensor) -> Tensor:
-    """Log-probabilities (N, F + 1) that a letter is heard last after so many frames.
-
-    r[t] = x[t] + log(exp r[t - 1] + exp before[t - 1]), with `before` (N, F + 1) that the letter
-    may follow, and x whose sums are `cumulative` (N, F + 1).
-    """
-    found = (before - cumulative)[:, :-1].logcumsumexp(1) + cumulative[:, 1:]
-    return functional.pad(found, (1, 0), value=-torch.inf)
+    def _before(self, places: Tensor, letters: Tensor) -> Tensor:
+        """How likely the prefixes at `places` (M,) are until the frame before each (M, F), if one
+        of `letters` (M,) is heard in it: once more only behind a blank."""
+        again = letters == self.last.index_select(0, places)
+        return self.states.flatten(0, 1).index_select(0, 2 * places + again)[:, :-1]

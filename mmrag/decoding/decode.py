@@ -202,9 +202,10 @@ class Batch:
         logp = logp if bonus is None else logp + bonus
         if begun is not None:
             logp = begun.without_a_word_gone_on_with(logp, self._word_starts, self._vocabulary.eos)
-        logp = batch.letters.weigh(logp, bonus, beams.candidates, beams.temperatures)
+        count, totals = beams.candidates, beams.logp if beams.candidates > 1 else None
+        logp = batch.letters.weigh(logp, bonus, count, beams.temperatures, totals)
 
-        found = likeliest(logp, lm_logp, beams.candidates, beams.temperatures)
+        found = likeliest(logp, lm_logp, count, beams.temperatures)
         ranked = beams.rank(found.tokens, found.logp, self._vocabulary.eos)
         rows, columns = ranked.rows, ranked.columns
         tokens, chosen_logp = found.tokens[rows, columns], found.logp[rows, columns]

@@ -4,7 +4,7 @@ Joint decoding (Watanabe et al., "Hybrid CTC/attention architecture for end-to-e
 recognition", IEEE JSTSP 2017): a token's score is the language model's and that of its letters, by
 weight. Only tokens that may be chosen are scored: those that are likeliest if each is taken to be
 as likely as its first letter, which it can but fall short of, and of these only as many letters as
-show that others are better. Nothing here waits for a device.
+show that others of the clip are better. Nothing here waits for a device.
 """
 
 from __future__ import annotations
@@ -38,15 +38,14 @@ possible."""
 class _Starts:
     """What the tokens of R rows may go on from.
 
-    `prefixes` (2 R,): those that go on with a word, then those that begin one. `behind` (R,):
-    log-probability that what is said begins with the latter. A gap alone is `free` (R,) bool where
-    nothing is written, and is what is `waiting` (R,) bool to be heard behind a comma, say.
+    `at` (2 R,): the places in `prefixes` of those that go on with a word, then of those that begin
+    one. `each` (R, 2 (1 + A)): what is heard of any letter behind the former, and the latter; of
+    none in column 0.
     """
 
     prefixes: Prefixes
-    behind: Tensor
-    free: Tensor
-    waiting: Tensor
+    at: Tensor
+    each: Tensor
 
 
 class LetterRows:
@@ -84,7 +83,7 @@ class LetterRows:
             empty = Prefixes.empty(self._frames, self._sent(self._clip))
             self._states = empty.states
             """Of a row's prefix (R, 2, F + 1), as in `Prefixes`."""
-            self._logp = torch.zeros(len(own), dtype=torch.float64, device=device)
+            self._logp = empty.logp
             """Log-probability (R,) that what is said begins with it."""
         self._place()
 
@@ -97,13 +96,15 @@ class LetterRows:
         bonus: Tensor | None,
         count: int,
         temperatures: np.ndarray | None = None,
+        totals: np.ndarray | None = None,
     ) -> Tensor:
         """The joint scores (B, V) of the next tokens: of `logp` (B, V), in which the `bonus` (B, V)
         of phrases is, and of the letters.
 
         In a row with letters the end has its score, and of the other tokens the best `count`, and
-        any other that is a candidate where `temperatures` (B,) are not 0; all else is -inf. Rows
-        without letters stay as they are.
+        any other that is a candidate where `temperatures` (B,) are not 0; all else is -inf. With
+        the `totals` (B,) of what the rows have written, those are the best of all rows of a clip.
+        Rows without letters stay as they are.
         """
         if not len(self):
             return logp
@@ -111,10 +112,11 @@ class LetterRows:
         own = logp if every else logp[self._rows]
         gain = bonus if bonus is None or every else bonus[self._rows]
         drawn = None if temperatures is None else temperatures[self.of_rows] > 0
+        rivals = None if totals is None else self._sent(totals[self.of_rows])[:, None]
         starts = self._starts()
-        tokens, most = self._candidates(own, gain, starts, max(LEAST_CANDIDATES, 2 * count))
-        score = self._scores(own, gain, starts, tokens, most, count, drawn)
-        joint = torch.full_like(own, -torch.inf).scatter(1, tokens, score)
+        tokens = self._candidates(own, gain, starts, max(LEAST_CANDIDATES, 2 * count))
+        score = self._scores(own, gain, starts, tokens, count, drawn, rivals)
+        joint = torch.full_like(own, -torch.inf).scatter_(1, tokens, score)
         end = slice(self._end, self._end + 1)
         whole = self._conditional(self._prefixes().logp_whole(), self._logp)[:, None]
         joint[:, end] = self._joint(own[:, end], None if gain is None else gain[:, end], whole)
@@ -158,9 +160,9 @@ class LetterRows:
         self._states, self._logp = self._states[index], self._logp[index]
         if len(clips) < len(self._lengths):
             self._lengths = self._lengths[clips]
-            size = max(1, int(self._lengths.max(initial=0)))
-            self._frames = self._frames.select(self._sent(clips), size)
-            self._states = self._states[..., : size + 1]
+            most = int(self._lengths.max(initial=0))
+            self._frames = self._frames.select(self._sent(clips), most)
+            self._states = self._states[..., : self._frames.size + 1]
         self._place()
 
     def require(self, other: LetterRows) -> None:
@@ -186,30 +188,31 @@ class LetterRows:
 
     def _prefixes(self) -> Prefixes:
         """What the rows have written so far."""
-        return Prefixes(self._frames, self._clips, self._sent(self._last), self._states)
+        return Prefixes(self._frames, self._clips, self._sent(self._last), self._logp, self._states)
 
     def _starts(self) -> _Starts:
         """What tokens may go on from."""
-        written, gap = self._prefixes(), self._spelling.gap
-        behind, heard = written, self._logp
-        if (places := np.flatnonzero(self._parts)).size:
-            here = self._sent(places)
-            letters = torch.full_like(here, gap)
-            behind = written.put(here, written.then(here, letters))
-            heard = heard.index_copy(0, here, written.logp_then(here, letters))
-        inside = written
-        if (places := np.flatnonzero(self._waits)).size:
-            here = self._sent(places)
-            inside = written.put(here, behind.take(here))
-        prefixes = Prefixes(
-            self._frames,
-            self._clips.repeat(2),
-            torch.cat((inside.last, behind.last)),
-            torch.cat((inside.states, behind.states)),
-        )
-        free = (self._last == NO_LETTER) & ~self._gap
-        waiting = (self._last != NO_LETTER) & self._gap
-        return _Starts(prefixes, heard, self._sent(free), self._sent(waiting))
+        prefixes, gap, size = self._prefixes(), self._spelling.gap, len(self)
+        inside = np.arange(size)
+        behind = inside.copy()
+        if (parted := np.flatnonzero(self._parts)).size:
+            here = self._sent(parted)
+            prefixes = prefixes.join(prefixes.then(here, torch.full_like(here, gap)))
+            behind[parted] = size + np.arange(parted.size)
+            inside = np.where(self._waits, behind, inside)
+        at = self._sent(np.concatenate((inside, behind)))
+        each = prefixes.logp_of_each(at[self._grid]).flatten(0, 1)[self._cells]
+        # A gap alone says nothing where nothing is written, and is what waits behind a comma, say.
+        for places, heard in (
+            (np.flatnonzero(self._gap & (self._last != NO_LETTER)), at[size:]),
+            (np.flatnonzero(~self._gap & (self._last == NO_LETTER)), at[:size]),
+        ):
+            if places.size:
+                here = self._sent(places)
+                each[here, gap] = prefixes.logp[heard[here]]
+        each = self._conditional(each, self._logp.repeat(2)[:, None])
+        each[:, NO_LETTER] = 0.0
+        return _Starts(prefixes, at, torch.cat(each.split(size), 1))
 
     @property
     def _parts(self) -> np.ndarray:
@@ -221,32 +224,19 @@ class LetterRows:
         """Where a gap is to be heard before any letter (R,) bool."""
         return self._gap & self._parts & (self._last != self._spelling.gap)
 
-    def _candidates(
-        self, logp: Tensor, gain: Tensor | None, starts: _Starts, count: int
-    ) -> tuple[Tensor, Tensor]:
-        """The `count` tokens (R, K) other than the end that may have the highest scores, and what
-        these are at most (R, K), highest first: as if of their letters only the first were heard.
-        """
-        letters, _, opens, _ = self._spelling.on(self._device)
-        first = opens * self._frames.letters + letters[:, 0]
-        bound = starts.prefixes.logp_of_each()
-        gap = bound[: len(self), self._spelling.gap]
-        gap.copy_(
-            torch.where(starts.free, self._logp, torch.where(starts.waiting, starts.behind, gap))
-        )
-        bound = self._conditional(bound, self._logp.repeat(2)[:, None])
-        bound[:, NO_LETTER] = 0.0
-        bound = torch.cat(bound.to(logp.dtype).split(len(self)), 1)
+    def _candidates(self, logp: Tensor, gain: Tensor | None, starts: _Starts, count: int) -> Tensor:
+        """The `count` tokens (R, K) other than the end that may have the highest scores: as if of
+        their letters only the first were heard."""
+        first, each = self._first, starts.each.to(logp.dtype)
         if logp.shape[1] <= FEW * LIKELIEST:
-            most = self._joint(logp, gain, bound[:, first])
+            most = self._joint(logp, gain, each.index_select(1, first))
             most[:, self._end] = -torch.inf
-            most, tokens = most.topk(min(count, most.shape[1]))
-            return tokens, most
+            return most.topk(min(count, most.shape[1])).indices
         logp, likeliest = logp.topk(LIKELIEST)
         gain = None if gain is None else gain.gather(1, likeliest)
-        most = self._joint(logp, gain, bound.gather(1, first[likeliest]))
-        most, chosen = most.masked_fill(likeliest == self._end, -torch.inf).topk(count)
-        return likeliest.gather(1, chosen), most
+        most = self._joint(logp, gain, each.gather(1, first[likeliest]))
+        chosen = most.masked_fill(likeliest == self._end, -torch.inf).topk(count).indices
+        return likeliest.gather(1, chosen)
 
     def _scores(
         self,
@@ -254,69 +244,58 @@ class LetterRows:
         gain: Tensor | None,
         starts: _Starts,
         tokens: Tensor,
-        most: Tensor,
         count: int,
         drawn: np.ndarray | None,
+        rivals: Tensor | None,
     ) -> Tensor:
-        """The joint scores (R, K) of `tokens` (R, K), each `most` (R, K) at most, the most likely
-        first; -inf where the first `count` are all better, but for rows that are `drawn` (R,)."""
-        logp = logp.gather(1, tokens)
+        """The joint scores (R, K) of `tokens` (R, K); -inf for the end, and where `count` are
+        better of the row, or, with totals of `rivals` (R, 1), of all rows of a clip, but for rows
+        that are `drawn` (R,).
+
+        A letter at a time for all: what is heard of a token becomes less with each, and it is given
+        up once as many whole ones are better. Tokens of a row that begin alike are one until they
+        part.
+        """
+        logp = logp.gather(1, tokens).masked_fill(tokens == self._end, -torch.inf)
         gain = None if gain is None else gain.gather(1, tokens)
-        heard = torch.full(tokens.shape, -torch.inf, dtype=torch.float64, device=self._device)
-        rows = torch.arange(len(self), device=self._device)[:, None]
-        heard[:, :count] = self._heard(starts, rows, tokens[:, :count])
-        worst = self._joint(logp, gain, heard)[:, :count].amin(1, keepdim=True)
-        better = most[:, count:] > worst
-        if drawn is not None:
-            better |= self._sent(drawn)[:, None]
-        places = _where(better.flatten())
-        if len(places):
-            row, column = places // better.shape[1], count + places % better.shape[1]
-            least = self._needed(worst, logp, gain)
-            if drawn is not None:
-                least = least.masked_fill(self._sent(drawn)[:, None], -torch.inf)
-            own = self._heard(starts, row, tokens[row, column], least[row, column])
-            heard[row, column] = own
+        heard = starts.each.gather(1, self._first[tokens])
+        letters, counts, opens, _ = (
+            one.index_select(0, tokens.flatten()) for one in self._spelling.on(self._device)
+        )
+        counts, letters = counts.view(tokens.shape), letters.long()
+        at = starts.at.view(2, -1, 1).expand(-1, -1, tokens.shape[1]).flatten(1)
+        at, prefixes = torch.where(opens > 0, at[1], at[0]), starts.prefixes
+        before = self._logp.repeat_interleave(tokens.shape[1])
+        for place in range(1, self._spelling.longest):
+            score, goes_on = self._joint(logp, gain, heard), counts > place
+            if not (waited_for := _waited_for(score)):
+                worst = self._worst_of_best(score.masked_fill(goes_on, -torch.inf), count, rivals)
+                if drawn is not None:
+                    worst = worst.masked_fill(self._sent(drawn)[:, None], -torch.inf)
+                heard.masked_fill_(goes_on & (score <= worst), -torch.inf)
+                goes_on &= score > worst
+            here = _where(goes_on.flatten())
+            if not here.numel():
+                break
+            spelt = letters[here, place - 1]
+            parents, added, same = _distinct(at[here], spelt, self._frames.letters)
+            prefixes, letter = prefixes.then(parents, added), letters[here, place]
+            at = at.index_copy(0, here, same)
+            own = self._conditional(prefixes.logp_then(same, letter), before[here])
+            if waited_for:
+                own = torch.where(letter > 0, own, heard.flatten())
+            heard.view(-1).index_copy_(0, here, own)
         return self._joint(logp, gain, heard)
 
-    def _needed(self, score: Tensor, logp: Tensor, gain: Tensor | None) -> Tensor:
-        """What must be heard (R, K) of tokens of `logp` (R, K) for a joint score above `score`."""
-        needed = (score - (1 - self._weighing) * logp) / self._weighing
-        return needed if gain is None else needed - gain
-
-    def _heard(
-        self, starts: _Starts, rows: Tensor, tokens: Tensor, least: Tensor | None = None
-    ) -> Tensor:
-        """Log-probability of the letters of `tokens` (...) behind what `rows` (...) have written;
-        -inf where that is not above the `least` (...).
-
-        A letter at a time for all; tokens of a row that begin alike are one until they part.
-        """
-        letters, counts, opens, blank = (
-            one[tokens.flatten()] for one in self._spelling.on(self._device)
-        )
-        row = rows.expand(tokens.shape).flatten()
-        # A gap alone is heard as a letter, but for one before all letters or that was to be heard.
-        free, waiting = starts.free[row], starts.waiting[row]
-        counts = counts - blank * (free | waiting)
-        at = row + len(self) * (opens + blank * waiting)
-        letters, before = letters.long(), self._logp[row]
-        found = torch.cat((self._logp, starts.behind))[row + len(self) * blank * waiting]
-        floor = -torch.inf if least is None else before + least.flatten()
-        here, prefixes = _where(counts > 0), starts.prefixes
-        for place in range(self._spelling.longest):
-            if not len(here):
-                break
-            own = prefixes.logp_then(at[here], letters[here, place])
-            on = counts[here] > place
-            found = found.index_copy(0, here, torch.where(on, own, found[here]))
-            if len(here := _where((counts > place + 1) & (found > floor))):
-                pairs = at[here], letters[here, place], self._frames.letters
-                parents, added, same = _distinct(*pairs)
-                prefixes = prefixes.then(parents, added)
-                at = at.index_copy(0, here, same)
-        heard = self._conditional(found, before).view(tokens.shape)
-        return heard if least is None else heard.masked_fill(~(heard > least), -torch.inf)
+    def _worst_of_best(self, score: Tensor, count: int, rivals: Tensor | None) -> Tensor:
+        """Of scores (R, K) the `count`-th best of each row (R, 1); with totals of `rivals` (R, 1),
+        what a score of the row is worth as much as the `count`-th best of all rows of its clip."""
+        if rivals is None:
+            return score.topk(min(count, score.shape[1])).values[:, -1:]
+        shape = self._grid.numel() // 2, score.shape[1]
+        own = torch.full(shape, -torch.inf, dtype=rivals.dtype, device=self._device)
+        own = own.index_copy_(0, self._cell, score + rivals).view(len(self._grid), -1)
+        return own.topk(min(count, own.shape[1])).values[self._clips, -1:] - rivals
 
     def _go_on(self, places: np.ndarray, tokens: np.ndarray) -> Tensor:
         """The rows at `places` (S,) go on with `tokens` (S,); log-probability (S,) of their letters
@@ -331,21 +310,18 @@ class LetterRows:
         counts = counts + parted
         here = self._sent(places)
         prefixes = self._prefixes().take(here)
-        before = found = self._logp[here]
+        before = self._logp[here]
         for place in range(counts.max(initial=0)):
-            on, last = np.flatnonzero(counts > place), np.flatnonzero(counts == place + 1)
-            index, ends = self._sent(on), self._sent(last)
-            ending = prefixes.take(ends)
-            every = torch.arange(len(last), device=self._device)
-            own = ending.logp_then(every, self._sent(spelt[last, place]))
-            found = found.index_copy(0, ends, own)
-            prefixes = prefixes.put(index, prefixes.then(index, self._sent(spelt[on, place])))
+            on = np.flatnonzero(counts > place)
+            index = self._sent(on)
+            grown = prefixes.then(index, self._sent(spelt[on, place]))
+            prefixes = grown if on.size == places.size else prefixes.put(index, grown)
         self._states = self._states.index_copy(0, here, prefixes.states)
-        self._logp = self._logp.index_copy(0, here, found)
+        self._logp = self._logp.index_copy(0, here, prefixes.logp)
         said = counts > 0
         self._last[places[said]] = spelt[said, counts[said] - 1]
         self._gap[places] = np.where(blank, ~said, table.closes[tokens] | (gap & ~said))
-        return self._conditional(found, before)
+        return self._conditional(prefixes.logp, before)
 
     def _joint(
         self, logp: Tensor, gain: Tensor | None, heard: Tensor, weight: Tensor | None = None
@@ -361,17 +337,36 @@ class LetterRows:
     def _conditional(logp: Tensor, before: Tensor) -> Tensor:
         """`logp` given what is as likely as `before`, LEAST_HEARD at least; where that cannot have
         been heard, whatever follows is as likely as anything."""
-        return torch.where(before == -torch.inf, 0.0, logp - before).clamp(LEAST_HEARD, 0.0)
+        heard = (logp - before).nan_to_num_(0.0, neginf=-torch.inf)
+        return heard.clamp_(LEAST_HEARD, 0.0)
 
     def _place(self) -> None:
         """Number the rows and their clips on the device."""
         self._rows = self._sent(np.flatnonzero(self.of_rows))
         self._clips = self._sent(self._clip)
-        self._weighing = self._sent(self._weight)[:, None]
+        self._weighing = self._sent(self._weight.astype(np.float32))[:, None]
+        if not len(self):
+            return
+        self._first = self._spelling.on(self._device)[3]
+        # The rows of each clip beside each other, as many as the most that one has.
+        size, counts = len(self), np.bincount(self._clip)
+        order = np.argsort(self._clip, kind="stable")
+        number = np.empty_like(order)
+        number[order] = np.arange(size) - np.repeat(np.cumsum(counts) - counts, counts)
+        grid = np.zeros((len(counts), counts.max()), np.int64)
+        grid[self._clip, number] = np.arange(size)
+        cells = 2 * self._clip * grid.shape[1] + number
+        self._cell = self._sent(self._clip * grid.shape[1] + number)
+        """The place of each row (R,) among the rows of clips, padded (C M)."""
+        self._grid = self._sent(np.concatenate((grid, grid + size), 1))
+        """What each clip's rows go on from (C, 2 M), as `_Starts.at` numbers it."""
+        self._cells = self._sent(np.concatenate((cells, cells + grid.shape[1])))
+        """The place there of each (2 R,)."""
 
     def _sent(self, values: np.ndarray) -> Tensor:
         """On its way to the device: nobody waits for it here."""
-        return torch.from_numpy(values).to(self._device, non_blocking=True)
+        sent = torch.from_numpy(values)
+        return sent if self._device.type == "cpu" else sent.to(self._device, non_blocking=True)
 
 
 def _the_one(alphabets: set[str]) -> str:
@@ -381,18 +376,23 @@ def _the_one(alphabets: set[str]) -> str:
     return alphabets.pop()
 
 
+def _waited_for(values: Tensor) -> bool:
+    """Whether `values` are on a device that the host would have to wait for."""
+    return not values.is_cpu
+
+
 def _where(chosen: Tensor) -> Tensor:
-    """The places that are `chosen` (N,) bool; on a device that would have to be waited for, all."""
-    if chosen.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(chosen.numpy()))
-    return torch.arange(len(chosen), device=chosen.device)
+    """The places that are `chosen` (N,) bool; where that would have to be waited for, all."""
+    if _waited_for(chosen):
+        return torch.arange(chosen.numel(), device=chosen.device)
+    return torch.from_numpy(chosen.numpy().nonzero()[0])
 
 
 def _distinct(places: Tensor, letters: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs of `places` (N,) and `letters` (N,) below `size`, each once (M,), and which of them
-    each was (N,); on a device that would have to be waited for, all as they are."""
-    if places.device.type == "cpu":
-        pairs, same = np.unique((places * size + letters).numpy(), return_inverse=True)
-        pairs = torch.from_numpy(pairs)
-        return pairs // size, pairs % size, torch.from_numpy(same.reshape(-1))
-    return places, letters, torch.arange(len(places), device=places.device)
+    each was (N,); where that would have to be waited for, all as they are."""
+    if _waited_for(places):
+        return places, letters, torch.arange(len(places), device=places.device)
+    pairs, same = np.unique((places * size + letters).numpy(), return_inverse=True)
+    pairs = torch.from_numpy(pairs)
+    return pairs // size, pairs % size, torch.from_numpy(same.reshape(-1))

@@ -64,10 +64,13 @@ class Spelling:
         return self.alphabet.find(GAP) + 1
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Letters (V, L) and, as numbers (V,), `counts`, `opens` and `blank`, on a device."""
+        """On a device, letters (V, L) and, as numbers (V,), `counts` and `opens`; last, the first
+        letters (V,), those behind a gap numbered after all others."""
         if device not in self._there:
-            numbers = (one.astype(np.int64) for one in (self.counts, self.opens, self.blank))
-            columns = (torch.from_numpy(one).to(device) for one in (self.letters, *numbers))
+            opens = self.opens.astype(np.int64)
+            first = opens * (1 + len(self.alphabet)) + self.letters[:, 0]
+            columns = self.letters, self.counts.astype(np.int64), opens, first
+            columns = (torch.from_numpy(one).to(device) for one in columns)
             self._there[device] = tuple(columns)
         return self._there[device]
 

@@ -231,8 +231,11 @@ def test_rows_that_go_on_come_and_go_score_every_token_as_one_by_one(clips, plan
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 1000), st.integers(1, 4), st.booleans(), st.booleans())
-def test_the_best_tokens_have_their_own_scores_and_the_others_none(seed, count, boosted, large):
+@given(st.integers(0, 1000), st.integers(1, 4), st.booleans(), st.booleans(), st.booleans())
+def test_the_best_tokens_have_their_own_scores_and_the_others_none(
+    seed, count, boosted, large, elsewhere
+):
+    """Whether the host can look at them, or would have to wait for a device."""
     torch.manual_seed(seed)
     rows, heard = letter_rows([20, 30])
     rows.advance(np.array([1, 2]))
@@ -243,6 +246,7 @@ def test_the_best_tokens_have_their_own_scores_and_the_others_none(seed, count, 
         if large:
             patched.setattr(joint, "LIKELIEST", 13)
             patched.setattr(joint, "FEW", 0)
+        patched.setattr(joint, "_waited_for", lambda _: elsewhere)
         found = rows.weigh(logp if bonus is None else logp + bonus, bonus, count)
     for row, tokens in enumerate(([1], [2])):
         said = torch.from_numpy(next_logp(heard[row], TEXTS, tokens, Texts.eos))
@@ -255,6 +259,35 @@ def test_the_best_tokens_have_their_own_scores_and_the_others_none(seed, count, 
             others.values.tolist(), abs=1e-4
         )
         assert found[row, Texts.eos] == pytest.approx(expected[0].item(), abs=1e-4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.integers(0, 1000),
+    st.integers(1, 4),
+    st.lists(st.tuples(st.integers(0, 2), st.integers(1, len(TEXTS) - 1)), min_size=1, max_size=8),
+)
+def test_the_best_of_all_rows_of_a_clip_have_their_own_scores(seed, count, hypotheses):
+    random = torch.Generator().manual_seed(seed)
+    clips, tokens = (np.array(column) for column in zip(*hypotheses, strict=True))
+    rows, heard = letter_rows([20, 30, 9])
+    rows.select(clips)
+    rows.advance(tokens)
+    logp = (3 * torch.randn(len(clips), len(TEXTS), generator=random)).log_softmax(-1)
+    totals = 4 * torch.randn(len(clips), generator=random).double()
+    found = rows.weigh(logp, None, count, totals=totals.numpy())
+    said = [next_logp(heard[clip], TEXTS, [token], Texts.eos) for clip, token in hypotheses]
+    expected = 0.5 * logp + 0.5 * torch.tensor(np.array(said))
+    scored = found > -torch.inf
+    assert scored[:, Texts.eos].all()
+    assert found[scored].tolist() == pytest.approx(expected[scored].tolist(), abs=1e-4)
+    for clip in set(clips.tolist()):
+        own = torch.from_numpy(clips == clip)
+        mine, best = (
+            (each + totals[:, None])[own, 1:].flatten().topk(count).values.tolist()
+            for each in (found, expected)
+        )
+        assert mine == pytest.approx(best, abs=1e-4)
 
 
 def test_where_there_is_time_for_no_letter_and_no_end_allowed_something_is_written():
