@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from cluster.progress import METRICS
+from cluster.rejections import REJECTED
 from jobs import stage
 from mmrag import artifact, shipped
 from mmrag.config import Experiment
@@ -13,6 +14,8 @@ from mmrag.decoding.tune import DEFAULTS
 from mmrag.recogniser import CALIBRATION
 
 KINDS = {"hubert": "pretrain_hubert", "codebook": "tokenize", "lm": "train"}
+LEFT = (METRICS, REJECTED)
+"""What tells how a model was made, and is not needed to use it."""
 LIMIT_MB = 60
 """What a repository can carry."""
 
@@ -58,7 +61,7 @@ def run(experiment: Experiment, force: bool = False) -> None:
 
 
 def _files(directory: Path) -> list[Path]:
-    return sorted(each for each in directory.iterdir() if each.name != METRICS)
+    return sorted(each for each in directory.iterdir() if each.name not in LEFT)
 
 
 if __name__ == "__main__":

@@ -235,7 +235,8 @@ class Decoder:
         except ValueError as error:
             raise InvalidRequest(str(error)) from None
         speech = self._models.vocabulary.speech_input(request.units)
-        beams = beams_for(decode, self._models.vocabulary.letters(speech))
+        letters = self._models.vocabulary.letters(speech)
+        beams = beams_for(decode, letters, self._settings.decoder.rows)
         return Clip(
             speech=speech,
             limit=self._models.longest(self._models.seconds(request.units), decode),

@@ -22,7 +22,7 @@ class Decode(Section):
     """From units to text."""
 
     beams: PositiveInt | None = None
-    """1 for greedy search; None for 4 where a CTC head has a say, else for 1."""
+    """1 for greedy search; None for 8 where a CTC head has a say, else for 1."""
     length_penalty: float = Field(ge=0)
     """Exponent of the length by which a beam's log-probability is divided."""
     tokens_per_second: PositiveFloat

@@ -21,7 +21,7 @@ from mmrag.records import Letters
 from mmrag.retrieval.interpolation import Retrieval
 from mmrag.retrieval.memory import AttentionSource
 
-JOINT_BEAMS = 4
+JOINT_BEAMS = 8
 """Of joint decoding, where nobody says how many: what letters favour shows some tokens later."""
 
 
@@ -66,11 +66,14 @@ class Clip:
         return self.retrieval is not None and self.retrieval.settings.query == "text"
 
 
-def beams_for(settings: Decode, letters: Letters | None) -> int:
-    """The beams of a clip of which a CTC head heard these `letters`, or that none heard."""
+def beams_for(settings: Decode, letters: Letters | None, rows: int | None = None) -> int:
+    """The beams of a clip of which a CTC head heard these `letters`, or that none heard; where
+    nobody says how many, so few that two clips fit into `rows`."""
     if settings.beams is not None:
         return settings.beams
-    return JOINT_BEAMS if letters is not None and settings.ctc_weight else 1
+    if letters is None or not settings.ctc_weight:
+        return 1
+    return JOINT_BEAMS if rows is None else max(1, min(JOINT_BEAMS, rows // 2))
 
 
 @dataclass(eq=False)

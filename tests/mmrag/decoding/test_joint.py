@@ -13,6 +13,7 @@ from random_models import perturb
 
 from mmrag.config import Decode, LanguageModel
 from mmrag.decoding import joint
+from mmrag.decoding.beams import beams_for
 from mmrag.decoding.decode import Batch, Clip, decode
 from mmrag.decoding.joint import LetterRows
 from mmrag.decoding.spelling import Spelling
@@ -302,3 +303,16 @@ def test_where_there_is_time_for_no_letter_and_no_end_allowed_something_is_writt
     assert found[TEXTS.index("b, ")] == -501
     logp[0, silent] = -torch.inf
     assert rows.weigh(logp, None, 1)[0].max() == -501
+
+
+@pytest.mark.parametrize(
+    ("told", "weight", "rows", "beams"),
+    [(None, 0.3, None, 8), (None, 0.3, 8, 4), (None, 0.3, 1, 1), (None, 0, 8, 1), (3, 0.3, 2, 3)],
+)
+def test_beams_that_nobody_chose_leave_room_for_a_second_clip(told, weight, rows, beams):
+    nothing = Letters(ENGLISH, np.zeros((0, 29), np.uint8))
+    settings = Decode(
+        beams=told, length_penalty=0.6, tokens_per_second=16, max_seconds=8, ctc_weight=weight
+    )
+    assert beams_for(settings, nothing, rows) == beams
+    assert beams_for(settings, None, rows) == (told or 1)
