@@ -94,6 +94,8 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         draft.summary |= {
             name: round(rate, 3) for name, rate in last.items() if name.startswith(ERRORS)
         }
+        listed = draft.path / REJECTED
+        draft.summary["rejected"] = len(read_rejections(listed)) if listed.exists() else 0
 
     return stage.make(
         experiment,

@@ -53,6 +53,7 @@ def test_it_reads_what_is_tokenized_and_measures_phones_on_dev(workspace, borrow
         measured[-1]["phone_errors_assistant"], 3
     )
     [listed] = [json.loads(line) for line in (made.path / "rejected.jsonl").open()]
+    assert made.summary["rejected"] == 1
     assert listed["source"] == "lm-3" and "lm-3.flac" in listed["reason"]
     assert np.isfinite([record["loss"] for record in records(made.path)]).all()
 
