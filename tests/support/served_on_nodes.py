@@ -15,7 +15,7 @@ import cluster.connection  # noqa: F401 - Ray's environment
 # isort: split
 import numpy as np
 import ray
-from ray.cluster_utils import Cluster
+from lost_nodes import add, head
 
 from cluster.shards import ShardedRetriever, serve_shards
 from mmrag.retrieval.datastore import Datastore
@@ -26,18 +26,9 @@ NODES = 3
 
 def main(directory: Path) -> dict:
     """Where replicas are, and what searches find before, while and after a node is removed."""
-    nodes = Cluster(
-        initialize_head=True,
-        connect=True,
-        head_node_args={"num_cpus": 0, "object_store_memory": 80_000_000},
-    )
+    nodes = head()
     try:
-        workers = {
-            node.node_id: node
-            for node in (
-                nodes.add_node(num_cpus=1, object_store_memory=80_000_000) for _ in range(NODES)
-            )
-        }
+        workers = {node.node_id: node for node in (add(nodes) for _ in range(NODES))}
         nodes.wait_for_nodes()
         keys = Datastore.open(directory).keys(0, 5)
         seen = {}

@@ -18,9 +18,8 @@ import cluster.connection  # noqa: F401 - Ray's environment
 # isort: split
 import ray
 import requests
-from lost_nodes import lose
+from lost_nodes import add, head, lose
 from ray import serve
-from ray.cluster_utils import Cluster
 
 from cluster.ports import free_ports
 from cluster.shards import NAMESPACE
@@ -51,15 +50,9 @@ GIVEN = {
 def main(directory: Path, clip: Path, name: str) -> dict[str, Any]:
     """Where the parts are, and what callers who send `clip`, some with a datastore of `name`, are
     answered before, while and after a node is lost."""
-    own = {"num_cpus": 0, "object_store_memory": 80_000_000, "include_dashboard": False}
-    nodes = Cluster(initialize_head=True, connect=True, head_node_args=own)
+    nodes = head()
     try:
-        workers = {
-            node.node_id: node
-            for node in (
-                nodes.add_node(num_cpus=1, object_store_memory=80_000_000) for _ in range(NODES)
-            )
-        }
+        workers = {node.node_id: node for node in (add(nodes) for _ in range(NODES))}
         nodes.wait_for_nodes()
         url = started(directory)
         texts = {"name": STORE, "texts": [name]}

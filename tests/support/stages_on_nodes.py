@@ -25,7 +25,6 @@ import cluster.connection  # noqa: F401 - Ray's environment
 import lost_nodes
 import ray
 from ray._private.state import available_resources_per_node
-from ray.cluster_utils import Cluster
 from small_datastores import sealed
 
 from cluster.parts import Part
@@ -33,7 +32,6 @@ from jobs import build_datastore, evaluate, pretrain_hubert, stage, synthesize, 
 from mmrag.artifact import Artifact
 from mmrag.config import Experiment, read
 
-STORE_BYTES = 80_000_000
 NODES = 3
 PARTS = 3
 """Of an output, that are there when a node goes."""
@@ -49,8 +47,7 @@ class Nodes:
     """A head without CPUs, and nodes of one CPU each that come and go."""
 
     def __init__(self) -> None:
-        own = {"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False}
-        self._cluster = Cluster(initialize_head=True, connect=True, head_node_args=own)
+        self._cluster = lost_nodes.head()
         self._nodes = {}
         self._drained = []
         self.fill()
@@ -60,7 +57,7 @@ class Nodes:
         while self._drained:
             self._cluster.remove_node(self._drained.pop())  # what is left of its processes
         while len(self._nodes) < NODES:
-            node = self._cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+            node = lost_nodes.add(self._cluster)
             self._nodes[node.node_id] = node
         self._cluster.wait_for_nodes()
 
