@@ -15,7 +15,7 @@ from serve.operations.environment import PORTS, VARIABLES
 ROOT = Path(__file__).parents[2]
 SENTENCE = "please call priya raghavan tomorrow"
 NAME = "priya raghavan"
-PARTS = ("ingress", "encoder", "retriever", "decoder", "shards")
+PARTS = ("api", "encoder", "retriever", "decoder", "shards")
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
