@@ -59,6 +59,7 @@ def main(directory: Path, clip: Path, name: str) -> dict[str, Any]:
         requests.post(f"{url}/v1/datastores", json=texts, timeout=SECONDS).raise_for_status()
         data = clip.read_bytes()
         until(lambda: whole(url, data))
+        until(lambda: all(len(one) > 1 for one in placed().values()))
         seen: dict[str, Any] = {"before": (before := placed())}
         seen["gone"] = gone = next(
             one
@@ -70,7 +71,7 @@ def main(directory: Path, clip: Path, name: str) -> dict[str, Any]:
             seen["losing"] = time.monotonic()
             lose(nodes, workers[gone])
             seen["lost"] = time.monotonic()
-            until(lambda: all(len(set(one) - {gone}) == 2 for one in placed().values()))
+            until(lambda: again(before, placed(), gone))
             until(lambda: whole(url, data))
             seen["whole"] = time.monotonic()
             until(lambda: sum(one["begun"] > seen["whole"] for one in calls) >= 3 * CALLERS)
@@ -127,6 +128,14 @@ def placed() -> dict[str, list[str]]:
 
 def _node(_: object) -> str:
     return ray.get_runtime_context().get_node_id()
+
+
+def again(before: dict[str, list[str]], now: dict[str, list[str]], gone: str) -> bool:
+    """Whether as many replicas of each part as there were are on nodes that are left."""
+    counts = {part: len(nodes) for part, nodes in before.items()}
+    return counts == {part: len(nodes) for part, nodes in now.items()} and not any(
+        gone in nodes for nodes in now.values()
+    )
 
 
 @contextmanager
