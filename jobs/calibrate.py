@@ -100,9 +100,8 @@ def judge(recogniser: Recogniser, recordings: Recordings, clips: int) -> list[Ju
             found = words(heard, recogniser.vocabulary)
             text = " ".join(word.text for word in found)
             wrong = word_error_rate([one.text], [text], resamples=1).rate
-            sure = [word.probability for word in found]
             said = len(spoken(one.text).split())
-            judged.append(Judged(sure, right(one.text, found), wrong, said))
+            judged.append(Judged(found, right(one.text, found), wrong, said))
     if not judged:
         of = f" of {', '.join(sorted(domains))}" if domains else ""
         raise ValueError(f"{printable(path)}: no clip{of} with a transcript that could be read")
@@ -164,7 +163,7 @@ def _reliability(calibration: Calibration, split: str, sets: Sequence[Sequence[J
 
 def _pooled(calibration: Calibration, judged: Sequence[Judged]) -> tuple[np.ndarray, np.ndarray]:
     """Confidence (W,) and correctness (W,) of all words."""
-    sure = [calibration.words(one.probabilities) for one in judged]
+    sure = [calibration.words(one.words) for one in judged]
     return np.concatenate(sure), np.concatenate([np.array(one.correct, float) for one in judged])
 
 

@@ -228,13 +228,12 @@ def judged(transcript: Transcript, calibration: Calibration | None, settings: De
     its words then, if `settings` want it so. Where nobody calibrated, it stays as it is."""
     if calibration is None or not transcript.words:
         return transcript
-    probabilities = [word.probability for word in transcript.words]
-    confidence = calibration.segment(probabilities)
+    confidence = calibration.segment(transcript.words)
     unclear = confidence < calibration.unclear
     marked = replace(transcript, confidence=confidence, unclear=unclear)
     if unclear and settings.unclear == "empty":
         return replace(marked, text="", words=())
-    each = zip(transcript.words, calibration.words(probabilities).tolist(), strict=True)
+    each = zip(transcript.words, calibration.words(transcript.words).tolist(), strict=True)
     sure = tuple(replace(word, confidence=one, unclear=unclear) for word, one in each)
     return replace(marked, words=sure)
 

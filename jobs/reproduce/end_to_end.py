@@ -36,7 +36,7 @@ from mmrag.decoding.confidence import (
     marked,
 )
 from mmrag.recogniser import CALIBRATION, AnyRecogniser, load
-from mmrag.records import Utterance
+from mmrag.records import Utterance, Word
 from mmrag.retrieval.interpolation import Retrieval
 from mmrag.retrieval.memory import AttentionSource
 from mmrag.score import word_error_rate
@@ -139,7 +139,7 @@ class _HeardClip:
 
     said: Utterance
     text: str
-    probabilities: list[float]
+    words: list[Word]
     correct: list[bool]
     """Of each word."""
     seconds: float
@@ -190,7 +190,7 @@ def _heard(
             yield _HeardClip(
                 one,
                 " ".join(part.text for part in said if part.text),
-                [word.probability for word in words],
+                words,
                 right(one.text, words),
                 seconds,
             )
@@ -228,12 +228,12 @@ def confidence(calibration: Calibration, heard: Sequence[_HeardClip]) -> dict[st
     """The keys of `rows.CONFIDENCE`; a transcript without a word says nothing, and is neither bad
     nor good."""
     judged = [
-        Judged(one.probabilities, one.correct, word_error_rate([one.said.text], [one.text], 1).rate)
+        Judged(one.words, one.correct, word_error_rate([one.said.text], [one.text], 1).rate)
         for one in heard
         if one.correct
     ]
     bad, good = marked(calibration, judged)
-    sure = [calibration.words(one.probabilities) for one in judged]
+    sure = [calibration.words(one.words) for one in judged]
     correct = [np.array(one.correct, float) for one in judged]
     error = None
     if judged:

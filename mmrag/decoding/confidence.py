@@ -2,10 +2,11 @@
 
 A language model is sure of itself where it should not be: handed speech unlike any that it knows,
 it writes a fluent sentence, each word of it likely after the last. What gives it away is that its
-words are less likely on the whole. So a word's confidence depends on its own probability and on
-those of its whole segment, by a logistic regression (Platt scaling) whose three numbers are fitted
-on a development set that holds speech of both kinds; and it is that of this set alone. A segment's
-confidence is the share of its words that are expected to be right.
+words are less likely on the whole, and a short word is more easily made up than a long one. So a
+word's confidence depends on its own probability, on those of its whole segment and on its length,
+by a logistic regression (Platt scaling) whose four numbers are fitted on a development set that
+holds speech of both kinds; and it is that of this set alone. A segment's confidence is the share of
+its words that are expected to be right.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mmrag.artifact import write_json
+from mmrag.records import Word
 
 FILE = "calibration.json"
 BINS = 10
@@ -31,8 +33,7 @@ GOOD, BAD = 0.1, 0.5
 class Judged(NamedTuple):
     """A transcript whose words are known to be right or wrong."""
 
-    probabilities: Sequence[float]
-    """Of its words."""
+    words: Sequence[Word]
     correct: Sequence[bool]
     """Of its words."""
     error_rate: float
@@ -53,17 +54,19 @@ class Calibration:
     """A segment whose confidence is below is marked as unclear."""
     fitted_on: Mapping[str, int] = field(default_factory=dict)
     """Development sets and their transcripts."""
+    letters: float = 0.0
+    """Weight of the logarithm of a word's letters."""
 
-    def words(self, probabilities: Sequence[float]) -> np.ndarray:
-        """The confidence (W,) of each word of a segment, from their probabilities."""
-        if not len(probabilities):
+    def words(self, words: Sequence[Word]) -> np.ndarray:
+        """The confidence (W,) of each word of a segment."""
+        if not words:
             return np.zeros(0)
-        own, mean = _features(probabilities)
-        return _sigmoid(self.bias + self.own * own + self.mean * mean)
+        own, mean, letters = _features(words)
+        return _sigmoid(self.bias + self.own * own + self.mean * mean + self.letters * letters)
 
-    def segment(self, probabilities: Sequence[float]) -> float:
+    def segment(self, words: Sequence[Word]) -> float:
         """The share of a segment's words that are expected to be right; 0 if it has none."""
-        return float(self.words(probabilities).mean()) if len(probabilities) else 0.0
+        return float(self.words(words).mean()) if words else 0.0
 
     def save(self, directory: Path) -> None:
         """Write FILE into a directory."""
@@ -85,7 +88,7 @@ def fit(sets: Mapping[str, Sequence[Judged]]) -> Calibration:
         words = sum(len(one.correct) for one in judged)
         for one in judged:
             if len(one.correct):
-                features.append(np.stack(_features(one.probabilities)))
+                features.append(np.stack(_features(one.words)))
                 correct.append(np.array(one.correct, float))
                 weights.append(np.full(len(one.correct), 1 / words))
     if not features or len({*np.concatenate(correct)}) < 2:
@@ -94,8 +97,9 @@ def fit(sets: Mapping[str, Sequence[Judged]]) -> Calibration:
     from sklearn.linear_model import LogisticRegression
 
     found = LogisticRegression(C=1e4).fit(x.T, y, w * len(w) / w.sum())
-    [bias], [[own, mean]] = found.intercept_.tolist(), found.coef_.tolist()
-    made = Calibration(bias, own, mean, 0.0, {name: len(each) for name, each in sets.items()})
+    [bias], [[own, mean, letters]] = found.intercept_.tolist(), found.coef_.tolist()
+    counts = {name: len(each) for name, each in sets.items()}
+    made = Calibration(bias, own, mean, 0.0, counts, letters)
     everything = [one for judged in sets.values() for one in judged]
     return Calibration(**asdict(made) | {"unclear": _threshold(made, everything)})
 
@@ -126,7 +130,7 @@ def marked(calibration: Calibration, judged: Sequence[Judged]) -> tuple[float, f
     shares = []
     for chosen in (_bad, _good):
         each = [one for one in judged if len(one.correct) and chosen(one)]
-        unclear = [calibration.segment(one.probabilities) < calibration.unclear for one in each]
+        unclear = [calibration.segment(one.words) < calibration.unclear for one in each]
         shares.append(float(np.mean(unclear)) if each else float("nan"))
     return shares[0], shares[1]
 
@@ -145,8 +149,8 @@ def _threshold(calibration: Calibration, judged: Sequence[Judged]) -> float:
     Of several such places the middle one: what comes is not quite what was seen.
     """
     spoken = [one for one in judged if len(one.correct)]
-    bad = np.array([calibration.segment(one.probabilities) for one in spoken if _bad(one)])
-    good = np.array([calibration.segment(one.probabilities) for one in spoken if _good(one)])
+    bad = np.array([calibration.segment(one.words) for one in spoken if _bad(one)])
+    good = np.array([calibration.segment(one.words) for one in spoken if _good(one)])
     if not len(bad) or not len(good):
         return 0.5
     edges = np.unique(np.concatenate([[0.0], bad, good, [1.0]]))
@@ -156,10 +160,11 @@ def _threshold(calibration: Calibration, judged: Sequence[Judged]) -> float:
     return float((edges[best[0]] + edges[best[-1] + 1]) / 2)
 
 
-def _features(probabilities: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Log-odds of each word and, as often, of their mean."""
-    each = np.asarray(probabilities, float)
-    return _log_odds(each), _log_odds(np.full(len(each), each.mean()))
+def _features(words: Sequence[Word]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Log-odds of each word and, as often, of their mean; and how long each is written."""
+    each = np.array([word.probability for word in words])
+    mean = np.full(len(each), each.mean())
+    return _log_odds(each), _log_odds(mean), np.log([max(1, len(word.text)) for word in words])
 
 
 def _log_odds(probability: np.ndarray) -> np.ndarray:

@@ -86,7 +86,8 @@ def clip(reference: str, text: str, probability: float) -> _HeardClip:
     heard, true = text.split(), reference.split()
     correct = [word in true for word in heard]
     said = Utterance(id="u", text=reference, duration=1.0)
-    return _HeardClip(said, text, [probability] * len(heard), correct, 0.1)
+    words = [Word(one, probability, probability) for one in heard]
+    return _HeardClip(said, text, words, correct, 0.1)
 
 
 def test_bad_and_good_transcripts_that_are_marked_are_counted():

@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -6,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmrag.decoding.confidence import (
+    FILE,
     Calibration,
     Judged,
     expected_calibration_error,
@@ -13,6 +15,12 @@ from mmrag.decoding.confidence import (
     marked,
     reliability,
 )
+from mmrag.records import Word
+
+
+def of(probabilities, letters=5):
+    """Words of so many letters, as likely as that."""
+    return [Word("x" * letters, float(each), 0.5) for each in probabilities]
 
 
 def transcripts(count, mean, spread, error_rate, seed):
@@ -23,7 +31,8 @@ def transcripts(count, mean, spread, error_rate, seed):
     for _ in range(count):
         odds = draw.normal(mean, spread, 6)
         correct = draw.random(6) < 1 / (1 + np.exp(2 - odds))
-        made.append(Judged((1 / (1 + np.exp(-odds))).tolist(), correct.tolist(), error_rate))
+        words = of(1 / (1 + np.exp(-odds)), draw.integers(1, 10))
+        made.append(Judged(words, correct.tolist(), error_rate))
     return made
 
 
@@ -38,7 +47,7 @@ def calibration():
 
 def pooled(calibration, judged):
     return (
-        np.concatenate([calibration.words(one.probabilities) for one in judged]),
+        np.concatenate([calibration.words(one.words) for one in judged]),
         np.concatenate([np.array(one.correct, float) for one in judged]),
     )
 
@@ -47,7 +56,7 @@ def test_it_is_as_often_right_as_it_is_sure(calibration):
     for mean, rate in ((5, 0.05), (1, 0.9)):
         fresh = transcripts(400, mean, 1, rate, seed=mean + 10)
         sure, right = pooled(calibration, fresh)
-        raw = np.concatenate([one.probabilities for one in fresh])
+        raw = np.array([word.probability for one in fresh for word in one.words])
         assert expected_calibration_error(sure, right) < 0.04
         if mean == 1:
             assert expected_calibration_error(raw, right) > 0.2, "what it mends"
@@ -67,19 +76,40 @@ def test_sets_weigh_the_same_however_large_they_are():
     small, large = transcripts(50, 3, 1, 0.3, seed=2), transcripts(50, 1, 2, 0.9, seed=3)
     once = fit({"a": small, "b": large})
     twice = fit({"a": small, "b": large * 7})
-    assert (once.bias, once.own, once.mean) == pytest.approx(
-        (twice.bias, twice.own, twice.mean), rel=0.02, abs=0.02
-    )
+    numbers = [(one.bias, one.own, one.mean, one.letters) for one in (once, twice)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=0.02, abs=0.02)
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_confidences_are_probabilities_and_a_segments_is_their_mean(probabilities):
     calibration = Calibration(-3.0, 0.5, 1.5, 0.5)
-    each = calibration.words(probabilities)
+    each = calibration.words(of(probabilities))
     assert ((each >= 0) & (each <= 1)).all()
-    assert calibration.segment(probabilities) == pytest.approx(each.mean())
+    assert calibration.segment(of(probabilities)) == pytest.approx(each.mean())
     order = np.argsort(probabilities)
     assert (np.diff(each[order]) >= 0).all(), "a likelier word is surer in its segment"
+
+
+def test_short_words_are_less_sure_where_they_were_wrong_more_often():
+    draw = np.random.default_rng(5)
+    sets = {
+        "some": [
+            Judged(of([0.5, 0.9], letters), (draw.random(2) < letters / 10).tolist(), 0.5)
+            for letters in draw.integers(1, 10, 800).tolist()
+        ]
+    }
+    calibration = fit(sets)
+    short, long = (calibration.words(of([0.7], letters))[0] for letters in (2, 8))
+    assert short == pytest.approx(0.2, abs=0.1) and long == pytest.approx(0.8, abs=0.1)
+
+
+def test_a_calibration_of_before_does_without_lengths(tmp_path, calibration):
+    calibration.save(tmp_path)
+    values = json.loads((tmp_path / FILE).read_text())
+    del values["letters"]
+    (tmp_path / FILE).write_text(json.dumps(values))
+    before = Calibration.read(tmp_path)
+    assert before.words(of([0.7], 2)) == before.words(of([0.7], 9))
 
 
 def test_a_segment_without_words_has_no_confidence():
@@ -97,7 +127,7 @@ def test_the_reliability_table_counts_every_word_in_its_bin():
 
 
 def test_it_needs_words_that_are_right_and_words_that_are_wrong():
-    for sets in ({}, {"a": [Judged([0.9], [True], 0.0)]}, {"a": [Judged([], [], 1.0)]}):
+    for sets in ({}, {"a": [Judged(of([0.9]), [True], 0.0)]}, {"a": [Judged([], [], 1.0)]}):
         with pytest.raises(ValueError, match="words that are right and words that are wrong"):
             fit(sets)
 
