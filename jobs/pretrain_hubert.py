@@ -169,6 +169,7 @@ def _pretrain(experiment: Experiment, directory: Path, processes: Processes) -> 
         threads=max(1, round(experiment.pretrain.num_cpus)) if device() == "cpu" else 1,
         names=[one.id for one in spoken],
         speakers=[one.speaker for one in spoken],
+        domains=[one.domain for one in spoken],
         held_out=held_out,
         reject=reject,
         recorder=augment.rough,

@@ -170,6 +170,9 @@ class Pretrain(Section):
     balance: float = Field(default=1, ge=0, le=1)
     """How much oftener a speaker of more clips is drawn: as the number of them to this power. 1
     draws every clip alike, 0 every speaker."""
+    domain_weights: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """How much oftener a clip of a domain is drawn than one of another, as speakers are balanced; 1
+    of domains that are not named."""
     spelling_weight: float = Field(default=0, ge=0)
     """Weight of CTC (Graves et al. 2006) in the loss: a head on `hubert.layer` learns to spell what
     is written of each whole clip, and goes into the artifact. 0 for no head."""

@@ -303,11 +303,28 @@ def _deal(frames: Sequence[int], count: int) -> list[list[int]]:
     return [sorted(rows) for rows in dealt]
 
 
-def balanced(speakers: Sequence[str], balance: float) -> Tensor:
+def drawing_chances(
+    settings: Pretrain, speakers: Sequence[str] | None, domains: Sequence[str] | None
+) -> Tensor | None:
+    """The chance of each clip (N,), by who says it and what `domains` it is of; None where all are
+    as likely. ValueError if a domain weighs something, and no clip is of it."""
+    if missing := sorted(set(settings.domain_weights) - set(domains or ())):
+        raise ValueError(f"pretrain.domain_weights: no clip of {', '.join(missing)}")
+    weights = [settings.domain_weights.get(one, 1.0) for one in domains or ()]
+    if speakers and (settings.balance < 1 or set(weights) > {1.0}):
+        return balanced(speakers, settings.balance, weights or None)
+    return None
+
+
+def balanced(
+    speakers: Sequence[str], balance: float, weights: Sequence[float] | None = None
+) -> Tensor:
     """The chance of each clip (N,) float64, where a speaker's are as the number of his clips to the
-    power of `balance`."""
+    power of `balance`, times the `weights` (N,)."""
     counts = Counter(speakers)
     chances = torch.tensor([counts[one] ** (balance - 1) for one in speakers], dtype=torch.float64)
+    if weights is not None:
+        chances *= torch.tensor(weights, dtype=torch.float64)
     return chances / chances.sum()
 
 

@@ -26,7 +26,7 @@ from mmrag.config import Hubert, Pretrain, PretrainRound
 from mmrag.finite import non_finite
 from mmrag.processes import Alone, Processes
 from mmrag.speech.audio import SAMPLE_RATE
-from mmrag.speech.crops import Batch, Recorder, Reject, Share, balanced, draw, rejected
+from mmrag.speech.crops import Batch, Recorder, Reject, Share, draw, drawing_chances, rejected
 from mmrag.speech.hubert import HubertEncoder, generator_at, seeded_at
 from mmrag.speech.masked import MaskedPrediction, Sums
 from mmrag.speech.targets import LetterSequences, Phones, Targets, mfcc
@@ -277,6 +277,7 @@ def pretrain(
     threads: int = 1,
     names: Sequence[str] | None = None,
     speakers: Sequence[str] | None = None,
+    domains: Sequence[str] | None = None,
     held_out: Mapping[str, HeldOut] | None = None,
     reject: Reject | None = None,
     recorder: Recorder | None = None,
@@ -302,8 +303,8 @@ def pretrain(
     alone logs and saves, and any number of them goes on with what it saved.
 
     `threads` share the crops of a step: on two cores that is quicker than torch's own, which wait
-    for each other at every product. `names` are the clips' ids,
-    `speakers` who says each, by whom they are balanced. In rounds whose targets are phones, the
+    for each other at every product. `names` are the clips' ids, `speakers` who says each, by whom
+    they are balanced, `domains` what they are weighed by. In rounds whose targets are phones, the
     phone error rate on `held_out` clips, by name, stands in the record of each checkpoint's step
     as `phone_errors_<name>`. `recorder` makes crops sound otherwise (`settings.rough`). A clip that
     cannot be read is told to `reject`, if there is one, and left out. `bf16` is for matrix products
@@ -314,7 +315,7 @@ def pretrain(
     """
     if not len(waves):
         raise ValueError("there is no audio to pretrain on")
-    chances = balanced(speakers, settings.balance) if speakers and settings.balance < 1 else None
+    chances = drawing_chances(settings, speakers, domains)
     names = names or [str(number) for number in range(len(waves))]
     if unknown := sorted(set(settings.leave_out) - set(names)):
         raise ValueError(f"pretrain.leave_out: no utterance {', '.join(unknown)} to pretrain on")

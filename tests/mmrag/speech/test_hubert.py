@@ -15,7 +15,7 @@ from transformers import HubertConfig, HubertModel
 from mmrag.config import Hubert, Pretrain
 from mmrag.finite import NonFiniteLoss
 from mmrag.records import Timed
-from mmrag.speech.crops import PADDING, balanced, draw, mask_bands, mask_spans
+from mmrag.speech.crops import PADDING, balanced, draw, drawing_chances, mask_bands, mask_spans
 from mmrag.speech.ends import LogMel
 from mmrag.speech.hubert import HubertEncoder
 from mmrag.speech.masked import MaskedPrediction
@@ -753,6 +753,19 @@ def test_a_speaker_is_drawn_as_the_number_of_his_clips_to_the_power_of_the_balan
     settings, generator = plan(batch_seconds=100), torch.Generator().manual_seed(0)
     drawn = draw(encoder, waves, Phones(clips), settings, generator, chances=chances).clips
     assert np.mean(np.array(drawn) == 0) == pytest.approx(0.9, abs=0.05) and 2 not in drawn
+
+
+def test_a_domain_is_drawn_as_often_as_it_weighs():
+    speakers, domains = ["one", "one", "two", "two"], ["people", "news", "people", "news"]
+    assert drawing_chances(plan(balance=1), speakers, domains) is None
+    weighed = drawing_chances(plan(balance=1, domain_weights={"people": 3}), speakers, domains)
+    assert weighed.tolist() == pytest.approx([3 / 8, 1 / 8, 3 / 8, 1 / 8])
+    both = drawing_chances(
+        plan(balance=0, domain_weights={"people": 3}), ["a", "b", "b", "b"], domains
+    )
+    assert both.tolist() == pytest.approx([9 / 14, 1 / 14, 3 / 14, 1 / 14])
+    with pytest.raises(ValueError, match=r"pretrain\.domain_weights: no clip of peple"):
+        drawing_chances(plan(domain_weights={"peple": 3}), speakers, domains)
 
 
 def test_crops_of_like_length_are_computed_together_and_all_of_them_once():
