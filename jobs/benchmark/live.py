@@ -13,6 +13,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
@@ -22,6 +23,8 @@ SILENCE_SECONDS = 1.2
 """Between two clips: longer than the silence that ends a turn."""
 LAST_SECONDS = 5.0
 """How long the last transcripts are waited for."""
+UNHEARD = "no turn was found in it"
+"""The problem of a clip in which nobody was heard to speak."""
 TRANSCRIPTION = "conversation.item.input_audio_transcription."
 
 
@@ -43,7 +46,8 @@ class Sessions:
 @dataclass(frozen=True)
 class Final:
     """A turn: `seconds` from the moment at which its end had been sent to its transcript; None
-    where none came."""
+    where none came. `clip` is what was played, the session's `playing`-th; None where no turn is
+    to be blamed for a problem."""
 
     session: int
     seconds: float | None
@@ -51,6 +55,8 @@ class Final:
     deltas: int = 0
     """Events that told a part of it."""
     problem: str = ""
+    clip: int | None = None
+    playing: int | None = None
 
 
 class _Talk:
@@ -62,8 +68,13 @@ class _Talk:
         """When each chunk was sent."""
         self._ends: dict[str, float] = {}
         self._deltas: dict[str, int] = {}
+        self._played: list[tuple[int, int]] = []
+        """The clips, and the chunk with which each began."""
+        self._of: dict[str, int] = {}
+        """Which of them each turn is of."""
         self.finals: list[Final] = []
-        self.problems: list[str] = []
+        self.problems: list[tuple[str, str | None]] = []
+        """Each with the turn that has it, where it is one's."""
 
     async def run(self, clips: list[bytes]) -> list[Final]:
         """Speak and listen; a turn without a transcript is one that was lost."""
@@ -74,20 +85,36 @@ class _Talk:
         try:
             await self._speak(clips)
             deadline = _now() + LAST_SECONDS
-            while self._ends and _now() < deadline and not listening.done():
+            while self._awaited and _now() < deadline and not listening.done():
                 await asyncio.sleep(0.05)
         except (aiohttp.ClientError, OSError) as error:
-            self.problems.append(type(error).__name__)
+            self.problems.append((type(error).__name__, None))
         finally:
             listening.cancel()
-        lost = [Final(self._number, None, problem="no transcript") for _ in self._ends]
-        failed = [Final(self._number, None, problem=one) for one in self.problems]
-        return [*self.finals, *lost, *failed]
+        lost = [self._final(one, None, problem="no transcript") for one in self._ends]
+        failed = [self._final(item, None, problem=one) for one, item in self.problems]
+        unheard = [
+            Final(self._number, None, problem=UNHEARD, clip=clip, playing=playing)
+            for playing, (clip, _) in enumerate(self._played)
+            if playing not in self._of.values()
+        ]
+        return [*self.finals, *lost, *failed, *unheard]
+
+    @property
+    def _awaited(self) -> bool:
+        """Whether a transcript is still to come: of a turn, or of the last clip."""
+        return bool(self._ends) or len(self._played) - 1 not in self._of.values()
+
+    def _final(self, item: str | None, seconds: float | None, **more: Any) -> Final:
+        playing = self._of.get(item)
+        clip = None if playing is None else self._played[playing][0]
+        return Final(self._number, seconds, clip=clip, playing=playing, **more)
 
     async def _speak(self, clips: list[bytes]) -> None:
         size = 2 * int(RATE * CHUNK_SECONDS)
         started, number = _now(), self._number
         while _now() - started < self._plan.seconds:
+            self._played.append((number % len(clips), len(self._sent)))
             data = clips[number % len(clips)] + bytes(2 * int(RATE * SILENCE_SECONDS))
             for start in range(0, len(data) // size * size, size):
                 due = started + len(self._sent) * CHUNK_SECONDS
@@ -104,15 +131,18 @@ class _Talk:
             if kind == "input_audio_buffer.speech_stopped":
                 chunk = int(event["audio_end_ms"] / 1000 / CHUNK_SECONDS)
                 self._ends[item] = self._sent[min(chunk, len(self._sent) - 1)]
+                # It ends in the silence behind its clip, and may begin in that before it.
+                begun = sum(first <= chunk for _, first in self._played)
+                self._of[item] = max(0, begun - 1)
             elif kind == "delta":
                 self._deltas[item] = self._deltas.get(item, 0) + 1
             elif kind == "completed":
                 seconds = _now() - self._ends.pop(item)
-                told = event["transcript"], self._deltas.pop(item, 0)
-                self.finals.append(Final(self._number, seconds, *told))
+                told = {"text": event["transcript"], "deltas": self._deltas.pop(item, 0)}
+                self.finals.append(self._final(item, seconds, **told))
             elif kind in ("failed", "error"):
                 self._ends.pop(item, None)
-                self.problems.append(event["error"]["message"])
+                self.problems.append((event["error"]["message"], item))
 
 
 def _now() -> float:

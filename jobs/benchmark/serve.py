@@ -28,6 +28,7 @@ from jobs.benchmark.endpoint import Endpoint, EndpointError
 from jobs.benchmark.load import CONNECTION, HANG, Answer, Plan
 from jobs.benchmark.plain import BaselinePlan
 from jobs.benchmark.process import LOAD, PLAIN, Process
+from jobs.benchmark.realtime import TRANSCRIBE
 from jobs.benchmark.targets import OVERLOAD, STEADY_LOAD, TAIL_LOAD, TARGETS
 from mmrag import shipped
 from mmrag.config import Synthesize, Workers
@@ -46,7 +47,6 @@ FIRST = 10
 SAMPLE_SECONDS = 0.5
 RECOVERY_SECONDS = 90
 """How long a killed process may take to come again, and an idle replica to go."""
-TRANSCRIBE = "/v1/audio/transcriptions"
 ONE_EACH = {f"{part}.max": 1 for part in ("ingress", "encoder", "retriever", "decoder")}
 """What is compared with one process has one replica of everything."""
 SCALING = {
@@ -98,6 +98,8 @@ class Clips:
     files: tuple[str, ...]
     seconds: tuple[float, ...]
     names: tuple[str, ...]
+    texts: tuple[str, ...]
+    """What is said in each."""
 
 
 def speak(directory: Path) -> Clips:
@@ -116,7 +118,8 @@ def speak(directory: Path) -> Clips:
             file.setframerate(SAMPLE_RATE)
             file.writeframes((spoken * 32767).round().astype("<i2").tobytes())
     names = dict.fromkeys(name for one in planned for name in one.entities)
-    return Clips(tuple(files), tuple(seconds), tuple(names))
+    texts = tuple(one.text for one in planned)
+    return Clips(tuple(files), tuple(seconds), tuple(names), texts)
 
 
 class Serving:
@@ -238,7 +241,8 @@ class Serving:
     def live(self) -> dict[str, Any]:
         """People who speak to the service, more and more of them."""
         progress.print("realtime sessions")
-        return realtime.measure(self._url, self.clips.files, self.pace.live, self._key)
+        files, said = self.clips.files, self.clips.texts
+        return realtime.measure(self._url, files, self.pace.live, self._key, said)
 
     def against(self, plain: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
         """The service beside the plain process; takes the transcripts out of both."""

@@ -136,6 +136,13 @@ def show(results: Mapping[str, Any]) -> None:
         again = "did not come again" if not (s := one["recovered_s"]) else f"again after {s:.1f} s"
         slowest = f"slowest answer {one['slowest_s']:.1f} s"
         console.print(f"{victim} killed: {again}; {_counts(one['statuses'])}; {slowest}")
+    if (live := results.get("realtime.wer_between")) is not None:
+        console.print(
+            f"live transcripts of {results['realtime.playings']} clips: "
+            f"{_wer(results['realtime.wer'])} of their words wrong, "
+            f"{_wer(results['realtime.wer_file'])} of the same as files; "
+            f"the two differ in {_wer(live)}"
+        )
     if "transcripts_compared" in results:
         told = results["transcripts_that_differ"], results["transcripts_compared"]
         console.print("{} of {} transcripts differ from the plain process's\n".format(*told))
@@ -152,6 +159,11 @@ def table(title: str, *columns: str) -> Table:
 
 def _counts(found: Mapping[str, int]) -> str:
     return ", ".join(f"{status}: {count}" for status, count in found.items())
+
+
+def _wer(found: Mapping[str, Any] | None) -> str:
+    """A word error rate and its interval."""
+    return "–" if found is None else "{rate:.1%} ({low:.1%} to {high:.1%})".format(**found)
 
 
 def _or_dash(value: float | None) -> str:

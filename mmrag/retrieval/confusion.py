@@ -29,7 +29,8 @@ CANDIDATES = 50
 MOST = 20
 """That are told of."""
 SOUND, VOTES = 0.6, 0.1
-"""What sounds less alike, and takes fewer votes, is not told of."""
+"""What sounds less alike, and takes fewer votes, is not told of: set by hand, so that a short list
+comes of it. Nobody decides anything by them."""
 WORD_LETTERS = 3
 """Letters of a common word, at least."""
 BLOCK = 65_536
@@ -93,7 +94,7 @@ def heard(
 ) -> tuple[Heard, ...]:
     """What became of `hearing`'s sentences about an entry, in each of its pronunciations."""
     key = tuple(written(new, vocabulary).split())
-    said = new.pronunciations or (vocabulary.spoken(new.text),)
+    said = new.said(vocabulary.spoken(new.text))
     known = Display([(key, "")])
     return tuple(
         Heard(pronunciation, sentence, text, bool(known.among(text.split())))

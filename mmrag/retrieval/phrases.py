@@ -219,8 +219,9 @@ def remember(
     """
     described = description(lm, identity, say)
     segments = speak(phrases, lm, vocabulary, say, progress, speaking.takes)
+    said = {one.text: one.said(vocabulary.spoken(one.text)) for one in entries(phrases)}
     content: list[Any] = [
-        {one.text: [vocabulary.spoken(one.text), one.fields()] for one in entries(phrases)},
+        {one.text: [" / ".join(said[one.text]), one.fields()] for one in entries(phrases)},
         CARRIERS,
         described.audio,
         dict(sorted(identity.items())),

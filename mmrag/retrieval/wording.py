@@ -19,6 +19,9 @@ from mmrag.text import read_lines
 HEAVIEST = 2.0
 """Twice the votes of an entry that nobody weighed."""
 MOST_PRONUNCIATIONS = 8
+LETTER_A = "eigh"
+"""How the letter A is called, for a synthesizer that would read the article."""
+_SPLIT_A = re.compile(r"(?<![^\W\d_])[Aa](?=\d)|(?<=\d)[Aa](?![^\W\d_])")
 _LANGUAGE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
 
 
@@ -49,8 +52,13 @@ class Entry:
     def lines(self, carrier: str, spoken: str) -> list[str | Line]:
         """A carrier sentence about it, said in each of its ways; `spoken` is how the model writes
         it, which is what is said where no pronunciation is given."""
-        said = self.pronunciations or (spoken,)
+        said = self.said(spoken)
         return [self._line(carrier.format(phrase=one), one) for one in said]
+
+    def said(self, spoken: str) -> tuple[str, ...]:
+        """The ways in which it is said; `spoken` as in `lines`."""
+        english = self.language is None or re.split("[-_]", self.language.lower())[0] == "en"
+        return self.pronunciations or (_lettered(spoken, self.text) if english else spoken,)
 
     def _line(self, sentence: str, pronunciation: str) -> str | Line:
         phonetic = bool(self.pronunciations) and is_ipa(pronunciation)
@@ -73,6 +81,29 @@ class Entry:
 def is_ipa(pronunciation: str) -> bool:
     """Whether a pronunciation is IPA, and not a respelling."""
     return len(pronunciation) > 2 and pronunciation[0] == pronunciation[-1] == "/"
+
+
+def _lettered(spoken: str, text: str) -> str:
+    """A text as it is `spoken`, with each A that is a letter called by its name: "A1C" is "eigh one
+    C". One is where `text` has it beside a digit, beside another letter that stands alone (A B C),
+    and at the end (vitamin A): there no article stands."""
+    words = spoken.split()
+    beside_digit = _SPLIT_A.search(text) is not None
+    alone = any(word in ("a", "A") for word in text.split())
+
+    def is_letter(place: int) -> bool:
+        around = words[max(0, place - 1) : place] + words[place + 1 : place + 2]
+        return (
+            (beside_digit and (words[place] == "A" or not alone))
+            or place == len(words) - 1
+            or any(len(word) == 1 and word.isalpha() and word not in "aA" for word in around)
+        )
+
+    named = [
+        LETTER_A if word in ("a", "A") and is_letter(place) else word
+        for place, word in enumerate(words)
+    ]
+    return " ".join(named) if LETTER_A in named else spoken
 
 
 FIELDS = tuple(field.name for field in fields(Entry))

@@ -4,9 +4,9 @@ Ray writes HAProxy's configuration and has no setting for where its status and m
 nor for what a caller is told whose replica is lost, nor does anybody end HAProxy when Ray's
 processes are killed. So this takes HAProxy's place (`haproxy.sh`, which
 RAY_SERVE_HAPROXY_BINARY_PATH names), binds those pages to the loopback interface, lets nobody else
-of the machine administer it, has it answer in the API's own shape (`LOST`), asks to be killed when
-whoever started it is gone, and then becomes HAProxy: the process, and its number, stay the same. It
-is run by itself and imports nothing of ours.
+of the machine administer it, has it answer in the API's own shape (`LOST`) whoever's replica is
+gone, asks to be killed when whoever started it is gone, and then becomes HAProxy: the process, and
+its number, stay the same. It is run by itself and imports nothing of ours.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ LOST = {
 `serve.errors` says where another part does."""
 LOST_FILE = "unavailable.http"
 """Beside the configuration: that answer."""
+ONE_REQUEST_EACH = "    option http-server-close\n"
+"""A connection to a replica has one request. Where one that had others before breaks, HAProxy 2.8
+closes the caller's without an answer, for the caller to ask again."""
 SET_PARENT_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
 
@@ -60,6 +63,16 @@ def answering(configuration: str, file: Path) -> str:
     """Ray's configuration with `file` for each of HAProxy's own errors, in the place of a 500 that
     says no more."""
     return re.sub(r"^(\s*errorfile 50\d ).*$", rf"\g<1>{file}", configuration, flags=re.MULTILINE)
+
+
+def never_silent(configuration: str) -> str:
+    """Ray's configuration with ONE_REQUEST_EACH among its defaults, so that a caller is answered
+    whatever becomes of the replica before its answer has begun."""
+    if ONE_REQUEST_EACH in configuration:
+        return configuration
+    return re.sub(
+        r"^defaults[ \t]*\n", rf"\g<0>{ONE_REQUEST_EACH}", configuration, flags=re.MULTILINE
+    )
 
 
 def lost() -> str:
@@ -99,7 +112,7 @@ def main(arguments: list[str]) -> None:
         file = Path(arguments[arguments.index("-f") + 1])
         told = file.with_name(LOST_FILE).absolute()
         _write(told, lost())
-        _write(file, answering(closed(file.read_text()), told))
+        _write(file, never_silent(answering(closed(file.read_text()), told)))
     program = find()
     os.execv(program, [program, *arguments])
 

@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from asyncio import QueueEmpty, QueueFull
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -42,7 +43,7 @@ UNREAD = 2000
 LOOK_SECONDS = 0.25
 """How often a session's time is looked at."""
 LEAVING_SECONDS = 10.0
-"""How long the last turns may take when the service stops."""
+"""How long the last turns may take when a session is ended."""
 NORMAL, GOING_AWAY, POLICY, FAULT = 1000, 1001, 1008, 1011
 """Codes of WebSocket's closing."""
 USUAL_SECONDS = 600
@@ -60,7 +61,10 @@ class Realtime:
         vocabulary: Vocabulary,
         keys: Keys,
         quotas: Quotas,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`clock` tells the seconds by which a session's time is over."""
+        self._clock = clock
         self._settings, self._pipeline, self._vocabulary = settings, pipeline, vocabulary
         self._keys, self._quotas = keys, quotas
         self._load = Load()
@@ -115,7 +119,7 @@ class Realtime:
                 return
             offered = websocket.scope.get("subprotocols", ())
             await websocket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
-            connection = _Connection(websocket, self._settings)
+            connection = _Connection(websocket, self._settings, self._clock)
             connection.session = self._session(connection, caller, given)
             self._open.add(connection)
             self._places.take(caller.tenant.name)
@@ -171,6 +175,7 @@ class Realtime:
             logprobs=self._logprobs,
             expires=int(time.time() + settings.limits.session_seconds),
             count=lambda tokens: self._quotas.tokens(caller, tokens),
+            clock=self._clock,
         )
 
     def _logprobs(self, result: DecodeResult, words: int) -> list[dict[str, Any]]:
@@ -183,12 +188,14 @@ class Realtime:
 class _Connection:
     """A WebSocket and its session."""
 
-    def __init__(self, websocket: WebSocket, settings: Settings) -> None:
+    def __init__(
+        self, websocket: WebSocket, settings: Settings, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.session: RealtimeSession
         self._websocket = websocket
         self._limits = settings.limits
         self._unsent: asyncio.Queue[dict[str, Any]] = asyncio.Queue(UNREAD)
-        self._began = time.monotonic()
+        self._clock, self._began = clock, clock()
         self._closing: tuple[int, str] | None = None
         self._done = asyncio.Event()
         self._left = asyncio.Event()
@@ -219,13 +226,17 @@ class _Connection:
 
     async def leave(self, error: Refused) -> None:
         """End the session for the service's sake."""
+        await self._finish()
+        self._end(error, GOING_AWAY)
+        await self._left.wait()
+
+    async def _finish(self) -> None:
+        """Give what was said until now its transcript, if it comes soon."""
         try:
             async with asyncio.timeout(LEAVING_SECONDS):
                 await self.session.finish()
         except TimeoutError:
             pass
-        self._end(error, GOING_AWAY)
-        await self._left.wait()
 
     async def _read(self) -> None:
         while True:
@@ -245,17 +256,26 @@ class _Connection:
             await self._websocket.send_text(json.dumps(await self._unsent.get()))
 
     async def _watch(self) -> None:
-        """End the session when its time is over."""
-        limits = self._limits
-        while True:
+        """End the session when its time is over, once what was said has its transcript."""
+        while (error := self._overdue()) is None:
             await asyncio.sleep(LOOK_SECONDS)
-            now = time.monotonic()
-            if now - self._began > limits.session_seconds:
-                message = f"a session lasts {limits.session_seconds:g} s at most"
-                self._end(Refused(message, "session_expired"), NORMAL)
-            elif now - self.session.last_audio > limits.silent_seconds:
-                message = f"no audio came for {limits.silent_seconds:g} s"
-                self._end(Refused(message, "session_silent"), NORMAL)
+        await self._finish()
+        self._end(error, NORMAL)
+
+    def _overdue(self) -> Refused | None:
+        """The limit that the session has reached."""
+        now, longest, silent = (
+            self._clock(),
+            self._limits.session_seconds,
+            self._limits.silent_seconds,
+        )
+        if now - self._began > longest:
+            why = f"a session lasts {longest:g} s at most (limits.session_seconds): connect again"
+            return Refused(why, "session_expired")
+        if now - self.session.last_audio > silent:
+            why = f"no audio came for {silent:g} s (limits.silent_seconds): connect again"
+            return Refused(why, "session_silent")
+        return None
 
     def _end(self, error: Refused, code: int) -> None:
         """Say why, and close."""

@@ -72,16 +72,17 @@ class RealtimeSession:
         logprobs: Callable[[DecodeResult, int], list[dict[str, Any]]] = lambda result, words: [],
         expires: int | None = None,
         count: Callable[[int], None] = lambda tokens: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`options` says what the pipeline is asked for with a session's settings, and refuses
         them; `charge` counts seconds of audio, and raises ApiError where there were too many;
         `count` is told the tokens of each transcript.
         `longest` seconds are decoded at once, which may take `patience` seconds; `buffered`
-        seconds may wait."""
+        seconds may wait; `clock` tells when audio came."""
         self.id = events.new_id("sess")
         self.settings = given or Session()
         self.expires = expires
-        self.last_audio = time.monotonic()
+        self._clock, self.last_audio = clock, clock()
         self._ears, self._load, self._options, self._charge = ears, load, options, charge
         self._send, self._count = tell, count
         self._buffered = int(buffered * SAMPLE_RATE)
@@ -194,11 +195,12 @@ class RealtimeSession:
         self._news.set()
 
     def _append(self, event: events.Append) -> None:
-        self.last_audio = time.monotonic()
         try:
             data = unpacked(event.audio)
         except ValueError as error:
             raise Refused(f"audio: {error}", param="audio") from None
+        if data:  # an event without audio is no sign of anybody
+            self.last_audio = self._clock()
         seconds = len(data) / self._decoder.bytes_per_second
         if self.held + seconds * SAMPLE_RATE > self._buffered:
             most = self._buffered / SAMPLE_RATE

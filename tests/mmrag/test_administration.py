@@ -8,11 +8,14 @@ import pytest
 import soundfile
 from small_datastores import DESCRIPTION, fill
 
-from mmrag import terminal
+from mmrag import shipped, terminal
 from mmrag.cli import main
 from mmrag.corpora.synthetic import assign_voices, render
 from mmrag.corpora.voices.espeak import Synthesizer
+from mmrag.model.vocabulary import Vocabulary
 from mmrag.retrieval.datastore import Datastore, create
+from mmrag.retrieval.display import Display
+from mmrag.retrieval.phrases import CARRIERS
 from mmrag.speech.audio import SAMPLE_RATE
 
 
@@ -122,6 +125,29 @@ def test_an_entry_is_looked_at_before_it_is_put_in(tmp_path, call):
     status, lines, _ = call(*asked)
     assert status == 0 and any("zaleplon" in line for line in lines)
     assert Datastore.open(place).segments == before
+
+
+FORMS = {"A1C": "a one c", "O'Brien-Smith": "o'brien smith", "Zoë": "zoe", "5-HTP": "five htp"}
+
+
+def test_digits_capitals_hyphens_and_accents_are_put_in_and_looked_at_as_they_stand(tmp_path, call):
+    place, file = tmp_path / "names", tmp_path / "names.txt"
+    file.write_text("\n".join(FORMS), encoding="utf-8")
+    assert call("create", place, file, "--text-only", *TINY)[0] == 0
+    store = Datastore.open(place)
+    vocabulary = Vocabulary.load(shipped.find(shipped.TINY) / "lm")
+    for given, writes in FORMS.items():
+        pieces = store.tokens[store.entries_of([given])]
+        mentions = pieces.reshape(len(CARRIERS), -1)
+        assert [vocabulary.decode(list(map(int, one))) for one in mentions] == [writes] * 3
+    known = [store.wordings()[given] for given in FORMS]
+    told = f"take {' and '.join(FORMS.values())} today"
+    assert Display.of(known, vocabulary.spoken).of_text(told) == f"take {' and '.join(FORMS)} today"
+    status, [line], _ = call("search", place, "A1C", "--hear", "--json", *TINY)
+    told = json.loads(line)
+    assert status == 0 and (told["writes"], told["shows"]) == ("a one c", "A1C")
+    assert told["heard"][0]["sentence"] == "please call eigh one C today", "the letter's name"
+    assert "A1C" not in [one["text"] for one in told["confused_with"]]
 
 
 def test_what_several_voices_say_has_as_many_keys_and_text_alone_has_none(tmp_path, call):

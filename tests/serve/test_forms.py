@@ -33,6 +33,13 @@ def test_phrases_come_under_every_name_that_clients_use(listed, name):
     assert listed(**{name: "priya raghavan"}) == ["priya raghavan"]
 
 
+@pytest.mark.parametrize("name", ["context[]", "keywords[]"])
+def test_digits_capitals_hyphens_and_accents_are_listened_for_as_they_are_given(listed, name):
+    forms = ["A1C", "O'Brien-Smith", "Zoë", "5-HTP"]
+    assert listed(**{name: forms}) == forms
+    assert listed(prompt=", ".join(forms)) == forms
+
+
 def test_phrases_of_several_names_are_listened_for_together(listed):
     fields = {"context": "one", "context[]": "two", "keywords[]": "three", "prompt": "four, five"}
     assert listed(**fields) == ["one", "two", "three", "four", "five"]

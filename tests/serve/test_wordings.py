@@ -194,7 +194,7 @@ def test_the_command_puts_entries_in_and_previews_them(service, file, datastore,
 
 
 WRITTEN = {"A1C": "a one c", "O'Brien-Smith": "o'brien smith", "Zoë": "zoe", "5-HTP": "five htp"}
-SAID = {"A1C": "A one C", "O'Brien-Smith": "O'Brien-Smith", "Zoë": "Zoe", "5-HTP": "five-HTP"}
+SAID = {"A1C": "eigh one C", "O'Brien-Smith": "O'Brien-Smith", "Zoë": "Zoe", "5-HTP": "five-HTP"}
 
 
 def test_digits_capitals_hyphens_apostrophes_and_accents_are_said_found_and_written(

@@ -1,6 +1,7 @@
 """What the load of realtime sessions counts, against a server that knows when a turn ends."""
 
 import asyncio
+import base64
 import json
 import wave
 
@@ -25,7 +26,7 @@ def clip(tmp_path):
 
 
 def told(kind, **more):
-    return json.dumps({"type": kind, "item_id": "item", **more})
+    return json.dumps({"type": kind, "item_id": "item"} | more)
 
 
 async def server(socket):
@@ -64,6 +65,80 @@ def test_a_server_that_is_not_there_loses_every_session(clip):
     plan = Sessions("ws://127.0.0.1:9/", (realtime._raw(clip),), 3, 0.1)
     found = realtime.step(3, asyncio.run(live.hold(plan)))
     assert (found["turns"], found["lost"]) == (0, 3) and not realtime.live(found)
+
+
+async def words(socket):
+    """Hears each clip for one turn, in which its first sample is said: 1 to 3 words."""
+    heard, turns = bytearray(), 0
+    async for message in socket:
+        event = json.loads(message)
+        if event["type"] != "input_audio_buffer.append":
+            continue
+        heard += base64.b64decode(event["audio"])
+        samples = np.frombuffer(bytes(heard), "<i2")
+        loud = np.flatnonzero(samples)
+        if not len(loud) or len(samples) - loud[-1] < live.RATE // 20:
+            continue
+        turns, number = turns + 1, int(samples[loud[0] : loud[-1]].max()) // 1000
+        heard[:] = bytes(len(heard))  # so that the session's clock goes on
+        ends = 1000 * len(samples) // live.RATE
+        stopped = {"item_id": f"item{turns}", "audio_end_ms": ends}
+        await socket.send(told("input_audio_buffer.speech_stopped", **stopped))
+        kind, more = "completed", {"transcript": "one two three"[: 4 * number - 1].strip()}
+        if number == 3:
+            kind, more = "failed", {"error": {"message": "no room"}}
+        await socket.send(told(f"{TRANSCRIPTION}{kind}", item_id=f"item{turns}", **more))
+
+
+def played(tmp_path, number):
+    """A clip of a tenth of a second that `words` knows by its loudness."""
+    path = tmp_path / f"{number}.raw"
+    path.write_bytes(np.full(live.RATE // 10, 1000 * number, "<i2").tobytes())
+    return str(path)
+
+
+def test_each_final_is_of_the_clip_that_was_played(tmp_path, monkeypatch):
+    monkeypatch.setattr(live, "CHUNK_SECONDS", 0.01)
+    monkeypatch.setattr(live, "SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr(live, "LAST_SECONDS", 1.0)
+    raw = tuple(played(tmp_path, number) for number in (1, 2, 3, 0))
+
+    async def measured():
+        async with serve(words, "127.0.0.1", 0) as running:
+            port = running.sockets[0].getsockname()[1]
+            return await live.hold(Sessions(f"ws://127.0.0.1:{port}/", raw, 1, 1.5))
+
+    finals = asyncio.run(measured())
+    heard = realtime.transcripts(finals)
+    assert set(heard[0]) == {"one"} and set(heard[1]) == {"one two"}
+    assert 2 not in heard, "a turn of it was lost"
+    assert set(heard[3]) == {""}, "nobody spoke in it"
+    found = realtime.step(1, finals)
+    assert (found["unheard"], found["problems"]) == (len(heard[3]), {"no room": found["lost"]})
+
+
+def test_turns_of_a_clip_are_one_transcript_and_playings_are_several():
+    turns = [
+        Final(0, 0.1, "please call", clip=4, playing=0),
+        Final(0, 0.1, "zoë", clip=4, playing=0),
+    ]
+    turns += [Final(1, 0.1, "please", clip=4, playing=0), Final(1, None, clip=5, playing=1)]
+    assert realtime.transcripts(turns) == {4: ["please call zoë", "please"]}
+
+
+def test_live_transcripts_are_held_against_the_files_and_against_what_is_said():
+    heard, whole = (
+        {0: ["a b c d", "a b c"], 1: ["e f"], 2: ["not compared"]},
+        {0: "a b x d", 1: "e f"},
+    )
+    found = realtime.quality(heard, whole, ["a b c d", "e f g h", ""])
+    rates = {name: found[f"realtime.{name}"]["rate"] for name in ("wer", "wer_file", "wer_between")}
+    assert rates == {"wer": 3 / 12, "wer_file": 4 / 12, "wer_between": 3 / 10}
+    assert found["realtime.playings"] == 3
+    assert found["realtime.wer"]["words"] == 12 and found["realtime.wer"]["errors"] == 3
+    alone = realtime.quality(heard, whole, None)
+    assert alone["realtime.wer"] is None and alone["realtime.wer_between"]["rate"] == 3 / 10
+    assert realtime.quality({}, {}, [])["realtime.wer_between"] is None
 
 
 def test_finals_that_come_late_are_no_live_session():

@@ -221,7 +221,7 @@ def test_many_phrases_are_remembered_batch_by_batch(lm, tmp_path):
 
 
 def test_phrases_are_spoken_batch_by_batch_as_they_are_asked_for(lm):
-    say, names = Speaker(), [f"{one} {other}" for one in "abcdef" for other in "klmnop"]
+    say, names = Speaker(), [f"{one} {other}" for one in "bcdefg" for other in "klmnop"]
     segments = speak(names, lm, VOCABULARY, say)
     assert say.said == []
     first = next(segments)
@@ -273,7 +273,7 @@ def test_who_speaks_is_remembered_and_as_ever_where_nobody_said_who(lm, tmp_path
 def test_a_phrase_is_spoken_as_it_is_read_and_keeps_the_name_it_was_given(lm, tmp_path):
     say, written = Speaker(), ["Renée A1C", "Łódź"]
     store = remember(tmp_path, written, lm, VOCABULARY, IDENTITY, say)
-    assert say.said == [c.format(phrase=p) for p in ("Renee A one C", "Lodz") for c in CARRIERS]
+    assert say.said == [c.format(phrase=p) for p in ("Renee eigh one C", "Lodz") for c in CARRIERS]
     known = Phrases(store)
     assert known.names == written
     for phrase, said in zip(written, ("renee a one c", "lodz"), strict=True):
@@ -311,7 +311,7 @@ def test_lists_are_read_by_utterance_and_a_line_that_is_none_is_named(tmp_path):
 
 @pytest.mark.parametrize("speaks", [False, True])
 def test_whoever_waits_for_phrases_is_told_of_every_sentence(lm, tmp_path, speaks):
-    names = [f"{one} {other}" for one in "abcdef" for other in "klmnop"]
+    names = [f"{one} {other}" for one in "bcdefg" for other in "klmnop"]
     total, told = len(names) * len(CARRIERS), []
     arguments = (tmp_path, names, lm, VOCABULARY, IDENTITY, Speaker() if speaks else None)
     remember(*arguments, progress=lambda *counts: told.append(counts))

@@ -75,7 +75,7 @@ def test_a_file_has_an_entry_a_line_and_errors_name_the_line(tmp_path):
 
 def test_it_is_said_in_each_of_its_ways():
     carrier = "call {phrase} today"
-    assert Entry("A1C").lines(carrier, "A one C") == ["call A one C today"]
+    assert Entry("A1C").lines(carrier, "A one C") == ["call eigh one C today"], "a letter's name"
     said = Entry("x", pronunciations=("zole pie dem", "/zɒl/"), language="en-GB")
     assert said.lines(carrier, "x") == [
         Line("call zole pie dem today", False, "en-GB"),

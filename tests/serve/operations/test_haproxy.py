@@ -4,15 +4,19 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 from ray.exceptions import ActorDiedError
 
+from cluster.ports import free_ports
 from serve.errors import respond
 from serve.operations import environment, haproxy
 
@@ -54,6 +58,10 @@ def test_rays_own_template_has_what_is_closed():
     assert "mode 600 level admin" in told
     file = Path("/tmp/unavailable.http")
     assert haproxy.answering(rays, file).count(f" {file}\n") == rays.count("errorfile 50") == 3
+    told = haproxy.never_silent(rays)
+    assert f"defaults\n{haproxy.ONE_REQUEST_EACH}    mode http\n" in told
+    assert haproxy.never_silent(told) == told
+    assert "http-reuse always" in rays, "which is why"
 
 
 def test_what_callers_are_told_whose_replica_is_lost_is_what_the_service_says_itself():
@@ -67,6 +75,97 @@ def test_what_callers_are_told_whose_replica_is_lost_is_what_the_service_says_it
     assert int(headers["content-length"]) == len(body)
     for name in ("content-type", "retry-after"):
         assert headers[name] == own.headers[name]
+
+
+REUSING = """global
+    maxconn 100
+defaults
+    mode http
+    timeout connect 5s
+    timeout client 30s
+    option redispatch 1
+    retry-on conn-failure
+    option idle-close-on-response
+    errorfile 502 /tmp/somewhere/500.http
+    errorfile 503 /tmp/somewhere/500.http
+frontend callers
+    bind 127.0.0.1:{callers}
+    default_backend replicas
+backend replicas
+    http-reuse always
+    server one 127.0.0.1:{replica}
+"""
+"""What of Ray's configuration says how connections are used."""
+REQUEST = b"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: 4\r\n\r\nclip"
+
+
+class Replica(threading.Thread):
+    """Answers every other request, and is gone upon the ones between."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listening.getsockname()[1]
+        self.asked = 0
+
+    def run(self):
+        with suppress(OSError):
+            while True:
+                connection, _ = self.listening.accept()
+                threading.Thread(target=self.answer, args=(connection,), daemon=True).start()
+
+    def answer(self, connection):
+        with connection, suppress(OSError):
+            while connection.recv(65536):
+                self.asked += 1
+                if self.asked % 2 == 0:
+                    return
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+
+@pytest.fixture
+def caller(tmp_path):
+    """`caller()`: a connection to a HAProxy that is configured as ours is, before a Replica."""
+    replica, told = Replica(), tmp_path / haproxy.LOST_FILE
+    replica.start()
+    [port] = free_ports(1)
+    rays = REUSING.format(callers=port, replica=replica.port)
+    told.write_bytes(haproxy.lost().encode())
+    file = tmp_path / "haproxy.cfg"
+    file.write_text(haproxy.never_silent(haproxy.answering(rays, told)))
+    process = subprocess.Popen([haproxy.find(), "-db", "-f", str(file)])
+    opened = []
+
+    def connect():
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                opened.append(socket.create_connection(("127.0.0.1", port), timeout=30))
+                return opened[-1]
+            except OSError:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+
+    yield connect
+    for connection in opened:
+        connection.close()
+    process.kill()
+    process.wait(10)
+    replica.listening.close()
+
+
+def status(connection):
+    """The status of the answer to a request; None where the connection was closed instead."""
+    connection.sendall(REQUEST)
+    answer = connection.recv(65536)
+    return int(answer.split()[1]) if answer else None
+
+
+def test_whose_replica_is_gone_before_an_answer_is_told_so_whatever_came_before(caller):
+    """Over a connection that had an answer before, and over a new one after another caller's."""
+    kept = caller()
+    assert [status(kept), status(kept)] == [200, 503]
+    assert [status(caller()), status(caller())] == [200, 503]
 
 
 @pytest.fixture
@@ -104,7 +203,7 @@ def test_it_becomes_haproxy_and_ends_with_whoever_started_it(stand_in, tmp_path)
             time.sleep(0.05)
         assert child.cmdline()[-3:] == command[1:], "Ray knows HAProxy by its command line"
         told = tmp_path / haproxy.LOST_FILE
-        written = haproxy.answering(haproxy.closed(RAYS), told)
+        written = haproxy.never_silent(haproxy.answering(haproxy.closed(RAYS), told))
         assert (tmp_path / "haproxy.cfg").read_text() == written
         assert written.count(f"{told}\n") == 2
         assert told.read_bytes().decode() == haproxy.lost()

@@ -1,6 +1,7 @@
 """How a connection ends: the service stops, its time is over, nobody reads, there is no room."""
 
 import json
+import time
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from types import SimpleNamespace
@@ -30,14 +31,15 @@ def by_loudness(monkeypatch):
 
 @pytest.fixture
 def serving(tmp_path):
-    """`serving(**limits)`: a client of the routes, with nothing behind them but a fake."""
+    """`serving(**limits)`: a client of the routes, with nothing behind them but a fake; `clock`
+    tells how long its sessions have lasted."""
     opened = []
 
-    def start(**limits):
+    def start(clock=time.monotonic, **limits):
         settings = read({"limits": limits, "datastores": str(tmp_path), "decode.max_seconds": 2})
         keys, app = Keys(settings.limits.tenant, settings.datastores), FastAPI()
         start.quotas = Quotas()
-        realtime = Realtime(settings, Levels(), VOCABULARY, keys, start.quotas)
+        realtime = Realtime(settings, Levels(), VOCABULARY, keys, start.quotas, clock)
         errors.install(app)
         app.include_router(realtime.sockets())
         app.include_router(realtime.secrets())
@@ -97,16 +99,81 @@ def test_a_service_that_stops_finishes_what_was_said_and_says_why(serving):
     assert refused.value.status_code == 503
 
 
-@pytest.mark.parametrize(
-    ("limit", "code"),
-    [("session_seconds", "session_expired"), ("silent_seconds", "session_silent")],
-)
-def test_a_session_whose_time_is_over_is_told_so(serving, limit, code):
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+LIMITS = [("session_seconds", "session_expired"), ("silent_seconds", "session_silent")]
+
+
+@pytest.mark.parametrize(("limit", "code"), LIMITS)
+def test_a_session_whose_time_is_over_is_told_so_and_by_which_limit(serving, limit, code):
     with connected(serving(**{limit: 0.3})) as socket:
         found, closed = told(socket)
     assert closed.code == 1000
     assert [event["type"] for event in found] == ["session.created", "error"]
-    assert found[-1]["error"]["code"] == code
+    error = found[-1]["error"]
+    assert error["code"] == code and "0.3 s" in error["message"]
+    assert f"limits.{limit}" in error["message"] and error["message"] in closed.reason
+
+
+def test_what_was_said_when_the_time_is_over_has_its_transcript(serving):
+    clock = Clock()
+    with connected(serving(clock)) as socket:
+        for event in (MANUAL, append(1, 2), MANUAL):
+            socket.send_json(event)
+        kinds = []
+        while kinds.count("session.updated") < 2:  # then the audio between them has come
+            kinds.append(socket.receive_json()["type"])
+        clock.now = 7201.0
+        found, closed = told(socket)
+    assert closed.code == 1000 and found[-1]["error"]["code"] == "session_silent"
+    [completed] = [event for event in found if event["type"].endswith("completed")]
+    assert completed["transcript"] == "word1 word2"
+
+
+def test_who_is_silent_for_an_hour_is_listened_to_and_for_two_is_let_go(serving, monkeypatch):
+    monkeypatch.setattr(route, "LOOK_SECONDS", 0.01)
+    clock = Clock()
+    with connected(serving(clock)) as socket:
+        assert socket.receive_json()["type"] == "session.created"
+        clock.now = 3600.0
+        time.sleep(0.1)  # it is looked at some ten times
+        for event in (MANUAL, append(1), {"type": "input_audio_buffer.commit"}):
+            socket.send_json(event)
+        while not (event := socket.receive_json())["type"].endswith("completed"):
+            assert event["type"] != "error"
+        assert event["transcript"] == "word1"
+        clock.now = 2 * 3600.0 + 1
+        time.sleep(0.1)  # an hour after the last audio it goes on
+        socket.send_json(MANUAL)
+        while (event := socket.receive_json())["type"] != "session.updated":
+            assert event["type"] != "error"
+        clock.now = 3 * 3600.0 + 1
+        found, closed = told(socket)
+    assert [event["error"]["code"] for event in found] == ["session_silent"]
+    assert "7200 s" in found[-1]["error"]["message"] and closed.code == 1000
+
+
+@pytest.mark.parametrize("audio", ["", "no base64"])
+def test_events_without_audio_do_not_keep_a_session(serving, monkeypatch, audio):
+    monkeypatch.setattr(route, "LOOK_SECONDS", 0.01)
+    clock = Clock()
+    with connected(serving(clock)) as socket:
+        clock.now = 7199.0
+        socket.send_json({"type": "input_audio_buffer.append", "audio": audio})
+        socket.send_json(MANUAL)
+        while socket.receive_json()["type"] != "session.updated":
+            pass
+        clock.now = 7201.0
+        found, closed = told(socket)
+    assert found[-1]["error"]["code"] == "session_silent" and closed.code == 1000
 
 
 def test_there_are_so_many_sessions_and_no_more(serving):
