@@ -78,7 +78,8 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
 class Plan:
     """Plans a corpus, and cuts each split into parts.
 
-    No more utterances are there at a time than a part holds; of the others what `stream` says.
+    The utterances of the part that is filled are there, and those of the one before it; of the
+    others what `stream` says.
     """
 
     settings: Synthesize
