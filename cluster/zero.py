@@ -26,9 +26,11 @@ def deepspeed_config(
     """DeepSpeed's configuration: the experiment's settings and what `train.deepspeed` adds.
 
     `workers` is how many there are, None for the most there may be. ValueError if that file sets
-    something the experiment decides, or that changes what is learned.
+    something the experiment decides, that changes what is learned, or that does not go with so
+    many workers; without `workers`, with any number of them that there may be.
     """
     settings = experiment.train
+    allowed = [workers] if workers else range(settings.workers.fewest, settings.workers.most + 1)
     workers = workers or settings.workers.most
     decided = {
         "train_micro_batch_size_per_gpu": 1,
@@ -51,10 +53,12 @@ def deepspeed_config(
             "how training is run (offload, buckets, overlap), so that it may change on the way"
         )
     shared = zero.get("zero_hpz_partition_size", 1)
-    if shared > 1 and (settings.zero_stage != 3 or workers % shared):
+    wrong = [str(count) for count in allowed if settings.zero_stage != 3 or count % shared]
+    if shared > 1 and wrong:
         raise ValueError(
             f"{settings.deepspeed} sets zero_hpz_partition_size {shared}, the GPUs of a node under "
-            f"zero_stage 3; this is zero_stage {settings.zero_stage} with workers.count {workers}"
+            f"zero_stage 3; this is zero_stage {settings.zero_stage} with workers.count "
+            f"{', '.join(wrong)}"
         )
     if (zero.get("offload_optimizer") or {}).get("device") == "nvme":
         raise ValueError(

@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def cluster_of(experiment: Experiment, asked: argparse.Namespace) -> Cluster:
-    """The machines that were asked for, `train.workers.count` GPUs of them.
+    """The machines that were asked for, with `train.workers.count` GPUs, or the most of a range.
 
     ConfigError for figures that describe no cluster.
     """
@@ -88,7 +88,8 @@ def cluster_of(experiment: Experiment, asked: argparse.Namespace) -> Cluster:
 
 
 def cases_of(experiment: Experiment, cluster: Cluster, context: int) -> list[Case]:
-    """The configured way first, then others that learn the same.
+    """The configured way first, then others that learn the same: with the fewest workers, if there
+    may be more or fewer.
 
     ConfigError for an experiment that trains no language model of its own.
     """
@@ -100,12 +101,17 @@ def cases_of(experiment: Experiment, cluster: Cluster, context: int) -> list[Cas
     settings, stage_number = experiment.train, experiment.train.zero_stage
     given = deepspeed_config(experiment, torch.bfloat16)["zero_optimization"]
 
-    def case(name: str, settings: Train, partition: Partition) -> Case:
+    def case(name: str, settings: Train, partition: Partition, cluster: Cluster = cluster) -> Case:
         made = plan.plan(experiment.lm, vocabulary, settings, partition, cluster, context)
         return Case(name, settings, partition, made)
 
-    partition = Partition.of(stage_number, given)
+    partition, fewest = Partition.of(stage_number, given), settings.workers.fewest
     cases = [case("as configured", settings, partition)]
+    if fewest < settings.workers.most:
+        workers = settings.workers.model_copy(update={"count": fewest})
+        changed = settings.model_copy(update={"workers": workers})
+        name, fewer = f"the fewest workers, {fewest}", replace(cluster, gpus=fewest)
+        cases.append(case(name, changed, partition, fewer))
     for every in (None, 1):
         if every != settings.activation_checkpointing:
             name = "all activations kept" if every is None else "activation checkpointing"
@@ -135,11 +141,26 @@ def tables(
         f"{cluster.gpus} x {cluster.card.name} ({nodes} of {cluster.gpus_per_node}), "
         f"{settings.micro_batches} micro-batches of {settings.micro_batch_tokens:,} tokens a step"
     )
+    for case in cases:
+        if case.plan.gpus != made.gpus:
+            yield _range(settings, made, case.plan)
     yield _memory(made)
     yield _traffic(made, cluster)
     yield _time(made, settings, peak)
     yield _schedule(made, settings)
     yield _others(cases)
+
+
+def _range(settings: Train, most: Plan, fewest: Plan) -> str:
+    """What a plan for the most workers does not say of the fewest."""
+    verdict = "which fits" if fewest.fits else "which DOES NOT FIT"
+    return (
+        f"train.workers.count is [{fewest.gpus}, {most.gpus}], and this is planned for "
+        f"{most.gpus}. The fewest make the same step in {fewest.step:.2f} s, "
+        f"{settings.micro_batches // fewest.gpus} micro-batches each in place of "
+        f"{settings.micro_batches // most.gpus}, and a GPU of theirs takes "
+        f"{fewest.needed / GIB:.2f} GiB, {verdict}"
+    )
 
 
 def _memory(made: Plan) -> Table:
@@ -257,6 +278,7 @@ def _figures(case: Case) -> dict[str, Any]:
     made, settings = case.plan, case.settings
     hours = {phase.name: phase.steps * made.step / 3600 for phase in settings.phases}
     return {
+        "gpus": made.gpus,
         "parameters": made.parameters,
         "tokens_a_step": made.tokens,
         "memory": {

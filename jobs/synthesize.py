@@ -17,7 +17,7 @@ from mmrag.artifact import Artifact, Draft
 from mmrag.config import Experiment, Synthesize, recipe
 from mmrag.corpora import manifest, recordings, sentences
 from mmrag.corpora.recordings import Rerecorded
-from mmrag.corpora.synthetic import SPLITS, Planned, plan
+from mmrag.corpora.synthetic import SPLITS, Planned, stream
 from mmrag.corpora.voices import kokoro
 from mmrag.records import Rejection, Utterance
 from mmrag.storage import located
@@ -76,16 +76,39 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
 
 @dataclass(frozen=True)
 class Plan:
-    """Plans a corpus, and cuts each split into parts."""
+    """Plans a corpus, and cuts each split into parts.
+
+    The utterances of the part that is filled are there, and those of the one before it; of the
+    others what `stream` says.
+    """
 
     settings: Synthesize
     seed: int
 
     def __call__(self) -> Iterator[Part[Planned | Rerecorded] | Unread]:
-        planned, rejected = _planned(self.settings, self.seed)
-        yield from cut(rejected, lambda _: 1, PART_UTTERANCES, name="files")
+        planned = stream(self.settings, self.seed)
+        yield from cut(self._rejected(), lambda _: 1, PART_UTTERANCES, name="files")
         for split, each in planned.items():
-            yield from cut(each, lambda _: 1, PART_UTTERANCES, name=split)
+            whole = chain(each, self._recorded(split))
+            yield from cut(whole, lambda _: 1, PART_UTTERANCES, name=split)
+
+    def _rejected(self) -> Iterator[Rejection]:
+        """The lines of text files and manifests that are no utterances."""
+        if self.settings.sentences:
+            yield from sentences.left_out(self.settings.sentences.files)
+        read = self._read(*SPLITS_RECORDED)
+        yield from (one for one in read if isinstance(one, Rejection))
+
+    def _recorded(self, split: str) -> Iterator[Rerecorded]:
+        return (one for one in self._read(split) if isinstance(one, Rerecorded))
+
+    def _read(self, *splits: str) -> Iterator[Rerecorded | Rejection]:
+        """What the manifests of these splits hold."""
+        if self.settings.recordings:
+            named = manifests(self.settings)
+            files = {split: located(named[split]) for split in splits if split in named}
+            for _, one in recordings.plan(files, self.settings.recordings.copies, self.seed):
+                yield one
 
 
 @dataclass(frozen=True)
@@ -98,17 +121,23 @@ class Again:
     directory: Path
 
     def __call__(self) -> Iterator[Part[Rerecorded]]:
-        copies = self.settings.copies
-        planned = _planned(self.settings, self.seed)[0]["lm"]
-        voices = ((one.id, one.voice) for one in planned if isinstance(one, Planned))
-        wanted = {id: copies[voice.engine] for id, voice in voices if voice.engine in copies}
-        stems = _written(self.directory, "lm") if wanted else ()
-        rows = chain.from_iterable(
-            manifest.read(stem.with_name(f"{stem.name}.jsonl")) for stem in stems
-        )
-        said = (one for one in rows if isinstance(one, Utterance) and one.id in wanted)
-        again = recordings.again(said, wanted, self.seed)
+        again = recordings.again(self._said(), self.seed)
         yield from cut(again, lambda _: 1, PART_UTTERANCES, name="lm-again")
+
+    def _said(self) -> Iterator[tuple[Utterance, int]]:
+        """What synthesizers said, and how often it is to stand.
+
+        It was written in the order of the plan, which is read beside it; recordings of people, of
+        which the plan does not know, come last.
+        """
+        planned = stream(self.settings, self.seed)["lm"]
+        for stem in _written(self.directory, "lm"):
+            for said in manifest.read(stem.with_name(f"{stem.name}.jsonl")):
+                if isinstance(said, Utterance):
+                    voice = next((one.voice for one in planned if one.id == said.id), None)
+                    if voice is None:
+                        return
+                    yield said, self.settings.copies.get(voice.engine, 1)
 
 
 @dataclass(frozen=True)
@@ -138,24 +167,6 @@ def _join(path: Path, stems: Iterable[Path]) -> int:
                     stream.write(row)
                     count += 1
     return count
-
-
-def _planned(
-    settings: Synthesize, seed: int
-) -> tuple[dict[str, list[Planned | Rerecorded]], list[Rejection]]:
-    """Every split's utterances, and the lines of text files and manifests that are none."""
-    planned: dict[str, list[Planned | Rerecorded]] = {**plan(settings, seed)}
-    rejected: list[Rejection] = []
-    if settings.sentences:
-        rejected += sentences.left_out(settings.sentences.files)
-    if settings.recordings:
-        files = {split: located(path) for split, path in manifests(settings).items()}
-        for split, one in recordings.plan(files, settings.recordings.copies, seed):
-            if isinstance(one, Rejection):
-                rejected.append(one)
-            else:
-                planned[split].append(one)
-    return planned, rejected
 
 
 def manifests(settings: Synthesize) -> dict[str, str]:

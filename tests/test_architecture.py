@@ -32,7 +32,7 @@ WINGS = {
     "corpora": [
         "voices.speech", "voices.phones", "voices.ipa", "voices.espeak", "voices.kokoro",
         "voices.flite", "voices.engines", "augment", "ids", "manifest", "grammar", "sentences",
-        "synthetic",
+        "drawn", "synthetic",
         "recordings", "pronunciation", "spanish", "splits", "slue_voxpopuli", "spoken_squad",
         "passages", "librispeech_biasing", "kaldi", "lhotse_cuts", "huggingface", "sources",
     ],

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import (
     Field,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
     model_validator,
 )
 
@@ -134,7 +137,19 @@ class TrainWorkers(Workers):
     """The processes that train together."""
 
     count: Operation[PositiveInt | tuple[PositiveInt, PositiveInt]]
-    """How many; or the fewest and the most, and there are as many as there is room for."""
+    """How many; or the fewest and the most, and there are as many as there is room for. What is
+    learned is the same with any number of them."""
+
+    @field_validator("count", mode="wrap")
+    @classmethod
+    def _told_once(cls, value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return validate(value)
+        except ValidationError:
+            raise ValueError(
+                f"{value!r} is neither a number of workers, 1 or more, nor the fewest and the "
+                "most of them: [1, 4]"
+            ) from None
 
     @model_validator(mode="after")
     def _ordered(self) -> TrainWorkers:

@@ -49,10 +49,10 @@ def plan(
                     yield split, Rerecorded(replace(one, id=id, document=id, domain=domain), again)
 
 
-def again(said: Iterable[Utterance], copies: Mapping[str, int], seed: int) -> Iterator[Rerecorded]:
-    """Further recordings of utterances of a corpus; `copies`, by id, says how often each stands."""
-    for one in said:
-        for copy in range(1, copies.get(one.id, 1)):
+def again(said: Iterable[tuple[Utterance, int]], seed: int) -> Iterator[Rerecorded]:
+    """Further recordings of utterances of a corpus, each given with how often it is to stand."""
+    for one, copies in said:
+        for copy in range(1, copies):
             id = f"{one.id}-{copy}"
             yield Rerecorded(replace(one, id=id, document=id), (seed, *id.encode()))
 

@@ -20,19 +20,20 @@ WORDS = range(2, 31)
 """Shorter lines are scraps, longer ones no sentence that is said in one breath."""
 
 
-def read(files: Sequence[Location | str], held_out: float) -> dict[str, list[tuple[str, str]]]:
-    """(sentence, file's name) of lm, dev and test, as they are spoken, in the order of the files.
+def read(
+    files: Sequence[Location | str], held_out: float, taken: set[str]
+) -> Iterator[tuple[str, str, str]]:
+    """(split, sentence, file's name) as it is spoken, in the order of the files; a split is lm, dev
+    or test.
 
-    dev and test have the share `held_out` each. What stands twice is there once, and what is
-    `left_out` not at all. Raises OSError or ValueError, which name the file.
+    dev and test have the share `held_out` each. What is `taken` is not there, nor what stands
+    before, which is added to it; and what is `left_out` not at all. Raises OSError or ValueError,
+    which name the file.
     """
-    splits: dict[str, list[tuple[str, str]]] = {"lm": [], "dev": [], "test": []}
-    seen: set[str] = set()
     for file, _, text in _lines(files):
-        if text not in seen and refusal(text) is None:
-            seen.add(text)
-            splits[split_of(text, held_out)].append((text, file.stem))
-    return splits
+        if text not in taken and refusal(text) is None:
+            taken.add(text)
+            yield split_of(text, held_out), text, file.stem
 
 
 def left_out(files: Sequence[Location | str]) -> Iterator[Rejection]:

@@ -6,16 +6,17 @@ come from Faker (extra `speech`) and are dealt out so that every name of the dev
 holds a word that the language model's training text does not. The datastore split mentions those
 names in other sentences and other voices.
 
-Knows nothing about files or processes: `plan` says what every split holds, `render` makes the
-sound of one utterance.
+Knows nothing about files or processes: `stream` says what every split holds, one utterance after
+the other, `render` makes the sound of one.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from random import Random
 from types import MappingProxyType
 from typing import TypeVar
@@ -25,6 +26,7 @@ import numpy as np
 from mmrag.config import Sentences, Synthesize
 from mmrag.corpora import augment
 from mmrag.corpora import sentences as real
+from mmrag.corpora.drawn import Drawn, Sentence
 from mmrag.corpora.grammar import GRAMMAR, expand
 from mmrag.corpora.voices import engines, espeak
 from mmrag.corpora.voices.speech import Engine, Speech, Voice
@@ -33,6 +35,8 @@ from mmrag.records import Line
 SPLITS = ("lm", "text", "adapter", "datastore", "dev", "test")
 GROUPS = {"lm": 0.55, "adapter": 0.2, "dev": 0.1, "test": 0.15}
 """Share of all names that a group has; `text` draws from lm's, `datastore` from the others'."""
+LOOKED_UP = ("adapter", "dev", "test")
+"""Splits whose entities the datastore split mentions."""
 KINDS = {"person": 0.5, "place": 0.25, "company": 0.25}
 """Kinds of entities and their shares."""
 SENTENCES_PER_ENTITY = {"lm": 0.5, "text": 0.5, "adapter": 2, "dev": 2, "test": 2}
@@ -75,16 +79,6 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Sentence:
-    """What is said, before it is known by whom. `kinds` has a kind for each entity."""
-
-    text: str
-    domain: str
-    entities: tuple[str, ...] = ()
-    kinds: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Names:
     """Words that entities are made of, sorted; each family name and town is in one group only."""
 
@@ -94,15 +88,34 @@ class Names:
 
 
 def plan(config: Synthesize, seed: int) -> dict[str, list[Planned]]:
+    """Every split's utterances, as `stream` gives them, all at once."""
+    return {split: list(planned) for split, planned in stream(config, seed).items()}
+
+
+def stream(config: Synthesize, seed: int) -> dict[str, Iterator[Planned]]:
     """Every split's utterances; the same configuration and seed give the same plan.
+
+    Each is made when it is asked for: who says it, how it is recorded. Its sentence is drawn
+    beforehand, since no sentence may stand twice and each split is shuffled: what stays in memory
+    for each utterance is its text, a tuple of its entities if it has any, and the 28 bytes of
+    `Drawn`, until its split has been read; the set of texts that are taken only until all are
+    drawn.
 
     No sentence stands twice anywhere. Entities of lm and text, of adapter, of dev and of test are
     four disjoint sets; datastore has `config.mentions` sentences about each entity of the latter
     three. Raises ValueError, naming the split, when there are too few sentences or entities, and
     ImportError without the `speech` extra.
     """
+    sentences = _draw(config, seed)
+    return {split: _cast(split, sentences[split], config, seed) for split in SPLITS}
+
+
+def _draw(config: Synthesize, seed: int) -> dict[str, Drawn]:
+    """What is said in every split, in its order."""
     names = make_names(seed)
     taken: set[str] = set()
+    mentioned: set[tuple[str, str]] = set()  # entities and their kinds
+    sentences = {split: Drawn() for split in SPLITS}
     sizes = {
         "dev": config.dev,
         "test": config.test,
@@ -110,57 +123,49 @@ def plan(config: Synthesize, seed: int) -> dict[str, list[Planned]]:
         "lm": config.lm,
         "text": config.text,
     }
-    sentences: dict[str, list[Sentence]] = {}
     for split, size in sizes.items():
-        draw = Random(f"{seed} {split}")
+        draw, drawn = Random(f"{seed} {split}"), sentences[split]
         everyday = 0 if split == "adapter" else round(size * config.everyday_share)
         roster = _roster(split, size - everyday, names, draw)
-        sentences[split] = [
-            *(_everyday(split, taken, draw) for _ in range(everyday)),
-            *(_assistant(split, roster, taken, draw) for _ in range(size - everyday)),
-        ]
-        draw.shuffle(sentences[split])
-    draw = Random(f"{seed} datastore")
-    mentioned = sorted(
-        {
-            (entity, kind)
-            for split in ("adapter", "dev", "test")
-            for sentence in sentences[split]
-            for entity, kind in zip(sentence.entities, sentence.kinds, strict=True)
-        }
-    )
-    sentences["datastore"] = [
-        _assistant("datastore", {kind: (entity,)}, taken, draw)
-        for entity, kind in mentioned
-        for _ in range(config.mentions)
-    ]
-    draw.shuffle(sentences["datastore"])
+        drawn.extend(_everyday(split, taken, draw) for _ in range(everyday))
+        for _ in range(size - everyday):
+            sentence, kinds = _assistant(split, roster, taken, draw)
+            drawn.append(sentence)
+            if split in LOOKED_UP:
+                mentioned.update(zip(sentence.entities, kinds, strict=True))
+        drawn.shuffle(draw)
+    draw, drawn = Random(f"{seed} datastore"), sentences["datastore"]
+    for entity, kind in sorted(mentioned):
+        for _ in range(config.mentions):
+            drawn.append(_assistant("datastore", {kind: (entity,)}, taken, draw)[0])
+    drawn.shuffle(draw)
     if config.sentences:
-        for split, drawn in _real(config.sentences, taken, seed).items():
-            sentences[split] += drawn
-            Random(f"{seed} {split} mixed").shuffle(sentences[split])
-    return {split: _cast(split, sentences[split], config, seed) for split in SPLITS}
+        _mix_real(config.sentences, sentences, taken, seed)
+    return sentences
 
 
-def _real(config: Sentences, taken: set[str], seed: int) -> dict[str, list[Sentence]]:
-    """Sentences of text files: as many of each split as are to be said, and the rest as text.
+def _mix_real(config: Sentences, sentences: dict[str, Drawn], taken: set[str], seed: int) -> None:
+    """Add sentences of text files: as many of each split as are to be said, and the rest as text.
 
     Raises ValueError, naming the split, when the files hold too few.
     """
-    drawn = {}
-    for split, found in real.read(config.files, config.held_out).items():
-        fresh = [Sentence(text, domain) for text, domain in found if text not in taken]
-        Random(f"{seed} {split} sentences").shuffle(fresh)
+    found = {split: Drawn() for split in ("lm", "dev", "test")}
+    for split, text, domain in real.read(config.files, config.held_out, taken):
+        found[split].append(Sentence(text, domain))
+    for split, fresh in found.items():
+        fresh.shuffle(Random(f"{seed} {split} sentences"))
         size = getattr(config, split)
         if len(fresh) < size:
             raise ValueError(
                 f"split {split}: {len(fresh)} sentences in synthesize.sentences.files, fewer than "
                 f"the {size} asked for"
             )
-        drawn[split] = fresh[:size]
+        rest = iter(fresh)
+        sentences[split].extend(islice(rest, size))
         if split == "lm":
-            drawn["text"] = fresh[size:]
-    return drawn
+            sentences["text"].extend(rest)
+    for split in (*found, "text"):
+        sentences[split].shuffle(Random(f"{seed} {split} mixed"))
 
 
 def assign_voices(
@@ -317,19 +322,21 @@ def _everyday(split: str, taken: set[str], draw: Random) -> Sentence:
 
 def _assistant(
     split: str, roster: Mapping[str, Sequence[str]], taken: set[str], draw: Random
-) -> Sentence:
-    """A new sentence with entities of the roster, from the templates that it can fill."""
+) -> tuple[Sentence, tuple[str, ...]]:
+    """A new sentence with entities of the roster, from the templates that it can fill; and the
+    kinds of its entities."""
     templates = [
         (template, kinds) for template, kinds in _TEMPLATES if all(kind in roster for kind in kinds)
     ]
 
-    def make() -> Sentence:
+    def make() -> tuple[Sentence, tuple[str, ...]]:
         template, kinds = draw.choice(templates)
         entities = tuple(draw.choice(roster[kind]) for kind in kinds)
         slots = {kind: (entity,) for kind, entity in zip(kinds, entities, strict=True)}
-        return Sentence(expand(template, {**GRAMMAR, **slots}, draw), "assistant", entities, kinds)
+        text = expand(template, {**GRAMMAR, **slots}, draw)
+        return Sentence(text, "assistant", entities), kinds
 
-    return new(split, "assistant sentences", taken, make, lambda sentence: sentence.text)
+    return new(split, "assistant sentences", taken, make, lambda made: made[0].text)
 
 
 def new(
@@ -349,13 +356,14 @@ def new(
 
 
 def _cast(
-    split: str, sentences: Sequence[Sentence], config: Synthesize, seed: int
-) -> list[Planned]:
+    split: str, sentences: Iterable[Sentence], config: Synthesize, seed: int
+) -> Iterator[Planned]:
     """Number a split's sentences and say who speaks them."""
     draw = Random(f"{seed} {split} voices")
-    return [
-        Planned(
-            id=(id := f"{split}-{number:06d}"),
+    for number, sentence in enumerate(sentences):
+        id = f"{split}-{number:06d}"
+        yield Planned(
+            id=id,
             text=sentence.text,
             domain=sentence.domain,
             entities=sentence.entities,
@@ -364,8 +372,6 @@ def _cast(
             seed=draw.getrandbits(32),
             rough=split == "lm",
         )
-        for number, sentence in enumerate(sentences)
-    ]
 
 
 def _shares(split: str, config: Synthesize) -> dict[str, float]:

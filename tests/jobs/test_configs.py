@@ -241,6 +241,9 @@ def test_nodes_without_rdma_keep_a_copy_of_the_weights_each():
         deepspeed_config(
             experiment("6.8b", f"train.deepspeed={file}", "train.workers.count=4"), torch.bfloat16
         )
+    elastic = ("train.workers.count=[7, 8]", "train.micro_batches=56")
+    with pytest.raises(ValueError, match=r"zero_hpz_partition_size 8.*workers\.count 7$"):
+        deepspeed_config(experiment("6.8b", f"train.deepspeed={file}", *elastic), torch.bfloat16)
 
 
 @pytest.mark.parametrize("key", ["zero_quantized_weights", "zero_quantized_gradients"])

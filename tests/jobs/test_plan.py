@@ -72,6 +72,23 @@ def test_every_way_learns_the_same_number_of_tokens():
     assert sum(hours["gpu_hours"].values()) == pytest.approx(32 * sum(hours["hours"].values()))
 
 
+def test_of_a_range_the_most_workers_are_planned_for_and_the_fewest_are_not_forgotten():
+    """They share the same step and the same weights, so each of them takes more memory."""
+    few = ("--config", BIG, "train.deepspeed=null", "train.micro_batches=12")
+    elastic, *fixed = (
+        figures(*few, f"train.workers.count={count}") for count in ("[2, 4]", "4", "2")
+    )
+    most, fewest = elastic["as configured"], elastic["the fewest workers, 2"]
+    assert [most, fewest] == [one["as configured"] for one in fixed]
+    assert (most["gpus"], fewest["gpus"]) == (4, 2)
+    assert most["tokens_a_step"] == fewest["tokens_a_step"]
+    assert most["memory"]["fits"] and not fewest["memory"]["fits"]
+    said = printed(*few, "train.workers.count=[2, 4]")
+    assert "train.workers.count is [2, 4], and this is planned for 4." in said
+    assert "6 micro-batches each in place of 3" in said and "which DOES NOT FIT" in said
+    assert not any("fewest" in way for way in fixed[0])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

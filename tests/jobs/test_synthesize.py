@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import soundfile
 
+from cluster.parts import Part
+from cluster.rejections import Unread
 from jobs import synthesize
 from mmrag.artifact import ArtifactError
 from mmrag.config import Recordings, Sentences
-from mmrag.corpora import manifest
-from mmrag.corpora.synthetic import SPLITS
+from mmrag.corpora import drawn, manifest, recordings, synthetic
+from mmrag.corpora.recordings import Rerecorded
+from mmrag.corpora.synthetic import SPLITS, Planned
 from mmrag.records import Utterance
 
 pytestmark = pytest.mark.ray
@@ -48,6 +51,54 @@ def test_the_datastore_speaks_of_every_entity_of_the_test_split(corpus):
     known = {entity for one in corpus["datastore"] for entity in one.entities}
     asked = {entity for one in corpus["test"] for entity in one.entities}
     assert asked and asked <= known
+
+
+class Alive:
+    """Counts the instances of a class that there are at once."""
+
+    now = most = made = 0
+
+    def counting(self, kind: type) -> type:
+        seen = self
+
+        class Counted(kind):
+            def __init__(self, *values, **named) -> None:
+                super().__init__(*values, **named)
+                seen.made += 1
+                seen.now += 1
+                seen.most = max(seen.most, seen.now)
+
+            def __del__(self) -> None:
+                seen.now -= 1
+
+        return Counted
+
+
+def test_a_plan_never_holds_more_utterances_than_the_part_that_is_filled_and_the_one_before(
+    experiment, tmp_path, monkeypatch
+):
+    rows = [{"audio_filepath": f"{n}.wav", "text": "we call it bear"} for n in range(150)]
+    lines = [json.dumps(row) for row in rows]
+    (tmp_path / "people.jsonl").write_text("\n".join([*lines, "{"]) + "\n")
+    changes = {"lm": 200, "text": 200, "test": 6}
+    changes["recordings"] = Recordings(lm=str(tmp_path / "people.jsonl"), copies=2)
+    settings = experiment.synthesize.model_copy(update=changes)
+    whole = [one for one in synthesize.Plan(settings, 7)() if isinstance(one, Part)]
+    utterances, sentences = Alive(), Alive()
+    monkeypatch.setattr(synthetic, "Planned", utterances.counting(Planned))
+    monkeypatch.setattr(recordings, "Rerecorded", utterances.counting(Rerecorded))
+    monkeypatch.setattr(synthetic, "Sentence", sentences.counting(drawn.Sentence))
+    monkeypatch.setattr(drawn, "Sentence", synthetic.Sentence)
+    names = []
+    for one in synthesize.Plan(settings, 7)():
+        if isinstance(one, Unread):
+            assert (one.of, len(one.rejected)) == ("files", 1) and names == []
+        else:
+            names.append((one.name, len(one.work)))
+    assert names == [(one.name, len(one.work)) for one in whole]
+    assert utterances.made >= sum(size for _, size in names) > 600
+    assert utterances.most <= 2 * synthesize.PART_UTTERANCES + 1
+    assert sentences.made > 2 * 400 and sentences.most <= 5
 
 
 def test_a_changed_plan_is_refused_and_the_difference_named(workspace):

@@ -2,7 +2,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmrag.corpora.sentences import left_out, read, split_of
+from mmrag.corpora import sentences
+from mmrag.corpora.sentences import left_out, split_of
+
+
+def read(files, held_out: float, *taken: str) -> dict[str, list[tuple[str, str]]]:
+    """(sentence, file's name) by split."""
+    splits: dict[str, list[tuple[str, str]]] = {"lm": [], "dev": [], "test": []}
+    for split, text, name in sentences.read(files, held_out, set(taken)):
+        splits[split].append((text, name))
+    return splits
 
 
 def test_sentences_are_as_spoken_without_scraps_and_twins(tmp_path):
@@ -17,6 +26,10 @@ def test_sentences_are_as_spoken_without_scraps_and_twins(tmp_path):
         ("cafe ole", "real"),
         ("i'm still waiting on two cards", "real"),
         ("im here", "real"),
+    ]
+    fewer = read([file], 0.1, "im here", "another")
+    assert [one for each in fewer.values() for one in each] == [
+        one for one in found if one[0] != "im here"
     ]
     listed = [(one.source, one.reason) for one in left_out([file])]
     assert [source for source, _ in listed] == [f"{file}:{number}" for number in (3, 5, 7)]

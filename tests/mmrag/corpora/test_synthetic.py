@@ -9,8 +9,9 @@ from random import Random
 
 import numpy as np
 import pytest
+from plain_plan import plain_plan
 
-from mmrag.config import Synthesize, Workers
+from mmrag.config import Sentences, Synthesize, Workers
 from mmrag.corpora import synthetic
 from mmrag.corpora.grammar import GRAMMAR
 from mmrag.corpora.synthetic import (
@@ -21,6 +22,7 @@ from mmrag.corpora.synthetic import (
     other_names,
     plan,
     render,
+    stream,
 )
 from mmrag.corpora.voices import kokoro
 from mmrag.corpora.voices.espeak import VOICES, Synthesizer, Voice, varied
@@ -58,6 +60,40 @@ def words_of(planned: dict[str, list[Planned]], *splits: str) -> set[str]:
 def test_a_plan_follows_from_the_configuration_and_the_seed(planned):
     assert plan(CONFIG, seed=7) == planned
     assert plan(CONFIG, seed=8)["test"] != planned["test"]
+
+
+@pytest.fixture
+def real_sentences(tmp_path) -> Sentences:
+    """Of two files that have some lines in common."""
+    places, things = ("here", "there", "at home", "upstairs"), "abcdefghijklmnopqrstuvwxyz"
+    lines = [f"put the {thing} {place} please" for thing in things for place in places]
+    (tmp_path / "one.txt").write_text("\n".join(lines[:80]))
+    (tmp_path / "other.txt").write_text("\n".join(lines[60:]))
+    files = tuple(str(tmp_path / f"{name}.txt") for name in ("one", "other"))
+    return Sentences(files=files, held_out=0.2, lm=30, dev=6, test=6)
+
+
+def test_a_plan_that_is_streamed_is_the_one_of_lists(planned, real_sentences):
+    assert planned == plain_plan(CONFIG, seed=7)
+    changes = {"sentences": real_sentences, "voices": {"espeak": 1.0, "kokoro": 1.0}}
+    mixed = CONFIG.model_copy(update=changes)
+    made = plan(mixed, seed=7)
+    assert made == plain_plan(mixed, seed=7)
+    assert {one.domain for one in made["text"]} == {"everyday", "assistant", "one", "other"}
+
+
+def test_no_utterance_is_made_before_it_is_asked_for(monkeypatch):
+    made: list[str] = []
+
+    def note(**fields) -> Planned:
+        made.append(fields["id"])
+        return Planned(**fields)
+
+    monkeypatch.setattr(synthetic, "Planned", note)
+    splits = stream(CONFIG, seed=7)
+    assert made == []
+    assert [next(splits["lm"]).id for _ in range(3)] == made
+    assert next(splits["test"]).id == made[-1] == "test-000000"
 
 
 def test_splits_have_the_sizes_and_shares_that_were_asked_for(planned):
