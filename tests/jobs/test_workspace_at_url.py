@@ -5,13 +5,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from s3 import serving
+from safetensors.torch import load_file
 from tones import encoded
 
+from cluster import train as distributed
+from cluster.progress import records
 from cluster.rejections import REJECTED, read_rejections
-from jobs import build_datastore, pretrain_hubert, stage, tokenize
+from cluster.train import CHECKPOINTS, held
+from jobs import build_datastore, pretrain_hubert, stage, tokenize, train
 from mmrag import artifact, cached, cli
 from mmrag.config import ConfigError, Experiment, read
+from mmrag.model import pretrained
+from mmrag.model.curriculum import TrainingError
 from mmrag.retrieval.datastore import Datastore
 from mmrag.speech import tokenized
 from mmrag.storage import Location, Url
@@ -47,7 +54,7 @@ def corpus(root: Location) -> str:
     return str(root)
 
 
-def experiment(root: Location, source: str) -> Experiment:
+def experiment(root: Location, source: str, *more: str) -> Experiment:
     return read(
         CONFIG,
         [
@@ -56,6 +63,7 @@ def experiment(root: Location, source: str) -> Experiment:
             "tokenize.workers={count: 1, num_cpus: 0.8}",
             f"datastore={{name: texts, source: {source}/texts.txt, audio: none}}",
             "datastore.workers={count: 1, num_cpus: 0.8}",
+            *more,
         ],
     )
 
@@ -100,6 +108,72 @@ def test_it_is_made_in_a_bucket_as_in_a_directory(bucket, tmp_path, capsys, monk
         lines = map(json.loads, capsys.readouterr().out.splitlines())
         heard.append([line for line in lines if line.pop("file") == clip])
     assert heard[0] == heard[1] and any(line["text"] for line in heard[0])
+
+
+FEW_STEPS = (
+    "adapter=null",
+    "train.phases=[{name: few, steps: 6, mixture: {speech_first: 1}}]",
+    "train.precision=fp32",
+    "train.checkpoint_steps=2",
+    "train.workers={count: 1, num_cpus: 0.8}",
+)
+
+
+def giving_up(at: int):
+    """A worker that gives up before that step."""
+
+    def worker(config: dict) -> None:
+        from cluster import train
+
+        chosen = train.learning_rate
+
+        def rate(step, settings):
+            if step == at:
+                raise TrainingError("enough")
+            return chosen(step, settings)
+
+        train.learning_rate = rate
+        try:
+            train._worker(config)
+        finally:
+            train.learning_rate = chosen
+
+    return worker
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_training_in_a_bucket_goes_on_from_its_checkpoints_on_another_machine(
+    bucket, tmp_path, monkeypatch
+):
+    """They lie among the drafts, which all machines see, and never in the bucket."""
+    there = experiment(bucket / "runs/t", corpus(bucket / "heard"), *FEW_STEPS)
+    here = experiment(tmp_path / "t", corpus(tmp_path / "heard"), *FEW_STEPS)
+    for one in (there, here):
+        pretrain_hubert.run(one)
+        tokenize.run(one)
+    expected = train.run(here)
+
+    monkeypatch.setenv(cached.DRAFTS, str(tmp_path / "shared"))
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "_worker", giving_up(5))
+        with pytest.raises(TrainingError, match="enough"):
+            train.run(there)
+    draft = cached.draft_place(there.workspace / "lm").with_name(".lm.partial")
+    assert draft.is_relative_to(tmp_path / "shared")
+    assert held(draft).what == "2 checkpoints up to step 4"
+    assert not (there.workspace / "lm").exists()
+
+    monkeypatch.setenv(cached.CACHE, str(tmp_path / "another machine's"))
+    with stage.console.capture() as said:
+        made = train.run(there)
+    assert "going on where a stopped run left off" in said.get()
+    assert made.place == there.workspace / "lm" and not draft.exists()
+    assert not (made.place / CHECKPOINTS).exists()
+    assert [one["step"] for one in records(made.path)] == list(range(6))
+    weights = load_file(expected.path / pretrained.WEIGHTS)
+    for name, weight in load_file(made.path / pretrained.WEIGHTS).items():
+        assert torch.equal(weight, weights[name]), name
 
 
 def test_drafts_that_other_machines_cannot_see_are_refused_at_once(monkeypatch, ray_cluster):
