@@ -11,6 +11,7 @@ import uvicorn
 from realtime_clients import COMMIT, MANUAL, connected
 from spoken_levels import LevelDetector, Levels, base64_of
 
+from mmrag.speech.silero import network
 from serve.operations.environment import VARIABLES
 from serve.realtime import session as sessions
 from serve.realtime.load import Load
@@ -33,9 +34,10 @@ class Hearing(Levels):
 
 
 def held(thing, seen=None):
-    """Bytes of the arrays and texts that an object of a session keeps, and the containers' own."""
+    """Bytes of the arrays and texts that an object of a session keeps, and the containers' own, but
+    for what all sessions share: the network that hears speech."""
     seen = set() if seen is None else seen
-    if id(thing) in seen or isinstance(thing, (type, ModuleType, Levels, Load)):
+    if id(thing) in seen or isinstance(thing, (type, ModuleType, Levels, Load, type(network()))):
         return 0
     seen.add(id(thing))
     if isinstance(thing, (np.ndarray, torch.Tensor)):
