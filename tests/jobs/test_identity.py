@@ -116,7 +116,7 @@ def other(value: Any, dotted: str) -> Any:
         case tuple():
             return (*value, *value) if value else ("one",)
         case dict():
-            return {**value, next(iter(value)): 99.0}
+            return {**value, next(iter(value), "assistant"): 99.0}
     raise TypeError(f"{dotted}: {value!r}")
 
 
