@@ -311,9 +311,9 @@ def drawing_chances(
     if missing := sorted(set(settings.domain_weights) - set(domains or ())):
         raise ValueError(f"pretrain.domain_weights: no clip of {', '.join(missing)}")
     weights = [settings.domain_weights.get(one, 1.0) for one in domains or ()]
-    if speakers and (settings.balance < 1 or set(weights) > {1.0}):
+    if speakers and settings.balance < 1:
         return balanced(speakers, settings.balance, weights or None)
-    return None
+    return balanced(domains, 1, weights) if len(set(weights)) > 1 else None
 
 
 def balanced(

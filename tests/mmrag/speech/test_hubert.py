@@ -760,6 +760,10 @@ def test_a_domain_is_drawn_as_often_as_it_weighs():
     assert drawing_chances(plan(balance=1), speakers, domains) is None
     weighed = drawing_chances(plan(balance=1, domain_weights={"people": 3}), speakers, domains)
     assert weighed.tolist() == pytest.approx([3 / 8, 1 / 8, 3 / 8, 1 / 8])
+    every = plan(balance=1, domain_weights={"people": 3, "news": 2})
+    for said_by in (speakers, None):
+        weighed = drawing_chances(every, said_by, domains)
+        assert weighed.tolist() == pytest.approx([3 / 10, 2 / 10, 3 / 10, 2 / 10])
     both = drawing_chances(
         plan(balance=0, domain_weights={"people": 3}), ["a", "b", "b", "b"], domains
     )
