@@ -24,6 +24,8 @@ import torch.distributed
 
 # DeepSpeed looks for an accelerator when it is imported, and warns where there is none.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+# Batches are of all shapes: what oneDNN keeps for each, a thousand by default, took 6 GiB and more.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 import deepspeed
 import deepspeed.ops

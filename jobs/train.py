@@ -14,7 +14,7 @@ from cluster.progress import METRICS, SKIPPED, records
 from cluster.tracking import Run
 from cluster.train import REJECTED, fit, held
 from jobs import models, plan, stage
-from mmrag import artifact, shipped
+from mmrag import artifact
 from mmrag.artifact import Artifact, Draft
 from mmrag.config import ConfigError, Experiment, Train, as_dict, recipe
 from mmrag.model import pretrained
@@ -63,8 +63,9 @@ def _lm(experiment: Experiment, force: bool) -> Artifact:
     codebook = stage.load(experiment, "codebook", "codebook", "tokenize")
     made.require("codebook", codebook)
     settings = experiment.train
-    if settings.base:
-        _check_base(experiment, codebook)
+    inputs = {"tokens": made, "codebook": codebook}
+    if settings.base and (base := _base(experiment, codebook)):
+        inputs["base"] = base
     splits = [made.place / split for split in SPLITS if (made.place / split).exists()]
     config = recipe(
         {
@@ -90,7 +91,6 @@ def _lm(experiment: Experiment, force: bool) -> Artifact:
         fit(experiment, splits, draft.path, log, dev=_dev(settings, made), after=after)
         draft.summary |= _counts(draft.path, parameters, settings)
 
-    inputs = {"tokens": made, "codebook": codebook}
     logs = (METRICS, SKIPPED)
     return stage.make(
         experiment, "lm", "lm", config, inputs, work, logs=logs, holds=held, force=force
@@ -237,27 +237,31 @@ def _shown(record: dict[str, Any], shown: dict[str, Callable[[float], str]]) -> 
     return [show(record[name]) for name, show in shown.items() if name in record]
 
 
-def _check_base(experiment: Experiment, codebook: Artifact) -> None:
-    """Refuse a base model whose shape, word pieces or units are not the experiment's."""
-    base = experiment.train.base
-    ready = base.startswith(shipped.PREFIX)
-    if ready:
-        lm = artifact.load(shipped.find(base) / "lm", "lm")
-        if lm.inputs["codebook"] != codebook.inputs.get("base"):  # its units mean the same
-            lm.require("codebook", codebook)
+def _base(experiment: Experiment, codebook: Artifact) -> Artifact | None:
+    """The base model where it is one of ours; None for a foreign one. ConfigError for one whose
+    shape or word pieces are not the experiment's, ArtifactError for one whose units are not."""
+    base, found = experiment.train.base, None
+    if own := pretrained.ours(base):
+        found = artifact.load(own, "lm")
+        if found.inputs["codebook"] != codebook.inputs.get("base"):  # its units mean the same
+            found.require("codebook", codebook)
     theirs = as_dict(pretrained.base_config(base))
     ours = as_dict(experiment.lm)
     differing = [f"lm.{key}={theirs[key]}" for key in ours if ours[key] != theirs[key]]
     if differing:
         raise ConfigError(f"train.base {base} has another shape; it takes {' '.join(differing)}")
-    if not ready and experiment.vocabulary.tokenizer is None:
+    named = experiment.vocabulary.tokenizer is not None
+    if found is None and not named:
         raise ConfigError(f"train.base {base} needs its own word pieces: vocabulary.tokenizer")
+    if found and named:
+        raise ConfigError(f"train.base {base} has its own word pieces: vocabulary.tokenizer=null")
+    return found
 
 
 def _vocabulary(experiment: Experiment, splits: list[Location], units: int) -> Vocabulary:
     settings, base = experiment.vocabulary, experiment.train.base
-    if base and base.startswith(shipped.PREFIX):
-        return Vocabulary.load(shipped.find(base) / "lm")
+    if base and (own := pretrained.ours(base)):
+        return Vocabulary.load(own)
     if settings.tokenizer:
         return Vocabulary(BasePieces(Path(settings.tokenizer)), units)
 

@@ -349,6 +349,7 @@ def grids(results: Mapping[str, Any]) -> list[Grid]:
     ]
     spares = ("rule", "searches a token", "word error rate", "transcripts changed")
     unspared = [(where, told(one)) for where, one in results["knn_unspared"].items()]
+    strides = [(f"{n} tokens", told(one)) for n, one in results.get("read_for", {}).items()]
     grown = ("with", "a step as", "ms", "reading the prompts as", "ms")
     return [
         Grid(f"Batch sizes, {SWEPT} requests or a batch", columns, swept),
@@ -357,6 +358,7 @@ def grids(results: Mapping[str, Any]) -> list[Grid]:
         Grid("Boosted phrases", ("", "time over none", "made in"), boosted),
         Grid("Searches that are spared, mmrag:tiny on its own sentences", spares, searched),
         Grid("A search for every token, mmrag:tiny", ("", "time over none"), unspared),
+        Grid("Windows that are read for", ("", "time over reading none"), strides),
         Grid("How time grows", grown, growth),
     ]
 

@@ -32,6 +32,8 @@ from mmrag.retrieval.retrievers import LocalRetriever
 SEED = 1
 ALONE, LIST, SEARCHED = "alone", "list", "searched"
 """Ways to decode: without an adapter, and with it over either."""
+STRIDES = (2, 4, 8)
+"""Tokens from one search to the next where not every token searches."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ QUICK = Sizes(clips=24, rows=8, entries=75_000, listed=100, repeats=3)
 
 def overheads(directory: Path, quick: bool, tell: Progress) -> dict[str, Any]:
     """`decode.cross_attention_overhead`, and the same with a datastore: tokens a second without,
-    over those with what is read, measured in turn; and the share of tokens that read something.
+    over those with what is read, measured in turn; the share of tokens that read something; and
+    the overhead with a datastore that is searched for every n-th token alone (`read_for`).
 
     Every token reads: no gate is shut, however certain the model is.
     """
@@ -78,6 +81,7 @@ def overheads(directory: Path, quick: bool, tell: Progress) -> dict[str, Any]:
         "decode.cross_attention_overhead": ratio(speeds[ALONE], speeds[LIST]),
         "decode.cross_attention_overhead_datastore": ratio(speeds[ALONE], speeds[SEARCHED]),
         "reading": {way: reading[way] for way in (LIST, SEARCHED)},
+        "read_for": {str(n): ratio(speeds[ALONE], speeds[_every(n)]) for n in STRIDES},
     }
 
 
@@ -95,7 +99,18 @@ def _sources(
     settings = settings.model_copy(update={"gate": None, "certain": None})
     entries = np.random.default_rng(SEED).choice(store.entries, sizes.listed, replace=False)
     listed = AttentionSource(cache, settings, retriever, entries)
-    return {ALONE: None, LIST: listed, SEARCHED: AttentionSource(cache, settings, retriever)}
+    searched = {
+        _every(stride): AttentionSource(
+            cache, settings.model_copy(update={"stride": stride}), retriever
+        )
+        for stride in (1, *STRIDES)
+    }
+    return {ALONE: None, LIST: listed, **searched}
+
+
+def _every(stride: int) -> str:
+    """The way that searches for every token, or for every n-th."""
+    return SEARCHED if stride == 1 else f"{SEARCHED} every {stride}"
 
 
 def _decoded(

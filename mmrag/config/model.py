@@ -195,8 +195,9 @@ class Train(Section):
 
     phases: tuple[Phase, ...] = Field(min_length=1)
     base: str | None = None
-    """What to start from: a Hugging Face Llama, Mistral or Qwen directory, or a model of this
-    package (`mmrag:tiny`); None for random weights."""
+    """What to start from: a Hugging Face Llama, Mistral or Qwen directory; a model of this package
+    (`mmrag:tiny`), or another workspace's `lm/`, which keep their own word pieces; None for random
+    weights."""
     leave_out: Correction[tuple[str, ...]] = ()
     """Utterances, by id, that are passed over; may be added to while a run is unfinished."""
     micro_batch_tokens: PositiveInt

@@ -159,7 +159,7 @@ def recipes(experiment: Experiment) -> dict[str, Recipe]:
             patch.setattr(module, "Datastore", SimpleNamespace(open=lambda path: opened))
         told = Utterance(id="a", text="a", audio=Path("a.wav"))
         patch.setattr(tokenize, "Listing", lambda path: [told])
-        patch.setattr(train, "_check_base", lambda *_: None)
+        patch.setattr(train, "_base", lambda *_: None)
         patch.setattr(evaluate, "show", lambda _: None)
         for name in ("named", "adaptable"):
             patch.setattr(models, name, named)

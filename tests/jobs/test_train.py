@@ -11,6 +11,7 @@ from mmrag import artifact
 from mmrag.artifact import ArtifactError
 from mmrag.config import ConfigError, Dev, Experiment, Phase
 from mmrag.model import pretrained
+from mmrag.model.vocabulary import Vocabulary
 from mmrag.recogniser import Recogniser
 
 INPUTS = {
@@ -192,3 +193,40 @@ def test_without_a_dev_split_word_errors_are_refused_and_a_loss_is_not_told(work
     other = with_train(experiment, dev=Dev(split="test"))
     assert train._dev(other.train, tokens) == experiment.workspace / "tokens" / "test"
     assert train._dev(with_train(experiment, dev=Dev(loss_steps=0)).train, tokens) is None
+
+
+@pytest.mark.ray
+def test_a_language_model_is_trained_further_from_that_of_another_workspace(workspace, borrow):
+    experiment = with_train(
+        borrow("codebook", "tokens"),
+        base=str(workspace.path / "lm"),
+        learning_rate=1e-9,
+        phases=(Phase(name="again", steps=1, mixture={"speech_first": 1.0}),),
+    )
+    made = train.run(experiment)
+    base = artifact.load(workspace.path / "lm", "lm")
+    assert made.inputs["base"] == base.fingerprint
+    before, after = (load_file(one.path / pretrained.WEIGHTS) for one in (base, made))
+    for name, weight in before.items():
+        assert torch.allclose(after[name], weight, atol=1e-6), name
+    words = Vocabulary.load(made.path), Vocabulary.load(base.path)
+    assert words[0].written == words[1].written
+
+
+@pytest.mark.ray
+def test_a_base_of_other_units_is_refused(workspace, borrow):
+    experiment = with_train(borrow("codebook", "tokens"), base=str(workspace.path / "lm"))
+    true = disguise(experiment, "codebook", "codebook")
+    file = experiment.workspace / "tokens" / artifact.FILE
+    file.write_text(file.read_text().replace(true, OTHER))
+    with pytest.raises(ArtifactError, match=f"lm was made with codebook {true}.*{OTHER}"):
+        train.run(experiment)
+    assert not (experiment.workspace / "lm").exists()
+
+
+@pytest.mark.ray
+def test_word_pieces_beside_a_base_that_has_its_own_are_refused(workspace, borrow):
+    experiment = with_train(borrow("codebook", "tokens"), base=str(workspace.path / "lm"))
+    vocabulary = experiment.vocabulary.model_copy(update={"tokenizer": "tokenizer.json"})
+    with pytest.raises(ConfigError, match=r"its own word pieces: vocabulary\.tokenizer=null"):
+        train.run(experiment.model_copy(update={"vocabulary": vocabulary}))

@@ -47,3 +47,5 @@ def test_reading_is_measured_beside_reading_nothing(tmp_path, monkeypatch):
     assert found["reading"] == {read.LIST: 1.0, read.SEARCHED: 1.0}, "no gate is shut"
     for field in ("cross_attention_overhead", "cross_attention_overhead_datastore"):
         assert found[f"decode.{field}"]["median"] > 0
+    assert list(found["read_for"]) == [str(stride) for stride in read.STRIDES]
+    assert all(one["median"] > 0 for one in found["read_for"].values())
