@@ -289,13 +289,16 @@ class Transcribe:
         self._recogniser = load(models, device(), language)
         self._settings = settings
         self._modes = modes
-        self._guides: dict[str, Biasing] = {}
+        self._guide: tuple[str, Biasing] | None = None
+        """Of the mode that was asked for last: they are asked for one after the other, and each
+        keeps what it has read."""
 
     def __call__(self, part: Part[TranscriptionTask]) -> tuple[str, list[TranscribedUtterance]]:
         name = part.work[0].mode
-        if name not in self._guides:
-            self._guides[name] = self._modes[name].open(self._recogniser)
-        return name, self._transcribe([one.tokenized for one in part.work], self._guides[name])
+        if self._guide is None or self._guide[0] != name:
+            self._guide = None  # what it has read goes before as much is read again
+            self._guide = name, self._modes[name].open(self._recogniser)
+        return name, self._transcribe([one.tokenized for one in part.work], self._guide[1])
 
     def _transcribe(self, batch: list[Tokenized], guide: Biasing) -> list[TranscribedUtterance]:
         vocabulary = self._recogniser.vocabulary

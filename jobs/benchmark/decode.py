@@ -358,7 +358,7 @@ def grids(results: Mapping[str, Any]) -> list[Grid]:
         Grid("Boosted phrases", ("", "time over none", "made in"), boosted),
         Grid("Searches that are spared, mmrag:tiny on its own sentences", spares, searched),
         Grid("A search for every token, mmrag:tiny", ("", "time over none"), unspared),
-        Grid("Windows that are read for", ("", "time over reading none"), strides),
+        *([Grid("Windows that are read for", ("", "time over none"), strides)] if strides else []),
         Grid("How time grows", grown, growth),
     ]
 
