@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from mmrag.artifact import local
-from mmrag.config import KNN, RetrievedAttention
+from mmrag.config import KNN, RetrievedAttention, Spotting
 from mmrag.decoding.boost import Boost
+from mmrag.decoding.spotting import Favoured
 from mmrag.recogniser import Recogniser
 from mmrag.records import Retriever
 from mmrag.retrieval.datastore import Datastore
@@ -198,6 +199,27 @@ class PhraseBoosting:
             return {"boosts": [Boost(own, self.weight, starts) for own in spelt]}
 
         return guide
+
+
+@dataclass(frozen=True)
+class PhraseSpotting:
+    """Of each utterance's phrases, those that the CTC head hears in it favoured."""
+
+    settings: Spotting
+    phrases: PhraseLists
+
+    def open(self, recogniser: Recogniser) -> Biasing:
+        vocabulary = recogniser.vocabulary
+        known: dict[tuple[str, ...], Favoured] = {}
+
+        def boost(one: Tokenized) -> Boost | None:
+            listed = tuple(self.phrases[one.utterance.id])
+            if listed not in known:
+                known.clear()  # lists are everybody's, or each utterance's own
+                known[listed] = Favoured(listed, vocabulary, self.settings)
+            return known[listed].boost(vocabulary.letters(vocabulary.speech_input(one.units)))
+
+        return lambda batch: {"boosts": [boost(one) for one in batch]}
 
 
 @dataclass(frozen=True)

@@ -14,32 +14,23 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
-from mmrag import administration, cached, shipped, terminal
+from mmrag import administration, shipped, terminal
 from mmrag.administration import KEY
 from mmrag.artifact import ArtifactError
 from mmrag.client import Answer, Service, ServiceError
-from mmrag.entry_options import SPEAKING, add_speaking, refuse_speaking, speaking
+from mmrag.entry_options import SPEAKING, add_speaking
 from mmrag.folders import printable
+from mmrag.lookup_options import add_lookup, found_by
 from mmrag.records import Transcript, Word
 from mmrag.retrieval.wording import read_entries
 from mmrag.storage import Location, located
 
-if TYPE_CHECKING:
-    from mmrag.config import KNN, RetrievedAttention
-    from mmrag.recogniser import AnyRecogniser
-    from mmrag.retrieval.datastore import Datastore
-    from mmrag.retrieval.phrases import Phrases
-    from mmrag.retrieval.shortlist import Shortlist
-
-RETRIEVALS = ("none", "knn", "cross_attention", "both")
 IN_PROCESS = {
     "models": shipped.DEFAULT,
     "weight": None,
@@ -58,8 +49,6 @@ AGREEMENT = -2.5
 AUDIO = "wav, flac, mp3, ogg, webm, m4a, mp4, 3gp, amr and others, whatever the name"
 WHISPER_SECONDS = 30.0
 """Longest segment that a Whisper is given where nobody says so."""
-SHORTLIST = 10
-"""As in `retrieval.shortlist`."""
 TAIL_LETTERS = 400
 """Letters of a growing transcript that are shown: its end, which has to fit on a small terminal."""
 console = Console(highlight=False, soft_wrap=True)
@@ -101,7 +90,6 @@ def _here(options: argparse.Namespace) -> bool:
             options.max_seconds = min(recogniser.window_seconds, WHISPER_SECONDS)
             if not recognisers.is_whisper(options.models):
                 options.max_seconds = shipped.segment_seconds(options.models)
-        found = _found(options, recogniser)
         settings = Decode(
             beams=options.beams,
             length_penalty=0.6,
@@ -111,6 +99,7 @@ def _here(options: argparse.Namespace) -> bool:
             agreement=None if options.trust else AGREEMENT,
             unclear=options.unclear,
         )
+        found = found_by(options, recogniser, settings)
     except (ArtifactError, DatastoreError, OSError, ValueError, ImportError) as error:
         sys.exit(f"mmrag: {error}")
     failed = False
@@ -196,40 +185,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--language", help="what is spoken, by ISO 639-1; for a multilingual Whisper"
     )
-    command.add_argument(
-        "--datastore",
-        metavar="DIR",
-        help="datastore to look things up in: a directory, or a name in MODELS/datastores; with "
-        "--url, a name that the endpoint knows",
-    )
-    command.add_argument(
-        "--phrases",
-        type=Path,
-        metavar="FILE",
-        help="phrases to listen for, one a line (names, drugs, products), or as JSON objects of "
-        "text, display_as, pronunciations, weight and language; spoken by a synthesizer once and "
-        "remembered",
-    )
+    add_lookup(command)
     add_speaking(command)
     command.add_argument(
-        "--shortlist",
-        type=int,
-        metavar="N",
-        help="of very many phrases, listen in each segment for the N that sound most like what was "
-        "heard without them; with a datastore, for those of its documents whose names do; 0: for "
-        f"all (default: {SHORTLIST} of more phrases than are read whole)",
-    )
-    command.add_argument(
-        "--retrieval",
-        choices=RETRIEVALS,
-        help="neighbours vote (knn), the adapter reads them (cross_attention), or both; default: "
-        "knn with a datastore, cross_attention with phrases; with --url, as the endpoint likes",
-    )
-    command.add_argument(
-        "--weight", type=float, help="kNN weight (default: as tuned, else the model's own)"
-    )
-    command.add_argument(
-        "--beams", type=int, help="1 is greedy (default: 4 with mmrag:small, 1 with others)"
+        "--beams", type=int, help="1 is greedy (default: 8 with mmrag:small, 1 with others)"
     )
     command.add_argument(
         "--max-seconds",
@@ -294,11 +253,6 @@ def _file(name: str) -> Location:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _below(models: str) -> Location:
-    """The directory of models, in which datastores and what was tuned for them are."""
-    return shipped.find(models)
-
-
 def _device() -> str:
     import torch
 
@@ -309,136 +263,6 @@ def _max_seconds(text: str) -> float:
     if not float(text) >= 1:
         raise argparse.ArgumentTypeError(f"{text} leaves no room to cut: at least 1 second")
     return float(text)
-
-
-def _found(options: argparse.Namespace, recogniser: AnyRecogniser) -> dict[str, Any]:
-    """What `transcribe` is given to look things up in."""
-    from mmrag.retrieval.datastore import Datastore
-    from mmrag.retrieval.display import Display
-    from mmrag.retrieval.index import saved_shards
-    from mmrag.retrieval.interpolation import Retrieval
-    from mmrag.retrieval.memory import AttentionSource
-    from mmrag.retrieval.phrases import Phrases
-    from mmrag.retrieval.retrievers import LocalRetriever
-    from mmrag.retrieval.weights import Weights
-
-    if options.datastore is not None and options.phrases is not None:
-        raise ValueError("--datastore or --phrases: one of them")
-    if options.phrases is not None:
-        return _phrases(options, recogniser)
-    refuse_speaking(options, "goes with --phrases")
-    if options.datastore is None:
-        if options.retrieval not in (None, "none"):
-            raise ValueError(f"--retrieval {options.retrieval} needs a --datastore or --phrases")
-        return {}
-    datastore = Datastore.open(_datastore(options.datastore, _below(options.models)))
-    datastore.require(recogniser.keyed_by)
-    mode = options.retrieval or "knn"
-    if mode == "none":
-        return {}
-    retriever = LocalRetriever.load(saved_shards(datastore.directory), datastore)
-    display = Display.of(datastore.wordings().values(), recogniser.vocabulary.spoken)
-    weights = Weights.of(datastore)
-    found: dict[str, Any] = {"source": retriever, "display": display}
-    knn, read = _tuned(options, datastore, mode)
-    if mode in ("knn", "both"):
-        found["retrieval"] = Retrieval(retriever, knn, weights)
-    if mode in ("cross_attention", "both"):
-        bank = recogniser.window_cache(retriever)
-        found["attention"] = AttentionSource(bank, read, retriever, weights=weights)
-    if options.shortlist:
-        found["shortlist"] = _shortlist(Phrases(datastore), options.shortlist)
-    return found
-
-
-def _shortlist(phrases: Phrases, most: int) -> Shortlist:
-    from mmrag.corpora.voices.espeak import Synthesizer
-    from mmrag.retrieval.shortlist import Shortlist
-
-    if most < 0:
-        raise ValueError(f"--shortlist {most}: a number of phrases, or 0 for all")
-    return Shortlist.of(phrases, Synthesizer().pronounce, most)
-
-
-def _tuned(
-    options: argparse.Namespace, datastore: Datastore, mode: str
-) -> tuple[KNN, RetrievedAttention]:
-    """Settings as `jobs.tune` chose them for this datastore, or plain ones, with a word of it."""
-    from mmrag.config import as_dict
-    from mmrag.decoding.tune import default, tuned
-    from mmrag.recogniser import is_whisper
-
-    foreign = is_whisper(options.models)  # its checkpoint holds nothing of ours
-    below = datastore.directory.parent.parent if foreign else _below(options.models)
-    plain = default(below, datastore)
-    found = tuned(below, datastore.directory) or plain
-    knn = found.both if mode == "both" else found.knn
-    if found is plain:
-        where = datastore.directory
-        print(f"mmrag: {where} is not tuned (jobs.tune): {as_dict(knn)}", file=sys.stderr)
-    return _weighed(options, knn), found.attention or plain.attention
-
-
-def _weighed(options: argparse.Namespace, knn: KNN) -> KNN:
-    if options.weight is None:
-        return knn
-    return type(knn)(**knn.model_dump() | {"weight": options.weight})  # checks it
-
-
-def _datastore(given: str, models: Location) -> Location:
-    """A datastore: the one of that name that came with the models, or where it is said to lie."""
-    place, own = located(given), models / "datastores"
-    bare = isinstance(place, Path) and (isinstance(own, Path) or place.name == given)
-    return own / place if bare and (own / place).is_dir() else place
-
-
-def _phrases(options: argparse.Namespace, recogniser: AnyRecogniser) -> dict[str, Any]:
-    """The phrases of a file, as a small datastore that is read whole."""
-    import numpy as np
-
-    from mmrag.contents import check
-    from mmrag.decoding.tune import default
-    from mmrag.retrieval.display import Display
-    from mmrag.retrieval.interpolation import Retrieval
-    from mmrag.retrieval.memory import AttentionSource
-    from mmrag.retrieval.phrases import Phrases, remember
-    from mmrag.retrieval.retrievers import SubsetRetriever
-    from mmrag.retrieval.weights import Weights
-
-    mode = options.retrieval or ("cross_attention" if recogniser.adapter else "knn")
-    if mode == "none":
-        return {}
-    if mode != "knn" and recogniser.adapter is None:
-        recogniser.window_cache(None)  # says why there is none
-    every = read_entries(options.phrases)
-    check(every, recogniser)
-    display = Display.of(every, recogniser.vocabulary.spoken)
-    listed = [one for one in every if one.weight > 0]
-    if not listed and every:
-        return {"display": display}
-    voices = speaking(options)
-    models = recogniser.lm, recogniser.vocabulary, recogniser.keyed_by
-    say = recogniser.synthesizer(speaking=voices)
-    with terminal.progress("speaking the phrases") as progress:
-        kept = cached.directory("spoken phrases") / "phrases"
-        datastore = remember(kept, listed, *models, say, progress, voices)
-    retriever = SubsetRetriever(datastore, np.arange(datastore.entries))
-    found: dict[str, Any] = {"source": retriever, "display": display}
-    weights = Weights.of(datastore)
-    settings = default(_below(options.models), datastore)
-    if mode in ("knn", "both"):
-        knn = settings.both if mode == "both" else settings.knn
-        found["retrieval"] = Retrieval(retriever, _weighed(options, knn), weights)
-    phrases = Phrases(datastore)
-    if mode in ("cross_attention", "both"):
-        bank, whole = recogniser.window_cache(retriever), phrases.first_mentions()
-        how = settings.attention, retriever, whole, weights
-        found["attention"] = AttentionSource(bank, *how)
-    many = len(listed) > settings.attention.whole
-    most = options.shortlist if options.shortlist is not None else many * SHORTLIST
-    if most:
-        found["shortlist"] = _shortlist(phrases, most)
-    return found
 
 
 def _print(file: Location, transcript: Transcript, as_json: bool) -> None:

@@ -32,7 +32,7 @@ from mmrag.model.whisper import EncodedAudio, Whisper, WhisperVocabulary
 from mmrag.records import Line, Retriever, Units
 from mmrag.retrieval.memory import WindowCache
 from mmrag.speech.audio import SAMPLE_RATE
-from mmrag.speech.hubert import HubertEncoder
+from mmrag.speech.hubert import HubertEncoder, spells
 from mmrag.speech.units import Codebook
 from mmrag.storage import Location
 
@@ -215,6 +215,11 @@ class SpeechTokenizer(_Timed):
         ]
 
     @property
+    def spells(self) -> bool:
+        """Whether the encoder has a CTC head, in whose letters phrases are spotted."""
+        return self.encoder.alphabet is not None
+
+    @property
     def window_seconds(self) -> float:
         """Longest clip that is encoded at once: any."""
         return math.inf
@@ -310,6 +315,7 @@ class WhisperRecogniser:
     """Role `whisper` -> fingerprint of the checkpoint's files."""
     adapter: None = None
     calibration: None = None
+    spells: bool = False
 
     @classmethod
     def load(cls, name: str, device: str = "cpu", language: str | None = None) -> WhisperRecogniser:
@@ -436,6 +442,8 @@ class Outline:
     """D of a key."""
     window_seconds: float
     """Longest clip that is encoded at once."""
+    spells: bool = False
+    """Whether the encoder has a CTC head, in whose letters phrases are spotted."""
 
     @property
     def adapted(self) -> bool:
@@ -469,4 +477,5 @@ def outline(models: str | Location, language: str | None = None) -> Outline:
         vocabulary=Vocabulary.load(lm),
         width=pretrained.base_config(str(lm)).width,
         window_seconds=math.inf,
+        spells=spells(made["hubert"].path),
     )

@@ -19,10 +19,11 @@ from mmrag.decoding.align import align, audible
 from mmrag.decoding.confidence import Calibration
 from mmrag.decoding.decode import Choice, Hypothesis, decode
 from mmrag.decoding.guard import credible
+from mmrag.decoding.spotting import Favoured
 from mmrag.decoding.stitch import Stitcher
 from mmrag.model.contract import TextVocabulary
 from mmrag.recogniser import AnyRecogniser
-from mmrag.records import NO_ENTRY, Retriever, Source, Timed, Transcript, Word
+from mmrag.records import NO_ENTRY, Letters, Retriever, Source, Timed, Transcript, Word
 from mmrag.retrieval.display import Display
 from mmrag.retrieval.interpolation import Retrieval
 from mmrag.retrieval.memory import AttentionSource
@@ -46,6 +47,7 @@ def transcribe(
     source: Retriever | None = None,
     attention: AttentionSource | None = None,
     shortlist: Shortlist | None = None,
+    favoured: Favoured | None = None,
     batch_seconds: float = BATCH_SECONDS,
     display: Display = AS_HEARD,
 ) -> Iterator[Transcript]:
@@ -56,8 +58,8 @@ def transcribe(
     segments hear the same words, which are given once.
 
     `source` names where retrieved words come from; it is what `retrieval` and `attention` search,
-    all of it, or the phrases of a `shortlist` that a segment may have said. Entries are written as
-    `display` has them.
+    all of it, or the phrases of a `shortlist` that a segment may have said. Phrases that are
+    `favoured` are spotted in each segment. Entries are written as `display` has them.
     Raises AudioError if the file cannot be read or is too short to hold a word; where it breaks
     off, what was said before has been given.
     """
@@ -66,7 +68,8 @@ def transcribe(
     stitcher: Stitcher[Transcript] = Stitcher()
     try:
         for batch in _batches(found, batch_seconds):
-            heard = _heard(batch, recogniser, settings, retrieval, source, attention, shortlist)
+            ways = retrieval, source, attention, shortlist, favoured
+            heard = _heard(batch, recogniser, settings, *ways)
             for segment, made, timed in heard:
                 where = segment.start, segment.before, segment.after
                 complete = starmap(_kept, stitcher.add(made, timed, *where))
@@ -103,16 +106,16 @@ def _heard(
     source: Retriever | None,
     attention: AttentionSource | None,
     shortlist: Shortlist | None,
+    favoured: Favoured | None,
 ) -> Iterator[tuple[Segment, Transcript, list[Timed]]]:
     """Each segment with all that is heard in it; its words' times where it shares some audio."""
     spoken = [n for n, one in enumerate(segments) if vad.spoken(one.wave, settings.speech)]
     clips = {n: vad.trim(segments[n].wave) for n in spoken}
     units = recogniser.encode([wave for wave, _ in clips.values()]) if clips else []
     reads = [attention] * len(units)
+    ways = retrieval, shortlist, favoured
     decoded = (
-        recognise(recogniser, units, settings, retrieval, shortlist, attention_sources=reads)
-        if units
-        else []
+        recognise(recogniser, units, settings, *ways, attention_sources=reads) if units else []
     )
     each = dict(zip(spoken, zip(units, decoded, strict=True), strict=True))
     for n, segment in enumerate(segments):
@@ -122,6 +125,8 @@ def _heard(
         encoded, heard = each[n]
         text = recogniser.vocabulary.decode(heard.tokens)
         found = words(heard, recogniser.vocabulary, source)
+        if favoured is not None:
+            found = favoured.evidence(found, letters(recogniser.vocabulary, encoded))
         made = Transcript(text, found, segment.start, segment.end, heard.stopped)
         made = judged(made, recogniser.calibration, settings)
         timed: list[Timed] = []
@@ -165,18 +170,22 @@ def recognise(
     settings: Decode,
     retrieval: Retrieval | Sequence[Retrieval | None] | None = None,
     shortlist: Shortlist | None = None,
+    favoured: Favoured | None = None,
     **biasing: Any,
 ) -> list[Hypothesis]:
     """Encoded clips to hypotheses, decoded together; `biasing` is handed to `decode`.
 
     With a `shortlist` they are decoded twice: without what they are given, then with as much of it
-    as sounds like the first transcript. One in which nothing does stays as it was.
+    as sounds like the first transcript. One in which nothing does stays as it was. Of phrases that
+    are `favoured`, those are that are spotted in a clip.
     With `settings.agreement`, a transcript made with retrieval that the language model finds too
     unlikely, or that goes round in circles, is made again without.
     """
     vocabulary = recogniser.vocabulary
     ids = [vocabulary.speech_input(one) for one in units]
     limits = [recogniser.longest(recogniser.seconds(one), settings) for one in units]
+    if favoured is not None:
+        biasing["boosts"] = [favoured.boost(vocabulary.letters(one)) for one in ids]
 
     def alone(clips: Sequence[int]) -> list[Hypothesis]:
         few = [ids[n] for n in clips], [limits[n] for n in clips]
@@ -200,6 +209,11 @@ def recognise(
     for n, one in zip(doubtful, again, strict=True):
         heard[n] = one
     return heard
+
+
+def letters(vocabulary: TextVocabulary, encoded: Any) -> Letters | None:
+    """What a CTC head hears in an encoded clip; None where there is none."""
+    return vocabulary.letters(vocabulary.speech_input(encoded))
 
 
 def words(

@@ -201,6 +201,7 @@ class Api:
         return self._described(model)
 
     def _described(self, name: str | None = None) -> schema.Model:
+        spots = ["spotting"] if self._model.spells else []
         reads = ["cross_attention", "both"] if self._model.adapted else []
         own, *aliases = self._settings.names
         return schema.Model(
@@ -210,7 +211,7 @@ class Api:
             root=own,
             aliases=aliases,
             languages=list(self._settings.languages),
-            retrieval=["none", "knn", *reads],
+            retrieval=["none", *spots, "knn", *reads],
             fingerprints=self._model.fingerprints,
         )
 

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,16 +24,14 @@ from mmrag.decoding.align import align
 from mmrag.decoding.beams import beams_for
 from mmrag.decoding.decode import Clip, Hypothesis
 from mmrag.decoding.engine import Decoded, Engine, Job, Statistics
-from mmrag.decoding.tune import Tuned
 from mmrag.model.lm import LM
 from mmrag.model.prepared import prepare
 from mmrag.recogniser import load_decoder, load_encoder
-from mmrag.records import Retriever, Transcript, Utterance, Word
+from mmrag.records import Letters, Retriever, Transcript, Utterance, Word
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.display import Display
 from mmrag.retrieval.entries import read_entries
-from mmrag.retrieval.interpolation import Retrieval
-from mmrag.retrieval.memory import AttentionSource, WindowCache
+from mmrag.retrieval.memory import WindowCache
 from mmrag.retrieval.phrases import WINDOW, Phrases
 from mmrag.retrieval.retrievers import SECOND, JoinedRetriever, SubsetRetriever
 from mmrag.retrieval.segment import Description, Segment
@@ -42,6 +40,7 @@ from mmrag.retrieval.weights import Weights
 from mmrag.speech.tokenized import Tokenized
 from mmrag.transcribe import judged, words
 from serve import logs, probe, traces
+from serve.looked_up import RetrievalSources, offer, spotted
 from serve.messages import (
     DecodeRequest,
     DecodeResult,
@@ -51,33 +50,12 @@ from serve.messages import (
 )
 from serve.model import device, language, locate, retrieval_defaults, tuned_below
 from serve.pronouncing import Pronouncing
-from serve.settings import RetrievalDefaults, Settings
+from serve.settings import Settings
 
 log = logging.getLogger("ray.serve")
 
 KEPT = 32
 """Datastores and lists whose encoded windows a replica keeps."""
-
-
-@dataclass(frozen=True)
-class RetrievalSources:
-    """What one datastore or list offers a clip."""
-
-    source: Retriever | None
-    votes: dict[RetrievalMode, Retrieval]
-    """How neighbours vote, by mode."""
-    attention: AttentionSource | None
-    phrases: Callable[[], Phrases] | None = None
-    """What may be made a shortlist of; None where that is no list of phrases alone."""
-    many: bool = False
-    """Whether they are too many to be read whole."""
-    display: Display = field(default_factory=Display)
-    """How its entries are written."""
-
-    def given(self, shortlist: Shortlist, text: str, mode: RetrievalMode) -> RetrievalSources:
-        """What is offered to a clip whose transcript without it is `text`."""
-        vote, attention = shortlist.given(text, self.votes.get(mode), self.attention)
-        return replace(self, votes={mode: vote} if vote else {}, attention=attention)
 
 
 class Decoder:
@@ -102,7 +80,7 @@ class Decoder:
             chosen.threads,
             chosen.cache_tokens,
         )
-        self._sources: OrderedDict[tuple[str, str], RetrievalSources] = OrderedDict()
+        self._sources: OrderedDict[tuple[str, str, bool], RetrievalSources] = OrderedDict()
         self._window_caches: OrderedDict[str, WindowCache] = OrderedDict()
         self._shortlists: OrderedDict[str, tuple[str, asyncio.Task[Shortlist]]] = OrderedDict()
         """The last of each datastore or list, and of which of its versions it is."""
@@ -206,9 +184,14 @@ class Decoder:
         except ValueError as error:
             raise InvalidRequest(str(error)) from None
 
-    async def describe(self) -> tuple[Description, bool]:
-        """What datastores of this model are, and whether it can read them (an adapter)."""
-        return self._described(), self._models.adapter is not None
+    async def describe(self) -> tuple[Description, frozenset[RetrievalMode]]:
+        """What datastores of this model are, and the ways in which it uses what it is given."""
+        ways: set[RetrievalMode] = {"knn"}
+        if self._models.adapter is not None:
+            ways |= {"cross_attention", "both"}
+        if self._letters(self._probe) is not None:
+            ways.add("spotting")
+        return self._described(), frozenset(ways)
 
     async def alive(self) -> None:
         """Returns: this replica takes calls."""
@@ -226,6 +209,11 @@ class Decoder:
             return await asyncio.shield(asyncio.wrap_future(job.future))
         finally:
             job.cancel()
+
+    def _letters(self, units: Encoded) -> Letters | None:
+        """What a CTC head hears in encoded speech; None where there is none."""
+        vocabulary = self._models.vocabulary
+        return vocabulary.letters(vocabulary.speech_input(units))
 
     def _clip(self, request: DecodeRequest, sources: RetrievalSources | None) -> Clip:
         decode = self._settings.decode
@@ -247,6 +235,7 @@ class Decoder:
             fallback=() if request.output.temperature > 0 else self._settings.decoder.fallback,
             retrieval=sources.votes.get(request.mode) if sources else None,
             attention=sources.attention if reads else None,
+            boost=sources.boost if sources else None,
             beginning=beginning,
         )
 
@@ -254,6 +243,10 @@ class Decoder:
         """What the clip looks things up in: everything that its request offers, or a shortlist of
         it, for which it is transcribed without first."""
         sources = await self._sources_of(request)
+        if sources is not None and sources.favoured is not None:
+            letters = self._letters(request.units)
+            boost = await asyncio.to_thread(sources.favoured.boost, letters)
+            return replace(sources, boost=boost)
         most = request.shortlist
         if most is None:
             most = SHORTLIST if sources is not None and sources.many else 0
@@ -297,14 +290,20 @@ class Decoder:
                 f"retrieval {request.mode} needs an adapter, which this model has not"
             )
         found, phrases = request.datastore, request.phrases
-        key = (found.key if found else "", phrases.key if phrases else "")
+        spots = request.mode == "spotting"
+        key = (found.key if found else "", phrases.key if phrases else "", spots)
         if key not in self._sources:
             listed = await phrases.segment if phrases else None
             worded = (
                 found and found.worded and await asyncio.to_thread(Datastore.open, found.worded)
             )
             display = await asyncio.to_thread(self._display, listed, worded or None)
-            made = replace(self._made(found, listed, worded or None), display=display)
+            if spots:
+                chosen = self._models.vocabulary, self._settings.decode.spotting
+                made = await asyncio.to_thread(spotted, found, listed, *chosen)
+            else:
+                made = self._made(found, listed, worded or None)
+            made = replace(made, display=display)
             self._sources.setdefault(key, made)
         return _freshen(self._sources, key)
 
@@ -327,7 +326,7 @@ class Decoder:
         if listed is None:
             cache = self._models.adapter and self._cache_of(found)
             weights = Weights.of(worded) if worded is not None else None
-            offered = _offer(found.retriever, found, cache, found.whole, weights)
+            offered = offer(found.retriever, found, cache, found.whole, weights)
             if found.phrases is None:
                 return offered
             directory = found.phrases
@@ -347,7 +346,7 @@ class Decoder:
             whole = np.concatenate((found.whole, whole + SECOND)) if small else None
         cache = self._models.adapter and self._models.window_cache(source)
         settings = found or retrieval_defaults(self._settings, self._tuned, phrases)
-        offered = _offer(source, settings, cache, whole, weights)
+        offered = offer(source, settings, cache, whole, weights)
         if found is not None:
             return offered
         many = len(named.names) > settings.attention.whole
@@ -372,7 +371,11 @@ class Decoder:
         asked = request.output.evidence or request.output.timed
         source = sources.source if sources and request.output.evidence else None
         text = vocabulary.decode(hypothesis.tokens)
-        heard = Transcript(text, await asyncio.to_thread(words, hypothesis, vocabulary, source))
+        found = await asyncio.to_thread(words, hypothesis, vocabulary, source)
+        if request.output.evidence and sources and sources.favoured:
+            letters = self._letters(request.units)
+            found = await asyncio.to_thread(sources.favoured.evidence, found, letters)
+        heard = Transcript(text, found)
         heard = judged(heard, self._models.calibration, self._settings.decode)
         found = heard.words if asked else ()
         if request.output.timed and found:
@@ -384,7 +387,7 @@ class Decoder:
             ends=tuple(end for _, end in vocabulary.word_ends(hypothesis.tokens)) if found else (),
             confidence=heard.confidence,
             unclear=heard.unclear,
-            mean_logp=hypothesis.logp / max(1, len(hypothesis.choices)),
+            mean_logp=hypothesis.mean_logp,
             stopped=hypothesis.stopped,
             missing_shards=decoded.missing_shards,
             logps=tuple(choice.logp for choice in hypothesis.choices[: len(hypothesis.tokens)]),
@@ -447,22 +450,6 @@ def _trace(job: Job, handed_in: int) -> None:
     tokens = len(job.future.result().hypothesis.tokens)
     traces.record("queue", handed_in, job.begun)
     traces.record("steps", job.begun, tokens=tokens)
-
-
-def _offer(
-    source: Retriever,
-    settings: ResolvedDatastore | Tuned | RetrievalDefaults,
-    cache: WindowCache | None,
-    whole: np.ndarray | None,
-    weights: Weights | None,
-) -> RetrievalSources:
-    kinds = {"knn": settings.knn, "both": settings.both}
-    votes = {kind: Retrieval(source, knn, weights) for kind, knn in kinds.items()}
-    return RetrievalSources(
-        source,
-        votes,
-        cache and AttentionSource(cache, settings.attention, source, whole, weights),
-    )
 
 
 def _freshen(kept: OrderedDict, key: object) -> object:

@@ -87,13 +87,16 @@ class ResolvedDatastore:
     """Where it lies, if any of its documents says how it is written or what it weighs."""
     tenant: str = ""
     """Whose it is."""
+    spelled: bool = False
+    """Whether its documents are phrases each of which can be spotted: none is told in IPA."""
 
 
 @dataclass(frozen=True)
 class PhraseList:
-    """Phrases that came with a request, as entries; `key` is a digest of them.
+    """Phrases that came with a request, as entries, or to be spotted as their wordings alone; `key`
+    is a digest of them.
 
-    The entries lie in the object store once, however many segments of an upload need them.
+    They lie in the object store once, however many segments of an upload need them.
     """
 
     key: str

@@ -65,8 +65,19 @@ class SpokenPhrases:
             kept.move_to_end(way)
         shelf.forget(self._kept, REMEMBERED)
         quickly = [text for text, one in told.items() if ways[one][1]]
-        fields = json.dumps([tenant, [one.fields() for one in given], quickly])
         segments = [Segment.empty(self._width, WINDOW), *(found[way] for way in ways.values())]
         joined = await asyncio.to_thread(join, segments)
         worded = replace(joined, wordings={one.text: one for one in given})
-        return hashlib.sha256(fields.encode()).hexdigest(), worded
+        return _digest(given, tenant, quickly), worded
+
+    def worded(self, given: Sequence[Entry], tenant: str) -> tuple[str, Segment]:
+        """As `of`, of phrases that nobody has to say: no entries, and how they are worded."""
+        given = entries(given)
+        wordings = {one.text: one for one in given}
+        empty = replace(Segment.empty(self._width, WINDOW), wordings=wordings)
+        return _digest(given, tenant, "worded"), empty
+
+
+def _digest(given: Sequence[Entry], tenant: str, how: object) -> str:
+    fields = json.dumps([tenant, [one.fields() for one in given], how])
+    return hashlib.sha256(fields.encode()).hexdigest()

@@ -21,6 +21,7 @@ from ray.serve.handle import DeploymentHandle
 
 from mmrag.config import RetrievalMode
 from mmrag.contents import Lookup
+from mmrag.decoding.spotting import spells_all
 from mmrag.decoding.stitch import Stitcher
 from mmrag.model.whisper import EncodedAudio
 from mmrag.recogniser import is_whisper
@@ -110,7 +111,7 @@ class Pipeline:
         """Whether a short clip may be encoded to much: a Whisper's states are of whole windows."""
         self._decoder = SizedHandle(decoder)
         self._streaming_decoder = SizedHandle(decoder.options(stream=True))
-        self._reads: bool | None = None
+        self._ways: frozenset[RetrievalMode] | None = None
         self._ahead = 0
         """Segments under way besides the first of each upload."""
 
@@ -292,22 +293,12 @@ class Pipeline:
         self._check_shortlist(options)
         found: ResolvedDatastore | None = None
         phrase_list: PhraseList | None = None
-        mode = options.retrieval or "both"
-        if mode != "none" and options.datastore is not None:
+        if options.retrieval != "none" and options.datastore is not None:
             with traces.span("resolve"):
                 found = await self.call(self.retriever.resolve, options.datastore)
+        mode = await self._mode(options, found)
         if mode != "none" and options.phrases:
-            phrase_list = await self._phrase_list(options)
-        if found is None and phrase_list is None:
-            if options.retrieval not in (None, "none"):
-                raise InvalidRequest(f"retrieval {options.retrieval} needs a datastore or context")
-            mode = "none"
-        if options.shortlist and phrase_list is None and found.phrases is None:
-            name = own_name(options.datastore)
-            message = f"shortlist: the documents of {name!r} are no phrases"
-            raise InvalidRequest(message, "shortlist")
-        if options.retrieval is None and mode != "none" and not await self.reads():
-            mode = "knn"
+            phrase_list = await self._phrase_list(options, spoken=mode != "spotting")
         return lambda encoded: DecodeRequest(
             units=told(encoded.units, options.languages),
             audible=encoded.audible,
@@ -317,6 +308,35 @@ class Pipeline:
             shortlist=options.shortlist,
             output=options.output,
         )
+
+    async def _mode(
+        self, options: TranscriptionOptions, found: ResolvedDatastore | None
+    ) -> RetrievalMode:
+        """How what is `found`, and the phrases, are used: as the request says, else phrases are
+        spotted where they all can be. InvalidRequest for a way that there is not."""
+        asked = options.retrieval
+        if asked == "none" or not (found or options.phrases):
+            if asked not in (None, "none"):
+                raise InvalidRequest(f"retrieval {asked} needs a datastore or context")
+            return "none"
+        unlisted = found is not None and found.phrases is None
+        for param, given in (("retrieval", asked == "spotting"), ("shortlist", options.shortlist)):
+            if given and unlisted:
+                name = own_name(options.datastore)
+                raise InvalidRequest(f"{param}: the documents of {name!r} are no phrases", param)
+        ways = await self._ways_to_use()
+        if asked == "spotting" and options.shortlist is not None:
+            message = "shortlist: spotting goes through all phrases"
+            raise InvalidRequest(message, "shortlist")
+        if asked == "spotting" and asked not in ways:
+            message = "retrieval spotting needs an encoder that spells, and this one does not"
+            raise InvalidRequest(message, "retrieval")
+        if asked is not None:
+            return asked
+        spelled = (found is None or found.spelled) and spells_all(options.phrases)
+        if "spotting" in ways and spelled and options.shortlist is None:
+            return "spotting"
+        return "both" if "both" in ways else "knn"
 
     def _check_shortlist(self, options: TranscriptionOptions) -> None:
         """InvalidRequest where it would have no effect."""
@@ -330,20 +350,20 @@ class Pipeline:
             message = "shortlist: of a datastore or of context, and not of both"
             raise InvalidRequest(message, "shortlist")
 
-    async def _phrase_list(self, options: TranscriptionOptions) -> PhraseList:
-        """Phrases as entries, put where every decoder finds them.
+    async def _phrase_list(self, options: TranscriptionOptions, spoken: bool) -> PhraseList:
+        """Phrases, as entries where they have to be `spoken`, put where every decoder finds them.
 
         This process owns them: they last as long as the request that it works on.
         """
         phrases, tenant = list(options.phrases), options.tenant
-        key, segment = await self.call(self.retriever.phrases, phrases, tenant)
+        key, segment = await self.call(self.retriever.phrases, phrases, tenant, spoken)
         return PhraseList(key, await asyncio.to_thread(ray.put, segment), tenant)
 
-    async def reads(self) -> bool:
-        """Whether the model has an adapter to read with."""
-        if self._reads is None:
-            _, self._reads = await self.call(self.decoder.describe)
-        return self._reads
+    async def _ways_to_use(self) -> frozenset[RetrievalMode]:
+        """The ways in which the model uses what it is given."""
+        if self._ways is None:
+            _, self._ways = await self.call(self.decoder.describe)
+        return self._ways
 
     async def _decoded(self, request: DecodeRequest) -> AsyncIterator[str | DecodeResult]:
         """A segment's text piece by piece, then its result.

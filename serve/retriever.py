@@ -28,6 +28,7 @@ from cluster.pool import PooledRetriever, serve_pooled
 from cluster.shards import ShardedRetriever, serve_shards
 from mmrag import durable
 from mmrag.artifact import ArtifactError
+from mmrag.decoding.spotting import spells_all
 from mmrag.decoding.tune import tuned
 from mmrag.retrieval import datastore as stored
 from mmrag.retrieval import upkeep
@@ -270,9 +271,13 @@ class Retriever:
                 await asyncio.to_thread(one.retriever.close)
             await asyncio.to_thread(shutil.rmtree, aside, True)
 
-    async def phrases(self, given: Sequence[Entry], tenant: str = DEFAULT) -> tuple[str, Segment]:
-        """Phrases for one request as entries, and a digest of them and of whose they are;
-        InvalidRequest for one that cannot be spoken."""
+    async def phrases(
+        self, given: Sequence[Entry], tenant: str = DEFAULT, spoken: bool = True
+    ) -> tuple[str, Segment]:
+        """Phrases for one request, and a digest of them and of whose they are: `spoken`, as
+        entries, else as they are worded. InvalidRequest for one that cannot be spoken."""
+        if not spoken:
+            return self._phrases.worded(given, tenant)
         return await self._phrases.of(given, tenant)
 
     def _path(self, name: str) -> Path:
@@ -401,7 +406,8 @@ class Retriever:
         found = key, uid, retriever, chosen.knn, chosen.both, read, whole
         where = datastore.directory
         phrases, worded = where if listed else None, where if datastore.wordings else None
-        return ResolvedDatastore(*found, phrases, worded, tenant_at(self._root, where))
+        spelled = listed and spells_all(datastore.wordings().values())
+        return ResolvedDatastore(*found, phrases, worded, tenant_at(self._root, where), spelled)
 
     def _require_room(self, name: str, room: Room | None, more: int = 0) -> None:
         """Raises DatastoreExists, InvalidRequest where there are as many as there may be, and

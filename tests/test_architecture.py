@@ -52,11 +52,12 @@ WINGS = {
     ],
     "decoding": [
         "confidence", "boost", "hypotheses", "candidates", "beginnings", "beams", "spelling",
+        "spotting",
         "ctc", "joint", "rows", "decode",
         "guard", "align", "stitch", "partial", "engine", "tune",
     ],
     "front door": ["recogniser", "transcribe", "contents", "client", "entry_options",
-        "administration", "cli",
+        "lookup_options", "administration", "cli",
     ],
 }  # fmt: skip
 """The wings of mmrag from the ground up, and the modules of each in reading order."""

@@ -12,7 +12,9 @@ from pydantic import (
 
 from mmrag.config.section import SLUG, Fraction, Layout, Operation, Section, Voices, Workers
 
-RetrievalMode = Literal["none", "knn", "cross_attention", "both"]
+RetrievalMode = Literal["none", "spotting", "knn", "cross_attention", "both"]
+"""How what is given is used: phrases are spotted in what a CTC head hears, and favoured; neighbours
+of the decoder's states vote (kNN-LM); an adapter attends to them; or the last two together."""
 MOST_TAKES = 8
 """Voices that may say the same."""
 

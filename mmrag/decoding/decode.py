@@ -42,7 +42,7 @@ def decode(
     settings: Decode,
     retrieval: Retrieval | Sequence[Retrieval | None] | None = None,
     exclude_documents: Sequence[int] | None = None,
-    boosts: Sequence[Boost] | None = None,
+    boosts: Sequence[Boost | None] | None = None,
     contexts: Sequence[Sequence[int]] | None = None,
     attention_sources: Sequence[AttentionSource | None] | None = None,
     beginnings: Sequence[Sequence[int]] | None = None,
@@ -208,19 +208,19 @@ class Batch:
         found = likeliest(logp, lm_logp, count, beams.temperatures)
         ranked = beams.rank(found.tokens, found.logp, self._vocabulary.eos)
         rows, columns = ranked.rows, ranked.columns
-        tokens, chosen_logp = found.tokens[rows, columns], found.logp[rows, columns]
+        tokens, score = found.tokens[rows, columns], found.logp[rows, columns]
         entries, distances = _voters(neighbours, rows, tokens)
         newest = self._history.append(
             beams.newest[rows],
             attended and [attended[row] for row in rows.tolist()],
             token=tokens,
-            logp=chosen_logp,
+            logp=np.minimum(score, 0),
             lm_logp=found.lm_logp[rows, columns],
             lm_token=found.lm_token[rows, columns],
             entry=entries,
             distance=distances,
         )
-        batch.go_on(beams.advance(ranked, tokens, chosen_logp, newest), found.first)
+        batch.go_on(beams.advance(ranked, tokens, score, newest), found.first)
 
     def _begin(
         self,
@@ -243,9 +243,9 @@ class Batch:
         tokens, rows = begun.tokens[begun.given], begun.rows[begun.given]
         offsets = begun.offsets[begun.given]
         chosen = batch.letters.begin(rows, offsets, tokens, chosen)
-        own, alone, preferred = evidence(tokens, chosen, lm_logp[given])
+        score, alone, preferred = evidence(tokens, chosen, lm_logp[given])
         for row, count in enumerate(begun.counts - 1):
-            own[rows == row] += batch.boosted.begin(row, tokens[rows == row]) if count else 0
+            score[rows == row] += batch.boosted.begin(row, tokens[rows == row]) if count else 0
         entries, distances = _voters(found, np.arange(len(tokens)), tokens)
         for offset in range(offsets.max() + 1):
             at = np.flatnonzero(offsets == offset)
@@ -253,13 +253,13 @@ class Batch:
                 batch.beams.newest[rows[at]],
                 attended and [attended[place] for place in begun.given[at].tolist()],
                 token=tokens[at],
-                logp=own[at],
+                logp=np.minimum(score[at], 0),
                 lm_logp=alone[at],
                 lm_token=preferred[at],
                 entry=entries[at],
                 distance=distances[at],
             )
-            batch.beams.begin(rows[at], newest, own[at])
+            batch.beams.begin(rows[at], newest, score[at])
         attended = attended and [attended[place] for place in begun.last.tolist()]
         return lm_logp[last], logp[last], queries, attended
 

@@ -24,6 +24,7 @@ class Choice:
 
     token: int
     logp: float
+    """With what boosted phrases earned it, 0 at most."""
     lm_logp: float
     lm_token: int
     """What the language model alone would have chosen after the same prefix: the token itself where
@@ -41,6 +42,7 @@ class Hypothesis:
 
     choices: tuple[Choice, ...] = ()
     logp: float = 0.0
+    """The sum of its choices', and of all that phrases earned it."""
     stopped: bool = False
 
     @property
@@ -48,9 +50,10 @@ class Hypothesis:
         """Its ids, without the end token."""
         return [choice.token for choice in self.choices[: -1 if self.stopped else None]]
 
-    def then(self, choice: Choice, stopped: bool = False) -> Hypothesis:
-        """This hypothesis, one token on; `stopped` with the end token."""
-        return Hypothesis((*self.choices, choice), self.logp + choice.logp, stopped)
+    @property
+    def mean_logp(self) -> float:
+        """Mean log-probability of its choices."""
+        return sum(choice.logp for choice in self.choices) / max(1, len(self.choices))
 
     def score(self, length_penalty: float) -> float:
         """Log-probability over length to the power of `length_penalty`."""

@@ -45,12 +45,12 @@ class Spelling:
     @classmethod
     def of(cls, texts: Iterable[str], alphabet: str) -> Spelling:
         """Of tokens that write `texts` behind other text."""
-        spelt = [_spelt(text, alphabet) for text in texts]
-        counts = np.array([len(letters) for letters, *_ in spelt])
-        letters = np.zeros((len(spelt), max(1, counts.max(initial=0))), np.int16)
-        for row, (own, *_) in zip(letters, spelt, strict=True):
+        told = [spelt(text, alphabet) for text in texts]
+        counts = np.array([len(letters) for letters, *_ in told])
+        letters = np.zeros((len(told), max(1, counts.max(initial=0))), np.int16)
+        for row, (own, *_) in zip(letters, told, strict=True):
             row[: len(own)] = own
-        opens, closes, blank = (np.array([each[n] for each in spelt], bool) for n in (1, 2, 3))
+        opens, closes, blank = (np.array([each[n] for each in told], bool) for n in (1, 2, 3))
         return cls(letters, counts, opens, closes, blank, alphabet)
 
     @property
@@ -90,7 +90,7 @@ def spelling(vocabulary: TextVocabulary, alphabet: str) -> Spelling:
     return known[alphabet]
 
 
-def _spelt(text: str, alphabet: str) -> tuple[list[int], bool, bool, bool]:
+def spelt(text: str, alphabet: str) -> tuple[list[int], bool, bool, bool]:
     """The letters of a token's text, whether a gap stands before and behind them, and whether it is
     nothing but a gap.
 

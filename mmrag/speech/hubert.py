@@ -371,6 +371,11 @@ class HubertEncoder(nn.Module):
         return output
 
 
+def spells(directory: Location | str) -> bool:
+    """Whether the encoder that `HubertEncoder.save` wrote there has a CTC head."""
+    return "alphabet" in json.loads((local(directory) / "hubert.json").read_text())
+
+
 def _from_bundle(name: str) -> tuple[dict[str, Any], dict[str, Tensor], bool]:
     """Architecture, weights and whether waveforms are normalised, of a torchaudio bundle."""
     bundle = getattr(torchaudio.pipelines, name, None)

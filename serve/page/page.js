@@ -97,7 +97,7 @@ async function transcribe() {
   form.append("file", audio, audio.name);
   form.append("stream", "true");
   form.append("include[]", "retrieval");
-  form.append("retrieval", retrieval);
+  if (retrieval !== "auto") form.append("retrieval", retrieval);
   if (name) form.append("datastore", name);
 
   const mine = (running = new AbortController());
@@ -215,7 +215,8 @@ async function subprotocols() {
 function liveSettings() {
   const datastore = $("datastore").value || null;
   const context = recording?.names ?? [];
-  const retrieval = datastore || context.length ? $("retrieval").value : "none";
+  const chosen = datastore || context.length ? $("retrieval").value : "none";
+  const retrieval = chosen === "auto" ? null : chosen;
   const format = { type: "audio/pcm", rate: RATE };
   return { type: "transcription", audio: { input: { format, transcription: { datastore, context, retrieval } } } };
 }
@@ -320,7 +321,8 @@ function closeEvidence(back = false) {
 
 function quotation({ entry, text }, word) {
   const parts = text.split(/(\s+)/).map((part) => (part === word ? h("mark", {}, part) : part));
-  return h("figure", {}, h("blockquote", {}, ...parts), h("figcaption", {}, `Entry ${entry}, the one that mattered most`));
+  const what = entry < 0 ? "The phrase that was spotted" : `Entry ${entry}, the one that mattered most`;
+  return h("figure", {}, h("blockquote", {}, ...parts), h("figcaption", {}, what));
 }
 
 let pause = 0;
@@ -459,8 +461,7 @@ document.addEventListener("keydown", (event) => {
 
 try {
   const { data } = await getJson("/v1/models");
-  for (const option of $("retrieval").options) option.disabled = !data[0].retrieval.includes(option.value);
-  if ($("retrieval").selectedOptions[0]?.disabled) $("retrieval").value = data[0].retrieval.at(-1);
+  for (const option of $("retrieval").options) option.disabled = option.value !== "auto" && !data[0].retrieval.includes(option.value);
   await loadDatastores("names");
 } catch (error) {
   complain(error);

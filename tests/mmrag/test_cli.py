@@ -17,7 +17,7 @@ from random_models import write_calibration, write_models
 from rich.console import Console
 from whisper_checkpoint import random_whisper
 
-from mmrag import artifact, cached, cli, recogniser, shipped, terminal
+from mmrag import artifact, cached, cli, lookup_options, recogniser, shipped, terminal
 from mmrag.config import KNN, Index, LanguageModel, RetrievedAttention, as_dict
 from mmrag.corpora.synthetic import assign_voices, render
 from mmrag.corpora.voices.espeak import Synthesizer
@@ -698,7 +698,7 @@ def test_a_long_list_is_shortened_for_each_segment(mmrag, clip, tmp_path, monkey
     names, shortened = tmp_path / "names.txt", []
     names.write_text("".join(f"maria {word}\n" for word in ("now", "call", "rome")))
     monkeypatch.setenv(cached.CACHE, str(tmp_path / "cache"))
-    monkeypatch.setattr(cli, "SHORTLIST", 2)
+    monkeypatch.setattr(lookup_options, "SHORTLIST", 2)
     few = RetrievedAttention(k=1, stride=1, whole=2)
     plain = Tuned(KNN(k=1, weight=0.5, temperature=1), KNN(k=1, weight=0.5, temperature=1), few)
     monkeypatch.setattr("mmrag.decoding.tune.default", lambda *_: plain)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import plain_ctc
 import torch
@@ -94,13 +94,20 @@ def decode_plainly(lm, vocabulary, clip: Clip, phrases=None) -> list[Hypothesis]
         for rank, (one, choice) in enumerate(ranked):
             if choice.token == vocabulary.eos:
                 if rank < clip.beams:
-                    finished.append(one.then(choice, stopped=True))
+                    finished.append(_then(one, choice, stopped=True))
             elif len(live) < clip.beams:
-                live.append(one.then(choice))
+                live.append(_then(one, choice))
         if len(finished) >= clip.beams or any(len(one.choices) >= clip.longest for one in live):
             finished = finished or live
             live = []
     return sorted(finished, key=lambda one: one.score(clip.length_penalty), reverse=True)
+
+
+def _then(one: Hypothesis, choice: Choice, stopped: bool = False) -> Hypothesis:
+    """A hypothesis, one token on, that was chosen by a score of `choice.logp`: with what phrases
+    earned it, it may be more than a log-probability."""
+    told = replace(choice, logp=min(choice.logp, 0.0))
+    return Hypothesis((*one.choices, told), one.logp + choice.logp, stopped)
 
 
 def _begun(lm, vocabulary, clip, phrases) -> Hypothesis:
@@ -109,7 +116,7 @@ def _begun(lm, vocabulary, clip, phrases) -> Hypothesis:
     for token in clip.beginning:
         found = _next(lm, vocabulary, clip, phrases, begun, candidates=vocabulary.size)
         [choice] = [choice for choice in found if choice.token == token]
-        begun = begun.then(choice)
+        begun = _then(begun, choice)
     return begun
 
 
