@@ -31,6 +31,7 @@ from mmrag.config import (
     Experiment,
     RetrievalMode,
     RetrievedAttention,
+    Spotting,
     as_dict,
     recipe,
 )
@@ -59,18 +60,23 @@ from mmrag.storage import Location
 
 @dataclass(frozen=True)
 class EvaluationMode:
-    """A way to transcribe: without retrieval, or with one datastore and its settings."""
+    """A way to transcribe: without retrieval, with one datastore and its settings, or with each
+    utterance's list, in which phrases are spotted."""
 
     name: RetrievalMode
     datastore: str | None = None
     artifact: Artifact | None = None
     knn: KNN | None = None
     attention: RetrievedAttention | None = None
+    spotting: Spotting | None = None
 
     @property
     def title(self) -> str:
         """For tables and plots."""
-        return "no retrieval" if self.datastore is None else f"{self.spoken_name}: {self.datastore}"
+        if self.name == "none":
+            return "no retrieval"
+        of = "its own list" if self.datastore is None else self.datastore
+        return f"{self.spoken_name}: {of}"
 
     @property
     def spoken_name(self) -> str:
@@ -139,6 +145,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
             **heard_by.recipe,
             **{f"knn.{way.title}": way.knn for way in ways if way.knn},
             **{f"attention.{way.title}": way.attention for way in ways if way.attention},
+            **{f"spotting.{way.title}": way.spotting for way in ways if way.spotting},
         }
     )
 
@@ -197,6 +204,14 @@ def _ways(experiment: Experiment, heard_by: Models) -> list[EvaluationMode]:
     for name in experiment.evaluate.modes:
         if name == "none":
             ways.append(EvaluationMode(name))
+            continue
+        if name == "spotting":
+            if not experiment.evaluate.lists:
+                raise ConfigError(
+                    "evaluate.modes: spotting goes through the list that comes with each "
+                    "utterance: evaluate.lists=true"
+                )
+            ways.append(EvaluationMode(name, spotting=experiment.spotting))
             continue
         for datastore in experiment.evaluate.datastores:
             made = stage.load(experiment, f"datastores/{datastore}", "datastore", "build_datastore")
@@ -301,6 +316,8 @@ def _mode(
     way: EvaluationMode, lists: PhraseLists | None, sources: Mapping[Location, Retriever | Location]
 ) -> modes.Mode:
     """What a worker opens."""
+    if way.spotting is not None:
+        return modes.PhraseSpotting(way.spotting, lists)
     if way.artifact is None:
         return modes.NoRetrieval()
     if lists is not None:

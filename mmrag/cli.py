@@ -99,7 +99,7 @@ def _here(options: argparse.Namespace) -> bool:
             agreement=None if options.trust else AGREEMENT,
             unclear=options.unclear,
         )
-        found = found_by(options, recogniser, settings)
+        found = found_by(options, recogniser)
     except (ArtifactError, DatastoreError, OSError, ValueError, ImportError) as error:
         sys.exit(f"mmrag: {error}")
     failed = False

@@ -17,7 +17,7 @@ from mmrag.retrieval.wording import Entry, read_entries
 from mmrag.storage import Location, located
 
 if TYPE_CHECKING:
-    from mmrag.config import KNN, Decode, RetrievedAttention
+    from mmrag.config import KNN, RetrievedAttention
     from mmrag.decoding.spotting import Favoured
     from mmrag.recogniser import AnyRecogniser
     from mmrag.retrieval.datastore import Datastore
@@ -67,9 +67,7 @@ def add_lookup(command: Any) -> None:
     )
 
 
-def found_by(
-    options: argparse.Namespace, recogniser: AnyRecogniser, settings: Decode
-) -> dict[str, Any]:
+def found_by(options: argparse.Namespace, recogniser: AnyRecogniser) -> dict[str, Any]:
     """What `transcribe` is given to look things up in. ValueError for options that do not go
     together, or with the models."""
     if options.datastore is not None and options.phrases is not None:
@@ -77,18 +75,16 @@ def found_by(
     if options.shortlist is not None and options.shortlist < 0:
         raise ValueError(f"--shortlist {options.shortlist}: a number of phrases, or 0 for all")
     if options.phrases is not None:
-        return _phrases(options, recogniser, settings)
+        return _phrases(options, recogniser)
     refuse_speaking(options, "goes with --phrases")
     if options.datastore is None:
         if options.retrieval not in (None, "none"):
             raise ValueError(f"--retrieval {options.retrieval} needs a --datastore or --phrases")
         return {}
-    return _datastore(options, recogniser, settings)
+    return _datastore(options, recogniser)
 
 
-def _datastore(
-    options: argparse.Namespace, recogniser: AnyRecogniser, settings: Decode
-) -> dict[str, Any]:
+def _datastore(options: argparse.Namespace, recogniser: AnyRecogniser) -> dict[str, Any]:
     """A datastore as it was tuned."""
     from mmrag.retrieval.datastore import Datastore
     from mmrag.retrieval.display import Display
@@ -107,7 +103,7 @@ def _datastore(
     display = Display.of(datastore.wordings().values(), recogniser.vocabulary.spoken)
     if mode == "spotting":
         listed = phrases_of(datastore, recogniser.vocabulary)
-        return {"favoured": _spotted(options, listed, recogniser, settings), "display": display}
+        return {"favoured": _spotted(options, listed, recogniser), "display": display}
     retriever = LocalRetriever.load(saved_shards(datastore.directory), datastore)
     weights = Weights.of(datastore)
     found: dict[str, Any] = {"source": retriever, "display": display}
@@ -122,9 +118,7 @@ def _datastore(
     return found
 
 
-def _phrases(
-    options: argparse.Namespace, recogniser: AnyRecogniser, settings: Decode
-) -> dict[str, Any]:
+def _phrases(options: argparse.Namespace, recogniser: AnyRecogniser) -> dict[str, Any]:
     """The phrases of a file."""
     from mmrag.contents import check
     from mmrag.retrieval.display import Display
@@ -140,7 +134,7 @@ def _phrases(
         return {"display": display}
     if mode == "spotting":
         refuse_speaking(options, f"goes with --retrieval {', '.join(RETRIEVALS[2:])}")
-        return {"favoured": _spotted(options, listed, recogniser, settings), "display": display}
+        return {"favoured": _spotted(options, listed, recogniser), "display": display}
     return {"display": display, **_spoken(options, listed, mode, recogniser)}
 
 
@@ -159,8 +153,8 @@ def _spotted(
     options: argparse.Namespace,
     listed: Sequence[Entry],
     recogniser: AnyRecogniser,
-    settings: Decode,
 ) -> Favoured:
+    from mmrag.config import Spotting
     from mmrag.decoding.spotting import Favoured
 
     for name in ("shortlist", "weight"):
@@ -168,7 +162,7 @@ def _spotted(
             raise ValueError(f"--{name} does not go with --retrieval spotting")
     if not recogniser.spells:
         raise ValueError("--retrieval spotting needs an encoder that spells: mmrag:small has one")
-    return Favoured(listed, recogniser.vocabulary, settings.spotting)
+    return Favoured(listed, recogniser.vocabulary, Spotting())
 
 
 def _spoken(

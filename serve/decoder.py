@@ -299,7 +299,7 @@ class Decoder:
             )
             display = await asyncio.to_thread(self._display, listed, worded or None)
             if spots:
-                chosen = self._models.vocabulary, self._settings.decode.spotting
+                chosen = self._models.vocabulary, self._settings.spotting
                 made = await asyncio.to_thread(spotted, found, listed, *chosen)
             else:
                 made = self._made(found, listed, worded or None)

@@ -23,7 +23,16 @@ from pydantic import (
 )
 from yaml import YAMLError
 
-from mmrag.config import KNN, SLUG, ConfigError, Decode, RetrievedAttention, Section, explain
+from mmrag.config import (
+    KNN,
+    SLUG,
+    ConfigError,
+    Decode,
+    RetrievedAttention,
+    Section,
+    Spotting,
+    explain,
+)
 from mmrag.config import Speaking as ConfiguredSpeaking
 from mmrag.model.prepared import Compute
 from mmrag.storage import is_url
@@ -289,6 +298,8 @@ class Settings(Section):
     """Datastores whose shards start with the service, not with the first request."""
     speaking: Speaking = Speaking()
     decode: Decode
+    spotting: Spotting = Spotting()
+    """How phrases are spotted."""
     retrieval_defaults: RetrievalDefaults | None = None
     """None for the model's own."""
     limits: Limits

@@ -37,12 +37,16 @@ def domain(lab: Lab) -> tuple[str, int, list[Point]]:
     """Requests about people, places and companies whose names training never met.
 
     The datastore has other sentences about them, in other voices: as text, with its recordings,
-    or spoken from the text by synthetic voices.
+    or spoken from the text by synthetic voices. Or all that is given are their names, as one list
+    for all utterances, which the encoder's CTC head spots.
     """
     points = [Point("none", NoRetrieval()), knn_point(lab.text, "text")]
     for name, store in {"multimodal": lab.multimodal, "spoken": lab.spoken_text}.items():
         points += ways(store, name)
-    return ASSISTANT, lab.settings.utterances, points
+    limit, listed_names = lab.settings.utterances, listed.names_in(lab, ("datastore",))
+    everyone = {one.utterance.id: listed_names for one in lab.spoken("test", ASSISTANT, limit)}
+    points += lab.spotting(everyone, len(listed_names))
+    return ASSISTANT, limit, points
 
 
 def paired_share(lab: Lab) -> tuple[str, int, list[Point]]:

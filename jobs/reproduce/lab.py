@@ -8,7 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cluster.modes import Mode, PhraseBoosting, PhraseLists, phrase_mode, retrieval_mode
+from cluster.modes import (
+    Mode,
+    PhraseBoosting,
+    PhraseLists,
+    PhraseSpotting,
+    phrase_mode,
+    retrieval_mode,
+)
 from cluster.stages import (
     TranscribedUtterance,
     transcribe_modes,
@@ -121,6 +128,19 @@ class Lab:
     ) -> Mode:
         """Each utterance's own phrases of a datastore of them, searched, read or both."""
         return phrase_mode(store.path, knn, read, lists, self.settings.mentions)
+
+    @cached_property
+    def spells(self) -> bool:
+        """Whether clips come with the letters that phrases are spotted in."""
+        first = self.spoken("dev", ASSISTANT, 1) if self.family == OWN else []
+        return any(one.units is not None and one.units.letters is not None for one in first)
+
+    def spotting(self, lists: PhraseLists, count: int, setting: str | None = None) -> list[Point]:
+        """Each utterance's own phrases, of which there are `count`, spotted as they come; nothing
+        where nobody spells."""
+        how = PhraseSpotting(self.experiment.spotting, lists)
+        point = Point("spotting", how, None, count, setting=setting, lists=lists)
+        return [point] if self.spells else []
 
     def spoken(self, split: str, domain: str, limit: int, made: Artifact | None = None) -> list:
         """The first utterances of a split's domain."""

@@ -26,7 +26,7 @@ PHRASES_K = 16
 """Neighbours asked for among an utterance's phrases while their weight is chosen."""
 MOST_SAID = 4
 """Entities of one utterance: so many names more than a list is long leave it full without them."""
-PROMPTED = 500
+PROMPTED = 100
 """Phrases that are still written before the speech: more make a prompt of minutes."""
 UNSAID = "none of them said"
 CASTS = {
@@ -62,8 +62,9 @@ def dynamic_context(lab: Lab) -> tuple[str, int, list[Point]]:
 
     For retrieval the phrases are spoken by synthetic voices in a few carrier sentences and keyed
     by what the model hears; their own tokens alone are entries. kNN-LM searches among the list,
-    cross-attention reads all of it. Boosting favours the phrases while decoding; prompting writes
-    them before the speech, to a model that was never trained with a list.
+    cross-attention reads all of it. Boosting favours the phrases while decoding, all of them or
+    (spotting) those that the encoder's CTC head hears; prompting writes them before the speech, to
+    a model that was never trained with a list.
     """
     limit = lab.settings.utterances
     test = lab.spoken("test", ASSISTANT, limit)
@@ -77,6 +78,7 @@ def dynamic_context(lab: Lab) -> tuple[str, int, list[Point]]:
         ]
         boosted = PhraseBoosting(trusted.boost, own)
         points.append(Point("boost", boosted, None, count, lists=own))
+        points += lab.spotting(own, count)
         if lab.family == OWN and count <= PROMPTED:
             points.append(Point("prompt", PhrasePrompting(own), None, count, lists=own))
     return ASSISTANT, limit, points
@@ -96,6 +98,7 @@ def unsaid_phrases(lab: Lab) -> tuple[str, int, list[Point]]:
             Point(name, how, "spoken", **about) for name, how in trusted.ways(lab, other).items()
         ]
         points.append(Point("boost", PhraseBoosting(trusted.boost, other), **about))
+        points += lab.spotting(other, count, UNSAID)
     return ASSISTANT, limit, points
 
 
@@ -108,7 +111,7 @@ def synthesizers(lab: Lab) -> tuple[str, int, list[Point]]:
         stage.console.print("  synthesizers: left out, synthesize.kokoro names no neural voices")
         return ASSISTANT, 0, []
     test = lab.spoken("test", ASSISTANT, limit)
-    said, count = _said(lab, ("dev", "test")), min(lab.settings.phrases)
+    said, count = names_in(lab, ("dev", "test")), min(lab.settings.phrases)
     own = lists(test, said, count, lab.experiment.seed)
     points = [Point("none", NoRetrieval())]
     for title, shares in CASTS.items():
@@ -127,13 +130,13 @@ def synthesizers(lab: Lab) -> tuple[str, int, list[Point]]:
 def names(lab: Lab) -> list[str]:
     """Every entity of the corpus that training did not know, and so many more that the longest list
     is full; sorted."""
-    known = _said(lab, ("dev", "test", "adapter"))
+    known = names_in(lab, ("dev", "test", "adapter"))
     more = max(lab.settings.phrases) + MOST_SAID - len(known)
     others = synthetic.other_names(more, lab.experiment.seed, known) if more > 0 else ()
     return sorted([*known, *others])
 
 
-def _said(lab: Lab, splits: Sequence[str]) -> list[str]:
+def names_in(lab: Lab, splits: Sequence[str]) -> list[str]:
     """The entities of splits of the corpus, sorted."""
     utterances = [
         one

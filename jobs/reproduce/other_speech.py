@@ -72,7 +72,8 @@ def spoken_squad(lab: Lab) -> tuple[str, int, list[Point]]:
     """Sentences of Spoken-SQuAD's passages, read by voices that nobody trained on.
 
     The datastore has the other sentences of the same topics: as text, with recordings in training
-    voices, or spoken from the text. Boosting favours the answers that stand in them.
+    voices, or spoken from the text. Boosting favours the answers that stand in them, all of them
+    or those that are spotted.
     """
     settings, corpus = lab.settings, lab.experiment.synthesize
     if settings.passages is None:
@@ -99,6 +100,7 @@ def spoken_squad(lab: Lab) -> tuple[str, int, list[Point]]:
     dev = lab.spoken("dev", passages.DOMAIN, size, made)[: lab.experiment.tune.utterances]
     boosted = modes.PhraseBoosting(choose_boost(lab, dev, lists["dev"]), lists["test"])
     points.append(Point("boost", boosted, phrases=len(answers), lists=lists["test"]))
+    points += lab.spotting(lists["test"], len(answers))
     return passages.DOMAIN, size, [replace(point, tokens=made.path) for point in points]
 
 

@@ -78,6 +78,7 @@ SUMMARY = {
     "unseen names, both": ("domain", "both", "multimodal", None),
     "100 phrases a request, in the prompt": ("dynamic_context", "prompt", None, 100),
     "100 phrases a request, boosted": ("dynamic_context", "boost", None, 100),
+    "100 phrases a request, spotted": ("dynamic_context", "spotting", None, 100),
     "100 phrases a request, kNN-LM": ("dynamic_context", "knn", "spoken", 100),
     "100 phrases a request, cross-attention": (
         *("dynamic_context", "cross_attention", "spoken", 100),
@@ -299,6 +300,7 @@ def _plot_phrases(path: Path, rows: Sequence[Row]) -> None:
         "cross_attention": "cross-attention",
         "both": "both",
         "boost": "phrase boosting",
+        "spotting": "phrases spotted",
         "prompt": "phrases in the prompt",
     }
     series = {"no context": [{**plain, "phrases": count} for count in counts]}

@@ -26,6 +26,8 @@ from mmrag.model.whisper import PREFIX
 from mmrag.speech.tokenized import Tokenized
 from mmrag.storage import located
 
+SPOTS = ("domain", "dynamic_context", "unsaid_phrases", "spoken_squad")
+"""Tasks in which phrases are spotted."""
 EVERY = 10**9
 """More utterances than a split has."""
 
@@ -141,6 +143,7 @@ def _measure(lab: Lab, name: str, task: Task) -> Artifact:
             "tune": experiment.tune,
             "attention": experiment.attention,
             "seed": experiment.seed,
+            **({"spotting": experiment.spotting} if name in SPOTS else {}),
             **lab.heard_by.recipe,
         }
     )

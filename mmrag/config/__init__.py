@@ -1,6 +1,6 @@
 """One experiment in frozen models: a section a stage, a module of sections a wing."""
 
-from mmrag.config.decoding import BatchDecode, Decode, Evaluate, Reproduce, Spotting, Tune
+from mmrag.config.decoding import BatchDecode, Decode, Evaluate, Reproduce, Tune
 from mmrag.config.experiment import Experiment, Tracking, parse, read
 from mmrag.config.model import (
     AdapterTraining,
@@ -24,6 +24,7 @@ from mmrag.config.retrieval import (
     RetrievalMode,
     RetrievedAttention,
     Speaking,
+    Spotting,
 )
 from mmrag.config.section import (
     SLUG,

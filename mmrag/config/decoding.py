@@ -18,17 +18,6 @@ from mmrag.config.section import SLUG, Fraction, Operation, Section, Workers
 CONDITION = r"^(noise-[0-9]+|telephone|mulaw|gsm|mp3|opus|flite-[a-z]+|spanish)$"
 
 
-class Spotting(Section):
-    """Which of a list's phrases are favoured in a clip: those that a CTC head hears in it."""
-
-    least: float = Field(default=-2.4, le=0)
-    """Nats a letter by which anything else may at most be likelier where a phrase of a hundred is
-    heard. Nearer to 0, fewer are spotted: what is said is missed oftener, and what is not said
-    harms less."""
-    weight: PositiveFloat = 4.0
-    """Nats that a spotted phrase earns a piece."""
-
-
 class Decode(Section):
     """From units to text."""
 
@@ -46,8 +35,6 @@ class Decode(Section):
     ctc_weight: Annotated[float, Fraction] = 0.3
     """Share of a token's score that is what the encoder's CTC head hears, where it has one; the
     rest is the language model's, with what was retrieved. 0 to decode without it."""
-    spotting: Spotting = Field(default_factory=Spotting)
-    """How the phrases of a list are spotted."""
     agreement: float | None = Field(default=None, lt=0)
     """What the language model alone must think of a transcript made with retrieval, mean
     log-probability a token: below it, and where the transcript loops, it is made again without.

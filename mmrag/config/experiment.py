@@ -18,7 +18,7 @@ from yaml import YAMLError
 
 from mmrag.config.decoding import BatchDecode, Evaluate, Reproduce, Tune
 from mmrag.config.model import AdapterTraining, LanguageModel, Train, Vocabulary, WhisperTraining
-from mmrag.config.retrieval import KNN, Datastore, RetrievedAttention
+from mmrag.config.retrieval import KNN, Datastore, RetrievedAttention, Spotting
 from mmrag.config.section import SLUG, ConfigError, Operation, Section, explain
 from mmrag.config.speech import Hubert, Pretrain, Synthesize, Tokenize
 from mmrag.storage import Location, Url, located
@@ -63,6 +63,8 @@ class Experiment(Section):
     knn: KNN
     """Used where no tuned settings are named."""
     attention: RetrievedAttention
+    spotting: Spotting = Field(default_factory=Spotting)
+    """How the phrases of a list are spotted."""
     decode: BatchDecode
     tune: Tune
     evaluate: Evaluate

@@ -157,3 +157,14 @@ class RetrievedAttention(Section):
     """Largest distance of the nearest entry at which what was found is read; None for any."""
     certain: float | None = Field(default=None, gt=0, le=1)
     """As in `knn`: a model so sure of its next token looks nothing up."""
+
+
+class Spotting(Section):
+    """Which of a list's phrases are favoured in a clip: those that a CTC head hears in it."""
+
+    least: float = Field(default=-2.4, le=0)
+    """Nats a letter by which anything else may at most be likelier where a phrase of a hundred is
+    heard. Nearer to 0, fewer are spotted: what is said is missed oftener, and what is not said
+    harms less."""
+    weight: PositiveFloat = 3.0
+    """Nats that a spotted phrase earns a piece."""

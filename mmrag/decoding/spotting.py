@@ -42,8 +42,8 @@ USUAL = 100
 GROWTH = 0.13
 """Nats a letter that more is asked for each time a list is e times as long: by chance, some phrase
 of a long one sounds like anything."""
-IMPOSSIBLE = -1e4
-"""Nats; sums of it are still numbers."""
+IMPOSSIBLE = -1e9
+"""Nats, for any number of letters; sums of it are still numbers."""
 BLANK = 0
 
 
@@ -67,7 +67,7 @@ class Spotter:
         is the gap between words, is never spotted."""
         self.alphabet = alphabet
         self._gap = alphabet.find(GAP) + 1
-        spelled = [spelt(phrase, alphabet)[0] for phrase in phrases]
+        spelled = [spelt(phrase.strip(), alphabet)[0] for phrase in phrases]
         counts = np.array([len(letters) for letters in spelled], np.int64)
         order = np.argsort(counts, kind="stable")
         self._phrases = order[counts[order] > 0]
@@ -102,10 +102,15 @@ class Spotter:
         best = np.argsort(-scores, kind="stable")[: MOST * RIVALS]
         best = best[scores[best] >= least]
         found: list[Spotted] = []
+        shared = 1 if self._gap else 0  # frames: neighbours have the gap between them in common
         places = self._places(costs, likely[best])
         for column, score, (start, end) in zip(likely[best], scores[best], places, strict=True):
             one = Spotted(int(self._phrases[column]), float(score), start, end)
-            rivals = [other for other in found if other.start < end and start < other.end]
+            rivals = [
+                other
+                for other in found
+                if other.start < end - shared and start < other.end - shared
+            ]
             if len(found) < MOST and len(rivals) < RIVALS:
                 found.append(one)
         return found
@@ -144,24 +149,25 @@ class Spotter:
 
     def _places(self, costs: np.ndarray, columns: np.ndarray) -> list[tuple[int, int]]:
         """The first frame of each of these phrases, and the one behind its last: it ends where the
-        best way ends, and begins where the best way back does."""
+        best way first ends, and begins where the best way back from there does."""
         labels, sizes = self._labels[:, columns], self._sizes[columns]
         back = np.zeros_like(labels)
         for column, size in enumerate(sizes.tolist()):
             back[:size, column] = labels[:size, column][::-1]
         _, ends = _best(costs, labels, sizes)
-        _, starts = _best(costs[::-1], back, sizes)
         edges, frames = (1 if self._gap else 0), len(costs)
+        _, starts = _best(costs[::-1], back, sizes, frames - 1 - ends)
         first, last = frames - 1 - starts - edges, ends + 1 - edges
         frames -= 2 * edges
         return list(zip(first.clip(0).tolist(), last.clip(max=frames).tolist(), strict=True))
 
 
 def _best(
-    costs: np.ndarray, labels: np.ndarray, sizes: np.ndarray
+    costs: np.ndarray, labels: np.ndarray, sizes: np.ndarray, begins: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of N sequences of `labels` (L, N), of `sizes` (N,), the likeliest ways in which CTC has them
-    heard in some frames of `costs` (F, 1 + A): their sums (N,), and the frames (N,) they end in."""
+    heard in some frames of `costs` (F, 1 + A): their sums (N,), and the frames (N,) they end in.
+    With `begins` (N,) they are those that begin in these frames."""
     labels = labels.astype(np.intp)
     repeats = np.zeros(labels.shape, np.float32)
     repeats[1:][labels[1:] == labels[:-1]] = IMPOSSIBLE  # a blank has to be between them
@@ -172,6 +178,8 @@ def _best(
     best, ends = np.full(count, IMPOSSIBLE, np.float32), np.zeros(count, np.int64)
     every, came, own = np.arange(count), np.empty_like(rested), np.empty_like(rested)
     for frame, cost in enumerate(costs):
+        if begins is not None:
+            said[0] = np.where(begins == frame, 0.0, IMPOSSIBLE)
         np.add(said[:-1], repeats, out=came)
         np.maximum(came[1:], rested[:-1], out=came[1:])
         np.maximum(came, said[1:], out=came)

@@ -53,6 +53,7 @@ READS = {
     "evaluation": ("evaluate", "decode", "knn", "attention", "language"),
     "results": (
         *("seed", "language", "reproduce", "decode", "tune", "attention", "datastore.source"),
+        "spotting",
         *DATASTORE,
     ),
 }

@@ -226,8 +226,9 @@ ROLES = {
     "workers.count:o workers.num_cpus:o workers.num_gpus:o",
     "knn": "k weight temperature gate certain settled patience follow agreeing recent:o query",
     "attention": "k stride whole gate certain",
-    "decode": "beams length_penalty tokens_per_second max_seconds speech ctc_weight spotting.least "
-    "spotting.weight agreement unclear:o batch_seconds:o",
+    "decode": "beams length_penalty tokens_per_second max_seconds speech ctc_weight agreement "
+    "unclear:o batch_seconds:o",
+    "spotting": "least weight",
     "tune": "k weight temperature gate certain query finalists utterances attention both_weight "
     "decoy harm",
     "evaluate": "split domain modes datastores lists retriever:o replicas:o shard_cpus:o "

@@ -11,7 +11,7 @@ from transcripts import REFERENCE, transcribed
 
 from cluster.modes import NoRetrieval, PhraseBoosting
 from jobs.reproduce import listed
-from jobs.reproduce.lab import ASSISTANT, OWN, WHISPER
+from jobs.reproduce.lab import ASSISTANT, OWN, WHISPER, Point
 from jobs.reproduce.listed import CASTS, MOST_SAID, Trusted, lists, names
 from mmrag.config import KNN, RetrievedAttention
 from mmrag.records import Utterance
@@ -63,6 +63,9 @@ class FakeLab:
 
     def phrases(self, store, knn, read, own):
         return (str(store.path), knn, read, own)
+
+    def spotting(self, own, count, setting=None):
+        return [Point("spotting", own, None, count, setting=setting, lists=own)]
 
     def transcribe(self, how, spoken):
         self.asked.append(dict(how))
@@ -151,14 +154,14 @@ def test_what_is_unsaid_is_measured_in_every_mode_and_length(corpus):
     assert limit == 9 and len(lab.asked) == 2, "what is chosen is chosen once"
     assert [(p.mode, p.phrases) for p in untold] == [
         ("none", None),
-        *((mode, count) for count in (2, 5) for mode in ("knn", "boost")),
+        *((mode, count) for count in (2, 5) for mode in ("knn", "boost", "spotting")),
     ]
     assert len({point.name for point in untold}) == len(untold)
     for point in untold[1:]:
         assert point.setting == listed.UNSAID
         assert not set(point.lists["u1"]) & set(NAMES[1:3])
         assert len(point.lists["u1"]) == point.phrases
-    assert {p.mode for p in told} == {"none", "knn", "boost", "prompt"}
+    assert {p.mode for p in told} == {"none", "knn", "boost", "spotting", "prompt"}
     assert all(NAMES[0] in point.lists["u0"] for point in told[1:])
 
 

@@ -49,6 +49,7 @@ def results(**rates: float) -> list[dict]:
         "spoken": 0.11,
         "knn": 0.1,
         "boost": 0.2,
+        "spotting": 0.1,
         "prompt": 0.3,
         "right": 0.25,
         "wrong": 0.25,
@@ -62,7 +63,9 @@ def results(**rates: float) -> list[dict]:
         *(
             row("dynamic_context", mode, store, phrases=count, wer=wer[mode] * factor)
             for count, factor in ((100, 1), (1000, 2), (10, 0.5))
-            for mode, store in (("knn", "spoken"), ("boost", None), ("prompt", None))
+            for mode, store in (
+                *(("knn", "spoken"), ("boost", None), ("spotting", None), ("prompt", None)),
+            )
         ),
         row("wrong_datastore", "none", wer=wer["right"]),
         row("wrong_datastore", "knn", "wrong", wer=wer["wrong"]),

@@ -38,7 +38,7 @@ def make_at_once(lab, tmp_path, monkeypatch):
     tracked = SimpleNamespace(log=lambda values: None, file=lambda path: None)
     monkeypatch.setattr(run.stage, "make", lambda *about, **more: about[5](draft, tracked))
     monkeypatch.setattr(run, "recipe", lambda *sections: {})
-    for name in ("decode", "tune", "attention"):
+    for name in ("decode", "tune", "attention", "spotting"):
         setattr(lab.experiment, name, None)
     lab.experiment.datastore = SimpleNamespace(source=None)
     lab.settings = lab.inputs = lab.tokens = lab.force = None
