@@ -402,7 +402,8 @@ class Retriever:
             names = [document for document, _ in documents]
             whole = Phrases(datastore).first_mentions(names) if names else np.empty(0, np.int64)
         key = f"{uid}-{'-'.join(map(str, version))}-{index}"
-        listed = are_phrases(datastore, self._vocabulary, [document for document, _ in documents])
+        called = [document for document, _ in documents]
+        listed = not called or are_phrases(datastore, self._vocabulary, called)
         found = key, uid, retriever, chosen.knn, chosen.both, read, whole
         where = datastore.directory
         phrases, worded = where if listed else None, where if datastore.wordings else None

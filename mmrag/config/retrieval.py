@@ -162,9 +162,9 @@ class RetrievedAttention(Section):
 class Spotting(Section):
     """Which of a list's phrases are favoured in a clip: those that a CTC head hears in it."""
 
-    least: float = Field(default=-2.4, le=0)
-    """Nats a letter by which anything else may at most be likelier where a phrase of a hundred is
-    heard. Nearer to 0, fewer are spotted: what is said is missed oftener, and what is not said
-    harms less."""
+    least: float = Field(default=-2.9, le=0)
+    """Nats by which anything else may be likelier where a phrase of a hundred is heard, for each of
+    its letters but two. Nearer to 0, fewer are spotted: what is said is missed oftener, and what is
+    not said harms less."""
     weight: PositiveFloat = 3.0
     """Nats that a spotted phrase earns a piece."""

@@ -30,6 +30,8 @@ RIVALS = 3
 """Phrases that may be spotted in the same place."""
 MOST = 20
 """Phrases that may be spotted in a clip."""
+PLACED = 200
+"""Phrases, those of the best scores, of which it is asked where they are said."""
 SEARCHED = 20_000
 """Phrases of a long list whose letters are looked for in their order, by how well each letter is
 heard anywhere near the others."""
@@ -39,7 +41,10 @@ AT_ONCE = 1024
 """Phrases that are looked for together, of about the same length."""
 USUAL = 100
 """Phrases of a list for which `Spotting.least` is meant."""
-GROWTH = 0.13
+CHANCE = 2
+"""Letters of a phrase that are heard somewhere by chance: scores are over the others, so that a
+short phrase has to be heard better than a long one."""
+GROWTH = 0.17
 """Nats a letter that more is asked for each time a list is e times as long: by chance, some phrase
 of a long one sounds like anything."""
 IMPOSSIBLE = -1e9
@@ -54,7 +59,8 @@ class Spotted:
     phrase: int
     """Its number in the list."""
     score: float
-    """Nats a letter by which anything else is likelier to be heard there; 0 at most."""
+    """Nats by which anything else is likelier to be heard there, over its letters but CHANCE; 0 at
+    most."""
     start: int
     end: int
 
@@ -72,7 +78,9 @@ class Spotter:
         order = np.argsort(counts, kind="stable")
         self._phrases = order[counts[order] > 0]
         """The numbers (N,) of those that have letters, shortest first."""
-        self._counts = counts[self._phrases]
+        counted = counts[self._phrases]
+        self._telling = np.maximum(1, counted - CHANCE)
+        """Letters (N,) that a score is over."""
         edge = [self._gap] if self._gap else []
         longest = int(counts.max(initial=0)) + 2 * len(edge)
         self._labels = np.zeros((longest, len(self._phrases)), np.uint8)
@@ -80,7 +88,7 @@ class Spotter:
         for column, number in enumerate(self._phrases.tolist()):
             letters = [*edge, *spelled[number], *edge]
             self._labels[: len(letters), column] = letters
-        self._sizes = self._counts + 2 * len(edge)
+        self._sizes = counted + 2 * len(edge)
 
     def __len__(self) -> int:
         return len(self._phrases)
@@ -99,7 +107,7 @@ class Spotter:
         likely = self._likely(costs, least)
         costs = self._edged(costs)
         scores = self._scores(costs, likely)
-        best = np.argsort(-scores, kind="stable")[: MOST * RIVALS]
+        best = np.argsort(-scores, kind="stable")[:PLACED]
         best = best[scores[best] >= least]
         found: list[Spotted] = []
         shared = 1 if self._gap else 0  # frames: neighbours have the gap between them in common
@@ -125,7 +133,7 @@ class Spotter:
         for start in range(0, max(1, len(costs) - SPAN // 2), SPAN // 2):
             best = costs[start : start + SPAN].max(0)
             best[[BLANK, self._gap]] = 0.0  # the padding, and what any clip has at its ends
-            np.maximum(bound, best[self._labels].sum(0) / self._counts, out=bound)
+            np.maximum(bound, best[self._labels].sum(0) / self._telling, out=bound)
         likely = np.flatnonzero(bound >= least)
         return np.sort(likely[np.argsort(-bound[likely], kind="stable")[:SEARCHED]])
 
@@ -145,7 +153,7 @@ class Spotter:
             sizes = self._sizes[some]
             labels = self._labels[: sizes[-1], some]  # columns are in order of their letters
             scores[start : start + AT_ONCE], _ = _best(costs, labels, sizes)
-        return scores / self._counts[columns]
+        return scores / self._telling[columns]
 
     def _places(self, costs: np.ndarray, columns: np.ndarray) -> list[tuple[int, int]]:
         """The first frame of each of these phrases, and the one behind its last: it ends where the
@@ -199,8 +207,8 @@ class Favoured:
     def __init__(
         self, listed: Iterable[str | Entry], vocabulary: TextVocabulary, settings: Spotting
     ) -> None:
-        """What weighs 0 is not favoured. One that has respellings is spotted by those; IPA is not
-        spelled, and what is pronounced so is spotted as it is written."""
+        """What weighs 0 is not favoured. One that has respellings is spotted by those too; IPA is
+        not spelled."""
         self._listed = [one for one in entries(listed) if one.weight > 0]
         self._vocabulary = vocabulary
         self._settings = settings

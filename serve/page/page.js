@@ -92,7 +92,7 @@ async function transcribe() {
   const name = $("datastore").value;
   const retrieval = name ? $("retrieval").value : "none"; // with no datastore there is nothing to look up
   const mode = $("retrieval").querySelector(`[value="${retrieval}"]`).textContent;
-  const how = retrieval === "none" ? "no retrieval" : `${mode}, ${name} (${count(datastores.get(name).entries, "entry", "entries")})`;
+  const how = retrieval === "none" ? "no retrieval" : `${mode}, ${name} (${size(datastores.get(name), retrieval)})`;
   const form = new FormData();
   form.append("file", audio, audio.name);
   form.append("stream", "true");
@@ -125,6 +125,11 @@ async function transcribe() {
   }
 }
 
+/** How much of a datastore there is to find: entries are searched and read, and documents spotted. */
+function size({ documents, entries }, retrieval) {
+  return ["auto", "spotting"].includes(retrieval) ? count(documents, "document") : count(entries, "entry", "entries");
+}
+
 /** One button starts and stops, so that it keeps the focus. */
 function showRunning() {
   $("transcribe").disabled = !audio;
@@ -154,7 +159,7 @@ function finish({ text, duration, words, missing_shards: missing }, how) {
     $("previous-text").replaceChildren(...spaced(result.words.map(({ word }, i) => (before[i] ? word : h("del", {}, word)))));
   }
 
-  const changed = words.filter((word) => word.changed).length;
+  const changed = words.filter(byRetrieval).length;
   const differs = now.includes(false) || before.includes(false);
   $("legend-changed").hidden = !changed;
   $("legend-differs").hidden = !differs;
@@ -173,9 +178,11 @@ const textWords = (text) => text.split(/\s+/).filter(Boolean).map((word) => ({ w
 
 const spaced = (nodes) => nodes.flatMap((node) => [node, " "]).slice(0, -1);
 
+/** The language model alone would not have chosen the word; but where nothing that was looked up speaks for it, its sound did. */
+const byRetrieval = (word) => word.changed && Boolean(word.source);
+
 function wordNode(word) {
-  if (!word.changed && word.unclear) return h("span", { class: "unclear" }, word.word);
-  if (!word.changed) return document.createTextNode(word.word);
+  if (!byRetrieval(word)) return word.unclear ? h("span", { class: "unclear" }, word.word) : document.createTextNode(word.word);
   const label = `${word.word}, changed by retrieval${word.unclear ? ", unclear" : ""}`;
   const button = h("button", { type: "button", class: word.unclear ? "word unclear" : "word", "aria-label": label, "aria-expanded": "false" }, word.word);
   button.addEventListener("click", () => (opened === button ? closeEvidence() : showEvidence(button, word)));
@@ -297,13 +304,13 @@ function showEvidence(button, word) {
     h("h2", {}, `Why “${word.word}”`),
     h("button", { type: "button", class: "close", "aria-label": "Close the evidence", onclick: () => closeEvidence(true) }, "×"),
     h("dl", { class: "bars" }, ...bar("Language model alone", word.lm_probability), ...bar("With retrieval", word.probability), ...(word.confidence == null ? [] : bar("Confidence", word.confidence))),
-    source ? quotation(source, word.word) : h("p", { class: "quiet" }, "No single entry stands behind this word."),
+    quotation(source, word.word),
     h(
       "dl",
       { class: "facts" },
-      ...fact("Document", source?.document ?? null),
-      ...fact("Distance", source?.distance == null ? null : `${source.distance.toFixed(2)} (smaller is nearer)`),
-      ...fact("Share of attention", source?.attention == null ? null : percent(source.attention)),
+      ...fact("Document", spotted(source) ? null : source.document), // which is the phrase
+      ...fact("Distance", source.distance === null ? null : `${source.distance.toFixed(2)} (smaller is nearer)`),
+      ...fact("Share of attention", source.attention === null ? null : percent(source.attention)),
       ...fact("Heard at", `${word.start.toFixed(2)}–${word.end.toFixed(2)} s`),
     ),
     h("button", { type: "button", onclick: () => hear(word) }, "Hear the word"),
@@ -319,9 +326,12 @@ function closeEvidence(back = false) {
   $("evidence").replaceChildren();
 }
 
-function quotation({ entry, text }, word) {
-  const parts = text.split(/(\s+)/).map((part) => (part === word ? h("mark", {}, part) : part));
-  const what = entry < 0 ? "The phrase that was spotted" : `Entry ${entry}, the one that mattered most`;
+/** Whether a word comes from a phrase that was spotted, and from no entry. */
+const spotted = ({ entry }) => entry < 0;
+
+function quotation(source, word) {
+  const parts = source.text.split(/(\s+)/).map((part) => (part === word ? h("mark", {}, part) : part));
+  const what = spotted(source) ? "The phrase that was spotted in what was heard" : `Entry ${source.entry}, the one that mattered most`;
   return h("figure", {}, h("blockquote", {}, ...parts), h("figcaption", {}, what));
 }
 

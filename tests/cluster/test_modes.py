@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import ray.cloudpickle
 import torch
+from plain_ctc import spelling_of
 
 from cluster.modes import (
     Both,
@@ -16,12 +17,20 @@ from cluster.modes import (
     PhraseBoosting,
     PhraseCrossAttention,
     PhrasePrompting,
+    PhraseSpotting,
     SubsetKNN,
     open_locally,
     phrase_mode,
     retrieval_mode,
 )
-from mmrag.config import KNN, CrossAttention, Index, LanguageModel, RetrievedAttention
+from mmrag.config import (
+    KNN,
+    CrossAttention,
+    Index,
+    LanguageModel,
+    RetrievedAttention,
+    Spotting,
+)
 from mmrag.decoding.boost import START
 from mmrag.model.cross_attention import Adapter
 from mmrag.model.lm import LM
@@ -169,6 +178,31 @@ def test_phrases_are_boosted_for_the_utterance_they_come_with():
     bonus = mine.bonus(np.array([START]))[0]
     assert bonus[first] == bonus.max() == 2.0
     assert not none.bonus(np.array([START])).any()
+
+
+def spelled(text: str) -> Units:
+    """A clip in which `text` is heard."""
+    letters = spelling_of(text, " abcdefghijklmnopqrstuvwxyz")
+    return Units(np.array([1], np.int32), np.array([len(letters)], np.int32), letters)
+
+
+def test_of_an_utterances_own_phrases_those_are_boosted_that_are_heard_in_it():
+    """Whether all utterances have one list, or each its own."""
+    said = {"a": "call maria lopez", "b": "call peter pan", "c": "the light is on"}
+    batch = [replace(one, units=spelled(said[one.utterance.id])) for one in spoken(*said)]
+    listed = ["maria lopez", "peter pan"]
+    everybodys, own = dict.fromkeys(said, listed), {"a": listed[:1], "b": listed[:1], "c": []}
+    maria, peter = (VOCABULARY.encode(name)[0] for name in listed)
+    for phrases, spotted in ((everybodys, [maria, peter, None]), (own, [maria, None, None])):
+        guide = PhraseSpotting(Spotting(weight=2.0), phrases).open(DEAF)
+        for boost, first in zip(guide(batch)["boosts"], spotted, strict=True):
+            assert (boost is None) == (first is None)
+            if boost is not None:
+                bonus = boost.bonus(np.array([START]))[0]
+                assert bonus[first] == bonus.max() == 2.0
+                assert not bonus[[one for one in (maria, peter) if one != first]].any()
+    with pytest.raises(ValueError, match="a CTC head hears; this model has none"):
+        PhraseSpotting(Spotting(), everybodys).open(DEAF)(spoken("a"))
 
 
 def test_phrases_stand_in_the_prompt_of_their_utterance():
@@ -328,6 +362,7 @@ def test_every_mode_travels_to_a_worker(directory):
         PhraseCrossAttention(directory, READ_SETTINGS, named, mentions=2),
         retrieval_mode(directory, KNN_SETTINGS, READ_SETTINGS),
         PhraseBoosting(1.0, named),
+        PhraseSpotting(Spotting(), named),
         PhrasePrompting(named),
     ):
         assert ray.cloudpickle.loads(ray.cloudpickle.dumps(mode)) == mode

@@ -16,7 +16,7 @@ def listed(second, monkeypatch):
     def ask(**fields):
         asked = []
 
-        async def phrases(texts, tenant):
+        async def phrases(texts, tenant, spoken):
             asked.extend(one.text for one in texts)
             raise TimeoutError
 

@@ -1,6 +1,7 @@
 """The page in a browser: a name is heard wrongly, added, and heard; the word says why. Words come
 while they are spoken."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from urllib.parse import urlsplit
@@ -132,6 +133,42 @@ def test_without_retrieval_the_page_shows_what_the_model_hears_alone(
             page.click("#transcribe")
         answer.value.finished()
         assert (transcribed(page) == SENTENCE) == hears, mode
+
+
+def test_a_spotted_phrase_stands_behind_its_words_and_retrieval_behind_no_others(
+    page, recording, service, store
+):
+    """As a model answers whose encoder spells: there, the sound changes words, too."""
+    service.create(store, NAME)
+    page.reload()
+    given = {"entry": -1, "distance": None, "attention": None, "document": NAME, "utterance": ""}
+    proof = {"probability": 0.1, "lm_probability": 0.01, "start": 0.0, "end": 0.5, "changed": True}
+    words = [
+        proof | {"word": word, "source": given | {"text": NAME} if word in NAME.split() else None}
+        for word in SENTENCE.split()
+    ]
+    done = {"type": "transcript.text.done", "text": SENTENCE, "duration": 2.0, "words": words}
+    sent = []
+
+    def answer(route):
+        sent.append(route.request.post_data_buffer)
+        body = f"data: {json.dumps(done)}\n\n"
+        route.fulfill(body=body, content_type="text/event-stream")
+
+    page.route("**/v1/audio/transcriptions", answer)
+    page.set_input_files("#file", recording)
+    page.select_option("#datastore", store)
+    assert page.input_value("#retrieval") == "auto"
+    assert page.locator("#retrieval [value=spotting]").is_disabled(), "the tiny model cannot"
+    page.click("#transcribe")
+    assert transcribed(page) == SENTENCE
+    assert b'name="retrieval"' not in sent[0] and b'name="datastore"' in sent[0]
+    assert page.inner_text("#how").endswith(f"{store} (1 document)")
+    assert page.locator("#transcript .word").all_inner_texts() == NAME.split()
+    assert "2 changed by retrieval" in page.inner_text("#status")
+    page.locator("#transcript .word").first.click()
+    assert "The phrase that was spotted" in page.inner_text("#evidence")
+    assert "-1" not in page.inner_text("#evidence")
 
 
 def test_words_that_are_unclear_are_grey_and_said_to_be(page, wave, write, tmp_path):

@@ -79,6 +79,19 @@ def test_what_was_said_as_it_is_set_stays_so_in_a_longer_list(ask, spoken):
     assert made == ["olaf set", "mira quick", "zoe quick", "ida quick"]
 
 
+def test_phrases_that_are_spotted_are_not_spoken_and_their_digest_is_no_others(spoken, monkeypatch):
+    monkeypatch.undo()  # the segments are real ones
+    kept = SpokenPhrases(spoken, 4)
+    loud = Entry("olaf", weight=2.0)
+    given = [["olaf"], ["olaf"], ["olaf", "mira"], [loud]]
+    told = [kept.worded(one, "acme") for one in given] + [kept.worded(["olaf"], "globex")]
+    keys = [key for key, _ in told]
+    assert keys[0] == keys[1] and len(set(keys)) == 4 and spoken.calls == []
+    assert [list(segment.wordings) for _, segment in told[1:3]] == [["olaf"], ["olaf", "mira"]]
+    assert told[3][1].wordings == {"olaf": loud}
+    assert not any(len(segment.tokens) for _, segment in told), "no entries"
+
+
 def test_what_weighs_nothing_is_not_spoken_and_what_cannot_be_is_named(ask, spoken, monkeypatch):
     assert ask(Entry("olaf", weight=0), "mira")[1] == ["mira set"]
 

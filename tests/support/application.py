@@ -60,6 +60,10 @@ async def stream(order):
     yield await transcribe(order)
 
 
+async def describe():
+    return None, frozenset({"knn"})
+
+
 async def stored(tenant):
     return []
 
@@ -72,7 +76,7 @@ def made(decoder=None, retriever=None, encoder=None, settings=None, cors=None, l
         settings,
         encoder or Handle(encode=encode),
         retriever or Handle(stored=stored),
-        decoder or Handle(transcribe=transcribe, stream=stream),
+        decoder or Handle(transcribe=transcribe, stream=stream, describe=describe),
     )
     return asyncio.run(api.__serve_build_asgi_app__())
 

@@ -30,7 +30,15 @@ def test_transcripts_are_compared_without_with_all_and_with_a_shortlist(results)
 
 
 def test_a_target_is_judged_only_at_its_own_size(results, capsys):
-    assert [results[key] for key in ("recall", "entity_recall", "ms")] == [None] * 3
+    assert [results[key] for key in ("recall", "entity_recall", "ms", "spotted")] == [None] * 4
     phrases.show(results)
     shown = capsys.readouterr().out
-    assert shown.count("not measured") == 3 and "the 10 likeliest read" in shown
+    assert shown.count("not measured") == 4 and "the 10 likeliest read" in shown
+
+
+def test_what_is_said_is_spotted_and_found_in_the_transcripts(results):
+    alone, *listed = results["spots"]
+    assert (alone["phrases"], alone["recall"], alone["others"]) == (0, 0, 0)
+    for one, size in zip(listed, (60, 120), strict=True):
+        assert one["phrases"] == size and one["recall"] > 0.5 and one["others"] < 2
+        assert one["entity_recall"] > alone["entity_recall"] and 0 < one["ms"] <= one["p95_ms"]

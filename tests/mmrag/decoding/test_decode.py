@@ -664,6 +664,20 @@ def test_clips_with_boosts_of_their_own_are_decoded_as_if_alone(beams):
         agree(heard, alone)
 
 
+@pytest.mark.parametrize("begun", [0, 2])
+def test_what_phrases_earn_makes_no_choice_likelier_than_certain(begun, monkeypatch):
+    monkeypatch.setattr(VOCABULARY, "word_starts", STARTS.numpy)
+    lm, speech, heavy = random_lm(), clips(3), [Boost([PHRASE], 50.0, STARTS)] * 3
+    begins = [PHRASE[:begun]] * 3
+    plain = decode(lm, VOCABULARY, speech, [4] * 3, options(), beginnings=begins)
+    boosted = decode(lm, VOCABULARY, speech, [4] * 3, options(), boosts=heavy, beginnings=begins)
+    for heard, alone in zip(boosted, plain, strict=True):
+        assert heard.tokens == PHRASE and heard.logp > 0
+        assert all(choice.logp <= 0 for choice in heard.choices) and heard.mean_logp <= 0
+        assert alone.logp == pytest.approx(alone.mean_logp * len(alone.choices), abs=1e-4)
+    assert Hypothesis().mean_logp == 0
+
+
 def test_a_boost_makes_no_unit_and_no_control_token_possible():
     boost = Boost([[VOCABULARY.first_unit], [1]], 100.0, STARTS)
     for heard in decode(random_lm(), VOCABULARY, clips(3), [5] * 3, options(3), boosts=[boost] * 3):

@@ -385,6 +385,22 @@ def test_what_a_session_cannot_be_is_refused_by_name_and_changes_nothing(load, f
     assert error["error"]["event_id"] == "e1"
 
 
+def test_how_phrases_are_used_may_be_said_and_left_to_the_service_again(load):
+    async def talk():
+        async with connected(load) as client:
+            for way in ("spotting", None, "none", None):
+                asked = {"audio": {"input": {"transcription": {"retrieval": way}}}}
+                client.send({"type": "session.update", "session": asked})
+                assert client.session.settings.audio.input.transcription.retrieval == way
+            await client.settle()
+            return client
+
+    client = asyncio.run(talk())
+    told = [event["session"]["audio"]["input"] for event in client.of("session.updated")]
+    ways = [one["transcription"].get("retrieval") for one in told]
+    assert ways == ["spotting", None, "none", None] and not client.problems()
+
+
 def test_the_flat_shape_of_older_clients_is_understood(load):
     flat = {
         "input_audio_format": "g711_ulaw",
