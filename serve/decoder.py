@@ -40,7 +40,7 @@ from mmrag.retrieval.weights import Weights
 from mmrag.speech.tokenized import Tokenized
 from mmrag.transcribe import judged, words
 from serve import logs, probe, traces
-from serve.looked_up import RetrievalSources, offer, spotted
+from serve.looked_up import RetrievalSources, favour, offer
 from serve.messages import (
     DecodeRequest,
     DecodeResult,
@@ -298,11 +298,14 @@ class Decoder:
                 found and found.worded and await asyncio.to_thread(Datastore.open, found.worded)
             )
             display = await asyncio.to_thread(self._display, listed, worded or None)
-            if spots:
-                chosen = self._models.vocabulary, self._settings.spotting
-                made = await asyncio.to_thread(spotted, found, listed, *chosen)
-            else:
-                made = self._made(found, listed, worded or None)
+            unspoken = listed if phrases and phrases.spotted else None
+            made = RetrievalSources(None, {}, None)
+            if not spots:
+                made = self._made(found, None if unspoken else listed, worded or None)
+            if spots or unspoken:
+                among = found if spots else None, unspoken, self._models.vocabulary
+                favoured = await asyncio.to_thread(favour, *among, self._settings.spotting)
+                made = replace(made, favoured=favoured)
             made = replace(made, display=display)
             self._sources.setdefault(key, made)
         return _freshen(self._sources, key)

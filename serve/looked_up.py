@@ -52,19 +52,19 @@ class RetrievalSources:
         return replace(self, votes={mode: vote} if vote else {}, attention=attention)
 
 
-def spotted(
+def favour(
     found: ResolvedDatastore | None,
     listed: Segment | None,
     vocabulary: TextVocabulary,
     settings: Spotting,
-) -> RetrievalSources:
-    """The phrases of a datastore and of a request; the request's wording counts."""
+) -> Favoured:
+    """The phrases of a datastore and of a request, to be spotted; the request's wording counts."""
     given = []
     if found is not None:
         given += phrases_of(Datastore.open(found.phrases), vocabulary)
     if listed is not None:
         given += listed.wordings.values()
-    return RetrievalSources(None, {}, None, favoured=Favoured(given, vocabulary, settings))
+    return Favoured(given, vocabulary, settings)
 
 
 def offer(

@@ -104,6 +104,8 @@ class PhraseList:
     """Of a `Segment`."""
     tenant: str = ""
     """Whose they are."""
+    spotted: bool = False
+    """Whether they are to be spotted, and there are no entries."""
 
 
 @dataclass(frozen=True)

@@ -298,7 +298,8 @@ class Pipeline:
                 found = await self.call(self.retriever.resolve, options.datastore)
         mode = await self._mode(options, found)
         if mode != "none" and options.phrases:
-            phrase_list = await self._phrase_list(options, spoken=mode != "spotting")
+            spotted = mode == "spotting" or await self._spots(options)
+            phrase_list = await self._phrase_list(options, spotted)
         return lambda encoded: DecodeRequest(
             units=told(encoded.units, options.languages),
             audible=encoded.audible,
@@ -333,10 +334,15 @@ class Pipeline:
             raise InvalidRequest(message, "retrieval")
         if asked is not None:
             return asked
-        spelled = (found is None or found.spelled) and spells_all(options.phrases)
-        if "spotting" in ways and spelled and options.shortlist is None:
+        if (found is None or found.spelled) and await self._spots(options):
             return "spotting"
         return "both" if "both" in ways else "knn"
+
+    async def _spots(self, options: TranscriptionOptions) -> bool:
+        """Whether phrases are spotted where the request does not say how they are used, beside
+        whatever a datastore is used for."""
+        unsaid = options.retrieval is None and options.shortlist is None
+        return unsaid and "spotting" in await self._ways_to_use() and spells_all(options.phrases)
 
     def _check_shortlist(self, options: TranscriptionOptions) -> None:
         """InvalidRequest where it would have no effect."""
@@ -350,14 +356,14 @@ class Pipeline:
             message = "shortlist: of a datastore or of context, and not of both"
             raise InvalidRequest(message, "shortlist")
 
-    async def _phrase_list(self, options: TranscriptionOptions, spoken: bool) -> PhraseList:
-        """Phrases, as entries where they have to be `spoken`, put where every decoder finds them.
+    async def _phrase_list(self, options: TranscriptionOptions, spotted: bool) -> PhraseList:
+        """Phrases, as entries unless they are to be `spotted`, put where every decoder finds them.
 
         This process owns them: they last as long as the request that it works on.
         """
         phrases, tenant = list(options.phrases), options.tenant
-        key, segment = await self.call(self.retriever.phrases, phrases, tenant, spoken)
-        return PhraseList(key, await asyncio.to_thread(ray.put, segment), tenant)
+        key, segment = await self.call(self.retriever.phrases, phrases, tenant, not spotted)
+        return PhraseList(key, await asyncio.to_thread(ray.put, segment), tenant, spotted)
 
     async def _ways_to_use(self) -> frozenset[RetrievalMode]:
         """The ways in which the model uses what it is given."""

@@ -236,10 +236,16 @@ def test_a_datastore_with_a_phrase_in_ipa_is_searched_and_read(small, file, stor
         assert found and all(entry >= 0 for _, entry in found)
 
 
-def test_a_datastore_of_sentences_is_searched_and_never_spotted(small, file, store, refused):
+def test_a_datastore_of_sentences_is_searched_beside_phrases_that_are_spotted(
+    small, file, store, spoken, refused
+):
     name = store(TOLD)
+    before = spoken()
     told = sources(small.transcribe(file, datastore=name, context=NAME, include="retrieval"))
-    assert all(source is None or source[1] >= 0 for source in told.values())
+    assert told["priya"] == told["raghavan"] == (NAME, -1) and spoken() == before
+    assert any(source is not None and source[1] >= 0 for source in told.values())
+    answer = small.transcribe(file, datastore=name, context="gwendolyn ashby", retrieval="both")
+    assert answer.status_code == 200 and spoken() > before, "asked for, all of it is searched"
     answer = small.transcribe(file, datastore=name, retrieval="spotting")
     assert "no phrases" in refused(answer, 400, None, "retrieval")
 
