@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+MOST_LIFT = 20.0
+"""Nats by which a piece is made likelier at most for a phrase's sake."""
 START = 0
 """The state of a hypothesis without a token."""
 
@@ -32,10 +34,15 @@ class Boost:
         weight: float,
         word_starts: Tensor,
         weights: Sequence[float] | None = None,
+        floor: float | None = None,
     ) -> None:
         """`phrases` as ids; `word_starts` (V,) bool, the ids that end the word before them;
-        `weights` are the phrases' own, 1 each without: one of 0 is not favoured."""
+        `weights` are the phrases' own, 1 each without: one of 0 is not favoured. With a `floor`,
+        a piece that goes on along a phrase earns no less than makes it that likely (nats), or its
+        part of that where the phrase weighs less than 1; what that is above `weight` is not given
+        back."""
         self.weight = weight
+        self.floor = floor
         self._word_starts = word_starts
         starts = word_starts.numpy()
         self._vocabulary = len(starts)
@@ -97,6 +104,14 @@ class Boost:
         found = np.append(self._edges, -1)[edge] == asked
         return np.where(found, edge + 1, self._opened[tokens])
 
+    def lifted(self, states: np.ndarray, logp: Tensor) -> Tensor:
+        """What each next token of `logp` (R, V) would earn in `states` (R,): (R, V), nats."""
+        bonus = self.bonus(states, logp.device).to(logp)
+        if self.floor is None:
+            return bonus
+        lift = (self.floor - logp).clamp(max=MOST_LIFT) * (bonus / self.weight).clamp(max=1)
+        return torch.where(bonus > 0, torch.maximum(bonus, lift), bonus)
+
     def bonus(self, states: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
         """What each next token would earn in `states` (R,): (R, V) float32 on `device`, nats."""
         if self._opening.device != torch.device(device):
@@ -126,17 +141,18 @@ class BoostedRows:
         self._boost = np.array([0 if boost is None else id(boost) for boost in boosts], np.int64)
         self._states = np.full(len(boosts), START)
 
-    def bonus(self, like: Tensor) -> Tensor | None:
-        """What the rows' phrases earn each next token (B, V), as `like` (B, V) is; None where no
-        row has any."""
+    def bonus(self, logp: Tensor) -> Tensor | None:
+        """What the rows' phrases earn each next token (B, V) of `logp` (B, V); None where no row
+        has any."""
         earned = None
         for number, boost in self._boosts.items():
             own = (self._boost == number).nonzero()[0]
-            one = boost.bonus(self._states[own], like.device).to(like)
-            if len(own) == len(like):
+            every, rows = len(own) == len(logp), torch.from_numpy(own).to(logp.device)
+            one = boost.lifted(self._states[own], logp if every else logp[rows])
+            if every:
                 return one
-            earned = torch.zeros_like(like) if earned is None else earned
-            earned = earned.index_copy(0, torch.from_numpy(own).to(like.device), one)
+            earned = torch.zeros_like(logp) if earned is None else earned
+            earned = earned.index_copy(0, rows, one)
         return earned
 
     def begin(self, row: int, tokens: Sequence[int]) -> np.ndarray:

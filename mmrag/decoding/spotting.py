@@ -44,7 +44,7 @@ USUAL = 100
 CHANCE = 2
 """Letters of a phrase that are heard somewhere by chance: scores are over the others, so that a
 short phrase has to be heard better than a long one."""
-GROWTH = 0.17
+GROWTH = 0.3
 """Nats a letter that more is asked for each time a list is e times as long: by chance, some phrase
 of a long one sounds like anything."""
 IMPOSSIBLE = -1e9
@@ -248,7 +248,8 @@ class Favoured:
         if not weighed:
             return None
         spelled, weights = zip(*weighed, strict=True)
-        return Boost(spelled, self._settings.weight, self._starts, weights)
+        settings = self._settings
+        return Boost(spelled, settings.weight, self._starts, weights, settings.floor)
 
     def evidence(self, words: Sequence[Word], heard: Letters | None) -> tuple[Word, ...]:
         """The words of a clip's transcript; those of a phrase that was spotted have it as their

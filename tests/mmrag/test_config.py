@@ -228,7 +228,7 @@ ROLES = {
     "attention": "k stride whole gate certain",
     "decode": "beams length_penalty tokens_per_second max_seconds speech ctc_weight agreement "
     "unclear:o batch_seconds:o",
-    "spotting": "least weight",
+    "spotting": "least weight floor",
     "tune": "k weight temperature gate certain query finalists utterances attention both_weight "
     "decoy harm",
     "evaluate": "split domain modes datastores lists retriever:o replicas:o shard_cpus:o "
