@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plain_decoder import PhraseTree
 
-from mmrag.decoding.boost import START, Boost, BoostedRows
+from mmrag.decoding.boost import MOST_LIFT, START, Boost, BoostedRows
 from mmrag.model.vocabulary import EOS
 
 SIZE = 10
@@ -249,3 +249,33 @@ def test_phrases_that_all_weigh_one_earn_to_the_bit_what_unweighed_ones_do(phras
     plain = Boost(phrases, WEIGHT, STARTS)
     for end in range(len(tokens) + 1):
         assert torch.equal(bonus_after(even, tokens[:end]), bonus_after(plain, tokens[:end]))
+
+
+def test_a_piece_along_a_phrase_is_no_less_likely_than_the_floor_and_no_other_is_touched():
+    heavy, light = [5, 8, 9], [6, 7]
+    boost = Boost([heavy, light], WEIGHT, STARTS, [2.0, 0.5], floor=-4.0)
+    logp = torch.full((1, SIZE), -9.0)
+    logp[0, 5], logp[0, 3] = -1.0, -torch.inf
+    start = np.array([START])
+    lifted = logp + boost.lifted(start, logp)
+    assert lifted[0, 5] == -1.0 + 2 * WEIGHT, "likely enough: it earns what it ever did"
+    assert lifted[0, 6] == -9.0 + 0.5 * 5.0, "a phrase of half a weight has half of it"
+    assert lifted[0, 3] == -torch.inf and lifted[0, 4] == -9.0
+    going_on = boost.advance(start, np.array([5]))
+    lifted = logp + boost.lifted(going_on, logp)
+    assert lifted[0, 8] == -4.0
+    assert lifted[0, 7] == -9.0 - 2 * WEIGHT, "what is left gives back what it had earned"
+    none = Boost([heavy, light], WEIGHT, STARTS, [2.0, 0.5])
+    assert torch.equal(none.lifted(going_on, logp), none.bonus(going_on))
+
+
+def test_what_is_next_to_impossible_is_lifted_only_so_far():
+    boost = Boost([[5, 8]], WEIGHT, STARTS, floor=-4.0)
+    logp = torch.full((1, SIZE), -1000.0)
+    assert boost.lifted(np.array([START]), logp)[0, 5] == MOST_LIFT
+
+
+def test_rows_are_lifted_each_by_its_own_phrases():
+    with_floor, without = (Boost([[5, 8]], WEIGHT, STARTS, floor=floor) for floor in (-4.0, None))
+    rows, logp = BoostedRows([with_floor, None, without]), torch.full((3, SIZE), -9.0)
+    assert rows.bonus(logp)[:, 5].tolist() == [5.0, 0.0, WEIGHT]
