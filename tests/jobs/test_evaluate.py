@@ -5,12 +5,12 @@ import json
 import pytest
 from mlflow import MlflowClient
 
-from cluster.modes import open_locally
+from cluster.modes import PhraseSpotting, open_locally
 from cluster.store import tracking_uri
 from jobs import evaluate, evaluation_tables, models, tune
 from mmrag import artifact
 from mmrag.artifact import ArtifactError
-from mmrag.config import Experiment
+from mmrag.config import ConfigError, Experiment
 from mmrag.decoding.tune import ATTENTION, BOTH, SETTINGS, chosen, chosen_attention
 from mmrag.recogniser import Recogniser
 from mmrag.retrieval.interpolation import Retrieval
@@ -301,3 +301,14 @@ def test_nothing_is_read_without_an_adapter(adapted, borrow):
     experiment = borrow("codebook", "tokens", "lm", "datastores", of=adapted)
     with pytest.raises(ArtifactError, match=r"/adapter .*\(made by: python -m jobs\.train\)"):
         evaluate.run(experiment)
+
+
+def test_spotting_goes_through_the_list_of_each_utterance_and_needs_one(workspace):
+    heard_by = models.named(workspace.experiment)
+    listed = with_evaluate(workspace.experiment, modes=("none", "spotting"), lists=True)
+    _, way = evaluate._ways(listed, heard_by)
+    assert (way.name, way.title, way.artifact) == ("spotting", "spotting: its own list", None)
+    own = {"u0": ["anna smith"]}
+    assert evaluate._mode(way, own, {}) == PhraseSpotting(listed.spotting, own)
+    with pytest.raises(ConfigError, match=r"evaluate\.lists"):
+        evaluate._ways(with_evaluate(listed, lists=False), heard_by)
