@@ -162,10 +162,10 @@ class RetrievedAttention(Section):
 class Spotting(Section):
     """Which of a list's phrases are favoured in a clip: those that a CTC head hears in it."""
 
-    least: float = Field(default=-2.8, le=0)
-    """Nats by which anything else may be likelier where a phrase of a hundred is heard, for each of
-    its letters but two. Nearer to 0, fewer are spotted: what is said is missed oftener, and what is
-    not said harms less."""
+    least: float = Field(default=-3.5, le=0)
+    """How likely a phrase of a hundred has to be heard: log-probability, nats, for each of its
+    letters but two. Nearer to 0, fewer are spotted: what is said is missed oftener, and what is not
+    said harms less."""
     weight: PositiveFloat = 3.0
     """Nats that a spotted phrase earns a piece."""
     floor: float | None = Field(default=-4.0, le=0)

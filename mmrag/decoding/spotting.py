@@ -1,9 +1,10 @@
 """Which of many phrases a clip says, by what a CTC head hears of it.
 
 A word spotter (Andrusenko et al., "Fast context-biasing for CTC and transducer ASR models with
-CTC-based word spotter", Interspeech 2024, arXiv 2406.07096). A phrase's score is the likeliest way
-in which its letters, with a gap before and behind, are heard in some frames of the clip, over the
-likeliest way in which anything is; nothing is transcribed for it, spoken or searched. What is
+CTC-based word spotter", Interspeech 2024, arXiv 2406.07096). A phrase's score is how
+likely the likeliest way is in which its letters, with a gap before and behind, are heard in some
+frames of the clip; nothing is transcribed for it, spoken or searched. (Over what is heard there
+best, as theirs is, unclear speech would be like any phrase.) What is
 spotted is then favoured while the clip is decoded (`boost`), and a clip in which nothing is spotted
 is decoded as ever: a list does no harm where nobody says what is in it.
 """
@@ -44,7 +45,7 @@ USUAL = 100
 CHANCE = 2
 """Letters of a phrase that are heard somewhere by chance: scores are over the others, so that a
 short phrase has to be heard better than a long one."""
-GROWTH = 0.3
+GROWTH = 0.1
 """Nats a letter that more is asked for each time a list is e times as long: by chance, some phrase
 of a long one sounds like anything."""
 IMPOSSIBLE = -1e9
@@ -59,8 +60,7 @@ class Spotted:
     phrase: int
     """Its number in the list."""
     score: float
-    """Nats by which anything else is likelier to be heard there, over its letters but CHANCE; 0 at
-    most."""
+    """How likely it is heard there: log-probability, nats, for each of its letters but CHANCE."""
     start: int
     end: int
 
@@ -103,7 +103,6 @@ class Spotter:
         if not len(self) or not len(heard):
             return []
         costs = heard.logp()
-        costs -= costs.max(1, keepdims=True)
         likely = self._likely(costs, least)
         costs = self._edged(costs)
         scores = self._scores(costs, likely)

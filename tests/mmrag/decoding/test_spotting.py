@@ -43,10 +43,9 @@ def parted(labels, alphabet):
 
 
 def frames(heard):
-    """How much likelier than each label another is, frame by frame: the clip's, and one before and
-    behind in which a gap is heard for sure."""
-    tenths = heard.costs.astype(float)
-    inner = ((tenths.min(1, keepdims=True) - tenths) / 10).tolist()
+    """How likely each label is, frame by frame: in the clip's, and in one before and behind in
+    which a gap is heard for sure."""
+    inner = (heard.costs / -10).tolist()
     if " " not in heard.alphabet:
         return inner
     edge = [-math.inf] * (1 + len(heard.alphabet))
