@@ -375,9 +375,11 @@ class Decoder:
         source = sources.source if sources and request.output.evidence else None
         text = vocabulary.decode(hypothesis.tokens)
         found = await asyncio.to_thread(words, hypothesis, vocabulary, source)
-        if request.output.evidence and sources and sources.favoured:
+        if sources and sources.boost is not None:
             letters = self._letters(request.units)
             found = await asyncio.to_thread(sources.favoured.evidence, found, letters)
+            if not request.output.evidence:
+                found = tuple(replace(word, source=None) for word in found)
         heard = Transcript(text, found)
         heard = judged(heard, self._models.calibration, self._settings.decode)
         found = heard.words if asked else ()

