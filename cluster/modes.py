@@ -29,6 +29,7 @@ from mmrag.retrieval.phrases import Phrases
 from mmrag.retrieval.retrievers import LocalRetriever, SubsetRetriever
 from mmrag.speech.tokenized import Tokenized
 from mmrag.storage import Location
+from mmrag.transcribe import letters
 
 Biasing = Callable[[Sequence[Tokenized]], dict[str, Any]]
 """A batch of utterances -> keyword arguments of `recognise`."""
@@ -217,7 +218,7 @@ class PhraseSpotting:
             if listed not in known:
                 known.clear()  # lists are everybody's, or each utterance's own
                 known[listed] = Favoured(listed, vocabulary, self.settings)
-            return known[listed].boost(vocabulary.letters(vocabulary.speech_input(one.units)))
+            return known[listed].boost(letters(vocabulary, one.units))
 
         return lambda batch: {"boosts": [boost(one) for one in batch]}
 

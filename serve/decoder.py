@@ -27,7 +27,7 @@ from mmrag.decoding.engine import Decoded, Engine, Job, Statistics
 from mmrag.model.lm import LM
 from mmrag.model.prepared import prepare
 from mmrag.recogniser import load_decoder, load_encoder
-from mmrag.records import Letters, Retriever, Transcript, Utterance, Word
+from mmrag.records import Retriever, Transcript, Utterance, Word
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.display import Display
 from mmrag.retrieval.entries import read_entries
@@ -38,7 +38,7 @@ from mmrag.retrieval.segment import Description, Segment
 from mmrag.retrieval.shortlist import SHORTLIST, Shortlist
 from mmrag.retrieval.weights import Weights
 from mmrag.speech.tokenized import Tokenized
-from mmrag.transcribe import judged, words
+from mmrag.transcribe import judged, letters, words
 from serve import logs, probe, traces
 from serve.looked_up import RetrievalSources, favour, offer
 from serve.messages import (
@@ -189,7 +189,7 @@ class Decoder:
         ways: set[RetrievalMode] = {"knn"}
         if self._models.adapter is not None:
             ways |= {"cross_attention", "both"}
-        if self._letters(self._probe) is not None:
+        if letters(self._models.vocabulary, self._probe) is not None:
             ways.add("spotting")
         return self._described(), frozenset(ways)
 
@@ -210,11 +210,6 @@ class Decoder:
         finally:
             job.cancel()
 
-    def _letters(self, units: Encoded) -> Letters | None:
-        """What a CTC head hears in encoded speech; None where there is none."""
-        vocabulary = self._models.vocabulary
-        return vocabulary.letters(vocabulary.speech_input(units))
-
     def _clip(self, request: DecodeRequest, sources: RetrievalSources | None) -> Clip:
         decode = self._settings.decode
         reads = sources is not None and request.mode in ("cross_attention", "both")
@@ -223,8 +218,8 @@ class Decoder:
         except ValueError as error:
             raise InvalidRequest(str(error)) from None
         speech = self._models.vocabulary.speech_input(request.units)
-        letters = self._models.vocabulary.letters(speech)
-        beams = beams_for(decode, letters, self._settings.decoder.rows)
+        heard = self._models.vocabulary.letters(speech)
+        beams = beams_for(decode, heard, self._settings.decoder.rows)
         return Clip(
             speech=speech,
             limit=self._models.longest(self._models.seconds(request.units), decode),
@@ -244,8 +239,8 @@ class Decoder:
         it, for which it is transcribed without first."""
         sources = await self._sources_of(request)
         if sources is not None and sources.favoured is not None:
-            letters = self._letters(request.units)
-            boost = await asyncio.to_thread(sources.favoured.boost, letters)
+            heard = letters(self._models.vocabulary, request.units)
+            boost = await asyncio.to_thread(sources.favoured.boost, heard)
             return replace(sources, boost=boost)
         most = request.shortlist
         if most is None:
@@ -376,8 +371,8 @@ class Decoder:
         text = vocabulary.decode(hypothesis.tokens)
         found = await asyncio.to_thread(words, hypothesis, vocabulary, source)
         if sources and sources.boost is not None:
-            letters = self._letters(request.units)
-            found = await asyncio.to_thread(sources.favoured.evidence, found, letters)
+            spelled = letters(vocabulary, request.units)
+            found = await asyncio.to_thread(sources.favoured.evidence, found, spelled)
             if not request.output.evidence:
                 found = tuple(replace(word, source=None) for word in found)
         heard = Transcript(text, found)

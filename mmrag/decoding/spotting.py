@@ -1,12 +1,11 @@
 """Which of many phrases a clip says, by what a CTC head hears of it.
 
 A word spotter (Andrusenko et al., "Fast context-biasing for CTC and transducer ASR models with
-CTC-based word spotter", Interspeech 2024, arXiv 2406.07096). A phrase's score is how
-likely the likeliest way is in which its letters, with a gap before and behind, are heard in some
-frames of the clip; nothing is transcribed for it, spoken or searched. (Over what is heard there
-best, as theirs is, unclear speech would be like any phrase.) What is
-spotted is then favoured while the clip is decoded (`boost`), and a clip in which nothing is spotted
-is decoded as ever: a list does no harm where nobody says what is in it.
+CTC-based word spotter", Interspeech 2024, arXiv 2406.07096). A phrase's score is how likely the
+likeliest way is in which its letters, with a gap before and behind, are heard in some frames of the
+clip; nothing is transcribed for it, spoken or searched. (Over what is heard best there, as theirs
+is, unclear speech would be like any phrase.) What is spotted is then favoured while the clip is
+decoded (`boost`), and a clip in which nothing is spotted is decoded as ever.
 """
 
 from __future__ import annotations
