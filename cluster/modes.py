@@ -21,6 +21,7 @@ from mmrag.decoding.boost import Boost
 from mmrag.decoding.spotting import Favoured
 from mmrag.recogniser import Recogniser
 from mmrag.records import Retriever
+from mmrag.retrieval import terms
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.index import saved_shards
 from mmrag.retrieval.interpolation import Retrieval
@@ -221,6 +222,23 @@ class PhraseSpotting:
             return known[listed].boost(letters(vocabulary, one.units))
 
         return lambda batch: {"boosts": [boost(one) for one in batch]}
+
+
+@dataclass(frozen=True)
+class DatastoreSpotting:
+    """Of one datastore's phrases and terms, those that the CTC head hears in an utterance
+    favoured."""
+
+    datastore: Location
+    settings: Spotting
+
+    def open(self, recogniser: Recogniser) -> Biasing:
+        vocabulary = recogniser.vocabulary
+        own = terms.listed(Datastore.open(self.datastore), vocabulary)
+        favoured = Favoured([one.entry for one in own], vocabulary, self.settings)
+        return lambda batch: {
+            "boosts": [favoured.boost(letters(vocabulary, one.units)) for one in batch]
+        }
 
 
 @dataclass(frozen=True)

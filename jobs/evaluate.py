@@ -37,7 +37,7 @@ from mmrag.config import (
 )
 from mmrag.decoding.tune import tuned
 from mmrag.records import Retriever
-from mmrag.retrieval import phrases
+from mmrag.retrieval import phrases, terms
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.index import saved_shards
 from mmrag.score import (
@@ -60,8 +60,8 @@ from mmrag.storage import Location
 
 @dataclass(frozen=True)
 class EvaluationMode:
-    """A way to transcribe: without retrieval, with one datastore and its settings, or with each
-    utterance's list, in which phrases are spotted."""
+    """A way to transcribe: without retrieval, with one datastore and its settings, or with what is
+    spotted of it, or of each utterance's list."""
 
     name: RetrievalMode
     datastore: str | None = None
@@ -205,19 +205,22 @@ def _ways(experiment: Experiment, heard_by: Models) -> list[EvaluationMode]:
         if name == "none":
             ways.append(EvaluationMode(name))
             continue
-        if name == "spotting":
-            if not experiment.evaluate.lists:
-                raise ConfigError(
-                    "evaluate.modes: spotting goes through the list that comes with each "
-                    "utterance: evaluate.lists=true"
-                )
+        if name == "spotting" and experiment.evaluate.lists:
             ways.append(EvaluationMode(name, spotting=experiment.spotting))
             continue
         for datastore in experiment.evaluate.datastores:
             made = stage.load(experiment, f"datastores/{datastore}", "datastore", "build_datastore")
             made.require(heard_by.role, heard_by.made)
-            silent = Datastore.open(made.place).description.audio == "none"
-            if name == "knn" or not silent:  # the adapter reads what was heard
+            store = Datastore.open(made.place)
+            if name == "spotting":
+                if not terms.listed(store, heard_by.vocabulary):
+                    raise ConfigError(
+                        f"evaluate.modes: spotting has nothing to spot in {store}, which has "
+                        "neither phrases nor unusual words"
+                    )
+                spotted = experiment.spotting
+                ways.append(EvaluationMode(name, datastore, made, spotting=spotted))
+            elif name == "knn" or store.description.audio != "none":  # what was heard is read
                 knn, read = _settings(experiment, made, name)
                 ways.append(EvaluationMode(name, datastore, made, knn, read))
     if not ways:
@@ -287,8 +290,9 @@ def _shards(experiment: Experiment, ways: Sequence[EvaluationMode]) -> list[Dema
 
 
 def _datastores(ways: Sequence[EvaluationMode]) -> list[Location]:
-    """Each datastore once, however many ways use it."""
-    return list(dict.fromkeys(way.artifact.place for way in ways if way.artifact is not None))
+    """Each datastore that is searched once, however many ways search it."""
+    searched = [way.artifact for way in ways if way.artifact and way.spotting is None]
+    return list(dict.fromkeys(one.place for one in searched))
 
 
 def _sources(
@@ -316,6 +320,8 @@ def _mode(
     way: EvaluationMode, lists: PhraseLists | None, sources: Mapping[Location, Retriever | Location]
 ) -> modes.Mode:
     """What a worker opens."""
+    if way.spotting is not None and way.artifact is not None:
+        return modes.DatastoreSpotting(way.artifact.place, way.spotting)
     if way.spotting is not None:
         return modes.PhraseSpotting(way.spotting, lists)
     if way.artifact is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,10 +56,11 @@ def add_lookup(command: Any) -> None:
     command.add_argument(
         "--retrieval",
         choices=RETRIEVALS,
-        help="phrases are spotted in the letters that are heard, and favoured (spotting); or "
-        "neighbours vote (knn), the adapter reads them (cross_attention), or both: phrases are "
-        "spoken by a synthesizer once for that, and remembered; default: spotting with phrases "
-        "where the encoder spells (mmrag:small), else cross_attention; knn with a datastore; with "
+        help="phrases, and unusual words of a datastore's sentences, are spotted in the letters "
+        "that are heard, and favoured (spotting); or neighbours vote (knn), the adapter reads them "
+        "(cross_attention), or both: phrases are spoken by a synthesizer once for that, and "
+        "remembered; default: spotting where the encoder spells (mmrag:small) and there is "
+        "something to spot, else cross_attention with phrases and knn with a datastore; with "
         "--url, as the endpoint likes",
     )
     command.add_argument(
@@ -70,13 +71,13 @@ def add_lookup(command: Any) -> None:
 def found_by(options: argparse.Namespace, recogniser: AnyRecogniser) -> dict[str, Any]:
     """What `transcribe` is given to look things up in. ValueError for options that do not go
     together, or with the models."""
-    if options.datastore is not None and options.phrases is not None:
-        raise ValueError("--datastore or --phrases: one of them")
     if options.shortlist is not None and options.shortlist < 0:
         raise ValueError(f"--shortlist {options.shortlist}: a number of phrases, or 0 for all")
-    if options.phrases is not None:
+    if options.phrases is not None and options.datastore is None:
         return _phrases(options, recogniser)
-    refuse_speaking(options, "goes with --phrases")
+    refuse_speaking(options, "goes with --phrases alone")
+    if options.phrases is not None:
+        return _datastore(options, recogniser, _beside(options, recogniser))
     if options.datastore is None:
         if options.retrieval not in (None, "none"):
             raise ValueError(f"--retrieval {options.retrieval} needs a --datastore or --phrases")
@@ -84,29 +85,52 @@ def found_by(options: argparse.Namespace, recogniser: AnyRecogniser) -> dict[str
     return _datastore(options, recogniser)
 
 
-def _datastore(options: argparse.Namespace, recogniser: AnyRecogniser) -> dict[str, Any]:
-    """A datastore as it was tuned."""
+def _datastore(
+    options: argparse.Namespace, recogniser: AnyRecogniser, beside: Sequence[Entry] = ()
+) -> dict[str, Any]:
+    """A datastore whose phrases and terms are spotted, or that is searched as it was tuned, and
+    phrases that are spotted beside it."""
+    from mmrag.retrieval import terms
     from mmrag.retrieval.datastore import Datastore
     from mmrag.retrieval.display import Display
-    from mmrag.retrieval.index import saved_shards
-    from mmrag.retrieval.interpolation import Retrieval
-    from mmrag.retrieval.memory import AttentionSource
-    from mmrag.retrieval.phrases import Phrases, phrases_of
-    from mmrag.retrieval.retrievers import LocalRetriever
-    from mmrag.retrieval.weights import Weights
 
     datastore = Datastore.open(_place(options.datastore, _below(options.models)))
     datastore.require(recogniser.keyed_by)
-    mode = options.retrieval or "knn"
-    if mode == "none":
+    if options.retrieval == "none":
         return {}
-    display = Display.of(datastore.wordings().values(), recogniser.vocabulary.spoken)
+    own = terms.listed(datastore, recogniser.vocabulary) if recogniser.spells else []
+    listed = [one.entry for one in own]
+    spots = bool(listed) and _spots(options, listed, recogniser)
+    mode = options.retrieval or ("spotting" if spots else "knn")
+    if mode == "spotting" and recogniser.spells and datastore.entries and not listed:
+        raise ValueError(
+            f"--retrieval spotting: {datastore} has neither phrases nor unusual words to spot"
+        )
+    written = (*beside, *datastore.wordings().values())
+    display = Display.of(written, recogniser.vocabulary.spoken)
     if mode == "spotting":
-        listed = phrases_of(datastore, recogniser.vocabulary)
-        return {"favoured": _spotted(options, listed, recogniser), "display": display}
+        refuse_speaking(options, f"goes with --retrieval {', '.join(RETRIEVALS[2:])}")
+        every, places = [*listed, *beside], terms.places(own)
+        return {"favoured": _spotted(options, every, recogniser, places), "display": display}
+    found = _searched(options, datastore, mode, recogniser)
+    if beside:
+        found["favoured"] = _spotted(options, beside, recogniser)
+    return {**found, "display": display}
+
+
+def _searched(
+    options: argparse.Namespace, datastore: Datastore, mode: str, recogniser: AnyRecogniser
+) -> dict[str, Any]:
+    from mmrag.retrieval.index import saved_shards
+    from mmrag.retrieval.interpolation import Retrieval
+    from mmrag.retrieval.memory import AttentionSource
+    from mmrag.retrieval.phrases import Phrases
+    from mmrag.retrieval.retrievers import LocalRetriever
+    from mmrag.retrieval.weights import Weights
+
     retriever = LocalRetriever.load(saved_shards(datastore.directory), datastore)
     weights = Weights.of(datastore)
-    found: dict[str, Any] = {"source": retriever, "display": display}
+    found: dict[str, Any] = {"source": retriever}
     knn, read = _tuned(options, datastore, mode)
     if mode in ("knn", "both"):
         found["retrieval"] = Retrieval(retriever, knn, weights)
@@ -127,7 +151,9 @@ def _phrases(options: argparse.Namespace, recogniser: AnyRecogniser) -> dict[str
         return {}
     every = read_entries(options.phrases)
     check(every, recogniser)
-    mode = options.retrieval or _usual(options, every, recogniser)
+    spots = _spots(options, every, recogniser)
+    usual = "spotting" if spots else "cross_attention" if recogniser.adapter else "knn"
+    mode = options.retrieval or usual
     display = Display.of(every, recogniser.vocabulary.spoken)
     listed = [one for one in every if one.weight > 0]
     if not listed and every:
@@ -138,21 +164,35 @@ def _phrases(options: argparse.Namespace, recogniser: AnyRecogniser) -> dict[str
     return {"display": display, **_spoken(options, listed, mode, recogniser)}
 
 
-def _usual(options: argparse.Namespace, listed: Sequence[Entry], recogniser: AnyRecogniser) -> str:
-    """How phrases are listened for where nobody says so: spotted, unless something was said that
-    is for others, or one of them is pronounced in IPA, which no letter stands for."""
+def _beside(options: argparse.Namespace, recogniser: AnyRecogniser) -> list[Entry]:
+    """The phrases of a file that are spotted beside a datastore."""
+    from mmrag.contents import check
+
+    every = read_entries(options.phrases)
+    check(every, recogniser)
+    if options.retrieval != "none" and not _spots(options, every, recogniser):
+        raise ValueError(
+            "--datastore and --phrases go together where phrases are spotted: by an encoder that "
+            "spells (mmrag:small), none of them in IPA, without --shortlist and --weight"
+        )
+    return every
+
+
+def _spots(options: argparse.Namespace, listed: Sequence[Entry], recogniser: AnyRecogniser) -> bool:
+    """Whether phrases are spotted where nobody says how they are listened for: unless something was
+    said that is for others, or one of them is pronounced in IPA, which no letter stands for."""
     from mmrag.decoding.spotting import spells_all
 
     asked = options.shortlist, options.weight, *(getattr(options, name) for name in SPEAKING)
-    if recogniser.spells and spells_all(listed) and not any(one is not None for one in asked):
-        return "spotting"
-    return "cross_attention" if recogniser.adapter else "knn"
+    given = any(one is not None for one in asked)
+    return recogniser.spells and spells_all(listed) and not given
 
 
 def _spotted(
     options: argparse.Namespace,
     listed: Sequence[Entry],
     recogniser: AnyRecogniser,
+    places: Mapping[str, tuple[str, str]] | None = None,
 ) -> Favoured:
     from mmrag.config import Spotting
     from mmrag.decoding.spotting import Favoured
@@ -162,7 +202,7 @@ def _spotted(
             raise ValueError(f"--{name} does not go with --retrieval spotting")
     if not recogniser.spells:
         raise ValueError("--retrieval spotting needs an encoder that spells: mmrag:small has one")
-    return Favoured(listed, recogniser.vocabulary, Spotting())
+    return Favoured(listed, recogniser.vocabulary, Spotting(), places)
 
 
 def _spoken(

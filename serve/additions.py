@@ -163,5 +163,6 @@ def _by_document(segment: Segment) -> dict[str, Segment]:
             positions=segment.positions[rows],
             utterances=np.searchsorted(own, segment.utterances[rows]),
             names=[segment.names[n] for n in own],
+            surprisals=segment.expected()[rows],
         )
     return found

@@ -15,11 +15,12 @@ from mmrag.decoding.spotting import Favoured
 from mmrag.decoding.tune import Tuned
 from mmrag.model.contract import TextVocabulary
 from mmrag.records import Retriever
+from mmrag.retrieval import terms
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.display import Display
 from mmrag.retrieval.interpolation import Retrieval
 from mmrag.retrieval.memory import AttentionSource, WindowCache
-from mmrag.retrieval.phrases import Phrases, phrases_of
+from mmrag.retrieval.phrases import Phrases
 from mmrag.retrieval.segment import Segment
 from mmrag.retrieval.shortlist import Shortlist
 from mmrag.retrieval.weights import Weights
@@ -58,13 +59,15 @@ def favour(
     vocabulary: TextVocabulary,
     settings: Spotting,
 ) -> Favoured:
-    """The phrases of a datastore and of a request, to be spotted; the request's wording counts."""
-    given = []
-    if found is not None:
-        given += phrases_of(Datastore.open(found.phrases), vocabulary)
+    """The phrases and terms of a datastore, and a request's phrases, to be spotted; the request's
+    wording counts."""
+    own = []
+    if found is not None and found.spotted is not None:
+        own = terms.listed(Datastore.open(found.spotted), vocabulary)
+    given = [one.entry for one in own]
     if listed is not None:
         given += listed.wordings.values()
-    return Favoured(given, vocabulary, settings)
+    return Favoured(given, vocabulary, settings, terms.places(own))
 
 
 def offer(

@@ -87,8 +87,10 @@ class ResolvedDatastore:
     """Where it lies, if any of its documents says how it is written or what it weighs."""
     tenant: str = ""
     """Whose it is."""
+    spotted: Path | None = None
+    """Where it lies, if it has phrases or terms, that are spotted."""
     spelled: bool = False
-    """Whether its documents are phrases each of which can be spotted: none is told in IPA."""
+    """Whether each of them can be spotted: none is told in IPA."""
 
 
 @dataclass(frozen=True)

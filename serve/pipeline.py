@@ -313,18 +313,20 @@ class Pipeline:
     async def _mode(
         self, options: TranscriptionOptions, found: ResolvedDatastore | None
     ) -> RetrievalMode:
-        """How what is `found`, and the phrases, are used: as the request says, else phrases are
-        spotted where they all can be. InvalidRequest for a way that there is not."""
+        """How what is `found`, and the phrases, are used: as the request says, else phrases and
+        terms are spotted where they all can be. InvalidRequest for a way that there is not."""
         asked = options.retrieval
         if asked == "none" or not (found or options.phrases):
             if asked not in (None, "none"):
                 raise InvalidRequest(f"retrieval {asked} needs a datastore or context")
             return "none"
-        unlisted = found is not None and found.phrases is None
-        for param, given in (("retrieval", asked == "spotting"), ("shortlist", options.shortlist)):
-            if given and unlisted:
-                name = own_name(options.datastore)
-                raise InvalidRequest(f"{param}: the documents of {name!r} are no phrases", param)
+        if found is not None and found.phrases is None and options.shortlist:
+            message = f"shortlist: the documents of {own_name(options.datastore)!r} are no phrases"
+            raise InvalidRequest(message, "shortlist")
+        if found is not None and found.spotted is None and asked == "spotting":
+            name = own_name(options.datastore)
+            message = f"retrieval spotting: {name!r} has neither phrases nor unusual words to spot"
+            raise InvalidRequest(message, "retrieval")
         ways = await self._ways_to_use()
         if asked == "spotting" and options.shortlist is not None:
             message = "shortlist: spotting goes through all phrases"

@@ -48,7 +48,7 @@ WINGS = {
         "snapshots", "compaction", "verify", "gpu", "scalar", "ivf", "sizing", "held_out", "index",
         "reindexing", "retrievers", "weights", "knn",
         "interpolation", "recent", "lookup", "overlap", "searching", "memory", "entries", "phrases",
-        "display", "upkeep", "shortlist", "confusion", "contexts",
+        "display", "terms", "upkeep", "shortlist", "confusion", "contexts",
     ],
     "decoding": [
         "confidence", "boost", "hypotheses", "candidates", "beginnings", "beams", "spelling",

@@ -37,12 +37,13 @@ def domain(lab: Lab) -> tuple[str, int, list[Point]]:
     """Requests about people, places and companies whose names training never met.
 
     The datastore has other sentences about them, in other voices: as text, with its recordings,
-    or spoken from the text by synthetic voices. Or all that is given are their names, as one list
-    for all utterances, which the encoder's CTC head spots.
+    or spoken from the text by synthetic voices. The encoder's CTC head spots what these sentences
+    have of unusual words; or all that is given are the names, as one list for all utterances.
     """
     points = [Point("none", NoRetrieval()), knn_point(lab.text, "text")]
     for name, store in {"multimodal": lab.multimodal, "spoken": lab.spoken_text}.items():
         points += ways(store, name)
+        points += lab.terms(store.artifact, name)
     limit, listed_names = lab.settings.utterances, listed.names_in(lab, ("datastore",))
     everyone = {one.utterance.id: listed_names for one in lab.spoken("test", ASSISTANT, limit)}
     points += lab.spotting(everyone, len(listed_names))
@@ -69,6 +70,7 @@ def wrong_datastore(lab: Lab) -> tuple[str, int, list[Point]]:
     """
     limit, right = lab.settings.utterances, lab.multimodal
     points = [Point("none", NoRetrieval()), *ways(replace(right, artifact=lab.decoy), "wrong")]
+    points += lab.terms(lab.decoy, "wrong")
     test, everyone = lab.spoken("test", ASSISTANT, limit), listed.names(lab)
     middle = sorted(lab.settings.phrases)[len(lab.settings.phrases) // 2]
     lists = listed.lists(test, everyone, middle, lab.experiment.seed, own=False)

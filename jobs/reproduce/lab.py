@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.modes import (
+    DatastoreSpotting,
     Mode,
     PhraseBoosting,
     PhraseLists,
@@ -140,6 +141,12 @@ class Lab:
         where nobody spells."""
         how = PhraseSpotting(self.experiment.spotting, lists)
         point = Point("spotting", how, None, count, setting=setting, lists=lists)
+        return [point] if self.spells else []
+
+    def terms(self, made: Artifact, name: str) -> list[Point]:
+        """The phrases and terms of a datastore spotted; nothing where nobody spells."""
+        how = DatastoreSpotting(made.path, self.experiment.spotting)
+        point = Point("spotting", how, name, entries=made.summary["entries"])
         return [point] if self.spells else []
 
     def spoken(self, split: str, domain: str, limit: int, made: Artifact | None = None) -> list:

@@ -95,6 +95,7 @@ def spoken_squad(lab: Lab) -> tuple[str, int, list[Point]]:
     points = [Point("none", NoRetrieval()), knn_point(stores.pop("text"), "text")]
     for name, store in stores.items():
         points += ways(store, name)
+        points += lab.terms(store.artifact, name)
     answers = sorted({entity for one in planned["datastore"] for entity in one.entities})
     lists = {split: {one.id: answers for one in planned[split]} for split in ("dev", "test")}
     dev = lab.spoken("dev", passages.DOMAIN, size, made)[: lab.experiment.tune.utterances]

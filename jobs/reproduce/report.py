@@ -76,6 +76,9 @@ SUMMARY = {
         *("domain", "cross_attention", "multimodal", None),
     ),
     "unseen names, both": ("domain", "both", "multimodal", None),
+    "unseen names, terms spotted, multi-modal datastore": (
+        *("domain", "spotting", "multimodal", None),
+    ),
     "100 phrases a request, in the prompt": ("dynamic_context", "prompt", None, 100),
     "100 phrases a request, boosted": ("dynamic_context", "boost", None, 100),
     "100 phrases a request, spotted": ("dynamic_context", "spotting", None, 100),

@@ -26,8 +26,8 @@ from mmrag.model.whisper import PREFIX
 from mmrag.speech.tokenized import Tokenized
 from mmrag.storage import located
 
-SPOTS = ("domain", "dynamic_context", "unsaid_phrases", "spoken_squad")
-"""Tasks in which phrases are spotted."""
+SPOTS = ("domain", "dynamic_context", "unsaid_phrases", "wrong_datastore", "spoken_squad")
+"""Tasks in which phrases and terms are spotted."""
 EVERY = 10**9
 """More utterances than a split has."""
 

@@ -11,7 +11,7 @@ decoded (`boost`), and a clip in which nothing is spotted is decoded as ever.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import filterfalse
 
@@ -206,10 +206,16 @@ class Favoured:
     """Phrases that are favoured in the clips that say them."""
 
     def __init__(
-        self, listed: Iterable[str | Entry], vocabulary: TextVocabulary, settings: Spotting
+        self,
+        listed: Iterable[str | Entry],
+        vocabulary: TextVocabulary,
+        settings: Spotting,
+        places: Mapping[str, tuple[str, str]] | None = None,
     ) -> None:
         """What weighs 0 is not favoured. One that has respellings is spotted by those too; IPA is
-        not spelled."""
+        not spelled. `places` tells of a phrase which document it is from, and what is said there;
+        else it is its own."""
+        self._places = places or {}
         self._listed = [one for one in entries(listed) if one.weight > 0]
         self._vocabulary = vocabulary
         self._settings = settings
@@ -259,7 +265,8 @@ class Favoured:
         told, parts = list(words), [normalise(word.text) for word in words]
         for one in reversed(self.spotted(heard)):  # the surest has the last word
             own = normalise(self._vocabulary.spoken(one.text)).split()
-            source = Source(NO_ENTRY, None, None, one.text, utterance="", text=one.text)
+            document, text = self._places.get(one.text, (one.text, one.text))
+            source = Source(NO_ENTRY, None, None, document, utterance="", text=text)
             for first in range(len(parts) - len(own) + 1):
                 if parts[first : first + len(own)] == own:
                     for place in range(first, first + len(own)):

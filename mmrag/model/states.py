@@ -13,6 +13,8 @@ from torch import Tensor
 
 from mmrag.model.contract import Speech, SpeechDecoder, TextVocabulary
 
+AT_ONCE = 2048
+"""Tokens whose surprisals are asked for at once."""
 PADDING = 0
 """An id that every vocabulary has; what it says is never looked at."""
 
@@ -44,6 +46,21 @@ def read_states(
     logp = output.logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)
     tokens = np.array([token for text in texts for token in (*text, vocabulary.eos)], np.int32)
     return output.keys[at].float(), tokens, slices, logp
+
+
+def surprisals(
+    lm: SpeechDecoder, vocabulary: TextVocabulary, texts: Sequence[Sequence[int]]
+) -> list[np.ndarray]:
+    """How little a model expects each token of `[text, end]` from the text before it, with no
+    speech: (T + 1,) float32 a text, nats."""
+    found: list[np.ndarray] = []
+    each = max(1, AT_ONCE // (1 + max(map(len, texts), default=0)))
+    for start in range(0, len(texts), each):
+        some = texts[start : start + each]
+        _, tokens, slices, logp = read_states(lm, vocabulary, some, [None] * len(some), logits=True)
+        costs = -logp.float().cpu().numpy()[np.arange(len(tokens)), tokens]
+        found += [costs[part] for part in slices]
+    return found
 
 
 def pad_ids(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ write at once; `segments.json` names the ones that count, in order, and is repla
         windows    (N, W) int32
         positions  (N,) int32
         utterances (N,) int32, ascending: which of the segment's utterances
+        surprisals (N,) float16, or not there: how little the model expects each token as text
         utterance_text, utterance_offsets    the names of its U utterances (`Names`)
         utterance_documents (U,) int32, which of its L documents
         document_text, document_offsets      the names of these
@@ -263,20 +264,24 @@ class Datastore:
         self._starts = np.cumsum([0, *(segment.entries for segment in segments)])
         self._utterance_starts = np.cumsum([0, *(len(one.utterances) for one in segments)])
 
-        def column(part: Callable[[StoredSegment, Any], np.ndarray]) -> Column:
-            return Column([partial(part, one) for one in segments], self._starts, np.int32)
+        def column(part: Callable[[StoredSegment, Any], np.ndarray], kind: type) -> Column:
+            return Column([partial(part, one) for one in segments], self._starts, kind)
 
         firsts = dict(zip(map(id, segments), self._utterance_starts.tolist(), strict=False))
-        self.tokens = column(lambda one, at: one.arrays["tokens"][at])
+        self.tokens = column(lambda one, at: one.arrays["tokens"][at], np.int32)
         """(N,) int32, the token that follows each key."""
-        self.positions = column(lambda one, at: one.arrays["positions"][at])
+        self.positions = column(lambda one, at: one.arrays["positions"][at], np.int32)
         """(N,) int32, index of that token among its utterance's tokens."""
         self.utterances = column(
-            lambda one, at: one.arrays["utterances"][at] + np.int32(firsts[id(one)])
+            lambda one, at: one.arrays["utterances"][at] + np.int32(firsts[id(one)]), np.int32
         )
         """(N,) int32, each entry's utterance; those of one utterance follow one another."""
-        self.documents = column(lambda one, at: one.document_of(one.arrays["utterances"][at]))
+        self.documents = column(
+            lambda one, at: one.document_of(one.arrays["utterances"][at]), np.int32
+        )
         """(N,) int32, each entry's document."""
+        self.surprisals = column(lambda one, at: one.arrays["surprisals"][at], np.float16)
+        """(N,) float16, how little the model expects each token from the text before it, nats."""
         self.deleted = deleted
         """(M,) int64, deleted entries, ascending."""
         self.wordings = Wordings(segments, self._starts, deleted)

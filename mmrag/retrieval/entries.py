@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from mmrag.model.lm import LM
-from mmrag.model.states import read_states
+from mmrag.model.states import read_states, surprisals
 from mmrag.model.vocabulary import Vocabulary
 from mmrag.retrieval.segment import Segment, windows_of
 from mmrag.speech.tokenized import Tokenized
@@ -24,11 +24,15 @@ def read_entries(
     """One entry for each token of the batch's texts and their ends, or of their entities alone.
 
     An utterance without units is read as text that nobody spoke. With `entities`, each is a
-    sequence of its own, and its document is the entity itself.
+    sequence of its own, and its document is the entity itself. How little each token is expected
+    as text is asked where that can be of use: where somebody spells (`retrieval.terms`).
     """
     texts = [vocabulary.encode(one.utterance.text) for one in batch]
     speech = [None if one.units is None else vocabulary.speech_input(one.units) for one in batch]
     keys, tokens, slices, _ = read_states(lm, vocabulary, texts, speech, logits=False)
+    expected = None
+    if any(one is None or vocabulary.letters(one) is not None for one in speech):
+        expected = np.concatenate(surprisals(lm, vocabulary, texts))
     sequences = [
         (one.utterance.id, document, whole, part)
         for one, whole in zip(batch, slices, strict=True)
@@ -46,6 +50,7 @@ def read_entries(
         positions=np.concatenate([np.empty(0, int), *positions]),
         utterances=np.repeat(np.arange(len(sequences)), counts),
         names=[(utterance, document) for utterance, document, *_ in sequences],
+        surprisals=None if expected is None else expected[rows],
     )
 
 

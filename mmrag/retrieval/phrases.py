@@ -282,16 +282,6 @@ def are_phrases(datastore: Datastore, vocabulary: Vocabulary, documents: Sequenc
     )
 
 
-def phrases_of(datastore: Datastore, vocabulary: Vocabulary) -> list[Entry]:
-    """The phrases of a datastore, as they were given. ValueError where its documents are none."""
-    numbers, _ = datastore.document_counts()
-    names = datastore.document_names(numbers)
-    if names and not are_phrases(datastore, vocabulary, names):
-        raise ValueError(f"{datastore}: its documents are no phrases, and are not spotted")
-    wordings = datastore.wordings()
-    return [wordings.get(name, Entry(name)) for name in names]
-
-
 class Phrases:
     """A datastore of entities, phrase by phrase: each time one was spoken is a window.
 

@@ -48,6 +48,9 @@ class Segment:
     names: Sequence[tuple[str, str]]
     wordings: Mapping[str, Entry] = field(default_factory=dict)
     """Document -> the entry that it is, for those that were given as one."""
+    surprisals: np.ndarray | None = None
+    """How little the model expects each token from the words before it alone, nats; None where
+    nobody asked."""
 
     @classmethod
     def empty(cls, width: int, window: int) -> Segment:
@@ -55,6 +58,12 @@ class Segment:
         none = np.empty(0, np.int32)
         keys, windows = np.empty((0, width), np.float32), np.empty((0, window), np.int32)
         return cls(keys, none, windows, none, none, ())
+
+    def expected(self) -> np.ndarray:
+        """The `surprisals`; where nobody asked, 0: nothing surprises."""
+        if self.surprisals is None:
+            return np.zeros(len(self.tokens), np.float16)
+        return self.surprisals
 
 
 def join(segments: Sequence[Segment]) -> Segment:
@@ -69,6 +78,7 @@ def join(segments: Sequence[Segment]) -> Segment:
         utterances=np.concatenate(shifted),
         names=[name for segment in segments for name in segment.names],
         wordings={name: one for segment in segments for name, one in segment.wordings.items()},
+        surprisals=np.concatenate([segment.expected() for segment in segments]),
     )
 
 

@@ -26,6 +26,7 @@ ARRAYS = {
     "windows": np.int32,
     "positions": np.int32,
     "utterances": np.int32,
+    "surprisals": np.float16,
 }
 """What each entry has."""
 TABLES = {
@@ -182,6 +183,8 @@ def open_segment(
     arrays, fields = stored.arrays, ARRAYS | TABLES | {IDS: np.int32}
     if WORDINGS.keys() & arrays.keys():
         fields |= WORDINGS
+    if "surprisals" not in arrays:  # written before anybody asked
+        del fields["surprisals"]
     if arrays.keys() != fields.keys() or stored.header.digests.keys() != fields.keys() - {IDS}:
         raise DatastoreError(f"{path} is damaged: it has the arrays {', '.join(arrays)}")
     shapes = _shapes(listed["entries"] if listed else len(arrays["tokens"]), description)
@@ -196,6 +199,8 @@ def open_segment(
             )
     if listed:
         _require_listed(path, stored, listed["header"])
+    if "surprisals" not in arrays:
+        arrays = arrays | {"surprisals": np.zeros(len(arrays["tokens"]), np.float16)}
     return StoredSegment(name, arrays, stored.header.digest)
 
 
@@ -255,7 +260,7 @@ def _require_listed(path: Path, stored: Tensors, header: str) -> None:
 def arrays_of(name: str, segment: Segment, description: Description) -> dict[str, np.ndarray]:
     """The arrays of a segment as they are stored; ValueError if they do not fit."""
     for field, shape in _shapes(len(segment.tokens), description).items():
-        given = np.shape(getattr(segment, field))
+        given = np.shape(segment.expected() if field == "surprisals" else getattr(segment, field))
         if given != shape:
             raise ValueError(f"segment {name}: {field} have shape {given}, not {shape}")
     if not _indexes(segment.utterances, len(segment.names)):
@@ -269,8 +274,9 @@ def arrays_of(name: str, segment: Segment, description: Description) -> dict[str
     columns = {
         field: np.asarray(getattr(segment, field)).astype(dtype)
         for field, dtype in ARRAYS.items()
-        if field != "keys"
+        if field not in ("keys", "surprisals")
     }
+    columns["surprisals"] = segment.expected().astype(np.float16)
     return {"keys": keys} | columns | tables(segment.names, segment.wordings)
 
 
@@ -319,6 +325,7 @@ def _shapes(entries: int, description: Description) -> dict[str, tuple[int, ...]
         "windows": (entries, description.window),
         "positions": (entries,),
         "utterances": (entries,),
+        "surprisals": (entries,),
     }
 
 
