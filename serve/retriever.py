@@ -40,7 +40,7 @@ from mmrag.retrieval.phrases import Phrases, are_phrases, fresh
 from mmrag.retrieval.reindexing import behind
 from mmrag.retrieval.segment import DatastoreError, Segment, join
 from mmrag.retrieval.snapshots import SnapshotError
-from mmrag.retrieval.terms import surprising
+from mmrag.retrieval.terms import anything
 from mmrag.retrieval.wording import Entry
 from serve import logs, shelf
 from serve.access.tenants import DEFAULT, directory_of, own_name, place_of, tenant_at, tenant_of
@@ -408,7 +408,7 @@ class Retriever:
         found = key, uid, retriever, chosen.knn, chosen.both, read, whole
         where = datastore.directory
         phrases, worded = where if listed else None, where if datastore.wordings else None
-        spotted = where if listed or surprising(datastore, self._vocabulary) else None
+        spotted = where if listed or anything(datastore, self._vocabulary) else None
         spelled = spotted is not None and spells_all(datastore.wordings().values())
         about = phrases, worded, tenant_at(self._root, where), spotted, spelled
         return ResolvedDatastore(*found, *about)

@@ -11,7 +11,8 @@ decoded (`boost`), and a clip in which nothing is spotted is decoded as ever.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import filterfalse
 
@@ -30,6 +31,10 @@ RIVALS = 3
 """Phrases that may be spotted in the same place."""
 MOST = 20
 """Phrases that may be spotted in a clip."""
+PART = 1.0
+"""Nats a letter that a phrase may be heard worse than its parts, which then do not count."""
+SHIFT = 2
+"""Frames that the ends of a phrase and of its part may lie apart."""
 PLACED = 200
 """Phrases, those of the best scores, of which it is asked where they are said."""
 SEARCHED = 20_000
@@ -52,6 +57,8 @@ IMPOSSIBLE = -1e9
 WRITTEN = 0.9
 """Probability of a word of a phrase that was spotted and written: of the test split's names, all
 that were written so were said."""
+KNOWN = 256
+"""Clips of which it is remembered what they say."""
 BLANK = 0
 
 
@@ -70,10 +77,14 @@ class Spotted:
 class Spotter:
     """Phrases by their letters."""
 
-    def __init__(self, phrases: Sequence[str], alphabet: str) -> None:
+    def __init__(
+        self, phrases: Sequence[str], alphabet: str, whose: Sequence[int] | None = None
+    ) -> None:
         """`phrases` as they are transcribed; one without a letter of `alphabet`, in which a space
-        is the gap between words, is never spotted."""
+        is the gap between words, is never spotted. Where some are ways to say the same, `whose`
+        says what each of them is a way to say."""
         self.alphabet = alphabet
+        self._whose = range(len(phrases)) if whose is None else whose
         self._gap = alphabet.find(GAP) + 1
         spelled = [spelt(phrase.strip(), alphabet)[0] for phrase in phrases]
         counts = np.array([len(letters) for letters in spelled], np.int64)
@@ -97,7 +108,8 @@ class Spotter:
 
     def spot(self, heard: Letters, least: float) -> list[Spotted]:
         """The phrases whose score is `least` or more, best first: at most RIVALS in one place, and
-        MOST in all. ValueError for letters of another alphabet."""
+        MOST in all, and of ways to say the same the best. ValueError for letters of another
+        alphabet."""
         if heard.alphabet != self.alphabet:
             raise ValueError(
                 f"a clip that was heard in {heard.alphabet!r}, and phrases in {self.alphabet!r}"
@@ -110,19 +122,43 @@ class Spotter:
         scores = self._scores(costs, likely)
         best = np.argsort(-scores, kind="stable")[:PLACED]
         best = best[scores[best] >= least]
+        columns = likely[best]
+        each = [
+            Spotted(int(self._phrases[column]), float(score), *place)
+            for column, score, place in zip(
+                columns, scores[best], self._places(costs, columns), strict=True
+            )
+        ]
         found: list[Spotted] = []
+        said: set[int] = set()
         shared = 1 if self._gap else 0  # frames: neighbours have the gap between them in common
-        places = self._places(costs, likely[best])
-        for column, score, (start, end) in zip(likely[best], scores[best], places, strict=True):
-            one = Spotted(int(self._phrases[column]), float(score), start, end)
+        for one in self._whole(each, columns):
+            if (what := self._whose[one.phrase]) in said:
+                continue
             rivals = [
                 other
                 for other in found
-                if other.start < end - shared and start < other.end - shared
+                if other.start < one.end - shared and one.start < other.end - shared
             ]
             if len(found) < MOST and len(rivals) < RIVALS:
                 found.append(one)
+                said.add(what)
         return found
+
+    def _whole(self, each: Sequence[Spotted], columns: np.ndarray) -> Iterator[Spotted]:
+        """Those that are not a part of another one that is said there, nearly as well: "ann" of
+        "ann lee". Where nobody hears where words end, all of them."""
+        letters = [self._labels[: self._sizes[column], column].tobytes() for column in columns]
+        for one, own in zip(each, letters, strict=True):
+            if not self._gap or not any(
+                len(own) < len(others)
+                and other.score >= one.score - PART
+                and other.start <= one.start + SHIFT
+                and one.end <= other.end + SHIFT
+                and own in others
+                for other, others in zip(each, letters, strict=True)
+            ):
+                yield one
 
     def _likely(self, costs: np.ndarray, least: float) -> np.ndarray:
         """The columns of phrases that may be spotted, in order. No phrase scores more than its
@@ -221,7 +257,9 @@ class Favoured:
         self._settings = settings
         self._starts = torch.from_numpy(vocabulary.word_starts())
         self._spotters: dict[str, tuple[Spotter, list[Entry]]] = {}
-        """By alphabet, with whom each of its phrases is a way to say."""
+        """By alphabet, with what each of its phrases is a way to say."""
+        self._known: OrderedDict[tuple[str, bytes], list[Entry]] = OrderedDict()
+        """What the last clips say: it is asked for when they are decoded, and for the evidence."""
 
     def __len__(self) -> int:
         return len(self._listed)
@@ -231,21 +269,27 @@ class Favoured:
         no CTC head heard."""
         if heard is None:
             raise ValueError("phrases are spotted in what a CTC head hears; this model has none")
-        spotter, whose = self._spotter(heard.alphabet)
-        more = GROWTH * math.log(max(1, len(self)) / USUAL)
-        found = spotter.spot(heard, min(0.0, self._settings.least + more))
-        return list(dict.fromkeys(whose[one.phrase] for one in found))
+        clip = heard.alphabet, heard.costs.tobytes()
+        known = self._known.get(clip)
+        if known is None:
+            spotter, whose = self._spotter(heard.alphabet)
+            more = GROWTH * math.log(max(1, len(self)) / USUAL)
+            found = spotter.spot(heard, min(0.0, self._settings.least + more))
+            known = self._known[clip] = [whose[one.phrase] for one in found]
+            while len(self._known) > KNOWN:
+                self._known.popitem(last=False)
+        return known
 
     def _spotter(self, alphabet: str) -> tuple[Spotter, list[Entry]]:
         if alphabet not in self._spotters:
             spoken = self._vocabulary.spoken
             said = [
-                (spoken(way), one)
-                for one in self._listed
+                (spoken(way), number)
+                for number, one in enumerate(self._listed)
                 for way in dict.fromkeys((one.text, *filterfalse(is_ipa, one.pronunciations)))
             ]
-            spotter = Spotter([way for way, _ in said], alphabet)
-            self._spotters[alphabet] = spotter, [one for _, one in said]
+            spotter = Spotter([way for way, _ in said], alphabet, [number for _, number in said])
+            self._spotters[alphabet] = spotter, [self._listed[number] for _, number in said]
         return self._spotters[alphabet]
 
     def boost(self, heard: Letters | None) -> Boost | None:

@@ -3,7 +3,7 @@
 A term is what a text says and the language model would not write by itself: a name, a drug, a
 product. A word surprises as much as its tokens do, each after the text before it and without any
 speech, on the average over all the times that the datastore has it. Words that surprise and stand
-side by side are a term; so is one word that surprises as much.
+side by side are a term; so is one word that surprises more.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from mmrag.model.contract import TextVocabulary
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.phrases import PHRASE_WORDS
 from mmrag.retrieval.wording import Entry
+from mmrag.text import normalise
 
 WORD = 8.0
 """Nats of a word that belongs to a term: one of three thousand that were as likely."""
-TERM = 16.0
-"""Nats of all words of a term."""
 ALONE = 14.0
 """Nats of a word that is a term by itself."""
 
@@ -47,6 +46,8 @@ class _Said:
 
     row: int
     """Its first entry."""
+    ended: bool
+    """Whether its end is an entry: it is whole, and not a phrase from a sentence."""
     words: tuple[tuple[str, float], ...]
     """Each with its nats."""
 
@@ -64,26 +65,41 @@ def listed(datastore: Datastore, vocabulary: TextVocabulary) -> list[Listed]:
     wordings, found = datastore.wordings(), dict[str, Listed]()
     sentences: list[tuple[_Said, str]] = []
     for one, document in zip(every, documents, strict=True):
-        if len(document.split()) > PHRASE_WORDS or one.text not in vocabulary.spoken(document):
+        if one.ended and not _named(one, document, vocabulary):
             sentences.append((one, document))
-        elif document not in found:
+        elif one.words and document not in found:
             entry = wordings.get(document, Entry(document))
             found[document] = Listed(entry, document, one.text)
+    known = [*found, *(name for name, one in wordings.items() if not one.weight)]
+    phrases = {normalise(vocabulary.spoken(name)) for name in known}
     nats = _mean(one for one, _ in sentences)
     for one, document in sentences:
         for term in _terms([word for word, _ in one.words], nats):
-            found.setdefault(term, Listed(Entry(term), document, one.text))
+            if term not in phrases:
+                found.setdefault(term, Listed(Entry(term), document, one.text))
     return list(found.values())
 
 
-def surprising(datastore: Datastore, vocabulary: TextVocabulary) -> bool:
-    """Whether the sentences of a datastore have a word that is a term, as it seems: nobody looks
-    at what it says."""
+def anything(datastore: Datastore, vocabulary: TextVocabulary) -> bool:
+    """Whether a datastore has anything to be listened for, as it seems at a glance: each word by
+    itself, whatever it says and however else it is said."""
     rows = _rows(datastore)
-    nats = datastore.surprisals[rows].astype(np.float32)
-    if not nats.any():
+    if not len(rows):
         return False
-    return bool((np.add.reduceat(nats, _begins(datastore, vocabulary, rows)) >= ALONE).any())
+    begins, utterances = _begins(datastore, vocabulary, rows), datastore.utterances[rows]
+    ends = datastore.tokens[rows] == vocabulary.eos
+    if len(np.unique(utterances[ends])) < len(np.unique(utterances)):
+        return True
+    nats = np.where(ends, 0, datastore.surprisals[rows]).astype(np.float32)
+    words, whose = np.add.reduceat(nats, begins), utterances[begins]
+    pairs = (np.minimum(words[1:], words[:-1]) >= WORD) & (whose[1:] == whose[:-1])
+    return bool((words >= ALONE).any() or pairs.any())
+
+
+def _named(one: _Said, document: str, vocabulary: TextVocabulary) -> bool:
+    """Whether a document is a phrase: called what is said in it, which is short."""
+    short = bool(one.words) and len(document.split()) <= PHRASE_WORDS
+    return short and normalise(one.text) == normalise(vocabulary.spoken(document))
 
 
 def _rows(datastore: Datastore) -> np.ndarray:
@@ -114,9 +130,10 @@ def _said(datastore: Datastore, vocabulary: TextVocabulary) -> Iterator[_Said]:
             own = tuple(tokens[edges[at] : edges[at + 1]])
             if own not in spelled:
                 spelled[own] = vocabulary.decode(own).strip()
-            if spelled[own]:  # the end says nothing
+            if spelled[own]:
                 words.append((spelled[own], nats[at]))
-        yield _Said(int(rows[edges[first]]), tuple(words))
+        ended = tokens[edges[last] - 1] == vocabulary.eos
+        yield _Said(int(rows[edges[first]]), ended, tuple(words))
 
 
 def _mean(every: Iterator[_Said]) -> dict[str, float]:
@@ -136,7 +153,7 @@ def _terms(words: list[str], nats: dict[str, float]) -> Iterator[str]:
         if word and nats[word] >= WORD:
             run.append(word)
             continue
-        if 1 < len(run) <= PHRASE_WORDS and sum(nats[each] for each in run) >= TERM:
+        if 1 < len(run) <= PHRASE_WORDS:
             yield " ".join(run)
         yield from (each for each in run if nats[each] >= ALONE)
         run = []

@@ -11,6 +11,7 @@ from plain_ctc import spelling_of
 from cluster.modes import (
     Both,
     CrossAttentionRetrieval,
+    DatastoreSpotting,
     DocumentKNN,
     KNNRetrieval,
     NoRetrieval,
@@ -205,6 +206,47 @@ def test_of_an_utterances_own_phrases_those_are_boosted_that_are_heard_in_it():
         PhraseSpotting(Spotting(), everybodys).open(DEAF)(spoken("a"))
 
 
+@pytest.fixture
+def calls(tmp_path):
+    """A datastore of a phrase and a sentence, of which two words surprise."""
+    datastore.create(tmp_path, Description(WIDTH, 2, "l2", "none", {}))
+    said = ("peter pan", "peter pan"), ("call-17", "call maria lopez on the light")
+    words = [(n, word) for n, (_, text) in enumerate(said) for word in text.split()]
+    pieces = [(n, word, piece) for n, word in words for piece in VOCABULARY.encode(word)]
+    numbers, told, tokens = zip(*pieces, strict=True)
+    segment = Segment(
+        keys=np.zeros((len(tokens), WIDTH)),
+        tokens=np.array(tokens),
+        windows=np.zeros((len(tokens), 2)),
+        positions=np.arange(len(tokens)),
+        utterances=np.array(numbers),
+        names=[(f"u{number}", document) for number, (document, _) in enumerate(said)],
+        surprisals=np.isin(told, ["maria", "lopez"]) * 20.0,
+    )
+    datastore.write_segment(tmp_path, "only", segment)
+    datastore.publish(tmp_path, ["only"])
+    return tmp_path
+
+
+def test_of_a_datastores_phrases_and_terms_those_are_boosted_that_are_heard(calls):
+    said = {"a": "call maria lopez", "b": "call peter pan", "c": "the light is on"}
+    batch = [replace(one, units=spelled(said[one.utterance.id])) for one in spoken(*said)]
+    guide = DatastoreSpotting(calls, Spotting(weight=2.0)).open(DEAF)
+    *heard, nothing = guide(batch)["boosts"]
+    maria, peter = (VOCABULARY.encode(name)[0] for name in ("maria", "peter"))
+    for boost, first, other in zip(heard, (maria, peter), (peter, maria), strict=True):
+        bonus = boost.bonus(np.array([START]))[0]
+        assert bonus[first] == bonus.max() == 2.0 and not bonus[other]
+    assert nothing is None
+    with pytest.raises(ValueError, match="a CTC head hears; this model has none"):
+        guide(spoken("a"))
+
+
+def test_a_datastore_without_phrases_and_terms_spots_nothing(directory):
+    batch = [replace(one, units=spelled("call maria lopez")) for one in spoken("a", "b")]
+    assert DatastoreSpotting(directory, Spotting()).open(DEAF)(batch) == {"boosts": [None, None]}
+
+
 def test_phrases_stand_in_the_prompt_of_their_utterance():
     phrases = {"a": ["maria lopez", "peter pan"], "b": []}
     contexts = PhrasePrompting(phrases).open(DEAF)(spoken("a", "b"))["contexts"]
@@ -363,6 +405,7 @@ def test_every_mode_travels_to_a_worker(directory):
         retrieval_mode(directory, KNN_SETTINGS, READ_SETTINGS),
         PhraseBoosting(1.0, named),
         PhraseSpotting(Spotting(), named),
+        DatastoreSpotting(directory, Spotting()),
         PhrasePrompting(named),
     ):
         assert ray.cloudpickle.loads(ray.cloudpickle.dumps(mode)) == mode

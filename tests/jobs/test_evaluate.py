@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 from mlflow import MlflowClient
+from small_datastores import store_arrays, stored_arrays
 
-from cluster.modes import PhraseSpotting, open_locally
+from cluster.modes import DatastoreSpotting, PhraseSpotting, open_locally
 from cluster.store import tracking_uri
 from jobs import evaluate, evaluation_tables, models, tune
 from mmrag import artifact
@@ -13,6 +15,7 @@ from mmrag.artifact import ArtifactError
 from mmrag.config import ConfigError, Experiment
 from mmrag.decoding.tune import ATTENTION, BOTH, SETTINGS, chosen, chosen_attention
 from mmrag.recogniser import Recogniser
+from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.interpolation import Retrieval
 from mmrag.retrieval.memory import AttentionSource
 from mmrag.text import normalise
@@ -303,12 +306,35 @@ def test_nothing_is_read_without_an_adapter(adapted, borrow):
         evaluate.run(experiment)
 
 
-def test_spotting_goes_through_the_list_of_each_utterance_and_needs_one(workspace):
+def test_with_lists_the_phrases_of_each_utterance_are_spotted(workspace):
     heard_by = models.named(workspace.experiment)
     listed = with_evaluate(workspace.experiment, modes=("none", "spotting"), lists=True)
     _, way = evaluate._ways(listed, heard_by)
     assert (way.name, way.title, way.artifact) == ("spotting", "spotting: its own list", None)
     own = {"u0": ["anna smith"]}
     assert evaluate._mode(way, own, {}) == PhraseSpotting(listed.spotting, own)
-    with pytest.raises(ConfigError, match=r"evaluate\.lists"):
-        evaluate._ways(with_evaluate(listed, lists=False), heard_by)
+    assert evaluate._datastores([way]) == []
+
+
+def test_without_lists_what_a_datastore_has_is_spotted_and_not_searched(borrow):
+    experiment = borrow("codebook", "tokens", "lm", "datastores", "tuned")
+    heard_by, place = models.named(experiment), experiment.workspace / "datastores" / "multimodal"
+    store = Datastore.open(place)
+    for name in store.segments:
+        arrays = stored_arrays(place, name)
+        store_arrays(place, name, arrays | {"surprisals": np.full_like(arrays["surprisals"], 20)})
+    both = with_evaluate(experiment, modes=("knn", "spotting"), lists=False)
+    searched, way = evaluate._ways(both, heard_by)
+    assert (way.name, way.title) == ("spotting", "spotting: multimodal")
+    assert way.artifact == searched.artifact and (way.knn, way.attention) == (None, None)
+    assert evaluate._mode(way, None, {}) == DatastoreSpotting(place, both.spotting)
+    assert evaluate._datastores([searched, way]) == [place]
+    assert evaluate._datastores([way]) == [] == evaluate._shards(both, [way])
+    assert evaluate._shards(both, [searched, way]) == evaluate._shards(both, [searched]) != []
+
+
+def test_a_datastore_with_nothing_to_spot_is_named(workspace):
+    """Its encoder does not spell: of nothing was asked whether it surprises."""
+    asked = with_evaluate(workspace.experiment, modes=("none", "spotting"))
+    with pytest.raises(ConfigError, match=r"nothing to spot in .*datastores/multimodal, which"):
+        evaluate._ways(asked, models.named(asked))

@@ -19,6 +19,10 @@ BOTH = "please call priya raghavan and imogen varga"
 OTHER = "imogen varga"
 PLAIN = "do we need to leave on friday"
 TOLD = "we have to talk about the new budget before friday"
+ABOUT = (
+    "i spoke to priya raghavan about the budget",
+    "priya raghavan called from the clinic about the results",
+)
 IPA = {"text": NAME, "pronunciations": ["/priːjə ræɡəvən/"]}
 KEYS = """
 tenants:
@@ -247,7 +251,53 @@ def test_a_datastore_of_sentences_is_searched_beside_phrases_that_are_spotted(
     answer = small.transcribe(file, datastore=name, context="gwendolyn ashby", retrieval="both")
     assert answer.status_code == 200 and spoken() > before, "asked for, all of it is searched"
     answer = small.transcribe(file, datastore=name, retrieval="spotting")
-    assert "no phrases" in refused(answer, 400, None, "retrieval")
+    assert "neither phrases nor unusual words" in refused(answer, 400, None, "retrieval")
+
+
+def test_unusual_words_of_a_datastores_sentences_are_spotted(small, file, clip, store, spoken):
+    name = store(*ABOUT)
+    said = spoken()
+    for more in ({}, {"retrieval": "spotting"}):
+        answer = small.transcribe(file, datastore=name, include="retrieval", **more)
+        assert answer.json()["text"] == SENTENCE
+        told = sources(answer)
+        assert told["priya"] == told["raghavan"] == (ABOUT[0], -1) and told["call"] is None
+        assert answer.json()["words"][-2]["source"]["text"] == ABOUT[0], "what is said there"
+    both = clip(BOTH)
+    answer = small.transcribe(both, datastore=name, context=OTHER, include="retrieval")
+    assert answer.json()["text"] == BOTH
+    told = sources(answer)
+    assert (told["raghavan"], told["varga"]) == ((ABOUT[0], -1), (OTHER, -1))
+    shown = json.dumps({"text": NAME, "display_as": "PR"})
+    assert small.text(file, datastore=name, context=shown) == "please call PR tomorrow"
+    assert spoken() == said
+    entries = f"/v1/datastores/{name}/entries"
+    assert small.request("DELETE", entries, params={"document": ABOUT[0]}).status_code == 200
+    told = sources(small.transcribe(file, datastore=name, include="retrieval"))
+    assert told["raghavan"] == (ABOUT[1], -1)
+
+
+@pytest.mark.parametrize("mode", ["knn", "both"])
+def test_a_datastore_of_unusual_words_is_searched_where_that_is_asked_for(small, file, store, mode):
+    answer = small.transcribe(file, datastore=store(*ABOUT), retrieval=mode, include="retrieval")
+    found = [source for source in sources(answer).values() if source]
+    assert found and all(entry >= 0 for _, entry in found)
+
+
+def test_a_datastore_without_unusual_words_is_searched_and_not_spotted(small, file, store, refused):
+    name = store(PLAIN)
+    told = sources(small.transcribe(file, datastore=name, include="retrieval"))
+    found = [source for source in told.values() if source]
+    assert found and all(entry >= 0 for _, entry in found)
+    answer = small.transcribe(file, datastore=name, retrieval="spotting")
+    message = refused(answer, 400, None, "retrieval")
+    assert f"'{name}' has neither phrases nor unusual words to spot" in message
+
+
+def test_a_datastore_of_sentences_is_no_shortlist(small, file, store, refused):
+    for name in (store(*ABOUT), store(PLAIN)):
+        answer = small.transcribe(file, datastore=name, shortlist=2)
+        assert f"'{name}' are no phrases" in refused(answer, 400, None, "shortlist")
 
 
 def test_an_empty_datastore_has_nothing_to_spot(small, file, store, spoken):

@@ -80,6 +80,7 @@ def reading_results(**rates: float) -> list[dict]:
     return [
         row("domain", cross, "multimodal", wer=wer["read"]),
         row("domain", "both", "multimodal", wer=wer["both"]),
+        row("domain", "spotting", "multimodal", wer=wer["both"]),
         *(
             row("dynamic_context", cross, spoken, phrases=n, wer=rate, entity_recall=recalled)
             for n, rate in ((10, wer["list"]), (100, wer["list"]), (1000, wer["most"]))

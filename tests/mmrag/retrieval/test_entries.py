@@ -1,8 +1,11 @@
 """Utterances become entries: every token of them, or their entities' own tokens alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from plain_ctc import spelling_of
 
 from mmrag.config import LanguageModel
 from mmrag.model.lm import LM
@@ -86,6 +89,40 @@ def test_of_entities_their_own_tokens_alone_become_entries(lm):
     assert EOS not in segment.tokens
 
 
+def costs(lm, one):
+    """How little each token of the text and its end is expected, one by one (T,)."""
+    tokens, allowed = [*VOCABULARY.encode(one.utterance.text), EOS], VOCABULARY.transcript_ids()
+    found = []
+    for place, token in enumerate(tokens):
+        ids = torch.tensor([[*VOCABULARY.prompt(None), *tokens[:place]]])
+        logits = lm(ids).logits.double()[-1].masked_fill(~torch.from_numpy(allowed), -torch.inf)
+        found.append(float(logits.logsumexp(-1) - logits[token]))
+    return np.array(found)
+
+
+def test_how_little_a_token_is_expected_is_asked_of_the_text_alone(lm):
+    batch = said()
+    segment = read_entries(lm, VOCABULARY, batch, WINDOW, "all")
+    each = [costs(lm, one) for one in batch]
+    np.testing.assert_allclose(segment.surprisals, np.concatenate(each), atol=1e-4, rtol=1e-4)
+    mentions = read_entries(lm, VOCABULARY, batch, WINDOW, "entities")
+    for stretch, number in enumerate((0, 2, 2)):
+        rows = mentions.utterances == stretch
+        whole = each[number][mentions.positions[rows]]
+        np.testing.assert_allclose(mentions.surprisals[rows], whole, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("entries", ["all", "entities"])
+def test_that_is_asked_where_somebody_spells_or_nobody_spoke(lm, entries):
+    heard = [said()[0], said()[2]]
+    spelled = [replace(one, units=replace(one.units, letters=spelling_of("ab"))) for one in heard]
+    for batch, asked in ((heard, False), (spelled, True), (said(), True), (said(False), True)):
+        segment = read_entries(lm, VOCABULARY, batch, WINDOW, entries)
+        assert (segment.surprisals is not None) == asked
+        assert len(segment.expected()) == len(segment.tokens)
+        assert segment.expected().any() == asked
+
+
 def test_an_utterance_without_units_is_read_as_text_that_nobody_spoke(lm):
     spoken, written = (read_entries(lm, VOCABULARY, said(s), WINDOW, "all") for s in (True, False))
     same = np.isclose(spoken.keys, written.keys, atol=1e-4).all(1)
@@ -111,6 +148,10 @@ def test_a_batch_is_read_as_its_utterances_one_by_one(lm, entries):
     for field in ("tokens", "windows", "positions", "utterances"):
         np.testing.assert_array_equal(getattr(together, field), getattr(alone, field))
     np.testing.assert_allclose(together.keys, alone.keys, atol=1e-4, rtol=1e-3)
+    silent = said(spoken=False)
+    together = read_entries(lm, VOCABULARY, silent, WINDOW, entries)
+    alone = join([read_entries(lm, VOCABULARY, [b], WINDOW, entries) for b in silent])
+    np.testing.assert_allclose(together.surprisals, alone.surprisals, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("entries", ["all", "entities"])
