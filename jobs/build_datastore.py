@@ -48,6 +48,7 @@ from mmrag.retrieval.index import (
     shard_ranges,
 )
 from mmrag.retrieval.segment import DatastoreError, Description
+from mmrag.retrieval.stored import ARRAYS
 from mmrag.speech.tokenized import Tokenized
 from mmrag.storage import Location, located
 from mmrag.text import each_line
@@ -62,7 +63,12 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     settings = experiment.datastore
     heard_by = models.named(experiment)
     inputs = {**heard_by.inputs, "source": _source(experiment, heard_by, force)}
-    made = {"seed": experiment.seed, "format": datastore.FORMAT, **heard_by.recipe}
+    made = {
+        "seed": experiment.seed,
+        "format": datastore.FORMAT,
+        "entries": list(ARRAYS),
+        **heard_by.recipe,
+    }
     config = recipe(made, settings)
 
     def work(draft: Draft, tracked: Run) -> None:

@@ -281,14 +281,15 @@ def _print(file: Location, transcript: Transcript, as_json: bool) -> None:
     for word in transcript.words:
         if word.changed and word.source:
             source = word.source
-            evidence = [_shown(source.document)]
+            evidence = [] if source.document == source.text else [_shown(source.document)]
             if source.attention is not None:
                 evidence.append(f"attention {source.attention:.0%}")
             if source.distance is not None:
                 evidence.append(f"distance {source.distance:.1f}")
+            where = f"{', '.join(evidence)}: " if evidence else ""
             console.print(
                 f"    [green]{_shown(word.text)}[/]  p {word.lm_probability:.2f} -> "
-                f"{word.probability:.2f}  from {', '.join(evidence)}: “{_shown(source.text)}”"
+                f"{word.probability:.2f}  from {where}“{_shown(source.text)}”"
             )
 
 

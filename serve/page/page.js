@@ -308,7 +308,7 @@ function showEvidence(button, word) {
     h(
       "dl",
       { class: "facts" },
-      ...fact("Document", spotted(source) ? null : source.document), // which is the phrase
+      ...fact("Document", source.document === source.text ? null : source.document),
       ...fact("Distance", source.distance === null ? null : `${source.distance.toFixed(2)} (smaller is nearer)`),
       ...fact("Share of attention", source.attention === null ? null : percent(source.attention)),
       ...fact("Heard at", `${word.start.toFixed(2)}–${word.end.toFixed(2)} s`),
@@ -326,12 +326,9 @@ function closeEvidence(back = false) {
   $("evidence").replaceChildren();
 }
 
-/** Whether a word comes from a phrase that was spotted, and from no entry. */
-const spotted = ({ entry }) => entry < 0;
-
 function quotation(source, word) {
   const parts = source.text.split(/(\s+)/).map((part) => (part === word ? h("mark", {}, part) : part));
-  const what = spotted(source) ? "The phrase that was spotted in what was heard" : `Entry ${source.entry}, the one that mattered most`;
+  const what = source.entry < 0 ? "It was spotted in what was heard, and is from here" : `Entry ${source.entry}, the one that mattered most`;
   return h("figure", {}, h("blockquote", {}, ...parts), h("figcaption", {}, what));
 }
 
