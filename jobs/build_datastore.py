@@ -66,7 +66,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     made = {
         "seed": experiment.seed,
         "format": datastore.FORMAT,
-        "entries": list(ARRAYS),
+        "arrays": list(ARRAYS),
         **heard_by.recipe,
     }
     config = recipe(made, settings)

@@ -31,7 +31,7 @@ def read_entries(
     speech = [None if one.units is None else vocabulary.speech_input(one.units) for one in batch]
     keys, tokens, slices, _ = read_states(lm, vocabulary, texts, speech, logits=False)
     expected = None
-    if any(one is None or vocabulary.letters(one) is not None for one in speech):
+    if isinstance(lm, LM):  # no Whisper's clips are spelled
         expected = np.concatenate(surprisals(lm, vocabulary, texts))
     sequences = [
         (one.utterance.id, document, whole, part)

@@ -3,13 +3,15 @@
 A term is what a text says and the language model would not write by itself: a name, a drug, a
 product. A word surprises as much as its tokens do, each after the text before it and without any
 speech, on the average over all the times that the datastore has it. Words that surprise and stand
-side by side are a term; so is one word that surprises more.
+side by side, or one word apart ("bore and hodge"), are a term; so is one word that surprises more;
+and so is either of them with what always follows it ("bore and sons").
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -23,6 +25,8 @@ WORD = 8.0
 """Nats of a word that belongs to a term: one of three thousand that were as likely."""
 ALONE = 14.0
 """Nats of a word that is a term by itself."""
+Span = tuple[int, int, int]
+"""A sentence's number, and the words in it from the first to before the last."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,13 @@ def listed(datastore: Datastore, vocabulary: TextVocabulary) -> list[Listed]:
     known = [*found, *(name for name, one in wordings.items() if not one.weight)]
     phrases = {normalise(vocabulary.spoken(name)) for name in known}
     nats = _mean(one for one, _ in sentences)
-    for one, document in sentences:
-        for term in _terms([word for word, _ in one.words], nats):
-            if term not in phrases:
-                found.setdefault(term, Listed(Entry(term), document, one.text))
+    texts = [[word for word, _ in one.words] for one, _ in sentences]
+    spans = [(n, *span) for n, text in enumerate(texts) for span in _spans(text, nats)]
+    for number, start, stop in (*spans, *_longer(texts, spans)):
+        term = " ".join(texts[number][start:stop])
+        one, document = sentences[number]
+        if term not in phrases:
+            found.setdefault(term, Listed(Entry(term), document, one.text))
     return list(found.values())
 
 
@@ -92,8 +99,11 @@ def anything(datastore: Datastore, vocabulary: TextVocabulary) -> bool:
         return True
     nats = np.where(ends, 0, datastore.surprisals[rows]).astype(np.float32)
     words, whose = np.add.reduceat(nats, begins), utterances[begins]
-    pairs = (np.minimum(words[1:], words[:-1]) >= WORD) & (whose[1:] == whose[:-1])
-    return bool((words >= ALONE).any() or pairs.any())
+    near = any(
+        ((np.minimum(words[by:], words[:-by]) >= WORD) & (whose[by:] == whose[:-by])).any()
+        for by in (1, 2)
+    )
+    return bool(near or (words >= ALONE).any())
 
 
 def _named(one: _Said, document: str, vocabulary: TextVocabulary) -> bool:
@@ -146,14 +156,35 @@ def _mean(every: Iterator[_Said]) -> dict[str, float]:
     return {word: total / count for word, (total, count) in sums.items()}
 
 
-def _terms(words: list[str], nats: dict[str, float]) -> Iterator[str]:
-    """The terms of a sentence: runs of words that surprise, and words that do by themselves."""
-    run: list[str] = []
-    for word in [*words, ""]:
-        if word and nats[word] >= WORD:
-            run.append(word)
+def _spans(words: Sequence[str], nats: Mapping[str, float]) -> Iterator[tuple[int, int]]:
+    """Where a sentence has terms: words that surprise by themselves, runs of words that do, and
+    runs with one word between them."""
+    edges = np.flatnonzero(np.diff([0, *(nats[word] >= WORD for word in words), 0])).tolist()
+    runs = list(zip(edges[::2], edges[1::2], strict=True))
+    for start, stop in runs:
+        if 1 < stop - start <= PHRASE_WORDS:
+            yield start, stop
+        yield from ((at, at + 1) for at in range(start, stop) if nats[words[at]] >= ALONE)
+    for (start, stop), (after, end) in pairwise(runs):
+        if after == stop + 1 and end - start <= PHRASE_WORDS:
+            yield start, end
+
+
+def _longer(texts: Sequence[Sequence[str]], spans: Iterable[Span]) -> Iterator[Span]:
+    """Terms with the words that follow each of them wherever it stands, in two sentences or
+    more."""
+    places: dict[tuple[str, ...], set[Span]] = {}
+    for number, start, stop in spans:
+        term = tuple(texts[number][start:stop])
+        places.setdefault(term, set()).add((number, start, stop))
+    for own in places.values():
+        if len({tuple(texts[number]) for number, *_ in own}) < 2:
             continue
-        if 1 < len(run) <= PHRASE_WORDS:
-            yield " ".join(run)
-        yield from (each for each in run if nats[each] >= ALONE)
-        run = []
+        number, start, stop = first = min(own)
+        for after in range(PHRASE_WORDS - (stop - start)):
+            following = {tuple(texts[n][end + after : end + after + 1]) for n, _, end in own}
+            if len(following) > 1 or () in following:
+                break
+            first = number, start, stop + after + 1
+        if first[2] > stop:
+            yield first

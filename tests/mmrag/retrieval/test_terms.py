@@ -87,12 +87,15 @@ def add(directory, name, segment):
     [
         ("call priya:8 raghavan:8 now", ["priya raghavan"]),
         ("call priya:7.5 raghavan:13 now", []),
-        ("call priya:13 and raghavan:13 now", []),
-        ("priya:9 raghavan:9 called bob:9 lee:9", ["priya raghavan", "bob lee"]),
+        ("call priya:8 and raghavan:8 now", ["priya and raghavan"]),
+        ("call priya:13 and not raghavan:13 now", []),
+        ("priya:9 raghavan:9 has called bob:9 lee:9", ["priya raghavan", "bob lee"]),
+        ("ann:9 bob:9 lee:9 of rome:9 oslo:9", ["ann bob lee", "rome oslo"]),
+        ("ann:9 bob:9 of rome:9 oslo:9", ["ann bob", "rome oslo", "ann bob of rome oslo"]),
         ("call priya:14 now", ["priya"]),
         ("call priya:13.5 now", []),
         ("call priya:14 raghavan:8 now", ["priya raghavan", "priya"]),
-        ("call raghavan:9 and priya:20", ["priya"]),
+        ("call raghavan:9 and priya:20", ["priya", "raghavan and priya"]),
         ("please call ann now", []),
         ("", []),
     ],
@@ -130,6 +133,26 @@ def test_more_words_than_a_phrase_has_are_no_term_but_the_most_surprising_of_the
     plain = " ".join(one.partition(":")[0] for one in run)
     found = texts(sentences(f"please call {' '.join(run)} now"))
     assert found == [plain, "priya", "raghavan"][3 - terms :]
+
+
+@pytest.mark.parametrize(
+    ("said", "terms"),
+    [
+        (("at fritz:20 and sons now", "fritz:20 and sons called"), ["fritz", "fritz and sons"]),
+        (("at fritz:20 and sons", "fritz:20 and sons called"), ["fritz", "fritz and sons"]),
+        (("at fritz:20 and sons", "fritz:20 and bob called"), ["fritz", "fritz and"]),
+        (("at fritz:20 and sons", "call fritz:20"), ["fritz"]),
+        (("fritz:20 and sons called", "fritz:20 and sons called"), ["fritz"]),
+        (("ann called fritz:20 now",), ["fritz"]),
+        (("from bob:9 lee:9 road", "to bob:9 lee:9 road"), ["bob lee", "bob lee road"]),
+        (
+            (f"at fritz:20 {'and on ' * PHRASE_WORDS}now", f"fritz:20 {'and on ' * 9}called"),
+            ["fritz", "fritz and on and on"],
+        ),
+    ],
+)
+def test_what_always_follows_a_term_belongs_to_it(said, terms):
+    assert texts(sentences(*said)) == terms
 
 
 def test_what_is_deleted_says_nothing(directory):
@@ -192,8 +215,8 @@ def test_a_datastore_of_both_has_its_phrases_and_the_terms_of_its_sentences_each
     store = store_of(first, second)
     assert texts(store) == [
         *("ann", "bob"),
-        *("rome", "priya raghavan", "oslo"),
-        "oslo priya raghavan",
+        *("rome", "priya raghavan", "rome and priya raghavan", "oslo"),
+        *("oslo priya raghavan", "oslo priya raghavan called rome"),
     ]
     assert [one.entry for one in listed(store, VOCABULARY)][1] == Entry("bob", "Bob")
 
@@ -209,6 +232,7 @@ def test_each_is_found_where_it_is_said_first():
         "bob": ("bob", "bob"),
         "rome": ("call-2", "call rome now"),
         "oslo": ("call-3", "from rome to oslo"),
+        "rome to oslo": ("call-3", "from rome to oslo"),
     }
     assert places([]) == {}
 
@@ -220,7 +244,8 @@ def test_each_is_found_where_it_is_said_first():
         ("please call priya:13.5 now", False),
         ("please call priya:14 now", True),
         ("call priya:9 raghavan:9 now", True),
-        ("call priya:9 and raghavan:9 now", False),
+        ("call priya:9 and raghavan:9 now", True),
+        ("call priya:9 and not raghavan:9 now", False),
     ],
 )
 def test_whether_there_is_anything_to_listen_for_is_seen_at_a_glance(said, seems):
