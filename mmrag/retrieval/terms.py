@@ -3,8 +3,8 @@
 A term is what a text says and the language model would not write by itself: a name, a drug, a
 product. A word surprises as much as its tokens do, each after the text before it and without any
 speech, on the average over all the times that the datastore has it. Words that surprise and stand
-side by side, or one word apart ("bore and hodge"), are a term; so is one word that surprises more;
-and so is either of them with what always follows it ("bore and sons").
+side by side are a term; so is one word that surprises more, and what it is one word apart from
+("bore and hodge"); and so is each of them with what always follows it ("bore and sons").
 """
 
 from __future__ import annotations
@@ -99,11 +99,8 @@ def anything(datastore: Datastore, vocabulary: TextVocabulary) -> bool:
         return True
     nats = np.where(ends, 0, datastore.surprisals[rows]).astype(np.float32)
     words, whose = np.add.reduceat(nats, begins), utterances[begins]
-    near = any(
-        ((np.minimum(words[by:], words[:-by]) >= WORD) & (whose[by:] == whose[:-by])).any()
-        for by in (1, 2)
-    )
-    return bool(near or (words >= ALONE).any())
+    pairs = (np.minimum(words[1:], words[:-1]) >= WORD) & (whose[1:] == whose[:-1])
+    return bool((words >= ALONE).any() or pairs.any())
 
 
 def _named(one: _Said, document: str, vocabulary: TextVocabulary) -> bool:
@@ -158,7 +155,7 @@ def _mean(every: Iterator[_Said]) -> dict[str, float]:
 
 def _spans(words: Sequence[str], nats: Mapping[str, float]) -> Iterator[tuple[int, int]]:
     """Where a sentence has terms: words that surprise by themselves, runs of words that do, and
-    runs with one word between them."""
+    two of these with one word between them."""
     edges = np.flatnonzero(np.diff([0, *(nats[word] >= WORD for word in words), 0])).tolist()
     runs = list(zip(edges[::2], edges[1::2], strict=True))
     for start, stop in runs:
@@ -166,7 +163,8 @@ def _spans(words: Sequence[str], nats: Mapping[str, float]) -> Iterator[tuple[in
             yield start, stop
         yield from ((at, at + 1) for at in range(start, stop) if nats[words[at]] >= ALONE)
     for (start, stop), (after, end) in pairwise(runs):
-        if after == stop + 1 and end - start <= PHRASE_WORDS:
+        near = after == stop + 1 and end - start <= PHRASE_WORDS
+        if near and max(nats[word] for word in words[start:end]) >= ALONE:
             yield start, end
 
 

@@ -167,7 +167,7 @@ def test_a_spotted_phrase_stands_behind_its_words_and_retrieval_behind_no_others
     assert page.locator("#transcript .word").all_inner_texts() == NAME.split()
     assert "2 changed by retrieval" in page.inner_text("#status")
     page.locator("#transcript .word").first.click()
-    assert "The phrase that was spotted" in page.inner_text("#evidence")
+    assert "It was spotted in what was heard" in page.inner_text("#evidence")
     assert "-1" not in page.inner_text("#evidence")
 
 

@@ -1,11 +1,8 @@
 """Utterances become entries: every token of them, or their entities' own tokens alone."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
-from plain_ctc import spelling_of
 
 from mmrag.config import LanguageModel
 from mmrag.model.lm import LM
@@ -113,14 +110,11 @@ def test_how_little_a_token_is_expected_is_asked_of_the_text_alone(lm):
 
 
 @pytest.mark.parametrize("entries", ["all", "entities"])
-def test_that_is_asked_where_somebody_spells_or_nobody_spoke(lm, entries):
-    heard = [said()[0], said()[2]]
-    spelled = [replace(one, units=replace(one.units, letters=spelling_of("ab"))) for one in heard]
-    for batch, asked in ((heard, False), (spelled, True), (said(), True), (said(False), True)):
+def test_it_is_asked_of_our_own_models_whoever_spoke(lm, entries):
+    for batch in (said(), said(False), [said()[0], said()[2]]):
         segment = read_entries(lm, VOCABULARY, batch, WINDOW, entries)
-        assert (segment.surprisals is not None) == asked
-        assert len(segment.expected()) == len(segment.tokens)
-        assert segment.expected().any() == asked
+        assert len(segment.surprisals) == len(segment.tokens) > 0
+        assert segment.expected().all()
 
 
 def test_an_utterance_without_units_is_read_as_text_that_nobody_spoke(lm):
