@@ -23,6 +23,8 @@ from mmrag.text import normalise
 
 WORD = 8.0
 """Nats of a word that belongs to a term: one of three thousand that were as likely."""
+TERM = 20.0
+"""Nats of the words together that stand side by side in a term."""
 ALONE = 14.0
 """Nats of a word that is a term by itself."""
 Span = tuple[int, int, int]
@@ -99,8 +101,10 @@ def anything(datastore: Datastore, vocabulary: TextVocabulary) -> bool:
         return True
     nats = np.where(ends, 0, datastore.surprisals[rows]).astype(np.float32)
     words, whose = np.add.reduceat(nats, begins), utterances[begins]
-    pairs = (np.minimum(words[1:], words[:-1]) >= WORD) & (whose[1:] == whose[:-1])
-    return bool((words >= ALONE).any() or pairs.any())
+    beside = (np.minimum(words[1:], words[:-1]) >= WORD) & (whose[1:] == whose[:-1])
+    pairs = beside & (words[1:] + words[:-1] >= TERM)
+    three = beside[1:] & beside[:-1]  # which have as much
+    return bool((words >= ALONE).any() or pairs.any() or three.any())
 
 
 def _named(one: _Said, document: str, vocabulary: TextVocabulary) -> bool:
@@ -159,7 +163,8 @@ def _spans(words: Sequence[str], nats: Mapping[str, float]) -> Iterator[tuple[in
     edges = np.flatnonzero(np.diff([0, *(nats[word] >= WORD for word in words), 0])).tolist()
     runs = list(zip(edges[::2], edges[1::2], strict=True))
     for start, stop in runs:
-        if 1 < stop - start <= PHRASE_WORDS:
+        together = sum(nats[word] for word in words[start:stop])
+        if 1 < stop - start <= PHRASE_WORDS and together >= TERM:
             yield start, stop
         yield from ((at, at + 1) for at in range(start, stop) if nats[words[at]] >= ALONE)
     for (start, stop), (after, end) in pairwise(runs):
