@@ -213,6 +213,7 @@ def calls(tmp_path):
     said = ("peter pan", "peter pan"), ("call-17", "call maria lopez on the light")
     words = [(n, word) for n, (_, text) in enumerate(said) for word in text.split()]
     pieces = [(n, word, piece) for n, word in words for piece in VOCABULARY.encode(word)]
+    pieces.append((1, "", VOCABULARY.eos))
     numbers, told, tokens = zip(*pieces, strict=True)
     segment = Segment(
         keys=np.zeros((len(tokens), WIDTH)),

@@ -316,13 +316,18 @@ def test_with_lists_the_phrases_of_each_utterance_are_spotted(workspace):
     assert evaluate._datastores([way]) == []
 
 
+def expected(experiment, nats):
+    """The multimodal datastore, each of whose tokens surprises so much."""
+    place = experiment.workspace / "datastores" / "multimodal"
+    for name in Datastore.open(place).segments:
+        arrays = stored_arrays(place, name)
+        store_arrays(place, name, arrays | {"surprisals": np.full_like(arrays["surprisals"], nats)})
+    return place
+
+
 def test_without_lists_what_a_datastore_has_is_spotted_and_not_searched(borrow):
     experiment = borrow("codebook", "tokens", "lm", "datastores", "tuned")
-    heard_by, place = models.named(experiment), experiment.workspace / "datastores" / "multimodal"
-    store = Datastore.open(place)
-    for name in store.segments:
-        arrays = stored_arrays(place, name)
-        store_arrays(place, name, arrays | {"surprisals": np.full_like(arrays["surprisals"], 20)})
+    heard_by, place = models.named(experiment), expected(experiment, 20)
     both = with_evaluate(experiment, modes=("knn", "spotting"), lists=False)
     searched, way = evaluate._ways(both, heard_by)
     assert (way.name, way.title) == ("spotting", "spotting: multimodal")
@@ -333,8 +338,9 @@ def test_without_lists_what_a_datastore_has_is_spotted_and_not_searched(borrow):
     assert evaluate._shards(both, [searched, way]) == evaluate._shards(both, [searched]) != []
 
 
-def test_a_datastore_with_nothing_to_spot_is_named(workspace):
-    """Its encoder does not spell: of nothing was asked whether it surprises."""
-    asked = with_evaluate(workspace.experiment, modes=("none", "spotting"))
+def test_a_datastore_with_nothing_to_spot_is_named(borrow):
+    experiment = borrow("codebook", "tokens", "lm", "datastores", "tuned")
+    expected(experiment, 0)
+    asked = with_evaluate(experiment, modes=("none", "spotting"))
     with pytest.raises(ConfigError, match=r"nothing to spot in .*datastores/multimodal, which"):
         evaluate._ways(asked, models.named(asked))
