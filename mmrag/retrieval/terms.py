@@ -17,7 +17,7 @@ import numpy as np
 
 from mmrag.model.contract import TextVocabulary
 from mmrag.retrieval.datastore import Datastore
-from mmrag.retrieval.phrases import PHRASE_WORDS
+from mmrag.retrieval.phrases import PHRASE_WORDS, are_phrases
 from mmrag.retrieval.wording import Entry
 from mmrag.text import normalise
 
@@ -27,6 +27,9 @@ TERM = 20.0
 """Nats of the words together that stand side by side in a term."""
 ALONE = 14.0
 """Nats of a word that is a term by itself."""
+MOST = 300_000
+"""Entries up to which a datastore that changes while it is served is looked through for terms: of a
+million that takes ten seconds each time."""
 Span = tuple[int, int, int]
 """A sentence's number, and the words in it from the first to before the last."""
 
@@ -65,6 +68,11 @@ class _Said:
 def listed(datastore: Datastore, vocabulary: TextVocabulary) -> list[Listed]:
     """The phrases of a datastore as they were given, and the terms of its sentences, in order of
     appearance; each once. What was deleted is not among them, nor what weighs nothing."""
+    names = datastore.document_names(datastore.document_counts()[0])
+    if are_phrases(datastore, vocabulary, names):  # of which there may be very many
+        known = datastore.wordings()
+        given = [known.get(name, Entry(name)) for name in names]
+        return [Listed(one, one.text, one.text) for one in given if one.weight > 0]
     every = list(_said(datastore, vocabulary))
     rows = np.array([one.row for one in every], np.int64)
     documents = datastore.document_names(datastore.documents[rows])
@@ -91,8 +99,8 @@ def listed(datastore: Datastore, vocabulary: TextVocabulary) -> list[Listed]:
 
 def anything(datastore: Datastore, vocabulary: TextVocabulary) -> bool:
     """Whether a datastore has anything to be listened for, as it seems at a glance: each word by
-    itself, whatever it says and however else it is said."""
-    rows = _rows(datastore)
+    itself, whatever it says and however else it is said. One of more than MOST entries has not."""
+    rows = _rows(datastore) if datastore.entries <= MOST else np.zeros(0, np.int64)
     if not len(rows):
         return False
     begins, utterances = _begins(datastore, vocabulary, rows), datastore.utterances[rows]

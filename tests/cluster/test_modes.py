@@ -41,7 +41,7 @@ from mmrag.records import Units, Utterance
 from mmrag.retrieval import datastore
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.index import IndexShard, shard_directory
-from mmrag.retrieval.segment import Description, Segment
+from mmrag.retrieval.segment import Description, Segment, windows_of
 from mmrag.speech.tokenized import Tokenized
 
 KNN_SETTINGS = KNN(k=3, weight=0.5, temperature=1)
@@ -218,7 +218,7 @@ def calls(tmp_path):
     segment = Segment(
         keys=np.zeros((len(tokens), WIDTH)),
         tokens=np.array(tokens),
-        windows=np.zeros((len(tokens), 2)),
+        windows=windows_of(np.array(tokens), 2),
         positions=np.arange(len(tokens)),
         utterances=np.array(numbers),
         names=[(f"u{number}", document) for number, (document, _) in enumerate(said)],

@@ -7,6 +7,7 @@ import pytest
 from small_datastores import store_arrays, stored_arrays
 
 from mmrag.model.vocabulary import EOS, SentencePieces, Vocabulary
+from mmrag.retrieval import terms
 from mmrag.retrieval.compaction import compact
 from mmrag.retrieval.datastore import Datastore, create, delete, publish, write_segment
 from mmrag.retrieval.phrases import PHRASE_WORDS
@@ -260,6 +261,23 @@ def test_a_datastore_of_phrases_has_something_to_listen_for_whatever_its_sentenc
     assert not anything(store_of(plain), VOCABULARY)
     for order in ((plain, of_phrases("bob")), (of_phrases("bob"), plain)):
         assert anything(store_of(*order), VOCABULARY) and texts(store_of(*order)) == ["bob"]
+
+
+def test_a_datastore_that_is_too_large_to_be_looked_through_is_not(monkeypatch):
+    store = sentences("call priya:20 now")
+    assert anything(store, VOCABULARY)
+    monkeypatch.setattr(terms, "MOST", store.entries - 1)
+    assert not anything(store, VOCABULARY)
+
+
+def test_phrases_alone_are_not_read_word_by_word(monkeypatch):
+    monkeypatch.setattr(terms, "_said", None)
+    silent = {"ann": Entry("ann", weight=0), "bob": Entry("bob", "Bob")}
+    store = store_of(replace(of_phrases("rome", "bob", "ann"), wordings=silent))
+    assert listed(store, VOCABULARY) == [
+        Listed(Entry("rome"), "rome", "rome"),
+        Listed(silent["bob"], "bob", "bob"),
+    ]
 
 
 def test_phrases_are_known_however_they_are_written():
