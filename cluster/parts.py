@@ -237,9 +237,10 @@ def _blocks(source: Source, window: ActorHandle, ahead: int) -> Iterator[pa.Tabl
     """A table of one packed row for each part."""
     answered = 0
     for number, one in enumerate(_guarded(source)):
-        if number >= answered + ahead:
-            answered = ray.get(window.wait.remote(number - ahead + 1))
         yield pa.table({"value": pa.array([pickle.dumps(one)], pa.binary())})
+        following = number + 2  # parts that are read with the next one
+        if following > answered + ahead:
+            answered = ray.get(window.wait.remote(following - ahead))
 
 
 def _guarded(source: Source) -> Iterator[Part | Unread | _Failure]:
