@@ -98,7 +98,8 @@ def _datastore(
     datastore.require(recogniser.keyed_by)
     if options.retrieval == "none":
         return {}
-    own = terms.listed(datastore, recogniser.vocabulary) if recogniser.spells else []
+    wanted = recogniser.spells and options.retrieval in (None, "spotting")
+    own = terms.listed(datastore, recogniser.vocabulary) if wanted else []
     listed = [one.entry for one in own]
     spots = bool(listed) and _spots(options, listed, recogniser)
     mode = options.retrieval or ("spotting" if spots else "knn")

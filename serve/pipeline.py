@@ -26,6 +26,7 @@ from mmrag.decoding.stitch import Stitcher
 from mmrag.model.whisper import EncodedAudio
 from mmrag.recogniser import is_whisper
 from mmrag.records import Timed, Word
+from mmrag.retrieval.terms import MOST
 from mmrag.retrieval.wording import Entry
 from mmrag.speech import audio, cutting
 from serve import probe, traces
@@ -325,7 +326,10 @@ class Pipeline:
             raise InvalidRequest(message, "shortlist")
         if found is not None and found.spotted is None and asked == "spotting":
             name = own_name(options.datastore)
-            message = f"retrieval spotting: {name!r} has neither phrases nor unusual words to spot"
+            message = (
+                f"retrieval spotting: {name!r} has neither phrases nor unusual words to spot, or "
+                f"more than {MOST:,} entries, which are not looked through for them"
+            )
             raise InvalidRequest(message, "retrieval")
         ways = await self._ways_to_use()
         if asked == "spotting" and options.shortlist is not None:

@@ -25,7 +25,7 @@ def read_entries(
 
     An utterance without units is read as text that nobody spoke. With `entities`, each is a
     sequence of its own, and its document is the entity itself. How little each token is expected
-    as text is asked where that can be of use: where somebody spells (`retrieval.terms`).
+    as text is asked of our own models, whose encoders may spell (`retrieval.terms`).
     """
     texts = [vocabulary.encode(one.utterance.text) for one in batch]
     speech = [None if one.units is None else vocabulary.speech_input(one.units) for one in batch]

@@ -259,8 +259,9 @@ def _require_listed(path: Path, stored: Tensors, header: str) -> None:
 
 def arrays_of(name: str, segment: Segment, description: Description) -> dict[str, np.ndarray]:
     """The arrays of a segment as they are stored; ValueError if they do not fit."""
+    segment = replace(segment, surprisals=segment.expected())
     for field, shape in _shapes(len(segment.tokens), description).items():
-        given = np.shape(segment.expected() if field == "surprisals" else getattr(segment, field))
+        given = np.shape(getattr(segment, field))
         if given != shape:
             raise ValueError(f"segment {name}: {field} have shape {given}, not {shape}")
     if not _indexes(segment.utterances, len(segment.names)):
@@ -274,9 +275,8 @@ def arrays_of(name: str, segment: Segment, description: Description) -> dict[str
     columns = {
         field: np.asarray(getattr(segment, field)).astype(dtype)
         for field, dtype in ARRAYS.items()
-        if field not in ("keys", "surprisals")
+        if field != "keys"
     }
-    columns["surprisals"] = segment.expected().astype(np.float16)
     return {"keys": keys} | columns | tables(segment.names, segment.wordings)
 
 

@@ -28,8 +28,8 @@ TERM = 20.0
 ALONE = 14.0
 """Nats of a word that is a term by itself."""
 MOST = 300_000
-"""Entries up to which a datastore that changes while it is served is looked through for terms: of a
-million that takes ten seconds each time."""
+"""Entries up to which a datastore that is served is looked through for terms, which is done anew,
+in Python, whenever it changes."""
 Span = tuple[int, int, int]
 """A sentence's number, and the words in it from the first to before the last."""
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from random_models import perturb
 
 from mmrag.config import LanguageModel
 from mmrag.model import states
@@ -17,11 +18,7 @@ SHAPE = LanguageModel(width=16, layers=2, heads=2, kv_heads=2, feed_forward=24, 
 @pytest.fixture(scope="module")
 def lm():
     torch.manual_seed(0)
-    lm = LM(SHAPE, VOCABULARY.size)
-    with torch.no_grad():
-        for parameter in lm.parameters():
-            parameter.add_(torch.randn_like(parameter) / 3)
-    return lm.eval().requires_grad_(False)
+    return perturb(LM(SHAPE, VOCABULARY.size)).eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("at_once", [1, 10, 25])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from random_models import perturb
 
 from mmrag.config import LanguageModel
 from mmrag.model.lm import LM
@@ -24,11 +25,7 @@ ENTITIES = [("maria lopez",), (), ("rome", "maria lopez", "oslo", "rome"), ()]
 @pytest.fixture(scope="module")
 def lm():
     torch.manual_seed(0)
-    lm = LM(SHAPE, VOCABULARY.size)
-    with torch.no_grad():
-        for parameter in lm.parameters():
-            parameter.add_(torch.randn_like(parameter) / 3)
-    return lm.eval().requires_grad_(False)
+    return perturb(LM(SHAPE, VOCABULARY.size)).eval().requires_grad_(False)
 
 
 def said(spoken=True):
