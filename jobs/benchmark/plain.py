@@ -91,10 +91,11 @@ class Baseline:
                 continue
             units = listen(vad.trim(segment.wave)[0])
             speech = recogniser.vocabulary.speech_input(units)
+            letters = recogniser.vocabulary.letters(speech)
             clip = Clip(
                 speech=speech,
                 limit=recogniser.longest(recogniser.seconds(units), self._decode),
-                beams=beams_for(self._decode, recogniser.vocabulary.letters(speech)),
+                beams=beams_for(self._decode, letters, self._order.rows),
                 length_penalty=self._decode.length_penalty,
                 ctc_weight=self._decode.ctc_weight,
             )

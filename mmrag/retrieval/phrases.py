@@ -31,6 +31,7 @@ from mmrag.retrieval.entries import read_entries
 from mmrag.retrieval.segment import Description, Segment
 from mmrag.retrieval.wording import Entry, entries
 from mmrag.speech.tokenized import Tokenized
+from mmrag.text import normalise
 
 WINDOW = 20
 SHARE = 0.2
@@ -276,9 +277,10 @@ def are_phrases(datastore: Datastore, vocabulary: Vocabulary, documents: Sequenc
     entries = np.linspace(0, datastore.entries - 1, min(LOOKED_AT, datastore.entries))
     entries = np.setdiff1d(entries.astype(np.int64), datastore.deleted)
     windows = datastore.windows(entries).tolist()
+    said = (vocabulary.decode([token for token in window if token]) for window in windows)
+    names = (vocabulary.spoken(name) for name, _ in datastore.origins(entries))
     return all(
-        vocabulary.decode([token for token in window if token]).strip() in vocabulary.spoken(name)
-        for window, (name, _) in zip(windows, datastore.origins(entries), strict=True)
+        normalise(each) in normalise(name) for each, name in zip(said, names, strict=True)
     )
 
 

@@ -40,6 +40,11 @@ LOST_FILE = "unavailable.http"
 ONE_REQUEST_EACH = "    option http-server-close\n"
 """A connection to a replica has one request. Where one that had others before breaks, HAProxy 2.8
 closes the caller's without an answer, for the caller to ask again."""
+CALLERS = "frontend http_frontend"
+"""The section that callers come to."""
+ERRORS_CLOSE = "    http-after-response set-header connection close if { status 400:599 }\n"
+"""Who is refused before his request's body is there opens a connection for the next one: what came
+over this one, HAProxy 2.8 would take for the rest of that body, and never answer."""
 SET_PARENT_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
 
@@ -66,13 +71,14 @@ def answering(configuration: str, file: Path) -> str:
 
 
 def never_silent(configuration: str) -> str:
-    """Ray's configuration with ONE_REQUEST_EACH among its defaults, so that a caller is answered
-    whatever becomes of the replica before its answer has begun."""
-    if ONE_REQUEST_EACH in configuration:
-        return configuration
-    return re.sub(
-        r"^defaults[ \t]*\n", rf"\g<0>{ONE_REQUEST_EACH}", configuration, flags=re.MULTILINE
-    )
+    """Ray's configuration with ONE_REQUEST_EACH among its defaults and ERRORS_CLOSE where callers
+    come, so that each is answered: whatever becomes of the replica before its answer has begun, and
+    whatever became of the request before."""
+    for section, line in (("defaults", ONE_REQUEST_EACH), (CALLERS, ERRORS_CLOSE)):
+        if line not in configuration:
+            first = re.compile(rf"^{section}[ \t]*\n", re.MULTILINE)
+            configuration = first.sub(lambda found, line=line: found[0] + line, configuration)
+    return configuration
 
 
 def lost() -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from random_models import ENCODER, write_models
+from random_models import ENCODER, perturb, write_models
 
 from mmrag import artifact, shipped
 from mmrag.artifact import ArtifactError
@@ -426,11 +426,7 @@ def test_a_transcript_without_words_has_none(recogniser):
 def random_adapter(seed=0):
     """An adapter whose gate is open."""
     torch.manual_seed(seed)
-    adapter = Adapter(READS, SHAPE)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.add_(torch.randn_like(parameter) / 3)
-    return adapter.eval().requires_grad_(False)
+    return perturb(Adapter(READS, SHAPE)).eval().requires_grad_(False)
 
 
 def write_adapter(directory, seed=0):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_models import perturb
 
 from mmrag import shipped
 from mmrag.config import LanguageModel
@@ -29,11 +30,7 @@ def vocabulary():
 def lm(vocabulary):
     """A model whose weights are large enough for every one of them to matter."""
     torch.manual_seed(0)
-    lm = LM(SHAPE, vocabulary.size)
-    with torch.no_grad():
-        for parameter in lm.parameters():
-            parameter.add_(torch.randn_like(parameter) / 3)
-    return lm.eval().requires_grad_(False)
+    return perturb(LM(SHAPE, vocabulary.size)).eval().requires_grad_(False)
 
 
 def clip(vocabulary, durations, seed=0):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from random_models import perturb
 
 from mmrag.config import KNN, LanguageModel, RetrievedAttention, Tune
 from mmrag.decoding.tune import (
@@ -36,11 +37,7 @@ GRID = Tune(k=(1, 4), weight=(0.0, 0.3, 0.9), temperature=(0.1, 1.0), finalists=
 @pytest.fixture(scope="module")
 def lm():
     torch.manual_seed(0)
-    lm = LM(SHAPE, VOCABULARY.size)
-    with torch.no_grad():
-        for parameter in lm.parameters():
-            parameter.add_(torch.randn_like(parameter) / 4)
-    return lm.eval()
+    return perturb(LM(SHAPE, VOCABULARY.size), 1 / 4).eval()
 
 
 def development():

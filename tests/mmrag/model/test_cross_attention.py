@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from random_models import perturb
 
 from mmrag.config import CrossAttention, LanguageModel
 from mmrag.model.cross_attention import GATE_GAIN, Adapter, IdentityLinear, Memory, Windows
@@ -41,11 +42,7 @@ def settings(**changes):
 def enlarged(build, seed):
     """What `build` makes, with weights large enough for every one to matter, gates open."""
     torch.manual_seed(seed)
-    module = build()
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn_like(parameter) / 3)
-    return module.eval().requires_grad_(False)
+    return perturb(build()).eval().requires_grad_(False)
 
 
 def random_lm(seed=0):

@@ -241,9 +241,7 @@ def reading_objective():
         objective_of(ctc_weight=0).lm, len(VOCABULARY.alphabet), 0.0, Adapter(READS, SHAPE)
     )
     torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in objective.adapter.parameters():
-            parameter.add_(torch.randn_like(parameter) / 3)
+    perturb(objective.adapter)
     return objective
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_models import perturb
 
 from mmrag.config import KNN, CrossAttention, Decode, LanguageModel, RetrievedAttention
 from mmrag.decoding.boost import Boost
@@ -48,11 +49,7 @@ FIRST, LAST = VOCABULARY.first_piece, VOCABULARY.first_unit - 1
 def enlarged(build, seed, scale=0.2):
     """What `build` makes, with weights large enough for every one of them to matter."""
     torch.manual_seed(seed)
-    module = build()
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn_like(parameter) * scale)
-    return module.eval().requires_grad_(False)
+    return perturb(build(), scale).eval().requires_grad_(False)
 
 
 def random_lm(seed=0):

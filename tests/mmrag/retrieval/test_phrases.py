@@ -327,7 +327,7 @@ class Lettered:
         return "".join(map(chr, tokens))
 
     def spoken(self, text):
-        return text.lower()
+        return text
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ def test_rays_own_template_has_what_is_closed():
     assert haproxy.answering(rays, file).count(f" {file}\n") == rays.count("errorfile 50") == 3
     told = haproxy.never_silent(rays)
     assert f"defaults\n{haproxy.ONE_REQUEST_EACH}    mode http\n" in told
+    assert f"{haproxy.CALLERS}\n{haproxy.ERRORS_CLOSE}    bind " in told
     assert haproxy.never_silent(told) == told
     assert "http-reuse always" in rays, "which is why"
 
@@ -88,7 +89,7 @@ defaults
     option idle-close-on-response
     errorfile 502 /tmp/somewhere/500.http
     errorfile 503 /tmp/somewhere/500.http
-frontend callers
+frontend http_frontend
     bind 127.0.0.1:{callers}
     default_backend replicas
 backend replicas
@@ -97,10 +98,12 @@ backend replicas
 """
 """What of Ray's configuration says how connections are used."""
 REQUEST = b"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: 4\r\n\r\nclip"
+REFUSED = b"/refused"
 
 
 class Replica(threading.Thread):
-    """Answers every other request, and is gone upon the ones between."""
+    """Answers every other request, and is gone upon the ones between; refuses what it is sent to
+    REFUSED before it has all of it."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -116,7 +119,12 @@ class Replica(threading.Thread):
 
     def answer(self, connection):
         with connection, suppress(OSError):
-            while connection.recv(65536):
+            while told := connection.recv(65536):
+                if told.startswith(b"POST " + REFUSED):
+                    connection.sendall(b"HTTP/1.1 429 Busy\r\nContent-Length: 4\r\n\r\nbusy")
+                    while connection.recv(65536):
+                        pass
+                    return
                 self.asked += 1
                 if self.asked % 2 == 0:
                     return
@@ -166,6 +174,18 @@ def test_whose_replica_is_gone_before_an_answer_is_told_so_whatever_came_before(
     kept = caller()
     assert [status(kept), status(kept)] == [200, 503]
     assert [status(caller()), status(caller())] == [200, 503]
+
+
+def test_who_is_refused_amid_his_request_is_told_to_open_another_connection_for_the_next(caller):
+    """What came over this one would be taken for the rest of the first."""
+    refused, size = caller(), 1_000_000
+    refused.sendall(REQUEST.replace(b"/ ", REFUSED + b" ").replace(b" 4", b" %d" % size))
+    told = b""
+    while not told.endswith(b"busy"):
+        assert (more := refused.recv(65536)), told
+        told += more
+    assert told.startswith(b"HTTP/1.1 429") and b"\r\nconnection: close\r\n" in told.lower()
+    assert [status(caller()), status(caller())] == [200, 503], "others are served"
 
 
 @pytest.fixture
