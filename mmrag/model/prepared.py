@@ -50,9 +50,12 @@ class Prepared:
     """The matrix products of all blocks in a step, by number format."""
     steps_ms: dict[str, float]
     """A step, by `eager` or `compiled` and the number of rows."""
+    refused: str = ""
+    """Why nothing could be compiled."""
 
     def __str__(self) -> str:
         how = "compiled" if self.compiled else "eager"
+        how += f", since nothing can be compiled here: {self.refused}" if self.refused else ""
         measured = {**self.matrices_ms, **self.steps_ms}
         each = ", ".join(f"{name} {ms:.1f} ms" for name, ms in measured.items())
         return f"{self.compute}, {how}" + (f" ({each})" if each else "")
@@ -89,7 +92,8 @@ def prepare(
 
     `compute` None leaves the weights in the format that they have; auto takes the quicker of
     float32 and bfloat16 where they are bfloat16. `compiled` None measures whether that is quicker,
-    False does not try. On a GPU nothing is packed.
+    and does without where there is no compiler (RuntimeError if it is True); False does not try. On
+    a GPU nothing is packed.
     """
     if lm.block_step or isinstance(lm.head, PackedLinear):
         raise ValueError("this language model is prepared already")
@@ -106,9 +110,15 @@ def prepare(
     elif compute == "int8":
         raise ValueError("int8 weights are for processors; a GPU multiplies in bfloat16")
     steps: dict[str, float] = {}
+    refused = ""
     if compiled is not False:
-        steps = _compile(lm, rows, keep=compiled)
-    return Prepared(compute, lm.block_step is not None, matrices, steps)
+        try:
+            steps = _compile(lm, rows, keep=compiled)
+        except RuntimeError as error:
+            if compiled:
+                raise
+            lm.block_step, refused = None, str(error).partition("\n")[0]
+    return Prepared(compute, lm.block_step is not None, matrices, steps, refused)
 
 
 def _pack(lm: LM, int8: bool) -> None:

@@ -81,6 +81,21 @@ def test_a_model_is_prepared_once():
         prepare(lm)
 
 
+def test_without_a_compiler_steps_stay_eager_unless_they_have_to_be_compiled(monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nonexistent"))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    lm = random_lm()
+    expected = transcripts(copy.deepcopy(lm))
+    made = prepare(copy.deepcopy(lm), rows=2)
+    assert not made.compiled and "No working C++ compiler" in made.refused
+    assert str(made) == f"float32, eager, since nothing can be compiled here: {made.refused}"
+    with pytest.raises(RuntimeError, match="No working C"):
+        prepare(copy.deepcopy(lm), rows=2, compiled=True)
+    prepare(lm, rows=2)
+    for got, own in zip(transcripts(lm), expected, strict=True):
+        torch.testing.assert_close(got, own, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.slow
 def test_a_compiled_step_says_what_the_eager_one_says_and_is_compiled_at_most_three_times():
     from torch._dynamo.utils import counters
