@@ -27,6 +27,7 @@ from mmrag.config import Decode
 from mmrag.decoding.beams import beams_for
 from mmrag.decoding.decode import Clip
 from mmrag.decoding.engine import Engine
+from mmrag.model.prepared import prepare
 from mmrag.recogniser import Recogniser
 from mmrag.records import Units
 from mmrag.speech import cutting, vad
@@ -47,6 +48,9 @@ class BaselinePlan:
     """`auto` for a GPU where there is one."""
     decode: dict[str, Any]
     rows: int
+    compute: str | None
+    """Of the language model, as `prepare` takes it, and the next."""
+    compiled: bool | None
     decoder_threads: int
     encoder_threads: int
     batch_seconds: float
@@ -70,6 +74,7 @@ class Baseline:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._recogniser = Recogniser.load(Path(order.model), device)
+        prepare(self._recogniser.lm, order.compute, order.rows, order.compiled)
         self._clips = [Path(clip).read_bytes() for clip in order.clips]
         models = self._recogniser.lm, self._recogniser.vocabulary
         self._engine = Engine(*models, order.rows, order.decoder_threads)

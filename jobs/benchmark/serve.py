@@ -179,6 +179,8 @@ class Serving:
             device=settings["device"],
             decode=settings["decode"],
             rows=decoder["rows"],
+            compute=decoder.get("compute"),
+            compiled=decoder.get("compiled", False),
             decoder_threads=decoder.get("threads", 1),
             encoder_threads=encoder.get("threads", 1),
             batch_seconds=encoder["batch_seconds"],
