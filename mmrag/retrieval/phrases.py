@@ -279,9 +279,7 @@ def are_phrases(datastore: Datastore, vocabulary: Vocabulary, documents: Sequenc
     windows = datastore.windows(entries).tolist()
     said = (vocabulary.decode([token for token in window if token]) for window in windows)
     names = (vocabulary.spoken(name) for name, _ in datastore.origins(entries))
-    return all(
-        normalise(each) in normalise(name) for each, name in zip(said, names, strict=True)
-    )
+    return all(normalise(each) in normalise(name) for each, name in zip(said, names, strict=True))
 
 
 class Phrases:

@@ -147,6 +147,7 @@ def service(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
         "limits": {"upload_mb": 2, "requests": 32, "texts": 50, "timeout_seconds": SECONDS},
         "decode": {"max_seconds": 4},
         **{part: {"max": 1, "drain_s": 2} for part in PARTS},
+        "decoder.compiled": False,  # rounded as the recogniser of this process is
     }
     with running(given) as url:
         yield Service(url, directory, read(given))

@@ -30,6 +30,7 @@ DEFAULTS = {
     "both": {"k": 4, "weight": 0.1, "temperature": 20},
     "attention": {"k": 4, "stride": 1, "whole": 3},
 }
+GIVEN = {"model": shipped.TINY, "retrieval_defaults": DEFAULTS, "decoder.compiled": False}
 
 pytestmark = pytest.mark.ray
 
@@ -60,7 +61,7 @@ def test_only_a_list_too_long_to_be_read_is_shortened(ray_cluster, wave, monkeyp
     monkeypatch.setattr(Shortlist, "given", watched)
 
     async def heard():
-        decoder = Decoder(read({"model": shipped.TINY, "retrieval_defaults": DEFAULTS}))
+        decoder = Decoder(read(GIVEN))
         plain = await decoder.transcribe(DecodeRequest(units))
         for mode in ("cross_attention", "knn"):
             request = DecodeRequest(units, mode=mode, phrases=phrases)
@@ -93,7 +94,7 @@ def test_the_sounds_of_a_datastore_are_looked_up_once_a_version(
 
     monkeypatch.setattr(Synthesizer, "pronounce", watched)
     monkeypatch.setattr(Shortlist, "given", noted)
-    settings = read({"model": shipped.TINY, "retrieval_defaults": DEFAULTS})
+    settings = read(GIVEN)
     ways = settings.retrieval_defaults
 
     def resolved(key, directory=tmp_path / "names"):

@@ -42,7 +42,7 @@ GIVEN = {
     "encoder": TWICE | {"num_cpus": 0.1},
     "retriever": TWICE
     | {"shard_replicas": 2, "pool": {"actors": 1, "entries": 0, "memory_mb": 256}},
-    "decoder": TWICE | {"num_cpus": 0.6},
+    "decoder": TWICE | {"num_cpus": 0.6, "compiled": False},
 }
 """Two replicas of each part and of each shard; no node has room for two decoders."""
 

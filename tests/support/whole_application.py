@@ -57,6 +57,7 @@ class WholeApplication:
 def whole_application(model: str, directory: Path) -> Iterator[WholeApplication]:
     """The application of a model, whose datastores lie in `directory`."""
     fields = {"model": model, "datastores": str(directory), "retriever": {"shard_cpus": 0.01}}
+    fields["decoder.compiled"] = False
     settings, calls = read(fields), Counter()
     encoding = Encoder(settings)
     encoder = _called(encoding, calls, encode=_alone(encoding))

@@ -182,7 +182,8 @@ def test_who_is_refused_amid_his_request_is_told_to_open_another_connection_for_
     refused.sendall(REQUEST.replace(b"/ ", REFUSED + b" ").replace(b" 4", b" %d" % size))
     told = b""
     while not told.endswith(b"busy"):
-        assert (more := refused.recv(65536)), told
+        more = refused.recv(65536)
+        assert more, told
         told += more
     assert told.startswith(b"HTTP/1.1 429") and b"\r\nconnection: close\r\n" in told.lower()
     assert [status(caller()), status(caller())] == [200, 503], "others are served"
