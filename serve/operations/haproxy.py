@@ -43,8 +43,8 @@ closes the caller's without an answer, for the caller to ask again."""
 CALLERS = "frontend http_frontend"
 """The section that callers come to."""
 ERRORS_CLOSE = "    http-after-response set-header connection close if { status 400:599 }\n"
-"""Who is refused before his request's body is there opens a connection for the next one: what came
-over this one, HAProxy 2.8 would take for the rest of that body, and never answer."""
+"""Who is refused before his request's body is there opens a connection for the next one: what
+comes over this one HAProxy 2.8 may never pass on, nor answer, and it says so to nobody."""
 SET_PARENT_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
 

@@ -177,7 +177,7 @@ def test_whose_replica_is_gone_before_an_answer_is_told_so_whatever_came_before(
 
 
 def test_who_is_refused_amid_his_request_is_told_to_open_another_connection_for_the_next(caller):
-    """What came over this one would be taken for the rest of the first."""
+    """What came over this one might never be passed on."""
     refused, size = caller(), 1_000_000
     refused.sendall(REQUEST.replace(b"/ ", REFUSED + b" ").replace(b" 4", b" %d" % size))
     told = b""
