@@ -49,8 +49,9 @@ class BaselinePlan:
     decode: dict[str, Any]
     rows: int
     compute: str | None
-    """Of the language model, as `prepare` takes it, and the next."""
+    """What the language model computes in, as `prepare` takes it."""
     compiled: bool | None
+    """Whether its steps are compiled, as `prepare` takes it."""
     decoder_threads: int
     encoder_threads: int
     batch_seconds: float

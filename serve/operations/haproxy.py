@@ -76,8 +76,8 @@ def never_silent(configuration: str) -> str:
     whatever became of the request before."""
     for section, line in (("defaults", ONE_REQUEST_EACH), (CALLERS, ERRORS_CLOSE)):
         if line not in configuration:
-            first = re.compile(rf"^{section}[ \t]*\n", re.MULTILINE)
-            configuration = first.sub(lambda found, line=line: found[0] + line, configuration)
+            first = rf"^{section}[ \t]*\n"
+            configuration = re.sub(first, rf"\g<0>{line}", configuration, flags=re.MULTILINE)
     return configuration
 
 
