@@ -60,7 +60,7 @@ train-adapter-small: ADAPTER := jobs/configs/adapter_small.yaml
 # train-small-further begins with the package's, and teaches its encoder to spell.
 train-small train-small-further: setup
 	$(BIN)/python -m jobs.fetch_voices
-	for stage in synthesize pretrain_hubert tokenize train publish; do \
+	for stage in synthesize pretrain_hubert tokenize train ngram publish; do \
 		$(BIN)/python -m jobs.$$stage --config $(SMALL) || exit 1; \
 	done
 train-small: SMALL := jobs/configs/train_small.yaml

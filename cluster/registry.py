@@ -38,7 +38,9 @@ from mmrag.decoding.tune import DEFAULTS
 ALIAS = "production"
 KINDS = ("hubert", "codebook", "lm")
 """What every model has."""
-PLACE = re.compile(r"hubert|codebook|lm|adapter|calibration|retrieval|tuned/[a-z0-9][a-z0-9_-]*")
+PLACE = re.compile(
+    r"hubert|codebook|lm|adapter|ngram|calibration|retrieval|tuned/[a-z0-9][a-z0-9_-]*"
+)
 """Where an artifact may lie in a model; the first part is its kind, but of `retrieval`: tuned."""
 MODEL_URI = re.compile(r"models:/(?P<name>\w[\w. -]*)(@(?P<alias>[\w-]+)|/(?P<version>\d+))")
 RESERVED = re.compile(r"latest|v\d+", re.IGNORECASE)
@@ -55,8 +57,8 @@ def register(
     """Upload `models` as a new version of the registered model `name`; give it `alias`.
 
     `models` maps a place to the artifact that goes there: `hubert`, `codebook` and `lm`, and
-    `adapter`, `calibration`, `retrieval` and `tuned/<datastore>` where there are any. Returns the
-    version, `"1"` for the first. Nothing is registered unless everything was uploaded.
+    `adapter`, `ngram`, `calibration`, `retrieval` and `tuned/<datastore>` where there are any.
+    Returns the version, `"1"` for the first. Nothing is registered unless everything was uploaded.
 
     Raises ValueError for a name or alias that no URI can hold and for another place, ArtifactError
     for an artifact that is missing or was changed since it was made, ConnectionError if the store

@@ -133,7 +133,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     heard_by = models.named(experiment)
     made = models.corpus(experiment, heard_by, force)
     ways = _ways(experiment, heard_by)
-    inputs = {made.kind: made, heard_by.role: heard_by.made}
+    inputs = {made.kind: made, heard_by.role: heard_by.made, **heard_by.beside}
     inputs |= {f"datastore {way.datastore}": way.artifact for way in ways if way.artifact}
     if any(way.attention for way in ways):
         inputs["adapter"] = stage.load(experiment, "adapter", "adapter", "train")

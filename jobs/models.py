@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jobs import clips, stage
+from mmrag import artifact, shipped
 from mmrag.artifact import Artifact, ArtifactError
 from mmrag.config import ConfigError, Experiment
 from mmrag.corpora import manifest
 from mmrag.model import whisper
 from mmrag.model.contract import TextVocabulary
 from mmrag.model.vocabulary import Vocabulary
-from mmrag.recogniser import is_whisper, outline
+from mmrag.recogniser import NGRAM, is_whisper, outline
 from mmrag.records import Utterance
 from mmrag.speech import tokenized
 from mmrag.speech.tokenized import Tokenized
@@ -35,6 +36,9 @@ class Models:
     language: str | None = None
     """What a multilingual Whisper is told to hear."""
 
+    ngram: Artifact | None = None
+    """What they weigh beside the decoder's language model, where there is one."""
+
     @property
     def role(self) -> str:
         """Of the decoder among the inputs."""
@@ -44,6 +48,11 @@ class Models:
     def made(self) -> Artifact:
         """The decoder."""
         return self.inputs[self.role]
+
+    @property
+    def beside(self) -> dict[str, Artifact]:
+        """What else decides about their transcripts, and about no key, by role."""
+        return {} if self.ngram is None else {NGRAM: self.ngram}
 
     @property
     def recipe(self) -> dict[str, str]:
@@ -74,6 +83,7 @@ def named(experiment: Experiment) -> Models:
             inputs={"lm": lm, "codebook": codebook},
             width=experiment.lm.width,
             vocabulary=Vocabulary.load(lm.place),
+            ngram=_ngram(experiment, lm),
         )
     if not is_whisper(experiment.models):
         raise ConfigError(
@@ -92,6 +102,18 @@ def named(experiment: Experiment) -> Models:
         window_seconds=known.window_seconds,
         language=experiment.language,
     )
+
+
+def _ngram(experiment: Experiment, lm: Artifact) -> Artifact | None:
+    """The workspace's n-gram model; or that of the package's model, if it is its language model."""
+    base, place = experiment.train.base, experiment.workspace / NGRAM
+    if not place.exists():
+        place = shipped.find(base) / NGRAM if (base or "").startswith(shipped.PREFIX) else place
+        if not place.exists() or artifact.load(place, NGRAM).inputs["lm"] != lm.fingerprint:
+            return None
+    made = stage.load(experiment, NGRAM, NGRAM, "ngram")
+    made.require("lm", lm)
+    return made
 
 
 def adaptable(experiment: Experiment) -> Models:

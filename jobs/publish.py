@@ -11,9 +11,11 @@ from jobs import stage
 from mmrag import artifact, shipped
 from mmrag.config import Experiment
 from mmrag.decoding.tune import DEFAULTS
-from mmrag.recogniser import CALIBRATION
+from mmrag.recogniser import CALIBRATION, NGRAM
 
 KINDS = {"hubert": "pretrain_hubert", "codebook": "tokenize", "lm": "train"}
+BESIDE = {NGRAM: "ngram", CALIBRATION: "calibrate"}
+"""What a model may have besides, and which job makes it."""
 LEFT = (METRICS, REJECTED)
 """What tells how a model was made, and is not needed to use it."""
 LIMIT_MB = 60
@@ -21,8 +23,8 @@ LIMIT_MB = 60
 
 
 def run(experiment: Experiment, force: bool = False) -> None:
-    """Copy `hubert/`, `codebook/`, `lm/`, `adapter/` if the experiment trains one, and
-    `calibration/` if there is one, over the package's model that `published` names.
+    """Copy `hubert/`, `codebook/`, `lm/`, `adapter/` if the experiment trains one, and `ngram/` and
+    `calibration/` if there are any, over the package's model that `published` names.
 
     What was tuned for the experiment's datastore becomes the model's own settings for any.
     ValueError if they are too large for a package, ArtifactError if they do not belong together.
@@ -33,9 +35,10 @@ def run(experiment: Experiment, force: bool = False) -> None:
     if experiment.adapter is not None:
         made["adapter"] = stage.load(experiment, "adapter", "adapter", "train")
         made["adapter"].require("lm", made["lm"])
-    if (experiment.workspace / CALIBRATION).exists():
-        made[CALIBRATION] = stage.load(experiment, CALIBRATION, CALIBRATION, "calibrate")
-        made[CALIBRATION].require("lm", made["lm"])
+    for kind, by in BESIDE.items():
+        if (experiment.workspace / kind).exists():
+            made[kind] = stage.load(experiment, kind, kind, by)
+            made[kind].require("lm", made["lm"])
     tuned = f"tuned/{experiment.datastore.name}"
     if (experiment.workspace / tuned).exists():
         made[DEFAULTS] = stage.load(experiment, tuned, "tuned", "tune")
@@ -50,7 +53,7 @@ def run(experiment: Experiment, force: bool = False) -> None:
     if (model / "lm").exists():
         replaced = artifact.load(model / "lm", "lm").fingerprint
         if replaced != made["lm"].fingerprint:  # what was made for it is of no use to the new one
-            for kind in ("adapter", CALIBRATION, DEFAULTS):
+            for kind in ("adapter", *BESIDE, DEFAULTS):
                 shutil.rmtree(model / kind, ignore_errors=True)
     for kind, each in made.items():
         shutil.rmtree(model / kind, ignore_errors=True)

@@ -14,7 +14,6 @@ from mmrag import artifact, shipped, terminal
 from mmrag.artifact import Artifact
 from mmrag.config import Experiment, read
 from mmrag.decoding.tune import DEFAULTS
-from mmrag.recogniser import CALIBRATION
 from mmrag.storage import Location
 
 NAME = "mmrag"
@@ -26,8 +25,8 @@ def run(
     models: str | None = None,
     alias: str = registry.ALIAS,
 ) -> str:
-    """Register `hubert/`, `codebook/`, `lm/`, and what there is of `adapter/`, `calibration/`,
-    `retrieval/` and `tuned/`, as a new version of `name`.
+    """Register `hubert/`, `codebook/`, `lm/`, and what there is of `adapter/`, `ngram/`,
+    `calibration/`, `retrieval/` and `tuned/`, as a new version of `name`.
 
     They are the workspace's, or those of `models` (as in `shipped.find`). Returns the version,
     which `alias` names from now on. ArtifactError if they do not belong together.
@@ -48,15 +47,14 @@ def _belonging(experiment: Experiment, models: str | None) -> dict[str, Artifact
     kinds = dict(publish.KINDS)
     if (directory / "adapter").exists() or (models is None and experiment.adapter is not None):
         kinds["adapter"] = "train"
-    if (directory / CALIBRATION).exists():
-        kinds[CALIBRATION] = "calibrate"
+    kinds |= {kind: by for kind, by in publish.BESIDE.items() if (directory / kind).exists()}
     if models is None:
         made = {kind: stage.load(experiment, kind, kind, by) for kind, by in kinds.items()}
     else:
         made = {kind: artifact.load(directory / kind, kind) for kind in kinds}
     made["codebook"].require("hubert", made["hubert"])
     made["lm"].require("codebook", made["codebook"])
-    for kind in ("adapter", CALIBRATION):
+    for kind in ("adapter", *publish.BESIDE):
         if kind in made:
             made[kind].require("lm", made["lm"])
     for place in _tuned(directory):

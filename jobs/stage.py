@@ -179,6 +179,7 @@ def load(experiment: Experiment, directory: str, kind: str, made_by: str) -> Art
         "codebook": experiment.tokenize.codebook,
         "lm": experiment.train.base,
         "adapter": experiment.train.base,
+        "ngram": experiment.train.base,
     }.get(kind)
     absent = not (experiment.workspace / directory).exists()
     if absent and model and model.startswith(shipped.PREFIX):

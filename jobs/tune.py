@@ -58,6 +58,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
         {"tune": experiment.tune, "decode": decode, "domain": domain, **heard_by.recipe}
     )
     inputs = {"datastore": store, heard_by.role: heard_by.made, made.kind: made}
+    inputs |= heard_by.beside
     decoy = None
     if (named := experiment.tune.decoy) is not None:
         decoy = stage.load(experiment, f"datastores/{named}", "datastore", "build_datastore")

@@ -27,6 +27,7 @@ from mmrag.model import pretrained, whisper
 from mmrag.model.contract import SpeechDecoder, TextVocabulary
 from mmrag.model.cross_attention import Adapter
 from mmrag.model.lm import LM
+from mmrag.model.ngram import NGram
 from mmrag.model.vocabulary import Vocabulary
 from mmrag.model.whisper import EncodedAudio, Whisper, WhisperVocabulary
 from mmrag.records import Line, Retriever, Units
@@ -70,6 +71,7 @@ class Decoder(Protocol):
     lm: SpeechDecoder
     vocabulary: TextVocabulary
     adapter: Adapter | None
+    ngram: NGram | None
     identity: dict[str, str]
 
     def seconds(self, encoded: Any) -> float:
@@ -95,7 +97,8 @@ class Decoder(Protocol):
 
 
 CALIBRATION = "calibration"
-"""Kind of artifact, and directory beside the models that it is of."""
+NGRAM = "ngram"
+"""Kinds of artifacts, and directories beside the models that they are of."""
 SPOKEN = 32
 """Sentences that a synthesizer says before they are encoded, as one batch: HuBERT encodes short
 ones many times faster together, and a phrase's units do not depend on the others."""
@@ -241,13 +244,15 @@ class SpeechLM(_Timed):
     """Role (codebook, lm) -> fingerprint of the artifact."""
     calibration: Calibration | None
     """Probabilities to confidences; None where nobody calibrated."""
+    ngram: NGram | None
+    """What the text of its language is like; None where nobody counted."""
 
     @classmethod
     def load(
         cls, directory: Location, device: str = "cpu", adapted: bool = True, calibrated: bool = True
     ) -> SpeechLM:
-        """Read `lm/` below `directory`; and `adapter/` and `calibration/`, if they are there and
-        wanted (`adapted`, `calibrated`).
+        """Read `lm/` below `directory`; `ngram/`, if it is there; and `adapter/` and
+        `calibration/`, if they are there and wanted (`adapted`, `calibrated`).
 
         Raises ArtifactError if `lm` or `codebook` is missing or they were not made for each other.
         """
@@ -267,6 +272,7 @@ class SpeechLM(_Timed):
             adapter=adapter,
             identity=identity,
             calibration=_calibration(directory, made["lm"]) if calibrated else None,
+            ngram=_ngram(directory, made["lm"]),
         )
 
     @property
@@ -294,8 +300,8 @@ class Recogniser(SpeechTokenizer, SpeechLM):
 
     @classmethod
     def load(cls, directory: Location, device: str = "cpu", calibrated: bool = True) -> Recogniser:
-        """Read `hubert/`, `codebook/` and `lm/` below `directory`, `adapter/` if it is there, and
-        `calibration/` if it is there and wanted (`calibrated`).
+        """Read `hubert/`, `codebook/` and `lm/` below `directory`, `adapter/` and `ngram/` if they
+        are there, and `calibration/` if it is there and wanted (`calibrated`).
 
         Raises ArtifactError if one is missing or was not made for the others.
         """
@@ -314,6 +320,7 @@ class WhisperRecogniser:
     identity: dict[str, str]
     """Role `whisper` -> fingerprint of the checkpoint's files."""
     adapter: None = None
+    ngram: None = None
     calibration: None = None
     spells: bool = False
 
@@ -381,6 +388,15 @@ def _calibration(directory: Location, lm: Artifact) -> Calibration | None:
     made = artifact.load(directory / CALIBRATION, CALIBRATION)
     made.require("lm", lm)
     return Calibration.read(made.path)
+
+
+def _ngram(directory: Location, lm: Artifact) -> NGram | None:
+    """What `jobs.ngram` counted; None if nobody did, ArtifactError if in other pieces."""
+    if not (directory / NGRAM).exists():
+        return None
+    made = artifact.load(directory / NGRAM, NGRAM)
+    made.require("lm", lm)
+    return NGram.read(made.path)
 
 
 def longest(seconds: float, settings: Decode) -> int:

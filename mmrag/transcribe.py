@@ -189,7 +189,7 @@ def recognise(
 
     def alone(clips: Sequence[int]) -> list[Hypothesis]:
         few = [ids[n] for n in clips], [limits[n] for n in clips]
-        return decode(recogniser.lm, vocabulary, *few, settings)
+        return decode(recogniser.lm, vocabulary, *few, settings, ngram=recogniser.ngram)
 
     each = retrieval if isinstance(retrieval, Sequence) else [retrieval] * len(units)
     read = biasing.pop("attention_sources", None) or [None] * len(units)
@@ -200,7 +200,10 @@ def recognise(
         given = [shortlist.given(*one) for one in zip(texts, each, read, strict=True)]
         each, read = zip(*given, strict=True)
     heard = decode(
-        *(recogniser.lm, vocabulary, ids, limits, settings, each), attention_sources=read, **biasing
+        *(recogniser.lm, vocabulary, ids, limits, settings, each),
+        attention_sources=read,
+        ngram=recogniser.ngram,
+        **biasing,
     )
     if not any((*each, *read)) or settings.agreement is None:
         return heard

@@ -227,6 +227,8 @@ class Decoder:
             length_penalty=decode.length_penalty,
             temperature=request.output.temperature,
             ctc_weight=decode.ctc_weight,
+            ngram=self._models.ngram,
+            ngram_weight=decode.ngram_weight,
             fallback=() if request.output.temperature > 0 else self._settings.decoder.fallback,
             retrieval=sources.votes.get(request.mode) if sources else None,
             attention=sources.attention if reads else None,

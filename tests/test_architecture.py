@@ -37,9 +37,9 @@ WINGS = {
         "passages", "librispeech_biasing", "kaldi", "lhotse_cuts", "huggingface", "sources",
     ],
     "model": [
-        "vocabulary", "pages", "cross_entropy", "layers", "cross_attention", "lm", "flops", "plan",
-        "prepared", "contract", "states", "precision", "pretrained", "loss", "examples", "packed",
-        "epochs", "curriculum", "train",
+        "vocabulary", "ngram", "pages", "cross_entropy", "layers", "cross_attention", "lm", "flops",
+        "plan", "prepared", "contract", "states", "precision", "pretrained", "loss", "examples",
+        "packed", "epochs", "curriculum", "train",
         "whisper_cache", "whisper", "whisper_training",
     ],
     "retrieval": [
@@ -53,7 +53,7 @@ WINGS = {
     "decoding": [
         "confidence", "boost", "hypotheses", "candidates", "beginnings", "beams", "spelling",
         "spotting",
-        "ctc", "joint", "rows", "decode",
+        "ctc", "joint", "fusion", "rows", "decode",
         "guard", "align", "stitch", "partial", "engine", "tune",
     ],
     "front door": ["recogniser", "transcribe", "contents", "client", "entry_options",

@@ -104,6 +104,8 @@ class Baseline:
                 beams=beams_for(self._decode, letters, self._order.rows),
                 length_penalty=self._decode.length_penalty,
                 ctc_weight=self._decode.ctc_weight,
+                ngram=recogniser.ngram,
+                ngram_weight=self._decode.ngram_weight,
             )
             heard = self._engine.submit(clip, self._decode.agreement).future.result().hypothesis
             texts.append(recogniser.vocabulary.decode(heard.tokens))

@@ -100,6 +100,7 @@ class Lab:
         self.heard_by = models.named(experiment)
         self.tokens = models.corpus(experiment, self.heard_by, force)
         self.inputs = {self.heard_by.role: self.heard_by.made, self.tokens.kind: self.tokens}
+        self.inputs |= self.heard_by.beside
         self.attention: RetrievedAttention | None = None
         """How the adapter reads a list of phrases; None for a model that has none."""
         adapter = self.adapter() if self.family == OWN else None

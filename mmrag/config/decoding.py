@@ -35,6 +35,9 @@ class Decode(Section):
     ctc_weight: Annotated[float, Fraction] = 0.3
     """Share of a token's score that is what the encoder's CTC head hears, where it has one; the
     rest is the language model's, with what was retrieved. 0 to decode without it."""
+    ngram_weight: float = Field(default=0.2, ge=0)
+    """What counts of the log-probabilities of an n-gram model, where the models have one, beside
+    the rest of a token's score. 0 to decode without it."""
     agreement: float | None = Field(default=None, lt=0)
     """What the language model alone must think of a transcript made with retrieval, mean
     log-probability a token: below it, and where the transcript loops, it is made again without.

@@ -17,7 +17,14 @@ from pydantic import Field, PlainSerializer, PlainValidator, ValidationError
 from yaml import YAMLError
 
 from mmrag.config.decoding import BatchDecode, Evaluate, Reproduce, Tune
-from mmrag.config.model import AdapterTraining, LanguageModel, Train, Vocabulary, WhisperTraining
+from mmrag.config.model import (
+    AdapterTraining,
+    LanguageModel,
+    NGramCounts,
+    Train,
+    Vocabulary,
+    WhisperTraining,
+)
 from mmrag.config.retrieval import KNN, Datastore, RetrievedAttention, Spotting
 from mmrag.config.section import SLUG, ConfigError, Operation, Section, explain
 from mmrag.config.speech import Hubert, Pretrain, Synthesize, Tokenize
@@ -59,6 +66,8 @@ class Experiment(Section):
     vocabulary: Vocabulary
     lm: LanguageModel
     train: Train
+    ngram: NGramCounts | None = None
+    """Given, `jobs.ngram` counts the corpus's text for the decoder."""
     datastore: Datastore
     knn: KNN
     """Used where no tuned settings are named."""

@@ -190,6 +190,16 @@ class Dev(Section):
     precision that it is trained in, and lets go of it; a larger one is refused."""
 
 
+class NGramCounts(Section):
+    """An n-gram model of word pieces, counted from text."""
+
+    least: tuple[PositiveInt, ...] = Field(default=(1, 1, 1, 2, 2), min_length=1, max_length=8)
+    """How often n-grams of one piece, of two, … have to occur to be kept: as many numbers as the
+    longest has pieces. Single pieces are all kept."""
+    files: tuple[str, ...] = ()
+    """More text, a sentence a line; what the dev and test splits say is not counted."""
+
+
 class Train(Section):
     """Training of the language model."""
 

@@ -17,6 +17,7 @@ from mmrag.config import Decode
 from mmrag.decoding.boost import Boost
 from mmrag.decoding.hypotheses import NOTHING, History, Hypothesis
 from mmrag.model.contract import Speech
+from mmrag.model.ngram import NGram
 from mmrag.records import Letters
 from mmrag.retrieval.interpolation import Retrieval
 from mmrag.retrieval.memory import AttentionSource
@@ -40,6 +41,10 @@ class Clip:
     ctc_weight: float = 0.0
     """Share of a token's score that is of its letters, as they were heard, where the speech comes
     with any; the rest is the language model's, with what was retrieved."""
+    ngram: NGram | None = None
+    """An n-gram model of its language."""
+    ngram_weight: float = 0.0
+    """What counts of that model's log-probabilities, beside the rest of a token's score."""
     retrieval: Retrieval | None = None
     attention: AttentionSource | None = None
     """The windows that the model attends to."""

@@ -28,6 +28,9 @@ LEAST_ODDS = 1e-4
 """Probabilities are taken as no nearer to 0 or 1 than this."""
 GOOD, BAD = 0.1, 0.5
 """Word error rates up to which a transcript is a good one, and from which on a bad one."""
+COST_OF_DOUBT = 2.0
+"""A good transcript that is marked as unclear is as wrong as so many bad ones that are not: marks
+that are mostly for nothing are soon overlooked."""
 
 
 class Judged(NamedTuple):
@@ -144,7 +147,8 @@ def _good(one: Judged) -> bool:
 
 
 def _threshold(calibration: Calibration, judged: Sequence[Judged]) -> float:
-    """Between the confidences of bad and of good transcripts, where fewest are on a wrong side.
+    """Between the confidences of bad and of good transcripts, where the shares of either that are
+    on the wrong side cost least.
 
     Of several such places the middle one: what comes is not quite what was seen.
     """
@@ -155,7 +159,7 @@ def _threshold(calibration: Calibration, judged: Sequence[Judged]) -> float:
         return 0.5
     edges = np.unique(np.concatenate([[0.0], bad, good, [1.0]]))
     places = (edges[1:] + edges[:-1]) / 2
-    wrong = [(bad >= place).mean() + (good < place).mean() for place in places]
+    wrong = [(bad >= one).mean() + COST_OF_DOUBT * (good < one).mean() for one in places]
     best = np.flatnonzero(np.isclose(wrong, min(wrong)))
     return float((edges[best[0]] + edges[best[-1] + 1]) / 2)
 

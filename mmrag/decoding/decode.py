@@ -25,6 +25,7 @@ from mmrag.decoding.candidates import likeliest, voters
 from mmrag.decoding.hypotheses import Choice, History, Hypothesis
 from mmrag.decoding.rows import Prompt, Rows
 from mmrag.model.contract import Speech, SpeechDecoder, TextVocabulary
+from mmrag.model.ngram import NGram
 from mmrag.model.pages import PagePool
 from mmrag.records import NO_ENTRY, Neighbours
 from mmrag.retrieval.interpolation import Retrieval
@@ -46,10 +47,12 @@ def decode(
     contexts: Sequence[Sequence[int]] | None = None,
     attention_sources: Sequence[AttentionSource | None] | None = None,
     beginnings: Sequence[Sequence[int]] | None = None,
+    ngram: NGram | None = None,
 ) -> list[Hypothesis]:
     """Transcribe clips given as unit ids (vocabulary ids), at most `limits` tokens each.
 
     `retrieval` is one for all clips, or one a clip, as is everything after it; each as in `Clip`.
+    The `ngram` model is that of all.
     ValueError where there is one too many or too few.
     """
     clips = len(speech)
@@ -66,7 +69,8 @@ def decode(
     for name, values in given.items():
         if len(values) != clips:
             raise ValueError(f"{name}: {len(values)} for {clips} clips")
-    shared = {name: getattr(settings, name) for name in ("length_penalty", "ctc_weight")}
+    names = "length_penalty", "ctc_weight", "ngram_weight"
+    shared = {name: getattr(settings, name) for name in names} | {"ngram": ngram}
     batch = Batch(lm, vocabulary)
     searches = batch.join(
         [
@@ -194,11 +198,15 @@ class Batch:
             lm_logp, logp, queries, attended = self._begin(batch, lm_logp, logp, queries, attended)
         pending = batch.ask(logp, queries)
         asked = time.perf_counter()
-        bonus = batch.boosted.bonus(logp)
+        fused = batch.fused.logp(logp)
+        bonus = batch.boosted.bonus(logp if fused is None else logp + fused)
         waited = time.perf_counter()
         mixed, neighbours = batch.heard(pending)
         logp = logp if mixed is None else mixed
         self.retrieval_seconds += asked - started + time.perf_counter() - waited
+        if fused is not None and logp is not lm_logp:
+            fused = batch.fused.with_retrieved(fused, logp, lm_logp)
+        bonus = bonus if fused is None else fused if bonus is None else bonus + fused
         logp = logp if bonus is None else logp + bonus
         if begun is not None:
             logp = begun.without_a_word_gone_on_with(logp, self._word_starts, self._vocabulary.eos)
@@ -214,7 +222,7 @@ class Batch:
             beams.newest[rows],
             attended and [attended[row] for row in rows.tolist()],
             token=tokens,
-            logp=np.minimum(score, 0),
+            logp=np.minimum(score, 0) / batch.fused.share[rows],
             lm_logp=found.lm_logp[rows, columns],
             lm_token=found.lm_token[rows, columns],
             entry=entries,
@@ -245,7 +253,10 @@ class Batch:
         chosen = batch.letters.begin(rows, offsets, tokens, chosen)
         score, alone, preferred = evidence(tokens, chosen, lm_logp[given])
         for row, count in enumerate(begun.counts - 1):
-            score[rows == row] += batch.boosted.begin(row, tokens[rows == row]) if count else 0
+            if count:
+                given_here = tokens[rows == row]
+                score[rows == row] += batch.boosted.begin(row, given_here)
+                score[rows == row] += batch.fused.begin(row, given_here)
         entries, distances = _voters(found, np.arange(len(tokens)), tokens)
         for offset in range(offsets.max() + 1):
             at = np.flatnonzero(offsets == offset)
@@ -253,7 +264,7 @@ class Batch:
                 batch.beams.newest[rows[at]],
                 attended and [attended[place] for place in begun.given[at].tolist()],
                 token=tokens[at],
-                logp=np.minimum(score[at], 0),
+                logp=np.minimum(score[at], 0) / batch.fused.share[rows[at]],
                 lm_logp=alone[at],
                 lm_token=preferred[at],
                 entry=entries[at],

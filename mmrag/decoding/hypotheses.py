@@ -24,7 +24,8 @@ class Choice:
 
     token: int
     logp: float
-    """With what boosted phrases earned it, 0 at most."""
+    """What it was chosen by, as of one distribution: with what boosted phrases earned it, 0 at
+    most, and over the weight of all that had a say."""
     lm_logp: float
     lm_token: int
     """What the language model alone would have chosen after the same prefix: the token itself where
@@ -42,7 +43,7 @@ class Hypothesis:
 
     choices: tuple[Choice, ...] = ()
     logp: float = 0.0
-    """The sum of its choices', and of all that phrases earned it."""
+    """The sum of what its choices were chosen by, and of all that phrases earned it."""
     stopped: bool = False
 
     @property

@@ -16,6 +16,7 @@ from torch import Tensor
 from mmrag.decoding.beams import Beams, Clip
 from mmrag.decoding.beginnings import Beginnings
 from mmrag.decoding.boost import BoostedRows
+from mmrag.decoding.fusion import FusedRows
 from mmrag.decoding.joint import LetterRows
 from mmrag.model.contract import SpeechDecoder, TextVocabulary
 from mmrag.model.lm import LMOutput
@@ -64,9 +65,12 @@ class Rows:
             self._text_states = _TextOnlyStates(lm, vocabulary, asking, longest, pool)
         heard = [vocabulary.letters(clip.speech) if clip.ctc_weight else None for clip in clips]
         self.letters = LetterRows(heard, [c.ctc_weight for c in clips], vocabulary, lm.device)
+        self.fused = FusedRows([c.ngram for c in clips], [c.ngram_weight for c in clips])
         greedy = [
-            clip.beams == 1 and not clip.temperature and clip.boost is None and not spelt
-            for clip, spelt in zip(clips, self.letters.of_rows, strict=True)
+            clip.beams == 1 and not clip.temperature and clip.boost is None and not (spelt or fused)
+            for clip, spelt, fused in zip(
+                clips, self.letters.of_rows, self.fused.weight, strict=True
+            )
         ]
         self._searches = RowSearches([clip.retrieval for clip in clips], greedy)
         self._searching = np.array([clip.retrieval is not None for clip in clips])
@@ -178,6 +182,7 @@ class Rows:
         """
         unchanged = self.keep(rows)
         self.boosted.advance(self.beams.tokens)
+        self.fused.advance(self.beams.tokens)
         self.letters.advance(self.beams.tokens)
         if unchanged and self.beams.likeliest:
             self.ids = first[:, None]
@@ -208,6 +213,7 @@ class Rows:
             )
         self._searches.select(rows.tolist())
         self.boosted.select(rows)
+        self.fused.select(rows)
         self.letters.select(rows)
         for name in _OF_ROWS:
             setattr(self, name, getattr(self, name)[rows])
@@ -217,6 +223,7 @@ class Rows:
     def join(self, other: Rows) -> None:
         """Go on with the rows of `other`, too; every row has one token to read."""
         self.letters.require(other.letters)
+        self.fused.require(other.fused)
         for name in ("memory", "_text_states"):  # first: a memory may refuse the other
             mine, new = getattr(self, name), getattr(other, name)
             if mine and new:
@@ -228,6 +235,7 @@ class Rows:
         self._cache = self._cache.join(other._cache)
         self._searches.join(other._searches)
         self.boosted.join(other.boosted)
+        self.fused.join(other.fused)
         for name in ("ids", "lengths", "_at"):
             setattr(self, name, torch.cat((getattr(self, name), getattr(other, name))))
         for name in _OF_ROWS:

@@ -199,6 +199,7 @@ class Vocabulary:
         self.first_unit = self.first_piece + pieces.size
         self.size = self.first_unit + units
 
+    bos = BOS
     eos = EOS
     """The id that ends a transcript."""
 

@@ -16,6 +16,7 @@ from jobs import (
     clips,
     evaluate,
     models,
+    ngram,
     pretrain_hubert,
     retrieve,
     stage,
@@ -44,6 +45,7 @@ READS = {
     "codebook": ("seed", "tokenize.units", "tokenize.sample_seconds"),
     "tokens": ("tokenize",),
     "lm": ("seed", "lm", "vocabulary", "train"),
+    "ngram": ("ngram",),
     "adapter": ("seed", "adapter", "train"),
     "clips": ("tokenize.min_seconds", "tokenize.max_seconds", "tokenize.require_text"),
     "whisper": ("seed", "whisper"),
@@ -80,6 +82,7 @@ def base() -> Experiment:
         update={
             "synthesize": corpus,
             "adapter": about.adapter,
+            "ngram": config.NGramCounts(),
             "reproduce": whole.reproduce,
             "whisper": config.read(CONFIGS / "whisper_tiny.yaml").whisper,
             "train": trained.train.model_copy(
@@ -167,7 +170,7 @@ def recipes(experiment: Experiment) -> dict[str, Recipe]:
         for job in (synthesize, pretrain_hubert, tokenize, build_datastore, train_whisper):
             job.run(experiment)
         clips.run(experiment, window_seconds=math.inf)
-        for job in (retrieve, tune, evaluate):
+        for job in (ngram, retrieve, tune, evaluate):
             job.run(experiment)
         train.run(experiment.model_copy(update={"adapter": None}))
         with suppress(ConfigError):  # an adapter takes no CTC loss

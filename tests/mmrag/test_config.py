@@ -226,7 +226,9 @@ ROLES = {
     "workers.count:o workers.num_cpus:o workers.num_gpus:o",
     "knn": "k weight temperature gate certain settled patience follow agreeing recent:o query",
     "attention": "k stride whole gate certain",
-    "decode": "beams length_penalty tokens_per_second max_seconds speech ctc_weight agreement "
+    "ngram": "least files",
+    "decode": "beams length_penalty tokens_per_second max_seconds speech ctc_weight ngram_weight "
+    "agreement "
     "unclear:o batch_seconds:o",
     "spotting": "least weight floor",
     "tune": "k weight temperature gate certain query finalists utterances attention both_weight "

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmrag.decoding.confidence import (
+    COST_OF_DOUBT,
     FILE,
     Calibration,
     Judged,
@@ -70,6 +72,19 @@ def test_bad_transcripts_are_marked_and_good_ones_are_not(calibration):
     assert all(math.isnan(share) for share in marked(calibration, []))
     wordless = [Judged([], [], 1.0)]
     assert all(math.isnan(share) for share in marked(calibration, wordless))
+
+
+def test_a_good_one_that_is_marked_costs_as_much_as_two_bad_ones_that_are_not():
+    good, bad = transcripts(300, 3, 1.5, 0.05, seed=3), transcripts(300, 2, 1.5, 0.9, seed=4)
+    calibration = fit({"good": good, "bad": bad})
+
+    def cost(threshold):
+        found, doubted = marked(replace(calibration, unclear=threshold), [*good, *bad])
+        return 1 - found + COST_OF_DOUBT * doubted
+
+    others = [calibration.segment(one.words) + 1e-9 for one in (*good, *bad)]
+    assert cost(calibration.unclear) == pytest.approx(min(map(cost, others)))
+    assert cost(calibration.unclear) > 0.3, "they do overlap"
 
 
 def test_sets_weigh_the_same_however_large_they_are():
