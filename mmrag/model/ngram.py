@@ -137,7 +137,8 @@ class NGram:
         except _UNREADABLE as error:
             raise ValueError(f"{path} holds no n-grams: {error}") from None
         first = np.append(0, np.cumsum(children, dtype=np.int64))
-        if not len(pieces) == len(parts) == first[-1] == len(rest) - 1 == len(children) - 1:
+        sizes = {len(pieces), len(parts), int(first[-1]), len(rest) - 1, len(children) - 1}
+        if len(sizes) > 1 or pieces.max(initial=0) >= size:
             raise ValueError(f"{path} holds no n-grams: its parts are not of one tree")
         pieces = pieces.astype(np.int64)
         return cls(order, size, spoken, begin, pieces, _shares(parts), _shares(rest), first)

@@ -78,7 +78,7 @@ def other(tmp_path_factory):
     """A model with another codebook and another language model than the first version's."""
     directory, known = tmp_path_factory.mktemp("other") / "models", {}
     shutil.copytree(shipped.find(SMALL), directory)
-    for kind in ("hubert", "codebook", "lm", "calibration", "retrieval"):
+    for kind in ("hubert", "codebook", "lm", "ngram", "calibration", "retrieval"):
         file = directory / kind / artifact.FILE
         told = json.loads(file.read_text())
         told["inputs"] = {role: known.get(role, one) for role, one in told["inputs"].items()}
