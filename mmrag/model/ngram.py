@@ -60,6 +60,14 @@ class NGram:
         counts = np.diff(self.first)
         return np.repeat(np.arange(len(counts)), counts) * self.size + self.pieces
 
+    @cached_property
+    def _alone(self) -> np.ndarray:
+        """Probability of each piece behind no context (V,) float32."""
+        likely = np.full(self.size, self.rest[0] / self.spoken, np.float32)
+        pieces = slice(self.first[1])
+        likely[self.pieces[pieces]] += self.shares[pieces]
+        return likely
+
     @classmethod
     def count(
         cls,
@@ -163,14 +171,18 @@ class NGram:
 
     def logp(self, nodes: np.ndarray) -> np.ndarray:
         """Log-probability (R, V) float32 of what comes next in texts at `nodes` (R, order)."""
-        likely = np.full((len(nodes), self.size), 1 / self.spoken, np.float32)
-        for here in nodes.T:
+        left, places, shares = np.ones(len(nodes), np.float32), [], []
+        for here in nodes.T[:0:-1]:  # the longest contexts first: they leave the rest to shorter
             rows = np.flatnonzero(here >= 0)
             begin = self.first[here[rows]]
             count = self.first[here[rows] + 1] - begin
-            likely[rows] *= self.rest[here[rows], None]
             edge = np.arange(count.sum()) + np.repeat(begin - (count.cumsum() - count), count)
-            likely[np.repeat(rows, count), self.pieces[edge]] += self.shares[edge]
+            places.append(np.repeat(rows * self.size, count) + self.pieces[edge])
+            shares.append(np.repeat(left[rows], count) * self.shares[edge])
+            left[rows] *= self.rest[here[rows]]
+        likely = left[:, None] * self._alone
+        for place, share in zip(places, shares, strict=True):
+            likely.reshape(-1)[place] += share
         return np.log(np.minimum(likely, 1, out=likely), out=likely)  # rounded, it may be above
 
 
