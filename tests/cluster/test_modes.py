@@ -68,6 +68,7 @@ DEAF = Recogniser(
     adapter=None,
     identity={},
     calibration=None,
+    ngram=None,
     encoder=None,
 )
 """Models without an adapter; nobody listens here, so that there is no speech encoder either."""

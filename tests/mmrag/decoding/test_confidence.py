@@ -75,7 +75,7 @@ def test_bad_transcripts_are_marked_and_good_ones_are_not(calibration):
 
 
 def test_a_good_one_that_is_marked_costs_as_much_as_two_bad_ones_that_are_not():
-    good, bad = transcripts(300, 3, 1.5, 0.05, seed=3), transcripts(300, 2, 1.5, 0.9, seed=4)
+    good, bad = transcripts(60, 3, 1.5, 0.05, seed=3), transcripts(60, 2, 1.5, 0.9, seed=4)
     calibration = fit({"good": good, "bad": bad})
 
     def cost(threshold):
