@@ -35,7 +35,6 @@ class Models:
     """Longest clip that is heard at once."""
     language: str | None = None
     """What a multilingual Whisper is told to hear."""
-
     ngram: Artifact | None = None
     """What they weigh beside the decoder's language model, where there is one."""
 
@@ -106,10 +105,12 @@ def named(experiment: Experiment) -> Models:
 
 def _ngram(experiment: Experiment, lm: Artifact) -> Artifact | None:
     """The workspace's n-gram model; or that of the package's model, if it is its language model."""
-    base, place = experiment.train.base, experiment.workspace / NGRAM
-    if not place.exists():
-        place = shipped.find(base) / NGRAM if (base or "").startswith(shipped.PREFIX) else place
-        if not place.exists() or artifact.load(place, NGRAM).inputs["lm"] != lm.fingerprint:
+    base = experiment.train.base
+    if not (experiment.workspace / NGRAM).exists():
+        if base is None or not base.startswith(shipped.PREFIX):
+            return None
+        theirs = shipped.find(base) / NGRAM
+        if not theirs.exists() or artifact.load(theirs, NGRAM).inputs["lm"] != lm.fingerprint:
             return None
     made = stage.load(experiment, NGRAM, NGRAM, "ngram")
     made.require("lm", lm)

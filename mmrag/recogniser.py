@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +39,7 @@ from mmrag.speech.hubert import HubertEncoder, spells
 from mmrag.speech.units import Codebook
 from mmrag.storage import Location
 
+Part = TypeVar("Part")
 Say = Callable[[Sequence[str | Line]], Iterator[Any]]
 """Sentences -> what somebody saying each of them is encoded to."""
 
@@ -259,20 +262,16 @@ class SpeechLM(_Timed):
         made = {kind: artifact.load(directory / kind, kind) for kind in ("codebook", "lm")}
         made["lm"].require("codebook", made["codebook"])
         lm, vocabulary = pretrained.load(made["lm"].path, device)
-        adapter = None
-        if adapted and (directory / "adapter").exists():
-            trained = artifact.load(directory / "adapter", "adapter")
-            trained.require("lm", made["lm"])
-            adapter = pretrained.load_adapter(trained.path, lm)
+        found = partial(_beside, directory, made["lm"])
         identity = {role: one.fingerprint for role, one in made.items()}
         return cls(
             codebook=Codebook.load(made["codebook"].path),
             lm=lm,
             vocabulary=vocabulary,
-            adapter=adapter,
+            adapter=found("adapter", lambda p: pretrained.load_adapter(p, lm)) if adapted else None,
             identity=identity,
-            calibration=_calibration(directory, made["lm"]) if calibrated else None,
-            ngram=_ngram(directory, made["lm"]),
+            calibration=found(CALIBRATION, Calibration.read) if calibrated else None,
+            ngram=found(NGRAM, NGram.read),
         )
 
     @property
@@ -381,22 +380,16 @@ class WhisperRecogniser:
 AnyRecogniser = Recogniser | WhisperRecogniser
 
 
-def _calibration(directory: Location, lm: Artifact) -> Calibration | None:
-    """What `jobs.calibrate` made; None if nobody did, ArtifactError if for another model."""
-    if not (directory / CALIBRATION).exists():
+def _beside(
+    directory: Location, lm: Artifact, kind: str, read: Callable[[Path], Part]
+) -> Part | None:
+    """What was made for a language model, as `read` has it; None if nobody made it, ArtifactError
+    if it is for another."""
+    if not (directory / kind).exists():
         return None
-    made = artifact.load(directory / CALIBRATION, CALIBRATION)
+    made = artifact.load(directory / kind, kind)
     made.require("lm", lm)
-    return Calibration.read(made.path)
-
-
-def _ngram(directory: Location, lm: Artifact) -> NGram | None:
-    """What `jobs.ngram` counted; None if nobody did, ArtifactError if in other pieces."""
-    if not (directory / NGRAM).exists():
-        return None
-    made = artifact.load(directory / NGRAM, NGRAM)
-    made.require("lm", lm)
-    return NGram.read(made.path)
+    return read(made.path)
 
 
 def longest(seconds: float, settings: Decode) -> int:
