@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from one_answer import Insistent
 from random_models import ENCODER, perturb, write_models
 
 from mmrag import artifact, shipped
@@ -31,7 +32,7 @@ from mmrag.model.lm import LM
 from mmrag.model.states import read_states
 from mmrag.model.vocabulary import EOS, SentencePieces, Vocabulary
 from mmrag.recogniser import Recogniser
-from mmrag.records import Neighbours, Timed, Units
+from mmrag.records import Timed, Units
 from mmrag.retrieval import datastore
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.interpolation import Retrieval
@@ -293,13 +294,7 @@ def test_a_transcript_may_be_as_long_as_its_seconds_allow_and_at_least_16_tokens
 
 
 def retrieval_that_always_says(token):
-    class Insistent:
-        def search(self, queries, k, exclude_documents=None):
-            found = Neighbours.none(len(queries), k)
-            found.distances[:, 0], found.tokens[:, 0], found.entries[:, 0] = 1.0, token, 0
-            return found
-
-    return Retrieval(Insistent(), KNN(k=1, weight=1.0, temperature=1.0))
+    return Retrieval(Insistent(token), KNN(k=1, weight=1.0, temperature=1.0))
 
 
 @pytest.mark.parametrize("seconds", [0.001, 0.02, 0.09])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from one_answer import Insistent, Silent
 from plain_decoder import PhraseTree
 from plain_retrieval import retrieve, retrieve_each
 from random_entries import RandomEntries
@@ -79,26 +80,6 @@ class Store(RandomEntries):
     def search(self, queries, k, exclude_documents=None):
         self.excluded.append(exclude_documents)
         return super().search(queries, k, exclude_documents)
-
-
-class Insistent:
-    """Finds one entry for every query, always the same token at the same distance."""
-
-    def __init__(self, token, distance=1.0, entry=77):
-        self.answer = (token, distance, entry)
-
-    def search(self, queries, k, exclude_documents=None):
-        token, distance, entry = self.answer
-        found = Neighbours.none(len(queries), k)
-        found.distances[:, 0], found.tokens[:, 0], found.entries[:, 0] = distance, token, entry
-        return found
-
-
-class Silent:
-    """All of its shards are missing."""
-
-    def search(self, queries, k, exclude_documents=None):
-        return Neighbours.none(len(queries), k, missing_shards=3)
 
 
 def next_logp(lm, vocabulary, units, prefix, context=()):

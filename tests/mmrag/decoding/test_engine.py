@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from one_answer import Insistent, Silent
 from random_models import perturb
 
 from mmrag.config import KNN, CrossAttention, Decode, LanguageModel, RetrievedAttention
@@ -88,25 +89,6 @@ class Store:
         return Passages(tokens, keys.astype(np.float16), np.ones((len(entries), 1), bool))
 
 
-class Insistent:
-    """Finds one token for every query; a weight of 1 makes the transcript as long as its limit."""
-
-    def __init__(self, token=FIRST):
-        self.token = token
-
-    def search(self, queries, k, exclude_documents=None):
-        found = Neighbours.none(len(queries), k)
-        found.distances[:, 0], found.tokens[:, 0], found.entries[:, 0] = 1.0, self.token, 77
-        return found
-
-
-class Silent:
-    """All of its shards are missing."""
-
-    def search(self, queries, k, exclude_documents=None):
-        return Neighbours.none(len(queries), k, missing_shards=3)
-
-
 class Broken(RuntimeError):
     """What a retriever says that has broken."""
 
@@ -115,7 +97,7 @@ class Breaking(Insistent):
     """Answers so many searches, and then no more."""
 
     def __init__(self, answers):
-        super().__init__()
+        super().__init__(FIRST)
         self.answers = answers
 
     def search(self, queries, k, exclude_documents=None):
@@ -151,7 +133,7 @@ def clips(count, beams=1, limit=12, seed=0):
 
 def lasting(limit, retriever=None):
     """A clip of exactly so many steps."""
-    retrieval = asking(retriever or Insistent(), weight=1.0)
+    retrieval = asking(retriever or Insistent(FIRST), weight=1.0)
     return Clip([VOCABULARY.first_unit] * 3, limit, retrieval=retrieval)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from one_answer import Insistent, Silent
 from plain_ctc import random_letters
 from random_entries import RandomEntries
 from random_models import perturb
@@ -20,7 +21,7 @@ from mmrag.decoding.fusion import FusedRows
 from mmrag.model.lm import LM
 from mmrag.model.ngram import NGram
 from mmrag.model.vocabulary import Heard, SentencePieces, Vocabulary
-from mmrag.records import Neighbours, Units
+from mmrag.records import Units
 from mmrag.retrieval.interpolation import Retrieval
 from mmrag.transcribe import recognise
 
@@ -275,25 +276,6 @@ def test_a_beam_search_ranks_by_both():
     assert found.logp == pytest.approx(logp, abs=1e-3)
 
 
-class Insistent:
-    """Finds one entry for every query, always the same token."""
-
-    def __init__(self, token):
-        self.token = token
-
-    def search(self, queries, k, exclude_documents=None):
-        found = Neighbours.none(len(queries), k)
-        found.distances[:, 0], found.tokens[:, 0], found.entries[:, 0] = 1.0, self.token, 7
-        return found
-
-
-class Silent:
-    """Finds nothing."""
-
-    def search(self, queries, k, exclude_documents=None):
-        return Neighbours.none(len(queries), k)
-
-
 def knn(retriever, **changes):
     return Retrieval(retriever, KNN(**{"k": 2, "weight": 0.6, "temperature": 1.0, **changes}))
 
@@ -309,7 +291,7 @@ def test_what_retrieval_finds_is_not_held_against_it_that_nobody_counted_it():
     for beams in (1, 3):
         [found] = heard(clip(1.0, ONE, retrieval=retrieval, limit=4, beams=beams))
         assert found.tokens == [rare] * 4
-        assert {choice.entry for choice in found.choices} == {7}
+        assert {choice.entry for choice in found.choices} == {77}
         for place, choice in enumerate(found.choices):
             alone = lm_logp([rare] * place)[rare]
             mixed = np.log(0.99 + 0.01 * np.exp(alone))

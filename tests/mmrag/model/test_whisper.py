@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from one_answer import Insistent
 from random_models import perturb
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
@@ -14,7 +15,6 @@ from mmrag.decoding.decode import Batch, Clip, decode
 from mmrag.model.states import read_states
 from mmrag.model.whisper import Whisper, WhisperError, fingerprint, locate
 from mmrag.model.whisper_training import create
-from mmrag.records import Neighbours
 from mmrag.retrieval.interpolation import Retrieval
 
 SHAPE = WhisperShape(
@@ -133,24 +133,14 @@ def test_every_hypothesis_begins_with_what_is_given(whisper, beams):
     assert all(one.tokens[: len(given)] == given for one in found)
 
 
-class Insistent:
-    """A datastore that always says one token."""
-
-    def __init__(self, token):
-        self.token = token
-
-    def search(self, queries, k, exclude_documents=None):
-        found = Neighbours.none(len(queries), k)
-        found.distances[:, 0], found.tokens[:, 0], found.entries[:, 0] = 0.5, self.token, 3
-        return found
-
-
 def test_weight_zero_is_the_plain_model_and_weight_one_says_what_the_neighbours_say(whisper):
     [clip] = whisper.encode(noise(1))
     [plain] = decode(whisper, whisper.vocabulary, [clip], [LIMIT], OPTIONS)
     token = whisper.vocabulary.encode("door")[-1]
     for weight, expected in ((0.0, plain.tokens), (1.0, [token] * LIMIT)):
-        retrieval = Retrieval(Insistent(token), KNN(k=2, weight=weight, temperature=1))
+        retrieval = Retrieval(
+            Insistent(token, distance=0.5), KNN(k=2, weight=weight, temperature=1)
+        )
         [heard] = decode(whisper, whisper.vocabulary, [clip], [LIMIT], OPTIONS, retrieval)
         assert heard.tokens == expected
 
