@@ -199,15 +199,15 @@ class Batch:
         pending = batch.ask(logp, queries)
         asked = time.perf_counter()
         fused = batch.fused.logp(logp)
-        bonus = batch.boosted.bonus(logp if fused is None else logp + fused)
+        bonus = batch.boosted.bonus(_sum(logp, fused))
         waited = time.perf_counter()
         mixed, neighbours = batch.heard(pending)
         logp = logp if mixed is None else mixed
         self.retrieval_seconds += asked - started + time.perf_counter() - waited
         if fused is not None and logp is not lm_logp:
             fused = batch.fused.with_retrieved(fused, logp, lm_logp)
-        bonus = bonus if fused is None else fused if bonus is None else bonus + fused
-        logp = logp if bonus is None else logp + bonus
+        bonus = _sum(fused, bonus)
+        logp = _sum(logp, bonus)
         if begun is not None:
             logp = begun.without_a_word_gone_on_with(logp, self._word_starts, self._vocabulary.eos)
         count, totals = beams.candidates, beams.logp if beams.candidates > 1 else None
@@ -254,9 +254,9 @@ class Batch:
         score, alone, preferred = evidence(tokens, chosen, lm_logp[given])
         for row, count in enumerate(begun.counts - 1):
             if count:
-                given_here = tokens[rows == row]
-                score[rows == row] += batch.boosted.begin(row, given_here)
-                score[rows == row] += batch.fused.begin(row, given_here)
+                here = rows == row
+                for part in (batch.boosted, batch.fused):
+                    score[here] += part.begin(row, tokens[here])
         entries, distances = _voters(found, np.arange(len(tokens)), tokens)
         for offset in range(offsets.max() + 1):
             at = np.flatnonzero(offsets == offset)
@@ -288,6 +288,11 @@ class Batch:
     def _word_starts(self) -> Tensor:
         """What may come next where the last word is over (V,) bool."""
         return torch.from_numpy(self._vocabulary.word_starts()).to(self._lm.device)
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Of what there is; None if there is nothing."""
+    return one if other is None else other if one is None else one + other
 
 
 def _logp(logits: Tensor, allowed: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ class LetterRows:
         totals: np.ndarray | None = None,
     ) -> Tensor:
         """The joint scores (B, V) of the next tokens: of `logp` (B, V), in which the `bonus` (B, V)
-        of phrases is, and of the letters.
+        of phrases and counts is, which stays whole, and of the letters.
 
         In a row with letters the end has its score, and of the other tokens the best `count`, and
         any other that is a candidate where `temperatures` (B,) are not 0; all else is -inf. With
