@@ -28,8 +28,9 @@ from mmrag.model.precision import has_bf16
 from mmrag.processes import Alone, Processes
 from mmrag.records import Rejection, Utterance
 from mmrag.speech import audio
+from mmrag.speech.held_out import HeldOut
 from mmrag.speech.hubert import HubertEncoder
-from mmrag.speech.pretraining import STATE, HeldOut, pretrain
+from mmrag.speech.pretraining import STATE, pretrain
 from mmrag.speech.targets import LetterSequences, Phones
 from mmrag.speech.units import kmeans
 from mmrag.storage import located

@@ -162,6 +162,9 @@ class Pretrain(Section):
     band_warp: float = Field(default=0, ge=0, le=0.3)
     """With front mel, the largest share by which a crop's bands are stretched or squeezed, as
     another speaker's longer or shorter throat would (VTLP, Jaitly and Hinton 2013)."""
+    layer_drop: float = Field(default=0, ge=0, le=0.5)
+    """Share of the steps that a layer of the transformer is left out of (LayerDrop, arXiv
+    1909.11556)."""
     rough: float = Field(default=0, ge=0, le=1)
     """Share of the crops that are recorded anew each time they are drawn, in another place: with
     echo, noise, by telephone. Of aligned clips alone where nothing is spelled."""

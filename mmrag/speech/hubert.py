@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -320,14 +320,22 @@ class HubertEncoder(nn.Module):
             return transformer(inputs, attention_mask=mask)
         return transformer.get_intermediate_outputs(inputs, mask, layer)[-1]
 
-    def contextualize_twice(self, inputs: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+    def contextualize_twice(
+        self, inputs: Tensor, frames: Tensor, dropped: Collection[int] = ()
+    ) -> tuple[Tensor, Tensor]:
         """As `contextualize`: the output of the encoder's own layer, and the whole transformer's,
-        (B, F, D) both."""
+        (B, F, D) both. Layers that are `dropped` (0 = first) hand on what they are given."""
         inputs, mask = self._masked(inputs, frames)
         transformer = self.model.encoder.transformer
-        outputs = transformer.get_intermediate_outputs(inputs, mask)
-        last = outputs[-1]
-        if not transformer.layer_norm_first:  # torchaudio's name for a norm that is not at the end
+        last = inputs + transformer.pos_conv_embed(inputs)
+        if transformer.layer_norm_first:  # torchaudio's name for a norm that is not at the end
+            last = transformer.layer_norm(last)
+        outputs = []
+        for number, layer in enumerate(transformer.layers):
+            if number not in dropped:
+                last, _ = layer(last, mask)
+            outputs.append(last)
+        if not transformer.layer_norm_first:
             last = transformer.layer_norm(last)
         return outputs[self.layer - 1], last
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -67,6 +67,7 @@ class MaskedPrediction(nn.Module):
         warps: Tensor | None = None,
         letters: Sequence[Tensor | None] | None = None,
         aligns: bool = True,
+        dropped: Collection[int] = (),
     ) -> Sums:
         """What some crops add to a step.
 
@@ -76,12 +77,13 @@ class MaskedPrediction(nn.Module):
         sequence of classes (N,) are what the model itself thinks likeliest for each frame, given
         that it holds just that sequence; without any where it is too short for it, or nothing
         `aligns`. `bands` (B, M) are hidden from the encoder, and `warps` (B,) stretch what it
-        hears. The CTC head is to spell the `letters` (N,) of the clips that have some.
+        hears. The CTC head is to spell the `letters` (N,) of the clips that have some. Layers that
+        are `dropped` (0 = first) are passed over.
         """
         frames = torch.tensor([self.encoder.frames(length) for length in lengths.tolist()])
         inputs = self.encoder.project(waves, lengths, bands, warps)
         shown = torch.where(mask[..., None], self.mask_embedding, inputs)
-        features, hidden = self.encoder.contextualize_twice(shown, frames)
+        features, hidden = self.encoder.contextualize_twice(shown, frames, dropped)
         letter_loss, count = hidden.new_zeros(()), 0
         if letters and self.spelling_weight:
             letter_loss, count = self._spelled(features, frames, letters)

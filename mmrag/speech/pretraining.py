@@ -13,11 +13,10 @@ from copy import deepcopy
 from itertools import repeat
 from pathlib import Path
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-import torchaudio
 from torch import Tensor, nn
 
 from mmrag.ahead import ahead
@@ -27,6 +26,7 @@ from mmrag.finite import non_finite
 from mmrag.processes import Alone, Processes
 from mmrag.speech.audio import SAMPLE_RATE
 from mmrag.speech.crops import Batch, Recorder, Reject, Share, draw, drawing_chances, rejected
+from mmrag.speech.held_out import HeldOut, letter_error_rate, phone_error_rate
 from mmrag.speech.hubert import HubertEncoder, generator_at, seeded_at
 from mmrag.speech.masked import MaskedPrediction, Sums
 from mmrag.speech.targets import LetterSequences, Phones, Targets, mfcc
@@ -62,16 +62,19 @@ class Round:
         anchor_weight: float = 0,
         base: HubertEncoder | None = None,
         bf16: bool = False,
+        layer_drop: float = 0,
     ) -> None:
         """The encoder as the round before left it is this round's teacher and starting point.
         Matrix products are computed in `bf16`, or as the weights are kept. `threads` share the
-        crops of a step, or of this process's share of it."""
+        crops of a step, or of this process's share of it. `layer_drop` is the share of the steps
+        that a layer is left out of."""
         self.plan = plan
         self.number = number
         self.seed = seed
         self.seen_weight = seen_weight
         self.threads = threads
         self._bf16 = bf16
+        self._layer_drop = layer_drop
         self._pool = ThreadPoolExecutor(threads)
         self._processes = processes or Alone()
         self.step = 0
@@ -159,10 +162,9 @@ class Round:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         shares = batch.shares(self.model.encoder.frames, self.threads)
-        if len(shares) <= 1:
-            worked = [self._gradients(share, aligns) for share in shares]
-        else:
-            worked = list(self._pool.map(self._gradients, shares, repeat(aligns)))
+        of_all = repeat(aligns), repeat(self._dropped())
+        one_by_one = len(shares) <= 1
+        worked = list((map if one_by_one else self._pool.map)(self._gradients, shares, *of_all))
         sums, losses, gradients = self._added(worked)
         loss, count, correct, masked, letter_loss, letters = Sums(*sums)
         count = count.clamp(min=1)
@@ -180,6 +182,12 @@ class Round:
         accuracy = correct.item() / max(1, int(masked))
         told = {"loss": loss.item(), "accuracy": accuracy, "gradient_norm": norm.item()}
         return told | ({"letter_loss": (letter_loss / letters).item()} if letters else {})
+
+    def _dropped(self) -> list[int]:
+        """The transformer's layers that this step leaves out, the same ones for all its crops."""
+        layers = len(self.model.encoder.model.encoder.transformer.layers)
+        draws = torch.rand(layers, generator=generator_at(self.seed, self.number, self.step, 1))
+        return (draws < self._layer_drop).nonzero().flatten().tolist()
 
     def _added(
         self, worked: Sequence[tuple[Tensor, tuple[Tensor | None, ...]]]
@@ -208,7 +216,7 @@ class Round:
         return sums, losses, gradients
 
     def _gradients(
-        self, share: Sequence[Batch], aligns: bool
+        self, share: Sequence[Batch], aligns: bool, dropped: Collection[int]
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """`Sums` of some of a step's crops, in order, (6,), and the gradients of their summed
         loss."""
@@ -221,7 +229,7 @@ class Round:
             )
             told = (group.waves, group.lengths, targets, mask, self.seen_weight, group.sequences)
             with torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
-                added = self.model(*told, *disguise, group.letters, aligns)
+                added = self.model(*told, *disguise, group.letters, aligns, dropped)
             sums.append(torch.stack([one.float() for one in added]))
         total = torch.stack(sums).sum(0)
         parameters = list(self.model.parameters())
@@ -366,6 +374,7 @@ def pretrain(
                 anchor_weight=settings.anchor_weight,
                 base=base,
                 bf16=bf16,
+                layer_drop=settings.layer_drop,
             )
             aligned_after = (ALIGNED_BY_BASE if base else UNALIGNED_AFTER) * plan.steps
             if number == saved.get("number"):
@@ -421,17 +430,6 @@ def pretrain(
     return encoder
 
 
-class HeldOut(NamedTuple):
-    """Clips that nothing is trained on."""
-
-    waves: Sequence[Tensor]
-    """(T_i,) each, at 16 kHz."""
-    phones: Sequence[Sequence[str]]
-    """What is said in each."""
-    texts: Sequence[str] = ()
-    """The same, as it is written."""
-
-
 def _started(
     config: Hubert, seed: int, spelling: LetterSequences | None, base: HubertEncoder | None
 ) -> HubertEncoder:
@@ -449,46 +447,6 @@ def _started(
     if spelling and base.alphabet == spelling.alphabet:
         encoder.speller.load_state_dict(base.speller.state_dict())
     return encoder
-
-
-def phone_error_rate(
-    model: MaskedPrediction,
-    clips: HeldOut,
-    phones: Phones,
-    processes: Processes | None = None,
-) -> float:
-    """Errors in the phones that the model reads off each frame, a phone that is said.
-
-    Phones that training never met count as errors. Each of several processes reads some clips.
-    """
-    processes = processes or Alone()
-    counts = torch.zeros(2)
-    for clip in range(processes.rank, len(clips.waves), processes.count):
-        names = clips.phones[clip]
-        read = [phones.names[number - 1] for number in model.read(clips.waves[clip])]
-        errors = torchaudio.functional.edit_distance(read, list(names))
-        counts += torch.tensor([errors, len(names)])
-    processes.add([counts])
-    errors, said = counts.tolist()
-    return errors / max(1, said)
-
-
-def letter_error_rate(
-    model: MaskedPrediction, clips: HeldOut, processes: Processes | None = None
-) -> float:
-    """Errors in the letters that the CTC head spells, a letter that is written.
-
-    Each of several processes reads some clips.
-    """
-    processes = processes or Alone()
-    counts = torch.zeros(2)
-    for clip in range(processes.rank, len(clips.waves), processes.count):
-        text = clips.texts[clip]
-        errors = torchaudio.functional.edit_distance(model.spell(clips.waves[clip]), text)
-        counts += torch.tensor([errors, len(text)])
-    processes.add([counts])
-    errors, written = counts.tolist()
-    return errors / max(1, written)
 
 
 def schedule(step: int, steps: int) -> float:

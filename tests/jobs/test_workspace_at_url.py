@@ -14,7 +14,7 @@ from cluster import train as distributed
 from cluster.progress import records
 from cluster.rejections import REJECTED, read_rejections
 from cluster.train import CHECKPOINTS, held
-from jobs import build_datastore, pretrain_hubert, stage, tokenize, train
+from jobs import build_datastore, pretrain_hubert, retrieve, stage, tokenize, train
 from mmrag import artifact, cached, cli
 from mmrag.config import ConfigError, Experiment, read
 from mmrag.model import pretrained
@@ -173,6 +173,36 @@ def test_a_training_in_a_bucket_goes_on_from_its_checkpoints_on_another_machine(
     assert [one["step"] for one in records(made.path)] == list(range(6))
     weights = load_file(expected.path / pretrained.WEIGHTS)
     for name, weight in load_file(made.path / pretrained.WEIGHTS).items():
+        assert torch.equal(weight, weights[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_an_adapter_made_in_a_bucket_is_the_one_made_in_a_directory(
+    bucket, adapted, tmp_path, monkeypatch
+):
+    """Its datastores, what is retrieved from them, and the training, on another machine."""
+    monkeypatch.setenv(cached.CACHE, str(tmp_path / "another machine's"))
+    there = adapted.experiment.model_copy(update={"workspace": bucket / "runs/adapted"})
+    for name in ("hubert", "codebook", "tokens", "lm", "datastores/multimodal"):
+        for file in (adapted.path / name).rglob("*"):
+            if file.is_file():
+                write(there.workspace / str(file.relative_to(adapted.path)), file.read_bytes())
+
+    def of(**changes) -> Experiment:
+        changed = there.datastore.model_copy(update=changes)
+        return there.model_copy(update={"datastore": changed})
+
+    wrong = of(name="wrong", splits=("lm",))
+    for one in (of(name="phrases", entries="entities"), wrong):
+        build_datastore.run(one)
+    for one in (there, wrong):
+        retrieve.run(one)
+    made = train.run(there)
+    assert made.place == there.workspace / "adapter"
+    assert made.fingerprint == artifact.load(adapted.path / "adapter", "adapter").fingerprint
+    weights = load_file(adapted.path / "adapter" / pretrained.ADAPTER_WEIGHTS)
+    for name, weight in load_file(made.path / pretrained.ADAPTER_WEIGHTS).items():
         assert torch.equal(weight, weights[name]), name
 
 

@@ -205,8 +205,8 @@ ROLES = {
     "layer stored",
     "pretrain": "spelling_weight alphabet base anchor_weight precision "
     "rounds batch_seconds crop_seconds learning_rate mask_probability mask_length "
-    "rough band_masks band_width band_warp seen_weight balance domain_weights sample_seconds "
-    "leave_out:c "
+    "rough band_masks band_width band_warp layer_drop seen_weight balance domain_weights "
+    "sample_seconds leave_out:c "
     "checkpoint_steps:o log_steps:o workers:o max_failures:o num_cpus:o num_gpus:o",
     "tokenize": "name:o source:o codebook:o units sample_seconds min_seconds max_seconds "
     "batch_seconds:o part_seconds:l require_text precision compile:o operators:o decoders:o "

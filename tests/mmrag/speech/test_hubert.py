@@ -17,15 +17,10 @@ from mmrag.finite import NonFiniteLoss
 from mmrag.records import Timed
 from mmrag.speech.crops import PADDING, balanced, draw, drawing_chances, mask_bands, mask_spans
 from mmrag.speech.ends import LogMel
+from mmrag.speech.held_out import HeldOut, phone_error_rate
 from mmrag.speech.hubert import HubertEncoder
 from mmrag.speech.masked import MaskedPrediction
-from mmrag.speech.pretraining import (
-    STATE,
-    HeldOut,
-    phone_error_rate,
-    pretrain,
-    schedule,
-)
+from mmrag.speech.pretraining import STATE, pretrain, schedule
 from mmrag.speech.targets import Phones, Targets, align, evidence, loud, mfcc
 from mmrag.speech.units import kmeans
 

@@ -13,8 +13,9 @@ from mmrag.finite import NonFiniteLoss
 from mmrag.records import Timed
 from mmrag.speech import hubert, pretraining
 from mmrag.speech.crops import Share, draw
+from mmrag.speech.held_out import HeldOut
 from mmrag.speech.hubert import HubertEncoder, generator_at, seeded_at
-from mmrag.speech.pretraining import HeldOut, pretrain
+from mmrag.speech.pretraining import pretrain
 from mmrag.speech.targets import Phones
 from mmrag.speech.units import kmeans
 
@@ -81,6 +82,7 @@ class Stopped(Exception):
 
 def run(directory: Path, count: int, stop_at: int | None = None, **changes):
     """The encoder that each of `count` processes ends with, and what the first one logged."""
+    directory.mkdir(exist_ok=True)
     log = []
 
     def record(step, metrics):
@@ -129,6 +131,14 @@ def test_several_processes_make_the_steps_of_one(tmp_path, alone):
     for other in others:
         for name, value in first.items():
             assert torch.equal(value, other[name]), name
+
+
+def test_all_leave_out_the_same_layers(tmp_path):
+    """Each step those of its own number (LayerDrop)."""
+    dropping = plan(layer_drop=0.5)
+    [alone], told = run(tmp_path / "one", 1, plan=dropping)
+    encoders, log = run(tmp_path / "two", 2, plan=dropping)
+    assert_the_same(encoders, log, (alone, told))
 
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path, alone):

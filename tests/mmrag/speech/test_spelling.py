@@ -6,13 +6,10 @@ import torch
 from mmrag.config import Hubert, Pretrain
 from mmrag.records import Timed
 from mmrag.speech.crops import draw
+from mmrag.speech.held_out import HeldOut, letter_error_rate
 from mmrag.speech.hubert import HubertEncoder
 from mmrag.speech.masked import MaskedPrediction
-from mmrag.speech.pretraining import (
-    HeldOut,
-    letter_error_rate,
-    pretrain,
-)
+from mmrag.speech.pretraining import pretrain
 from mmrag.speech.targets import LetterSequences, Phones
 from mmrag.speech.units import Codebook, kmeans
 
