@@ -227,8 +227,9 @@ def _votes(
 def _carriers(utterances: Sequence[str], of: Entry) -> np.ndarray:
     """In which carrier sentence each of the utterances (`phrases.sayings`) is."""
     ways = max(1, len(of.pronunciations))
+    own = [CARRIERS.index(BARE)] if foreign(of) else range(len(CARRIERS))
     found = [re.fullmatch(r"phrase-\d+-(\d+)", name) for name in utterances]
-    return np.array([int(one[1]) // ways if one else -1 for one in found], np.int64)
+    return np.array([own[int(one[1]) // ways % len(own)] if one else -1 for one in found], np.int64)
 
 
 def _taken(one: _Said, by: _Said, metric: Metric, temperature: float) -> float:

@@ -74,7 +74,7 @@ class WindowCache:
         new = [entry for entry in entries.tolist() if not self._has(entry)]
         if not new:
             return
-        if self._places and len(self._places) + len(new) > MAX_CACHED_WINDOWS:
+        if self._places and len(self._lengths) + len(new) > MAX_CACHED_WINDOWS:
             self._places, self._lengths, self._encoded = {}, np.empty(0, np.int64), None
             new = entries.tolist()
         found = self.source.passages(np.array(new))

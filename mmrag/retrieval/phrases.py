@@ -249,17 +249,26 @@ def remember(
 def typical_distance(datastore: Datastore) -> float:
     """The median distance from a key to the nearest of another utterance (squared, for l2).
 
-    A scale for temperatures where there is no dev split to tune on; SAMPLED keys are looked at.
+    A scale for temperatures where there is no dev split to tune on; SAMPLED keys of what was not
+    deleted are looked at. 1.0 where there are no two of them.
     """
-    step = max(1, datastore.entries // SAMPLED)
-    chosen = np.arange(0, datastore.entries, step)
+    chosen = _spread(datastore, SAMPLED)
     keys, utterances = datastore.keys_of(chosen), datastore.utterances[chosen]
     squares = (keys**2).sum(axis=1)
     apart = squares[:, None] + squares - 2 * keys @ keys.T
     apart[utterances[:, None] == utterances] = np.inf
-    nearest = apart.min(axis=1)
+    nearest = apart.min(axis=1, initial=np.inf)
     found = nearest[np.isfinite(nearest)]
     return max(float(np.median(found)), 1e-6) if len(found) else 1.0
+
+
+def _spread(datastore: Datastore, most: int) -> np.ndarray:
+    """At most so many entries that were not deleted, from the first to the last of them, (N,)
+    int64."""
+    gone = np.sort(datastore.deleted)
+    living = datastore.entries - len(gone)
+    places = np.linspace(0, living - 1, min(most, living)).astype(np.int64)
+    return places + np.searchsorted(gone - np.arange(len(gone)), places, side="right")
 
 
 def untuned(settings: KNN, datastore: Datastore) -> KNN:
@@ -271,11 +280,12 @@ def untuned(settings: KNN, datastore: Datastore) -> KNN:
 
 def are_phrases(datastore: Datastore, vocabulary: Vocabulary, documents: Sequence[str]) -> bool:
     """Whether documents, which are all that a datastore has, are phrases: called what is said in
-    them, which is short. Of their entries a few are looked at."""
+    them, which is short. Of their entries a few are looked at; of none they are not."""
     if not documents or any(len(name.split()) > PHRASE_WORDS for name in documents):
         return False
-    entries = np.linspace(0, datastore.entries - 1, min(LOOKED_AT, datastore.entries))
-    entries = np.setdiff1d(entries.astype(np.int64), datastore.deleted)
+    entries = _spread(datastore, LOOKED_AT)
+    if not len(entries):
+        return False
     windows = datastore.windows(entries).tolist()
     said = (vocabulary.decode([token for token in window if token]) for window in windows)
     names = (vocabulary.spoken(name) for name, _ in datastore.origins(entries))
@@ -322,10 +332,11 @@ class Phrases:
     def alike(self, most: int) -> dict[str, list[str]]:
         """The other phrases that sound most like each, at most so many, the likest first.
 
-        They are those whose keys are on the average nearest: what a model hears, whatever is
-        written.
+        They are those whose keys are on the average nearest, where each is first mentioned: what a
+        model hears, whatever is written.
         """
-        said = self.datastore.passages(self.first_mentions())
+        first = np.array([own[0] for own in self._mentions.values()], np.int64)
+        said = self.datastore.passages(first)
         present = said.present[..., None]
         means = (said.keys.astype(np.float32) * present).sum(1) / present.sum(1)
         squares = (means**2).sum(1)

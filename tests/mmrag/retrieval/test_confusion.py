@@ -8,8 +8,9 @@ import pytest
 from mmrag import shipped
 from mmrag.corpora.voices.espeak import Synthesizer
 from mmrag.model.vocabulary import Vocabulary
-from mmrag.retrieval.confusion import common_words, confusable, heard, hearing
+from mmrag.retrieval.confusion import _carriers, common_words, confusable, heard, hearing
 from mmrag.retrieval.datastore import Datastore
+from mmrag.retrieval.phrases import CARRIERS, sayings
 from mmrag.retrieval.segment import Description, Segment, join
 from mmrag.retrieval.shortlist import Remembered, sound_alike
 from mmrag.retrieval.wording import Entry, entry
@@ -132,3 +133,20 @@ def test_what_was_heard_is_right_where_all_of_its_words_are_there():
     assert [one.right for one in heard(new, VOCABULARY, texts, lines)] == [True, False]
     spanish = replace(new, language="es", pronunciations=())
     assert [one.text for one in hearing(spanish, VOCABULARY)] == ["A one C"]
+
+
+@pytest.mark.parametrize(
+    ("one", "carriers"),
+    [
+        (Entry("zanab kuri"), [0, 1, 2]),
+        (Entry("zanab kuri", pronunciations=("zay nab", "za nab")), [0, 0, 1, 1, 2, 2]),
+        (Entry("zanab kuri", language="es"), [2]),
+    ],
+)
+@pytest.mark.parametrize("takes", [1, 2])
+def test_who_says_it_again_says_it_in_the_same_sentences(one, carriers, takes):
+    said = [utterance for utterance, _ in sayings([one], takes=takes)]
+    told = _carriers([utterance.id for utterance in said], one).tolist()
+    assert told == carriers * takes
+    texts = {utterance.text: carrier for utterance, carrier in zip(said, told, strict=True)}
+    assert texts == {CARRIERS[n].format(phrase="zanab kuri"): n for n in carriers}

@@ -657,6 +657,21 @@ def test_a_window_cache_that_is_full_starts_afresh(monkeypatch):
     assert adapter.calls == [2, 1, 1, 3, 1, 6, 1]
 
 
+@torch.no_grad()
+def test_windows_that_no_shard_has_do_not_fill_the_memory(monkeypatch):
+    monkeypatch.setattr(memory, "MAX_CACHED_WINDOWS", 8)
+
+    class Emptied(Store):
+        def passages(self, entries):
+            found = super().passages(entries)
+            return replace(found, present=np.zeros_like(found.present))
+
+    bank = WindowCache(random_adapter(1), random_lm(), Emptied())
+    for _ in range(40):
+        bank.gather([np.array([1, 20, 41])])
+    assert len(bank._encoded) <= 2 * 8
+
+
 @pytest.mark.parametrize("every", EVERY.values(), ids=EVERY)
 def test_a_window_cache_that_starts_afresh_amid_a_clip_changes_nothing(every, monkeypatch):
     lm, adapter, speech = random_lm(), random_adapter(every), clips(4)

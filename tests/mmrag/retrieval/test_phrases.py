@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from mmrag.config import ESPEAK, LanguageModel, Speaking
+from mmrag.config import ESPEAK, KNN, LanguageModel, Speaking
 from mmrag.model.lm import LM
 from mmrag.model.vocabulary import SentencePieces, Vocabulary
 from mmrag.records import Units
 from mmrag.retrieval import datastore
+from mmrag.retrieval.compaction import compact
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.entries import read_entries
 from mmrag.retrieval.phrases import (
@@ -21,6 +22,8 @@ from mmrag.retrieval.phrases import (
     read_lists,
     remember,
     speak,
+    typical_distance,
+    untuned,
     utterances,
 )
 from mmrag.retrieval.segment import Description, Segment, windows_of
@@ -354,3 +357,56 @@ def test_documents_are_phrases_where_they_are_called_what_is_said(tmp_path, said
         datastore.write_segment(tmp_path, f"s-{number}", one)
     datastore.publish(tmp_path, [f"s-{number}" for number in range(len(said))])
     assert are_phrases(Datastore.open(tmp_path), Lettered(), list(said)) == phrases
+
+
+def lettered(directory, said):
+    """A datastore of (document, text), a token a letter, keys far from each other."""
+    datastore.create(directory, Description(4, WINDOW, "l2", "none", {}))
+    tokens = [np.array([*map(ord, text)]) for _, text in said]
+    lengths = [len(one) for one in tokens]
+    segment = Segment(
+        keys=np.random.default_rng(0).standard_normal((sum(lengths), 4)),
+        tokens=np.concatenate(tokens),
+        windows=np.concatenate([windows_of(one, WINDOW) for one in tokens]),
+        positions=np.concatenate([np.arange(length) for length in lengths]),
+        utterances=np.repeat(np.arange(len(said)), lengths),
+        names=[(f"u{number}", name) for number, (name, _) in enumerate(said)],
+    )
+    datastore.write_segment(directory, "s", segment)
+    datastore.publish(directory, ["s"])
+    return Datastore.open(directory)
+
+
+def test_what_was_deleted_does_not_tell_whether_documents_are_phrases(tmp_path):
+    sentence = "she was seen in rome"
+    store = lettered(tmp_path, [("old", sentence)] * 40 + [("notes", sentence), ("new", sentence)])
+    datastore.delete(tmp_path, store.entries_of(["old", "new"]))
+    store.refresh()
+    assert not are_phrases(store, Lettered(), ["notes"])
+    datastore.delete(tmp_path, store.entries_of(["notes"]))
+    store.refresh()
+    assert not are_phrases(store, Lettered(), ["notes"]), "nothing is left to look at"
+
+
+def test_keys_that_were_erased_are_no_neighbours_of_each_other(tmp_path):
+    """Erased keys are all alike: zeros."""
+    store = lettered(tmp_path, [("old" if n % 4 else "kept", f"note {n}") for n in range(60)])
+    whole = typical_distance(store)
+    datastore.delete(tmp_path, store.entries_of(["old"]))
+    compact(tmp_path, everything=True)
+    erased = Datastore.open(tmp_path)
+    assert 0.3 * whole < typical_distance(erased) < 3 * whole
+    assert untuned(KNN(k=2, weight=0.5, temperature=1.0), erased).temperature > 0.01 * whole
+
+
+def test_a_datastore_of_nothing_has_a_scale_of_one(tmp_path):
+    assert typical_distance(store_of(tmp_path, [[]])) == 1.0
+
+
+def test_what_sounds_alike_is_told_by_phrases_of_several_pronunciations(tmp_path):
+    store = store_of(tmp_path, SPOKEN)
+    known = Phrases(store)
+    known._ways = {"maria": 2}
+    assert len(known.first_mentions()) == 4, "each pronunciation is read"
+    alike = {name: {name, *others} for name, others in known.alike(2).items()}
+    assert alike == dict.fromkeys(["maria", "rome", "peter"], {"maria", "rome", "peter"})
