@@ -16,9 +16,10 @@ from torch import Tensor
 
 from mmrag.config import Decode
 from mmrag.decoding.align import align, audible
+from mmrag.decoding.boost import Boost
 from mmrag.decoding.confidence import Calibration
 from mmrag.decoding.decode import Choice, Hypothesis, decode
-from mmrag.decoding.guard import credible
+from mmrag.decoding.guard import credible, loops
 from mmrag.decoding.spotting import Favoured
 from mmrag.decoding.stitch import Stitcher
 from mmrag.model.contract import TextVocabulary
@@ -179,7 +180,8 @@ def recognise(
     as sounds like the first transcript. One in which nothing does stays as it was. Of phrases that
     are `favoured`, those are that are spotted in a clip.
     With `settings.agreement`, a transcript made with retrieval that the language model finds too
-    unlikely, or that goes round in circles, is made again without.
+    unlikely, or that goes round in circles, is made again without, and one that does with phrases
+    alone without them.
     """
     vocabulary = recogniser.vocabulary
     ids = [vocabulary.speech_input(one) for one in units]
@@ -187,9 +189,14 @@ def recognise(
     if favoured is not None:
         biasing["boosts"] = [favoured.boost(vocabulary.letters(one)) for one in ids]
 
-    def alone(clips: Sequence[int]) -> list[Hypothesis]:
+    def alone(
+        clips: Sequence[int], boosts: Sequence[Boost | None] | None = None
+    ) -> list[Hypothesis]:
         few = [ids[n] for n in clips], [limits[n] for n in clips]
-        return decode(recogniser.lm, vocabulary, *few, settings, ngram=recogniser.ngram)
+        kept = None if boosts is None else [boosts[n] for n in clips]
+        return decode(
+            recogniser.lm, vocabulary, *few, settings, ngram=recogniser.ngram, boosts=kept
+        )
 
     each = retrieval if isinstance(retrieval, Sequence) else [retrieval] * len(units)
     read = biasing.pop("attention_sources", None) or [None] * len(units)
@@ -205,11 +212,17 @@ def recognise(
         ngram=recogniser.ngram,
         **biasing,
     )
-    if not any((*each, *read)) or settings.agreement is None:
+    if settings.agreement is None:
         return heard
-    doubtful = [n for n, one in enumerate(heard) if not credible(one, settings.agreement)]
-    again = [first[n] for n in doubtful] if first else alone(doubtful)
+    boosts = biasing.get("boosts")
+    helped = [n for n in range(len(units)) if each[n] or read[n]]
+    doubtful = [n for n in helped if not credible(heard[n], settings.agreement)]
+    again = [first[n] for n in doubtful] if first and not boosts else alone(doubtful, boosts)
     for n, one in zip(doubtful, again, strict=True):
+        heard[n] = one
+    favouring = [n for n, one in enumerate(boosts or ()) if one is not None]
+    looping = [n for n in favouring if loops(heard[n].tokens)]
+    for n, one in zip(looping, alone(looping), strict=True):
         heard[n] = one
     return heard
 

@@ -41,7 +41,8 @@ class Decode(Section):
     agreement: float | None = Field(default=None, lt=0)
     """What the language model alone must think of a transcript made with retrieval, mean
     log-probability a token: below it, and where the transcript loops, it is made again without.
-    None to trust every transcript."""
+    Phrases that are boosted, which it may find as unlikely as it likes, are left out where the
+    transcript loops. None to trust every transcript."""
     unclear: Operation[Literal["keep", "empty"]] = "keep"
     """What becomes of the words of a segment that is marked as unclear."""
 

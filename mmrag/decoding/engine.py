@@ -16,12 +16,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
 from mmrag.decoding.decode import Batch, BeamSearch, Clip, Hypothesis, Prompt
-from mmrag.decoding.guard import credible, trust
+from mmrag.decoding.guard import credible, loops, trust
 from mmrag.model.lm import LM
 from mmrag.model.vocabulary import Vocabulary
 from mmrag.retrieval.searching import Searches
@@ -51,7 +52,7 @@ class Decoded:
     """Index shards that did not answer at some step."""
     alone: bool
     """Whether it was made again without retrieval, because the language model found the first
-    transcript too unlikely."""
+    transcript too unlikely, or without the phrases that made it loop."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +161,8 @@ class Engine:
         """Hand in a clip; `job.future` will hold what it says, or the error that decoding raised.
 
         With `agreement`, as in `Decode`, an incredible transcript is made again without retrieval,
-        and then at the temperatures of `Clip.fallback`; if none is credible, the least incredible
-        without retrieval is it.
+        one that loops also without the phrases that are boosted, and then at the temperatures of
+        `Clip.fallback`; if none is credible, the least incredible of these is it.
         `hear` is called by the engine's thread with all tokens that will stay whenever there is a
         new one: with several beams, when all of them begin with it; not while a transcript is made
         again. It must not block; where it raises, the clip fails. Raises EngineClosed after
@@ -388,18 +389,19 @@ class Engine:
         """Hand out a transcript, or hand it in again if nobody would believe it."""
         heard = search.best()
         job.missing_shards = max(job.missing_shards, search.missing_shards)
-        if job.agreement is not None and not credible(heard, job.agreement):
+        begun = len(job.clip.beginning)
+        if job.agreement is not None and not credible(heard, job.agreement, begun):
             if again := self._again(job, heard):
                 job.clip, job.size = again, None
                 with self._wake:
                     del self._jobs[job]
                     self._waiting.appendleft(job)
                 return
-            heard = max(*job.doubted, heard, key=trust) if job.doubted else heard
+            heard = max([*job.doubted, heard], key=partial(trust, begun=begun))
         if job.listens:
             self._tell(job, heard.tokens)
         del self._jobs[job]
-        self._count(tokens=len(heard.choices) - len(job.clip.beginning), clips=1)
+        self._count(tokens=len(heard.choices) - begun, clips=1)
         with suppress(InvalidStateError):  # cancelled just now
             job.future.set_result(Decoded(heard, job.missing_shards, job.alone))
 
@@ -408,7 +410,10 @@ class Engine:
         clip = job.clip
         if clip.retrieval is not None or clip.attention is not None:
             job.alone = True
-            return replace(clip, retrieval=None, attention=None, boost=None, context=())
+            return replace(clip, retrieval=None, attention=None, context=())
+        if clip.boost is not None and loops(heard.tokens):
+            job.alone = True
+            return replace(clip, boost=None)
         if clip.fallback:
             job.doubted.append(heard)
             warmer, *rest = clip.fallback

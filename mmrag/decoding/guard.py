@@ -10,20 +10,22 @@ LOOPS = 4
 """Repetitions that nobody says on purpose."""
 
 
-def credible(heard: Hypothesis, agreement: float) -> bool:
-    """Whether the language model agrees with a transcript.
+def credible(heard: Hypothesis, agreement: float, begun: int = 0) -> bool:
+    """Whether the language model agrees with a transcript, of which so many tokens were given.
 
-    It does where the mean of its own log-probabilities of the tokens is at least `agreement`, and
+    It does where the mean of its own log-probabilities of the others is at least `agreement`, and
     no run of tokens is repeated LOOPS times.
     """
-    straight, alone = trust(heard)
+    straight, alone = trust(heard, begun)
     return straight and alone >= agreement
 
 
-def trust(heard: Hypothesis) -> tuple[bool, float]:
+def trust(heard: Hypothesis, begun: int = 0) -> tuple[bool, float]:
     """How far to believe a transcript, the larger the more: whether it does not loop, and what the
-    language model alone thinks of it (mean log-probability a token, nats)."""
-    alone = sum(choice.lm_logp for choice in heard.choices) / max(1, len(heard.choices))
+    language model alone thinks of what follows its first `begun` tokens (mean log-probability a
+    token, nats)."""
+    chosen = heard.choices[begun:]
+    alone = sum(choice.lm_logp for choice in chosen) / max(1, len(chosen))
     return not loops(heard.tokens), alone
 
 

@@ -17,6 +17,7 @@ from one_answer import Insistent, Silent
 from random_models import perturb
 
 from mmrag.config import KNN, CrossAttention, Decode, LanguageModel, RetrievedAttention
+from mmrag.decoding.boost import Boost
 from mmrag.decoding.decode import Clip, decode
 from mmrag.decoding.engine import ClipTooLong, Engine, EngineClosed, Statistics, deal
 from mmrag.model.cross_attention import Adapter
@@ -366,7 +367,7 @@ class Reads:
         )
 
 
-@pytest.mark.parametrize("help_", ["retrieval", "reading"])
+@pytest.mark.parametrize("help_", ["retrieval", "attention"])
 def test_an_incredible_transcript_is_made_again_without_retrieval(help_):
     lm, [clip, *_], ear = random_lm(), clips(1, limit=3), Ear()
     given = {"retrieval": asking(Insistent(EOS), weight=0.99)}  # there is nothing to hear
@@ -772,3 +773,50 @@ def test_an_incredible_transcript_is_made_again_at_higher_temperatures():
         for one in (believed, doubted.hypothesis)
     ]
     assert mean[1] >= mean[0] - 1e-4, "the least incredible of the three"
+
+
+def favouring(piece: int, weight: float) -> Boost:
+    """One token is a phrase, and a word."""
+    starts = torch.zeros(VOCABULARY.size, dtype=torch.bool)
+    starts[[EOS, *range(FIRST, LAST + 1)]] = True
+    return Boost([[piece]], weight, starts)
+
+
+def test_a_transcript_that_phrases_make_loop_is_made_again_without_them():
+    clip = clips(1)[0]
+    looping = replace(clip, boost=favouring(LAST, 50.0))
+    with running() as engine:
+        trusted = result(engine.submit(looping))
+        again = result(engine.submit(looping, agreement=-50.0))
+    assert set(trusted.hypothesis.tokens) == {LAST} and not trusted.alone
+    assert again.alone
+    agree(again.hypothesis, alone(random_lm(), clip))
+
+
+def test_phrases_stay_where_the_model_finds_what_retrieval_made_absurd():
+    """The names that they are there for are unlikely to it, too."""
+    clip = replace(clips(1)[0], limit=3, boost=favouring(LAST, 2.0))
+    helped = replace(clip, retrieval=asking(Insistent(EOS), weight=0.99))
+    with running() as engine:
+        kept = result(engine.submit(clip, agreement=-1e-9))
+        again = result(engine.submit(helped, agreement=-1e-9))
+        plain = result(engine.submit(replace(clip, boost=None)))
+    assert again.alone and not kept.alone
+    agree(again.hypothesis, kept.hypothesis)
+    assert kept.hypothesis.tokens != plain.hypothesis.tokens, "otherwise this shows nothing"
+
+
+def test_an_unlikely_beginning_is_not_held_against_what_follows():
+    lm, beginning = random_lm(), [LAST, FIRST, LAST, FIRST, FIRST]
+    clip = replace(clips(1)[0], beginning=beginning, retrieval=asking(Store(), weight=0.1))
+    with running(lm) as engine:
+        engine._batch._vocabulary = Words(Pieces(), units=6)
+        heard = result(engine.submit(clip)).hypothesis
+        given, chosen = (
+            sum(one.lm_logp for one in part) / len(part)
+            for part in (heard.choices[:5], heard.choices[5:])
+        )
+        assert given < chosen, "otherwise this shows nothing"
+        between = (given + 3 * chosen) / 4
+        assert not result(engine.submit(clip, agreement=between)).alone
+        assert result(engine.submit(clip, agreement=chosen + 1e-3)).alone
