@@ -77,8 +77,10 @@ def _run(arguments: Sequence[str] | None) -> bool:
 
 def _here(options: argparse.Namespace) -> bool:
     """Transcribe in this process; whether a file could not be."""
+    from pydantic import ValidationError
+
     from mmrag import recogniser as recognisers
-    from mmrag.config import Decode
+    from mmrag.config import Decode, explain
     from mmrag.retrieval.segment import DatastoreError
     from mmrag.speech.audio import AudioError, stated
     from mmrag.transcribe import transcribe
@@ -100,6 +102,8 @@ def _here(options: argparse.Namespace) -> bool:
             unclear=options.unclear,
         )
         found = found_by(options, recogniser)
+    except ValidationError as error:
+        sys.exit(explain(error, "mmrag"))
     except (ArtifactError, DatastoreError, OSError, ValueError, ImportError) as error:
         sys.exit(f"mmrag: {error}")
     failed = False
@@ -208,8 +212,8 @@ def _parser() -> argparse.ArgumentParser:
         "--trust",
         action="store_true",
         default=None,
-        help="keep transcripts that retrieval made loop or that the language model finds absurd; "
-        "else they are made again without",
+        help="keep transcripts that retrieval or phrases made loop, and what retrieval made that "
+        "the language model finds absurd; else they are made again without",
     )
     command.add_argument(
         "--unclear",

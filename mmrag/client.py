@@ -249,7 +249,8 @@ class _Upload:
         self._tail = f"\r\n--{self.kind.rpartition('boundary=')[2]}--\r\n".encode()
         self._head = written.body.removesuffix(self._tail)
         self._file = file
-        self._size = os.fstat(file.fileno()).st_size
+        self._size = file.seek(0, os.SEEK_END)  # one at a URL has no number of its own
+        file.seek(0)
 
     def __len__(self) -> int:
         return len(self._head) + self._size + len(self._tail)

@@ -73,6 +73,8 @@ def found_by(options: argparse.Namespace, recogniser: AnyRecogniser) -> dict[str
     together, or with the models."""
     if options.shortlist is not None and options.shortlist < 0:
         raise ValueError(f"--shortlist {options.shortlist}: a number of phrases, or 0 for all")
+    if options.retrieval is not None:
+        _refuse_unused(options, options.retrieval)
     if options.phrases is not None and options.datastore is None:
         return _phrases(options, recogniser)
     refuse_speaking(options, "goes with --phrases alone")
@@ -103,6 +105,7 @@ def _datastore(
     listed = [one.entry for one in own]
     spots = bool(listed) and _spots(options, listed, recogniser)
     mode = options.retrieval or ("spotting" if spots else "knn")
+    _refuse_unused(options, mode)
     if mode == "spotting" and recogniser.spells and datastore.entries and not listed:
         raise ValueError(
             f"--retrieval spotting: {datastore} has neither phrases nor unusual words to spot"
@@ -153,8 +156,9 @@ def _phrases(options: argparse.Namespace, recogniser: AnyRecogniser) -> dict[str
     every = read_entries(options.phrases)
     check(every, recogniser)
     spots = _spots(options, every, recogniser)
-    usual = "spotting" if spots else "cross_attention" if recogniser.adapter else "knn"
-    mode = options.retrieval or usual
+    read = recogniser.adapter is not None and options.weight is None
+    mode = options.retrieval or ("spotting" if spots else "cross_attention" if read else "knn")
+    _refuse_unused(options, mode)
     display = Display.of(every, recogniser.vocabulary.spoken)
     listed = [one for one in every if one.weight > 0]
     if not listed and every:
@@ -198,9 +202,6 @@ def _spotted(
     from mmrag.config import Spotting
     from mmrag.decoding.spotting import Favoured
 
-    for name in ("shortlist", "weight"):
-        if getattr(options, name) is not None:
-            raise ValueError(f"--{name} does not go with --retrieval spotting")
     if not recogniser.spells:
         raise ValueError("--retrieval spotting needs an encoder that spells: mmrag:small has one")
     return Favoured(listed, recogniser.vocabulary, Spotting(), places)
@@ -243,6 +244,14 @@ def _spoken(
     if most:
         found["shortlist"] = _shortlist(phrases, most)
     return found
+
+
+def _refuse_unused(options: argparse.Namespace, mode: str) -> None:
+    """ValueError for what that way of retrieval has no use for."""
+    uses = {"weight": ("knn", "both"), "shortlist": ("knn", "cross_attention", "both")}
+    for name, ways in uses.items():
+        if getattr(options, name) is not None and mode not in ways:
+            raise ValueError(f"--{name} does not go with --retrieval {mode}")
 
 
 def _shortlist(phrases: Phrases, most: int) -> Shortlist:

@@ -371,8 +371,9 @@ def test_a_datastore_keyed_by_other_models_is_refused_naming_both(
     ("arguments", "named"),
     [
         (["--datastore", "nowhere"], "nowhere"),
-        (["--datastore", "contacts", "--weight", "2"], "weight"),
-        (["--beams", "0"], "beams"),
+        (["--datastore", "contacts", "--weight", "2"], "mmrag: weight: Input should be"),
+        (["--beams", "0"], "mmrag: beams: Input should be greater than 0"),
+        (["--speech-threshold", "2"], "mmrag: speech: Input should be less than or equal to 1"),
     ],
 )
 def test_what_cannot_be_used_is_named_before_anything_is_transcribed(mmrag, clip, arguments, named):

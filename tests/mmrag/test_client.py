@@ -11,6 +11,7 @@ import pytest
 from mmrag import client
 from mmrag.client import Answer, Service, ServiceError, events
 from mmrag.records import Source, Transcript, Word
+from mmrag.storage import located
 
 SOURCE = {
     "entry": 12,
@@ -234,6 +235,13 @@ def test_an_empty_file_is_the_endpoints_to_judge(endpoint, tmp_path):
     (tmp_path / "empty.wav").touch()
     transcribed(endpoint, tmp_path / "empty.wav")
     assert endpoint.asked[0][2]["file"] == [b""]
+
+
+def test_a_recording_at_a_url_is_sent_as_one_on_disk_is(endpoint, clip):
+    place = located("memory://clips/visit.wav")
+    place.write_bytes(clip.read_bytes())
+    transcribed(endpoint, place)
+    assert endpoint.asked[0][2]["file"] == [clip.read_bytes()]
 
 
 def test_a_large_file_is_never_in_memory_as_a_whole(endpoint, tmp_path):

@@ -144,11 +144,16 @@ def test_ipa_is_spotted_where_that_is_asked_for_alone(small, names):
 
 
 @pytest.mark.parametrize(
-    ("flag", "value"), [("--shortlist", 0), ("--weight", 0.5), ("--voices", "espeak")]
+    ("flag", "value", "way"),
+    [
+        ("--shortlist", 0, "attention"),
+        ("--weight", 0.5, "retrieval"),
+        ("--voices", "espeak", "attention"),
+    ],
 )
-def test_what_is_said_for_another_way_makes_that_the_usual(small, names, flag, value):
+def test_what_is_said_for_another_way_makes_that_the_usual(small, names, flag, value, way):
     given = found(small, "--phrases", names(Entry("ann")), flag, value)
-    assert "attention" in given and "favoured" not in given
+    assert given.keys() & {"attention", "retrieval", "favoured"} == {way}
 
 
 @pytest.mark.parametrize(
@@ -164,6 +169,20 @@ def test_what_is_said_for_another_way_makes_that_the_usual(small, names, flag, v
 def test_what_spotting_does_without_is_refused_by_name(small, names, flag, value, why):
     with pytest.raises(ValueError, match=f"^{flag}.*{why}"):
         found(small, "--phrases", names(*LISTED), "--retrieval", "spotting", flag, value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "mode"),
+    [
+        ("--weight", 0.5, "none"),
+        ("--weight", 0.5, "cross_attention"),
+        ("--shortlist", 5, "none"),
+    ],
+)
+@pytest.mark.parametrize("source", ["--phrases", "--datastore"])
+def test_what_a_way_has_no_use_for_is_refused_by_name(small, names, flag, value, mode, source):
+    with pytest.raises(ValueError, match=f"^{flag} does not go with --retrieval {mode}$"):
+        found(small, source, names(*LISTED), "--retrieval", mode, flag, value)
 
 
 def test_the_phrases_of_a_datastore_are_spotted_as_they_were_given(small, tmp_path):
