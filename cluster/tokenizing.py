@@ -81,7 +81,7 @@ def operators(
     decoders = settings.decoders or Workers(count=count, num_cpus=1)
     key = "tokenize.decoders"
     return [
-        (DecodeClips, {"settings": settings}, Pool(decoders, key)),
+        (DecodeClips, {"settings": whole_frames(settings, frames)}, Pool(decoders, key)),
         (EncodeClips, load, Pool(settings.workers, "tokenize.workers", AT_ONCE)),
         (WriteUnits, {"directory": directory, "frames": frames}, Pool(WRITING, key)),
     ]
@@ -95,7 +95,7 @@ class EncodeFeatures:
 
     def __init__(self, hubert: Location, settings: Tokenize) -> None:
         self._encoder = HubertEncoder.load(hubert).to(device()).eval()
-        self._settings = settings
+        self._settings = whole_frames(settings, Frames(self._encoder.field, self._encoder.hop))
 
     def __call__(self, part: Part[Utterance]) -> np.ndarray:
         waves = []
@@ -122,6 +122,12 @@ class Frames:
 
     field: int
     hop: int
+
+
+def whole_frames(settings: Tokenize, frames: Frames) -> Tokenize:
+    """The settings, by which no clip is shorter than what the encoder sees in one frame."""
+    least = max(settings.min_seconds, frames.field / audio.SAMPLE_RATE)
+    return settings.model_copy(update={"min_seconds": least})
 
 
 PhoneCounts = Counter[tuple[int, str]]
@@ -286,7 +292,7 @@ class EncodeUnits:
 
     def _encode_with(self, encoder: UnitEncoder, settings: Tokenize, directory: Path) -> None:
         self._encoder = encoder
-        self._settings = settings
+        self._settings = whole_frames(settings, encoder.frames)
         self._write = WriteUnits(directory, encoder.frames)
 
     def __call__(self, part: Part[Utterance]) -> WrittenPart:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -55,9 +56,9 @@ def run(
 ) -> Calibration:
     """Fit on the `dev` manifests, by name, save beside the models, and report on both.
 
-    Of each manifest `clips` are read, spread over the whole of it. Clips that cannot be read are
-    named and passed over. ValueError if nothing is left of a manifest, or its words are all right
-    and those of the others too.
+    Of each manifest `clips` are read, spread over the whole of it. Clips that cannot be read, or
+    are shorter than what the encoder sees in one frame, are named and passed over. ValueError if
+    nothing is left of a manifest, or its words are all right and those of the others too.
     """
     directory = shipped.find(models)
     recogniser = Recogniser.load(directory, calibrated=False)
@@ -85,13 +86,15 @@ def judge(recogniser: Recogniser, recordings: Recordings, clips: int) -> list[Ju
     judged: list[Judged] = []
     path, domains = recordings
     rows = [one for one in manifest.read(path) if _usable(one, domains)]
+    least = recogniser.encoder.field / audio.SAMPLE_RATE
     chosen = [rows[n] for n in np.linspace(0, len(rows) - 1, min(clips, len(rows))).astype(int)]
     for start in range(0, len(chosen), BATCH):
         read: list[Utterance] = []
         waves = []
         for one in chosen[start : start + BATCH]:
             try:
-                waves.append(vad.trim(audio.read(one.audio, audio.span_of(one)))[0])
+                wave = audio.read(one.audio, audio.span_of(one), min_seconds=least)
+                waves.append(vad.trim(wave)[0])
                 read.append(one)
             except AudioError as error:
                 console.print(f"  left out: {error}", markup=False)
@@ -194,6 +197,10 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=CLIPS, help="of each (default: %(default)s)")
     with terminal.command("error"):
         options = parser.parse_args()
+        for split in ("dev", "test"):
+            counts = Counter(name for name, _ in getattr(options, split))
+            if twice := [name for name, count in counts.items() if count > 1]:
+                parser.error(f"--{split}: {twice[0]!r} stands for two manifests")
         try:
             run(options.models, dict(options.dev), dict(options.test), options.clips)
         except BrokenPipeError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 
 from cluster.parts import Part, cut, in_order, work_off
@@ -178,9 +178,15 @@ def manifests(settings: Synthesize) -> dict[str, str]:
 
 
 def _inputs(settings: Synthesize) -> dict[str, Artifact]:
-    """The files that the corpus is made from."""
-    texts = settings.sentences.files if settings.sentences else ()
-    named = {f"sentences/{located(path).stem}": path for path in texts}
+    """The files that the corpus is made from. The first text file of a name is called by it, a
+    further one by a number as well."""
+    texts = dict.fromkeys(settings.sentences.files) if settings.sentences else ()
+    roles = [f"sentences/{located(path).stem}" for path in texts]
+    named: dict[str, str] = {}
+    for path, role in zip(texts, roles, strict=True):
+        further = (f"{role}-{number}" for number in count(2))
+        free = (one for one in further if one not in {*roles, *named})
+        named[next(free) if role in named else role] = path
     named |= {f"recordings/{split}": path for split, path in manifests(settings).items()}
     return {role: artifact.outside(path) for role, path in named.items()}
 

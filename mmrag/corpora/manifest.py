@@ -4,8 +4,9 @@ Fields are `audio_filepath` (relative to the manifest's directory, or absolute, 
 from a line of text alone), `text`, `offset` and `duration` (seconds: the part of the recording that
 is meant), `speaker`, `age` (of the speaker, years), `entities`, `words` (objects of `text`, `start`
 and `end`, seconds from the utterance's start), `phones` (likewise), `utterance`, `document`,
-`domain`. Other fields are ignored. Audio is not opened here: a line may name a file that does not
-exist, or that is shorter.
+`domain`. Words and phones without a text, the silences of an alignment, are left out; other fields
+are ignored. Audio is not opened here: a line may name a file that does not exist, or that is
+shorter.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from mmrag.corpora.ids import Ids
 from mmrag.folders import printable
 from mmrag.records import Rejection, Timed, Utterance
 from mmrag.storage import Location, beside, is_url, located
+
+LAST_SECOND = 86_400.0
+"""Up to which a word or a phone may last, from the utterance's start: a day."""
 
 
 class ManifestError(ValueError):
@@ -183,7 +187,10 @@ def _timed(fields: Mapping[str, Any], name: str) -> Iterator[Timed]:
         timed = Timed(text, _seconds(one, "start"), _seconds(one, "end"))
         if timed.end < timed.start:
             raise ValueError(f"{name}: {timed.text!r} ends before it starts")
-        yield timed
+        if timed.end > LAST_SECOND:
+            raise ValueError(f"{name}: {timed.text!r} ends after {timed.end:g} s, more than a day")
+        if timed.text:
+            yield timed
 
 
 def _list(fields: Mapping[str, Any], name: str) -> list[Any]:

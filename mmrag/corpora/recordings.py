@@ -6,6 +6,7 @@ recorded elsewhere and at another speed, beside what is plentiful (days of quick
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,13 @@ from mmrag.corpora import augment, manifest
 from mmrag.corpora.voices.speech import SPEEDS, played
 from mmrag.records import Rejection, Timed, Utterance
 from mmrag.speech import audio
+from mmrag.speech.targets import FIELD
 from mmrag.storage import Location
+
+LEAST_SECONDS = FIELD / audio.SAMPLE_RATE
+"""Of a recording: what HuBERT sees in one frame."""
+DOMAIN_LETTERS = 40
+"""Of a domain in an id, which is part of a file's name."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +50,9 @@ def plan(
                 yield split, Rejection(one.id, "text without a recording")
             else:
                 domain = one.domain or path.parent.name
+                named = re.sub(r"[^\w-]", "_", domain)[:DOMAIN_LETTERS]
                 for copy in range(copies if split == "lm" else 1):
-                    id = f"{domain}-{split}-{number:06d}-{copy}"
+                    id = f"{named}-{split}-{number:06d}-{copy}"
                     again = (seed, *split.encode(), number, copy) if copy else None
                     yield split, Rerecorded(replace(one, id=id, document=id, domain=domain), again)
 
@@ -60,10 +68,10 @@ def again(said: Iterable[tuple[Utterance, int]], seed: int) -> Iterator[Rerecord
 def record(recorded: Rerecorded) -> tuple[Utterance, np.ndarray]:
     """The utterance, timed as it now sounds, and its sound (T,) float32 at SAMPLE_RATE.
 
-    Raises AudioError for a recording that cannot be read.
+    Raises AudioError for a recording that cannot be read, or is shorter than LEAST_SECONDS.
     """
     said, longer = recorded.said, 1.0
-    wave = audio.read(said.audio, audio.span_of(said)).numpy()
+    wave = audio.read(said.audio, audio.span_of(said), min_seconds=LEAST_SECONDS).numpy()
     if recorded.seed is not None:
         draw = np.random.default_rng(recorded.seed)
         wave, longer = played(wave, audio.SAMPLE_RATE, float(draw.choice(SPEEDS)))

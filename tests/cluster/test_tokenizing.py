@@ -18,6 +18,7 @@ from cluster.tokenizing import (
     NOT_COMPARED,
     DecodeClips,
     EncodeClips,
+    EncodeFeatures,
     EncodeUnits,
     FindWritten,
     Frames,
@@ -25,6 +26,7 @@ from cluster.tokenizing import (
     WriteUnits,
     operators,
     separate,
+    whole_frames,
 )
 from mmrag.config import Hubert, Tokenize, Workers
 from mmrag.recogniser import SpeechTokenizer
@@ -203,10 +205,10 @@ def test_bf16_keeps_nearly_every_unit(models, said, tmp_path):
 
 def separately(models, said, settings, directory):
     """Each operator after the other, packed between them as between processes."""
-    decoded = DecodeClips(settings)(Part("part", said))
+    frames = Frames(SHAPE_FIELD, SHAPE_HOP)
+    decoded = DecodeClips(whole_frames(settings, frames))(Part("part", said))
     encode = EncodeClips(models / "hubert", models / "codebook", settings)
     encoded = encode(pickle.loads(pickle.dumps(decoded)))
-    frames = Frames(SHAPE_FIELD, SHAPE_HOP)
     return WriteUnits(directory, frames)(pickle.loads(pickle.dumps(encoded)))
 
 
@@ -226,6 +228,18 @@ def test_separate_operators_write_what_one_process_writes(request, said, tmp_pat
         written = [(tmp_path / way / name).read_bytes() for way in ("fused", "separate")]
         assert written[0] == written[1]
     assert (fused.agreement.frames > 0) == (precision == "bf16")
+
+
+@pytest.mark.parametrize("way", [tokenize, separately])
+def test_a_clip_shorter_than_a_frame_is_rejected_by_its_name(models, said, tmp_path, way):
+    one = replace(said[1], offset=0.5, duration=0.015, text="x")
+    way(models, [one, *said[-2:]], limits(min_seconds=0.01), tmp_path)
+    [rejected] = read_rejections(tmp_path / ".part.rejected.jsonl")
+    assert rejected.source == str(one.audio)
+    assert "0.015 s, shorter than 0.025 s" in rejected.reason
+    assert count_part(tmp_path / "part.parquet").utterances == 2
+    features = EncodeFeatures(models / "hubert", limits(min_seconds=0.01))
+    assert len(features(Part("part", [one]))) == 0
 
 
 def test_a_part_without_any_clip_passes_through_separate_operators(models, said, tmp_path):
@@ -248,7 +262,7 @@ def test_operators_are_separate_where_the_encoder_has_a_gpu_or_they_are_asked_fo
     assert not separate(limits()) and separate(limits(workers=gpu))
     assert separate(limits(operators="separate"))
     assert not separate(limits(workers=gpu, operators="fused"))
-    made = operators(limits(workers=gpu), *[None] * 4)
+    made = operators(limits(workers=gpu), *[None] * 3, Frames(400, 320))
     assert [stage for stage, *_ in made] == [DecodeClips, EncodeClips, WriteUnits]
     [decoding, encoding, _] = [pool for *_, pool in made]
     assert decoding.workers == Workers(count=8, num_cpus=1) and encoding.workers == gpu

@@ -44,6 +44,7 @@ def manifests(tmp_path, models):
         rows["strange"].append({"audio_filepath": path.name, "text": "quite another sentence"})
     rows["own"].append({"audio_filepath": "gone.wav", "text": "a"})
     rows["own"].append({"text": "nobody spoke"})
+    rows["own"].append({"audio_filepath": "0.wav", "text": "a", "offset": 0.5, "duration": 0.02})
     for name, each in rows.items():
         lines = "".join(json.dumps(row) + "\n" for row in each)
         (tmp_path / f"{name}.jsonl").write_text(lines)
@@ -63,6 +64,7 @@ def test_it_is_fitted_on_dev_alone_and_saved_beside_the_models(models, manifests
     made = calibrate.run(str(models), manifests, {})
     printed = capsys.readouterr().out
     assert "left out" in printed and "gone.wav" in printed
+    assert "0.wav: 0.020 s, shorter than 0.025 s" in printed
     assert Recogniser.load(models).calibration == made
     assert made.fitted_on == {"own": 6, "strange": 6}
     again = calibrate.run(str(models), manifests, {"test": manifests["strange"]})
@@ -80,6 +82,9 @@ def test_the_command_says_what_is_wrong(models, manifests, tmp_path, monkeypatch
 
     assert "no.jsonl" in run("--dev", f"own={tmp_path / 'no.jsonl'}")
     assert "'own' is not NAME=MANIFEST" in run("--dev", "own")
+    own = [f"own={one.path}" for one in manifests.values()]
+    assert "--dev: 'own' stands for two manifests" in run("--dev", *own)
+    assert "--test: 'own' stands for two manifests" in run("--dev", own[0], "--test", *own)
     (tmp_path / "empty.jsonl").write_text("{}\n")
     assert "empty.jsonl: no clip with a transcript" in run(
         "--dev", f"own={tmp_path / 'empty.jsonl'}"

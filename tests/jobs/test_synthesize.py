@@ -9,6 +9,7 @@ import soundfile
 from cluster.parts import Part
 from cluster.rejections import Unread
 from jobs import synthesize
+from mmrag import artifact
 from mmrag.artifact import ArtifactError
 from mmrag.config import Recordings, Sentences
 from mmrag.corpora import drawn, manifest, recordings, synthetic
@@ -215,3 +216,17 @@ def test_files_may_move_and_what_they_hold_may_not(mixed, tmp_path):
     moved.write_text("another sentence\n")
     with pytest.raises(ArtifactError, match="sentences/requests"):
         synthesize.run(elsewhere)
+
+
+def test_text_files_of_one_name_are_inputs_of_their_own(experiment, tmp_path):
+    files = []
+    for folder, name in [("a", "ask"), ("b", "ask"), ("c", "ask"), ("d", "ask-2"), ("e", "tell")]:
+        files.append(tmp_path / folder / f"{name}.txt")
+        files[-1].parent.mkdir()
+        files[-1].write_text(f"what is {folder}\n")
+    sentences = Sentences(files=tuple(map(str, files)), held_out=0.25, lm=15, dev=2, test=2)
+    settings = experiment.synthesize.model_copy(update={"sentences": sentences})
+    roles = ("ask", "ask-3", "ask-4", "ask-2", "tell")
+    inputs = synthesize._inputs(settings)
+    for role, file in zip(roles, files, strict=True):
+        assert inputs[f"sentences/{role}"].fingerprint == artifact.outside(file).fingerprint, role

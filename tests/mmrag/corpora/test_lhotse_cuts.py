@@ -291,3 +291,11 @@ def test_without_lhotse_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lhotse", None)
     with pytest.raises(ImportError, match=r"pip install mmrag\[corpora\]"):
         lhotse_cuts.read(tmp_path)
+
+
+def test_a_phone_that_ends_after_more_than_a_day_is_a_rejection_that_names_it(tmp_path):
+    phones = [AlignmentItem("k", 0.0, 1e9)]
+    said = supervision("s1", "a", 0.0, 1.0, text="call").with_alignment("phone", phones)
+    cut = MonoCut("cut", 0.0, 2.0, 0, [said], recording=recording(tmp_path, "a"))
+    _, rejected = rows(of(tmp_path, cut))
+    assert [reason for reason in rejected.values() if "'k' ends after 1e+09 s" in reason]

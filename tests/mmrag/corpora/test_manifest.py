@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmrag.corpora.manifest import ManifestError, read, row, write
+from mmrag.corpora.manifest import LAST_SECOND, ManifestError, read, row, write
 from mmrag.records import Rejection, Timed, Utterance
 
 GOOD = {"audio_filepath": "clips/a.flac", "text": "call mary", "duration": 1.5}
@@ -22,8 +22,10 @@ def reasons(path: Path) -> list[str]:
 
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 seconds = st.floats(0, 1e6, allow_nan=False)
+in_half_a_day = st.floats(0, LAST_SECOND / 2, allow_nan=False)
 words = st.builds(
-    lambda text, start, length: Timed(text, start, start + length), names, seconds, seconds
+    lambda text, start, length: Timed(text, start, start + length),
+    *(names.filter(bool), in_half_a_day, in_half_a_day),
 )
 utterances = st.builds(
     Utterance,
@@ -119,6 +121,9 @@ def test_an_id_is_made_from_the_audio_path_or_the_line_number(tmp_path):
         (b'{"text": "a", "words": [{"text": "a", "start": 0}]}', "end is not a number"),
         (b'{"text": "a", "words": [{"start": 0, "end": 1}]}', "text of words is not a string"),
         (b'{"text": "a", "words": [{"text": "a", "start": 2, "end": 1}]}', "ends before it starts"),
+        (b'{"text": "a", "words": [{"text": "a", "start": 0, "end": 86401}]}', "words: 'a' ends"),
+        (b'{"text": "a", "phones": [{"text": "@", "start": 0, "end": 1e9}]}', "more than a day"),
+        (b'{"text": "a", "phones": [{"text": "@", "start": 1e300, "end": 1e300}]}', "phones: '@'"),
         (b'{"text": "a", "phones": {"a": 1}}', "phones is not a list"),
         (b'{"text": "a", "phones": [{"text": "@", "start": 0}]}', "end is not a number"),
         (b'{"text": "a", "phones": [{"start": 0, "end": 1}]}', "text of phones is not a string"),
@@ -211,3 +216,10 @@ def test_a_missing_manifest_is_an_error_that_names_it_before_anything_is_read(tm
 def test_an_id_cannot_be_written_twice(tmp_path):
     with pytest.raises(ManifestError, match="'a' stands twice"):
         write(tmp_path / "manifest.jsonl", [Utterance("a", text="x"), Utterance("a", text="y")])
+
+
+def test_silences_of_an_alignment_are_left_out_and_phones_may_outlast_their_clip(tmp_path):
+    timed = [{"text": text, "start": n, "end": n + 1} for n, text in enumerate(["", "k", "", "@"])]
+    [one] = read(lines(tmp_path / "m.jsonl", {**GOOD, "words": timed, "phones": timed}))
+    assert one.words == one.phones == (Timed("k", 1, 2), Timed("@", 3, 4))
+    assert one.duration == 1.5

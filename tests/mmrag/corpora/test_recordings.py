@@ -64,3 +64,37 @@ def test_a_recording_that_cannot_be_read_is_named(manifests):
     one.said.audio.write_bytes(b"RIFF")
     with pytest.raises(AudioError, match=r"one\.wav"):
         recordings.record(one)
+
+
+@pytest.mark.parametrize(
+    ("domain", "named"),
+    [
+        ("visitors-2", "visitors-2"),
+        ("日本_é", "日本_é"),
+        (".speech", "_speech"),
+        ("../../etc", "______etc"),
+        ("/tmp/a", "_tmp_a"),
+        ("a\0b c", "a_b_c"),
+        ("d" * 300, "d" * 40),
+    ],
+)
+def test_what_a_manifest_calls_a_domain_is_a_sound_part_of_a_file_name(
+    manifests, tmp_path, domain, named
+):
+    path = tmp_path / "named.jsonl"
+    row = {**json.loads(manifests["dev"].read_text()), "domain": domain}
+    path.write_text(json.dumps(row) + "\n")
+    [(_, one)] = recordings.plan({"dev": path}, copies=1, seed=1)
+    assert (one.said.id, one.said.domain) == (f"{named}-dev-000000-0", domain)
+
+
+@pytest.mark.parametrize("duration", [0, 0.02])
+def test_a_recording_shorter_than_a_frame_is_named_each_time_that_it_is_to_stand(
+    manifests, tmp_path, duration
+):
+    path = tmp_path / "short.jsonl"
+    row = {"audio_filepath": "people/one.wav", "text": "bear", "offset": 0, "duration": duration}
+    path.write_text(json.dumps(row) + "\n")
+    for _, one in recordings.plan({"lm": path}, copies=2, seed=1):
+        with pytest.raises(AudioError, match=r"one\.wav: .* shorter than 0\.025 s"):
+            recordings.record(one)
