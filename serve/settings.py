@@ -32,6 +32,7 @@ from mmrag.config import (
     Section,
     Spotting,
     explain,
+    resolved,
 )
 from mmrag.config import Speaking as ConfiguredSpeaking
 from mmrag.model.prepared import Compute
@@ -364,7 +365,7 @@ def read(given: Mapping[str, Any], config: Path = CONFIG) -> Settings:
             if isinstance(value, str):
                 value = OmegaConf.to_container(OmegaConf.from_dotlist([f"x={value}"]))["x"]
             OmegaConf.update(merged, key, value, merge=True)
-        values = OmegaConf.to_container(merged, resolve=True)
+        values = resolved(merged)
     except (YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{config}: {error}") from None
     try:

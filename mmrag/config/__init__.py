@@ -1,7 +1,7 @@
 """One experiment in frozen models: a section a stage, a module of sections a wing."""
 
 from mmrag.config.decoding import BatchDecode, Decode, Evaluate, Reproduce, Tune
-from mmrag.config.experiment import Experiment, Tracking, parse, read
+from mmrag.config.experiment import Experiment, Tracking, parse, read, resolved
 from mmrag.config.model import (
     AdapterTraining,
     Contexts,
@@ -100,5 +100,6 @@ __all__ = [
     "parse",
     "read",
     "recipe",
+    "resolved",
     "roles",
 ]

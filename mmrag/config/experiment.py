@@ -6,14 +6,16 @@ checks the result. Unknown keys and illegal combinations are errors that name th
 
 from __future__ import annotations
 
+import os
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from omegaconf import OmegaConf
+from omegaconf import Container, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import Field, PlainSerializer, PlainValidator, ValidationError
+from pydantic import Field, NonNegativeInt, PlainSerializer, PlainValidator, ValidationError
 from yaml import YAMLError
 
 from mmrag.config.decoding import BatchDecode, Evaluate, Reproduce, Tune
@@ -40,7 +42,9 @@ class Tracking(Section):
 
 
 def _located(place: Any) -> Location:
-    found = located(place) if isinstance(place, str | Path | Url) else located(str(place))
+    if not isinstance(place, str | Path | Url) or not str(place).strip():
+        raise ValueError(f"names no directory and no URL: {place!r:.80}")
+    found = located(place)
     return found.expanduser().absolute() if isinstance(found, Path) else found
 
 
@@ -57,7 +61,7 @@ class Experiment(Section):
 
     workspace: Operation[Place]
     """Directory of the artifacts, absolute once parsed, or a URL (`s3://bucket/runs/330m`)."""
-    seed: int
+    seed: NonNegativeInt
     tracking: Tracking
     synthesize: Synthesize
     hubert: Hubert
@@ -108,10 +112,27 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
         except (TypeError, YAMLError, OmegaConfBaseException) as error:
             raise ConfigError(f"{path}: override {override!r}: {error}") from None
     try:
-        values = OmegaConf.to_container(merged, resolve=True)
+        values = resolved(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error}") from None
     return parse(values, str(path))
+
+
+def resolved(merged: Container) -> Any:
+    """What OmegaConf has read, as plain values; an empty variable of the environment is no value,
+    and the default stands in its place."""
+    with warnings.catch_warnings():  # 2.4 warns of this name, and 2.3 has no other
+        warnings.simplefilter("ignore")
+        OmegaConf.register_new_resolver("oc.env", _variable, replace=True)
+    return OmegaConf.to_container(merged, resolve=True)
+
+
+def _variable(name: str, *default: Any) -> str | None:
+    if value := os.environ.get(name):
+        return value
+    if not default:
+        raise KeyError(f"Environment variable {name!r} is not set, or is empty")
+    return None if default[0] is None else str(default[0])
 
 
 def parse(values: Any, source: str) -> Experiment:

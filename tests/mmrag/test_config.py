@@ -57,6 +57,24 @@ def test_the_workspace_is_absolute_once_parsed(file, tmp_path, monkeypatch):
     assert config.read(file, ["workspace=~/a"]).workspace == Path("/home/somebody/a")
 
 
+@pytest.mark.parametrize("given", ["null", "", "''", "'  '", "5", "[a]", "{a: b}"])
+def test_a_workspace_is_named(file, given):
+    with pytest.raises(ConfigError, match=r"workspace: .*names no directory and no URL"):
+        config.read(file, [f"workspace={given}"])
+
+
+def test_an_empty_variable_of_the_environment_is_one_that_is_not_set(file, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MMRAG_RUNS", "")
+    named = "workspace=${oc.env:MMRAG_RUNS,%s}/a"
+    assert config.read(file, [named % "runs"]).workspace == tmp_path / "runs" / "a"
+    assert config.read(file, [named % 5]).workspace == tmp_path / "5" / "a"
+    with pytest.raises(ConfigError, match="'MMRAG_RUNS' is not set, or is empty"):
+        config.read(file, ["workspace=${oc.env:MMRAG_RUNS}/a"])
+    monkeypatch.setenv("MMRAG_RUNS", "/elsewhere")
+    assert config.read(file, [named % "runs"]).workspace == Path("/elsewhere/a")
+
+
 def test_overrides_win_over_the_file_and_later_ones_over_earlier(file):
     overrides = ["knn.k=8", "knn.weight=0.25", "train.learning_rate=3e-4", "knn.k=16"]
     experiment = config.read(file, [*overrides, "evaluate.datastores=[a, b]"])

@@ -103,3 +103,9 @@ def test_without_a_home_only_a_path_below_it_is_refused(monkeypatch, tmp_path):
             read({"datastores": "~/kept"})
     monkeypatch.delenv("HOME", raising=False)
     assert read({}).datastores.is_relative_to(tmp_path)
+
+
+def test_an_empty_variable_of_the_environment_is_one_that_is_not_set(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MMRAG_RUNS", "")
+    assert read({}).datastores == tmp_path / "runs" / "serve" / "datastores"
