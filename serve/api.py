@@ -178,7 +178,8 @@ class Api:
         """Whether every part of the service answers; 503 while one does not."""
         if self._access.draining or not await self._readiness.ready():
             status = "stopping" if self._access.draining else "starting"
-            return JSONResponse({"status": status}, 503, {"Retry-After": "1"})
+            told = schema.Status(status=status).model_dump()
+            return JSONResponse(told, 503, {"Retry-After": "1"})
         return schema.Status(status="ok")
 
     def _alive(self) -> list[Awaitable[None]]:

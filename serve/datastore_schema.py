@@ -203,7 +203,7 @@ class TaskOptions(BaseModel):
     """compact: also where there is little to merge or to erase."""
     name: str | None = None
     """Of a snapshot."""
-    shards: int | None = Field(default=None, ge=1)
+    shards: int | None = Field(default=None, ge=1, le=64)
     """index: in so many."""
     kind: Literal["auto", "flat"] | None = None
     """index: as it is chosen, or every key compared."""

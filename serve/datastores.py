@@ -293,7 +293,7 @@ def _room(request: Request) -> Room:
 
 
 def _is_form(request: Request) -> bool:
-    return request.headers["content-type"].lower().startswith(middleware.FORM)
+    return request.headers.get("content-type", "").lower().startswith(middleware.FORM)
 
 
 def _checked(kind: type[Body], given: bytes | dict[str, Any]) -> Body:

@@ -282,10 +282,6 @@ class Decoder:
         that clips share searches and encoded windows."""
         if request.mode == "none" or not (request.datastore or request.phrases):
             return None
-        if request.mode in ("cross_attention", "both") and self._models.adapter is None:
-            raise InvalidRequest(
-                f"retrieval {request.mode} needs an adapter, which this model has not"
-            )
         found, phrases = request.datastore, request.phrases
         spots = request.mode == "spotting"
         key = (found.key if found else "", phrases.key if phrases else "", spots)

@@ -137,7 +137,8 @@ def install(app: FastAPI) -> None:
         param = ".".join(place) or None
         # Where a file should be and is none, FastAPI speaks of its own classes.
         reason = "send a file" if problem["type"] == "value_error" else problem["msg"]
-        message = f"{param}: {reason}" if param else reason
+        named = param or ("body" if "body" in problem["loc"] else None)
+        message = f"{named}: {reason}" if named else reason
         return respond(ApiError(422, message, problem["type"], param))
 
     async def refused(request: Request, error: HTTPException) -> Response:

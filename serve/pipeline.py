@@ -319,7 +319,8 @@ class Pipeline:
         asked = options.retrieval
         if asked == "none" or not (found or options.phrases):
             if asked not in (None, "none"):
-                raise InvalidRequest(f"retrieval {asked} needs a datastore or context")
+                message = f"retrieval {asked} needs a datastore or context"
+                raise InvalidRequest(message, "retrieval")
             return "none"
         if found is not None and found.phrases is None and options.shortlist:
             message = f"shortlist: the documents of {own_name(options.datastore)!r} are no phrases"
@@ -335,9 +336,11 @@ class Pipeline:
         if asked == "spotting" and options.shortlist is not None:
             message = "shortlist: spotting goes through all phrases"
             raise InvalidRequest(message, "shortlist")
-        if asked == "spotting" and asked not in ways:
-            message = "retrieval spotting needs an encoder that spells, and this one does not"
-            raise InvalidRequest(message, "retrieval")
+        if asked is not None and asked not in ways:
+            message = "needs an adapter, which this model has not"
+            if asked == "spotting":
+                message = "needs an encoder that spells, and this one does not"
+            raise InvalidRequest(f"retrieval {asked} {message}", "retrieval")
         if asked is not None:
             return asked
         if (found is None or found.spelled) and await self._spots(options):

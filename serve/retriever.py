@@ -37,7 +37,7 @@ from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.display import Display
 from mmrag.retrieval.index import index_directory, save_index, saved_shards
 from mmrag.retrieval.phrases import Phrases, are_phrases, fresh
-from mmrag.retrieval.reindexing import behind
+from mmrag.retrieval.reindexing import TooManyShardsError, behind
 from mmrag.retrieval.segment import DatastoreError, Segment, join
 from mmrag.retrieval.snapshots import SnapshotError
 from mmrag.retrieval.terms import anything
@@ -252,6 +252,8 @@ class Retriever:
             if task in APART and (task != "compact" or await asyncio.to_thread(behind, path)):
                 return await self._housekeeping.apart(work, path, given)
             told = await asyncio.to_thread(work, path, **given)
+        except TooManyShardsError as error:
+            raise InvalidRequest(str(error), "shards") from None
         except (SnapshotError, ValueError) as error:
             raise InvalidRequest(str(error)) from None
         if task == "roll_back":  # to what the index may have left out

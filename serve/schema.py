@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmrag.model.vocabulary import Vocabulary
+from mmrag.retrieval import wording
 from serve.errors import ApiError
 from serve.settings import Limits
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-"""A synthesizer takes the first for the end of what it is to say."""
 ResponseFormat = Literal["json", "text", "srt", "vtt", "verbose_json"]
 Granularity = Literal["word", "segment"]
 ErrorType = Literal[
@@ -253,7 +251,7 @@ class ServerVad(BaseModel):
 class Status(BaseModel):
     """Whether the service works."""
 
-    status: Literal["ok", "starting"]
+    status: Literal["ok", "starting", "stopping"]
 
 
 def server_vad(fields: Mapping[str, Any]) -> ServerVad:
@@ -269,8 +267,7 @@ def server_vad(fields: Mapping[str, Any]) -> ServerVad:
 
 def evened(texts: Iterable[str]) -> list[str]:
     """The texts, blanks and control characters evened out and empty ones dropped."""
-    found = [" ".join(_CONTROL.sub(" ", text).split()) for text in texts]
-    return [text for text in found if text]
+    return [even for even in map(wording.evened, texts) if even]
 
 
 def bounded_texts(

@@ -31,6 +31,10 @@ INDEXING = ".indexing"
 """The lock of whoever builds an index."""
 
 
+class TooManyShardsError(ValueError):
+    """More shards are asked for than a datastore has entries."""
+
+
 @dataclass(frozen=True)
 class Rebuilt:
     """What `catch_up` did."""
@@ -40,8 +44,15 @@ class Rebuilt:
 
 
 def index_anew(directory: Path | str, settings: Index) -> list[IndexShard]:
-    """Index a datastore as `build_again` does, when nobody else does just now."""
-    with locked(Path(directory).absolute(), INDEXING):
+    """Index a datastore as `build_again` does, when nobody else does just now. Raises
+    TooManyShardsError where some of them would be empty."""
+    directory = Path(directory).absolute()
+    with locked(directory, INDEXING):
+        entries = _entries(directory)
+        if settings.shards > max(1, entries):
+            raise TooManyShardsError(
+                f"shards: {settings.shards:,} for {entries:,} entries: a shard has one at least"
+            )
         return build_again(directory, settings)
 
 
@@ -71,14 +82,18 @@ def behind(directory: Path | str) -> str | None:
     if not places:
         return None
     shards = [read_shard(one) for one in places]
-    listed = read_list(directory)
-    entries = sum(one["entries"] for one in listed["segments"])
-    deleted = deleted_entries(directory, listed)
+    entries = _entries(directory)
+    deleted = deleted_entries(directory, read_list(directory))
     return (
         _outgrown(shards[-1], entries, describe(directory).width)
         or _grown(shards, entries)
         or _emptied(places, shards, deleted)
     )
+
+
+def _entries(directory: Path) -> int:
+    """How many a datastore has, deleted ones among them."""
+    return sum(one["entries"] for one in read_list(directory)["segments"])
 
 
 def _outgrown(last: dict, entries: int, width: int) -> str | None:

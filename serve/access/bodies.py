@@ -101,9 +101,12 @@ def largest(scope: Scope, limits: Limits) -> float:
 
 def refusal(scope: Scope, limits: Limits) -> ApiError | None:
     """Why a body is not read at all, by what its headers say."""
-    stated, most = Headers(scope=scope).get("content-length", "0"), largest(scope, limits)
+    headers, most = Headers(scope=scope), largest(scope, limits)
+    stated = headers.get("content-length", "0")
     if stated.isdigit() and int(stated) > most:
         return too_large(most)
+    if stated == "0" and not {"content-type", "transfer-encoding"} & set(headers):
+        return None  # there is none; a route that needs one says so
     kind = _kind(scope)
     known = (FORM,) if scope["path"].startswith(AUDIO) else (JSON, FORM)
     if kind not in known:

@@ -124,10 +124,12 @@ class Session(Wire):
     include: list[Literal[LOGPROBS]] | None = None
 
     def updated(self, update: Session) -> Session:
-        """The session with what the update says; what it leaves out stays as it is."""
-        return Session.model_validate(
-            _merged(self.model_dump(), update.model_dump(exclude_unset=True))
-        )
+        """The session with what the update says; what it leaves out stays as it is, but the rate of
+        another format. Raises Refused, which names the field that is wrong."""
+        before, given = self.model_dump(), update.model_dump(exclude_unset=True)
+        if "type" in given.get("audio", {}).get("input", {}).get("format", {}):
+            before["audio"]["input"]["format"] = {}
+        return session_of(_merged(before, given))
 
     def listening_for(self, transcription: Transcription) -> Session:
         """The session with another wish for what is listened for."""

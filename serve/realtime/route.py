@@ -46,8 +46,6 @@ LEAVING_SECONDS = 10.0
 """How long the last turns may take when a session is ended."""
 NORMAL, GOING_AWAY, POLICY, FAULT = 1000, 1001, 1008, 1011
 """Codes of WebSocket's closing."""
-USUAL_SECONDS = 600
-"""How long a client secret lasts where nothing is said."""
 PARAMETERS = ("intent", "model")
 
 
@@ -96,14 +94,12 @@ class Realtime:
     ) -> schema.ClientSecret:
         """A key for one who may only open a session, and with what that session begins."""
         caller: Caller = request.state.caller
-        seconds = asked.expires_after.seconds if asked.expires_after else USUAL_SECONDS
-        given = asked.session or {}
         try:
-            session = events.session_of(given)
+            session = events.session_of(asked.session)
             options(session, caller, self._settings, self._vocabulary)
         except Refused as error:
             raise ApiError(400, error.message, error.code, error.param) from None
-        value, expires = self._keys.issue(caller, seconds, given)
+        value, expires = self._keys.issue(caller, asked.expires_after.seconds, asked.session)
         told = session.told(id=events.new_id("sess"), expires_at=expires)
         return schema.ClientSecret(value=value, expires_at=expires, session=told)
 

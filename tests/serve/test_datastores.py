@@ -581,6 +581,8 @@ def test_the_command_line_looks_after_an_endpoints_datastores(
     ("task", "given", "status", "param"),
     [
         ("index", {"shards": 0}, 422, "shards"),
+        ("index", {"shards": 65}, 422, "shards"),
+        ("index", {"shards": 64}, 400, "shards"),
         ("index", {"everything": True}, 400, "everything"),
         ("polish", {}, 422, "task"),
         ("verify", {"everything": True}, 400, "everything"),

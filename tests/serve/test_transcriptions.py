@@ -375,7 +375,7 @@ def test_openais_client_raises_its_own_errors(client, file):
 def test_a_stream_that_cannot_begin_is_refused_with_a_status(service, client, file, refused):
     for asked, status, code, param in [
         ({"datastore": "nowhere"}, 404, "datastore_not_found", "datastore"),
-        ({"retrieval": "knn"}, 400, None, None),
+        ({"retrieval": "knn"}, 400, None, "retrieval"),
         ({"context": ["!"]}, 400, None, "context[]"),
     ]:
         refused(service.transcribe(file, stream="true", **asked), status, code, param)
@@ -396,7 +396,7 @@ def test_a_stream_that_cannot_begin_is_refused_with_a_status(service, client, fi
         ({"response_format": "xml"}, 422, "literal_error", "response_format"),
         ({"stream": "perhaps"}, 422, "bool_parsing", "stream"),
         ({"retrieval": "magic"}, 422, "literal_error", "retrieval"),
-        ({"retrieval": "knn"}, 400, None, None),
+        ({"retrieval": "knn"}, 400, None, "retrieval"),
         ({"datastore": "nowhere"}, 404, "datastore_not_found", "datastore"),
         ({"datastore": "../etc"}, 422, "string_pattern_mismatch", "datastore"),
         ({"context": ["..."]}, 400, None, "context[]"),

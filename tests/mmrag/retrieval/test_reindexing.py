@@ -13,7 +13,7 @@ from mmrag.retrieval import index, sizing, snapshots
 from mmrag.retrieval.compaction import compact
 from mmrag.retrieval.datastore import Datastore, create, delete, publish, write_segment
 from mmrag.retrieval.index import build_again, left_out, read_shard, save_index, saved_shards
-from mmrag.retrieval.reindexing import behind, catch_up
+from mmrag.retrieval.reindexing import TooManyShardsError, behind, catch_up, index_anew
 from mmrag.retrieval.retrievers import LocalRetriever
 from mmrag.retrieval.segment import Description, Segment
 
@@ -236,3 +236,20 @@ def test_deleted_entries_that_lie_together_leave_enough_to_train_on(coded):
     lists = shard._index._saved.index
     centroids = lists.quantizer.reconstruct_n(0, lists.nlist)
     assert np.linalg.norm(centroids, axis=1).min() > 0.1, "no list is of erased keys"
+
+
+def test_more_shards_than_entries_are_refused_and_the_index_stays(tmp_path):
+    make(tmp_path, random_keys(301))
+    build_again(tmp_path, FLAT)
+    before = saved_shards(tmp_path)
+    with pytest.raises(TooManyShardsError, match="shards: 302 for 301 entries"):
+        index_anew(tmp_path, FLAT.model_copy(update={"shards": 302}))
+    assert saved_shards(tmp_path) == before
+    assert len(index_anew(tmp_path, FLAT.model_copy(update={"shards": 301}))) == 301
+
+
+def test_a_datastore_without_entries_is_one_shard(tmp_path):
+    create(tmp_path, Description(8, 2, "l2", "none", {"lm": "f00d"}))
+    assert len(index_anew(tmp_path, FLAT)) == 1
+    with pytest.raises(TooManyShardsError, match="shards: 2 for 0 entries"):
+        index_anew(tmp_path, FLAT.model_copy(update={"shards": 2}))

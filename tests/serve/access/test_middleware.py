@@ -144,6 +144,24 @@ def test_texts_come_as_json_or_in_a_form(refused):
     assert "application/json or multipart/form-data, not a/b" in refused(answer, 415)
 
 
+def test_a_task_may_come_without_a_body(refused):
+    async def tend(name, task, options):
+        return {"done": task}
+
+    asked = client(made(retriever=Handle(tend=tend)))
+    place = "/v1/datastores/names/upkeep"
+    assert asked.post(f"{place}/overview").json() == {"done": "overview"}
+    refused(asked.post(f"{place}/create_snapshot"), 422, "missing", "name")
+    refused(asked.post(TRANSCRIBE), 422, "missing", "file")
+    needed = ("datastores", "datastores/a/entries", "datastores/a/search", "datastores/a/preview")
+    for path in (*needed, "realtime/client_secrets"):
+        answer = asked.post(f"/v1/{path}")
+        assert answer.json()["error"]["message"].startswith("body: "), path
+        assert answer.status_code == 422, path
+    answer = asked.post(f"{place}/overview", content=iter([b"{}"]))
+    assert "not nothing" in refused(answer, 415), "it is sent in chunks"
+
+
 def test_a_form_without_a_boundary_is_refused(refused):
     for kind in ("multipart/form-data", FORM):
         for path in (TRANSCRIBE, "/v1/datastores"):
@@ -443,3 +461,14 @@ def test_texts_in_json_are_no_upload(refused):
     body = b'{"name": "a", "texts": ["' + b"a" * 4_000_000 + b'"]}'
     answer = client(app).post("/v1/datastores", content=body, headers=JSON)
     assert refused(answer, 413, "too_large") == "the upload is larger than 4 MB"
+
+
+def test_a_service_that_stops_says_so_as_its_schema_has_it():
+    app = made()
+    [middle] = [one for one in app.user_middleware if "access" in one.kwargs]
+    middle.kwargs["access"].draining = True
+    asked = client(app)
+    answer = asked.get("/readyz")
+    assert (answer.status_code, answer.json()) == (503, {"status": "stopping"})
+    told = asked.get("/openapi.json").json()["components"]["schemas"]["Status"]
+    assert "stopping" in told["properties"]["status"]["enum"]

@@ -423,6 +423,27 @@ def test_the_flat_shape_of_older_clients_is_understood(load):
     assert updated["session"]["include"] == flat["include"]
 
 
+def formatted(**fields):
+    return {"type": "session.update", "session": {"audio": {"input": {"format": fields}}}}
+
+
+def test_another_format_has_its_own_rate_and_a_rate_that_is_not_its_own_is_refused(load):
+    async def talk():
+        async with connected(load) as client:
+            client.send(formatted(type="audio/pcm", rate=24_000), formatted(type="audio/pcmu"))
+            client.send(formatted(rate=24_000))
+            await client.settle()
+            return client.of("session.updated"), client.of("error")
+
+    updated, [error] = asyncio.run(talk())
+    formats = [one["session"]["audio"]["input"]["format"] for one in updated]
+    assert formats == [
+        {"type": "audio/pcm", "rate": 24_000},
+        {"type": "audio/pcmu", "rate": 8000},
+    ]
+    assert error["error"]["param"] == "session.audio.input.format"
+
+
 def test_too_many_wrong_events_in_a_row_end_the_session(load):
     async def talk():
         async with connected(load) as client:
