@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from pathlib import Path
 
 from cluster.progress import METRICS
 from cluster.rejections import REJECTED
 from jobs import stage
-from mmrag import artifact, shipped
-from mmrag.config import Experiment
+from mmrag import artifact, shipped, terminal
+from mmrag.config import Experiment, read
 from mmrag.decoding.tune import DEFAULTS
 from mmrag.recogniser import CALIBRATION, NGRAM
 
@@ -22,7 +23,7 @@ LIMIT_MB = 60
 """What a repository can carry."""
 
 
-def run(experiment: Experiment, force: bool = False) -> None:
+def run(experiment: Experiment) -> None:
     """Copy `hubert/`, `codebook/`, `lm/`, `adapter/` if the experiment trains one, and `ngram/` and
     `calibration/` if there are any, over the package's model that `published` names.
 
@@ -67,5 +68,20 @@ def _files(directory: Path) -> list[Path]:
     return sorted(each for each in directory.iterdir() if each.name not in LEFT)
 
 
+def main() -> None:
+    """Publish from the command line; what the package has is replaced each time."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=stage.CONFIGS / "tiny.yaml",
+        help="experiment YAML (default: %(default)s)",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    with terminal.command("error"):
+        arguments = parser.parse_args()
+        stage.explained(lambda: run(read(arguments.config, arguments.overrides)))
+
+
 if __name__ == "__main__":
-    stage.main(run, __doc__)
+    main()

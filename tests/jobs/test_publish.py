@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -182,3 +183,16 @@ def test_a_base_of_another_shape_is_refused_naming_what_it_takes(borrow, workspa
     wide = experiment.lm.model_copy(update={"width": 64})
     with pytest.raises(ConfigError, match=r"lm\.width=32"):
         train.run(experiment.model_copy(update={"lm": wide}))
+
+
+def test_the_command_replaces_what_was_published_and_offers_no_force(monkeypatch, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        main(monkeypatch, "--force")
+    assert stopped.value.code == 2 and "--force" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"error: .*made by: python -m jobs\.pretrain_hubert"):
+        main(monkeypatch, f"workspace={tmp_path}", "hubert.weights=null")
+
+
+def main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["publish", *arguments])
+    publish.main()
