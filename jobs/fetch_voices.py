@@ -103,7 +103,7 @@ def _call(command: list[str], tool: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m jobs.fetch_voices", description=__doc__)
-    default = Path(os.environ.get("MMRAG_RUNS", "runs"), "kokoro")
+    default = Path(os.environ.get("MMRAG_RUNS") or "runs", "kokoro")
     parser.add_argument("--directory", type=Path, default=default, help=f"default: {default}")
     try:
         run(parser.parse_args().directory)

@@ -77,8 +77,6 @@ def _run(arguments: Sequence[str] | None) -> bool:
 
 def _here(options: argparse.Namespace) -> bool:
     """Transcribe in this process; whether a file could not be."""
-    from pydantic import ValidationError
-
     from mmrag import recogniser as recognisers
     from mmrag.config import Decode, explain
     from mmrag.retrieval.segment import DatastoreError
@@ -102,10 +100,8 @@ def _here(options: argparse.Namespace) -> bool:
             unclear=options.unclear,
         )
         found = found_by(options, recogniser)
-    except ValidationError as error:
-        sys.exit(explain(error, "mmrag"))
     except (ArtifactError, DatastoreError, OSError, ValueError, ImportError) as error:
-        sys.exit(f"mmrag: {error}")
+        sys.exit(explain(error, "mmrag"))
     failed = False
     for file in options.files:
         try:

@@ -210,8 +210,10 @@ def _marked(about: FieldInfo) -> Role | None:
     return next((mark for mark in about.metadata if isinstance(mark, Role)), None)
 
 
-def explain(error: ValidationError, source: str) -> str:
-    """What is wrong with `source`, a line for each key."""
+def explain(error: Exception, source: str) -> str:
+    """What is wrong with `source`: for a model that does not hold, a line for each key."""
+    if not isinstance(error, ValidationError):
+        return f"{source}: {error}"
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
