@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -124,8 +123,7 @@ def check(given: Iterable[str | Entry], recogniser: AnyRecogniser) -> None:
 def unsayable(one: Entry, languages: Sequence[str]) -> str | None:
     """Why an entry cannot be said by a model that speaks these languages (ISO 639-1); None if it
     can."""
-    own = one.language and re.split("[-_]", one.language.lower())[0]
-    if own and own not in languages:
+    if one.code and one.code not in languages:
         return f"language {one.language!r}: this model understands {', '.join(languages)}"
     for number, said in enumerate(one.pronunciations):
         where = f"pronunciations[{number}]"

@@ -18,7 +18,7 @@ from mmrag.model.contract import TextVocabulary
 from mmrag.records import Line
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.display import Display
-from mmrag.retrieval.phrases import BARE, CARRIERS, foreign
+from mmrag.retrieval.phrases import BARE, CARRIERS
 from mmrag.retrieval.segment import Metric, Segment, distances, prepare
 from mmrag.retrieval.shortlist import Pronounce, sound_alike
 from mmrag.retrieval.wording import Entry
@@ -104,7 +104,7 @@ def heard(
 
 def hearing(new: Entry, vocabulary: TextVocabulary) -> list[str | Line]:
     """A sentence about an entry, in each of its pronunciations."""
-    carrier = BARE if foreign(new) else CARRIERS[0]
+    carrier = BARE if new.foreign else CARRIERS[0]
     return new.lines(carrier, vocabulary.spoken(new.text))
 
 
@@ -227,7 +227,7 @@ def _votes(
 def _carriers(utterances: Sequence[str], of: Entry) -> np.ndarray:
     """In which carrier sentence each of the utterances (`phrases.sayings`) is."""
     ways = max(1, len(of.pronunciations))
-    own = [CARRIERS.index(BARE)] if foreign(of) else range(len(CARRIERS))
+    own = [CARRIERS.index(BARE)] if of.foreign else range(len(CARRIERS))
     found = [re.fullmatch(r"phrase-\d+-(\d+)", name) for name in utterances]
     return np.array([own[int(one[1]) // ways % len(own)] if one else -1 for one in found], np.int64)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, product
@@ -87,7 +86,7 @@ def sayings(
     entry has, written as ever; in a language that is not the carriers' the phrase alone. All of it
     once more for each take."""
     for number, one in enumerate(entries(phrases)):
-        own = [BARE] if foreign(one) else carriers
+        own = [BARE] if one.foreign else carriers
         written = spoken(one.text)
         once = [(carrier, line) for carrier in own for line in one.lines(carrier, written)]
         said = [(carrier, again(line, take)) for take in range(takes) for carrier, line in once]
@@ -102,11 +101,6 @@ def again(line: str | Line, take: int) -> str | Line:
     if not take:
         return line
     return replace(line if isinstance(line, Line) else Line(line), take=take)
-
-
-def foreign(one: Entry) -> bool:
-    """Whether an entry is of another language than the carrier sentences."""
-    return one.language is not None and re.split("[-_]", one.language.lower())[0] != "en"
 
 
 def phrases_and_sentences(

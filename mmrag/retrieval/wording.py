@@ -40,6 +40,16 @@ class Entry:
     """In which it is said (BCP 47); None: the model's own."""
 
     @property
+    def code(self) -> str | None:
+        """Its language by ISO 639-1 or -3, whatever the region; None for the model's own."""
+        return self.language and re.split("[-_]", self.language.lower())[0]
+
+    @property
+    def foreign(self) -> bool:
+        """Whether it is of another language than the sentences in which phrases are spoken."""
+        return self.code not in (None, "en")
+
+    @property
     def written(self) -> str:
         """What a reader of the transcript sees."""
         return self.text if self.display_as is None else self.display_as
@@ -57,8 +67,8 @@ class Entry:
 
     def said(self, spoken: str) -> tuple[str, ...]:
         """The ways in which it is said; `spoken` as in `lines`."""
-        english = self.language is None or re.split("[-_]", self.language.lower())[0] == "en"
-        return self.pronunciations or (_lettered(spoken, self.text) if english else spoken,)
+        said = spoken if self.foreign else _lettered(spoken, self.text)
+        return self.pronunciations or (said,)
 
     def _line(self, sentence: str, pronunciation: str) -> str | Line:
         phonetic = bool(self.pronunciations) and is_ipa(pronunciation)
