@@ -84,7 +84,7 @@ def _names(domain: Sequence[Row]) -> Iterator[Target]:
     lower = {row["mode"]: 1 - row["wer"] / plain["wer"] if plain["wer"] else 0.0 for row in stored}
     told = ", ".join(f"{mode} {share:.0%}" for mode, share in lower.items())
     title = "names, multi-modal datastore: WER against none"
-    yield (title, "≥ 50 % lower", told, _reached(max(lower.values()) >= 0.5))
+    yield (title, "≥ 50 % lower, by one of them", told, _reached(max(lower.values()) >= 0.5))
     yield _recalled("names, multi-modal datastore: entity recall", stored, 0.8)
 
 
@@ -92,7 +92,7 @@ def _recalled(title: str, rows: Sequence[Row], wanted: float) -> Target:
     """The entity recall of each mode; one of them has to reach what is wanted."""
     found = {row["mode"]: row["entity_recall"] for row in rows if row["mode"] != "prompt"}
     told = ", ".join(f"{mode} {share:.2f}" for mode, share in found.items())
-    return (title, f"≥ {wanted}", told, _reached(max(found.values()) >= wanted))
+    return (title, f"≥ {wanted}, by one of them", told, _reached(max(found.values()) >= wanted))
 
 
 def _harm(title: str, rows: Sequence[Row]) -> Target:
@@ -106,7 +106,8 @@ def _harm(title: str, rows: Sequence[Row]) -> Target:
     )
     usual = {mode: rate for mode, rate in told.items() if mode == "spotting"} or told
     reached = all(rate <= 1.01 * right for rate in usual.values())
-    return (title, "≤ 1 % worse", measured, _reached(reached))
+    wanted = "≤ 1 % worse" if usual is told else f"≤ 1 % worse, {', '.join(usual)}"
+    return (title, wanted, measured, _reached(reached))
 
 
 def _sure(rows: Sequence[Row]) -> Iterator[Target]:
