@@ -77,10 +77,10 @@ test: setup
 	$(MAKE) --jobs=2 --output-sync=target --keep-going test-jobs test-service
 
 test-jobs:
-	$(BIN)/python -m pytest tests/cluster tests/jobs $(wildcard tests/test_*.py)
+	$(BIN)/python -m pytest tests/cluster tests/jobs --ignore=tests/jobs/benchmark $(wildcard tests/test_*.py)
 
 test-service:
-	$(BIN)/python -m pytest tests/serve tests/mmrag
+	$(BIN)/python -m pytest tests/jobs/benchmark tests/mmrag tests/serve
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

@@ -89,6 +89,12 @@ ADAPTER = [
 """Overrides besides, for an adapter that reads what the datastore split says of other sentences."""
 
 
+def pytest_configure() -> None:
+    """One thread a process, those that tests start too: two of them share the cores, and torch
+    counts its threads when it is imported."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whichever test is the first to need the workspace waits until it is made."""
     for item in items:
@@ -108,7 +114,6 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         accounts = tmp_path_factory.mktemp("aws")  # empty, until a test serves S3
         patch.setenv("AWS_CONFIG_FILE", str(accounts / "config"))
         patch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(accounts / "credentials"))
-        patch.setenv("OMP_NUM_THREADS", "1")
         yield
 
 
