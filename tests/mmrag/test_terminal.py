@@ -96,6 +96,8 @@ def test_where_nobody_reads_on_the_command_ends_without_a_word(by_line):
     assert (process.returncode, err) == (141, b"")
 
 
+INTERRUPTIBLE = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+"""A shell starts what runs in its background, and all that this starts, without Ctrl-C."""
 SLOW = (
     "import sys, time, mmrag.cli\n"
     "def here(options):\n"
@@ -124,7 +126,9 @@ SLOW_STAGE = (
 )
 def test_an_interrupted_command_says_so_in_one_line(code, arguments, said):
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", INTERRUPTIBLE + code, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     assert process.stdout.readline() == b"started\n"
     time.sleep(0.2)

@@ -459,7 +459,7 @@ def test_a_killed_process_has_recovered_once_there_is_another_one(tmp_path, monk
         return [one for one in replicas if one.is_running()]
 
     service = SimpleNamespace(processes=processes, ready=lambda: True, last_lines=str)
-    assert serve.kill(service, "a title") == pytest.approx(0.15, abs=0.14)
+    assert serve.kill(service, "a title") > 0.1  # three samples
     assert first.wait(5) == -9 and looks == 4
     monkeypatch.setattr(serve, "RECOVERY_SECONDS", 0.2)
     assert serve.kill(service, "a title") is None  # nobody comes a second time

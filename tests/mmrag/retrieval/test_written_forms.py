@@ -31,7 +31,8 @@ VARIANTS = {
     "a1c": "A1C",
 }
 """The same as other keyboards write it."""
-GIVEN = [*((text, *FORMS[text]) for text in FORMS), *((v, *FORMS[VARIANTS[v]]) for v in VARIANTS)]
+SAID = [*((text, *FORMS[text]) for text in FORMS), *((v, *FORMS[VARIANTS[v]]) for v in VARIANTS)]
+GIVEN = [(given, writes) for given, writes, _ in SAID]
 
 
 @pytest.fixture(scope="module", params=[shipped.TINY, "mmrag:small"])
@@ -44,8 +45,8 @@ def synthesizer():
     return Synthesizer()
 
 
-@pytest.mark.parametrize(("given", "writes", "phones"), GIVEN)
-def test_a_form_is_written_in_pieces_that_are_its_words(vocabulary, given, writes, phones):
+@pytest.mark.parametrize(("given", "writes"), GIVEN)
+def test_a_form_is_written_in_pieces_that_are_its_words(vocabulary, given, writes):
     new = entry(given)
     assert vocabulary.refusal(given) is None
     assert phrases_and_sentences([new]) == ([new], [])
@@ -54,15 +55,15 @@ def test_a_form_is_written_in_pieces_that_are_its_words(vocabulary, given, write
     assert vocabulary.decode(vocabulary.encode(sentence)) == f"please call {writes} today"
 
 
-@pytest.mark.parametrize(("given", "writes", "phones"), GIVEN)
-def test_a_form_comes_out_as_it_was_given(vocabulary, given, writes, phones):
+@pytest.mark.parametrize(("given", "writes"), GIVEN)
+def test_a_form_comes_out_as_it_was_given(vocabulary, given, writes):
     display = Display.of([entry(given)], vocabulary.spoken)
     assert display.of_text(f"please call {writes} today") == f"please call {given} today"
     assert display.of_text(f"{writes}'s") == f"{given}'s"
 
 
-@pytest.mark.parametrize(("given", "writes", "phones"), GIVEN)
-def test_each_piece_of_a_form_is_favoured_after_those_before_it(vocabulary, given, writes, phones):
+@pytest.mark.parametrize("given", [given for given, _ in GIVEN])
+def test_each_piece_of_a_form_is_favoured_after_those_before_it(vocabulary, given):
     starts = torch.from_numpy(np.asarray(vocabulary.word_starts()))
     pieces = vocabulary.encode(given)
     boost = Boost([pieces], 1.5, starts)
@@ -72,7 +73,7 @@ def test_each_piece_of_a_form_is_favoured_after_those_before_it(vocabulary, give
         state = boost.advance(state, np.array([piece]))
 
 
-@pytest.mark.parametrize(("given", "writes", "phones"), GIVEN)
+@pytest.mark.parametrize(("given", "writes", "phones"), SAID)
 def test_a_form_is_said_as_people_say_it(vocabulary, synthesizer, given, writes, phones):
     new = entry(given)
     said = sayings([new], CARRIERS, vocabulary.spoken)
