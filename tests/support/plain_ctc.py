@@ -54,19 +54,19 @@ def alignments(heard: Letters, text: str) -> tuple[float, float]:
 
 
 def prefix(heard: Letters, text: str) -> tuple[float, float]:
-    """The same, frame by frame (Watanabe et al. 2017, algorithm 2)."""
-    logp = frames(heard)
-    spelt, rested = np.full(len(heard) + 1, IMPOSSIBLE), np.append(0.0, np.cumsum(logp[:, 0]))
-    begins, last = 0.0, None
-    for letter in text:
-        own = logp[:, 1 + heard.alphabet.index(letter)]
-        now, behind, begins = [IMPOSSIBLE], [IMPOSSIBLE], IMPOSSIBLE
-        for frame in range(len(heard)):
-            new = rested[frame] if letter == last else np.logaddexp(spelt[frame], rested[frame])
-            begins = np.logaddexp(begins, new + own[frame])
-            behind.append(np.logaddexp(behind[frame], now[frame]) + logp[frame, 0])
-            now.append(np.logaddexp(now[frame], new) + own[frame])
-        spelt, rested, last = np.array(now), np.array(behind), letter
+    """The same, frame by frame (Watanabe et al. 2017, algorithm 2): that so many letters are said
+    until there, and the last of them ends it, or a blank behind it does."""
+    labels = np.array([1 + heard.alphabet.index(letter) for letter in text], int)
+    doubled = np.append(False, labels[1:] == labels[:-1])[: len(text)]
+    spelt, rested = np.full((2, len(text) + 1), IMPOSSIBLE)
+    rested[0] = 0.0
+    begins = IMPOSSIBLE if text else 0.0
+    for logp in frames(heard):
+        either = np.logaddexp(spelt, rested)
+        new = np.where(doubled, rested[:-1], either[:-1]) + logp[labels]
+        begins = np.logaddexp(begins, new[-1]) if text else begins
+        spelt[1:] = np.logaddexp(spelt[1:] + logp[labels], new)
+        rested = either + logp[0]
     return float(begins), float(np.logaddexp(spelt[-1], rested[-1]))
 
 

@@ -1,6 +1,5 @@
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,12 +76,16 @@ def test_bad_transcripts_are_marked_and_good_ones_are_not(calibration):
 def test_a_good_one_that_is_marked_costs_as_much_as_two_bad_ones_that_are_not():
     good, bad = transcripts(60, 3, 1.5, 0.05, seed=3), transcripts(60, 2, 1.5, 0.9, seed=4)
     calibration = fit({"good": good, "bad": bad})
+    sure, unsure = (
+        np.array([calibration.segment(one.words) for one in each]) for each in (good, bad)
+    )
 
     def cost(threshold):
-        found, doubted = marked(replace(calibration, unclear=threshold), [*good, *bad])
-        return 1 - found + COST_OF_DOUBT * doubted
+        return (unsure >= threshold).mean() + COST_OF_DOUBT * (sure < threshold).mean()
 
-    others = [calibration.segment(one.words) + 1e-9 for one in (*good, *bad)]
+    found, doubted = marked(calibration, [*good, *bad])
+    assert cost(calibration.unclear) == pytest.approx(1 - found + COST_OF_DOUBT * doubted)
+    others = np.concatenate([sure, unsure]) + 1e-9
     assert cost(calibration.unclear) == pytest.approx(min(map(cost, others)))
     assert cost(calibration.unclear) > 0.3, "they do overlap"
 

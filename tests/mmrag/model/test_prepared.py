@@ -86,13 +86,13 @@ def test_without_a_compiler_steps_stay_eager_unless_they_have_to_be_compiled(mon
     monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     lm = random_lm()
     expected = transcripts(copy.deepcopy(lm))
-    made = prepare(copy.deepcopy(lm), rows=2)
+    eager = copy.deepcopy(lm)
+    made = prepare(eager, rows=2)
     assert not made.compiled and "No working C++ compiler" in made.refused
     assert str(made) == f"float32, eager, since nothing can be compiled here: {made.refused}"
     with pytest.raises(RuntimeError, match="No working C"):
-        prepare(copy.deepcopy(lm), rows=2, compiled=True)
-    prepare(lm, rows=2)
-    for got, own in zip(transcripts(lm), expected, strict=True):
+        prepare(lm, rows=2, compiled=True)
+    for got, own in zip(transcripts(eager), expected, strict=True):
         torch.testing.assert_close(got, own, atol=1e-5, rtol=1e-4)
 
 

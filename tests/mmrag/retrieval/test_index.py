@@ -80,19 +80,21 @@ def brute_force(datastore, queries, k, exclude_documents=None, among=None):
     metric = datastore.description.metric
     found = Neighbours.none(len(queries), k)
     keys = datastore.keys(0, datastore.entries)
+    deleted, documents = set(datastore.deleted.tolist()), np.asarray(datastore.documents)
+    tokens = np.asarray(datastore.tokens)
     for row, query in enumerate(prepare(queries, metric)):
         far = distances(np.broadcast_to(query, keys.shape), keys, metric)
         excluded = -1 if exclude_documents is None else exclude_documents[row]
         allowed = [
             (far[entry], entry)
             for entry in (range(datastore.entries) if among is None else set(among.tolist()))
-            if entry not in datastore.deleted and datastore.documents[entry] != excluded
+            if entry not in deleted and documents[entry] != excluded
         ]
         for column, (distance, entry) in enumerate(sorted(allowed)[:k]):
             found.distances[row, column] = distance
             found.entries[row, column] = entry
-            found.tokens[row, column] = datastore.tokens[entry]
-            found.documents[row, column] = datastore.documents[entry]
+            found.tokens[row, column] = tokens[entry]
+            found.documents[row, column] = documents[entry]
     return found
 
 
