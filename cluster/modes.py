@@ -130,12 +130,12 @@ class PhraseCrossAttention:
         datastore = Datastore.open(self.datastore)
         known = Phrases(datastore)
         everything = SubsetRetriever(datastore, np.empty(0, np.int64))
-        bank = recogniser.window_cache(everything)
+        cache = recogniser.window_cache(everything)
 
         def attention_source(one: Tokenized) -> AttentionSource:
             listed = self.phrases[one.utterance.id]
             windows = known.first_mentions(listed, self.mentions)
-            whole = AttentionSource(bank, self.attention, everything, windows)
+            whole = AttentionSource(cache, self.attention, everything, windows)
             if whole.whole:
                 return whole
             own = datastore.entries_of(listed)

@@ -139,8 +139,8 @@ def _searched(
     if mode in ("knn", "both"):
         found["retrieval"] = Retrieval(retriever, knn, weights)
     if mode in ("cross_attention", "both"):
-        bank = recogniser.window_cache(retriever)
-        found["attention"] = AttentionSource(bank, read, retriever, weights=weights)
+        cache = recogniser.window_cache(retriever)
+        found["attention"] = AttentionSource(cache, read, retriever, weights=weights)
     if options.shortlist:
         found["shortlist"] = _shortlist(Phrases(datastore), options.shortlist)
     return found
@@ -237,8 +237,8 @@ def _spoken(
         found["retrieval"] = Retrieval(retriever, _weighed(options, knn), weights)
     phrases = Phrases(datastore)
     if mode in ("cross_attention", "both"):
-        bank, whole = recogniser.window_cache(retriever), phrases.first_mentions()
-        found["attention"] = AttentionSource(bank, settings.attention, retriever, whole, weights)
+        cache, whole = recogniser.window_cache(retriever), phrases.first_mentions()
+        found["attention"] = AttentionSource(cache, settings.attention, retriever, whole, weights)
     many = len(listed) > settings.attention.whole
     most = options.shortlist if options.shortlist is not None else many * SHORTLIST
     if most:

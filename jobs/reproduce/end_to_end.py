@@ -65,8 +65,8 @@ def no_speech(lab: Lab) -> Artifact:
         if lab.attention is None:
             ways["knn"] = {"retrieval": Retrieval(retriever, store.knn)}
         else:
-            bank = recogniser.window_cache(retriever)
-            reading = AttentionSource(bank, store.attention, retriever)
+            cache = recogniser.window_cache(retriever)
+            reading = AttentionSource(cache, store.attention, retriever)
             ways["cross_attention"] = {"attention": reading}
         clips = list(unspoken(CLIPS, lab.experiment.seed))
         for setting, threshold in ((DETECTED, settings.speech), ("speech detector off", 0)):

@@ -27,7 +27,7 @@ from mmrag.retrieval.knn import gate
 from mmrag.retrieval.weights import Weights
 
 MAX_CACHED_WINDOWS = 4096
-"""Encoded windows that a bank keeps; beyond, it starts afresh."""
+"""Encoded windows that a cache keeps; beyond, it starts afresh."""
 ATTRIBUTED_WINDOWS = 3
 """Windows that a token's attention is attributed to."""
 
@@ -137,7 +137,7 @@ class AttentionSource:
     document they are of; otherwise `retriever` is asked, which then searches that list alone.
     """
 
-    bank: WindowCache
+    cache: WindowCache
     settings: RetrievedAttention
     retriever: Retriever
     entries: np.ndarray | None = None
@@ -188,7 +188,7 @@ class RetrievedMemory:
         """One reading a row; `capacity` is the longest that a row may get, in tokens."""
         self._lm = lm
         self._readings = list(attention_sources)
-        adapters = {id(one.bank.adapter): one.bank.adapter for one in attention_sources}
+        adapters = {id(one.cache.adapter): one.cache.adapter for one in attention_sources}
         if len(adapters) != 1:
             raise ValueError(f"clips decoded together read with {len(adapters)} adapters, not one")
         [self._adapter] = adapters.values()
@@ -354,12 +354,12 @@ class RetrievedMemory:
     def _lay_out(self) -> None:
         """Lay out what has changed; rows of several datastores side by side."""
         stale = np.flatnonzero(self._stale).tolist()
-        banks = {id(self._readings[row].bank): self._readings[row].bank for row in stale}
-        for bank in banks.values():
-            rows = [row for row in stale if self._readings[row].bank is bank]
+        caches = {id(self._readings[row].cache): self._readings[row].cache for row in stale}
+        for cache in caches.values():
+            rows = [row for row in stale if self._readings[row].cache is cache]
             own = [self._entries[row] for row in rows]
-            laid = _Layout(*bank.gather(own), *self._described(rows))
-            self._tokens[rows] = [bank.tokens(one) for one in own]
+            laid = _Layout(*cache.gather(own), *self._described(rows))
+            self._tokens[rows] = [cache.tokens(one) for one in own]
             whole = len(rows) == len(self._readings)
             if self._laid is None and not whole:
                 self._laid = laid.empty(len(self._readings))

@@ -155,7 +155,7 @@ def test_each_utterance_searches_its_own_documents_alone(directory):
     for one, retrieval in zip(batch, guide(batch)["retrieval"], strict=True):
         found = retrieval.retriever.search(queries, DOCUMENTS * TOKENS)
         entries = found.entries[found.entries >= 0].reshape(len(queries), -1)
-        documents = {everything.document_name(d) for d in everything.documents[entries[0]]}
+        documents = set(everything.document_names(everything.documents[entries[0]]))
         assert documents == set(named[one.utterance.id])
         assert entries.shape[1] == len(documents) * TOKENS
 
@@ -263,7 +263,7 @@ def test_every_row_reads_what_a_search_of_one_datastore_brings(directory, reader
     assert one.settings == READ_SETTINGS
     assert not one.whole
     assert one.retriever.datastore.entries == DOCUMENTS * TOKENS
-    assert one.bank.source is one.retriever
+    assert one.cache.source is one.retriever
 
 
 def test_a_retriever_that_is_open_is_used_as_it_is(directory, reader):
@@ -314,7 +314,7 @@ def test_a_long_list_is_searched_and_nothing_but_that_list(entities, reader):
     assert len(long.entries) > READ_SETTINGS.whole >= len(short.entries)
     assert short.whole and not long.whole
     queries = np.random.default_rng(3).standard_normal((5, WIDTH)).astype(np.float32)
-    names = [everything.document_name(document) for document in everything.documents]
+    names = everything.document_names(everything.documents)
     listed = np.array([entry for entry, name in enumerate(names) if name in phrases["a"]])
     apart = ((queries[:, None] - everything.keys_of(listed)) ** 2).sum(2)
     found = long.retriever.search(queries, len(listed) + 7)
@@ -336,12 +336,12 @@ def test_a_window_that_stands_in_many_lists_is_encoded_once(entities, reader):
     phrases = {"a": ["rome"], "b": ["rome", "maria", "peter pan"]}
     mode = PhraseCrossAttention(entities, READ_SETTINGS, phrases, MENTIONS)
     guide = mode.open(reader)
-    banks = [
-        reading.bank
+    caches = [
+        reading.cache
         for names in ("ab", "ba")
         for reading in guide(spoken(*names))["attention_sources"]
     ]
-    assert all(bank is banks[0] for bank in banks)
+    assert all(cache is caches[0] for cache in caches)
 
 
 def test_a_phrase_that_the_datastore_does_not_know_is_not_read(entities, reader):

@@ -361,9 +361,9 @@ class Reads:
 
     def of(self, lm):
         store = Store()
-        bank = WindowCache(self.adapter, lm, store)
+        cache = WindowCache(self.adapter, lm, store)
         return AttentionSource(
-            bank, RetrievedAttention(k=2, stride=1, whole=4), store, np.arange(3)
+            cache, RetrievedAttention(k=2, stride=1, whole=4), store, np.arange(3)
         )
 
 

@@ -346,9 +346,9 @@ def test_what_is_read_while_training_is_what_is_read_while_transcribing(every):
     lm, ids, adapter = random_lm(), draw_ids(), random_adapter(every=every)
     windows = draw_windows()
     taught = memory_of(adapter, lm, windows)
-    bank = WindowCache(adapter, lm, Shelf(windows))
+    cache = WindowCache(adapter, lm, Shelf(windows))
     rows = [np.array([e for e in row if e >= 0]) for row in windows.index.tolist()]
-    encoded, numbers = bank.gather(rows)
+    encoded, numbers = cache.gather(rows)
     assert numbers[0].tolist() == [0] * 4 + [1] * 3 + [2] + [-1] * 3
     assert numbers[1].tolist() == [0] * 4 + [1] * 2 + [-1] * 5
     assert numbers[2].tolist() == [0] * 3 + [1] * 4 + [2] * 4

@@ -224,7 +224,7 @@ def by_hand(lm, one, units, tokens, document=None):
         logp, shares = alone, {}
         if shown:
             entries = np.array([entry for entry, *_ in shown])
-            passages = one.bank.source.passages(entries)
+            passages = one.cache.source.passages(entries)
             windows = Windows(
                 tokens=torch.from_numpy(passages.tokens).long(),
                 present=torch.from_numpy(passages.present),
@@ -234,7 +234,7 @@ def by_hand(lm, one, units, tokens, document=None):
                 until=torch.tensor([[until for _, _, until, _ in shown]]),
             )
             start = torch.tensor([len(prompt) - 1])
-            memory = one.bank.adapter.memory(windows, lm.embedding, start, step + 1)
+            memory = one.cache.adapter.memory(windows, lm.embedding, start, step + 1)
             output = lm(ids, memory=memory)
             logp = allowed_logp(output.logits[-1])
             attention = output.attention.mean(0)[0, -1].unflatten(-1, (-1, WINDOW)).sum(-1)
@@ -323,15 +323,15 @@ def test_what_a_search_brings_is_read_until_the_next_as_by_hand(every, beams, se
 def test_clips_that_read_together_are_decoded_as_if_alone(every, beams, stride):
     """`stride` None is for lists that are read whole."""
     lm, adapter, speech = random_lm(), random_adapter(every), clips(4)
-    limits, bank = [3, 11, 6, 9], WindowCache(adapter, lm, Store())
+    limits, cache = [3, 11, 6, 9], WindowCache(adapter, lm, Store())
     if stride is None:
         lists = [LISTS[0], LISTS[2], LISTS[0], LISTS[3]]
         attention_sources = [
-            AttentionSource(bank, read(), bank.source, np.array(entries)) for entries in lists
+            AttentionSource(cache, read(), cache.source, np.array(entries)) for entries in lists
         ]
     else:
         attention_sources = [
-            AttentionSource(bank, read(stride=stride), bank.source) for _ in speech
+            AttentionSource(cache, read(stride=stride), cache.source) for _ in speech
         ]
     together = listen(lm, speech, attention_sources, beams, limits)
     assert len({len(one.choices) for one in together}) > 1, "rows leave the batch one by one"
@@ -541,19 +541,19 @@ def test_a_window_is_encoded_once_however_often_it_is_found():
 
 def test_a_list_is_encoded_at_once():
     lm, adapter, store = random_lm(), Counting(), Store()
-    bank = WindowCache(adapter, lm, store)
-    lists = [AttentionSource(bank, read(), store, np.array(own)) for own in LISTS]
+    cache = WindowCache(adapter, lm, store)
+    lists = [AttentionSource(cache, read(), store, np.array(own)) for own in LISTS]
     listen(lm, clips(4), lists)
     assert adapter.calls == [len({entry for own in LISTS for entry in own})]
 
 
 @torch.no_grad()
-def test_a_bank_hands_out_each_rows_windows_token_by_token():
+def test_a_window_cache_hands_out_each_rows_windows_token_by_token():
     lm, adapter, store = random_lm(), random_adapter(1), Store()
-    bank = WindowCache(adapter, lm, store)
+    cache = WindowCache(adapter, lm, store)
     rows = [np.array([0, 20, 0]), np.array([59]), np.empty(0, np.int64), np.array([20, 5])]
     for _ in range(2):  # at first all of them are new, then none
-        encoded, numbers = bank.gather(rows)
+        encoded, numbers = cache.gather(rows)
         counts = [store.passages(row).present.sum(1).tolist() for row in rows]
         assert encoded.shape == (2, 2, 4, 2, max(map(sum, counts)), 8)
         assert encoded.is_contiguous()
@@ -646,10 +646,10 @@ def test_only_rows_that_changed_are_laid_out_again():
 def test_a_window_cache_that_is_full_starts_afresh(monkeypatch):
     monkeypatch.setattr(memory, "MAX_CACHED_WINDOWS", 4)
     lm, adapter = random_lm(), Counting(1)
-    bank = WindowCache(adapter, lm, Store())
+    cache = WindowCache(adapter, lm, Store())
     asked = [[0, 20], [20, 41], [5], [0, 5, 59], [59, 20], [1, 2, 3, 4, 6, 7], [7], [8]]
     for entries in asked:
-        got = bank.gather([np.array(entries)])
+        got = cache.gather([np.array(entries)])
         wanted = WindowCache(random_adapter(1), lm, Store()).gather([np.array(entries)])
         torch.testing.assert_close(got, wanted)
     # [0, 5, 59] does not fit beside [0, 20, 41, 5]: all of it anew. Six at once are kept as they
@@ -666,10 +666,10 @@ def test_windows_that_no_shard_has_do_not_fill_the_memory(monkeypatch):
             found = super().passages(entries)
             return replace(found, present=np.zeros_like(found.present))
 
-    bank = WindowCache(random_adapter(1), random_lm(), Emptied())
+    cache = WindowCache(random_adapter(1), random_lm(), Emptied())
     for _ in range(40):
-        bank.gather([np.array([1, 20, 41])])
-    assert len(bank._encoded) <= 2 * 8
+        cache.gather([np.array([1, 20, 41])])
+    assert len(cache._encoded) <= 2 * 8
 
 
 @pytest.mark.parametrize("every", EVERY.values(), ids=EVERY)
@@ -780,9 +780,9 @@ def kinds(lm, adapter, beams=1):
     """Clips that read whole lists and what is searched, ask neighbours, favour phrases, stand
     after a context; and one that does nothing of all that."""
     first, second = Store(seed=0), Store(seed=7)
-    bank = WindowCache(adapter, lm, first)
-    searching = AttentionSource(bank, read(stride=2), first)
-    whole = AttentionSource(bank, read(), first, np.array(LISTS[0]))
+    cache = WindowCache(adapter, lm, first)
+    searching = AttentionSource(cache, read(stride=2), first)
+    whole = AttentionSource(cache, read(), first, np.array(LISTS[0]))
     other = reading_of(lm, adapter, second, stride=3, k=5, gate=16.0)
     starts = torch.ones(VOCABULARY.size, dtype=torch.bool)
     boost = Boost([[FIRST, LAST, FIRST + 1]], 1.0, starts)
@@ -886,8 +886,8 @@ def test_a_clip_that_reads_with_another_adapter_is_refused_and_the_batch_goes_on
 
 def test_a_windows_weight_multiplies_its_place_in_attention():
     adapter, store = random_adapter(), Store()
-    bank = WindowCache(adapter, random_lm(), store)
-    encoded, windows = bank.gather([np.array([3, 15, 27], np.int64)])
+    cache = WindowCache(adapter, random_lm(), store)
+    encoded, windows = cache.gather([np.array([3, 15, 27], np.int64)])
     x, key = torch.randn(2, 1, 1, WIDTH, generator=torch.Generator().manual_seed(0))
     block, memory, visible = adapter.blocks[0], encoded[0].transpose(0, 1), (windows >= 0)[:, None]
     plain, shares = block(x, key, memory, visible)
@@ -912,12 +912,12 @@ def test_rows_keep_the_weights_of_their_windows_as_they_come_and_go(order, weigh
     entries = np.array([3, 15, 27], np.int64)
     rules = RetrievedAttention(k=3, stride=1, whole=10)
     lean = Weights(entries, np.log(np.array(weights, np.float32)))
-    bank = WindowCache(adapter, lm, store)
+    cache = WindowCache(adapter, lm, store)
     sources = [
-        AttentionSource(bank, rules, store, entries[:2], lean),
-        AttentionSource(bank, rules, store, entries, None),
-        AttentionSource(bank, rules, store, entries, lean),
-        AttentionSource(bank, rules, store, entries[:1], None),
+        AttentionSource(cache, rules, store, entries[:2], lean),
+        AttentionSource(cache, rules, store, entries, None),
+        AttentionSource(cache, rules, store, entries, lean),
+        AttentionSource(cache, rules, store, entries[:1], None),
     ]
 
     def laid(chosen):
