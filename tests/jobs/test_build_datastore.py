@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 from jobs import build_datastore, stage
+from jobs.build_datastore import Texts
 from mmrag import artifact
 from mmrag.artifact import ArtifactError
 from mmrag.config import ConfigError, Experiment
 from mmrag.corpora import manifest
 from mmrag.model import pretrained
 from mmrag.model.states import read_states
-from mmrag.model.vocabulary import EOS
-from mmrag.records import Utterance
+from mmrag.model.vocabulary import EOS, Vocabulary
+from mmrag.records import Rejection, Utterance
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.index import saved_shards
 from mmrag.retrieval.phrases import Phrases, utterances
@@ -42,13 +43,18 @@ def with_datastore(experiment: Experiment, **changes) -> Experiment:
     return experiment.model_copy(update={"datastore": settings})
 
 
+def utterances_of(store: Datastore) -> list[str]:
+    """The utterance of each entry."""
+    return [utterance for _, utterance in store.origins(np.arange(store.entries))]
+
+
 def test_each_token_of_each_text_is_an_entry_and_so_is_the_end(workspace, stores, read):
     _, vocabulary = pretrained.load(workspace.path / "lm")
     expected = [t for one in read for t in (*vocabulary.encode(one.utterance.text), EOS)]
     names = [one.utterance.id for one in read for _ in (*vocabulary.encode(one.utterance.text), 0)]
     for store in stores.values():
         assert store.tokens.tolist() == expected
-        assert [store.utterance_name(entry) for entry in range(store.entries)] == names
+        assert utterances_of(store) == names
 
 
 @pytest.mark.parametrize(("name", "heard"), [("text", False), ("multimodal", True)])
@@ -88,23 +94,6 @@ def test_a_datastore_says_what_keyed_it_and_how_it_is_sharded(workspace, stores)
         assert made.summary["shards"] == len(shards)
 
 
-def test_a_file_of_lines_becomes_a_datastore_keyed_by_synthetic_speech(borrow, tmp_path):
-    names = tmp_path / "names.txt"
-    names.write_text("call bhavika ruto\n\nport darnby is closed\n")
-    experiment = with_datastore(
-        borrow("hubert", "codebook", "lm"), name="names", source=str(names), audio="spoken"
-    )
-    made = build_datastore.run(experiment)
-    assert made.summary["utterances"] == 2
-    store = Datastore.open(made.path)
-    lm, vocabulary = pretrained.load(experiment.workspace / "lm")
-    texts = [vocabulary.encode(line) for line in ("call bhavika ruto", "port darnby is closed")]
-    assert store.tokens.tolist() == [*texts[0], EOS, *texts[1], EOS]
-    unheard, *_ = read_states(lm, vocabulary, texts, [None, None], logits=False)
-    assert not np.allclose(store.keys(0, store.entries), unheard.numpy(), atol=5e-2)
-    assert store.utterance_name(store.entries - 1) == "names.txt:3"
-
-
 def test_a_synthesizer_whose_files_are_not_there_is_named(borrow, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("call bhavika ruto\n")
@@ -120,6 +109,71 @@ def test_a_synthesizer_whose_files_are_not_there_is_named(borrow, tmp_path):
 
 
 PHRASES = ("bhavika ruto", "port darnby", "ruto")
+
+
+@pytest.fixture
+def rows(workspace):
+    """`rows(source, …)`: what is read of a file, with these changes of the settings."""
+    vocabulary = Vocabulary.load(workspace.path / "lm")
+
+    def read(source, **changes) -> list[Tokenized | Rejection]:
+        settings = with_datastore(workspace.experiment, **changes).datastore
+        return list(Texts(artifact.outside(source), settings, 0, vocabulary).rows())
+
+    return read
+
+
+def test_lines_are_read_as_they_are_spoken_and_what_cannot_be_is_rejected(rows, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_bytes("\ufeffRenée Dubois\r\n日本語\r\n\n---\r\nA1C\r\n".encode())
+    renee, japanese, dashes, a1c = rows(names)
+    assert renee.utterance == Utterance("names.txt:1", text="Renee Dubois", document="names.txt:1")
+    assert a1c.utterance == Utterance("names.txt:5", text="A one C", document="names.txt:5")
+    letters = "this model has no letters for '日', '本', '語'"
+    assert japanese == Rejection("names.txt:2", f"'日本語' cannot be spoken: {letters}")
+    assert dashes == Rejection("names.txt:4", "nothing to listen for in '---'")
+    assert rows(names, utterances=2) == [renee, japanese], "no further than is wanted"
+
+
+@pytest.mark.parametrize("name", ["phrases.json", "phrases.txt", "phrases.jsonl"])
+def test_a_manifest_is_known_by_what_it_holds(rows, tmp_path, name):
+    said = list(utterances(PHRASES[:1]))
+    manifest.write(tmp_path / name, said)
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf\n" + (tmp_path / name).read_bytes())
+    assert [one.utterance for one in rows(tmp_path / name)] == said
+
+
+def test_of_a_manifest_one_domain_is_read(rows, tmp_path):
+    said = [Utterance(id=name, text=f"call {name}", domain=name) for name in ("home", "office")]
+    manifest.write(tmp_path / "names.jsonl", said)
+    [office] = rows(tmp_path / "names.jsonl", domain="office")
+    assert office.utterance.id == "office"
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"text": "call bhavi', "not JSON"),
+        ('{"entities": ["ruto"]}', "neither audio_filepath nor text"),
+        ('{"text": "call ruto", "utterance": "line-1"}', "also on line 1"),
+    ],
+)
+def test_a_damaged_line_of_a_manifest_is_named(rows, tmp_path, line, reason):
+    phrases = tmp_path / "phrases.jsonl"
+    phrases.write_text(json.dumps({"text": "call bhavika ruto"}) + "\n\n" + line + "\n")
+    with pytest.raises(ValueError, match=rf"phrases\.jsonl:3: .*{reason}"):
+        rows(phrases)
+
+
+def test_of_a_source_with_a_damaged_line_nothing_is_built(borrow, tmp_path):
+    phrases = tmp_path / "phrases.jsonl"
+    phrases.write_text(json.dumps({"text": "call bhavika ruto"}) + "\n{\n")
+    experiment = with_datastore(
+        borrow("codebook", "lm"), source=str(phrases), audio="none", entries="entities"
+    )
+    with pytest.raises(ValueError, match=r"phrases\.jsonl:2: not JSON"):
+        build_datastore.run(experiment)
+    assert not (experiment.workspace / "datastores" / "multimodal").exists()
 
 
 @pytest.mark.parametrize("audio", ["none", "spoken"])
@@ -160,8 +214,7 @@ def test_of_a_manifest_entities_alone_become_entries_each_a_document(borrow, tmp
         assert vocabulary.decode(store.tokens[entries]) == entity
         assert store.tokens[entries].tolist() == text[place]
         assert store.positions[entries].tolist() == list(range(place.start, place.stop))
-        assert {store.utterance_name(entry) for entry in entries} == {one.id}
-        assert {store.document_name(store.documents[entry]) for entry in entries} == {entity}
+        assert set(store.origins(entries)) == {(entity, one.id)}
         unheard, *_ = read_states(lm, vocabulary, [text], [None], logits=False)
         same = np.allclose(store.keys_of(entries), unheard.numpy()[place], atol=5e-3)
         assert same == (audio == "none"), entity
@@ -195,7 +248,7 @@ def test_of_spoken_utterances_every_entity_is_a_document_keyed_by_its_speech(ada
             place = vocabulary.find(entity, text)
             entries = np.arange(start, start := start + place.stop - place.start)
             assert np.allclose(store.keys_of(entries), keys.numpy()[place], atol=5e-3)
-            assert {store.document_name(store.documents[entry]) for entry in entries} == {entity}
+            assert set(store.document_names(store.documents[entries])) == {entity}
     assert start == store.entries
 
 
@@ -208,27 +261,7 @@ def test_of_a_manifest_without_the_setting_every_token_is_an_entry(borrow, tmp_p
     store = Datastore.open(build_datastore.run(experiment).path)
     _, vocabulary = pretrained.load(experiment.workspace / "lm")
     assert store.tokens.tolist() == [t for one in said for t in (*vocabulary.encode(one.text), EOS)]
-    assert {store.document_name(document) for document in store.documents} == {PHRASES[0]}
-
-
-def test_lines_that_cannot_be_spoken_are_reported_and_the_others_read(borrow, tmp_path):
-    names = tmp_path / "names.txt"
-    names.write_bytes("\ufeffRenée Dubois\r\n日本語\r\n---\r\nA1C\r\n".encode())
-    experiment = with_datastore(
-        borrow("codebook", "lm"), name="names", source=str(names), audio="none"
-    )
-    made = build_datastore.run(experiment)
-    assert (made.summary["utterances"], made.summary["rejected"]) == (2, 2)
-    store = Datastore.open(made.path)
-    _, vocabulary = pretrained.load(experiment.workspace / "lm")
-    texts = [vocabulary.encode(line) for line in ("Renée Dubois", "A1C")]
-    assert store.tokens.tolist() == [*texts[0], EOS, *texts[1], EOS]
-    assert [vocabulary.decode(text) for text in texts] == ["renee dubois", "a one c"]
-    lines = (made.path / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
-    told = [json.loads(line) for line in lines]
-    assert [one["source"] for one in told] == ["names.txt:2", "names.txt:3"]
-    assert "no letters for '日', '本', '語'" in told[0]["reason"]
-    assert "nothing to listen for" in told[1]["reason"]
+    assert set(store.document_names(store.documents)) == {PHRASES[0]}
 
 
 def test_entities_are_found_as_they_are_spoken_and_named_as_written(borrow, tmp_path):
@@ -244,25 +277,6 @@ def test_entities_are_found_as_they_are_spoken_and_named_as_written(borrow, tmp_
     _, vocabulary = pretrained.load(experiment.workspace / "lm")
     assert Phrases(store).names == ["Renée Dubois", "2"]
     assert vocabulary.decode(store.tokens) == "renee dubois two"
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        ('{"text": "call bhavi', "not JSON"),
-        ('{"entities": ["ruto"]}', "neither audio_filepath nor text"),
-        ('{"text": "call ruto", "utterance": "line-1"}', "also on line 1"),
-    ],
-)
-def test_a_damaged_line_of_a_manifest_is_named(borrow, tmp_path, line, reason):
-    phrases = tmp_path / "phrases.jsonl"
-    phrases.write_text(json.dumps({"text": "call bhavika ruto"}) + "\n\n" + line + "\n")
-    experiment = with_datastore(
-        borrow("codebook", "lm"), source=str(phrases), audio="none", entries="entities"
-    )
-    with pytest.raises(ValueError, match=rf"phrases\.jsonl:3: .*{reason}"):
-        build_datastore.run(experiment)
-    assert not (experiment.workspace / "datastores" / "multimodal").exists()
 
 
 @pytest.mark.parametrize("name", ["names.txt", "names.jsonl"])
@@ -288,21 +302,6 @@ def test_a_source_without_an_utterance_is_an_error_that_says_what_was_looked_for
         build_datastore.run(mistyped)
 
 
-def test_of_a_manifest_one_domain_is_read(borrow, tmp_path):
-    source = tmp_path / "names.jsonl"
-    source.write_text(
-        "".join(
-            json.dumps({"utterance": domain, "text": f"call {domain}", "domain": domain}) + "\n"
-            for domain in ("home", "office")
-        )
-    )
-    experiment = with_datastore(
-        borrow("codebook", "lm"), source=str(source), audio="none", domain="office"
-    )
-    store = Datastore.open(build_datastore.run(experiment).path)
-    assert {store.utterance_name(entry) for entry in range(store.entries)} == {"office"}
-
-
 def test_a_source_that_is_not_there_is_named(borrow, tmp_path):
     experiment = borrow("codebook", "lm")
     for audio in ("paired", "none"):
@@ -311,12 +310,8 @@ def test_a_source_that_is_not_there_is_named(borrow, tmp_path):
             build_datastore.run(missing)
 
 
-def rejected(directory) -> list[dict]:
-    return [json.loads(line) for line in (directory / "rejected.jsonl").open()]
-
-
 @pytest.mark.parametrize("audio", ["none", "spoken"])
-def test_a_line_that_cannot_be_used_is_named_and_the_others_are_used(borrow, tmp_path, audio):
+def test_of_lines_those_that_can_be_used_are_and_the_others_named(borrow, tmp_path, audio):
     names = tmp_path / "names.txt"
     names.write_bytes(
         b"\xef\xbb\xbfcall bhavika ruto\r\n----\r\n" + "\n日本語\n123 !!\n١٢\n".encode()
@@ -334,17 +329,26 @@ def test_a_line_that_cannot_be_used_is_named_and_the_others_are_used(borrow, tmp
         "names.txt:2": "nothing to listen for in '----'",
         "names.txt:4": "'日本語' cannot be spoken: this model has no letters for '日', '本', '語'",
     }
-    assert {one["source"]: one["reason"] for one in rejected(made.path)} == left_out
+    rejected = map(json.loads, (made.path / "rejected.jsonl").open(encoding="utf-8"))
+    assert {one["source"]: one["reason"] for one in rejected} == left_out
     for source, reason in left_out.items():
         assert f"left out: {source}: {reason}" in said.get()
     assert made.summary["rejected"] == len(left_out)
     assert made.summary["utterances"] == 3
     store = Datastore.open(made.path)
-    kept = [f"names.txt:{number}" for number in (1, 5, 6)]
-    assert list(dict.fromkeys(map(store.utterance_name, range(store.entries)))) == kept
-    _, vocabulary = pretrained.load(experiment.workspace / "lm")
-    first = vocabulary.encode("call bhavika ruto")
-    assert store.tokens[: len(first)].tolist() == first, "a byte-order mark is no part of a line"
+    lm, vocabulary = pretrained.load(experiment.workspace / "lm")
+    kept = {1: "call bhavika ruto", 5: "123 !!", 6: "١٢"}
+    texts = [vocabulary.encode(text) for text in kept.values()]  # without a byte-order mark
+    assert store.tokens.tolist() == [token for text in texts for token in (*text, EOS)]
+    names = [
+        f"names.txt:{number}"
+        for number, text in zip(kept, texts, strict=True)
+        for _ in (*text, EOS)
+    ]
+    assert utterances_of(store) == names
+    unheard, *_ = read_states(lm, vocabulary, texts, [None] * len(texts), logits=False)
+    same = np.allclose(store.keys(0, store.entries), unheard.numpy(), atol=5e-3)
+    assert same == (audio == "none")
 
 
 def test_a_source_of_which_nothing_can_be_used_fails_and_says_why(borrow, tmp_path):
@@ -357,18 +361,6 @@ def test_a_source_of_which_nothing_can_be_used_fails_and_says_why(borrow, tmp_pa
     with pytest.raises(ValueError, match=f"nothing of {names} can be used: {why}"):
         build_datastore.run(experiment)
     assert not (experiment.workspace / "datastores" / "names").exists()
-
-
-@pytest.mark.parametrize("name", ["phrases.json", "phrases.txt", "phrases.jsonl"])
-def test_a_manifest_is_known_by_what_it_holds(borrow, tmp_path, name):
-    said = list(utterances(PHRASES[:1]))
-    manifest.write(tmp_path / name, said)
-    (tmp_path / name).write_bytes(b"\xef\xbb\xbf\n" + (tmp_path / name).read_bytes())
-    experiment = with_datastore(
-        borrow("codebook", "lm"), source=str(tmp_path / name), audio="none", entries="entities"
-    )
-    store = Datastore.open(build_datastore.run(experiment).path)
-    assert {store.document_name(document) for document in store.documents} == {PHRASES[0]}
 
 
 def test_a_json_array_is_no_text(borrow, tmp_path):
