@@ -147,10 +147,15 @@ def step(count: int, finals: Sequence[Final]) -> dict[str, Any]:
             Counter(one.problem for one in finals if one.problem and one.problem != UNHEARD)
         ),
         "early": sum(one.deltas > 1 for one in finals) / max(1, len(times)),
-        **{
-            f"p{share}_ms": float(np.percentile(times, share)) if times else None
-            for share in (50, 95, 99)
-        },
+        **percentiles(times),
+    }
+
+
+def percentiles(times: Sequence[float]) -> dict[str, float | None]:
+    """Of milliseconds; None where there are none."""
+    return {
+        f"p{share}_ms": float(np.percentile(times, share)) if times else None
+        for share in (50, 95, 99)
     }
 
 

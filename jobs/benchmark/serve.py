@@ -28,7 +28,7 @@ from jobs.benchmark.endpoint import Endpoint, EndpointError
 from jobs.benchmark.load import CONNECTION, HANG, Answer, Plan
 from jobs.benchmark.plain import BaselinePlan
 from jobs.benchmark.process import LOAD, PLAIN, Process
-from jobs.benchmark.realtime import TRANSCRIBE
+from jobs.benchmark.realtime import TRANSCRIBE, percentiles
 from jobs.benchmark.targets import OVERLOAD, STEADY_LOAD, TAIL_LOAD, TARGETS
 from mmrag import shipped
 from mmrag.config import Synthesize, Workers
@@ -201,7 +201,7 @@ class Serving:
         return {
             "way": best["way"],
             "requests_per_second": best["requests_per_second"],
-            "alone_p50_ms": percentiles(alone)["p50_ms"],
+            "alone_p50_ms": percentiles(times(alone))["p50_ms"],
             "texts": {str(one.clip): one.text for one in alone},
             "levels": levels,
         }
@@ -224,7 +224,7 @@ class Serving:
         rate = TAIL_LOAD * best["requests_per_second"]
         progress.print(f"random arrivals, {rate:.1f} requests a second")
         answers = self._load(rate=rate, seconds=self.pace.tail)
-        tail = {"rate": rate, "statuses": statuses(answers), **percentiles(answers)}
+        tail = {"rate": rate, "statuses": statuses(answers), **percentiles(times(answers))}
         return {
             "first": first,
             "saturation": best,
@@ -269,7 +269,7 @@ class Serving:
                 time.sleep(SAMPLE_SECONDS)
                 memory.append(service.memory_mb())
             answers = _answers(load.result())
-        accepted = percentiles(answers)
+        accepted = percentiles(times(answers))
         median = accepted["p50_ms"]
         return {
             "rate": rate,
@@ -370,18 +370,14 @@ def level(
         "concurrency": callers,
         "requests_per_second": len(good) / (stop - start),
         "real_time_factor": (stop - start) / sum(lengths[one.clip] for one in good),
-        **percentiles(good),
+        **percentiles(times(good)),
         "statuses": statuses(answers),
     }
 
 
-def percentiles(answers: Sequence[Answer]) -> dict[str, float | None]:
-    """Of the time that transcripts took, milliseconds; None where there are none."""
-    times = [1e3 * one.seconds for one in answers if one.status == "200"]
-    return {
-        f"p{share}_ms": float(np.percentile(times, share)) if times else None
-        for share in (50, 95, 99)
-    }
+def times(answers: Sequence[Answer]) -> list[float]:
+    """That transcripts took, milliseconds."""
+    return [1e3 * one.seconds for one in answers if one.status == "200"]
 
 
 def statuses(answers: Sequence[Answer]) -> dict[str, int]:

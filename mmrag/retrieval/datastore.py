@@ -393,10 +393,6 @@ class Datastore:
                 return int(one.arrays[IDS][local])
         return None
 
-    def document_name(self, document: int) -> str:
-        """The name of document `document`."""
-        return self.document_names(np.array([document]))[0]
-
     def document_names(self, documents: np.ndarray) -> list[str]:
         """The names of documents (M,) by their ids; IndexError for one that there is not."""
         names: dict[int, str] = {}
@@ -411,11 +407,6 @@ class Datastore:
         if len(missing):
             raise IndexError(f"{self} has no document {missing[0]}")
         return [names[number] for number in np.asarray(documents).tolist()]
-
-    def utterance_name(self, entry: int) -> str:
-        """The id of the utterance that an entry comes from."""
-        [(_, name)] = self.origins(np.array([entry]))
-        return name
 
     def _gather(self, field: str, entries: np.ndarray) -> np.ndarray:
         """Rows of one of the large arrays: (M,) -> (M, …)."""

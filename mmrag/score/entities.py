@@ -51,7 +51,14 @@ class Detection:
 
 @dataclass(frozen=True)
 class EntityScore:
-    """What a table says about entities."""
+    """What a table says about entities, and WER of their words and of the others, in
+    `word_error_rate`'s alignment.
+
+    A reference word belongs to an entity where all the entity's words stand there one after the
+    other; a substitution and a deletion belong to their reference word. An inserted word belongs to
+    an entity if it is a word of one of the utterance's entities. So the counts of both add up to
+    those of `word_error_rate`.
+    """
 
     detection: Detection
     entity_words: ErrorRate
@@ -196,25 +203,6 @@ def _detect(
             true = max(listed[words], said.count(_bounded(words)))
             false_alarms += max(0, _bounded(heard).count(_bounded(words)) - true)
     return Detection(recalled.found, recalled.total, false_alarms)
-
-
-def entity_error_rates(
-    references: Sequence[str],
-    hypotheses: Sequence[str],
-    entities: Sequence[Sequence[str]],
-    resamples: int = 1000,
-    seed: int = 0,
-) -> tuple[ErrorRate, ErrorRate]:
-    """WER of the words of entities, and WER of the other words, in `word_error_rate`'s alignment.
-
-    A reference word belongs to an entity where all the entity's words stand there one after the
-    other; a substitution and a deletion belong to their reference word. An inserted word belongs to
-    an entity if it is a word of one of the utterance's entities. So the counts of both add up to
-    those of `word_error_rate`. Raises ValueError as `entity_recall` does.
-    """
-    counts = _kinds(references, hypotheses, entities)
-    rates = [partial_error_rate(counts[:, kind], resamples, seed) for kind in (ENTITY, OTHER)]
-    return rates[ENTITY], rates[OTHER]
 
 
 def _kinds(

@@ -64,13 +64,6 @@ def word_error_rate(
     return error_rate(word_counts(references, hypotheses), resamples, seed)
 
 
-def character_error_rate(
-    references: Sequence[str], hypotheses: Sequence[str], resamples: int = 1000, seed: int = 0
-) -> ErrorRate:
-    """As `word_error_rate`, over characters; the space between two words is one."""
-    return error_rate(character_counts(references, hypotheses), resamples, seed)
-
-
 def align(reference: str, hypothesis: str) -> list[Edit]:
     """The edits that turn `reference` into `hypothesis`, both as they are spoken, in order."""
     [edits] = alignments([reference], [hypothesis])
@@ -101,7 +94,7 @@ def word_counts(references: Sequence[str], hypotheses: Sequence[str]) -> np.ndar
 
 
 def character_counts(references: Sequence[str], hypotheses: Sequence[str]) -> np.ndarray:
-    """As `word_counts`, of characters."""
+    """As `word_counts`, of characters; the space between two words is one."""
     return _counts(jiwer.process_characters(*_normalised(references, hypotheses)))
 
 

@@ -50,7 +50,7 @@ def test_keys_over_recordings_are_the_states_of_the_checkpoint(heard, paired):
     loaded = load_decoder(heard.models)
     lines = manifest.read(heard.workspace / "corpus" / "datastore.jsonl")
     said = {one.id: one for one in lines}
-    names = [paired.utterance_name(entry) for entry in range(paired.entries)]
+    names = [utterance for _, utterance in paired.origins(np.arange(paired.entries))]
     assert set(names) == set(said)
     for name in dict.fromkeys(names[:40]):
         entries = [entry for entry, each in enumerate(names) if each == name]

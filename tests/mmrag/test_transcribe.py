@@ -328,7 +328,7 @@ def test_words_of_a_real_search_name_entries_documents_and_windows(recogniser, s
     for source in sources:
         assert source.document == f"document {source.utterance.removeprefix('u')}"
         assert source.text in TEXTS[int(source.utterance[1:])]
-        assert store.utterance_name(source.entry) == source.utterance
+        assert store.origins(np.array([source.entry])) == [(source.document, source.utterance)]
         assert source.distance >= 0
     unnamed = list(transcribe(noise(3), recogniser, OPTIONS, retrieval))
     assert all(word.source is None for word in unnamed[0].words)
@@ -389,10 +389,8 @@ def test_the_sources_of_all_words_are_looked_up_at_once(recogniser, store):
     assert sorted(counting.asked) == [("origins", [7, 2]), ("windows", [7, 2])]
     assert found == words(heard, vocabulary, store)
     assert [word.source and word.source.entry for word in found] == [7, None, 2]
-    assert [word.source.utterance for word in found[::2]] == [
-        store.utterance_name(7),
-        store.utterance_name(2),
-    ]
+    sources = [(word.source.document, word.source.utterance) for word in found[::2]]
+    assert sources == store.origins(np.array([7, 2]))
     alone = heard_by(Choice(call, -0.1, -1.0, call))
     counting.asked.clear()
     assert words(alone, vocabulary, counting)[0].source is None
@@ -526,7 +524,7 @@ def test_attention_is_averaged_over_a_words_tokens_and_its_distance_is_the_least
     assert (first.entry, first.distance) == (4, None), "a list that was read whole has no distance"
     assert (second.entry, second.distance) == (1, 6.0)
     assert second.attention == pytest.approx(0.35)
-    assert second.utterance == store.utterance_name(1)
+    assert [(second.document, second.utterance)] == store.origins(np.array([1]))
 
 
 def test_what_was_attended_to_goes_before_what_voted(recogniser, store):

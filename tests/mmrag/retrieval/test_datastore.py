@@ -72,10 +72,15 @@ def test_entries_come_back_in_the_order_of_publication(directory):
 def test_documents_are_numbered_by_first_appearance_over_all_segments(directory):
     datastore = Datastore.open(directory)
     np.testing.assert_array_equal(datastore.documents, [0, 0, 1, 1, 2, 2, 0, 0])
-    assert [datastore.document_name(document) for document in range(3)] == ["book", "call", "news"]
+    assert datastore.document_names(np.arange(3)) == ["book", "call", "news"]
     assert datastore.document_id("news") == 2
     assert datastore.document_id("nowhere") is None
-    assert [datastore.utterance_name(entry) for entry in (0, 3, 4, 7)] == ["u1", "u2", "u3", "u4"]
+    assert datastore.origins(np.array([0, 3, 4, 7])) == [
+        ("book", "u1"),
+        ("call", "u2"),
+        ("news", "u3"),
+        ("book", "u4"),
+    ]
 
 
 def test_a_document_keeps_its_number_whichever_segment_names_it(directory):
@@ -91,7 +96,7 @@ def test_a_document_keeps_its_number_whichever_segment_names_it(directory):
     assert datastore.document_names(np.array([3, 0, 3, 1])) == ["new", "book", "new", "call"]
     assert datastore.entries_of(["new"]).tolist() == [8, 9, 12, 13]
     with pytest.raises(IndexError, match="no document 4"):
-        datastore.document_name(4)
+        datastore.document_names(np.array([0, 4]))
 
 
 def test_columns_are_read_like_arrays(directory):
@@ -157,8 +162,7 @@ def test_joined_segments_are_read_as_if_published_one_after_the_other(directory,
     np.testing.assert_array_equal(joined.windows(everything), apart.windows(everything))
     for field in ("tokens", "positions", "documents"):
         np.testing.assert_array_equal(getattr(joined, field), getattr(apart, field))
-    names = [[datastore.utterance_name(e) for e in everything] for datastore in (joined, apart)]
-    assert names[0] == names[1]
+    assert joined.origins(everything) == apart.origins(everything)
 
 
 def test_publishing_is_all_or_nothing(directory):
@@ -604,7 +608,7 @@ def test_documents_have_their_numbers_whether_digests_are_kept_or_read(
         add(directory, name)
     store = Datastore.open(directory)
     assert store.documents.tolist() == [0, 0, 1, 1, 2, 2, 0, 0, 3, 3, 4, 4, 0, 0, 3, 3]
-    assert [store.document_name(n) for n in range(5)] == ["book", "call", "news", "letter", "diary"]
+    assert store.document_names(np.arange(5)) == ["book", "call", "news", "letter", "diary"]
 
 
 def test_a_datastore_that_nobody_holds_is_unmapped_and_what_is_held_stays(directory):

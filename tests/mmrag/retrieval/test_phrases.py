@@ -88,8 +88,12 @@ def test_each_time_a_phrase_was_spoken_is_a_window_of_its_own_tokens(tmp_path):
         found = store.passages(np.array(known.mentions(name)))
         for row, present in zip(found.tokens, found.present, strict=True):
             assert row[present].tolist() == tokens
-    said = [[store.utterance_name(e) for e in known.mentions(name)] for name in known.names]
-    assert said == [["u0", "u2", "u4"], ["u1", "u4"], ["u3"]]
+    said = [store.origins(np.array(known.mentions(name))) for name in known.names]
+    assert said == [
+        [("maria", "u0"), ("maria", "u2"), ("maria", "u4")],
+        [("rome", "u1"), ("rome", "u4")],
+        [("peter", "u3")],
+    ]
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 6, 7])
@@ -409,4 +413,4 @@ def test_what_sounds_alike_is_told_by_phrases_of_several_pronunciations(tmp_path
     known._ways = {"maria": 2}
     assert len(known.first_mentions()) == 4, "each pronunciation is read"
     alike = {name: {name, *others} for name, others in known.alike(2).items()}
-    assert alike == dict.fromkeys(["maria", "rome", "peter"], {"maria", "rome", "peter"})
+    assert alike == {name: {"maria", "rome", "peter"} for name in ("maria", "rome", "peter")}

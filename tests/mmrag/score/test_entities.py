@@ -8,7 +8,6 @@ from mmrag.score import (
     Detection,
     ErrorRate,
     detect_entities,
-    entity_error_rates,
     entity_recall,
     score_entities,
     word_error_rate,
@@ -106,17 +105,18 @@ def test_what_is_found_is_what_entity_recall_finds(utterances):
 def test_errors_belong_to_the_words_of_entities_or_to_the_others(
     own, reference, hypothesis, entity, other
 ):
-    entity_words, other_words = entity_error_rates([reference], [hypothesis], [own], 5)
-    assert counts(entity_words) == entity
-    assert counts(other_words) == other
-    assert (entity_words.rate is None) == (entity[3] == 0)
+    scored = score_entities([reference], [hypothesis], [own], resamples=5)
+    assert counts(scored.entity_words) == entity
+    assert counts(scored.other_words) == other
+    assert (scored.entity_words.rate is None) == (entity[3] == 0)
 
 
 @given(UTTERANCES)
 @settings(deadline=None)
 def test_entity_words_and_other_words_add_up_to_the_word_error_rate(utterances):
     references, hypotheses, own = map(list, zip(*utterances, strict=True))
-    parts = map(counts, entity_error_rates(references, hypotheses, own, 5))
+    scored = score_entities(references, hypotheses, own, resamples=5)
+    parts = map(counts, (scored.entity_words, scored.other_words))
     assert tuple(map(sum, zip(*parts, strict=True))) == counts(
         word_error_rate(references, hypotheses, 5)
     )
@@ -139,4 +139,4 @@ def test_lists_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="without a letter or digit"):
         detect_entities(["a"], ["a"], [["a"]], [["?"]])
     with pytest.raises(ValueError, match="without a letter or digit"):
-        entity_error_rates(["a"], ["a"], [["?"]])
+        score_entities(["a"], ["a"], [["?"]])
