@@ -11,6 +11,7 @@ import ray
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+from ray.actor import ActorHandle
 
 from cluster.arrays import DTYPES, RefusedError, pack, receive, send, unpack
 from cluster.channel import BrokenError, Channel, Listener, channel_to
@@ -63,15 +64,20 @@ class Doubling:
         return [2 * numbers]
 
 
-@pytest.fixture
-def channel(ray_cluster: str) -> Iterator[Channel]:
+@pytest.fixture(scope="module")
+def doubling(ray_cluster: str) -> Iterator[ActorHandle]:
     actor = Doubling.remote()
-    found = channel_to(actor)
-    assert channel_to(actor) is found, "a process has one"
     ray.get(actor.address.remote())
-    asked(found, [1])
-    yield found
+    yield actor
     ray.kill(actor)
+
+
+@pytest.fixture
+def channel(doubling: ActorHandle) -> Channel:
+    """A test's own, with one connection."""
+    made = Channel(doubling)
+    asked(made, [1])
+    return made
 
 
 def asked(channel: Channel, numbers, seconds=0.0, wait=10.0):
@@ -86,6 +92,11 @@ def asked(channel: Channel, numbers, seconds=0.0, wait=10.0):
 
 
 pytestmark = pytest.mark.ray
+
+
+def test_a_process_has_one_channel_to_an_actor(doubling):
+    found = channel_to(doubling)
+    assert channel_to(doubling) is found
 
 
 def test_a_connection_is_used_again(channel):
@@ -122,8 +133,11 @@ def test_large_questions_and_answers_pass(channel):
     assert asked(channel, np.arange(3_000_000)) == list(range(0, 6_000_000, 2))
 
 
-def test_an_actor_that_ended_is_not_asked(channel):
-    ray.kill(channel._actor)
+def test_an_actor_that_ended_is_not_asked(ray_cluster):
+    actor = Doubling.remote()
+    channel = Channel(actor)
+    assert asked(channel, [1]) == [2]
+    ray.kill(actor)
     deadline = time.monotonic() + 20
     while channel.ask([np.array([1]), np.array(0.0)], 1) is not None:
         assert time.monotonic() < deadline

@@ -16,6 +16,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError
 
 from cluster import shards
+from cluster.channel import Channel
 from cluster.shards import (
     ANSWER_SECONDS,
     NAMESPACE,
@@ -265,19 +266,26 @@ def test_a_shard_that_takes_too_long_counts_as_missing_and_is_left_alone(
             time.sleep(120)
 
     stuck = Stuck.remote()
-    sharded = ShardedRetriever([[stuck], [living[1]]], RANGES, DESCRIPTION, answer_seconds=3)
-    began = time.monotonic()
+    ray.get(stuck.address.remote())
+    sharded = ShardedRetriever([[stuck], [living[1]]], RANGES, DESCRIPTION, answer_seconds=1)
+    call, asked = sharded._call, []
+
+    def noting(place, *arguments):
+        asked.append(place)
+        return call(place, *arguments)
+
+    monkeypatch.setattr(sharded, "_call", noting)
     found = sharded.search(queries(2), 4)
-    assert 3 <= time.monotonic() - began < 6
+    assert asked == [(0, 0), (1, 0)]
     assert found.missing_shards == 1
     assert np.array_equal(found.entries, local.shards[1].search(queries(2), 4).entries)
 
-    began = time.monotonic()
+    monkeypatch.setattr(shards, "REST_SECONDS", 600)
     assert_same(sharded.search(queries(2), 4), found)
-    assert time.monotonic() - began < 2, "it was asked just now"
+    assert asked[2:] == [(1, 0)], "the other was asked just now"
     monkeypatch.setattr(shards, "REST_SECONDS", 0)
     assert_same(sharded.search(queries(2), 4), found)
-    assert time.monotonic() - began >= 3
+    assert asked[3:] == [(0, 0), (1, 0)]
     ray.kill(stuck)
 
 
@@ -483,19 +491,20 @@ def test_shared_actors_that_were_killed_for_good_are_made_again(serving, datasto
 
 
 def test_actors_that_nobody_asks_end_for_good_and_those_asked_live_on(serving, datastore):
-    idle = serving(datastore, owner="idle", idle_seconds=3)
-    processes = [pid_of(actor) for actor in replicas_of(idle)]
-    kept = serving(datastore, owner="kept", idle_seconds=3)
+    idle = serving(datastore, owner="idle", idle_seconds=1)
+    kept = serving(datastore, owner="kept", idle_seconds=2)
     alive = [pid_of(actor) for actor in replicas_of(kept)]
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 2.5
     while time.monotonic() < deadline:
         assert kept.ping(5) == 0
-        time.sleep(0.3)
-    until(lambda: not any(map(lives, processes)))
+        time.sleep(0.2)
     assert [pid_of(actor) for actor in replicas_of(kept)] == alive
-    names = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
-    assert {"kept-index-0-0", "kept-index-1-0"} <= names
-    assert not {"idle-index-0-0", "idle-index-1-0"} & names
+
+    def names() -> set[str]:
+        return {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
+
+    until(lambda: not kept.ping(5) and not {"idle-index-0-0", "idle-index-1-0"} & names())
+    assert {"kept-index-0-0", "kept-index-1-0"} <= names()
     for actor in replicas_of(idle):
         with pytest.raises(ActorDiedError):
             ray.get(actor.range.remote(), timeout=10)
@@ -511,7 +520,7 @@ def lives(process: int) -> bool:
 
 def test_an_actor_of_an_index_that_another_took_the_place_of_goes_on_taking_in(serving, growing):
     served = serving(growing)
-    build_again(growing, Index(kind="flat", shards=5))
+    build_again(growing, Index(kind="flat", shards=3))
     for actor in replicas_of(served):
         ray.kill(actor, no_restart=False)
     until(lambda: served.search(queries(1), 1).missing_shards)
@@ -519,7 +528,7 @@ def test_an_actor_of_an_index_that_another_took_the_place_of_goes_on_taking_in(s
     append(growing, "later", 15, seed=8)
     served.refresh()
     again = serving(growing)
-    assert len(replicas_of(again)) == 5
+    assert len(replicas_of(again)) == 3
     assert_same(served.search(queries(4), 120), again.search(queries(4), 120))
 
 
@@ -527,9 +536,9 @@ def test_an_index_that_was_built_again_in_other_shards_has_actors_of_its_own(ser
     """Under the same owner, too: shards of both would hold entries twice."""
     served = serving(growing, owner="rebuilt")
     before = served.search(queries(4), 120)
-    build_again(growing, Index(kind="flat", shards=5))
+    build_again(growing, Index(kind="flat", shards=3))
     again = serving(growing, owner="rebuilt")
-    assert [len(replicas_of(one)) for one in (served, again)] == [2, 5]
+    assert [len(replicas_of(one)) for one in (served, again)] == [2, 3]
     append(growing, "later", 15, seed=8)
     for one in (served, again):
         assert_same(one.search(queries(4), 90), before.top(90))
@@ -537,6 +546,22 @@ def test_an_index_that_was_built_again_in_other_shards_has_actors_of_its_own(ser
     after = LocalRetriever.load(saved_shards(growing), Datastore.open(growing))
     for one in (served, again):
         assert_same(one.search(queries(4), 120), after.search(queries(4), 120))
+
+
+@pytest.fixture(scope="module")
+def only_read(room: None, datastore: Path) -> Iterator[ShardedRetriever]:
+    """Two actors that every test finds as they were started."""
+    served = serve_shards(datastore, 1, num_cpus=0.1)
+    yield served
+    served.close()
+
+
+@pytest.fixture
+def another(only_read: ShardedRetriever) -> Iterator[ShardedRetriever]:
+    """A retriever of theirs for one test, whose channels are its own too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "channel_to", Channel)
+        yield pickle.loads(pickle.dumps(only_read))
 
 
 def reached_directly(served: ShardedRetriever) -> ShardedRetriever:
@@ -561,8 +586,8 @@ def reached_through_ray(served: ShardedRetriever) -> ShardedRetriever:
 WAYS = pytest.mark.parametrize("reached", [reached_directly, reached_through_ray])
 
 
-def test_what_is_searched_goes_past_ray_once_the_way_is_known(serving, datastore, local):
-    served = reached_directly(serving(datastore))
+def test_what_is_searched_goes_past_ray_once_the_way_is_known(another, local):
+    served = reached_directly(another)
     served._remote = None
     asked = queries(5)
     for excluded in (None, np.array([0, 1, -1, 4, 2])):
@@ -570,10 +595,8 @@ def test_what_is_searched_goes_past_ray_once_the_way_is_known(serving, datastore
 
 
 @WAYS
-def test_searches_of_many_threads_are_not_mistaken_for_each_other(
-    serving, datastore, local, reached
-):
-    served = reached(serving(datastore))
+def test_searches_of_many_threads_are_not_mistaken_for_each_other(another, local, reached):
+    served = reached(another)
     asked = [queries(seed) for seed in range(40)]
     with ThreadPoolExecutor(8) as threads:
         for found, own in zip(
@@ -583,8 +606,8 @@ def test_searches_of_many_threads_are_not_mistaken_for_each_other(
 
 
 @WAYS
-def test_a_mistake_is_the_same_error_either_way(serving, datastore, reached):
-    served = reached(serving(datastore))
+def test_a_mistake_is_the_same_error_either_way(another, reached):
+    served = reached(another)
     for _ in range(2):
         with pytest.raises(ValueError, match="the keys have width 6"):
             served.search(np.zeros((2, WIDTH + 1), np.float32), 3)
