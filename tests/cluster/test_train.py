@@ -352,21 +352,27 @@ def assert_same_training(directory: Path, workspace) -> None:
 
 @pytest.mark.ray
 def test_another_number_of_workers_stage_and_log_interval_resume(
-    workspace, borrow, ray_cluster, tmp_path
+    workspace, borrow, tmp_path, monkeypatch
 ):
-    """A killed training goes on whatever operation was changed; what cannot go on is refused, and
-    nothing is lost."""
+    """A training that was ended goes on whatever operation was changed; what cannot go on is
+    refused, and nothing is lost."""
+    from cluster import train as distributed
+
     experiment = borrow("codebook", "tokens")
     draft = experiment.workspace / ".lm.partial"
-    interrupted(experiment, draft, ray_cluster, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "_worker", acting(stopping(13), tmp_path))
+        with pytest.raises(TrainingError, match="enough"):
+            stage_train.run(with_train(experiment, log_steps=3))
     before, kept = list(records(draft)), files(draft)
-    lost = r"--force throws away [12] checkpoints? up to step \d+ in .*\.lm\.partial"
+    assert before[-1]["step"] == 12, "one that MLflow was told of lies behind the checkpoint"
+    lost = r"--force throws away 1 checkpoint up to step 10 in .*\.lm\.partial"
     named = r"learning_rate was .* and is now 0.5"
     with pytest.raises(ArtifactError, match=rf"train\.{named}.*{lost}"):
         stage_train.run(with_train(experiment, learning_rate=0.5))
     assert files(draft) == kept
 
-    operation = {"log_steps": 7, "max_failures": 3, "checkpoint_steps": 9, "zero_stage": 3}
+    operation = {"log_steps": 6, "max_failures": 3, "checkpoint_steps": 9, "zero_stage": 3}
     changed = with_deepspeed(with_train(experiment, **operation), tmp_path, {"steps_per_print": 5})
     with stage.console.capture() as said:
         made = stage_train.run(with_workers(changed, count=1, num_cpus=0.9))
@@ -398,7 +404,7 @@ def assert_one_curve(experiment: Experiment, made: Path, told: list[dict]) -> No
             assert steps == [step for step, one in by_step.items() if name in one]
         if name == "loss":
             values = [by_step[step]["loss"] for step in steps]
-            assert [point.value for point in points] == pytest.approx(values, rel=1e-6)
+            assert [point.value for point in points] == pytest.approx(values, rel=1e-4)
 
 
 @pytest.mark.ray
