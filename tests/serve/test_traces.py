@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import requests
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExportResult
 from service_process import serving
 
 from mmrag import shipped
@@ -82,13 +82,25 @@ def test_what_may_hold_what_somebody_said_is_not_told(collector, provider):
     assert call["status"] == {"code": 2}
 
 
-def test_a_collector_that_does_not_answer_costs_no_request(provider, caplog):
-    silent = traces.Exporter("http://127.0.0.1:9")
-    provider.add_span_processor(SimpleSpanProcessor(silent))
-    with caplog.at_level("WARNING", logger="ray.serve"):
-        for _ in range(3):
-            with traces.span("decode"):
-                pass
+def test_a_collector_that_does_not_answer_costs_no_request_and_is_named_once(
+    collector, provider, monkeypatch
+):
+    url, silent = "http://127.0.0.1:9", []
+
+    class Silent(traces.Exporter):
+        def export(self, spans):
+            silent.append(super().export(spans))
+            return silent[-1]
+
+    said = []
+    monkeypatch.setattr(traces.log, "warning", lambda text, *values: said.append(text % values))
+    provider.add_span_processor(SimpleSpanProcessor(Silent(url)))
+    for _ in range(3):
+        with traces.span("decode"):
+            pass
+    assert silent == [SpanExportResult.FAILURE] * 3
+    assert said == [f"no traces reach {url}/v1/traces: ConnectionError"]
+    assert len(collector[1]) == 3, "who answers is told all the same"
 
 
 def test_nothing_is_traced_unless_somebody_collects(monkeypatch):
