@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from uuid import uuid4
@@ -19,7 +20,6 @@ from mmrag import shipped
 from serve.access.accounting import USAGE
 from serve.access.keys import SIGNING
 
-BODIES = 1000
 TRANSCRIBE, DATASTORES = "/v1/audio/transcriptions", "/v1/datastores"
 EXPECTED = {200, 201, 400, 404, 405, 409, 413, 415, 422, 429}
 BOUNDARY = "a-line-that-nothing-else-holds"
@@ -108,7 +108,8 @@ def damaged(data: bytes, draw: random.Random, reach: int) -> bytes:
     return bytes(data)
 
 
-def test_a_thousand_damaged_bodies_are_answered(service, wave, write, clip):
+@pytest.mark.parametrize("bodies", [200, pytest.param(1000, marks=pytest.mark.slow)])
+def test_damaged_bodies_are_answered(service, wave, write, clip, bodies):
     """Forms that are damaged anywhere, and whole forms with damaged audio in them."""
     sentence = "is the helmet still on the old farm"
     kinds = ("FLAC", "WAV", "OGG", "MP3", "AIFF", "AU", "CAF")
@@ -148,7 +149,7 @@ def test_a_thousand_damaged_bodies_are_answered(service, wave, write, clip):
             assert set(answer.json()) == {"error"}, (seed, answer.text)
 
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(send, range(BODIES)))
+        list(pool.map(send, range(bodies)))
     assert service.text(clip(sentence)) == sentence
 
 
@@ -173,7 +174,7 @@ def test_strange_headers_are_refused_like_anything_else(service, path, headers):
         assert set(answer.json()) == {"error"}
 
 
-def test_a_thousand_parts_in_a_form_are_too_many(service, refused):
+def test_a_thousand_parts_in_a_form_are_too_many(service):
     fields = [("context[]", (None, f"name {n}")) for n in range(1200)]
     answer = service.request("POST", TRANSCRIBE, files=[("file", ("a", b"?")), *fields])
     assert answer.status_code == 400 and set(answer.json()) == {"error"}
@@ -181,8 +182,13 @@ def test_a_thousand_parts_in_a_form_are_too_many(service, refused):
 
 def test_malformed_requests_are_refused_or_dropped(service):
     host, _, port = service.url.removeprefix("http://").partition(":")
-    for sent in malformed.requests(60):
-        malformed.check(malformed.exchange(host, int(port), sent), sent)
+
+    def answered(sent: bytes) -> bool:
+        return malformed.answered(host, int(port), sent)
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(answered, malformed.requests(60)))
+    assert sum(answers) >= 50, "few are never whole"
     service.ready()
 
 
@@ -204,14 +210,18 @@ def test_two_thousand_malformed_requests_leave_a_service_healthy(tmp_path, clip)
         port = int(process.url.rpartition(":")[2])
         family = commands(process.pid)
 
-        def send(sent: bytes) -> None:
-            malformed.check(malformed.exchange("127.0.0.1", port, sent), sent)
+        def answered(sent: bytes) -> bool:
+            return malformed.answered("127.0.0.1", port, sent)
 
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(send, malformed.requests(2000)))
+            answers = list(pool.map(answered, malformed.requests(2000)))
+        assert sum(answers) >= 1900, "few are never whole"
         assert requests.get(f"{process.url}/readyz", timeout=60).json() == {"status": "ok"}
         files = {"file": ("a.flac", clip(sentence))}
         url = f"{process.url}/v1/audio/transcriptions"
         assert requests.post(url, files=files, timeout=60).json()["text"] == sentence
-        ended = family.keys() - commands(process.pid).keys()
+        left = commands(process.pid)
+        # Serve has HAProxy take up other replicas in a new process, which names the one before it.
+        taken_over = {int(pid) for one in left.values() for pid in re.findall(r" -sf (\d+)", one)}
+        ended = family.keys() - left.keys() - taken_over
         assert [family[one] for one in ended if "ray::IDLE" not in family[one]] == []

@@ -126,10 +126,17 @@ def exchange(host: str, port: int, data: bytes) -> bytes:
         return answer
 
 
+def answered(host: str, port: int, sent: bytes) -> bool:
+    """Whether anything is answered to what is sent; AssertionError where an answer blames the
+    service or tells of its inside. It is for the caller to count those that get none."""
+    answer = exchange(host, port, sent)
+    if answer:
+        check(answer, sent)
+    return bool(answer)
+
+
 def check(answer: bytes, sent: bytes) -> None:
-    """Nothing, or an answer that does not blame the service and tells nothing of its inside."""
-    if not answer:
-        return
+    """An answer does not blame the service and tells nothing of its inside."""
     head = answer.split(b"\r\n", 1)[0].split()
     assert head[0].startswith(b"HTTP/1."), (sent, answer)
     assert int(head[1]) < 500 or int(head[1]) in (501, 505), (sent, answer)
