@@ -136,7 +136,7 @@ def running(settings: dict[str, Any]) -> Iterator[str]:
                 ray.kill(ray.get_actor(**actor))
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def service(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """The service with one replica of everything and an upload limit that is met quickly."""
     directory = tmp_path_factory.mktemp("served") / "datastores"
@@ -231,7 +231,7 @@ def second(write: Callable[..., bytes]) -> dict[str, tuple[str, bytes]]:
     return {"file": ("a.wav", write(np.zeros(SAMPLE_RATE, np.float32), "WAV"))}
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def heard_here(service: Service) -> Callable[[bytes], str]:
     """`heard_here(file)`: its transcript as one process makes it, without retrieval."""
     recogniser = Recogniser.load(shipped.find(service.settings.model))

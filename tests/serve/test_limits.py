@@ -131,7 +131,7 @@ def test_as_many_datastores_as_there_may_be(create, refused):
     assert "100 datastores are there already" in refused(create("one-more", []), 400)
 
 
-def test_as_many_requests_as_there_may_be(url, ask, write, sentence, at_once, refused):
+def test_as_many_requests_as_there_may_be(ask, write, sentence, at_once, refused):
     """One more than there is room for, each of which takes seconds."""
     minute = write(np.tile(np.pad(sentence, (0, 8000)), 24))
     answers = at_once(lambda _: ask(minute), list(range(LIMITS.requests + 4)))

@@ -104,7 +104,7 @@ class Shelf:
         raise AssertionError("only ever asked for what is not there")
 
 
-def test_two_tenants_have_datastores_of_one_name(tenants, refused):
+def test_two_tenants_have_datastores_of_one_name(tenants):
     shelf = Shelf()
     asked = client(made(retriever=shelf.handle()))
     for whose, text in ((BOSS, "zanab kuri"), (OTHER, "olaf")):
