@@ -91,8 +91,10 @@ ADAPTER = [
 
 def pytest_configure() -> None:
     """One thread a process, those that tests start too: two of them share the cores, and torch
-    counts its threads when it is imported."""
+    counts its threads when it is imported. Ray tells its metrics every second, and not every ten:
+    tests wait for them."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -316,10 +316,10 @@ def test_spotting_takes_no_shortlist_and_needs_something_to_spot(small, file, re
     assert "context" in refused(small.transcribe(file, retrieval="spotting"), 400)
 
 
-def test_two_tenants_spot_each_their_own(ray_cluster, file, tmp_path, monkeypatch):
+def test_two_tenants_spot_each_their_own(small, file, tmp_path, monkeypatch):
     (tmp_path / "keys.yaml").write_text(KEYS)
     monkeypatch.setenv("MMRAG_API_KEYS_FILE", str(tmp_path / "keys.yaml"))
-    with whole_application(shipped.DEFAULT, tmp_path / "datastores") as application:
+    with small.another() as application:
         for key, text in (("acme", NAME), ("globex", OTHER)):
             given = {"name": "names", "texts": [text]}
             headers = {"Authorization": f"Bearer {key}"}

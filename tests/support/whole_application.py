@@ -4,7 +4,7 @@ directly, as Ray Serve's handles would call its replica. A Ray cluster holds wha
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +33,8 @@ class WholeApplication:
 
     url: str
     calls: Counter[str]
+    another: Callable[[], AbstractContextManager["WholeApplication"]]
+    """One more ingress in front of the same parts, with the API keys that are set by then."""
 
     def request(self, method: str, path: str, **more: Any) -> requests.Response:
         """Any request; an answer within SECONDS."""
@@ -66,10 +68,16 @@ def whole_application(model: str, directory: Path) -> Iterator[WholeApplication]
     with patch.object(serve, "get_replica_context", lambda: SimpleNamespace(app_name=name)):
         retriever = Retriever(settings, encoder, decoder)
     limits = {"upload_mb": 2, "timeout_seconds": SECONDS}
-    app = made(decoder, _called(retriever, calls), encoder, fields, **limits)
+    shelf = _called(retriever, calls)
+
+    @contextmanager
+    def ingress() -> Iterator[WholeApplication]:
+        with served(made(decoder, shelf, encoder, fields, **limits)) as url:
+            yield WholeApplication(url, calls, ingress)
+
     try:
-        with served(app) as url:
-            yield WholeApplication(url, calls)
+        with ingress() as application:
+            yield application
     finally:
         for actor in ray.util.list_named_actors(all_namespaces=True):
             if actor["namespace"] == NAMESPACE and actor["name"].startswith(f"mmrag-{name}"):
