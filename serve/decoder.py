@@ -40,6 +40,7 @@ from mmrag.retrieval.weights import Weights
 from mmrag.speech.tokenized import Tokenized
 from mmrag.transcribe import judged, letters, words
 from serve import logs, probe, traces
+from serve.gauges import Gauge
 from serve.looked_up import RetrievalSources, favour, offer
 from serve.messages import (
     DecodeRequest,
@@ -429,8 +430,8 @@ class _EngineMetrics:
             ),
         }
         self._gauges = {
-            "waiting": metrics.Gauge(name("waiting"), "Clips that wait to join the batch."),
-            "decoding": metrics.Gauge(name("decoding"), "Clips in the batch."),
+            "waiting": Gauge(name("waiting"), "Clips that wait to join the batch."),
+            "decoding": Gauge(name("decoding"), "Clips in the batch."),
         }
 
     def record(self, now: Statistics) -> None:

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray.serve.metrics import Counter, Gauge, Histogram
+from ray.serve.metrics import Counter, Histogram
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,6 +27,7 @@ from serve.access.quotas import Quotas
 from serve.access.request_ids import HEADER, request_id
 from serve.access.security import secure
 from serve.errors import ApiError, respond
+from serve.gauges import Gauge
 from serve.settings import Cors, Limits
 
 __all__ = ["FORM", "JSON", "TRANSCRIBE", "AccessRules", "AdmissionMiddleware", "RequestMetrics"]

@@ -26,9 +26,10 @@ from typing import Any
 
 from ray import serve
 from ray.serve.api import RunTarget
-from ray.serve.metrics import Counter, Gauge
+from ray.serve.metrics import Counter
 from ray.serve.schema import ApplicationStatus
 
+from serve.gauges import Gauge
 from serve.model import described, pinned, version
 from serve.operations.deployments import parts
 from serve.settings import Settings

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ray.serve.metrics import Counter, Gauge, Histogram
+from ray.serve.metrics import Counter, Histogram
+
+from serve.gauges import Gauge
 
 PARTIALS = 2
 """Partial transcripts that are made at a time, for all sessions together."""

@@ -8,6 +8,8 @@ import schemathesis
 
 OUTSIDE = re.compile(r"""(?:src|href|action|url|import)\s*[=(]?\s*["']?(?:https?:)?//[^\s"')]+""")
 """Something that a browser would fetch from another host."""
+REPORTED_SECONDS = 1
+"""How often Ray reports what is measured: tests/conftest.py has told it."""
 
 
 def test_openais_client_finds_the_model(service, client):
@@ -67,8 +69,21 @@ def test_metrics_are_what_prometheus_reads(service, clip):
         assert len(helped) == len(set(helped))
         return expected.difference(helped)
 
-    service.text(clip("please call maria tomorrow"))  # Ray soon forgets a gauge that is not set
+    service.text(clip("please call maria tomorrow"))
     until_reported(not_helped)
+
+
+def test_a_gauge_keeps_its_value_where_nothing_happens(service, clip):
+    """Ray itself tells nothing more of it two reports later."""
+
+    def untold():
+        lines = service.request("GET", "/metrics").text.splitlines()
+        return not any(line.startswith("ray_mmrag_decoder_decoding{") for line in lines)
+
+    service.text(clip("please call maria tomorrow"))
+    until_reported(untold)
+    time.sleep(4 * REPORTED_SECONDS)
+    assert not untold()
 
 
 def test_nothing_comes_from_another_host(service):
