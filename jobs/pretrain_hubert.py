@@ -127,7 +127,8 @@ def _pretrain(experiment: Experiment, directory: Path, processes: Processes) -> 
     torch.set_num_threads(1)
     seconds, where = experiment.pretrain.batch_seconds, torch.device(device())
     _, splits, _ = tokenize.opened(experiment)
-    spoken = _spoken(next(iter(splits.values())))
+    rows = list(next(iter(splits.values())))
+    spoken = _spoken(rows)
     phones, held_out = None, {}
     if any(round.target == "phones" for round in experiment.pretrain.rounds):
         say = Pronunciation()
@@ -149,14 +150,14 @@ def _pretrain(experiment: Experiment, directory: Path, processes: Processes) -> 
 
     listed = directory / REJECTED
 
-    def reject(clip: int, reason: str) -> None:
-        """List it, beside those that were met before a run was stopped."""
-        if processes.rank:
+    def reject(*more: Rejection) -> None:
+        """List them, beside those that were met before a run was stopped."""
+        if processes.rank or not more:
             return
         known = set(read_rejections(listed)) if listed.exists() else set()
-        every = known | {Rejection(spoken[clip].id, reason)}
-        write_rejections(listed, sorted(every, key=lambda one: one.source))
+        write_rejections(listed, sorted({*known, *more}, key=lambda one: one.source))
 
+    reject(*(one for one in rows if isinstance(one, Rejection)))
     encoder = pretrain(
         experiment.hubert,
         experiment.pretrain,
@@ -172,7 +173,7 @@ def _pretrain(experiment: Experiment, directory: Path, processes: Processes) -> 
         speakers=[one.speaker for one in spoken],
         domains=[one.domain for one in spoken],
         held_out=held_out,
-        reject=reject,
+        reject=lambda clip, reason: reject(Rejection(spoken[clip].id, reason)),
         recorder=augment.rough,
         processes=processes,
         timed=True,

@@ -35,7 +35,9 @@ def speech(workspace, tmp_path):
 
 
 def test_it_reads_what_is_tokenized_and_measures_phones_on_dev(workspace, borrow, speech):
-    experiment = workspace.experiment
+    experiment, manifest = workspace.experiment, speech / "lm.jsonl"
+    again = manifest.read_text().splitlines(keepends=True)[0]
+    manifest.write_text(f"{manifest.read_text()}{again}{{\n")
     pretrain = experiment.pretrain.model_copy(
         update={"rounds": (PretrainRound(target="phones", steps=12),), "checkpoint_steps": 6}
     )
@@ -52,9 +54,11 @@ def test_it_reads_what_is_tokenized_and_measures_phones_on_dev(workspace, borrow
     assert made.summary["phone_errors_assistant"] == round(
         measured[-1]["phone_errors_assistant"], 3
     )
-    [listed] = [json.loads(line) for line in (made.path / "rejected.jsonl").open()]
-    assert made.summary["rejected"] == 1
-    assert listed["source"] == "lm-3" and "lm-3.flac" in listed["reason"]
+    listed = [json.loads(line) for line in (made.path / "rejected.jsonl").open()]
+    assert made.summary["rejected"] == len(listed) == 3
+    told = {one["source"].removeprefix(f"{manifest}:"): one["reason"] for one in listed}
+    assert "'lm-0' is also on line 1" in told["13"] and "not JSON" in told["14"]
+    assert "lm-3.flac" in told["lm-3"]
     assert np.isfinite([record["loss"] for record in records(made.path)]).all()
 
 
