@@ -8,7 +8,6 @@ speech that they do not. After an `@` stand the domains that are read of one.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from rich.table import Table
 
-from jobs.stage import EXPLAINED, console
+from jobs.stage import console, explained
 from mmrag import artifact, shipped, terminal
 from mmrag.config import Decode
 from mmrag.corpora import manifest
@@ -201,12 +200,8 @@ def main() -> None:
             counts = Counter(name for name, _ in getattr(options, split))
             if twice := [name for name, count in counts.items() if count > 1]:
                 parser.error(f"--{split}: {twice[0]!r} stands for two manifests")
-        try:
-            run(options.models, dict(options.dev), dict(options.test), options.clips)
-        except BrokenPipeError:
-            raise
-        except EXPLAINED as error:
-            sys.exit(f"error: {error}")
+        given = dict(options.dev), dict(options.test), options.clips
+        explained(lambda: run(options.models, *given))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from pathlib import Path
 
@@ -70,14 +69,7 @@ def _files(directory: Path) -> list[Path]:
 
 def main() -> None:
     """Publish from the command line; what the package has is replaced each time."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--config",
-        type=Path,
-        default=stage.CONFIGS / "tiny.yaml",
-        help="experiment YAML (default: %(default)s)",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    parser = stage.of_experiment(__doc__)
     with terminal.command("error"):
         arguments = parser.parse_args()
         stage.explained(lambda: run(read(arguments.config, arguments.overrides)))

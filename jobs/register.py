@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,13 +81,7 @@ def _described(name: str) -> bool:
 
 def main() -> None:
     """Register from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--config",
-        type=Path,
-        default=stage.CONFIGS / "tiny.yaml",
-        help="experiment YAML (default: %(default)s)",
-    )
+    parser = stage.of_experiment(__doc__)
     parser.add_argument("--name", default=NAME, help="registered model (default: %(default)s)")
     parser.add_argument(
         "--models",
@@ -99,16 +91,14 @@ def main() -> None:
     parser.add_argument(
         "--alias", default=registry.ALIAS, help="name of the new version (default: %(default)s)"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     with terminal.command("error"):
         arguments = parser.parse_args()
-        try:
+
+        def work() -> None:
             experiment = read(arguments.config, arguments.overrides)
             run(experiment, arguments.name, arguments.models, arguments.alias)
-        except BrokenPipeError:  # nobody reads: the command ends quietly
-            raise
-        except stage.EXPLAINED as error:
-            sys.exit(f"error: {error}")
+
+        stage.explained(work)
 
 
 if __name__ == "__main__":

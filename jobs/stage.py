@@ -46,13 +46,7 @@ def main(
     `config` is what FILE is by default, in `jobs/configs/`; `other_models` adds `--models NAME`,
     `quick` a flag `--quick` that makes another experiment of the one in FILE.
     """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        "--config",
-        type=Path,
-        default=CONFIGS / config,
-        help="experiment YAML (default: %(default)s)",
-    )
+    parser = of_experiment(description, config)
     parser.set_defaults(models=None, quick=False)
     if other_models:
         parser.add_argument(
@@ -65,9 +59,21 @@ def main(
             "--quick", action="store_true", help="a few of everything, in a workspace of its own"
         )
     parser.add_argument("--force", action="store_true", help="make it again though it is finished")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     with terminal.command("error"):
         _run(stage, parser.parse_args(), quick)
+
+
+def of_experiment(description: str, config: str = "tiny.yaml") -> argparse.ArgumentParser:
+    """Takes `[--config FILE] [key.sub=value…]`, what an experiment is read from (`config.read`)."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=CONFIGS / config,
+        help="experiment YAML (default: %(default)s)",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    return parser
 
 
 def _run(

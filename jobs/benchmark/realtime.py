@@ -21,6 +21,7 @@ from rich.console import Console
 from jobs.benchmark.live import RATE, UNHEARD, Final, Sessions
 from jobs.benchmark.load import Answer, Plan
 from jobs.benchmark.process import LIVE, LOAD, Process
+from jobs.benchmark.repeats import percentiles
 from mmrag.score import word_error_rate
 from mmrag.speech.audio import SAMPLE_RATE
 from mmrag.speech.resampling import Resampler
@@ -148,14 +149,6 @@ def step(count: int, finals: Sequence[Final]) -> dict[str, Any]:
         ),
         "early": sum(one.deltas > 1 for one in finals) / max(1, len(times)),
         **percentiles(times),
-    }
-
-
-def percentiles(times: Sequence[float]) -> dict[str, float | None]:
-    """Of milliseconds; None where there are none."""
-    return {
-        f"p{share}_ms": float(np.percentile(times, share)) if times else None
-        for share in (50, 95, 99)
     }
 
 

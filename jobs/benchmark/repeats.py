@@ -67,3 +67,11 @@ def told(measured: Mapping[str, Any], form: str = "{:.2f}") -> str:
     middle, least, most = (form.format(measured[name]) for name in ("median", "least", "most"))
     text = f"{middle} ({least} to {most})"
     return f"{text}, {measured['of']}" if "of" in measured else text
+
+
+def percentiles(times: Sequence[float]) -> dict[str, float | None]:
+    """Of milliseconds; None where there are none."""
+    return {
+        f"p{share}_ms": float(np.percentile(times, share)) if times else None
+        for share in (50, 95, 99)
+    }

@@ -28,7 +28,8 @@ from jobs.benchmark.endpoint import Endpoint, EndpointError
 from jobs.benchmark.load import CONNECTION, HANG, Answer, Plan
 from jobs.benchmark.plain import BaselinePlan
 from jobs.benchmark.process import LOAD, PLAIN, Process
-from jobs.benchmark.realtime import TRANSCRIBE, percentiles
+from jobs.benchmark.realtime import TRANSCRIBE
+from jobs.benchmark.repeats import percentiles
 from jobs.benchmark.targets import OVERLOAD, STEADY_LOAD, TAIL_LOAD, TARGETS
 from mmrag import shipped
 from mmrag.config import Synthesize, Workers

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mmrag.corpora import kaldi
-from mmrag.corpora.manifest import LAST_SECOND
+from mmrag.corpora.manifest import within_a_day
 from mmrag.corpora.splits import ALL, Corpus, CorpusError, Row, by_split, sound, split_of
 from mmrag.records import Rejection, Timed, Utterance
 
@@ -320,6 +320,4 @@ def _timed(items: Iterable[Any], begin: float) -> Iterator[Timed]:
         if one.symbol and one.symbol != "<eps>":
             start = max(0.0, round(one.start - begin, 8))
             end = max(start, round(one.start + one.duration - begin, 8))
-            if end > LAST_SECOND:
-                raise ValueError(f"{one.symbol!r} ends after {end:g} s, more than a day")
-            yield Timed(one.symbol, start, end)
+            yield within_a_day(Timed(one.symbol, start, end))

@@ -187,10 +187,17 @@ def _timed(fields: Mapping[str, Any], name: str) -> Iterator[Timed]:
         timed = Timed(text, _seconds(one, "start"), _seconds(one, "end"))
         if timed.end < timed.start:
             raise ValueError(f"{name}: {timed.text!r} ends before it starts")
-        if timed.end > LAST_SECOND:
-            raise ValueError(f"{name}: {timed.text!r} ends after {timed.end:g} s, more than a day")
+        within_a_day(timed, f"{name}: ")
         if timed.text:
             yield timed
+
+
+def within_a_day(timed: Timed, where: str = "") -> Timed:
+    """A word or a phone; ValueError, which says `where`, for one that no recording is so long as:
+    what is made of it has a place a frame."""
+    if timed.end > LAST_SECOND:
+        raise ValueError(f"{where}{timed.text!r} ends after {timed.end:g} s, more than a day")
+    return timed
 
 
 def _list(fields: Mapping[str, Any], name: str) -> list[Any]:

@@ -7,8 +7,10 @@ goes on, and finds the new one when he next opens the datastore.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +50,7 @@ def index_anew(directory: Path | str, settings: Index) -> list[IndexShard]:
     TooManyShardsError where some of them would be empty."""
     directory = Path(directory).absolute()
     with locked(directory, INDEXING):
-        entries = _entries(directory)
+        entries = _entries(read_list(directory))
         if settings.shards > max(1, entries):
             raise TooManyShardsError(
                 f"shards: {settings.shards:,} for {entries:,} entries: a shard has one at least"
@@ -82,8 +84,8 @@ def behind(directory: Path | str) -> str | None:
     if not places:
         return None
     shards = [read_shard(one) for one in places]
-    entries = _entries(directory)
-    deleted = deleted_entries(directory, read_list(directory))
+    listed = read_list(directory)
+    entries, deleted = _entries(listed), deleted_entries(directory, listed)
     return (
         _outgrown(shards[-1], entries, describe(directory).width)
         or _grown(shards, entries)
@@ -91,9 +93,9 @@ def behind(directory: Path | str) -> str | None:
     )
 
 
-def _entries(directory: Path) -> int:
-    """How many a datastore has, deleted ones among them."""
-    return sum(one["entries"] for one in read_list(directory)["segments"])
+def _entries(listed: Mapping[str, Any]) -> int:
+    """How many a datastore's list names, deleted ones among them."""
+    return sum(one["entries"] for one in listed["segments"])
 
 
 def _outgrown(last: dict, entries: int, width: int) -> str | None:

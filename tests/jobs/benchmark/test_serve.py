@@ -25,7 +25,7 @@ from jobs.benchmark.endpoint import Endpoint, EndpointError
 from jobs.benchmark.load import CONNECTION, HANG, Answer, Plan, poisson
 from jobs.benchmark.plain import BaselinePlan
 from jobs.benchmark.process import LOAD, Process
-from jobs.benchmark.realtime import percentiles
+from jobs.benchmark.repeats import percentiles
 from jobs.benchmark.serve import level, statuses, times
 from jobs.benchmark.targets import TARGETS, rounded, verdict
 from mmrag import shipped
