@@ -512,7 +512,7 @@ def our_metrics() -> set[str]:
     text = "".join(file.read_text() for file in sorted((ROOT / "serve").rglob("*.py")))
     whole = re.findall(r'(?:Counter|Gauge|Histogram)\(\s*"(mmrag_[a-z_]+)"', text)
     [prefix] = re.findall(r'name = "(mmrag_decoder_)\{\}"\.format', text)
-    parts = re.findall(r'metrics\.\w+\(\s*name\("([a-z_]+)"\)', text)
+    parts = re.findall(r'(?:Counter|Gauge)\(\s*name\("([a-z_]+)"\)', text)
     assert len(whole) >= 8 and len(parts) == 7
     return {f"ray_{name}" for name in (*whole, *(prefix + part for part in parts))}
 
