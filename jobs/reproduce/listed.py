@@ -29,6 +29,8 @@ MOST_SAID = 4
 PROMPTED = 100
 """Phrases that are still written before the speech: more make a prompt of minutes."""
 UNSAID = "none of them said"
+SPOKEN = ("knn", "cross_attention", "both")
+"""Ways that ask for a datastore of the phrases."""
 CASTS = {
     "espeak-ng": {"espeak": 1.0},
     "Kokoro": {"kokoro": 1.0},
@@ -68,18 +70,12 @@ def dynamic_context(lab: Lab) -> tuple[str, int, list[Point]]:
     """
     limit = lab.settings.utterances
     test = lab.spoken("test", ASSISTANT, limit)
-    everyone, trusted = names(lab), trusted_lists(lab)
+    everyone = names(lab)
     points = [Point("none", NoRetrieval())]
     for count in lab.settings.phrases:
         own = lists(test, everyone, count, lab.experiment.seed)
-        points += [
-            Point(name, how, "spoken", count, lists=own)
-            for name, how in trusted.ways(lab, own).items()
-        ]
-        boosted = PhraseBoosting(trusted.boost, own)
-        points.append(Point("boost", boosted, None, count, lists=own))
-        points += lab.spotting(own, count)
-        if lab.family == OWN and count <= PROMPTED:
+        points += _listed(lab, own, count)
+        if "prompt" in lab.settings.listed and lab.family == OWN and count <= PROMPTED:
             points.append(Point("prompt", PhrasePrompting(own), None, count, lists=own))
     return ASSISTANT, limit, points
 
@@ -89,17 +85,28 @@ def unsaid_phrases(lab: Lab) -> tuple[str, int, list[Point]]:
     they cost is what the rows without a list do better."""
     limit = lab.settings.utterances
     test = lab.spoken("test", ASSISTANT, limit)
-    everyone, trusted = names(lab), trusted_lists(lab)
+    everyone = names(lab)
     points = [Point("none", NoRetrieval())]
     for count in lab.settings.phrases:
         other = lists(test, everyone, count, lab.experiment.seed, own=False)
-        about = {"phrases": count, "setting": UNSAID, "lists": other}
-        points += [
-            Point(name, how, "spoken", **about) for name, how in trusted.ways(lab, other).items()
-        ]
-        points.append(Point("boost", PhraseBoosting(trusted.boost, other), **about))
-        points += lab.spotting(other, count, UNSAID)
+        points += _listed(lab, other, count, UNSAID)
     return ASSISTANT, limit, points
+
+
+def _listed(lab: Lab, own: PhraseLists, count: int, setting: str | None = None) -> list[Point]:
+    """Each utterance's list of `count` phrases, in every way that `reproduce.listed` names and the
+    model has; how far it is trusted is looked for only where one of them asks for it."""
+    wanted = lab.settings.listed
+    about = {"phrases": count, "setting": setting, "lists": own}
+    points = []
+    if any(way in wanted for way in SPOKEN):
+        spoken = trusted_lists(lab).ways(lab, own).items()
+        points += [Point(way, how, "spoken", **about) for way, how in spoken if way in wanted]
+    if "boost" in wanted:
+        points.append(Point("boost", PhraseBoosting(trusted_lists(lab).boost, own), **about))
+    if "spotting" in wanted:
+        points += lab.spotting(own, count, setting)
+    return points
 
 
 def synthesizers(lab: Lab) -> tuple[str, int, list[Point]]:

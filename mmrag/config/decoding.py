@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import (
     Field,
@@ -117,6 +117,11 @@ class Evaluate(Section):
         return self
 
 
+ListedWay = Literal["knn", "cross_attention", "both", "boost", "spotting", "prompt"]
+"""What can be done with a list of phrases: its names are spoken and searched, read or both; or all
+are favoured, or those that are spotted; or they are written before the speech."""
+
+
 class Reproduce(Section):
     """The paper's experiments, on the dev and test splits of the workspace's corpus."""
 
@@ -128,6 +133,9 @@ class Reproduce(Section):
     """At most so many for each point of a sweep."""
     phrases: tuple[PositiveInt, ...]
     """Lengths of the list that comes with an utterance (dynamic context)."""
+    listed: tuple[ListedWay, ...] = Field(default=get_args(ListedWay), min_length=1)
+    """What is done with these lists. Those of names that are spoken (`knn`, `cross_attention`,
+    `both`) take most of the time that all tasks take."""
     carriers: tuple[str, ...] = Field(min_length=1)
     """Sentences in which a phrase is spoken for its datastore; `{phrase}` stands for it."""
     mentions: PositiveInt

@@ -257,8 +257,8 @@ ROLES = {
     "shape.encoder_heads shape.encoder_feed_forward contexts.split contexts.phrases "
     "contexts.retrieved contexts.wrong contexts.mixture contexts.list_length contexts.own "
     "contexts.near contexts.k contexts.strides",
-    "reproduce": "docs:o utterances sweep_utterances phrases carriers mentions boost harm shares "
-    "sizes strides documents conditions passages:o topics tasks:o whisper:o",
+    "reproduce": "docs:o utterances sweep_utterances phrases listed carriers mentions boost harm "
+    "shares sizes strides documents conditions passages:o topics tasks:o whisper:o",
     "whisper": "shape.width shape.heads shape.encoder_layers shape.decoder_layers "
     "shape.feed_forward shape.mel_bands shape.window_seconds shape.tokens shape.pieces "
     "shape.dropout split steps batch learning_rate ctc_weight phone_weight leave_out:c "

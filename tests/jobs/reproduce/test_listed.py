@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from jobs.reproduce import listed
 from jobs.reproduce.lab import ASSISTANT, OWN, WHISPER, Point
 from jobs.reproduce.listed import CASTS, MOST_SAID, Trusted, lists, names
 from mmrag.config import KNN, RetrievedAttention
+from mmrag.config.decoding import ListedWay
 from mmrag.records import Utterance
 from mmrag.speech.tokenized import Tokenized
 
@@ -37,7 +39,8 @@ class FakeLab:
         self.heard_by, self.wrong, self.asked = None, wrong, []
         self.settings = SimpleNamespace(
             **{"phrases": phrases, "utterances": 9, "sweep_utterances": 9, "mentions": 1},
-            **{"boost": (1.0, 2.0), "harm": None, "carriers": ("{phrase}",), **settings},
+            **{"boost": (1.0, 2.0), "carriers": ("{phrase}",)},
+            **{"harm": None, "listed": get_args(ListedWay), **settings},
         )
         grid = {"weight": (0.1, 0.9), "temperature": (1.0,), "gate": (None,), "certain": (None,)}
         self.experiment = SimpleNamespace(
@@ -163,6 +166,16 @@ def test_what_is_unsaid_is_measured_in_every_mode_and_length(corpus):
         assert len(point.lists["u1"]) == point.phrases
     assert {p.mode for p in told} == {"none", "knn", "boost", "spotting", "prompt"}
     assert all(NAMES[0] in point.lists["u0"] for point in told[1:])
+
+
+def test_only_the_named_ways_are_measured_and_nothing_is_spoken_or_tuned_for_others(corpus):
+    lab = FakeLab(corpus, listed=("spotting",))
+    for task in (listed.dynamic_context, listed.unsaid_phrases):
+        assert {point.mode for point in task(lab)[2]} == {"none", "spotting"}
+    assert not lab.asked
+    lab = FakeLab(corpus, listed=("knn",))
+    assert {point.mode for point in listed.dynamic_context(lab)[2]} == {"none", "knn"}
+    assert lab.asked
 
 
 def test_a_prompt_is_not_written_for_the_longest_lists_nor_for_a_whisper(corpus, monkeypatch):
