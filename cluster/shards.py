@@ -178,6 +178,9 @@ class ShardedRetriever:
     only the shards that hold them are asked.
     """
 
+    remote = True
+    """Searches compute in other processes."""
+
     def __init__(
         self,
         replicas: Sequence[Sequence[ActorHandle]],

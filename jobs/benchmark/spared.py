@@ -1,4 +1,4 @@
-"""What spared searches save and cost: searches a token and word error rate, rule by rule, of the
+"""What spared searches save and cost: searches a token and word error rate, rule by rule, of a
 shipped model with a datastore of its own corpus; and what searching costs a token at all."""
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from jobs.benchmark.machine import threads
 from jobs.benchmark.progress import Progress
 from jobs.benchmark.repeats import interleaved, ratio
 from mmrag import shipped
-from mmrag.config import KNN, Decode, Index, Synthesize, Workers
+from mmrag.config import Decode, Index, Synthesize, Workers
 from mmrag.corpora import synthetic
 from mmrag.corpora.synthetic import Planned
 from mmrag.corpora.voices.espeak import Synthesizer
 from mmrag.decoding.decode import Clip, decode
 from mmrag.decoding.engine import Engine
-from mmrag.decoding.tune import default
+from mmrag.decoding.tune import DEFAULTS, chosen_attention, default
 from mmrag.model.prepared import prepare
 from mmrag.recogniser import Recogniser
 from mmrag.records import Neighbours, Retriever, Utterance
@@ -33,6 +33,7 @@ from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.entries import read_entries
 from mmrag.retrieval.index import IndexShard, shard_directory, shard_ranges
 from mmrag.retrieval.interpolation import Retrieval
+from mmrag.retrieval.memory import AttentionSource
 from mmrag.retrieval.retrievers import LocalRetriever
 from mmrag.retrieval.segment import Description
 from mmrag.score.rates import word_error_rate
@@ -54,8 +55,20 @@ RULES: dict[str, dict[str, Any]] = {
 compared with searching for every token by that weight."""
 
 
-SPARING = "certain 0.99, follow 4"
-"""The rule by which searches are spared where time is measured; shards' are not followed."""
+SPARING = "certain 0.99"
+"""The rule by which searches are spared where time is measured: that of models as they come."""
+READING: dict[str, dict[str, Any]] = {
+    NEVER: {},
+    "certain 0.99": {"certain": 0.99},
+    "2 tokens": {"stride": 2},
+    "4 tokens": {"stride": 4},
+    "8 tokens": {"stride": 8},
+    "certain 0.99, 4 tokens": {"certain": 0.99, "stride": 4},
+}
+"""The same for what cross-attention reads: a search for so many tokens."""
+UNHEARD = 1e-3
+"""A weight of neighbours at which all is done that is done with them, and the same tokens are
+written as without them, so that times are of as much work."""
 
 
 class _Counting:
@@ -77,7 +90,8 @@ class _Counting:
 
 def searched(directory: Path, quick: bool, tell: Progress) -> dict[str, Any]:
     """Under `searches` a row a rule: `searches_per_token`, the `wer` with its interval, and how
-    many transcripts are `changed` of how many `clips`, against searching for every token."""
+    many transcripts are `changed` of how many `clips`, against searching for every token. Under
+    `reads` the same of what cross-attention searches for."""
     recogniser = Recogniser.load(shipped.find(shipped.TINY))
     planned = _planned(24 if quick else 100)
     tell(f"a datastore of {len(planned['datastore'])} sentences")
@@ -87,31 +101,42 @@ def searched(directory: Path, quick: bool, tell: Progress) -> dict[str, Any]:
     clips = _clips(recogniser, planned["test"])
     texts = [one.text for one in planned["test"]]
     rows, unspared = [], {}
+
+    def row(rule: str, before: list[str], heard: list[str], searches: float) -> dict[str, Any]:
+        wer = word_error_rate(texts, heard)
+        return {
+            "rule": rule,
+            "searches_per_token": searches,
+            "wer": [wer.rate, wer.low, wer.high],
+            "changed": sum(a != b for a, b in zip(heard, before, strict=True)),
+            "clips": len(clips),
+        }
+
     for rule, changes in RULES.items():
         tell(f"decoding, {rule}")
         weight = changes.get("weight", tuned.weight)
         if weight not in unspared:
-            plain = tuned.model_copy(update={"weight": weight})
-            unspared[weight], *_ = _heard(recogniser, clips, retriever, plain)
-        knn = tuned.model_copy(update=changes)
-        heard, count, tokens = _heard(recogniser, clips, retriever, knn)
-        wer = word_error_rate(texts, heard)
-        rows.append(
-            {
-                "rule": rule,
-                "searches_per_token": count / tokens,
-                "wer": [wer.rate, wer.low, wer.high],
-                "changed": sum(a != b for a, b in zip(heard, unspared[weight], strict=True)),
-                "clips": len(clips),
-            }
-        )
-    return {"searches": rows}
+            plain = Retrieval(retriever, tuned.model_copy(update={"weight": weight}))
+            unspared[weight], _ = _heard(recogniser, clips, retriever, plain)
+        knn = Retrieval(retriever, tuned.model_copy(update=changes))
+        rows.append(row(rule, unspared[weight], *_heard(recogniser, clips, retriever, knn)))
+    cache = recogniser.window_cache(retriever)
+    settings = chosen_attention(shipped.find(shipped.TINY) / DEFAULTS)
+    read: list[dict[str, Any]] = []
+    always: list[str] = []
+    for rule, changes in READING.items():
+        tell(f"reading, {rule}")
+        source = AttentionSource(cache, settings.model_copy(update=changes), retriever)
+        heard, searches = _heard(recogniser, clips, retriever, source)
+        always = heard if rule == NEVER else always
+        read.append(row(rule, always, heard, searches))
+    return {"searches": rows, "reads": read}
 
 
 def overheads(directory: Path, quick: bool, tell: Progress) -> dict[str, Any]:
     """`decode.knn_overhead` and `decode.knn_overhead_sharded`: seconds a token among synthetic
     entries over those without, measured in turn, with searches spared as SPARING says; and the same
-    with a search for every token (`knn_unspared`)."""
+    with a search for every token (`knn_unspared`). Neighbours weigh UNHEARD."""
     entries = 20_000 if quick else 1_000_000
     recogniser = Recogniser.load(shipped.find(shipped.TINY))
     prepare(recogniser.lm, rows=BATCH, compiled=False)
@@ -127,7 +152,7 @@ def overheads(directory: Path, quick: bool, tell: Progress) -> dict[str, Any]:
     clips = _clips(recogniser, _planned(8 if quick else 64)["test"])
     repeats = 2 if quick else 5
     knn = default(shipped.find(shipped.TINY), store).knn
-    every = knn.model_copy(update={"k": K, "gate": None, "certain": None})
+    every = knn.model_copy(update={"k": K, "gate": None, "certain": None, "weight": UNHEARD})
     spared = every.model_copy(update=RULES[SPARING])
 
     def measured(retriever: Retriever) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -175,18 +200,23 @@ def _together(
 
 
 def _heard(
-    recogniser: Recogniser, clips: Sequence[Clip], retriever: _Counting, knn: KNN
-) -> tuple[list[str], int, int]:
-    """Transcripts, the queries that were searched for, and the tokens with their ends."""
+    recogniser: Recogniser,
+    clips: Sequence[Clip],
+    retriever: _Counting,
+    helped: Retrieval | AttentionSource,
+) -> tuple[list[str], float]:
+    """Transcripts, and the queries that were searched for a token, ends among them."""
     before, tokens = retriever.queries, []
     for start in range(0, len(clips), BATCH):
         some = clips[start : start + BATCH]
         speech, limits = [one.speech for one in some], [one.limit for one in some]
-        retrieval = Retrieval(retriever, knn)
-        found = decode(recogniser.lm, recogniser.vocabulary, speech, limits, DECODE, retrieval)
+        how: dict[str, Any] = {"retrieval": helped}
+        if isinstance(helped, AttentionSource):
+            how = {"attention_sources": [helped] * len(some)}
+        found = decode(recogniser.lm, recogniser.vocabulary, speech, limits, DECODE, **how)
         tokens += [one.tokens for one in found]
     texts = [recogniser.vocabulary.decode(one) for one in tokens]
-    return texts, retriever.queries - before, sum(len(one) + 1 for one in tokens)
+    return texts, (retriever.queries - before) / sum(len(one) + 1 for one in tokens)
 
 
 def _planned(test: int) -> dict[str, list[Planned]]:

@@ -22,20 +22,21 @@ MOST_TAKES = 8
 class Index(Section):
     """How one shard's keys are searched."""
 
-    kind: Literal["auto", "flat", "ivfpq"]
-    """flat compares every key, ivfpq codes of some and then their keys; auto chooses for each shard
-    and says why."""
+    kind: Literal["auto", "flat", "ivfsq", "ivfpq"]
+    """flat compares every key; ivfsq and ivfpq compare codes in a few lists, and then keys: codes
+    of a few bits for each dimension, or of a byte for several. auto chooses for each shard, and
+    says why."""
     shards: PositiveInt
     entry_bytes: PositiveInt = 336
     """auto: memory that an entry may take in an index that is built."""
     min_recall: float | None = Field(default=None, gt=0, le=1)
     """Recall of the 16 nearest, on held-out queries, below which a shard is not built."""
     lists: PositiveInt = 1024
-    """ivfpq: inverted lists."""
+    """Inverted lists, where there are any."""
     code_bytes: PositiveInt = 64
     """ivfpq: bytes a key; must divide the key's width, unless keys are turned."""
     residual: bool = True
-    """ivfpq: whether a code stands for what a key differs by from its list's centroid, which is
+    """Whether a code stands for what a key differs by from its list's centroid, which is
     nearer to the truth and slower to compare, or for the key itself."""
     turned: bool = False
     """ivfpq: whether keys are turned into eight dimensions a byte before they are coded (OPQ)."""
@@ -43,16 +44,17 @@ class Index(Section):
     """ivfpq: whether codes of half a byte, twice as many, are compared in registers: quicker, and
     not mapped but read by every process that opens the index."""
     scalar_bits: Literal[0, 4, 6, 8] = 0
-    """ivfpq: bits a dimension of the longer codes that choose whose keys are read; 0 for none."""
+    """ivfsq: bits a dimension of the codes. ivfpq: of the longer codes that choose whose keys are
+    read; 0 for none."""
     probes: PositiveInt = 32
-    """ivfpq: lists visited a query."""
+    """Lists visited a query."""
     refine: PositiveInt = 16
     """ivfpq with scalar_bits: candidates whose longer codes are compared, for each neighbour asked
     for."""
     rerank: PositiveInt = 8
-    """ivfpq: candidates whose keys are read for each neighbour asked for, and re-ranked exactly."""
+    """Candidates whose keys are read for each neighbour asked for, and re-ranked exactly."""
     gpu: Operation[bool | None] = None
-    """ivfpq: whether lists and codes are trained and filled on this machine's GPU; None where FAISS
+    """Whether lists and codes are trained and filled on this machine's GPU; None where FAISS
     finds one that has such codes. Unless False, they are searched on one where they are opened."""
 
 

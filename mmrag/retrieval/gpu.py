@@ -23,7 +23,7 @@ def used(settings: Index, dimensions: int) -> bool:
     if settings.gpu is False:
         return False
     reason = None if faiss.get_num_gpus() else "FAISS finds no GPU here"
-    if reason is None and settings.kind == "ivfpq":
+    if reason is None and settings.kind != "flat":
         reason = _unknown(settings, dimensions)
     if reason and settings.gpu:
         raise ValueError(f"index.gpu: {reason}")
@@ -33,12 +33,15 @@ def used(settings: Index, dimensions: int) -> bool:
 def _unknown(settings: Index, dimensions: int) -> str | None:
     """Why a GPU has no such lists and codes; None where it has."""
     code, held = settings.code_bytes, dimensions / settings.code_bytes
+    if settings.probes > MOST_FOUND:
+        return f"it visits at most {MOST_FOUND} lists (index.probes {settings.probes})"
+    if settings.kind == "ivfsq":
+        bits = settings.scalar_bits
+        return f"it has no codes of {bits} bits (index.scalar_bits)" if bits == 6 else None
     if settings.fast_scan or not settings.residual:
         return "it has neither index.fast_scan nor codes of whole keys (index.residual false)"
     if code not in CODE_BYTES or held not in CODE_DIMENSIONS:
         return f"it has no codes of {code} bytes for {dimensions} dimensions (index.code_bytes)"
-    if settings.probes > MOST_FOUND:
-        return f"it visits at most {MOST_FOUND} lists (index.probes {settings.probes})"
     return None
 
 

@@ -24,14 +24,16 @@ class HeldOutQueries:
     """Keys of entries that lie evenly among some, each to be found elsewhere than in its own
     document: what a decoder asks for that hears what the datastore has heard from others."""
 
-    def __init__(self, datastore: Datastore, start: int, stop: int) -> None:
-        """Compares each of QUERIES keys with every key of [start, stop)."""
+    def __init__(self, datastore: Datastore, start: int, stop: int, nearest: int = NEAREST) -> None:
+        """Compares each of QUERIES keys with every key of [start, stop); the `nearest` are to be
+        found."""
+        self._wanted = nearest
         entries = np.linspace(start, stop - 1, min(QUERIES, stop - start)).astype(np.int64)
         entries = np.setdiff1d(entries, datastore.deleted)
         self._queries = datastore.keys_of(entries)
         self._documents = datastore.documents[entries]
         metric = datastore.description.metric
-        nearest = _nearest(datastore, start, stop, self._queries, self._documents)
+        nearest = _nearest(datastore, start, stop, self._queries, self._documents, nearest)
         self._there = (nearest != NO_ENTRY).sum(1)
         rows, columns = np.nonzero(nearest != NO_ENTRY)
         far = np.zeros(nearest.shape, np.float32)
@@ -42,25 +44,30 @@ class HeldOutQueries:
         """The distance of each query's last neighbour."""
 
     def recall(self, search: Search) -> float | None:
-        """The share of the NEAREST entries that `search` finds; None where there are none."""
+        """The share of the nearest entries that `search` finds; None where there are none."""
         some = self._there > 0
         if not some.any():
             return None
         there, last = self._there[some], self._last[some]
-        found = search(self._queries[some], NEAREST, self._documents[some].tolist()).distances
+        found = search(self._queries[some], self._wanted, self._documents[some].tolist()).distances
         hits = (found <= (last + TIE * np.abs(last))[:, None]).sum(1)
         return float((np.minimum(hits, there) / there).mean())
 
 
 def _nearest(
-    datastore: Datastore, start: int, stop: int, queries: np.ndarray, own: np.ndarray
+    datastore: Datastore,
+    start: int,
+    stop: int,
+    queries: np.ndarray,
+    own: np.ndarray,
+    wanted: int,
 ) -> np.ndarray:
-    """The nearest entries (Q, NEAREST) of other documents than each query's own; NO_ENTRY where
+    """The nearest entries (Q, `wanted`) of other documents than each query's own; NO_ENTRY where
     there are fewer."""
     metric = datastore.description.metric
     queries = prepare(queries, metric)
-    far = np.full((len(queries), NEAREST), np.inf, np.float32)
-    entries = np.full((len(queries), NEAREST), NO_ENTRY, np.int64)
+    far = np.full((len(queries), wanted), np.inf, np.float32)
+    entries = np.full((len(queries), wanted), NO_ENTRY, np.int64)
     for block in range(start, stop, BLOCK):
         here = np.arange(block, min(block + BLOCK, stop))
         keys = datastore.keys_of(here)
@@ -70,7 +77,7 @@ def _nearest(
         hidden = np.isin(here, datastore.deleted) | (datastore.documents[here] == own[:, None])
         apart = np.concatenate([far, np.where(hidden, np.inf, apart)], axis=1)
         among = np.concatenate([entries, np.broadcast_to(here, hidden.shape)], axis=1)
-        best = np.argpartition(apart, NEAREST - 1, axis=1)[:, :NEAREST]
+        best = np.argpartition(apart, wanted - 1, axis=1)[:, :wanted]
         far = np.take_along_axis(apart, best, axis=1)
         found = np.take_along_axis(among, best, axis=1)
         entries = np.where(np.isfinite(far), found, NO_ENTRY)

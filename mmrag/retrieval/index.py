@@ -3,7 +3,7 @@
 An `IndexShard` covers a contiguous range of entries. FAISS proposes candidates, with the rounding
 of its own fast arithmetic; their distances are then computed again, in float32 from the stored
 keys. Flat goes on proposing until no key that was not proposed could be among the k nearest, so
-its answer is exact and the same however the entries are sharded; IVF-PQ re-ranks what its lists and
+its answer is exact and the same however the entries are sharded; IVF re-ranks what its lists and
 codes let through, and how much that is is measured when it is built. Its lists and codes may lie on
 a GPU (`gpu`). Which machine a shard lives on is not known here.
 """
@@ -29,7 +29,7 @@ from mmrag.records import NO_ENTRY, Neighbours
 from mmrag.retrieval import gpu, sizing
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.held_out import NEAREST, HeldOutQueries
-from mmrag.retrieval.ivf import CODE_CENTROIDS, CODES, IVFPQ, LIST_POINTS, TURNED_DIMENSIONS
+from mmrag.retrieval.ivf import CODE_CENTROIDS, CODES, IVF, LIST_POINTS, TURNED_DIMENSIONS
 from mmrag.retrieval.segment import DatastoreError, distances, prepare
 from mmrag.retrieval.stored import open_mapped
 
@@ -45,7 +45,7 @@ class IndexShard:
     """The searchable entries [start, stop) of a datastore."""
 
     def __init__(
-        self, datastore: Datastore, start: int, settings: Index, index: faiss.Index | IVFPQ
+        self, datastore: Datastore, start: int, settings: Index, index: faiss.Index | IVF
     ) -> None:
         """`index` holds the first `index.ntotal` entries from `start`; `settings` are of a kind
         that was chosen."""
@@ -59,8 +59,8 @@ class IndexShard:
         self.why = ""
         """Why it is indexed as it is."""
         self.recall: float | None = None
-        """Of the NEAREST entries to held-out queries, as measured when it was built; None where it
-        is exact, or nothing was there to measure it on."""
+        """Of its part of the NEAREST entries to held-out queries, measured when it was built; None
+        where it is exact, or nothing was there to measure it on."""
         self._index = index
         self._longest = 0.0
         """Norm of the longest key: bounds FAISS's rounding errors (flat)."""
@@ -78,14 +78,14 @@ class IndexShard:
     ) -> IndexShard:
         """Index the entries [start, stop), and measure the recall of what is not exact.
 
-        Raises ValueError if an IVF-PQ index cannot be trained on that few keys or that width, and
+        Raises ValueError if an IVF index cannot be trained on that few keys or that width, and
         for a recall below `settings.min_recall`.
         """
         wanted, why = sizing.chosen(settings, stop - start, datastore.description.width)
         shard = cls(datastore, start, wanted, _empty(datastore, wanted, seed))
         shard.asked, shard.why = settings, why
         shard.add(start, stop)
-        if wanted.kind == "ivfpq":
+        if wanted.kind != "flat":
             shard._measure(tune=settings.kind == "auto")
         least = settings.min_recall or 0.0
         if shard.recall is not None and shard.recall < least:
@@ -114,7 +114,7 @@ class IndexShard:
         else:
             here = settings.model_copy(update={"gpu": None}) if settings.gpu else settings
             try:
-                index = IVFPQ.load(directory, settings, _on_gpu(datastore, here))
+                index = IVF.load(directory, settings, _on_gpu(datastore, here))
             except RuntimeError as error:
                 raise DatastoreError(f"{directory} is damaged: {error}") from None
             if index.ntotal != saved["stop"] - saved["start"]:
@@ -129,7 +129,7 @@ class IndexShard:
         return shard
 
     def save(self, directory: Path | str) -> None:
-        """Write `shard.json`, and for IVF-PQ its codes; flat is the datastore's keys alone.
+        """Write `shard.json`, and for IVF its codes; flat is the datastore's keys alone.
 
         The directory is written aside, flushed and renamed: if it exists, it is whole.
         """
@@ -138,7 +138,7 @@ class IndexShard:
         shutil.rmtree(aside, ignore_errors=True)
         durable.make_directory(directory.parent)
         aside.mkdir()
-        if self.settings.kind == "ivfpq":
+        if self.settings.kind != "flat":
             self._index.save(aside)
             np.save(aside / LEFT_OUT, self._left_out, allow_pickle=False)
         fields = {
@@ -171,7 +171,7 @@ class IndexShard:
         for block in range(start, stop, BLOCK):
             keys = self.datastore.keys(block, min(block + BLOCK, stop))
             self._longest = max(self._longest, float(np.linalg.norm(keys, axis=1).max()))
-            if self.settings.kind == "ivfpq":
+            if self.settings.kind != "flat":
                 deleted = self.datastore.deleted
                 first, last = np.searchsorted(deleted, (block, block + len(keys)))
                 keys[deleted[first:last] - block] = np.nan  # numbered by FAISS, and in no list
@@ -261,7 +261,9 @@ class IndexShard:
         excluded = None if exclude_documents is None else np.asarray(exclude_documents)
         total, deleted = self.stop - self.start, self._deletions
         pending = np.arange(len(queries) if deleted < total else 0)
-        fetch = k * (settings.rerank if settings.kind == "ivfpq" else 2)
+        fetch = k * (2 if settings.kind == "flat" else settings.rerank)
+        if excluded is not None:
+            fetch = max(fetch, 2 * k)  # as not all of them may be returned
         there = total - len(self._left_out)
         fetch = -(-fetch * there // max(total - deleted, 1))  # as if deletions lay evenly
         while len(pending):
@@ -288,7 +290,7 @@ class IndexShard:
         self, queries: np.ndarray, fetch: int, settings: Index
     ) -> tuple[np.ndarray, np.ndarray]:
         """FAISS's nearest, ids from 0: its distance of the last (B,), candidates (B, fetch)."""
-        if self.settings.kind == "ivfpq":
+        if self.settings.kind != "flat":
             candidates = self._index.search(queries, fetch, settings)
             return np.full(len(queries), np.inf, np.float32), candidates
         proposed, candidates = self._index.search(queries, fetch)
@@ -334,7 +336,9 @@ class IndexShard:
 
     def _measure(self, tune: bool) -> None:
         """Set `recall`; with `tune`, search more until it is good or costs too much."""
-        held_out = HeldOutQueries(self.datastore, self.start, self.stop)
+        # A shard has its part of the nearest of all, which are nearer than as many of its own.
+        part = max(1, NEAREST // self.settings.shards)
+        held_out = HeldOutQueries(self.datastore, self.start, self.stop, part)
         self.recall = held_out.recall(self.search)
         while tune and self.recall is not None and self.recall < sizing.GOOD_RECALL:
             tried = []
@@ -347,11 +351,10 @@ class IndexShard:
             self.recall, self.settings = recall, wider
 
     def _train(self, start: int, stop: int) -> None:
-        """Train IVF-PQ on evenly spaced keys, as many as k-means makes use of."""
-        needed, reason = max(
-            (self.settings.lists, f"index.lists {self.settings.lists}"),
-            (CODE_CENTROIDS, "index.kind ivfpq"),
-        )
+        """Train lists and codes on evenly spaced keys, as many as k-means makes use of."""
+        needed, reason = self.settings.lists, f"index.lists {self.settings.lists}"
+        if self.settings.kind == "ivfpq" and needed < CODE_CENTROIDS:
+            needed, reason = CODE_CENTROIDS, "index.kind ivfpq"
         if stop - start < needed:
             raise ValueError(
                 f"{reason} needs at least {needed} keys to train on and this shard has "
@@ -430,7 +433,7 @@ def asked_for(saved: Mapping[str, Any]) -> Index:
 
 
 def left_out(shard: Path) -> np.ndarray:
-    """The entries (M,) int64 of a saved IVF-PQ shard, counted from its first, that it does not
+    """The entries (M,) int64 of a saved IVF shard, counted from its first, that it does not
     hold."""
     return open_mapped(shard / LEFT_OUT)
 
@@ -465,12 +468,12 @@ def shard_ranges(entries: int, shards: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def _empty(datastore: Datastore, settings: Index, seed: int) -> faiss.Index | IVFPQ:
+def _empty(datastore: Datastore, settings: Index, seed: int) -> faiss.Index | IVF:
     width = datastore.description.width
     by_product = datastore.description.metric == "ip"
-    if settings.kind == "ivfpq":
+    if settings.kind != "flat":
         on_gpu = _on_gpu(datastore, settings)
-        return IVFPQ.create(width, by_product, settings, seed, on_gpu)
+        return IVF.create(width, by_product, settings, seed, on_gpu)
     return faiss.IndexFlat(width, faiss.METRIC_INNER_PRODUCT if by_product else faiss.METRIC_L2)
 
 

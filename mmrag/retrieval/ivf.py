@@ -1,13 +1,12 @@
 """Keys as short codes in inverted lists, by FAISS: which of them may be near a query.
 
-IVF-PQ (arXiv 1702.08734): a key is in the list of the centroid next to it, and its code is the key
-itself, product-quantized, or what it differs by from the centroid. For the latter FAISS can hold
-tables of the centroids' distances to all codes, which would take more memory than the codes; they
-are computed for the few lists that are visited. Where a code has few bytes for the key's width, the
-key is turned first (OPQ, arXiv 1311.4055), into fewer dimensions.
-
-What the codes propose may be compared again by longer ones, of some bits a dimension (`scalar`),
-so that fewer keys have to be read.
+A key is in the list of the centroid next to it, and its code is the key itself or what it differs
+by from the centroid. IVF-SQ: a few bits a dimension (`scalar`). IVF-PQ (arXiv 1702.08734):
+product-quantized, in less memory; a query looks up tables, which for differences FAISS could hold
+for all lists, in more memory than the codes, and computes for the few that are visited. Where such
+a code has few bytes for the key's width, the key is turned first (OPQ, arXiv 1311.4055), into fewer
+dimensions; and what it proposes may be compared again by longer codes, of some bits a dimension, so
+that fewer keys have to be read.
 
 A saved index is mapped, not read: its codes are the page cache's, and belong to all processes of a
 machine. What is added after that lies in memory beside it. On a GPU, and where codes are compared
@@ -16,6 +15,7 @@ in registers (fast-scan, arXiv 1812.09162), the whole index is read, and grows i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import faiss
@@ -35,11 +35,14 @@ OPQ_POINTS = 65_536
 NO_TABLES = -1
 """Of FAISS: do not compute tables beforehand."""
 MAPPED = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE
+NO_PREFETCH = 0
+"""Threads that FAISS starts at every search of mapped lists, to read them beforehand: starting its
+32 takes longer than to search lists that are in memory."""
 TURNED_DIMENSIONS = 8
 """Dimensions that are left for each byte of a code where keys are turned."""
 
 
-class IVFPQ:
+class IVF:
     """Candidates among many keys, numbered from 0 as they were added."""
 
     def __init__(
@@ -59,13 +62,16 @@ class IVFPQ:
     @classmethod
     def create(
         cls, width: int, by_product: bool, settings: Index, seed: int, on_gpu: bool = False
-    ) -> IVFPQ:
+    ) -> IVF:
         """Untrained, for keys (N, width) compared by inner product or else by L2.
 
-        ValueError where a code's bytes do not divide what they stand for, or the GPU has no such
-        codes.
+        ValueError where a code's bytes do not divide what they stand for, or there are none, or the
+        GPU has no such codes.
         """
         metric = faiss.METRIC_INNER_PRODUCT if by_product else faiss.METRIC_L2
+        if settings.kind == "ivfsq":
+            index = _scalar_lists(width, metric, settings, seed)
+            return cls(gpu.to_gpu(index) if on_gpu else index, on_gpu=on_gpu)
         turned = TURNED_DIMENSIONS * settings.code_bytes if settings.turned else width
         if turned % settings.code_bytes:
             raise ValueError(
@@ -76,15 +82,7 @@ class IVFPQ:
                 f"index.turned: codes of {settings.code_bytes} bytes stand for {turned} "
                 f"dimensions, and keys have {width}"
             )
-        coarse = faiss.IndexFlat(turned, metric)
-        index = _lists(coarse, turned, metric, settings)
-        index.by_residual = settings.residual
-        index.cp.seed = index.pq.cp.seed = seed % 2**31
-        index.cp.max_points_per_centroid = index.pq.cp.max_points_per_centroid = LIST_POINTS
-        index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1  # no warning
-        index.own_fields = True
-        coarse.this.disown()
-        whole = index
+        whole = index = _product_lists(turned, metric, settings, seed)
         if settings.turned:
             rotation = faiss.OPQMatrix(width, settings.code_bytes, turned)
             rotation.max_train_points = OPQ_POINTS
@@ -96,11 +94,16 @@ class IVFPQ:
         return cls(gpu.to_gpu(whole) if on_gpu else whole, scalars, on_gpu=on_gpu)
 
     @classmethod
-    def load(cls, directory: Path, settings: Index, on_gpu: bool = False) -> IVFPQ:
+    def load(cls, directory: Path, settings: Index, on_gpu: bool = False) -> IVF:
         """What `save` wrote; RuntimeError for a file that is damaged or missing."""
-        file, mapped = directory / CODES, not (on_gpu or settings.fast_scan)
+        in_registers = settings.fast_scan and settings.kind == "ivfpq"
+        file, mapped = directory / CODES, not (on_gpu or in_registers)
         index = faiss.read_index(str(file), MAPPED if mapped else 0)
-        scalars = scalar.load(directory / SCALARS, mapped) if settings.scalar_bits else None
+        if mapped:
+            lists = faiss.extract_index_ivf(index).invlists
+            faiss.downcast_InvertedLists(lists).prefetch_nthread = NO_PREFETCH
+        longer = settings.scalar_bits and settings.kind == "ivfpq"
+        scalars = scalar.load(directory / SCALARS, mapped) if longer else None
         if scalars is not None and scalars.ntotal != index.ntotal:
             raise RuntimeError(f"{scalars.ntotal} and {index.ntotal} codes")
         return cls(
@@ -133,6 +136,8 @@ class IVFPQ:
     def search(self, queries: np.ndarray, fetch: int, settings: Index) -> np.ndarray:
         """The keys whose codes are nearest, in the `settings.probes` lists next to each query:
         (B, fetch), -1 where there are no more."""
+        if self._fresh is None:
+            return self._saved.search(queries, fetch, settings, self._on_gpu)[1]
         parts, shift = [], 0
         for part in self._parts:
             distances, found = part.search(queries, fetch, settings, self._on_gpu)
@@ -142,8 +147,6 @@ class IVFPQ:
             found[found >= 0] += shift
             parts.append((distances, found))
             shift += part.ntotal
-        if len(parts) == 1:
-            return parts[0][1]
         distances, found = (np.concatenate(each, axis=1) for each in zip(*parts, strict=True))
         nearest = np.argsort(distances, axis=1, kind="stable")[:, :fetch]
         return np.take_along_axis(found, nearest, axis=1)
@@ -214,21 +217,53 @@ class _Part:
             refined = faiss.IndexRefineSearchParameters(k_factor=factor, base_index_params=lists)
             both = faiss.IndexRefine(self.index, self.scalars)
             distances, found = both.search(queries, asked, params=refined)
+        if asked == fetch:
+            return distances, found
         missing = (0, 0), (0, fetch - asked)
         return np.pad(distances, missing), np.pad(found, missing, constant_values=-1)
 
 
-def _lists(coarse: faiss.Index, width: int, metric: int, settings: Index) -> faiss.Index:
-    """An empty index with lists by `coarse`."""
+def _scalar_lists(width: int, metric: int, settings: Index, seed: int) -> faiss.Index:
+    """Empty lists of codes of some bits a dimension."""
+    if not settings.scalar_bits:
+        raise ValueError("index.kind ivfsq needs index.scalar_bits: 4, 6 or 8 a dimension")
+    coarse, codes = faiss.IndexFlat(width, metric), scalar.TYPES[settings.scalar_bits]
+    index = faiss.IndexIVFScalarQuantizer(
+        coarse, width, settings.lists, codes, metric, settings.residual
+    )
+    return _trained_by(index, coarse, [index.cp], seed)
+
+
+def _product_lists(width: int, metric: int, settings: Index, seed: int) -> faiss.Index:
+    """Empty lists of product-quantized codes."""
+    coarse = faiss.IndexFlat(width, metric)
     if settings.fast_scan:
         halves = 2 * settings.code_bytes
         if width % halves:
             raise ValueError(
                 f"index.fast_scan: {halves} codes of half a byte do not divide width {width}"
             )
-        return faiss.IndexIVFPQFastScan(coarse, width, settings.lists, halves, 4, metric)
-    index = faiss.IndexIVFPQ(coarse, width, settings.lists, settings.code_bytes, 8, metric)
-    index.use_precomputed_table = NO_TABLES
+        index = faiss.IndexIVFPQFastScan(coarse, width, settings.lists, halves, 4, metric)
+    else:
+        index = faiss.IndexIVFPQ(coarse, width, settings.lists, settings.code_bytes, 8, metric)
+        index.use_precomputed_table = NO_TABLES
+    index.by_residual = settings.residual
+    return _trained_by(index, coarse, [index.cp, index.pq.cp], seed)
+
+
+def _trained_by(
+    index: faiss.Index,
+    coarse: faiss.Index,
+    clusterings: Sequence[faiss.ClusteringParameters],
+    seed: int,
+) -> faiss.Index:
+    """`index`, which now owns the centroids of its lists, and finds the same ones every time."""
+    for clustering in clusterings:
+        clustering.seed = seed % 2**31
+        clustering.max_points_per_centroid = LIST_POINTS
+        clustering.min_points_per_centroid = 1  # no warning
+    index.own_fields = True
+    coarse.this.disown()
     return index
 
 

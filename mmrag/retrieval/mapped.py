@@ -92,5 +92,5 @@ class _Map:
         }
 
     def __del__(self) -> None:
-        if self._address is not None:
+        if self._address is not None and _C is not None:  # None where the process ends
             _C.munmap(self._address, self._size)

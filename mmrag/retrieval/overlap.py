@@ -17,9 +17,13 @@ WORTH_SECONDS = 3e-4
 """A search that takes less is done sooner than another thread has woken up."""
 
 
-def worthwhile(seconds: float) -> bool:
-    """Whether a search that takes so long should have a thread, and there is a core for it."""
-    return seconds >= WORTH_SECONDS and len(os.sched_getaffinity(0)) > 1
+def worthwhile(seconds: float, elsewhere: bool) -> bool:
+    """Whether a search that takes so long should have a thread, and there is a core for it.
+
+    Only where search or language model compute `elsewhere`, in other processes or on a device: on
+    the same cores each would slow the other down.
+    """
+    return elsewhere and seconds >= WORTH_SECONDS and len(os.sched_getaffinity(0)) > 1
 
 
 def begin(search: Callable[[], T]) -> Future[T]:

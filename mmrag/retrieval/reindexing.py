@@ -105,7 +105,7 @@ def _outgrown(last: dict, entries: int, width: int) -> str | None:
     if chosen.kind == last["settings"]["kind"]:
         return None
     kind = last["settings"]["kind"]
-    return f"the last shard has grown to {size:,} entries, for which auto does not choose {kind}"
+    return f"the last shard has {size:,} entries, for which auto does not choose {kind}"
 
 
 def _grown(shards: list[dict], entries: int) -> str | None:

@@ -4,8 +4,8 @@ Worked out for all rows at once and with one wait for the language model's devic
 spared where the model is certain (`KNN.certain`), where no neighbour could change the likeliest
 token (`settled`), after searches that found nothing near (`patience`), where the entries behind
 those of the step before go on with what is said (`follow`: RetoMaton, arXiv 2201.12431), and where
-the same was asked lately (`recent`). A slow search goes on in another thread until somebody
-needs what it finds.
+the same was asked lately (`recent`). A slow search that takes nobody's core here goes on in another
+thread until somebody needs what it finds.
 """
 
 from __future__ import annotations
@@ -193,7 +193,9 @@ class RowSearches:
                 self._followable(rows, chosen) if retrieval.settings.follow else None,
             )
             slow = self._seconds.get(id(retrieval), 0.0)
-            if apart and overlap.worthwhile(slow) and (fate[rows] == SEARCHED).any():
+            elsewhere = keys.device.type != "cpu" or getattr(retrieval.retriever, "remote", False)
+            searching = (fate[rows] == SEARCHED).any()
+            if apart and searching and overlap.worthwhile(slow, elsewhere):
                 lookup = overlap.begin(lookup).result
             lookups.append(lookup)
         return Pending(lm_logp, sayable, fate, lookups)

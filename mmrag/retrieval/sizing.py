@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from mmrag.config import Index
 from mmrag.retrieval import scalar
@@ -20,15 +21,19 @@ CODE_DIMENSIONS = 4
 LONE_CODE_DIMENSIONS = 2
 """The same where there is no memory for longer ones."""
 SCALAR_BITS = (8, 6, 4)
-"""Of a dimension in the longer codes: as many as the memory allows."""
+"""Of a dimension in scalar codes: the first, if there is memory for so many in lists; else in the
+longer codes beside product-quantized ones, as many as there is memory for."""
 SCANNED, MOST_SCANNED = 2_000, 30_000
-"""Codes that a query is compared with: where tuning begins, and what it may come to."""
+"""Codes that a query is compared with: where tuning begins, and what it may come to. Of several
+shards each has fewer of the nearest, so that it begins with fewer."""
 REFINED, MOST_REFINED = 16, 64
 """Likewise of the longer codes, for each neighbour asked for."""
 RERANKED, MOST_RERANKED = 4, 16
-"""Likewise of the keys that are read, where there are no longer codes."""
+"""Likewise of the keys that are read, where there are product-quantized codes alone."""
 CHOSEN, MOST_CHOSEN = 2, 8
 """Likewise, where longer codes have chosen them."""
+PROPOSED, MOST_PROPOSED = 1, 4
+"""Likewise, where lists hold codes of the most bits, which order keys nearly as they are."""
 GOOD_RECALL = 0.96
 """Where tuning ends before that."""
 LEAST_GAIN = 0.01
@@ -44,33 +49,52 @@ def chosen(settings: Index, entries: int, width: int) -> tuple[Index, str]:
         return settings.model_copy(update={"kind": "flat"}), told
     lists = LISTS_MULTIPLE * max(1, round(LISTS * math.sqrt(entries) / LISTS_MULTIPLE))
     memory = max(1, settings.entry_bytes - ID_BYTES)
+    codes, held, told = _scalar_codes(width, memory) or _product_codes(width, memory)
+    sized = {
+        "lists": lists,
+        "fast_scan": False,
+        "probes": probes(SCANNED / math.sqrt(settings.shards), lists, entries),
+        **codes,
+    }
+    why = (
+        f"{codes['kind']}: {entries:,} keys in {lists:,} lists ({LISTS}·√N), {width} dimensions in "
+        f"{told}: {held + ID_BYTES} of {settings.entry_bytes} bytes an entry"
+    )
+    return settings.model_copy(update=sized), why
+
+
+def _scalar_codes(width: int, memory: int) -> tuple[dict[str, Any], int, str] | None:
+    """Settings for codes of the most bits a dimension, their bytes and words for them; None where
+    there is no memory for that."""
+    bits = SCALAR_BITS[0]
+    held = scalar.code_bytes(width, bits)
+    if held > memory:
+        return None
+    codes = {"kind": "ivfsq", "residual": True, "scalar_bits": bits, "rerank": PROPOSED}
+    return codes, held, f"{held} bytes, {bits} bits each"
+
+
+def _product_codes(width: int, memory: int) -> tuple[dict[str, Any], int, str]:
+    """The same for product-quantized codes, and as long ones beside them as there is memory for."""
     code, turned = _code(width, memory, CODE_DIMENSIONS)
     bits = _bits(width, memory - code)
     if not bits:
         code, turned = _code(width, memory, LONE_CODE_DIMENSIONS)
-    sized = {
+    longer = scalar.code_bytes(width, bits)
+    codes = {
         "kind": "ivfpq",
-        "lists": lists,
         "code_bytes": code,
         "turned": turned,
         "residual": turned or width > LONE_CODE_DIMENSIONS * code,
-        "fast_scan": False,
         "scalar_bits": bits,
-        "probes": probes(SCANNED, lists, entries),
         "refine": REFINED,
         "rerank": CHOSEN if bits else RERANKED,
     }
-    longer = scalar.code_bytes(width, bits)
-    told = (
-        f"ivfpq: {entries:,} keys in {lists:,} lists ({LISTS}·√N), {width} dimensions in {code} "
-        f"bytes{' after a rotation' if turned else ''}"
-        f"{f' and again in {longer}, {bits} bits each' if bits else ''}: "
-        f"{code + longer + ID_BYTES} of {settings.entry_bytes} bytes an entry"
-    )
-    return settings.model_copy(update=sized), told
+    told = f"{code} bytes{' after a rotation' if turned else ''}"
+    return codes, code + longer, told + f" and again in {longer}, {bits} bits each" * bool(bits)
 
 
-def probes(scanned: int, lists: int, entries: int) -> int:
+def probes(scanned: float, lists: int, entries: int) -> int:
     """Lists to visit for `scanned` codes, if lists are about as long as each other."""
     return max(1, min(lists, round(scanned * lists / max(1, entries))))
 
@@ -79,7 +103,9 @@ def wider(settings: Index, entries: int) -> list[Index]:
     """Settings that find more: twice the codes, the longer codes or the keys that are read, as far
     as each may grow."""
     limits = {"probes": probes(MOST_SCANNED, settings.lists, entries)}
-    if settings.scalar_bits:
+    if settings.kind == "ivfsq":
+        limits["rerank"] = MOST_PROPOSED
+    elif settings.scalar_bits:
         limits |= {"refine": MOST_REFINED, "rerank": MOST_CHOSEN}
     else:
         limits["rerank"] = MOST_RERANKED

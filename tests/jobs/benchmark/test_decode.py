@@ -49,7 +49,12 @@ ELSEWHERE = {
         {"rule": "never", "searches_per_token": 1.0, "wer": [0.1, 0.05, 0.2], "changed": 0}
         | {"clips": 9}
     ],
+    "reads": [
+        {"rule": "4 tokens", "searches_per_token": 0.25, "wer": [0.1, 0.05, 0.2], "changed": 1}
+        | {"clips": 9}
+    ],
     "knn_unspared": {"local": ratio([3], [2])},
+    "read_for": {"1": ratio([3], [2])},
 }
 """What other modules measure, made up."""
 

@@ -298,7 +298,7 @@ def test_fifty_rounds_of_changes_and_power_cuts_lose_nothing_that_was_acknowledg
     assert 15 < cuts < 40 and rounds.entries > 40
 
 
-@pytest.mark.parametrize("kind", ["flat", "ivfpq"])
+@pytest.mark.parametrize("kind", ["flat", "ivfsq", "ivfpq"])
 def test_an_index_shard_is_flushed_before_it_has_its_name(tmp_path, monkeypatch, kind):
     create(tmp_path, DESCRIPTION)
     random = np.random.default_rng(0)
@@ -313,9 +313,9 @@ def test_an_index_shard_is_flushed_before_it_has_its_name(tmp_path, monkeypatch,
     write_segment(tmp_path, "only", large)
     publish(tmp_path, ["only"])
     store = Datastore.open(tmp_path)
-    shard = IndexShard.build(
-        store, 0, 300, Index(kind=kind, shards=1, lists=2, code_bytes=2, probes=2), seed=1
-    )
+    codes = {"code_bytes": 2} if kind == "ivfpq" else {"scalar_bits": 8}
+    settings = Index(kind=kind, shards=1, lists=2, probes=2, **codes)
+    shard = IndexShard.build(store, 0, 300, settings, seed=1)
     disk = Disk(monkeypatch)
     shard.save(shard_directory(tmp_path, 0))
     assert disk.lost == []

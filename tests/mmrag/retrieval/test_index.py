@@ -16,19 +16,24 @@ from mmrag.retrieval.index import (
     shard_directory,
     shard_ranges,
 )
+from mmrag.retrieval.ivf import IVF
 from mmrag.retrieval.retrievers import LocalRetriever, SubsetRetriever
 from mmrag.retrieval.segment import DatastoreError, Description, Segment, distances, prepare
 
 FLAT = Index(kind="flat", shards=1)
 IVFPQ = Index(kind="ivfpq", shards=1, lists=8, code_bytes=4, probes=8, rerank=8)
+IVFSQ = Index(kind="ivfsq", shards=1, lists=8, scalar_bits=8, probes=8, rerank=8)
 KINDS = {
     "flat": FLAT,
     "ivfpq": IVFPQ,
+    "ivfsq": IVFSQ,
+    "ivfsq of few bits": IVFSQ.model_copy(update={"scalar_bits": 4, "residual": False}),
     "with longer codes": IVFPQ.model_copy(update={"scalar_bits": 8}),
     "with short longer codes": IVFPQ.model_copy(update={"scalar_bits": 4, "refine": 300}),
     "fast-scan": IVFPQ.model_copy(update={"fast_scan": True}),
     "fast-scan with longer codes": IVFPQ.model_copy(update={"fast_scan": True, "scalar_bits": 6}),
     "gpu": IVFPQ.model_copy(update={"gpu": True}),
+    "gpu, scalar codes": IVFSQ.model_copy(update={"gpu": True}),
     "gpu with longer codes": IVFPQ.model_copy(update={"gpu": True, "scalar_bits": 8}),
 }
 METRICS = ["l2", "ip", "cosine"]
@@ -284,6 +289,20 @@ def test_an_empty_ivfpq_shard_finds_nothing_until_it_is_given_entries(tmp_path):
     assert (shard.search(random_keys(2), 3).entries >= 0).all()
 
 
+def test_scalar_codes_have_bits(tmp_path):
+    datastore = make(tmp_path, random_keys(300))
+    with pytest.raises(ValueError, match=r"ivfsq needs index\.scalar_bits: 4, 6 or 8 a dimension"):
+        IndexShard.build(datastore, 0, 300, IVFSQ.model_copy(update={"scalar_bits": 0}), seed=0)
+
+
+@pytest.mark.parametrize("settings", [IVFPQ, IVFSQ])
+def test_no_search_of_a_mapped_index_starts_threads_to_read_ahead(tmp_path, settings):
+    datastore = make(tmp_path, random_keys(300))
+    IndexShard.build(datastore, 0, 300, settings, seed=0).save(tmp_path / "shard")
+    index = IVF.load(tmp_path / "shard", settings)._saved.index
+    assert faiss.downcast_InvertedLists(index.invlists).prefetch_nthread == 0
+
+
 def test_too_few_keys_to_train_on_names_the_setting(tmp_path):
     datastore = make(tmp_path, random_keys(300))
     many = IVFPQ.model_copy(update={"lists": 301})
@@ -523,7 +542,10 @@ def test_a_gpu_is_asked_for_where_there_is_one_that_has_such_codes(tmp_path, mon
         with pytest.raises(ValueError, match=why):
             gpu.used(wanted.model_copy(update=update), 40 if "turned" in update else 8)
         assert not gpu.used(IVFPQ.model_copy(update=update), 40 if "turned" in update else 8)
-    assert gpu.used(IVFPQ, 8) and not gpu.used(IVFPQ.model_copy(update={"gpu": False}), 8)
+    with pytest.raises(ValueError, match=r"no codes of 6 bits \(index\.scalar_bits\)"):
+        gpu.used(IVFSQ.model_copy(update={"gpu": True, "scalar_bits": 6}), 8)
+    assert gpu.used(IVFSQ, 8) and gpu.used(IVFPQ, 8)
+    assert not gpu.used(IVFPQ.model_copy(update={"gpu": False}), 8)
 
 
 def test_what_was_built_on_a_gpu_is_searched_by_cores_elsewhere(tmp_path, monkeypatch):

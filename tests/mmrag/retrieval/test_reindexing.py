@@ -116,10 +116,10 @@ def test_a_datastore_that_grew_from_nothing_gets_the_index_of_its_size(tmp_path,
     save_index(tmp_path)
     assert behind(tmp_path) is None
     append(tmp_path, "more", random_keys(200, seed=5))
-    why = "the last shard has grown to 600 entries, for which auto does not choose flat"
+    why = "the last shard has 600 entries, for which auto does not choose flat"
     assert behind(tmp_path) == why
     [shard] = catch_up(tmp_path).shards
-    assert shard.settings.kind == "ivfpq" and shard.why.startswith("ivfpq: 600 keys")
+    assert shard.settings.kind == "ivfsq" and shard.why.startswith("ivfsq: 600 keys")
     assert behind(tmp_path) is None
 
 

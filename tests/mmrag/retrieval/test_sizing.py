@@ -10,7 +10,7 @@ AUTO = Index(kind="auto", shards=1)
 
 
 def test_what_the_settings_name_is_left_as_it_is():
-    for kind in ("flat", "ivfpq"):
+    for kind in ("flat", "ivfsq", "ivfpq"):
         settings = Index(kind=kind, shards=3, lists=7)
         assert sizing.chosen(settings, 10**7, 256)[0] == settings
 
@@ -18,7 +18,7 @@ def test_what_the_settings_name_is_left_as_it_is():
 def test_few_keys_are_compared_one_by_one():
     settings, why = sizing.chosen(AUTO, sizing.FLAT_ENTRIES, 256)
     assert settings.kind == "flat" and "20,000 keys" in why
-    assert sizing.chosen(AUTO, sizing.FLAT_ENTRIES + 1, 256)[0].kind == "ivfpq"
+    assert sizing.chosen(AUTO, sizing.FLAT_ENTRIES + 1, 256)[0].kind == "ivfsq"
 
 
 @given(
@@ -29,22 +29,24 @@ def test_few_keys_are_compared_one_by_one():
 def test_lists_codes_and_probes_keep_to_what_was_asked_for(entries, width, memory):
     settings = Index(kind="auto", shards=1, entry_bytes=memory)
     chosen, why = sizing.chosen(settings, entries, width)
-    assert chosen.kind == "ivfpq"
+    assert (chosen.kind == "ivfsq") == (width + sizing.ID_BYTES <= memory)
     assert 3.7 * np.sqrt(entries) <= chosen.lists <= 16 * np.sqrt(entries)
+    assert chosen.probes / chosen.lists * entries <= sizing.MOST_SCANNED + entries / chosen.lists
+    assert f"{entries:,} keys in {chosen.lists:,} lists" in why
     longer = scalar.code_bytes(width, chosen.scalar_bits)
+    if chosen.kind == "ivfsq":
+        assert longer == width
+        assert f"{width} bytes, 8 bits each: {width + sizing.ID_BYTES} of {memory} bytes" in why
+        return
     assert chosen.code_bytes + longer + sizing.ID_BYTES <= memory
     turned = sizing.TURNED_DIMENSIONS * chosen.code_bytes
     assert turned <= width if chosen.turned else width % chosen.code_bytes == 0
-    assert chosen.probes / chosen.lists * entries <= sizing.MOST_SCANNED + entries / chosen.lists
-    assert f"{entries:,} keys in {chosen.lists:,} lists" in why
 
 
 @pytest.mark.parametrize(
     ("width", "memory", "code", "turned", "bits"),
     [
-        (192, 336, 48, False, 8),
-        (256, 336, 64, False, 8),
-        (320, 336, 80, False, 6),
+        (384, 336, 96, False, 4),
         (256, 200, 64, False, 4),
         (192, 136, 96, False, 0),
         (256, 136, 128, False, 0),
@@ -61,7 +63,9 @@ def test_wide_keys_are_turned_into_what_their_codes_hold(width, memory, code, tu
     assert (f"and again in {width * bits // 8}, {bits} bits each" in why) == bool(bits)
 
 
-@pytest.mark.parametrize(("memory", "kept"), [(336, "CHOSEN"), (136, "RERANKED")])
+@pytest.mark.parametrize(
+    ("memory", "kept"), [(336, "PROPOSED"), (263, "CHOSEN"), (136, "RERANKED")]
+)
 def test_what_is_tried_next_grows_one_thing_at_a_time_as_far_as_it_may(memory, kept):
     auto = Index(kind="auto", shards=1, entry_bytes=memory)
     settings, _ = sizing.chosen(auto, 10**6, 256)
@@ -75,4 +79,11 @@ def test_what_is_tried_next_grows_one_thing_at_a_time_as_far_as_it_may(memory, k
         seen.append(wider[0])
     assert seen[-1].rerank == getattr(sizing, f"MOST_{kept}")
     assert seen[-1].probes == sizing.probes(sizing.MOST_SCANNED, settings.lists, 10**6)
-    assert (seen[-1].refine == sizing.MOST_REFINED) == bool(settings.scalar_bits)
+    refined = settings.kind == "ivfpq" and settings.scalar_bits > 0
+    assert (seen[-1].refine == sizing.MOST_REFINED) == refined
+
+
+def test_of_several_shards_each_begins_with_fewer_codes():
+    alone, _ = sizing.chosen(AUTO, 10**6, 192)
+    one_of_four, _ = sizing.chosen(AUTO.model_copy(update={"shards": 4}), 10**6, 192)
+    assert one_of_four.lists == alone.lists and 2 * one_of_four.probes == alone.probes

@@ -93,10 +93,11 @@ def test_snapshots_are_listed_and_named_strictly(directory):
     assert [one.name for one in snapshots.every(directory)] == ["a-2"]
 
 
-@pytest.mark.parametrize("kind", ["flat", "ivfpq"])
+@pytest.mark.parametrize("kind", ["flat", "ivfsq", "ivfpq"])
 def test_an_open_index_finds_again_what_is_there_again(directory, kind):
     fill(directory, 60, first=3)
-    settings = Index(kind=kind, shards=1, lists=4, probes=4, code_bytes=2, rerank=64)
+    codes = {"code_bytes": 2} if kind == "ivfpq" else {"scalar_bits": 8}
+    settings = Index(kind=kind, shards=1, lists=4, probes=4, rerank=64, **codes)
     store = Datastore.open(directory)
     queries = store.keys_of(np.array([8, 40, 100]))
     built = IndexShard.build(store, 0, store.entries, settings, seed=0)
