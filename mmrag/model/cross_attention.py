@@ -124,23 +124,37 @@ class Block(nn.Module):
         self, x: Tensor, key: Tensor, memory: Tensor, visible: Tensor, lean: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Read `memory` (B, 2, H, M, d) where `visible` (B, T, M) says so, `lean` (B, M) added to
-        the scores.
+        the scores. Rows that read the same may be one in memory (`Tensor.expand`).
 
         x (B, T, D) and its `key`, the normalised input of the layer's feed-forward -> x with what
         was read, and the share of attention on each of the M (B, T, M), averaged over the heads;
         what is missing to 1 went to the vector that says nothing.
         """
         q = self.match(key).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k, v = memory.to(q.dtype).unbind(1)
+        k, v = _once(memory).to(q.dtype).unbind(1)
         null = self.null.weight.unflatten(-1, (self.heads, -1)).transpose(0, 1).to(q.dtype)
-        scores = torch.cat((q @ null.transpose(-1, -2), q @ k.transpose(-1, -2)), -1)
+        scores = torch.cat((q @ null.transpose(-1, -2), _product(q, k.transpose(-1, -2))), -1)
         seen = torch.cat((visible.new_ones(*visible.shape[:2], 1), visible), 2)
         scores = scores.float() / math.sqrt(q.shape[-1])
         if lean is not None:
             scores[..., 1:] += lean[:, None, None]
         attention = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)[..., 1:]
-        mixed = (attention.to(v.dtype) @ v).transpose(1, 2).flatten(2)
+        mixed = _product(attention.to(v.dtype), v).transpose(1, 2).flatten(2)
         return x + self.gate(self.out(mixed)), attention.mean(1)
+
+
+def _once(memory: Tensor) -> Tensor:
+    """Memory (B, ...), or the first row of it (1, ...) where all rows are that one in memory."""
+    return memory[:1] if len(memory) > 1 and memory.stride(0) == 0 else memory
+
+
+def _product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """rows (B, H, T, X) by each one's matrix (B, H, X, Y), or by one of all (1, H, X, Y), which is
+    then read once."""
+    if len(rows) == len(matrix):
+        return rows @ matrix
+    together = rows.transpose(0, 1).flatten(1, 2) @ matrix[0]
+    return together.unflatten(1, (len(rows), -1)).transpose(0, 1)
 
 
 class IdentityLinear(nn.Linear):

@@ -7,6 +7,7 @@ are asked for. Nothing here knows what is stored.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -77,6 +78,10 @@ def spread(
         yield first, slice(None), places - starts[first]
         return
     order = np.argsort(parts, kind="stable")
-    numbers, firsts = np.unique(parts[order], return_index=True)
-    for number, here in zip(numbers.tolist(), np.split(order, firsts)[1:], strict=True):
+    parts = parts[order]
+    ascending = (order[1:] > order[:-1]).all()
+    edges = [0, *(np.flatnonzero(parts[1:] != parts[:-1]) + 1).tolist(), len(parts)]
+    for first, last in pairwise(edges):
+        number = int(parts[first])
+        here = slice(first, last) if ascending else order[first:last]
         yield number, here, places[here] - starts[number]

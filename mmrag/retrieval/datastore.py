@@ -320,6 +320,15 @@ class Datastore:
         """Keys of any entries (M,) -> (M, D) float32."""
         return self._gather("keys", entries).astype(np.float32)
 
+    def said(self, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`tokens` and `documents` of any entries (M,), found at once: (M,) int32 each."""
+        tokens, documents = np.empty((2, len(entries)), np.int32)
+        for number, here, within in spread(entries, self._starts):
+            one = self._segments[number]
+            tokens[here] = one.arrays["tokens"][within]
+            documents[here] = one.document_of(one.arrays["utterances"][within])
+        return tokens, documents
+
     def windows(self, entries: np.ndarray) -> np.ndarray:
         """Token windows around `entries` (…,) -> (…, W) int32; zeros for `NO_ENTRY`."""
         entries = np.asarray(entries)

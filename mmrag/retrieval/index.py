@@ -330,8 +330,7 @@ class IndexShard:
     def _neighbours(self, found: np.ndarray, entries: np.ndarray) -> Neighbours:
         missing = Neighbours.none(*entries.shape)
         at = entries != NO_ENTRY
-        missing.tokens[at] = self.datastore.tokens[entries[at]]
-        missing.documents[at] = self.datastore.documents[entries[at]]
+        missing.tokens[at], missing.documents[at] = self.datastore.said(entries[at])
         return Neighbours(found, missing.tokens, entries, missing.documents)
 
     def _measure(self, tune: bool) -> None:

@@ -46,11 +46,31 @@ class WindowCache:
         self._lengths = np.empty(0, np.int64)
         self._encoded: Tensor | None = None
         """Encoded windows (E, W, L, 2, H, d), more of them than there are places taken."""
+        self._list: tuple[np.ndarray, Tensor, Tensor] | None = None
+        """The entries that several rows had last, and what `gather` made of them for one."""
 
     def gather(self, rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
         """The windows around each row's entries: what the blocks attend to (L, 2, B, H, M, d),
         one for each token, and which of the row's windows it belongs to (B, M), -1 for padding.
+
+        Rows of the very same entries are one in memory, and that of the last time where it can be.
         """
+        own = rows[0]
+        if len(own) and all(one is own for one in rows):
+            encoded, windows = self._gathered(own)
+            return encoded.expand(-1, -1, len(rows), -1, -1, -1), windows.expand(len(rows), -1)
+        return self._gather(rows)
+
+    def _gathered(self, entries: np.ndarray) -> tuple[Tensor, Tensor]:
+        """`gather` for one row, which is kept unless a window is missing."""
+        if self._list is not None and self._list[0] is entries:
+            return self._list[1:]
+        found = self._gather([entries])
+        if all(self._has(entry) for entry in entries.tolist()):
+            self._list = entries, *found
+        return found
+
+    def _gather(self, rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
         entries = np.concatenate(rows)
         self._encode(np.unique(entries))
         device = self._lm.embedding.weight.device
@@ -67,6 +87,8 @@ class WindowCache:
 
     def tokens(self, entries: np.ndarray) -> int:
         """How many tokens the windows have that were last gathered around entries."""
+        if self._list is not None and self._list[0] is entries:
+            return self._list[2].shape[1]
         return int(sum(self._lengths[self._places[entry]] for entry in entries.tolist()))
 
     def _encode(self, entries: np.ndarray) -> None:
@@ -435,8 +457,9 @@ class _Layout:
     def select(self, rows: Tensor, tokens: int, windows: int) -> _Layout:
         """Of these rows (B',), none of which has more `tokens` or `windows`."""
         tokens, windows = max(1, tokens), max(1, windows)
+        encoded = self.encoded[..., :tokens, :]
         return _Layout(
-            self.encoded[..., :tokens, :].index_select(2, rows),
+            self._repeated(encoded, len(rows)) if self.one else encoded.index_select(2, rows),
             self.windows[:, :tokens].index_select(0, rows),
             self.entries[:, :windows].index_select(0, rows),
             self.distances[:, :windows].index_select(0, rows),
@@ -446,21 +469,26 @@ class _Layout:
     def join(self, other: _Layout) -> _Layout:
         """These rows, then those of `other`."""
         both = [one._as_wide_as(two) for one, two in ((self, other), (other, self))]
+        if self._is(other):
+            encoded = self._repeated(self.encoded, len(self.windows) + len(other.windows))
+        else:
+            encoded = torch.cat([one.encoded for one in both], 2)
         return _Layout(
-            torch.cat([one.encoded for one in both], 2),
+            encoded,
             *(torch.cat([getattr(one, name) for one in both]) for name in _FLAT),
         )
 
     def empty(self, rows: int) -> _Layout:
         """As wide, with so many rows that read nothing."""
-        none = self.windows.new_zeros(rows)
-        made = self.select(none, self.windows.shape[1], self.entries.shape[1])
+        layers, both, _, *rest = self.encoded.shape
+        flat = {name: getattr(self, name) for name in _FLAT}
+        nothing = {"windows": -1, "entries": NO_ENTRY, "distances": torch.inf, "lean": 0}
         return _Layout(
-            made.encoded.zero_(),
-            made.windows.fill_(-1),
-            made.entries.fill_(NO_ENTRY),
-            made.distances.fill_(torch.inf),
-            made.lean.zero_(),
+            self.encoded.new_zeros(layers, both, rows, *rest),
+            **{
+                name: one.new_full((rows, one.shape[1]), nothing[name])
+                for name, one in flat.items()
+            },
         )
 
     def put(self, rows: Tensor, other: _Layout) -> _Layout:
@@ -470,6 +498,22 @@ class _Layout:
             made.encoded.index_copy(2, rows, other.encoded),
             *(getattr(made, name).index_copy(0, rows, getattr(other, name)) for name in _FLAT),
         )
+
+    @property
+    def one(self) -> bool:
+        """Whether all rows are one in memory, whichever of them."""
+        return self.encoded.shape[2] == 1 or self.encoded.stride(2) == 0
+
+    def _is(self, other: _Layout) -> bool:
+        """Whether the rows of both are the same one."""
+        mine, theirs = (one.encoded[:, :, :1] for one in (self, other))
+        same = mine.shape == theirs.shape and mine.data_ptr() == theirs.data_ptr()
+        return same and self.one and other.one
+
+    @staticmethod
+    def _repeated(encoded: Tensor, rows: int) -> Tensor:
+        """Its first row so many times, without a copy."""
+        return encoded[:, :, :1].expand(-1, -1, rows, -1, -1, -1)
 
     def _as_wide_as(self, other: _Layout) -> _Layout:
         """Padded where `other` has room for more."""

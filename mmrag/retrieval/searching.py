@@ -288,7 +288,8 @@ class RowSearches:
         if not near.any():
             return lm_logp
         distances, weight = self._weighed(heard)
-        votes = votes_logp(distances, heard.tokens, self._temperature)
+        votes = np.full(distances.shape, np.float32(-np.inf))
+        votes[near] = votes_logp(distances[near], heard.tokens[near], self._temperature[near])
         tokens, weight = heard.tokens.astype(np.int64), np.where(near, weight, 0)
         device = lm_logp.device
         sent = (_sent(values, device) for values in (votes, tokens, weight.astype(np.float32)))

@@ -31,9 +31,7 @@ REFINED, MOST_REFINED = 16, 64
 RERANKED, MOST_RERANKED = 4, 16
 """Likewise of the keys that are read, where there are product-quantized codes alone."""
 CHOSEN, MOST_CHOSEN = 2, 8
-"""Likewise, where longer codes have chosen them."""
-PROPOSED, MOST_PROPOSED = 1, 4
-"""Likewise, where lists hold codes of the most bits, which order keys nearly as they are."""
+"""Likewise, where scalar codes have chosen them, in lists or beside others."""
 GOOD_RECALL = 0.96
 """Where tuning ends before that."""
 LEAST_GAIN = 0.01
@@ -70,7 +68,7 @@ def _scalar_codes(width: int, memory: int) -> tuple[dict[str, Any], int, str] | 
     held = scalar.code_bytes(width, bits)
     if held > memory:
         return None
-    codes = {"kind": "ivfsq", "residual": True, "scalar_bits": bits, "rerank": PROPOSED}
+    codes = {"kind": "ivfsq", "residual": True, "scalar_bits": bits, "rerank": CHOSEN}
     return codes, held, f"{held} bytes, {bits} bits each"
 
 
@@ -103,12 +101,9 @@ def wider(settings: Index, entries: int) -> list[Index]:
     """Settings that find more: twice the codes, the longer codes or the keys that are read, as far
     as each may grow."""
     limits = {"probes": probes(MOST_SCANNED, settings.lists, entries)}
-    if settings.kind == "ivfsq":
-        limits["rerank"] = MOST_PROPOSED
-    elif settings.scalar_bits:
-        limits |= {"refine": MOST_REFINED, "rerank": MOST_CHOSEN}
-    else:
-        limits["rerank"] = MOST_RERANKED
+    limits["rerank"] = MOST_CHOSEN if settings.scalar_bits else MOST_RERANKED
+    if settings.kind == "ivfpq" and settings.scalar_bits:
+        limits["refine"] = MOST_REFINED
     grown = []
     for name, most in limits.items():
         value = getattr(settings, name)

@@ -930,3 +930,38 @@ def test_rows_keep_the_weights_of_their_windows_as_they_come_and_go(order, weigh
         alone = laid([number])
         found = together.lean[row, : alone.lean.shape[1]]
         torch.testing.assert_close(found, alone.lean[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("every", EVERY.values(), ids=EVERY)
+def test_rows_that_read_the_same_list_have_it_once_in_memory(every):
+    lm, adapter, store = random_lm(), random_adapter(every), Store()
+    cache, pool = WindowCache(adapter, lm, store), lm.pool(0, growing=True)
+    listed = [AttentionSource(cache, read(), store, np.array(own)) for own in LISTS[:2]]
+
+    def reading(chosen):
+        return RetrievedMemory(lm, [listed[n] for n in chosen], 9, pool)
+
+    def step(rows):
+        ids = torch.full((len(rows._readings), 1), FIRST)
+        return rows.read(ids, torch.ones(len(ids), dtype=torch.long), None, lm(ids), None, None)
+
+    def held(rows):
+        return rows._laid.encoded.untyped_storage().nbytes()
+
+    def agrees(rows, chosen, number):
+        for logits, n in zip(step(rows)[0], chosen, strict=True):
+            torch.testing.assert_close(logits, expected[n][number], rtol=1e-4, atol=1e-4)
+
+    alone = [reading([n]) for n in (0, 1)]
+    expected = [[step(one)[0][0] for _ in range(3)] for one in alone]
+    rows, other, second = reading([0, 0]), reading([0]), reading([1])
+    agrees(rows, [0, 0], 0), agrees(other, [0], 0), agrees(second, [1], 0), agrees(second, [1], 1)
+    once = held(other)
+    rows.join(other)
+    rows.select([2, 0, 1, 1])
+    assert held(rows) == once
+    agrees(rows, [0, 0, 0, 0], 1)
+    rows.join(second)
+    assert held(rows) > 4 * once
+    agrees(rows, [0, 0, 0, 0, 1], 2)
