@@ -33,7 +33,7 @@ from mmrag.model.ngram import NGram
 from mmrag.model.vocabulary import Vocabulary
 from mmrag.model.whisper import EncodedAudio, Whisper, WhisperVocabulary
 from mmrag.records import Line, Retriever, Units
-from mmrag.retrieval.memory import WindowCache
+from mmrag.retrieval.window_cache import WindowCache
 from mmrag.speech.audio import SAMPLE_RATE
 from mmrag.speech.hubert import HubertEncoder, spells
 from mmrag.speech.units import Codebook

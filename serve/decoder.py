@@ -31,12 +31,12 @@ from mmrag.records import Retriever, Transcript, Utterance, Word
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.display import Display
 from mmrag.retrieval.entries import read_entries
-from mmrag.retrieval.memory import WindowCache
 from mmrag.retrieval.phrases import WINDOW, Phrases
 from mmrag.retrieval.retrievers import SECOND, JoinedRetriever, SubsetRetriever
 from mmrag.retrieval.segment import Description, Segment
 from mmrag.retrieval.shortlist import SHORTLIST, Shortlist
 from mmrag.retrieval.weights import Weights
+from mmrag.retrieval.window_cache import WindowCache
 from mmrag.speech.tokenized import Tokenized
 from mmrag.transcribe import judged, letters, words
 from serve import logs, probe, traces

@@ -19,11 +19,12 @@ from mmrag.retrieval import terms
 from mmrag.retrieval.datastore import Datastore
 from mmrag.retrieval.display import Display
 from mmrag.retrieval.interpolation import Retrieval
-from mmrag.retrieval.memory import AttentionSource, WindowCache
+from mmrag.retrieval.memory import AttentionSource
 from mmrag.retrieval.phrases import Phrases
 from mmrag.retrieval.segment import Segment
 from mmrag.retrieval.shortlist import Shortlist
 from mmrag.retrieval.weights import Weights
+from mmrag.retrieval.window_cache import WindowCache
 from serve.messages import ResolvedDatastore
 from serve.settings import RetrievalDefaults
 

@@ -48,8 +48,8 @@ WINGS = {
         "datastore",
         "snapshots", "compaction", "verify", "gpu", "scalar", "ivf", "sizing", "held_out", "index",
         "reindexing", "retrievers", "weights", "knn",
-        "interpolation", "recent", "lookup", "overlap", "searching", "memory", "entries", "phrases",
-        "display", "terms", "upkeep", "shortlist", "confusion", "contexts",
+        "interpolation", "recent", "lookup", "overlap", "searching", "window_cache", "memory",
+        "entries", "phrases", "display", "terms", "upkeep", "shortlist", "confusion", "contexts",
     ],
     "decoding": [
         "confidence", "boost", "hypotheses", "candidates", "beginnings", "beams", "spelling",

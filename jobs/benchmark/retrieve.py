@@ -209,7 +209,7 @@ def _searched(
     tell("searched")
     found, ours = _by_batches(lambda batch: shard.search(batch, K).entries, queries, BATCH)
     settings, recall = shard.settings, _recall(exact, found)
-    # Beside reading the keys of all that the longer codes choose among:
+    # Beside reading the keys of all that the scalar codes choose among:
     every = settings.model_copy(update={"rerank": max(settings.rerank, settings.refine)})
     found, _ = _by_batches(lambda b: shard.search(b, K, settings=every).entries, queries, BATCH)
     lost, read = _recall(exact, found) - recall, _counted(store)
@@ -236,7 +236,7 @@ def _searched(
         "speedup_over_flat": flat / ours,
         "p50_ms": float(np.percentile(times, 50)),
         "p99_ms": float(np.percentile(times, 99)),
-        "codes_scanned": scanned if settings.kind == "ivfpq" else 0,
+        "codes_scanned": 0 if settings.kind == "flat" else scanned,
         "keys_read": read["keys"] / sizes.searches / SMALL_BATCH,
     }
     return row, queries, exact
@@ -467,7 +467,7 @@ def show(results: dict[str, Any]) -> None:
     for one in results["growth"]:
         cost = f"{one['build_seconds']:.0f} s, {one['build_peak_bytes'] / 1e9:.1f} GB at most"
         saved, lost = (one[f"{name}_by_longer_codes"] for name in ("keys_saved", "recall_lost"))
-        chose = f"longer codes leave {saved:.0%} of keys unread and lose {lost:.4f} of recall"
+        chose = f"scalar codes leave {saved:.0%} of keys unread and lose {lost:.4f} of recall"
         console.print(f"{one['why']}; built in {cost}; {chose}", markup=False)
     console.print(_decoding(results))
     alike = "{transcripts_alike} of {transcripts_compared}".format(**results["decoded"])

@@ -91,7 +91,7 @@ class LocalRetriever:
     ) -> Neighbours:
         """The k nearest over all shards, as `Retriever.search` says."""
         parts = [shard.search(queries, k, exclude_documents) for shard in self.shards]
-        return merge(parts, k)
+        return parts[0] if len(parts) == 1 else merge(parts, k)
 
     def windows(self, entries: np.ndarray) -> np.ndarray:
         """Token windows (…, W) int32 around `entries` (…,)."""

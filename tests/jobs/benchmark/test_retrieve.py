@@ -151,7 +151,7 @@ def test_what_cannot_be_plotted_or_is_of_another_part_is_refused_at_once(
 
 def test_ten_million_entries_have_targets_of_their_own(capsys):
     one = dict.fromkeys(("flat_ms_a_query", "p50_ms", "p99_ms", "codes_scanned", "keys_read"), 1.0)
-    one |= {"ms_a_query": 1.0, "recall_at_16": 0.96, "why": "ivfpq: so many"}
+    one |= {"ms_a_query": 1.0, "recall_at_16": 0.96, "why": "ivfsq: so many"}
     one |= {"build_seconds": 9.0, "build_peak_bytes": 4e9}
     one |= {"keys_saved_by_longer_codes": 0.875, "recall_lost_by_longer_codes": 0.001}
     results = dict.fromkeys(TARGETS) | {"width": 8, "speedup_over_flat": 30.0, "recall_at_16": 0.96}
@@ -167,6 +167,7 @@ def test_ten_million_entries_have_targets_of_their_own(capsys):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_everything_is_measured_and_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(retrieve, "QUICK", SMALL)
@@ -176,7 +177,7 @@ def test_everything_is_measured_and_shown(tmp_path, monkeypatch, capsys):
     __main__.main()
     results = json.loads(capsys.readouterr().out)
     small, large = results["growth"]
-    assert small["why"].startswith("flat") and large["why"].startswith("ivfpq")
+    assert small["why"].startswith("flat") and large["why"].startswith("ivfsq")
     assert small["recall_at_16"] == 1 and large["recall_at_16"] > 0.9
     assert large["codes_scanned"] <= large["entries"] and large["keys_read"] >= 16
     assert plotted.stat().st_size > 10_000

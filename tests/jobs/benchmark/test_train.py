@@ -63,6 +63,7 @@ def test_a_corpus_of_nothing_is_as_long_as_it_is_asked_to_be(prepared):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_training_is_measured_beside_the_bare_loops(ray_cluster, tmp_path, capsys):
     results = train.measure(tmp_path, SMALL)
     speeds = results["tokens_per_second"]

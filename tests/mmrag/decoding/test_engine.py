@@ -25,7 +25,8 @@ from mmrag.model.lm import LM
 from mmrag.model.vocabulary import EOS, Vocabulary
 from mmrag.records import Neighbours, Passages
 from mmrag.retrieval.interpolation import Retrieval
-from mmrag.retrieval.memory import AttentionSource, WindowCache
+from mmrag.retrieval.memory import AttentionSource
+from mmrag.retrieval.window_cache import WindowCache
 
 SHAPE = LanguageModel(width=16, layers=2, heads=4, kv_heads=2, feed_forward=24, tied=False)
 PATIENCE = 60

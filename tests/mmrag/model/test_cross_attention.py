@@ -12,7 +12,7 @@ from mmrag.config import CrossAttention, LanguageModel
 from mmrag.model.cross_attention import GATE_GAIN, Adapter, IdentityLinear, Memory, Windows
 from mmrag.model.lm import LM
 from mmrag.records import Passages
-from mmrag.retrieval.memory import WindowCache
+from mmrag.retrieval.window_cache import WindowCache
 
 VOCABULARY, WIDTH, WINDOW = 23, 16, 4
 WINDOWS, ROWS, TIME = 6, 3, 7

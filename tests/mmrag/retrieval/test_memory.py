@@ -20,15 +20,15 @@ from mmrag.model.cross_attention import Adapter, Windows
 from mmrag.model.lm import LM
 from mmrag.model.vocabulary import EOS, Vocabulary
 from mmrag.records import NO_ENTRY, Neighbours, Passages
-from mmrag.retrieval import memory
+from mmrag.retrieval import window_cache
 from mmrag.retrieval.interpolation import Retrieval
 from mmrag.retrieval.memory import (
     ATTRIBUTED_WINDOWS,
     AttentionSource,
     RetrievedMemory,
-    WindowCache,
 )
 from mmrag.retrieval.weights import Weights
+from mmrag.retrieval.window_cache import WindowCache
 
 WIDTH, WINDOW, ENTRIES, SAID = 16, 5, 60, 6
 SHAPE = LanguageModel(width=WIDTH, layers=2, heads=4, kv_heads=2, feed_forward=24, tied=False)
@@ -577,7 +577,7 @@ def test_windows_are_laid_side_by_side_as_one_after_the_other(lengths, cuts):
     ends = sorted(min(cut, len(lengths)) for cut in cuts)
     counts = np.diff([0, *ends, len(lengths)])
     places = np.arange(len(lengths))[::-1] + 3
-    at, numbers = memory._side_by_side(places, np.array(lengths, np.int64), counts, WINDOW)
+    at, numbers = window_cache._side_by_side(places, np.array(lengths, np.int64), counts, WINDOW)
     first = 0
     for row, count in enumerate(counts):
         own = range(first, first + count)
@@ -644,7 +644,7 @@ def test_only_rows_that_changed_are_laid_out_again():
 
 @torch.no_grad()
 def test_a_window_cache_that_is_full_starts_afresh(monkeypatch):
-    monkeypatch.setattr(memory, "MAX_CACHED_WINDOWS", 4)
+    monkeypatch.setattr(window_cache, "MAX_CACHED_WINDOWS", 4)
     lm, adapter = random_lm(), Counting(1)
     cache = WindowCache(adapter, lm, Store())
     asked = [[0, 20], [20, 41], [5], [0, 5, 59], [59, 20], [1, 2, 3, 4, 6, 7], [7], [8]]
@@ -659,7 +659,7 @@ def test_a_window_cache_that_is_full_starts_afresh(monkeypatch):
 
 @torch.no_grad()
 def test_windows_that_no_shard_has_do_not_fill_the_memory(monkeypatch):
-    monkeypatch.setattr(memory, "MAX_CACHED_WINDOWS", 8)
+    monkeypatch.setattr(window_cache, "MAX_CACHED_WINDOWS", 8)
 
     class Emptied(Store):
         def passages(self, entries):
@@ -676,7 +676,7 @@ def test_windows_that_no_shard_has_do_not_fill_the_memory(monkeypatch):
 def test_a_window_cache_that_starts_afresh_amid_a_clip_changes_nothing(every, monkeypatch):
     lm, adapter, speech = random_lm(), random_adapter(every), clips(4)
     roomy = listen(lm, speech, [reading_of(lm, adapter, stride=2)] * 4, 3)
-    monkeypatch.setattr(memory, "MAX_CACHED_WINDOWS", 7)
+    monkeypatch.setattr(window_cache, "MAX_CACHED_WINDOWS", 7)
     tight = Store()
     cramped = listen(lm, speech, [reading_of(lm, adapter, tight, stride=2)] * 4, 3)
     assert max(tight.encoded.values()) > 1, "otherwise it never was full"
