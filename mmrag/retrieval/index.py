@@ -262,8 +262,6 @@ class IndexShard:
         total, deleted = self.stop - self.start, self._deletions
         pending = np.arange(len(queries) if deleted < total else 0)
         fetch = k * (2 if settings.kind == "flat" else settings.rerank)
-        if excluded is not None:
-            fetch = max(fetch, 2 * k)  # as not all of them may be returned
         there = total - len(self._left_out)
         fetch = -(-fetch * there // max(total - deleted, 1))  # as if deletions lay evenly
         while len(pending):

@@ -363,14 +363,12 @@ class _Layout:
     def empty(self, rows: int) -> _Layout:
         """As wide, with so many rows that read nothing."""
         layers, both, _, *rest = self.encoded.shape
-        flat = {name: getattr(self, name) for name in _FLAT}
-        nothing = {"windows": -1, "entries": NO_ENTRY, "distances": torch.inf, "lean": 0}
         return _Layout(
             self.encoded.new_zeros(layers, both, rows, *rest),
-            **{
-                name: one.new_full((rows, one.shape[1]), nothing[name])
-                for name, one in flat.items()
-            },
+            self.windows.new_full((rows, self.windows.shape[1]), -1),
+            self.entries.new_full((rows, self.entries.shape[1]), NO_ENTRY),
+            self.distances.new_full((rows, self.distances.shape[1]), torch.inf),
+            self.lean.new_zeros(rows, self.lean.shape[1]),
         )
 
     def put(self, rows: Tensor, other: _Layout) -> _Layout:

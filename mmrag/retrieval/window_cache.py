@@ -30,7 +30,8 @@ class WindowCache:
         self._encoded: Tensor | None = None
         """Encoded windows (E, W, L, 2, H, d), more of them than there are places taken."""
         self._list: tuple[np.ndarray, Tensor, Tensor] | None = None
-        """The entries that several rows had last, and what `gather` made of them for one."""
+        """The entries that all rows had, when they last had the same, and what `gather` made of
+        them for one row."""
 
     def gather(self, rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
         """The windows around each row's entries: what the blocks attend to (L, 2, B, H, M, d),
