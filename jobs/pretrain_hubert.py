@@ -19,7 +19,7 @@ from cluster.rejections import REJECTED, read_rejections, write_rejections
 from cluster.stages import device
 from cluster.tracking import Run
 from jobs import stage, tokenize
-from mmrag import artifact, shipped
+from mmrag import shipped
 from mmrag.artifact import Artifact, Draft, nothing
 from mmrag.config import Experiment, recipe
 from mmrag.corpora import augment
@@ -33,7 +33,6 @@ from mmrag.speech.hubert import HubertEncoder
 from mmrag.speech.pretraining import STATE, pretrain
 from mmrag.speech.targets import LetterSequences, Phones
 from mmrag.speech.units import kmeans
-from mmrag.storage import located
 
 ERRORS = ("phone_errors_", "letter_errors_")
 """What the names of error rates on held-out clips begin with."""
@@ -67,7 +66,7 @@ def run(experiment: Experiment, force: bool = False) -> Artifact:
     config = recipe({"seed": experiment.seed, "hubert": settings, "pretrain": experiment.pretrain})
     inputs = {"corpus": corpus}
     if base := experiment.pretrain.base:
-        inputs["base"] = _base(base)
+        inputs["base"] = stage.part(base, "hubert")
 
     def work(draft: Draft, tracked: Run) -> None:
         steps = sum(each.steps for each in experiment.pretrain.rounds)
@@ -138,7 +137,7 @@ def _pretrain(experiment: Experiment, directory: Path, processes: Processes) -> 
     settings, spelling = experiment.pretrain, None
     if settings.spelling_weight:
         spelling = LetterSequences([one.text for one in spoken], settings.alphabet)
-    base = HubertEncoder.load(_base(settings.base).path) if settings.base else None
+    base = HubertEncoder.load(stage.part(settings.base, "hubert").path) if settings.base else None
     metrics: MetricsWriter | None = None
 
     def log(step: int, record: dict[str, float]) -> None:
@@ -183,13 +182,6 @@ def _pretrain(experiment: Experiment, directory: Path, processes: Processes) -> 
     )
     if processes.rank == 0:
         encoder.save(directory, getattr(torch, experiment.hubert.stored))
-
-
-def _base(name: str) -> Artifact:
-    """The encoder that is trained further; ArtifactError where there is none."""
-    if name.startswith(shipped.PREFIX):
-        return artifact.load(shipped.find(name) / "hubert", "hubert")
-    return artifact.load(located(name), "hubert")
 
 
 def _spoken(rows: tokenize.Rows) -> list[Utterance]:

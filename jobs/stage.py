@@ -21,7 +21,7 @@ from mmrag import artifact, cached, shipped, terminal
 from mmrag.artifact import Artifact, ArtifactError, Draft
 from mmrag.config import ConfigError, Experiment, Recipe, read
 from mmrag.retrieval.segment import DatastoreError
-from mmrag.storage import Url
+from mmrag.storage import Url, located
 
 CONFIGS = Path(__file__).parent / "configs"
 EXPLAINED = (ArtifactError, DatastoreError, ValueError, OSError, ImportError)
@@ -194,6 +194,13 @@ def load(experiment: Experiment, directory: str, kind: str, made_by: str) -> Art
         return artifact.load(experiment.workspace / directory, kind)
     except ArtifactError as error:
         raise ArtifactError(f"{error} (made by: python -m jobs.{made_by})") from None
+
+
+def part(name: str, kind: str) -> Artifact:
+    """A part of a model of this package (`mmrag:small`), or an artifact's directory; ArtifactError
+    where there is none."""
+    packaged = name.startswith(shipped.PREFIX)
+    return artifact.load(shipped.find(name) / kind if packaged else located(name), kind)
 
 
 def adopt(experiment: Experiment, directory: str, model: str, kind: str) -> Artifact:

@@ -33,9 +33,9 @@ from cluster.tokenizing import (
 )
 from cluster.tracking import Run
 from jobs import stage
-from mmrag import artifact, shipped
+from mmrag import artifact
 from mmrag.artifact import Artifact, Draft
-from mmrag.config import Experiment, recipe
+from mmrag.config import ConfigError, Experiment, Tokenize, recipe
 from mmrag.corpora import librispeech_biasing, manifest, sources
 from mmrag.folders import printable
 from mmrag.records import Rejection, Utterance
@@ -208,7 +208,8 @@ def _codebook(
     """The codebook named in the settings, else one fitted on the first split.
 
     One that is named belongs to the encoder; or to the base that the encoder was trained further
-    from: then it follows that encoder's features, and its units go on meaning what they meant.
+    from: then each unit is where the encoder now has what the base heard as that unit, and goes on
+    meaning what it meant.
     """
     settings = experiment.tokenize
     config = {
@@ -218,33 +219,31 @@ def _codebook(
     }
     inputs = {"hubert": hubert, "source": source}
     base: Artifact | None = None
+    encoders = [hubert]
     if settings.codebook:
-        place = shipped.find(settings.codebook)
-        place = place / "codebook" if settings.codebook.startswith(shipped.PREFIX) else place
-        base = artifact.load(place, "codebook")
+        base = stage.part(settings.codebook, "codebook")
         if hubert.inputs.get("base", "none") != base.inputs.get("hubert"):
-            named = artifact.adopt(place, experiment.workspace / "codebook", "codebook")
+            named = artifact.adopt(base.place, experiment.workspace / "codebook", "codebook")
             named.require("hubert", hubert)
             return named
         config["units"], inputs["base"] = len(Codebook.load(base.place)), base
+        encoders.append(_base(experiment, hubert))
 
     def work(draft: Draft, tracked: Run) -> None:
         rows = next(iter(splits.values()))
         drawing = _sample.remote(rows, settings.sample_seconds, experiment.seed)
         sample: list[Utterance] = ray.get(drawing)
-        shares = parts(sample, stated_seconds, settings.batch_seconds)
-        encode = (EncodeFeatures, {"hubert": hubert.place, "settings": settings})
-        workers = settings.workers
-        answers = work_off([encode], shares, workers, "codebook", WORKERS, ordered=True)
-        read = [one for one in answers if len(one)]
-        if not read:
+        heard = [_features(encoder, sample, settings) for encoder in encoders]
+        if not len(heard[0]):
             why = "; ".join(_reasons(sample)) or "there is none"
             where = printable(source.place)
             raise AudioError(f"{where}: no audio that could be read, to fit a codebook on: {why}")
-        features = np.concatenate(read)
         if base:
-            book = Codebook.load(base.place).followed(features)
+            features, before = heard
+            book = Codebook.load(base.place)
+            book = book.moved(book.assign(before), features)
         else:
+            [features] = heard
             frame_seconds = HubertEncoder.load(hubert.place).frame_seconds
             book = Codebook.fit(features, settings.units, experiment.seed, frame_seconds)
         book.save(draft.path)
@@ -260,6 +259,24 @@ def _codebook(
         holds=artifact.nothing,
         force=force,
     )
+
+
+def _base(experiment: Experiment, hubert: Artifact) -> Artifact:
+    """The encoder that `hubert` was trained further from."""
+    if not experiment.pretrain.base:
+        raise ConfigError("pretrain.base: the codebook follows an encoder from its base, unnamed")
+    found = stage.part(experiment.pretrain.base, "hubert")
+    hubert.require("base", found)
+    return found
+
+
+def _features(encoder: Artifact, sample: Sequence[Utterance], settings: Tokenize) -> np.ndarray:
+    """What an encoder hears in clips (N, D) float16, of all of them together."""
+    shares = parts(sample, stated_seconds, settings.batch_seconds)
+    encode = (EncodeFeatures, {"hubert": encoder.place, "settings": settings})
+    answers = work_off([encode], shares, settings.workers, "codebook", WORKERS, ordered=True)
+    read = [one for one in answers if len(one)]
+    return np.concatenate(read) if read else np.empty((0, 0), np.float16)
 
 
 def _splits(path: Location) -> Splits:

@@ -27,8 +27,8 @@ WINGS = {
     ],
     "speech": [
         "containers", "decoders", "audio", "resampling", "silero", "vad", "turns", "cutting",
-        "ends", "hubert", "targets", "crops", "masked", "held_out", "pretraining", "units",
-        "tokenized",
+        "ends", "attention", "hubert", "targets", "crops", "masked", "held_out", "pretraining",
+        "units", "tokenized",
     ],
     "corpora": [
         "voices.speech", "voices.phones", "voices.ipa", "voices.espeak", "voices.kokoro",

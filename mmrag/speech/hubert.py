@@ -28,6 +28,7 @@ from torchaudio.models.wav2vec2.utils import import_huggingface_model
 from mmrag.artifact import local, write_json
 from mmrag.config import Hubert
 from mmrag.records import Letters
+from mmrag.speech.attention import Attention
 from mmrag.speech.audio import SAMPLE_RATE
 from mmrag.speech.ends import MEL_FIELD, MEL_HOP, ConvolvedWindows, LogMel, Speller
 from mmrag.storage import Location
@@ -86,6 +87,8 @@ class HubertEncoder(nn.Module):
         self.stack = stack
         self.convolved = convolved
         self.model = wav2vec2_model(**self.architecture)
+        for each in self.model.encoder.transformer.layers:
+            each.attention = Attention(each.attention)
         shapes = self.architecture["extractor_conv_layer_config"]
         self.field, self.hop = window([(kernel, stride) for _, kernel, stride in shapes])
         if mel and stack:

@@ -104,10 +104,10 @@ class Codebook:
         """k-means over `features` (N, D). Raises ValueError if N < size."""
         return cls(kmeans(features, size, seed), frame_seconds)
 
-    def followed(self, features: np.ndarray) -> Codebook:
-        """A codebook whose ids go on meaning what they meant: each centroid is where the `features`
-        (N, D) that are nearest to it are now; one without any stays."""
-        ids = self.assign(features)
+    def moved(self, ids: np.ndarray, features: np.ndarray) -> Codebook:
+        """A codebook whose ids go on meaning what they meant to another encoder: each centroid is
+        the mean of that one's `features` (N, D) of the frames that had its id, of `ids` (N,); one
+        without any stays."""
         counts = np.bincount(ids, minlength=len(self))[:, None]
         sums = np.zeros(self.centroids.shape, np.float64)
         np.add.at(sums, ids, features)

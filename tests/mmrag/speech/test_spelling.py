@@ -200,17 +200,17 @@ def test_an_anchor_needs_a_base():
         plan(anchor_weight=1)
 
 
-def test_a_codebook_that_follows_its_encoder_keeps_what_its_ids_mean():
+def test_a_codebook_that_moves_to_another_encoder_keeps_what_its_ids_mean():
     generator = torch.Generator().manual_seed(0)
     before = torch.randn(6, 4, generator=generator).numpy() * 10
     codebook = Codebook(before, 0.02)
     ids = torch.randint(5, (400,), generator=generator).numpy()  # the last is never heard
-    features = before[ids] + 1 + 0.1 * torch.randn(400, 4, generator=generator).numpy()
-    after = codebook.followed(features)
+    features = 0.1 * torch.randn(400, 4, generator=generator).numpy() - before[ids]  # turned over
+    after = codebook.moved(ids, features)
     assert after.assign(features).tolist() == ids.tolist()
     torch.testing.assert_close(
         torch.from_numpy(after.centroids[:5]),
-        torch.from_numpy(before[:5] + 1).float(),
+        torch.from_numpy(-before[:5]).float(),
         atol=0.1,
         rtol=0,
     )
