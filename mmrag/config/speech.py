@@ -187,6 +187,9 @@ class Pretrain(Section):
     anchor_weight: float = Field(default=0, ge=0)
     """Weight of how far the features of aligned clips move away from the base's: a language model
     that reads the base's units goes on understanding what is clear, while the others move to it."""
+    base_share: float = Field(default=0, ge=0, lt=1)
+    """Share of the base in the weights that come of it: those of before and after are averaged
+    (WiSE-FT, arXiv 2109.01903), and what was learned is forgotten less."""
     sample_seconds: PositiveFloat
     """Audio whose features k-means sees."""
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
@@ -212,6 +215,8 @@ class Pretrain(Section):
             raise ValueError(f"alphabet {self.alphabet!r} has a letter twice")
         if self.anchor_weight and not self.base:
             raise ValueError("anchor_weight: there is no base to stay near")
+        if self.base_share and not self.base:
+            raise ValueError("base_share: there is no base to average with")
         if self.rounds[0].target == "hubert":
             raise ValueError("the first round has no previous features to be its target")
         return self

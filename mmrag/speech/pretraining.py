@@ -27,7 +27,7 @@ from mmrag.processes import Alone, Processes
 from mmrag.speech.audio import SAMPLE_RATE
 from mmrag.speech.crops import Batch, Recorder, Reject, Share, draw, drawing_chances, rejected
 from mmrag.speech.held_out import HeldOut, letter_error_rate, phone_error_rate
-from mmrag.speech.hubert import HubertEncoder, generator_at, seeded_at
+from mmrag.speech.hubert import SPELLER, HubertEncoder, generator_at, seeded_at
 from mmrag.speech.masked import MaskedPrediction, Sums
 from mmrag.speech.targets import LetterSequences, Phones, Targets, mfcc
 
@@ -316,10 +316,11 @@ def pretrain(
     phone error rate on `held_out` clips, by name, stands in the record of each checkpoint's step
     as `phone_errors_<name>`. `recorder` makes crops sound otherwise (`settings.rough`). A clip that
     cannot be read is told to `reject`, if there is one, and left out. `bf16` is for matrix products
-    alone. `base` is trained further in place of random weights. With `spelling` the encoder has a
-    CTC head, which spells whole clips from the first step on; `letter_errors_<name>` is its error
-    rate. Raises ValueError if there is no audio, or a crop holds no frame, NonFiniteLoss before a
-    step is taken on a loss that is no number.
+    alone. `base` is trained further in place of random weights, and then averaged with what came of
+    it (`settings.base_share`). With `spelling` the encoder has a CTC head, which spells whole clips
+    from the first step on; `letter_errors_<name>` is its error rate. Raises ValueError if there is
+    no audio, or a crop holds no frame, NonFiniteLoss before a step is taken on a loss that is no
+    number.
     """
     if not len(waves):
         raise ValueError("there is no audio to pretrain on")
@@ -401,6 +402,9 @@ def pretrain(
                     spelling=spelling,
                 )
 
+            last = number + 1 == len(settings.rounds)
+            if last and current.step == plan.steps:  # it was stopped before it could end
+                average(encoder, base, settings.base_share)
             reading = ahead(drawn, range(current.step, plan.steps))
             while current.step < plan.steps:
                 began = monotonic()
@@ -414,6 +418,8 @@ def pretrain(
                     metrics |= {"seconds": seconds, "data_wait": waited / seconds}
                 if current.step % settings.checkpoint_steps == 0 or current.step == plan.steps:
                     current.save(path)
+                    if last and current.step == plan.steps:
+                        average(encoder, base, settings.base_share)
                     if not clustered:
                         for name, clips in (held_out or {}).items():
                             rate_of = phone_error_rate(current.model, clips, phones, processes)
@@ -447,6 +453,19 @@ def _started(
     if spelling and base.alphabet == spelling.alphabet:
         encoder.speller.load_state_dict(base.speller.state_dict())
     return encoder
+
+
+@torch.no_grad()
+def average(encoder: HubertEncoder, base: HubertEncoder | None, share: float) -> None:
+    """Make `share` of the weights of `encoder` those of `base`; of a head that the base has not, or
+    that spells in another alphabet, none."""
+    if base is None or not share:
+        return
+    theirs = base.state_dict()
+    spells_alike = encoder.alphabet == base.alphabet
+    for name, own in encoder.state_dict().items():
+        if own.is_floating_point() and (spells_alike or not name.startswith(SPELLER)):
+            own.lerp_(theirs[name].to(own), share)
 
 
 def schedule(step: int, steps: int) -> float:

@@ -221,7 +221,7 @@ ROLES = {
     "workers.count:o workers.num_cpus:o workers.num_gpus:o",
     "hubert": "weights front conv_channels stack convolved norm width layers heads feed_forward "
     "layer stored",
-    "pretrain": "spelling_weight alphabet base anchor_weight precision "
+    "pretrain": "spelling_weight alphabet base anchor_weight base_share precision "
     "rounds batch_seconds crop_seconds learning_rate mask_probability mask_length "
     "rough band_masks band_width band_warp layer_drop seen_weight balance domain_weights "
     "sample_seconds leave_out:c "

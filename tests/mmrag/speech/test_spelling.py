@@ -167,6 +167,34 @@ def test_training_further_begins_with_the_weights_of_the_base(tmp_path):
         torch.testing.assert_close(further.state_dict()[name], value, atol=1e-6, rtol=0)
 
 
+def test_what_comes_of_it_is_averaged_with_the_base(tmp_path):
+    base = HubertEncoder.create(shape(), 8, LETTERS)
+    made = {}
+    for share in (0, 0.25):
+        (tmp_path / str(share)).mkdir()
+        made[share] = train(tmp_path / str(share), plan(3, base_share=share, base="one"), base)
+    after, averaged = (encoder.state_dict() for encoder, _ in made.values())
+    for name, value in base.state_dict().items():
+        wanted = 0.75 * after[name] + 0.25 * value
+        torch.testing.assert_close(averaged[name], wanted, atol=1e-6, rtol=1e-5)
+    assert made[0][1][-1]["letter_loss"] == made[0.25][1][-1]["letter_loss"], "trained alike"
+    again, log = train(tmp_path / "0.25", plan(3, base_share=0.25, base="one"), base)
+    assert not log, "it had been stopped after its last step"
+    for name, value in averaged.items():
+        torch.testing.assert_close(again.state_dict()[name], value, atol=1e-6, rtol=1e-5)
+
+
+def test_a_new_head_is_not_averaged_with_a_base_that_has_none(tmp_path):
+    base = HubertEncoder.create(shape(), 8)
+    encoder, _ = train(tmp_path, plan(1, base_share=0.5, base="one"), base)
+    assert encoder.alphabet == LETTERS
+
+
+def test_an_average_needs_a_base():
+    with pytest.raises(ValueError, match="base_share: there is no base"):
+        plan(base_share=0.5)
+
+
 def test_an_anchored_encoder_stays_nearer_to_its_base_where_clips_are_aligned(tmp_path):
     waves, phones, _ = spoken()
     base = HubertEncoder.create(shape(), 7)
