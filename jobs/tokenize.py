@@ -264,7 +264,10 @@ def _codebook(
 def _base(experiment: Experiment, hubert: Artifact) -> Artifact:
     """The encoder that `hubert` was trained further from."""
     if not experiment.pretrain.base:
-        raise ConfigError("pretrain.base: the codebook follows an encoder from its base, unnamed")
+        raise ConfigError(
+            f"tokenize.codebook {experiment.tokenize.codebook} belongs to the encoder that hubert/ "
+            "was trained further from: pretrain.base has to name it"
+        )
     found = stage.part(experiment.pretrain.base, "hubert")
     hubert.require("base", found)
     return found

@@ -79,11 +79,8 @@ def overheads(directory: Path, quick: bool, tell: Progress) -> dict[str, Any]:
         for repeat in range(sizes.repeats):
             tell(f"decoding with and without reading, {repeat + 1} of {sizes.repeats}")
             for way, source in sources.items():
-                if (
-                    source is not None
-                ):  # with no window encoded that the others left, or itself before
-                    cache = recogniser.window_cache(source.retriever)
-                    source = replace(source, cache=cache)
+                if source is not None:  # with no window that others, or itself before, encoded
+                    source = replace(source, cache=recogniser.window_cache(source.retriever))
                 speed, reading[way] = _decoded(engine, clips, source)
                 speeds[way].append(speed)
     return {
