@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from cluster.parts import Part
 from cluster.tokenizing import EncodeFeatures
 from jobs import tokenize
 from mmrag import artifact
-from mmrag.config import Experiment, Workers
+from mmrag.config import ConfigError, Experiment, Workers
 from mmrag.corpora.manifest import ManifestError
 from mmrag.records import Utterance
 from mmrag.speech import audio, tokenized
@@ -275,6 +276,30 @@ def test_a_codebook_without_any_clip_says_why(borrow, tmp_path):
     experiment = reading(borrow("hubert"), tmp_path / "folder", codebook=None)
     with pytest.raises(AudioError, match=r"to fit a codebook on: .*letter\.wav: cannot be read"):
         tokenize.run(experiment)
+
+
+def test_a_codebook_goes_where_the_encoder_has_what_its_base_heard(borrow, workspace):
+    experiment = borrow("corpus")
+    base, codebook = (workspace.path / kind for kind in ("hubert", "codebook"))
+    before, further = (HubertEncoder.load(base).eval() for _ in range(2))
+    away = 50 * torch.randn(further.width, generator=torch.Generator().manual_seed(0))
+    last = further.model.encoder.transformer.layers[further.layer - 1]
+    last.feed_forward.output_dense.bias.data += away
+    inputs = {"base": artifact.load(base, "hubert")}
+    with artifact.create(experiment.workspace / "hubert", "hubert", {}, inputs) as draft:
+        further.save(draft.path)
+    settings = experiment.tokenize.model_copy(update={"codebook": str(codebook)})
+    experiment = experiment.model_copy(update={"tokenize": settings})
+    with pytest.raises(ConfigError, match=r"tokenize\.codebook .*pretrain\.base has to name it"):
+        tokenize.run(experiment)
+    pretrain = experiment.pretrain.model_copy(update={"base": str(base)})
+    tokenize.run(experiment.model_copy(update={"pretrain": pretrain}))
+    moved = Codebook.load(experiment.workspace / "codebook")
+    wave = audio.read(next(iter((workspace.path / "corpus" / "audio").rglob("*.flac"))))
+    then, now = (encoder.features([wave])[0].numpy() for encoder in (before, further))
+    alike = moved.assign(now) == Codebook.load(codebook).assign(then)
+    assert alike.mean() > 0.8
+    assert (Codebook.load(codebook).assign(now) == moved.assign(now)).mean() < 0.5
 
 
 def test_a_source_without_audio_is_an_error(borrow, tmp_path):
